@@ -1,0 +1,9 @@
+"""genfast: the hot paths of generative models, fast and exact. See README.md."""
+
+import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
+
+from . import ops, reference
+from ._backend import BackendError, backend
+
+__version__ = "0.1.0"
+__all__ = ["BackendError", "backend", "ops", "reference"]

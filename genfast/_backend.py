@@ -1,0 +1,106 @@
+"""Which backend serves a call: the one place where that is decided.
+
+CPU tensors go to the C++ kernels, CUDA tensors to CUDA C++ or Triton, everything else to the
+plain PyTorch reference. ``GENFAST_BACKEND`` or :func:`backend` forces one; a forced backend that
+cannot serve a call raises :class:`BackendError` and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
+
+# Preference per device type; whatever is not named here runs the reference.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot serve a call; names the op, the dtype, the shape and the reason."""
+
+
+def _validated(name: str | None) -> str | None:
+    if name is None or name == "":
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+# The forced backend, or None. Read on every call, hence a plain module attribute.
+forced: str | None = _validated(os.environ.get("GENFAST_BACKEND"))
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Forces a backend inside a ``with`` block: "cpu", "cuda", "triton", "reference" or None.
+
+    Raises:
+        ValueError: for a name that is none of these.
+
+    Example:
+        >>> import torch, genfast
+        >>> with genfast.backend("reference"):
+        ...     y, logdet = genfast.ops.actnorm(torch.ones(2, 3), torch.ones(3), torch.zeros(3))
+    """
+    global forced
+    before, forced = forced, _validated(name)
+    try:
+        yield
+    finally:
+        forced = before
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, f"{name} does not import: {error}"
+
+
+@functools.cache
+def extension(name: str) -> tuple[ModuleType | None, str]:
+    """The compiled module ``genfast._cpu`` or ``genfast._cuda``, or None and the reason."""
+    return _load(f"genfast.{name}")
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in the interpreter, where they take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unusable(name: str, device_type: str) -> str:
+    """Why backend ``name`` cannot run on tensors of ``device_type``; empty when it can."""
+    if name == "reference":
+        return ""
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"it takes CPU tensors, not {device_type} tensors"
+        return extension("_cpu")[1]
+    if name == "cuda":
+        if device_type != "cuda":
+            return f"it takes CUDA tensors, not {device_type} tensors"
+        return extension("_cuda")[1]
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and triton_interprets()):
+        return ""
+    return f"it takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), not {device_type} tensors"

@@ -1,0 +1,8 @@
+"""The functional API: one file per operation family."""
+
+from .actnorm import actnorm
+from .affine_coupling import affine_coupling
+from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
+from .squeeze import squeeze, unsqueeze
+
+__all__ = ["PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "invertible_conv1x1", "squeeze", "unsqueeze"]

@@ -1,0 +1,37 @@
+"""Checks shared by the ops: each raises an error that names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """All given tensors are floating point, on one device."""
+    first: Tensor | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} has dtype {t.dtype}, expected a floating-point dtype")
+        if first is None:
+            first, first_name = t, name
+        elif t.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device"
+            )
+
+
+def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name}={value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], why: str = "") -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}{' (' + why + ')' if why else ''}"
+        )

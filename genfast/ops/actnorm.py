@@ -1,0 +1,161 @@
+"""ops.actnorm: y = s x + b per channel with its log-determinant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from . import _check
+from ._layout import memory_format, strides
+
+_NAME = "actnorm"
+
+
+def check_channels(op: str, x: Tensor, scale: Tensor, bias: Tensor, channels: int | None = None) -> None:
+    """x is (N, C, ...), scale and bias (C,); all floating point on one device."""
+    _check.floating(op, x=x, scale=scale, bias=bias)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, ...)")
+    channels = x.shape[1] if channels is None else channels
+    _check.shape(op, "scale", scale, (channels,), "one per channel")
+    _check.shape(op, "bias", bias, (channels,), "one per channel")
+
+
+def _check_forward(x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
+    check_channels(_NAME, x, scale, bias)
+
+
+def _fake(x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=memory_format(x))
+    return y, x.new_empty((x.shape[0],), dtype=torch.float32 if x.element_size() < 4 else x.dtype)
+
+
+def _fake_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=memory_format(x)), torch.empty_like(scale), torch.empty_like(bias)
+
+
+def _cpu(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool) -> tuple[Tensor, Tensor]:
+    form = memory_format(x)
+    y = torch.empty_like(x, memory_format=form)
+    logdet = x.new_empty((x.shape[0],))
+    x, xn, xc, xs = strides(x, form)
+    scale, bias = scale.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
+    n, c = x.shape[0], x.shape[1]
+    size = reference.positions(x)
+    _backend.extension("_cpu")[0].actnorm(  # type: ignore[union-attr]
+        x.dtype is torch.float64, x.data_ptr(), xn, xc, xs, scale.data_ptr(), bias.data_ptr(), y.data_ptr(),
+        logdet.data_ptr(), n, c, size, form is not torch.contiguous_format, log_scale, inverse, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, logdet
+
+
+def _cpu_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = memory_format(x)
+    dx = torch.empty_like(x, memory_format=form)
+    dtype = x.dtype
+    ds, db = torch.empty_like(scale, dtype=dtype), torch.empty_like(bias, dtype=dtype)
+    x, xn, xc, xs = strides(x, form)
+    grad_y = torch.zeros_like(x) if grad_y is None else grad_y.to(dtype)
+    grad_y, gn, gc, gs = strides(grad_y, form)
+    grad_logdet = x.new_zeros(x.shape[0]) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
+    s, b = scale.to(dtype).contiguous(), bias.to(dtype).contiguous()
+    n, c = x.shape[0], x.shape[1]
+    _backend.extension("_cpu")[0].actnorm_backward(  # type: ignore[union-attr]
+        dtype is torch.float64, grad_y.data_ptr(), gn, gc, gs, grad_logdet.data_ptr(), x.data_ptr(), xn, xc, xs,
+        s.data_ptr(), b.data_ptr(), dx.data_ptr(), ds.data_ptr(), db.data_ptr(), n, c, reference.positions(x),
+        form is not torch.contiguous_format, log_scale, inverse, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, ds.to(scale.dtype), db.to(bias.dtype)
+
+
+def _triton(*args: Any) -> Any:
+    from ..kernels import actnorm as kernel
+
+    return kernel.actnorm(*args)
+
+
+def _triton_backward(*args: Any) -> Any:
+    from ..kernels import actnorm as kernel
+
+    return kernel.actnorm_backward(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, scale, bias, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, bias)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
+    if grad_y is None and grad_logdet is None:
+        return (None,) * 5
+    return (*_OP_BACKWARD(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), None, None)
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    for shape in ((3, 5, 4, 7), (6, 9)):
+        x, s, b = (torch.randn(d, generator=generator, dtype=torch.float64) for d in (shape, shape[1:2], shape[1:2]))
+        for inverse in (False, True):
+            way = "inverse" if inverse else "forward"
+            yield Sample(f"{way} {len(shape)}-D", (x, s.sign() * (s.abs() + 0.5), b, False, inverse))
+            yield Sample(f"{way} {len(shape)}-D log_scale", (x, s, b, True, inverse))
+
+
+_OP_BACKWARD = Op(
+    "actnorm_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor scale, Tensor bias, bool log_scale, "
+    "bool inverse) -> (Tensor, Tensor, Tensor)",
+    reference=reference.actnorm_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward, "triton": _triton_backward},
+)
+
+OP = Op(
+    "actnorm(Tensor x, Tensor scale, Tensor bias, bool log_scale, bool inverse) -> (Tensor, Tensor)",
+    reference=reference.actnorm,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def actnorm(
+    x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Activation normalisation: y = s x + b per channel, logdet = H W sum log|s|.
+
+    Args:
+        x: (N, C, ...) floating point.
+        scale: (C,), s itself or, with ``log_scale``, log s (always positive then).
+        bias: (C,).
+        log_scale: how ``scale`` is to be read.
+        inverse: computes x = (y - b) / s and the negated log-determinant.
+
+    Returns:
+        (y, logdet): y like x; logdet (N,), float32 for half-precision x.
+
+    A zero in ``scale`` gives logdet = -inf, and an inverse that is not finite.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes that do not fit.
+
+    Source: Glow (arXiv:1807.03039, section 3.1).
+
+    Example:
+        >>> import torch, genfast
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> y, logdet = genfast.ops.actnorm(x, torch.full((3,), 2.0), torch.zeros(3))
+    """
+    result: tuple[Tensor, Tensor] = OP(x, scale, bias, log_scale, inverse)
+    return result

@@ -1,0 +1,288 @@
+"""ops.affine_coupling: y_a = s(r) x_a + t with its log-determinant, in one pass each way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from ..reference.affine_coupling import LAYOUTS, SCALES
+from . import _check
+from ._layout import memory_format, strides
+
+_NAME = "affine_coupling"
+_SCALE_CODE = {name: code for code, name in enumerate(SCALES)}
+
+
+def _offsets(layout: str, width: int) -> tuple[int, int, int]:
+    """Channel of r_0, channel of t_0, and the step between channels, in ``params``."""
+    step = 2 if layout.endswith("interleaved") else 1
+    second = 1 if step == 2 else width
+    return (0, second, step) if layout.startswith("scale") else (second, 0, step)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _check_forward(
+    x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str, *_: Any
+) -> None:
+    if not (x.is_floating_point() and params.is_floating_point() and x.device == params.device):
+        _check.floating(_NAME, x=x, params=params)
+    if scale not in _SCALE_CODE:
+        _check.choice(_NAME, "scale", scale, SCALES)
+    if layout not in LAYOUTS:
+        _check.choice(_NAME, "layout", layout, LAYOUTS)
+    xs, ps = x.shape, params.shape
+    if len(xs) < 2:
+        raise ValueError(f"{_NAME}: x has shape {tuple(xs)}, expected (N, C, ...)")
+    per_channel = 1 if scale == "additive" else 2
+    width = ps[1] // per_channel if len(ps) > 1 else 0
+    if len(ps) != len(xs) or ps[0] != xs[0] or ps[2:] != xs[2:] or ps[1] % per_channel or not 0 < width <= xs[1]:
+        form = f"(N, {'' if per_channel == 1 else 2}C', ...)"
+        raise ValueError(
+            f"{_NAME}: params has shape {tuple(ps)} and x {tuple(xs)}; expected params {form} with x's batch and "
+            f"positions and 1 <= C' <= {xs[1]}"
+        )
+    if alpha is not None:
+        _check.floating(_NAME, x=x, alpha=alpha)
+        if scale != "tanh":
+            raise ValueError(f'{_NAME}: alpha goes with scale="tanh", not with scale={scale!r}')
+        if alpha.dim() != 1 or alpha.shape[0] not in (1, width):
+            raise ValueError(f"{_NAME}: alpha has shape {tuple(alpha.shape)}, expected (1,) or ({width},)")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{_NAME}: mask has dtype {mask.dtype}, expected torch.bool (True: passed through)")
+        if mask.device != x.device:
+            raise ValueError(f"{_NAME}: mask is on {mask.device} and x on {x.device}; move both to one device")
+        if width != xs[1]:
+            raise ValueError(
+                f"{_NAME}: with a mask params transforms every channel: expected C'={xs[1]}, got C'={width}"
+            )
+        ms = mask.shape
+        if len(ms) != len(xs) - 1 or any(m not in (1, s) for m, s in zip(ms, xs[1:])):
+            raise ValueError(
+                f"{_NAME}: mask has shape {tuple(ms)}, expected one that broadcasts to {tuple(xs[1:])} "
+                "(x without its batch axis)"
+            )
+
+
+def _fake(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=memory_format(x))
+    return y, x.new_empty((x.shape[0],), dtype=_accumulator(x.dtype))
+
+
+def _fake_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = memory_format(kept)
+    dx = torch.empty_like(kept, memory_format=form)
+    dparams = torch.empty_like(params, memory_format=form)
+    return dx, dparams, kept.new_empty(0 if alpha is None else alpha.shape[0])
+
+
+def _mask_bytes(mask: Tensor | None, x: Tensor, form: torch.memory_format) -> Tensor | None:
+    """The mask over (C, S) in x's own order, one byte each."""
+    if mask is None:
+        return None
+    full = mask.expand(x.shape[1:])
+    return full.contiguous() if form is torch.contiguous_format else full.movedim(0, -1).contiguous()
+
+
+def _cpu(
+    x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str,
+    last: bool, inverse: bool, keep_output: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    form = memory_format(x)
+    y = torch.empty_like(x, memory_format=form)
+    logdet = x.new_empty((x.shape[0],))
+    if not x.numel():
+        return y, logdet.zero_()
+    if params.dtype is not x.dtype:
+        params = params.to(x.dtype)
+    x, xn, xc, xs = strides(x, form)
+    params, pn, pc, ps = strides(params, form)
+    if alpha is not None:
+        alpha = alpha.to(x.dtype).expand(params.shape[1] // 2).contiguous()
+    bytes_ = _mask_bytes(mask, x, form)
+    n, c = x.shape[0], x.shape[1]
+    width = params.shape[1] if scale == "additive" else params.shape[1] // 2
+    _cpu_module().affine_coupling(
+        x.dtype is torch.float64, x.data_ptr(), xn, xc, xs, params.data_ptr(), pn, pc, ps, y.data_ptr(),
+        logdet.data_ptr(), 0 if alpha is None else alpha.data_ptr(), 0 if bytes_ is None else bytes_.data_ptr(),
+        n, c, x.numel() // (n * c), width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, logdet
+
+
+def _cpu_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
+    mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    form = memory_format(kept)
+    dx = torch.empty_like(kept, memory_format=form)
+    dparams = torch.empty_like(params, memory_format=form)
+    dalpha = kept.new_zeros(0 if alpha is None else alpha.shape[0])
+    if not kept.numel():
+        return dx, dparams, dalpha
+    dtype = kept.dtype
+    grad_y = torch.zeros_like(kept) if grad_y is None else grad_y.to(dtype)
+    grad_logdet = kept.new_zeros(kept.shape[0]) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
+    narrow = dparams if params.dtype is dtype else torch.empty_like(dparams, dtype=dtype)
+    params = params.to(dtype)
+    kept, kn, kc, ks = strides(kept, form)
+    params, pn, pc, ps = strides(params, form)
+    grad_y, gn, gc, gs = strides(grad_y, form)
+    n, c = kept.shape[0], kept.shape[1]
+    width = params.shape[1] if scale == "additive" else params.shape[1] // 2
+    full = None if alpha is None else alpha.to(dtype).expand(width).contiguous()
+    partial = None if alpha is None else kept.new_empty((n, width))  # reduced below, in a fixed order
+    bytes_ = _mask_bytes(mask, kept, form)
+    _cpu_module().affine_coupling_backward(
+        dtype is torch.float64, grad_y.data_ptr(), gn, gc, gs, grad_logdet.data_ptr(), kept.data_ptr(), kn, kc, ks,
+        params.data_ptr(), pn, pc, ps, dx.data_ptr(), narrow.data_ptr(), 0 if full is None else full.data_ptr(),
+        0 if partial is None else partial.data_ptr(), 0 if bytes_ is None else bytes_.data_ptr(),
+        n, c, kept.numel() // (n * c), width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse,
+        keep_output, torch.get_num_threads(),
+    )  # fmt: skip
+    if narrow is not dparams:
+        dparams.copy_(narrow)
+    if partial is not None and alpha is not None:
+        total = partial.sum(0)
+        dalpha = (total if alpha.shape[0] == width else total.sum().reshape(1)).to(alpha.dtype)
+    return dx, dparams, dalpha
+
+
+def _cpu_module() -> Any:
+    return _backend.extension("_cpu")[0]
+
+
+def _triton(*args: Any) -> Any:
+    from ..kernels import affine_coupling as kernel
+
+    return kernel.affine_coupling(*args)
+
+
+def _triton_backward(*args: Any) -> Any:
+    from ..kernels import affine_coupling as kernel
+
+    return kernel.affine_coupling_backward(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, params, alpha, mask, *ctx.options = inputs
+    keep_output = inputs[-1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0] if keep_output else x, params, alpha, mask)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
+    kept, params, alpha, mask = ctx.saved_tensors
+    if grad_y is None and grad_logdet is None:
+        return (None,) * 9
+    dx, dparams, dalpha = _OP_BACKWARD(grad_y, grad_logdet, kept, params, alpha, mask, *ctx.options)
+    return (dx, dparams, None if alpha is None else dalpha, *(None,) * 6)
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    for scale in SCALES:
+        k = 1 if scale == "additive" else 2
+        alpha = rand(3) if scale == "tanh" else None
+        for inverse in (False, True):
+            for keep in (False, True):
+                label = f"{scale}{' inverse' if inverse else ''} keep {'output' if keep else 'input'}"
+                args = (rand(3, 6, 5, 7), rand(3, 3 * k, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep)
+                yield Sample(label, args)
+    board = (torch.arange(5)[:, None] + torch.arange(7)) % 2 == 0
+    yield Sample("exp checkerboard", (rand(3, 4, 5, 7), rand(3, 8, 5, 7), None, board[None], "exp", LAYOUTS[2], False, False, False))
+    yield Sample("sigmoid vectors", (rand(9, 5), rand(9, 4), None, None, "sigmoid", LAYOUTS[3], True, False, True))
+
+
+_OP_BACKWARD = Op(
+    "affine_coupling_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor kept, Tensor params, Tensor? alpha, "
+    "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output) -> (Tensor, Tensor, Tensor)",
+    reference=reference.affine_coupling_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward, "triton": _triton_backward},
+)
+
+OP = Op(
+    "affine_coupling(Tensor x, Tensor params, Tensor? alpha, Tensor? mask, str scale, str layout, bool last, "
+    "bool inverse, bool keep_output) -> (Tensor, Tensor)",
+    reference=reference.affine_coupling,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def affine_coupling(
+    x: Tensor,
+    params: Tensor,
+    *,
+    scale: Literal["exp", "sigmoid", "tanh", "softclamp", "additive"] = "exp",
+    mask: Tensor | None = None,
+    inverse: bool = False,
+    alpha: Tensor | float | None = None,
+    layout: Literal["scale_shift", "shift_scale", "scale_shift_interleaved", "shift_scale_interleaved"] = "scale_shift",
+    transform: Literal["first", "last"] = "first",
+    keep: Literal["input", "output"] = "input",
+) -> tuple[Tensor, Tensor]:
+    """Affine coupling with its log-determinant: y_a = s(r) x_a + t, y_b = x_b, in one pass.
+
+    Args:
+        x: (N, C, ...) floating point; NCHW, channels_last or vectors (N, C).
+        params: (N, 2C', ...) as the conditioner network emits them, or (N, C', ...) for
+            ``scale="additive"``; C' <= C channels are transformed, and C' = C with a mask.
+        scale: the scale map s(r): "exp" e^r (RealNVP), "sigmoid" sigmoid(r + 2) (Glow), "tanh"
+            e^(alpha tanh r), "softclamp" log s = r / (1 + |r| / log 1000), "additive" s = 1 (NICE).
+        mask: boolean, broadcastable to x.shape[1:]; True is passed through unchanged (RealNVP's b),
+            and the parameters there are ignored whatever they hold.
+        inverse: computes x_a = (y_a - t) / s and the negated log-determinant.
+        alpha: for "tanh" only: a float, or a tensor (1,) or (C',), which may be learned.
+        layout: where r ("scale") and t ("shift") stand among the channels of ``params``.
+        transform: whether the "first" or the "last" C' channels are x_a.
+        keep: what the backward recomputes from. "input" costs no memory when the conditioner keeps
+            x anyway (a view of it), "output" when the next layer keeps y. Nothing else is saved
+            but ``params``.
+
+    Returns:
+        (y, logdet): y like x; logdet (N,), sum of log s, in float32 for half-precision x.
+
+    A non-finite parameter at a transformed position gives a non-finite y and logdet for that sample
+    alone; e^r that overflows gives infinity, as in eager PyTorch.
+
+    Raises:
+        TypeError: integer x or params, or a mask that is not boolean.
+        ValueError: shapes, devices or options that do not fit; the message names the argument.
+
+    Source: NICE (arXiv:1410.8516, section 3.2), RealNVP (arXiv:1605.08803, equations 6 to 9), Glow
+    (arXiv:1807.03039, table 1).
+
+    Example:
+        >>> import torch, genfast
+        >>> x, params = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+        >>> y, logdet = genfast.ops.affine_coupling(x, params, scale="sigmoid")
+    """
+    if transform != "first":
+        _check.choice(_NAME, "transform", transform, ("first", "last"))
+    if keep != "input":
+        _check.choice(_NAME, "keep", keep, ("input", "output"))
+    if alpha is not None and not isinstance(alpha, Tensor):
+        alpha = torch.tensor([float(alpha)], dtype=_accumulator(x.dtype), device=x.device)
+    result: tuple[Tensor, Tensor] = OP(
+        x, params, alpha, mask, scale, layout, transform == "last", inverse, keep == "output"
+    )
+    return result

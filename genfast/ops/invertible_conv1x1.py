@@ -1,0 +1,445 @@
+"""ops.invertible_conv1x1 and the fused step ops.actnorm_conv1x1: y = W (s x + b) per position, one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from . import _check
+from ._layout import memory_format, strides
+from .actnorm import check_channels
+
+
+class PLU(NamedTuple):
+    """W = P L (U + diag(sign e^log_s)), Glow's equation 10; only the strict triangles are read.
+
+    perm (C,) int64: row i of P M is row perm[i] of M. lower, upper (C, C). sign_s, log_s (C,).
+    """
+
+    perm: Tensor
+    lower: Tensor
+    upper: Tensor
+    sign_s: Tensor
+    log_s: Tensor
+
+
+# ---- channel_mix: the product over positions ----
+
+
+def _check_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> None:
+    op = "invertible_conv1x1"
+    _check.floating(op, x=x, x_b=x_b, weight=weight, bias=bias)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, ...)")
+    channels = x.shape[1]
+    if x_b is not None:
+        if x_b.dim() != x.dim() or x_b.shape[0] != x.shape[0] or x_b.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"{op}: the second half of x has shape {tuple(x_b.shape)}, the first {tuple(x.shape)}; expected the "
+                "same batch and positions"
+            )
+        if x_b.dtype != x.dtype:
+            raise TypeError(f"{op}: the halves of x have dtypes {x.dtype} and {x_b.dtype}, expected one")
+        channels += x_b.shape[1]
+    _check.shape(op, "weight", weight, (channels, channels), "square in the channels of x")
+    if bias is not None:
+        _check.shape(op, "bias", bias, (channels,), "one per channel")
+    if not 0 < split <= channels:
+        raise ValueError(f"{op}: split={split}, expected 1 to {channels}")
+
+
+def _halves(x: Tensor, channels: int, split: int) -> tuple[Tensor, Tensor]:
+    form = memory_format(x)
+    n, rest = x.shape[0], x.shape[2:]
+    y = torch.empty((n, split, *rest), dtype=x.dtype, device=x.device, memory_format=form)
+    return y, torch.empty((n, channels - split, *rest), dtype=x.dtype, device=x.device, memory_format=form)
+
+
+def _fake_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> tuple[Tensor, Tensor]:
+    return _halves(x, weight.shape[0], split)
+
+
+def _fake_mix_backward(
+    grad_y: Tensor | None, grad_y_b: Tensor | None, x: Tensor, x_b: Tensor | None, weight: Tensor, split: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dx_b = _halves(x, weight.shape[0], x.shape[1])
+    return dx, dx_b, torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+def _cpu_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> tuple[Tensor, Tensor]:
+    form = memory_format(x)
+    channels = weight.shape[0]
+    y, y_b = _halves(x, channels, split)
+    weight = weight.to(x.dtype).contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    first, size = x.shape[1], reference.positions(x)
+    x, xn, xc, xs = strides(x, form)
+    x_b, bn, bc, bs = (x, 0, 0, 0) if x_b is None else strides(x_b, form)
+    _cpu_module().channel_mix(
+        x.dtype is torch.float64, x.data_ptr(), xn, xc, xs, first, x_b.data_ptr(), bn, bc, bs, weight.data_ptr(), False,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), y_b.data_ptr(), x.shape[0], channels, size, split,
+        form is not torch.contiguous_format, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, y_b
+
+
+def _cpu_mix_backward(
+    grad_y: Tensor | None, grad_y_b: Tensor | None, x: Tensor, x_b: Tensor | None, weight: Tensor, split: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    form = memory_format(x)
+    dtype, channels, first = x.dtype, weight.shape[0], x.shape[1]
+    n, rest, size = x.shape[0], x.shape[2:], reference.positions(x)
+    dx, dx_b = _halves(x, channels, first)
+    dweight, dbias = torch.empty_like(weight, dtype=dtype), weight.new_empty(channels, dtype=dtype)
+    w = weight.to(dtype).contiguous()
+    d_a = x.new_zeros((n, split, *rest)) if grad_y is None else grad_y.to(dtype)
+    d_b = x.new_zeros((n, channels - split, *rest)) if grad_y_b is None else grad_y_b.to(dtype)
+    d_a, an, ac, as_ = strides(d_a, form)
+    d_b, bn, bc, bs = strides(d_b, form)
+    x, xn, xc, xs = strides(x, form)
+    x_b, yn, yc, ys = (x, 0, 0, 0) if x_b is None else strides(x_b, form)
+    last, threads = form is not torch.contiguous_format, torch.get_num_threads()
+    _cpu_module().channel_mix(
+        dtype is torch.float64, d_a.data_ptr(), an, ac, as_, split, d_b.data_ptr(), bn, bc, bs, w.data_ptr(), True, 0,
+        dx.data_ptr(), dx_b.data_ptr(), n, channels, size, first, last, threads,
+    )  # fmt: skip
+    _cpu_module().channel_mix_weight_grad(
+        dtype is torch.float64, d_a.data_ptr(), an, ac, as_, split, d_b.data_ptr(), bn, bc, bs, x.data_ptr(), xn, xc, xs,
+        first, x_b.data_ptr(), yn, yc, ys, dweight.data_ptr(), dbias.data_ptr(), n, channels, size, last, threads,
+    )  # fmt: skip
+    return dx, dx_b, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _cpu_module() -> Any:
+    return _backend.extension("_cpu")[0]
+
+
+def _triton_mix(*args: Any) -> Any:
+    from ..kernels import invertible_conv1x1 as kernel
+
+    return kernel.channel_mix(*args)
+
+
+def _triton_mix_backward(*args: Any) -> Any:
+    from ..kernels import invertible_conv1x1 as kernel
+
+    return kernel.channel_mix_backward(*args)
+
+
+def _setup_mix(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, x_b, weight, bias, ctx.split = inputs
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, x_b, weight)
+
+
+def _mix_backward(ctx: Any, grad_y: Tensor | None, grad_y_b: Tensor | None) -> tuple[Any, ...]:
+    x, x_b, weight = ctx.saved_tensors
+    if grad_y is None and grad_y_b is None:
+        return (None,) * 5
+    dx, dx_b, dweight, dbias = MIX_BACKWARD(grad_y, grad_y_b, x, x_b, weight, ctx.split)
+    return dx, None if x_b is None else dx_b, dweight, dbias if ctx.has_bias else None, None
+
+
+def _mix_samples(generator: torch.Generator) -> Iterator[Sample]:
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    yield Sample("12 channels", (rand(3, 12, 5, 7), None, rand(12, 12), None, 12))
+    yield Sample("fused bias and split", (rand(3, 5, 5, 7), rand(3, 6, 5, 7), rand(11, 11), rand(11), 4))
+    yield Sample("48 channels, vectors", (rand(9, 48), None, rand(48, 48), rand(48), 24))
+
+
+MIX_BACKWARD = Op(
+    "channel_mix_backward(Tensor? grad_y, Tensor? grad_y_b, Tensor x, Tensor? x_b, Tensor weight, int split) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.channel_mix_backward,
+    fake=_fake_mix_backward,
+    kernels={"cpu": _cpu_mix_backward, "triton": _triton_mix_backward},
+)
+
+MIX = Op(
+    "channel_mix(Tensor x, Tensor? x_b, Tensor weight, Tensor? bias, int split) -> (Tensor, Tensor)",
+    reference=reference.channel_mix,
+    check=_check_mix,
+    fake=_fake_mix,
+    kernels={"cpu": _cpu_mix, "triton": _triton_mix},
+    setup_context=_setup_mix,
+    backward=_mix_backward,
+    samples=_mix_samples,
+)
+
+
+# ---- plu_weight: the C x C matrix, its folded activation norm and the log-determinant ----
+
+
+def _check_plu(
+    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
+    bias: Tensor | None, *_: Any,
+) -> None:  # fmt: skip
+    op = "invertible_conv1x1"
+    _check.floating(op, lower=lower, upper=upper, sign_s=sign_s, log_s=log_s, scale=scale, bias=bias)
+    c = log_s.shape[0] if log_s.dim() == 1 else 0
+    if not c:
+        raise ValueError(f"{op}: log_s has shape {tuple(log_s.shape)}, expected (C,) with C >= 1")
+    for name, matrix in (("lower", lower), ("upper", upper)):
+        _check.shape(op, name, matrix, (c, c))
+    for name, vector in (("perm", perm), ("sign_s", sign_s), ("scale", scale), ("bias", bias)):
+        if vector is not None:
+            _check.shape(op, name, vector, (c,))
+    if perm.dtype != torch.int64:
+        raise TypeError(f"{op}: perm has dtype {perm.dtype}, expected torch.int64")
+    if any(t is not None and t.dtype != log_s.dtype for t in (lower, upper, sign_s, scale, bias)):
+        raise TypeError(f"{op}: lower, upper, sign_s, log_s, scale and bias need one dtype, that of log_s ({log_s.dtype})")
+
+
+def _fake_plu(
+    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
+    bias: Tensor | None, log_scale: bool, batch: int, positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(lower), torch.empty_like(log_s), log_s.new_empty((batch,))
+
+
+def _cpu_plu(
+    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
+    bias: Tensor | None, log_scale: bool, batch: int, positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weight, folded = torch.empty_like(lower), torch.empty_like(log_s)
+    logdet = log_s.new_empty((batch,))
+    tensors = [t if t is None else t.contiguous() for t in (perm, lower, upper, sign_s, log_s, scale, bias)]
+    _cpu_module().plu_weight(
+        log_s.dtype is torch.float64, *(0 if t is None else t.data_ptr() for t in tensors), weight.data_ptr(),
+        folded.data_ptr(), logdet.data_ptr(), log_s.shape[0], log_scale, batch, positions,
+    )  # fmt: skip
+    return weight, folded, logdet
+
+
+def _fake_plu_backward(
+    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
+    upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
+    batch: int, positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    empty = log_s.new_empty(0)
+    return (
+        torch.empty_like(lower),
+        torch.empty_like(upper),
+        torch.empty_like(log_s),
+        empty if scale is None else torch.empty_like(scale),
+        empty.clone() if bias is None else torch.empty_like(bias),
+    )
+
+
+def _cpu_plu_backward(
+    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
+    upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
+    batch: int, positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _fake_plu_backward(
+        grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
+    )  # fmt: skip
+    inputs = [
+        t if t is None else t.contiguous()
+        for t in (grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
+    ]
+    _cpu_module().plu_weight_backward(
+        log_s.dtype is torch.float64, *(0 if t is None else t.data_ptr() for t in inputs),
+        *(t.data_ptr() for t in outputs), log_s.shape[0], log_scale, batch, positions,
+    )  # fmt: skip
+    return outputs
+
+
+def _setup_plu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.log_scale, ctx.batch, ctx.positions = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _plu_backward(
+    ctx: Any, grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None
+) -> tuple[Any, ...]:
+    *_, scale, bias = ctx.saved_tensors
+    dlower, dupper, dlog_s, dscale, dbias = PLU_BACKWARD(
+        grad_weight, grad_folded, grad_logdet, *ctx.saved_tensors, ctx.log_scale, ctx.batch, ctx.positions
+    )
+    return (
+        None, dlower, dupper, None, dlog_s, None if scale is None else dscale, None if bias is None else dbias,
+        None, None, None,
+    )  # fmt: skip
+
+
+def _plu_samples(generator: torch.Generator) -> Iterator[Sample]:
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    for c in (1, 7, 24):
+        perm = torch.randperm(c, generator=generator)
+        factors = (perm, rand(c, c), rand(c, c), rand(c).sign(), 0.3 * rand(c))
+        yield Sample(f"{c} channels", (*factors, None, None, False, 5, 12), constant=(3,))
+        yield Sample(f"{c} channels, actnorm", (*factors, rand(c), rand(c), True, 5, 12), constant=(3,))
+        yield Sample(f"{c} channels, actnorm scale", (*factors, rand(c) + 3, rand(c), False, 5, 12), constant=(3,))
+
+
+_PLU_ARGUMENTS = (
+    "Tensor perm, Tensor lower, Tensor upper, Tensor sign_s, Tensor log_s, Tensor? scale, Tensor? bias, "
+    "bool log_scale, SymInt batch, SymInt positions"
+)
+
+PLU_BACKWARD = Op(
+    f"plu_weight_backward(Tensor? grad_weight, Tensor? grad_folded, Tensor? grad_logdet, {_PLU_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.plu_weight_backward,
+    fake=_fake_plu_backward,
+    kernels={"cpu": _cpu_plu_backward},
+)
+
+PLU_WEIGHT = Op(
+    f"plu_weight({_PLU_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    reference=reference.plu_weight,
+    check=_check_plu,
+    fake=_fake_plu,
+    kernels={"cpu": _cpu_plu},
+    setup_context=_setup_plu,
+    backward=_plu_backward,
+    samples=_plu_samples,
+)
+
+
+# ---- the functional API ----
+
+
+def _determinant(op: str, weight: Tensor) -> Tensor:
+    _check.floating(op, weight=weight)
+    if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (C, C)")
+    wide = weight if weight.element_size() >= 4 else weight.float()
+    result: Tensor = torch.linalg.slogdet(wide)[1]
+    return result
+
+
+def _inverted(op: str, weight: Tensor | PLU) -> Tensor:
+    """W^-1 from its triangular factors, solved in float64: C is small, the positions are many."""
+    if isinstance(weight, PLU):
+        return reference.plu_inverse(*weight)
+    inverse, info = torch.linalg.inv_ex(weight.double())
+    if not torch.compiler.is_compiling() and weight.device.type == "cpu" and int(info):
+        raise ValueError(f"{op}: weight is singular (pivot {int(info)} of its LU factorisation is zero), so it has no inverse")
+    result: Tensor = inverse.to(weight.dtype)
+    return result
+
+
+def invertible_conv1x1(x: Tensor, weight: Tensor | PLU, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Invertible 1x1 convolution: y = W x at every position, logdet = H W log|det W|.
+
+    Args:
+        x: (N, C, ...) floating point; NCHW, channels_last or vectors (N, C).
+        weight: W (C, C), or its :class:`PLU` factors, whose log-determinant is a sum of C numbers.
+        inverse: computes x = W^-1 y, by triangular solves in float64, and the negated logdet.
+
+    Returns:
+        (y, logdet): y like x; logdet (N,), float32 for half-precision x.
+
+    A singular full weight gives logdet = -inf.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes that do not fit; a singular weight with
+            ``inverse`` (on the CPU; on a GPU the result is not finite, to avoid a synchronisation).
+
+    Source: Glow (arXiv:1807.03039, section 3.2).
+
+    Example:
+        >>> import torch, genfast
+        >>> x, w = torch.randn(2, 3, 8, 8), torch.linalg.qr(torch.randn(3, 3))[0]
+        >>> y, logdet = genfast.ops.invertible_conv1x1(x, w)
+    """
+    y, logdet = _mixed("invertible_conv1x1", x, None, None, None, weight, False, None, inverse)
+    assert isinstance(y, Tensor)
+    return y, logdet
+
+
+@overload
+def actnorm_conv1x1(
+    x: Tensor | tuple[Tensor, Tensor], scale: Tensor, bias: Tensor, weight: Tensor | PLU, *, log_scale: bool = False,
+    split: None = None, inverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def actnorm_conv1x1(
+    x: Tensor | tuple[Tensor, Tensor], scale: Tensor, bias: Tensor, weight: Tensor | PLU, *, log_scale: bool = False,
+    split: int, inverse: bool = False,
+) -> tuple[tuple[Tensor, Tensor], Tensor]: ...  # fmt: skip
+def actnorm_conv1x1(
+    x: Tensor | tuple[Tensor, Tensor],
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor | PLU,
+    *,
+    log_scale: bool = False,
+    split: int | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+    """Activation norm, invertible 1x1 convolution and channel split as one pass: y = W (s x + b).
+
+    The norm is folded into the C x C weight, so the data is read once and written once, already in
+    the two contiguous halves that a coupling layer wants; a pair may come in as well, so that a
+    chain of steps never concatenates.
+
+    Args:
+        x: (N, C, ...), or a pair of channel halves (N, C1, ...), (N, C - C1, ...).
+        scale, bias, log_scale: as in :func:`actnorm`.
+        weight: as in :func:`invertible_conv1x1`.
+        split: channels of the first half of the result; None returns one tensor.
+        inverse: computes x = (W^-1 y - b) / s and the negated log-determinant.
+
+    Returns:
+        (y, logdet), y a pair when ``split`` is given; logdet (N,).
+
+    Raises:
+        TypeError, ValueError: as its two parts.
+
+    Source: Glow (arXiv:1807.03039, sections 3.1 and 3.2).
+
+    Example:
+        >>> import torch, genfast
+        >>> x, w = torch.randn(2, 4, 8, 8), torch.linalg.qr(torch.randn(4, 4))[0]
+        >>> (a, b), logdet = genfast.ops.actnorm_conv1x1(x, torch.ones(4), torch.zeros(4), w, split=2)
+    """
+    first, second = (x, None) if isinstance(x, Tensor) else x
+    return _mixed("actnorm_conv1x1", first, second, scale, bias, weight, log_scale, split, inverse)
+
+
+def _mixed(
+    op: str, x: Tensor, x_b: Tensor | None, scale: Tensor | None, bias: Tensor | None, weight: Tensor | PLU,
+    log_scale: bool, split: int | None, inverse: bool,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:  # fmt: skip
+    _check.floating(op, x=x, x_b=x_b)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, ...)")
+    channels = x.shape[1] + (0 if x_b is None else x_b.shape[1])
+    batch, positions = x.shape[0], reference.positions(x)
+    if scale is not None and bias is not None:
+        check_channels(op, x, scale, bias, channels)
+    if isinstance(weight, PLU):
+        folded, shift, logdet = PLU_WEIGHT(*weight, scale, bias, log_scale, batch, positions)
+        offset = shift if bias is not None else None
+        if inverse:
+            logdet = -logdet
+    else:
+        unit = _determinant(op, weight)
+        folded, offset = weight, None
+        if scale is not None and bias is not None:
+            unit = unit + (scale if log_scale else scale.abs().log()).sum()
+            folded = weight * (scale.exp() if log_scale else scale)
+            offset = weight @ bias
+        logdet = (unit * (-positions if inverse else positions)).expand(batch)
+    if inverse:  # x = W^-1 y / s - b / s, again one product
+        folded, offset = _inverted(op, weight), None
+        if scale is not None and bias is not None:
+            s = scale.exp() if log_scale else scale
+            folded, offset = folded / s[:, None], -bias / s
+    y, y_b = MIX(x, x_b, folded, offset, channels if split is None else split)
+    return (y if split is None else (y, y_b)), logdet

@@ -1,0 +1,125 @@
+"""ops.squeeze and ops.unsqueeze: blocks of positions to channels and back, in both channel orders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from ..reference.squeeze import ORDERS
+from . import _check
+from ._layout import memory_format
+
+
+def _check_forward(x: Tensor, factor: int, order: str, inverse: bool) -> None:
+    op = "unsqueeze" if inverse else "squeeze"
+    _check.choice(op, "order", order, ORDERS)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, H, W)")
+    if factor < 1:
+        raise ValueError(f"{op}: factor={factor}, expected at least 1")
+    if inverse and x.shape[1] % (factor * factor):
+        raise ValueError(f"{op}: x has {x.shape[1]} channels, expected a multiple of factor^2 = {factor * factor}")
+    if not inverse and (x.shape[2] % factor or x.shape[3] % factor):
+        raise ValueError(f"{op}: x has {x.shape[2]}x{x.shape[3]} positions, expected multiples of factor={factor}")
+
+
+def _empty(x: Tensor, factor: int, inverse: bool) -> Tensor:
+    n, c, h, w = x.shape
+    f = factor
+    shape = (n, c // (f * f), h * f, w * f) if inverse else (n, c * f * f, h // f, w // f)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _fake(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
+    return _empty(x, factor, inverse)
+
+
+def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
+    y = _empty(x, factor, inverse)
+    form = memory_format(x)
+    x = x.contiguous(memory_format=form)
+    n, c, h, w = y.shape if inverse else x.shape
+    _backend.extension("_cpu")[0].squeeze(  # type: ignore[union-attr]
+        x.dtype is torch.float64, x.data_ptr(), y.data_ptr(), n, c, h, w, factor, order == "space_to_depth", inverse,
+        form is not torch.contiguous_format, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _triton(*args: Any) -> Any:
+    from ..kernels import squeeze as kernel
+
+    return kernel.squeeze(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.factor, ctx.order, ctx.inverse = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return OP(grad, ctx.factor, ctx.order, not ctx.inverse), None, None, None
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    x = torch.randn((2, 12, 6, 12), generator=generator, dtype=torch.float64)
+    for order in ORDERS:
+        for factor in (2, 3):
+            yield Sample(f"{order} by {factor}", (x, factor, order, False))
+        yield Sample(f"{order} by 2 inverse", (x, 2, order, True))
+
+
+OP = Op(
+    "squeeze(Tensor x, int factor, str order, bool inverse) -> Tensor",
+    reference=reference.squeeze,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def squeeze(
+    x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle"
+) -> Tensor:
+    """Moves f x f blocks of positions into channels: (N, C, H, W) to (N, f^2 C, H/f, W/f). Volume preserving.
+
+    Args:
+        x: (N, C, H, W); H and W multiples of ``factor``. The memory format is kept.
+        factor: f, at least 1.
+        order: where channel c of block offset (i, j) goes: "pixel_unshuffle" c f^2 + i f + j (PyTorch,
+            normflows) or "space_to_depth" (i f + j) C + c (RealNVP, TensorFlow).
+
+    Raises:
+        ValueError: a shape, factor or order that does not fit.
+
+    Source: RealNVP (arXiv:1605.08803, section 3.6).
+
+    Example:
+        >>> import torch, genfast
+        >>> genfast.ops.squeeze(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 12, 4, 4])
+    """
+    result: Tensor = OP(x, factor, order, False)
+    return result
+
+
+def unsqueeze(
+    x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle"
+) -> Tensor:
+    """The inverse of :func:`squeeze`: (N, f^2 C, H, W) to (N, C, f H, f W).
+
+    Example:
+        >>> import torch, genfast
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.equal(genfast.ops.unsqueeze(genfast.ops.squeeze(x)), x)
+        True
+    """
+    result: Tensor = OP(x, factor, order, True)
+    return result
