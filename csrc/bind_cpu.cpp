@@ -1,0 +1,214 @@
+// The pybind11 module genfast._cpu: raw pointers in, raw pointers out, the instruction set chosen once at import.
+// genfast/ops checks every argument before it calls here.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace genfast;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+enum class Isa { kBase, kV3, kV4 };
+
+// The best level this processor has, or the one GENFAST_CPU_ISA names if the processor has that.
+Isa detect() {
+#ifdef GENFAST_X86_LEVELS
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const char* asked = std::getenv("GENFAST_CPU_ISA");
+  if (v4 && (!asked || !std::strcmp(asked, "v4") || !*asked)) return Isa::kV4;
+  if (v3 && (!asked || std::strcmp(asked, "base"))) return Isa::kV3;
+#endif
+  return Isa::kBase;
+}
+
+const Isa isa = detect();
+
+const char* isa_name() {
+  switch (isa) {
+    case Isa::kV4: return "x86-64-v4 (AVX-512)";
+    case Isa::kV3: return "x86-64-v3 (AVX2)";
+    default: return "baseline";
+  }
+}
+
+#ifdef GENFAST_X86_LEVELS
+#define GENFAST_CALL(kernel, args)                 \
+  do {                                             \
+    py::gil_scoped_release release;                \
+    if (isa == Isa::kV4)                           \
+      v4::kernel(args);                            \
+    else if (isa == Isa::kV3)                      \
+      v3::kernel(args);                            \
+    else                                           \
+      base::kernel(args);                          \
+  } while (0)
+#else
+#define GENFAST_CALL(kernel, args)  \
+  do {                              \
+    py::gil_scoped_release release; \
+    base::kernel(args);             \
+  } while (0)
+#endif
+
+template <class T = void>
+T* ptr(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+View view(Address data, int64_t n, int64_t c, int64_t s) { return {ptr<>(data), n, c, s}; }
+
+void bind_affine_coupling(py::module_& m) {
+  m.def("affine_coupling", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, Address params, int64_t pn,
+                              int64_t pc, int64_t ps, Address y, Address logdet, Address alpha, Address mask, int64_t n,
+                              int64_t c, int64_t s, int64_t width, int64_t r_offset, int64_t t_offset, int64_t step, int scale,
+                              bool last, bool inverse, bool channels_last, int threads) {
+    AffineCouplingArgs a{};
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.params = view(params, pn, pc, ps);
+    a.y = ptr<>(y);
+    a.logdet = ptr<>(logdet);
+    a.alpha = ptr<>(alpha);
+    a.mask = ptr<const uint8_t>(mask);
+    a.n = n, a.c = c, a.s = s, a.width = width, a.r_offset = r_offset, a.t_offset = t_offset, a.step = step;
+    a.scale = scale, a.last = last, a.inverse = inverse, a.channels_last = channels_last, a.threads = threads;
+    GENFAST_CALL(affine_coupling, a);
+  });
+  m.def("affine_coupling_backward",
+        [](bool is_double, Address grad_y, int64_t gn, int64_t gc, int64_t gs, Address grad_logdet, Address kept, int64_t kn,
+           int64_t kc, int64_t ks, Address params, int64_t pn, int64_t pc, int64_t ps, Address dx, Address dparams,
+           Address alpha, Address dalpha, Address mask, int64_t n, int64_t c, int64_t s, int64_t width, int64_t r_offset,
+           int64_t t_offset, int64_t step, int scale, bool last, bool inverse, bool keep_output, bool channels_last,
+           int threads) {
+          AffineCouplingArgs a{};
+          a.is_double = is_double;
+          a.x = view(kept, kn, kc, ks);
+          a.grad_y = view(grad_y, gn, gc, gs);
+          a.params = view(params, pn, pc, ps);
+          a.y = ptr<>(dx);
+          a.params_out = ptr<>(dparams);
+          a.grad_logdet = ptr<>(grad_logdet);
+          a.alpha = ptr<>(alpha);
+          a.grad_alpha = ptr<>(dalpha);
+          a.mask = ptr<const uint8_t>(mask);
+          a.n = n, a.c = c, a.s = s, a.width = width, a.r_offset = r_offset, a.t_offset = t_offset, a.step = step;
+          a.scale = scale, a.last = last, a.inverse = inverse, a.keep_output = keep_output;
+          a.channels_last = channels_last, a.threads = threads;
+          GENFAST_CALL(affine_coupling_backward, a);
+        });
+}
+
+void bind_actnorm(py::module_& m) {
+  m.def("actnorm", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, Address scale, Address bias, Address y,
+                      Address logdet, int64_t n, int64_t c, int64_t s, bool channels_last, bool log_scale, bool inverse,
+                      int threads) {
+    ActNormArgs a{};
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.scale = ptr<>(scale), a.bias = ptr<>(bias), a.y = ptr<>(y), a.logdet = ptr<>(logdet);
+    a.n = n, a.c = c, a.s = s, a.channels_last = channels_last, a.log_scale = log_scale, a.inverse = inverse;
+    a.threads = threads;
+    GENFAST_CALL(actnorm, a);
+  });
+  m.def("actnorm_backward", [](bool is_double, Address grad_y, int64_t gn, int64_t gc, int64_t gs, Address grad_logdet,
+                               Address x, int64_t xn, int64_t xc, int64_t xs, Address scale, Address bias, Address dx,
+                               Address ds, Address db, int64_t n, int64_t c, int64_t s, bool channels_last, bool log_scale,
+                               bool inverse, int threads) {
+    ActNormArgs a{};
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.grad_y = view(grad_y, gn, gc, gs);
+    a.grad_logdet = ptr<>(grad_logdet), a.scale = ptr<>(scale), a.bias = ptr<>(bias), a.y = ptr<>(dx);
+    a.grad_scale = ptr<>(ds), a.grad_bias = ptr<>(db);
+    a.n = n, a.c = c, a.s = s, a.channels_last = channels_last, a.log_scale = log_scale, a.inverse = inverse;
+    a.threads = threads;
+    GENFAST_CALL(actnorm_backward, a);
+  });
+}
+
+void bind_invertible_conv1x1(py::module_& m) {
+  m.def("channel_mix", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, int64_t first, Address x_b, int64_t bn,
+                          int64_t bc, int64_t bs, Address weight, bool transposed, Address bias, Address y, Address y_b,
+                          int64_t n, int64_t c, int64_t s, int64_t split, bool channels_last, int threads) {
+    ChannelMixArgs a{};
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.x_b = view(x_b, bn, bc, bs);
+    a.first = first, a.split = split;
+    a.weight = ptr<>(weight), a.bias = ptr<>(bias), a.transposed = transposed;
+    a.y = ptr<>(y), a.y_b = ptr<>(y_b);
+    a.n = n, a.c = c, a.s = s, a.channels_last = channels_last, a.threads = threads;
+    GENFAST_CALL(channel_mix, a);
+  });
+  m.def("channel_mix_weight_grad",
+        [](bool is_double, Address d, int64_t dn, int64_t dc, int64_t ds, int64_t split, Address d_b, int64_t en, int64_t ec,
+           int64_t es, Address x, int64_t xn, int64_t xc, int64_t xs, int64_t first, Address x_b, int64_t bn, int64_t bc,
+           int64_t bs, Address grad_weight, Address grad_bias, int64_t n, int64_t c, int64_t s, bool channels_last,
+           int threads) {
+          ChannelMixArgs a{};
+          a.is_double = is_double;
+          a.grad = view(d, dn, dc, ds);
+          a.grad_b = view(d_b, en, ec, es);
+          a.x = view(x, xn, xc, xs);
+          a.x_b = view(x_b, bn, bc, bs);
+          a.first = first, a.split = split;
+          a.grad_weight = ptr<>(grad_weight), a.grad_bias = ptr<>(grad_bias);
+          a.n = n, a.c = c, a.s = s, a.channels_last = channels_last, a.threads = threads;
+          GENFAST_CALL(channel_mix_weight_grad, a);
+        });
+  m.def("plu_weight", [](bool is_double, Address perm, Address lower, Address upper, Address sign_s, Address log_s,
+                         Address scale, Address bias, Address weight, Address folded, Address logdet, int64_t c, bool log_scale,
+                         int64_t batch, int64_t positions) {
+    PluArgs a{};
+    a.is_double = is_double, a.log_scale = log_scale;
+    a.perm = ptr<const int64_t>(perm), a.lower = ptr<>(lower), a.upper = ptr<>(upper), a.sign_s = ptr<>(sign_s);
+    a.log_s = ptr<>(log_s), a.scale = ptr<>(scale), a.bias = ptr<>(bias);
+    a.weight = ptr<>(weight), a.folded = ptr<>(folded), a.logdet = ptr<>(logdet);
+    a.c = c, a.batch = batch, a.positions = positions;
+    GENFAST_CALL(plu_weight, a);
+  });
+  m.def("plu_weight_backward",
+        [](bool is_double, Address grad_weight, Address grad_folded, Address grad_logdet, Address perm, Address lower,
+           Address upper, Address sign_s, Address log_s, Address scale, Address bias, Address grad_lower, Address grad_upper,
+           Address grad_log_s, Address grad_scale, Address grad_bias, int64_t c, bool log_scale, int64_t batch,
+           int64_t positions) {
+          PluArgs a{};
+          a.is_double = is_double, a.log_scale = log_scale;
+          a.grad_weight = ptr<>(grad_weight), a.grad_folded = ptr<>(grad_folded), a.grad_logdet = ptr<>(grad_logdet);
+          a.perm = ptr<const int64_t>(perm), a.lower = ptr<>(lower), a.upper = ptr<>(upper), a.sign_s = ptr<>(sign_s);
+          a.log_s = ptr<>(log_s), a.scale = ptr<>(scale), a.bias = ptr<>(bias);
+          a.grad_lower = ptr<>(grad_lower), a.grad_upper = ptr<>(grad_upper), a.grad_log_s = ptr<>(grad_log_s);
+          a.grad_scale = ptr<>(grad_scale), a.grad_bias = ptr<>(grad_bias);
+          a.c = c, a.batch = batch, a.positions = positions;
+          GENFAST_CALL(plu_weight_backward, a);
+        });
+}
+
+void bind_squeeze(py::module_& m) {
+  m.def("squeeze", [](bool is_double, Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int64_t factor,
+                      bool space_to_depth, bool inverse, bool channels_last, int threads) {
+    SqueezeArgs a{is_double, ptr<>(x), ptr<>(y), n, c, h, w, factor, space_to_depth, inverse, channels_last, threads};
+    GENFAST_CALL(squeeze, a);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "genfast's C++ kernels";
+  m.def("isa", &isa_name, "The instruction set in use; GENFAST_CPU_ISA=v4|v3|base asks for a lower one.");
+  bind_affine_coupling(m);
+  bind_actnorm(m);
+  bind_invertible_conv1x1(m);
+  bind_squeeze(m);
+}

@@ -1,0 +1,438 @@
+// Affine coupling with log-determinant (NICE 1410.8516 sec. 3.2, RealNVP 1605.08803 eq. 6-9, Glow 1807.03039 table 1).
+//
+//   forward  y_a = s(r) x_a + t, y_b = x_b, logdet[n] = sum log s;   inverse  x_a = (y_a - t) / s
+//   backward with l = log s, d = grad_y, g = grad_logdet:  dx = s d, dt = d, dr = l'(r) (s x d + g), s x = y - t
+//
+// x (N, C, S), params (N, 2C', S), logdet (N,). Everything from the conditioner's output to y and logdet is one pass:
+// split, scale map, product, shift, concatenation and reduction. Per transformed element the forward reads x, r, t and
+// writes y (16 bytes in float), the backward reads d, x, r and writes dx, dr, dt (24; 28 from the output, which needs t);
+// a passed element costs 8 each way. About 20 FLOPs per element (the exponential): bound by memory bandwidth.
+//
+// Walks along S (NCHW), along C (channels_last, packed into tiles of positions so that few channels fill the vectors), or
+// across samples (short vectors). Sums go to double every row; chunks do not depend on the thread count, so bits do not either.
+#include <stdlib.h>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace genfast {
+namespace GENFAST_ISA {
+namespace {
+
+enum Scale { kExp, kSigmoid, kTanh, kSoftclamp, kAdditive };
+constexpr int64_t kTile = 1024;         // elements in a packed tile
+constexpr int64_t kChunks = 64;         // a batch is cut into about this many pieces of work
+constexpr int64_t kSerial = 1 << 14;    // elements below which one thread is faster
+constexpr int64_t kFlush = 1 << 12;     // elements summed in T before they go to double
+
+template <class T>
+struct Row {  // n elements of one call to a row kernel
+  const T *x, *d, *r, *t;
+  const T *alpha, *g;  // per element, or null for the one value
+  T alpha_value, g_value;
+  const uint8_t* mask;
+  T *y, *dr, *dt, *dalpha, *logdet;  // dalpha and logdet: per element, or null
+};
+
+// log s, s (or 1/s for the inverse), d log s / dr and tanh r.
+template <class T, int kScale, bool kInverse>
+GENFAST_INLINE void scale_map(Vec<T> r, Vec<T> alpha, Vec<T>& l, Vec<T>& s, Vec<T>& slope, Vec<T>& th) {
+  const Vec<T> one = splat(T(1));
+  slope = one;
+  th = one;
+  if (kScale == kSigmoid) {
+    Vec<T> sig;
+    sigmoid<T>(r + T(2), sig, slope, l);
+    s = kInverse ? exp<T>(-l) : sig;
+    return;
+  }
+  if (kScale == kAdditive) {
+    l = Vec<T>{};
+    s = one;
+    return;
+  }
+  l = r;
+  if (kScale == kTanh) {
+    th = tanh<T>(r);
+    l = alpha * th;
+    slope = alpha * (one - th * th);
+  } else if (kScale == kSoftclamp) {
+    const Vec<T> q = one / (one + abs<T>(r) * T(1.0 / 6.907755278982137));  // log 1000
+    l = r * q;
+    slope = q * q;
+  }
+  s = exp<T>(kInverse ? -l : l);
+}
+
+template <class T, bool kPart>
+struct Lane {
+  static inline __attribute__((always_inline)) Vec<T> get(const T* p, int n) { return kPart ? load_part(p, n) : load(p); }
+  static inline __attribute__((always_inline)) void put(T* p, Vec<T> v, int n) {
+    if (kPart)
+      store_part(p, v, n);
+    else
+      store(p, v);
+  }
+};
+
+// Lanes that are computed: neither masked nor past the end.
+template <class T, bool kMasked, bool kPart>
+GENFAST_INLINE Mask<T> live_lanes(const uint8_t* mask, int n) {
+  Mask<T> live = ~Mask<T>{};
+  if (kPart) {
+    uint8_t b[lanes<T>()] = {};
+    for (int i = 0; i < n; ++i) b[i] = kMasked ? !mask[i] : 1;
+    live = load_mask<T>(b);
+  } else if (kMasked) {
+    live = ~load_mask<T>(mask);
+  }
+  return live;
+}
+
+template <class T, int kScale, bool kInverse, bool kMasked, bool kPart>
+GENFAST_INLINE Vec<T> forward_step(const Row<T>& a, int64_t i, int n) {
+  using L = Lane<T, kPart>;
+  constexpr bool kSelect = kMasked || kPart;
+  const Mask<T> live = live_lanes<T, kMasked, kPart>(a.mask + i, n);
+  const Vec<T> zero{}, x = L::get(a.x + i, n), t = L::get(a.t + i, n);
+  const Vec<T> r = kScale == kAdditive ? zero : L::get(a.r + i, n);
+  const Vec<T> alpha = kScale == kTanh && a.alpha ? L::get(a.alpha + i, n) : splat(a.alpha_value);
+  Vec<T> l, s, slope, th;
+  scale_map<T, kScale, kInverse>(r, alpha, l, s, slope, th);
+  Vec<T> y = kInverse ? (x - t) * s : s * x + t;
+  if (kSelect) {
+    y = live ? y : x;
+    l = live ? l : zero;
+  }
+  L::put(a.y + i, y, n);
+  l = kInverse ? -l : l;
+  if (a.logdet) L::put(a.logdet + i, L::get(a.logdet + i, n) + l, n);
+  return l;
+}
+
+// Returns the sum of the log-determinant over the row.
+template <class T, int kScale, bool kInverse, bool kMasked>
+double forward_row(const Row<T>& a, int64_t n) {
+  constexpr int w = lanes<T>();
+  double total = 0;
+  int64_t i = 0;
+  while (i + w <= n) {
+    const int64_t end = n - i > kFlush ? i + kFlush : n;
+    Vec<T> acc{};
+    for (; i + w <= end; i += w) acc += forward_step<T, kScale, kInverse, kMasked, false>(a, i, w);
+    total += sum<T>(acc);
+  }
+  if (i < n) total += sum<T>(forward_step<T, kScale, kInverse, kMasked, true>(a, i, int(n - i)));
+  return total;
+}
+
+template <class T, int kScale, bool kInverse, bool kOutput, bool kMasked, bool kPart>
+GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i, int n) {
+  using L = Lane<T, kPart>;
+  constexpr bool kSelect = kMasked || kPart;
+  const Mask<T> live = live_lanes<T, kMasked, kPart>(a.mask + i, n);
+  const Vec<T> zero{}, d = L::get(a.d + i, n);
+  const Vec<T> r = kScale == kAdditive ? zero : L::get(a.r + i, n);
+  const Vec<T> alpha = kScale == kTanh && a.alpha ? L::get(a.alpha + i, n) : splat(a.alpha_value);
+  Vec<T> l, s, slope, th;
+  scale_map<T, kScale, kInverse>(r, alpha, l, s, slope, th);
+  Vec<T> dx = s * d, dt = kInverse ? -dx : d, dl = zero;
+  if (kScale != kAdditive) {
+    constexpr bool kShift = kInverse != kOutput;  // the kept tensor stands on t's side of the affine map
+    const Vec<T> x = L::get(a.x + i, n), g = a.g ? L::get(a.g + i, n) : splat(a.g_value);
+    const Vec<T> centred = kShift ? x - L::get(a.t + i, n) : x;
+    if (kInverse)
+      dl = -((kOutput ? x : centred * s) * d + g);
+    else
+      dl = (kOutput ? centred : x * s) * d + g;
+  }
+  Vec<T> dr = dl * slope;
+  if (kSelect) {
+    dx = live ? dx : d;
+    dt = live ? dt : zero;
+    dr = live ? dr : zero;
+    dl = live ? dl : zero;
+  }
+  L::put(a.y + i, dx, n);
+  L::put(a.dt + i, dt, n);
+  if (kScale != kAdditive) L::put(a.dr + i, dr, n);
+  const Vec<T> da = dl * (kSelect ? (live ? th : zero) : th);
+  if (kScale == kTanh && a.dalpha) L::put(a.dalpha + i, da, n);
+  return da;
+}
+
+// Returns the sum of grad alpha over the row (tanh only).
+template <class T, int kScale, bool kInverse, bool kOutput, bool kMasked>
+double backward_row(const Row<T>& a, int64_t n) {
+  constexpr int w = lanes<T>();
+  double total = 0;
+  int64_t i = 0;
+  while (i + w <= n) {
+    const int64_t end = n - i > kFlush ? i + kFlush : n;
+    Vec<T> acc{};
+    for (; i + w <= end; i += w) {
+      const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked, false>(a, i, w);
+      if (kScale == kTanh) acc += da;
+    }
+    if (kScale == kTanh) total += sum<T>(acc);
+  }
+  if (i < n) {
+    const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked, true>(a, i, int(n - i));
+    if (kScale == kTanh) total += sum<T>(da);
+  }
+  return total;
+}
+
+template <class T>
+using RowKernel = double (*)(const Row<T>&, int64_t);
+
+template <class T, int kScale>
+RowKernel<T> pick_scale(const AffineCouplingArgs& a, bool backward) {
+  const bool m = a.mask != nullptr;
+  if (!backward) {
+    if (a.inverse) return m ? forward_row<T, kScale, true, true> : forward_row<T, kScale, true, false>;
+    return m ? forward_row<T, kScale, false, true> : forward_row<T, kScale, false, false>;
+  }
+  if (a.inverse) {
+    if (a.keep_output) return m ? backward_row<T, kScale, true, true, true> : backward_row<T, kScale, true, true, false>;
+    return m ? backward_row<T, kScale, true, false, true> : backward_row<T, kScale, true, false, false>;
+  }
+  if (a.keep_output) return m ? backward_row<T, kScale, false, true, true> : backward_row<T, kScale, false, true, false>;
+  return m ? backward_row<T, kScale, false, false, true> : backward_row<T, kScale, false, false, false>;
+}
+
+template <class T>
+RowKernel<T> pick(const AffineCouplingArgs& a, bool backward) {
+  switch (a.scale) {
+    case kExp: return pick_scale<T, kExp>(a, backward);
+    case kSigmoid: return pick_scale<T, kSigmoid>(a, backward);
+    case kTanh: return pick_scale<T, kTanh>(a, backward);
+    case kSoftclamp: return pick_scale<T, kSoftclamp>(a, backward);
+    default: return pick_scale<T, kAdditive>(a, backward);
+  }
+}
+
+template <class T>
+struct Problem {
+  const AffineCouplingArgs& a;
+  RowKernel<T> kernel;
+  bool backward;
+  int64_t first_moved, width_out;  // first transformed channel, channels of params
+  const T* at(const View& v, int64_t n, int64_t c, int64_t s) const {
+    return static_cast<const T*>(v.data) + n * v.n + c * v.c + s * v.s;
+  }
+  const View& source() const { return backward ? a.grad_y : a.x; }  // what passes through unchanged
+  T* y() const { return static_cast<T*>(a.y); }
+  T* grads() const { return static_cast<T*>(a.params_out); }
+  Row<T> row(int64_t n) const {
+    Row<T> row{};
+    row.alpha_value = T(1);
+    row.g_value = backward ? static_cast<const T*>(a.grad_logdet)[n] : T(0);
+    return row;
+  }
+};
+
+// Channels [from, to) of sample n, each a row of S positions.
+template <class T>
+double run_channels(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
+  const AffineCouplingArgs& a = p.a;
+  double total = 0;
+  for (int64_t c = from; c < to; ++c) {
+    const int64_t j = c - p.first_moved;
+    T* y = p.y() + (n * a.c + c) * a.s;
+    if (j < 0 || j >= a.width) {
+      memcpy(y, p.at(p.source(), n, c, 0), size_t(a.s) * sizeof(T));
+      continue;
+    }
+    const int64_t rc = a.r_offset + j * a.step, tc = a.t_offset + j * a.step;
+    Row<T> row = p.row(n);
+    row.x = p.at(a.x, n, c, 0);
+    row.y = y;
+    row.r = a.scale == kAdditive ? nullptr : p.at(a.params, n, rc, 0);
+    row.t = p.at(a.params, n, a.scale == kAdditive ? j : tc, 0);
+    if (a.mask) row.mask = a.mask + c * a.s;
+    if (a.alpha) row.alpha_value = static_cast<const T*>(a.alpha)[j];
+    if (p.backward) {
+      row.d = p.at(a.grad_y, n, c, 0);
+      row.dr = p.grads() + (n * p.width_out + rc) * a.s;
+      row.dt = p.grads() + (n * p.width_out + (a.scale == kAdditive ? j : tc)) * a.s;
+    }
+    const double value = p.kernel(row, a.s);
+    if (p.backward && a.grad_alpha) static_cast<T*>(a.grad_alpha)[n * a.width + j] = T(value);
+    total += value;
+  }
+  return total;
+}
+
+// `count` rows of `width` elements, `step` apart and `stride` between rows, as one flat run.
+template <class T>
+const T* pack(const T* from, int64_t count, int64_t width, int64_t step, int64_t stride, T* buffer) {
+  if (step == 1 && (stride == width || count == 1)) return from;
+  T* to = buffer;
+  for (int64_t p = 0; p < count; ++p, from += stride)
+    for (int64_t c = 0; c < width; ++c) *to++ = from[c * step];
+  return buffer;
+}
+
+template <class T>
+void unpack(const T* from, int64_t count, int64_t width, int64_t step, int64_t stride, T* to) {
+  for (int64_t p = 0; p < count; ++p, to += stride)
+    for (int64_t c = 0; c < width; ++c) to[c * step] = *from++;
+}
+
+// Positions [from, to) of sample n in channels_last order, packed into tiles.
+template <class T>
+double run_positions(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
+  const AffineCouplingArgs& a = p.a;
+  T xb[kTile], db[kTile], rb[kTile], tb[kTile], ab[kTile], yb[kTile], drb[kTile], dtb[kTile], dab[kTile];
+  const bool additive = a.scale == kAdditive, alpha_grad = p.backward && a.grad_alpha;
+  double total = 0;
+  if (alpha_grad)
+    for (int64_t c = 0; c < a.width; ++c) static_cast<T*>(a.grad_alpha)[n * a.width + c] = 0;
+  for (int64_t c0 = 0; c0 < a.width; c0 += kTile) {
+    const int64_t width = a.width - c0 < kTile ? a.width - c0 : kTile;
+    const int64_t rows = kTile / width;
+    const int64_t tc = additive ? c0 : a.t_offset + c0 * a.step, step = additive ? 1 : a.step;
+    const int64_t rc = a.r_offset + c0 * a.step, channel = p.first_moved + c0;
+    if (a.alpha)
+      for (int64_t q = 0; q < rows; ++q)
+        memcpy(ab + q * width, static_cast<const T*>(a.alpha) + c0, size_t(width) * sizeof(T));
+    for (int64_t s = from; s < to; s += rows) {
+      const int64_t count = to - s < rows ? to - s : rows;
+      Row<T> row = p.row(n);
+      row.x = pack(p.at(a.x, n, channel, s), count, width, 1, a.x.s, xb);
+      row.t = pack(p.at(a.params, n, tc, s), count, width, step, a.params.s, tb);
+      row.r = additive ? nullptr : pack(p.at(a.params, n, rc, s), count, width, step, a.params.s, rb);
+      row.alpha = a.alpha ? ab : nullptr;
+      uint8_t mask_buffer[kTile];
+      if (a.mask) row.mask = pack(a.mask + s * a.c + channel, count, width, 1, a.c, mask_buffer);
+      T* y = p.y() + (n * a.s + s) * a.c + channel;
+      const bool direct = width == a.c;
+      row.y = direct ? y : yb;
+      if (p.backward) {
+        row.d = pack(p.at(a.grad_y, n, channel, s), count, width, 1, a.grad_y.s, db);
+        row.dr = drb;
+        row.dt = dtb;
+        row.dalpha = alpha_grad ? dab : nullptr;
+      }
+      total += p.kernel(row, count * width);
+      if (!direct) unpack(yb, count, width, 1, a.c, y);
+      if (p.backward) {
+        T* grads = p.grads() + (n * a.s + s) * p.width_out;
+        unpack(dtb, count, width, step, p.width_out, grads + tc);
+        if (!additive) unpack(drb, count, width, step, p.width_out, grads + rc);
+      }
+      if (alpha_grad) {
+        T* out = static_cast<T*>(a.grad_alpha) + n * a.width + c0;
+        for (int64_t q = 0; q < count; ++q)
+          for (int64_t c = 0; c < width; ++c) out[c] += dab[q * width + c];
+      }
+    }
+  }
+  const int64_t passed = a.c - a.width;  // the channels before or behind the transformed ones
+  if (passed) {
+    const int64_t start = p.first_moved ? 0 : a.width;
+    const View& source = p.source();
+    for (int64_t s = from; s < to; ++s) {
+      const T* in = p.at(source, n, start, s);
+      T* out = p.y() + (n * a.s + s) * a.c + start;
+      for (int64_t c = 0; c < passed; ++c) out[c] = in[c];
+    }
+  }
+  return total;
+}
+
+// Samples [from, to) of short vectors: transposed, so that the vectors run across samples.
+template <class T>
+void run_samples(const Problem<T>& p, int64_t from, int64_t to) {
+  const AffineCouplingArgs& a = p.a;
+  constexpr int64_t kSamples = 128;
+  T xb[kSamples], db[kSamples], rb[kSamples], tb[kSamples], yb[kSamples], drb[kSamples], dtb[kSamples], dab[kSamples];
+  T logdet[kSamples];
+  uint8_t mask[kSamples];
+  const bool additive = a.scale == kAdditive;
+  for (int64_t n = from; n < to; n += kSamples) {
+    const int64_t count = to - n < kSamples ? to - n : kSamples;
+    for (int64_t i = 0; i < count; ++i) logdet[i] = 0;
+    for (int64_t c = 0; c < a.c; ++c) {
+      const int64_t j = c - p.first_moved;
+      T* y = p.y() + n * a.c + c;
+      if (j < 0 || j >= a.width) {
+        const View& source = p.source();
+        const T* in = p.at(source, n, c, 0);
+        for (int64_t i = 0; i < count; ++i) y[i * a.c] = in[i * source.n];
+        continue;
+      }
+      const int64_t rc = a.r_offset + j * a.step, tc = additive ? j : a.t_offset + j * a.step;
+      Row<T> row = p.row(n);
+      row.x = pack(p.at(a.x, n, c, 0), count, 1, 1, a.x.n, xb);
+      row.t = pack(p.at(a.params, n, tc, 0), count, 1, 1, a.params.n, tb);
+      row.r = additive ? nullptr : pack(p.at(a.params, n, rc, 0), count, 1, 1, a.params.n, rb);
+      if (a.alpha) row.alpha_value = static_cast<const T*>(a.alpha)[j];
+      if (a.mask) {
+        memset(mask, a.mask[c], size_t(count));
+        row.mask = mask;
+      }
+      row.y = yb;
+      if (p.backward) {
+        row.d = pack(p.at(a.grad_y, n, c, 0), count, 1, 1, a.grad_y.n, db);
+        row.dr = drb;
+        row.dt = dtb;
+        row.dalpha = a.grad_alpha ? dab : nullptr;
+        row.g = static_cast<const T*>(a.grad_logdet) + n;
+      } else {
+        row.logdet = logdet;
+      }
+      p.kernel(row, count);
+      unpack(yb, count, 1, 1, a.c, y);
+      if (p.backward) unpack(dtb, count, 1, 1, p.width_out, p.grads() + n * p.width_out + tc);
+      if (p.backward && !additive) unpack(drb, count, 1, 1, p.width_out, p.grads() + n * p.width_out + rc);
+      if (p.backward && a.grad_alpha) unpack(dab, count, 1, 1, a.width, static_cast<T*>(a.grad_alpha) + n * a.width + j);
+    }
+    if (!p.backward)
+      for (int64_t i = 0; i < count; ++i) static_cast<T*>(a.logdet)[n + i] = logdet[i];
+  }
+}
+
+template <class T>
+void run(const AffineCouplingArgs& a, bool backward) {
+  const int64_t params = a.scale == kAdditive ? a.width : 2 * a.width;
+  const Problem<T> p{a, pick<T>(a, backward), backward, a.last ? a.c - a.width : 0, params};
+  const int threads = a.n * a.c * a.s < kSerial ? 1 : a.threads;
+  if (a.channels_last && a.s == 1 && a.width < lanes<T>()) {
+    constexpr int64_t kBlock = 1024;
+    const int64_t blocks = (a.n + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < blocks; ++b) run_samples(p, b * kBlock, (b + 1) * kBlock < a.n ? (b + 1) * kBlock : a.n);
+    return;
+  }
+  // A sample is cut into chunks when there are few of them; grad alpha is summed per sample and is not.
+  const int64_t units = a.channels_last ? a.s : a.c;
+  int64_t chunks = a.grad_alpha && a.channels_last ? 1 : (kChunks + a.n - 1) / a.n;
+  chunks = chunks < units ? chunks : units;
+  const int64_t items = a.n * chunks;
+  double* partial = backward ? nullptr : static_cast<double*>(malloc(size_t(items) * sizeof(double)));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t n = item / chunks, k = item % chunks;
+    const int64_t from = units * k / chunks, to = units * (k + 1) / chunks;
+    const double value = a.channels_last ? run_positions(p, n, from, to) : run_channels(p, n, from, to);
+    if (partial) partial[item] = value;
+  }
+  if (!partial) return;
+  for (int64_t n = 0; n < a.n; ++n) {
+    double total = 0;
+    for (int64_t k = 0; k < chunks; ++k) total += partial[n * chunks + k];
+    static_cast<T*>(a.logdet)[n] = T(total);
+  }
+  free(partial);
+}
+
+}  // namespace
+
+void affine_coupling(const AffineCouplingArgs& a) { a.is_double ? run<double>(a, false) : run<float>(a, false); }
+
+void affine_coupling_backward(const AffineCouplingArgs& a) { a.is_double ? run<double>(a, true) : run<float>(a, true); }
+
+}  // namespace GENFAST_ISA
+}  // namespace genfast

@@ -1,0 +1,212 @@
+// Fixed-width vectors and the few functions of them that the kernels need, as GCC/Clang vector extensions: one source for
+// AVX-512, AVX2, SSE2 and NEON, chosen by the flags a file is compiled with (see setup.py).
+//
+// Errors measured in tests/test_vec.py against long double, in ULP of the result:
+//   exp 2 (float), 2 (double); denormal results flush to zero.  log1p_unit (0 <= u <= 1) 2.  tanh 3.  sigmoid 3.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef GENFAST_ISA
+#define GENFAST_ISA base
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define GENFAST_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define GENFAST_VECTOR_BYTES 32
+#else
+#define GENFAST_VECTOR_BYTES 16
+#endif
+
+#define GENFAST_INLINE static inline __attribute__((always_inline))
+
+namespace genfast {
+namespace GENFAST_ISA {
+
+template <class T>
+struct Types;
+
+template <>
+struct Types<float> {
+  typedef float V __attribute__((vector_size(GENFAST_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(GENFAST_VECTOR_BYTES)));
+  typedef uint8_t B __attribute__((vector_size(GENFAST_VECTOR_BYTES / 4)));
+  typedef int32_t Int;
+  static constexpr int kMantissa = 23;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  static constexpr float kExpMax = 88.722839f, kExpMin = -87.336544f;
+};
+
+template <>
+struct Types<double> {
+  typedef double V __attribute__((vector_size(GENFAST_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(GENFAST_VECTOR_BYTES)));
+  typedef uint8_t B __attribute__((vector_size(GENFAST_VECTOR_BYTES / 8)));
+  typedef int64_t Int;
+  static constexpr int kMantissa = 52;
+  static constexpr double kMagic = 6755399441055744.0;
+  static constexpr double kLn2Hi = 0.693145751953125, kLn2Lo = 1.42860682030941723212e-6;
+  static constexpr double kExpMax = 709.782712893384, kExpMin = -708.3964185322641;
+};
+
+template <class T>
+using Vec = typename Types<T>::V;
+template <class T>
+using Mask = typename Types<T>::I;
+template <class T>
+constexpr int lanes() {
+  return GENFAST_VECTOR_BYTES / int(sizeof(T));
+}
+
+template <class T>
+GENFAST_INLINE Vec<T> splat(T value) {
+  return Vec<T>{} + value;
+}
+
+template <class T>
+GENFAST_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+GENFAST_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes, the others zero.
+template <class T>
+GENFAST_INLINE Vec<T> load_part(const T* p, int n) {
+  T lane[lanes<T>()] = {};
+  for (int i = 0; i < n; ++i) lane[i] = p[i];
+  return load(lane);
+}
+
+template <class T>
+GENFAST_INLINE void store_part(T* p, Vec<T> v, int n) {
+  T lane[lanes<T>()];
+  store(lane, v);
+  for (int i = 0; i < n; ++i) p[i] = lane[i];
+}
+
+template <class T>
+GENFAST_INLINE T sum(Vec<T> v) {
+  T lane[lanes<T>()];
+  store(lane, v);
+  for (int width = lanes<T>() / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+template <class T>
+GENFAST_INLINE Mask<T> bits(Vec<T> v) {
+  return reinterpret_cast<Mask<T>>(v);
+}
+
+template <class T>
+GENFAST_INLINE Vec<T> from_bits(Mask<T> m) {
+  return reinterpret_cast<Vec<T>>(m);
+}
+
+template <class T>
+GENFAST_INLINE Vec<T> abs(Vec<T> x) {
+  const typename Types<T>::Int sign = typename Types<T>::Int(1) << (sizeof(T) * 8 - 1);
+  return from_bits<T>(bits<T>(x) & ~(Mask<T>{} + sign));
+}
+
+// A boolean per lane (all ones where the byte is not zero).
+template <class T>
+GENFAST_INLINE Mask<T> load_mask(const uint8_t* p) {
+  typename Types<T>::B b;
+  memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, Mask<T>) != 0;
+}
+
+// exp(r) - 1 - r over r^2, for |r| <= ln2 / 2.
+GENFAST_INLINE Vec<float> exp_tail(Vec<float> r) {
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  return p * r + 5.0000001201e-1f;
+}
+
+GENFAST_INLINE Vec<double> exp_tail(Vec<double> r) {
+  Vec<double> p = r * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  return p * r + 0.5;
+}
+
+// x = n ln2 + r; the integer n is left in the low bits of `rounded`.
+template <class T>
+GENFAST_INLINE Vec<T> reduce(Vec<T> x, Vec<T>& rounded) {
+  rounded = x * T(1.44269504088896340736) + Types<T>::kMagic;
+  const Vec<T> n = rounded - Types<T>::kMagic;
+  return (x - n * Types<T>::kLn2Hi) - n * Types<T>::kLn2Lo;
+}
+
+template <class T>
+GENFAST_INLINE Vec<T> exp(Vec<T> x) {
+  Vec<T> c = x > Types<T>::kExpMax ? splat(Types<T>::kExpMax) : x;
+  c = c < Types<T>::kExpMin ? splat(Types<T>::kExpMin) : c;
+  Vec<T> rounded;
+  const Vec<T> r = reduce<T>(c, rounded);
+  const Vec<T> p = exp_tail(r) * (r * r) + (r + T(1));
+  Vec<T> y = from_bits<T>(bits<T>(p) + (bits<T>(rounded) << Types<T>::kMantissa));
+  y = x > Types<T>::kExpMax ? splat(T(__builtin_inf())) : y;
+  y = x < Types<T>::kExpMin ? splat(T(0)) : y;
+  return x == x ? y : x;
+}
+
+// log(1 + u) for 0 <= u <= 1: 2 atanh(u / (2 + u)).
+template <class T>
+GENFAST_INLINE Vec<T> log1p_unit(Vec<T> u) {
+  const Vec<T> w = u / (u + T(2)), w2 = w * w;
+  constexpr int terms = sizeof(T) == 4 ? 8 : 18;
+  Vec<T> p = splat(T(1) / T(2 * terms - 1));
+#pragma GCC unroll 20
+  for (int k = terms - 2; k >= 0; --k) p = p * w2 + T(1) / T(2 * k + 1);
+  return T(2) * w * p;
+}
+
+template <class T>
+GENFAST_INLINE Vec<T> tanh(Vec<T> x) {  // m / (m + 2) with m = e^2|x| - 1
+  const T limit = sizeof(T) == 4 ? T(20) : T(44);
+  Vec<T> a = abs<T>(x) * T(2);
+  a = a > limit ? splat(limit) : a;
+  Vec<T> rounded;
+  const Vec<T> r = reduce<T>(a, rounded);
+  const Vec<T> minus_one = exp_tail(r) * (r * r) + r;
+  const Vec<T> power = from_bits<T>(bits<T>(splat(T(1))) + (bits<T>(rounded) << Types<T>::kMantissa));
+  const Vec<T> m = power * minus_one + (power - T(1));
+  const Vec<T> y = m / (m + T(2));
+  const Vec<T> signed_y = x < T(0) ? -y : y;
+  return x == x ? signed_y : x;
+}
+
+// sigmoid(z), 1 - sigmoid(z) and log sigmoid(z), none of which cancels or overflows.
+template <class T>
+GENFAST_INLINE void sigmoid(Vec<T> z, Vec<T>& s, Vec<T>& one_minus_s, Vec<T>& log_s) {
+  const Vec<T> e = exp<T>(-abs<T>(z));
+  const Vec<T> big = T(1) / (e + T(1)), small = e * big;
+  s = z < T(0) ? small : big;
+  one_minus_s = z < T(0) ? big : small;
+  const Vec<T> l = -log1p_unit<T>(e);
+  log_s = z < T(0) ? z + l : l;
+}
+
+}  // namespace GENFAST_ISA
+}  // namespace genfast

@@ -1,0 +1,135 @@
+"""Builds genfast._cpu always, and genfast._cuda where there is CUDA source and nvcc.
+
+    GENFAST_CUDA=0 skips the CUDA extension, =1 makes a missing nvcc an error.
+    GENFAST_CUDA_ARCHS  compute capabilities, default "80;90;100" plus PTX of the last.
+
+Every kernel under csrc/cpu is compiled once per x86-64 level and picked at run time; elsewhere once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+LEVELS = {
+    "base": [],
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+
+
+def openmp() -> tuple[list[str], list[str]]:
+    """Compile and link flags; Apple's clang needs libomp, which PyTorch brings at run time."""
+    if sys.platform == "darwin":
+        return ["-Xpreprocessor", "-fopenmp"], ["-Wl,-undefined,dynamic_lookup"]
+    return ["-fopenmp"], ["-fopenmp"]
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "flags.cpp")
+        source.write_text("int main() { return 0; }\n")
+        command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
+class BuildExt(build_ext):
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        if ext.name == "genfast._cpu":
+            self.compile_cpu(ext)
+        else:
+            self.compile_cuda(ext)
+        super().build_extension(ext)
+
+    def compile_cpu(self, ext: Pybind11Extension) -> None:
+        compiler = list(getattr(self.compiler, "compiler_cxx", None) or self.compiler.compiler_so)
+        x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"
+        levels = [name for name in LEVELS if name == "base" or (x86 and accepts(compiler, LEVELS[name]))]
+        compile_flags, link_flags = openmp()
+        flags = [*FLAGS, *compile_flags]
+        if len(levels) == len(LEVELS):
+            flags.append("-DGENFAST_X86_LEVELS")
+        else:
+            levels = ["base"]
+        jobs = [
+            (source, [*flags, *LEVELS[level], f"-DGENFAST_ISA={level}"], level)
+            for source in sources("cpu", ".cpp")
+            for level in levels
+        ]
+
+        def build(job: tuple[str, list[str], str]) -> list[str]:
+            source, extra, level = job
+            return self.compiler.compile(
+                [source], output_dir=str(Path(self.build_temp, level)), extra_postargs=extra, depends=ext.depends
+            )
+
+        print(f"genfast: compiling {len(jobs)} objects for {', '.join(levels)}", flush=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = [o for objects in pool.map(build, jobs) for o in objects]
+        ext.extra_compile_args += flags
+        ext.extra_link_args += link_flags
+
+    def compile_cuda(self, ext: Pybind11Extension) -> None:
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        archs = os.environ.get("GENFAST_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
+        generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        generate.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        objects = []
+        for source in sources("cuda", ".cu"):
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [nvcc, "-std=c++17", "-O3", "--threads", "2", *generate, *host, "-c", source, "-o", str(target)]
+            print("genfast:", " ".join(command), flush=True)
+            subprocess.run(command, check=True)
+            objects.append(str(target))
+        home = Path(nvcc).resolve().parent.parent
+        folders = [p for p in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib") if p.exists()]
+        ext.extra_objects = objects
+        ext.include_dirs.append(str(home / "include"))
+        ext.extra_compile_args += FLAGS
+        # Static, so that a wheel built here serves users who have the driver and no toolkit.
+        ext.extra_link_args += [*(f"-L{p}" for p in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and Path(home, "bin", "nvcc").exists():
+        return str(Path(home, "bin", "nvcc"))
+    return shutil.which("nvcc")
+
+
+def extensions() -> list[Pybind11Extension]:
+    headers = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")]
+    found = [Pybind11Extension("genfast._cpu", ["csrc/bind_cpu.cpp"], include_dirs=["csrc"], depends=headers)]
+    wanted = os.environ.get("GENFAST_CUDA", "auto")
+    if wanted != "0" and (ROOT / "csrc" / "bind_cuda.cpp").exists():
+        if find_nvcc() is not None:
+            found.append(
+                Pybind11Extension("genfast._cuda", ["csrc/bind_cuda.cpp"], include_dirs=["csrc"], depends=headers)
+            )
+        elif wanted == "1":
+            raise SystemExit("genfast: GENFAST_CUDA=1, but nvcc was not found; set CUDA_HOME or put nvcc on PATH")
+        else:
+            print("genfast: nvcc was not found, so the CUDA kernels are left out", flush=True)
+    return found
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
