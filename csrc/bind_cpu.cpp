@@ -68,10 +68,10 @@ T* ptr(Address address) {
 View view(Address data, int64_t n, int64_t c, int64_t s) { return {ptr<>(data), n, c, s}; }
 
 void bind_affine_coupling(py::module_& m) {
-  m.def("affine_coupling", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, Address params, int64_t pn,
-                              int64_t pc, int64_t ps, Address y, Address logdet, Address alpha, Address mask, int64_t n,
+  m.def("affine_coupling", [](Address x, Address params, Address y, Address logdet, Address alpha, Address mask, int threads,
+                              bool is_double, int64_t xn, int64_t xc, int64_t xs, int64_t pn, int64_t pc, int64_t ps, int64_t n,
                               int64_t c, int64_t s, int64_t width, int64_t r_offset, int64_t t_offset, int64_t step, int scale,
-                              bool last, bool inverse, bool channels_last, int threads) {
+                              bool last, bool inverse, bool channels_last) {
     AffineCouplingArgs a{};
     a.is_double = is_double;
     a.x = view(x, xn, xc, xs);

@@ -1,11 +1,14 @@
 """How an operation is registered: a declaration, and its functions.
 
 Every op, forward or backward, is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the
-same arguments, ``check`` (raises before any kernel runs), ``fake`` (shapes only), ``kernels`` by
-backend, and its derivative. An op without a ``backward`` of its own is differentiated through its
+same arguments, ``check`` (raises before anything runs), ``fake`` (shapes only), ``kernels`` by
+backend (each checks its arguments itself, so that it can do so from a cached plan), and its derivative. An op without a ``backward`` of its own is differentiated through its
 reference, to any order, so nothing ever returns a missing or a wrong derivative.
 
-``torch.library.Library`` rather than ``@custom_op``, whose call costs tens of microseconds.
+``torch.library.Library`` rather than ``@custom_op``, whose call costs tens of microseconds. The dispatcher and
+``register_autograd`` still cost 5 and 60 microseconds a call, so a plain eager call that nothing watches (no compiler,
+no functorch transform, no dispatch mode, no tensor subclass, no profiler) goes straight to the kernel, under an
+``autograd.Function`` made of the same two functions that ``register_autograd`` was given. Everything else dispatches.
 """
 
 from __future__ import annotations
@@ -18,16 +21,19 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import (  # type: ignore[attr-defined]
-    _any_requires_grad,
-    _AutoDispatchBelowAutograd,
     _functorch,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
     is_grad_enabled,
 )
+from torch._C._autograd import _profiler_enabled
 
 from . import _backend
 
 _LIBRARY = torch.library.Library("genfast", "DEF")
 _peek_functorch = _functorch.peek_interpreter_stack
+_is_compiling = torch.compiler.is_compiling
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 OPS: dict[str, Op] = {}
 
@@ -64,32 +70,61 @@ class Op:
             raise ValueError(f"declare: {self.name!r} is declared twice")
         _LIBRARY.define(self.schema)
         self.overload = getattr(torch.ops.genfast, self.name).default
-        for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(self.name, self._entry(key.lower()), key)
-        _LIBRARY.impl(self.name, self._below(self.reference), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"genfast::{self.name}", self._below(self.fake), lib=_LIBRARY)
+        arguments = self.overload._schema.arguments
+        self.tensor_positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+        self.checked_reference = self._checked(self.reference)
+        self.preferred = {device: self._preferred(device) for device in ("cpu", "cuda")}
+        for device in self.preferred:
+            _LIBRARY.impl(self.name, self._entry(device), device.upper())
+        _LIBRARY.impl(self.name, self.checked_reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"genfast::{self.name}", self._checked(self.fake), lib=_LIBRARY)
         backward, setup_context = self.backward, self.setup_context
         if backward is None:
             backward, setup_context = self._reference_backward, _save_everything
         torch.library.register_autograd(
             f"genfast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
+        self.function = _function(self, setup_context, backward)
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self.overload(*args)
         if forward_ad._current_level >= 0:
             # A torch.library op has no tangent rule, and PyTorch would return zeros in silence.
-            if self.check is not None:
-                self.check(*args)
-            return self.reference(*args)
-        if (is_grad_enabled() and _any_requires_grad(*args)) or _peek_functorch() is not None:
+            return self.checked_reference(*args)
+        if _len_torch_dispatch_stack() or _peek_functorch() is not None or _get_tracing_state() or _profiler_enabled():
             return self.overload(*args)
-        with _AutoDispatchBelowAutograd():  # skips the Python autograd kernel: 4 us a call
+        device = ""
+        requires_grad = False
+        for i in self.tensor_positions:
+            a = args[i]
+            if a is None:
+                continue
+            if type(a) not in _PLAIN or a.is_neg():
+                return self.overload(*args)
+            here = "cpu" if a.is_cpu else "cuda" if a.is_cuda else "other"
+            if device and here != device:
+                return self.overload(*args)
+            device = here
+            requires_grad |= a.requires_grad
+        if device not in self.preferred:
             return self.overload(*args)
+        if requires_grad and is_grad_enabled():
+            return self.function.apply(*args)
+        return self._run(device, args)
 
-    def _below(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _run(self, device_type: str, args: tuple[Any, ...]) -> Any:
+        if _backend.forced is None:
+            kernel, dtypes = self.preferred[device_type]
+            for i in self.tensor_positions:  # the first tensor decides
+                if args[i] is not None:
+                    if args[i].dtype in dtypes:
+                        return kernel(*args)
+                    break
+        return self._select(device_type, args)(*args)
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         check = self.check
 
         def checked(*args: Any) -> Any:
@@ -99,32 +134,20 @@ class Op:
 
         return checked
 
-    def _entry(self, device_type: str) -> Callable[..., Any]:
-        check = self.check or (lambda *args: None)
-        preferred = [
-            name
-            for name in _backend.PREFERENCE[device_type]
-            if name == "reference"
-            or (name in self.kernels and not _backend.unusable(name, device_type))
-        ]
-        first = preferred[0]
-        kernel = self.kernels.get(first, self.reference)
-        dtypes = self.dtypes[first]
+    def _preferred(self, device_type: str) -> tuple[Callable[..., Any], tuple[torch.dtype, ...]]:
+        for name in _backend.PREFERENCE[device_type]:
+            if name in self.kernels and not _backend.unusable(name, device_type):
+                return self.kernels[name], self.dtypes[name]
+        return self.checked_reference, self.dtypes["reference"]
 
+    def _entry(self, device_type: str) -> Callable[..., Any]:
         def entry(*args: Any) -> Any:
-            check(*args)
             if forward_ad._current_level >= 0:
                 raise NotImplementedError(
                     f"genfast::{self.name} has no forward-mode rule; call it through genfast.ops, "
                     "which differentiates the reference in forward mode"
                 )
-            if _backend.forced is None:
-                for tensor in args:  # the first tensor decides
-                    if isinstance(tensor, Tensor):
-                        if tensor.dtype in dtypes:
-                            return kernel(*args)
-                        break
-            return self._select(device_type, args)(*args)
+            return self._run(device_type, args)
 
         return entry
 
@@ -138,11 +161,11 @@ class Op:
                     f"genfast::{self.name}: backend {_backend.forced!r} cannot serve {dtype} tensors "
                     f"of shapes {shapes} on {device_type}: {reason}"
                 )
-            return self.kernels.get(_backend.forced, self.reference)
+            return self.kernels.get(_backend.forced, self.checked_reference)
         for name in _backend.PREFERENCE[device_type]:
             if not self.refusal(name, device_type, args):
-                return self.kernels.get(name, self.reference)
-        return self.reference
+                return self.kernels.get(name, self.checked_reference)
+        return self.checked_reference
 
     def refusal(self, backend: str, device_type: str, args: tuple[Any, ...] = ()) -> str:
         """Why ``backend`` cannot serve a call with ``args``; empty when it can."""
@@ -173,6 +196,20 @@ class Op:
             for i, g in zip(wanted, found):
                 result[i] = g
         return tuple(result)
+
+
+def _function(op: Op, setup_context: Callable[..., None] | None, backward: Callable[..., Any]) -> Any:
+    """The derivative for calls that skip the dispatcher: what ``register_autograd`` makes, without its bookkeeping."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        first = next(args[i] for i in op.tensor_positions if args[i] is not None)
+        output = op._run("cpu" if first.is_cpu else "cuda", args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{op.name}_function", (torch.autograd.Function,), members)
 
 
 def _save_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

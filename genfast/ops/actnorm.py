@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import _backend, reference
 from .._registry import Op, Sample
 from . import _check
-from ._layout import memory_format, strides
+from ._layout import empty, laid_out, memory_format
 
 _NAME = "actnorm"
+_CPU: Any = _backend.extension("_cpu")[0]
 
 
 def check_channels(op: str, x: Tensor, scale: Tensor, bias: Tensor, channels: int | None = None) -> None:
@@ -42,16 +43,13 @@ def _fake_backward(
 
 
 def _cpu(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool) -> tuple[Tensor, Tensor]:
-    form = memory_format(x)
-    y = torch.empty_like(x, memory_format=form)
-    logdet = x.new_empty((x.shape[0],))
-    x, xn, xc, xs = strides(x, form)
+    _check_forward(x, scale, bias)
+    x, a = laid_out(x)
+    y, logdet = empty(x, a), x.new_empty((a.n,))
     scale, bias = scale.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
-    n, c = x.shape[0], x.shape[1]
-    size = reference.positions(x)
-    _backend.extension("_cpu")[0].actnorm(  # type: ignore[union-attr]
-        x.dtype is torch.float64, x.data_ptr(), xn, xc, xs, scale.data_ptr(), bias.data_ptr(), y.data_ptr(),
-        logdet.data_ptr(), n, c, size, form is not torch.contiguous_format, log_scale, inverse, torch.get_num_threads(),
+    _CPU.actnorm(
+        x.dtype is torch.float64, x.data_ptr(), a.n_stride, a.c_stride, a.s_stride, scale.data_ptr(), bias.data_ptr(),
+        y.data_ptr(), logdet.data_ptr(), a.n, a.c, a.s, a.walks_channels, log_scale, inverse, torch.get_num_threads(),
     )  # fmt: skip
     return y, logdet
 
@@ -59,20 +57,17 @@ def _cpu(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool)
 def _cpu_backward(
     grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    form = memory_format(x)
-    dx = torch.empty_like(x, memory_format=form)
     dtype = x.dtype
-    ds, db = torch.empty_like(scale, dtype=dtype), torch.empty_like(bias, dtype=dtype)
-    x, xn, xc, xs = strides(x, form)
-    grad_y = torch.zeros_like(x) if grad_y is None else grad_y.to(dtype)
-    grad_y, gn, gc, gs = strides(grad_y, form)
-    grad_logdet = x.new_zeros(x.shape[0]) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
+    x, a = laid_out(x)
+    dx = empty(x, a)
     s, b = scale.to(dtype).contiguous(), bias.to(dtype).contiguous()
-    n, c = x.shape[0], x.shape[1]
-    _backend.extension("_cpu")[0].actnorm_backward(  # type: ignore[union-attr]
-        dtype is torch.float64, grad_y.data_ptr(), gn, gc, gs, grad_logdet.data_ptr(), x.data_ptr(), xn, xc, xs,
-        s.data_ptr(), b.data_ptr(), dx.data_ptr(), ds.data_ptr(), db.data_ptr(), n, c, reference.positions(x),
-        form is not torch.contiguous_format, log_scale, inverse, torch.get_num_threads(),
+    ds, db = torch.empty_like(s), torch.empty_like(b)
+    grad_y, g = laid_out(torch.zeros_like(x) if grad_y is None else grad_y.to(dtype), a)
+    grad_logdet = x.new_zeros(a.n) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
+    _CPU.actnorm_backward(
+        dtype is torch.float64, grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride, grad_logdet.data_ptr(),
+        x.data_ptr(), a.n_stride, a.c_stride, a.s_stride, s.data_ptr(), b.data_ptr(), dx.data_ptr(), ds.data_ptr(),
+        db.data_ptr(), a.n, a.c, a.s, a.walks_channels, log_scale, inverse, torch.get_num_threads(),
     )  # fmt: skip
     return dx, ds.to(scale.dtype), db.to(bias.dtype)
 
@@ -80,6 +75,7 @@ def _cpu_backward(
 def _triton(*args: Any) -> Any:
     from ..kernels import actnorm as kernel
 
+    _check_forward(*args)
     return kernel.actnorm(*args)
 
 

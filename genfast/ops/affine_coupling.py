@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from .. import _backend, reference
 from .._registry import Op, Sample
 from ..reference.affine_coupling import LAYOUTS, SCALES
 from . import _check
-from ._layout import memory_format, strides
+from ._layout import Layout, aligned, describe, empty, laid_out, memory_format
 
 _NAME = "affine_coupling"
+_CPU: Any = _backend.extension("_cpu")[0]
 _SCALE_CODE = {name: code for code, name in enumerate(SCALES)}
 
 
+@functools.cache
 def _offsets(layout: str, width: int) -> tuple[int, int, int]:
     """Channel of r_0, channel of t_0, and the step between channels, in ``params``."""
     step = 2 if layout.endswith("interleaved") else 1
@@ -29,16 +32,10 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _check_forward(
-    x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str, *_: Any
-) -> None:
-    if not (x.is_floating_point() and params.is_floating_point() and x.device == params.device):
-        _check.floating(_NAME, x=x, params=params)
-    if scale not in _SCALE_CODE:
-        _check.choice(_NAME, "scale", scale, SCALES)
-    if layout not in LAYOUTS:
-        _check.choice(_NAME, "layout", layout, LAYOUTS)
-    xs, ps = x.shape, params.shape
+def _check_shapes(xs: tuple[int, ...], ps: tuple[int, ...], scale: str, layout: str) -> int:
+    """C', or an error."""
+    _check.choice(_NAME, "scale", scale, SCALES)
+    _check.choice(_NAME, "layout", layout, LAYOUTS)
     if len(xs) < 2:
         raise ValueError(f"{_NAME}: x has shape {tuple(xs)}, expected (N, C, ...)")
     per_channel = 1 if scale == "additive" else 2
@@ -49,6 +46,18 @@ def _check_forward(
             f"{_NAME}: params has shape {tuple(ps)} and x {tuple(xs)}; expected params {form} with x's batch and "
             f"positions and 1 <= C' <= {xs[1]}"
         )
+    return width
+
+
+def _check_forward(
+    x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str, *_: Any
+) -> None:
+    _check.floating(_NAME, x=x, params=params, alpha=alpha)
+    width = _check_shapes(x.shape, params.shape, scale, layout)
+    _check_options(x, width, alpha, mask, scale)
+
+
+def _check_options(x: Tensor, width: int, alpha: Tensor | None, mask: Tensor | None, scale: str) -> None:
     if alpha is not None:
         _check.floating(_NAME, x=x, alpha=alpha)
         if scale != "tanh":
@@ -56,20 +65,23 @@ def _check_forward(
         if alpha.dim() != 1 or alpha.shape[0] not in (1, width):
             raise ValueError(f"{_NAME}: alpha has shape {tuple(alpha.shape)}, expected (1,) or ({width},)")
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{_NAME}: mask has dtype {mask.dtype}, expected torch.bool (True: passed through)")
-        if mask.device != x.device:
-            raise ValueError(f"{_NAME}: mask is on {mask.device} and x on {x.device}; move both to one device")
-        if width != xs[1]:
-            raise ValueError(
-                f"{_NAME}: with a mask params transforms every channel: expected C'={xs[1]}, got C'={width}"
-            )
-        ms = mask.shape
-        if len(ms) != len(xs) - 1 or any(m not in (1, s) for m, s in zip(ms, xs[1:])):
-            raise ValueError(
-                f"{_NAME}: mask has shape {tuple(ms)}, expected one that broadcasts to {tuple(xs[1:])} "
-                "(x without its batch axis)"
-            )
+        _check_mask(mask, x, width)
+
+
+def _check_mask(mask: Tensor, x: Tensor, width: int) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{_NAME}: mask has dtype {mask.dtype}, expected torch.bool (True: passed through)")
+    if mask.device != x.device:
+        raise ValueError(f"{_NAME}: mask is on {mask.device} and x on {x.device}; move both to one device")
+    if width != x.shape[1]:
+        raise ValueError(
+            f"{_NAME}: with a mask params transforms every channel: expected C'={x.shape[1]}, got C'={width}"
+        )
+    if mask.dim() != x.dim() - 1 or any(m not in (1, s) for m, s in zip(mask.shape, x.shape[1:])):
+        raise ValueError(
+            f"{_NAME}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(x.shape[1:])} "
+            "(x without its batch axis)"
+        )
 
 
 def _fake(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -86,37 +98,62 @@ def _fake_backward(
     return dx, dparams, kept.new_empty(0 if alpha is None else alpha.shape[0])
 
 
-def _mask_bytes(mask: Tensor | None, x: Tensor, form: torch.memory_format) -> Tensor | None:
+def _mask_bytes(mask: Tensor, x: Tensor, form: Layout) -> Tensor:
     """The mask over (C, S) in x's own order, one byte each."""
-    if mask is None:
-        return None
     full = mask.expand(x.shape[1:])
-    return full.contiguous() if form is torch.contiguous_format else full.movedim(0, -1).contiguous()
+    return full.movedim(0, -1).contiguous() if form.walks_channels else full.contiguous()
+
+
+class _Plan(NamedTuple):
+    """All that a call needs but its pointers; cached, since a training run asks the same again and again."""
+
+    dense: bool
+    layout: Layout
+    logdet: Tensor  # of the right shape and dtype, for empty_like
+    width: int
+    arguments: tuple[Any, ...]
+
+
+@functools.lru_cache(1024)
+def _plan(
+    xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ps: tuple[int, ...], p_stride: tuple[int, ...],
+    p_dtype: torch.dtype, scale: str, layout: str, last: bool, inverse: bool,
+) -> _Plan | None:  # fmt: skip
+    """None where a copy must be made first. Raises for shapes and options that do not fit."""
+    width = _check_shapes(xs, ps, scale, layout)
+    a = describe(xs, x_stride)
+    b = aligned(describe(ps, p_stride), a)
+    if not a.fits or b is None or p_dtype is not dtype:
+        return None
+    arguments = (
+        dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, b.n_stride, b.c_stride, b.s_stride, a.n, a.c, a.s,
+        width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, a.walks_channels,
+    )  # fmt: skip
+    return _Plan(a.dense, a, torch.empty((), dtype=dtype).expand(a.n), width, arguments)
 
 
 def _cpu(
     x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str,
     last: bool, inverse: bool, keep_output: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    form = memory_format(x)
-    y = torch.empty_like(x, memory_format=form)
-    logdet = x.new_empty((x.shape[0],))
-    if not x.numel():
-        return y, logdet.zero_()
-    if params.dtype is not x.dtype:
-        params = params.to(x.dtype)
-    x, xn, xc, xs = strides(x, form)
-    params, pn, pc, ps = strides(params, form)
-    if alpha is not None:
-        alpha = alpha.to(x.dtype).expand(params.shape[1] // 2).contiguous()
-    bytes_ = _mask_bytes(mask, x, form)
-    n, c = x.shape[0], x.shape[1]
-    width = params.shape[1] if scale == "additive" else params.shape[1] // 2
-    _cpu_module().affine_coupling(
-        x.dtype is torch.float64, x.data_ptr(), xn, xc, xs, params.data_ptr(), pn, pc, ps, y.data_ptr(),
-        logdet.data_ptr(), 0 if alpha is None else alpha.data_ptr(), 0 if bytes_ is None else bytes_.data_ptr(),
-        n, c, x.numel() // (n * c), width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse,
-        torch.get_num_threads(),
+    dtype = x.dtype
+    plan = _plan(
+        x.shape, x.stride(), dtype, params.shape, params.stride(), params.dtype, scale, layout, last, inverse
+    )  # fmt: skip
+    if plan is None:
+        _check.floating(_NAME, x=x, params=params)
+        x, a = laid_out(x)
+        params = laid_out(params.to(dtype), a)[0]
+        return _cpu(x, params, alpha, mask, scale, layout, last, inverse, keep_output)
+    if alpha is not None or mask is not None:
+        _check_options(x, plan.width, alpha, mask, scale)
+        alpha = None if alpha is None else alpha.to(dtype).expand(plan.width).contiguous()
+        mask = None if mask is None else _mask_bytes(mask, x, plan.layout)
+    y = torch.empty_like(x) if plan.dense else torch.empty_like(x, memory_format=plan.layout.form)
+    logdet = torch.empty_like(plan.logdet)
+    _CPU.affine_coupling(
+        x.data_ptr(), params.data_ptr(), y.data_ptr(), logdet.data_ptr(), 0 if alpha is None else alpha.data_ptr(),
+        0 if mask is None else mask.data_ptr(), torch.get_num_threads(), *plan.arguments,
     )  # fmt: skip
     return y, logdet
 
@@ -125,47 +162,38 @@ def _cpu_backward(
     grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
     mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    form = memory_format(kept)
-    dx = torch.empty_like(kept, memory_format=form)
-    dparams = torch.empty_like(params, memory_format=form)
-    dalpha = kept.new_zeros(0 if alpha is None else alpha.shape[0])
-    if not kept.numel():
-        return dx, dparams, dalpha
-    dtype = kept.dtype
+    dtype, given = kept.dtype, params
+    kept, a = laid_out(kept)
+    dx = empty(kept, a)
     grad_y = torch.zeros_like(kept) if grad_y is None else grad_y.to(dtype)
-    grad_logdet = kept.new_zeros(kept.shape[0]) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
-    narrow = dparams if params.dtype is dtype else torch.empty_like(dparams, dtype=dtype)
-    params = params.to(dtype)
-    kept, kn, kc, ks = strides(kept, form)
-    params, pn, pc, ps = strides(params, form)
-    grad_y, gn, gc, gs = strides(grad_y, form)
-    n, c = kept.shape[0], kept.shape[1]
-    width = params.shape[1] if scale == "additive" else params.shape[1] // 2
+    grad_logdet = kept.new_zeros(a.n) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
+    params, b = laid_out(params.to(dtype), a)
+    dparams = empty(params, a)
+    grad_y, g = laid_out(grad_y, a)
+    width = b.c if scale == "additive" else b.c // 2
     full = None if alpha is None else alpha.to(dtype).expand(width).contiguous()
-    partial = None if alpha is None else kept.new_empty((n, width))  # reduced below, in a fixed order
-    bytes_ = _mask_bytes(mask, kept, form)
-    _cpu_module().affine_coupling_backward(
-        dtype is torch.float64, grad_y.data_ptr(), gn, gc, gs, grad_logdet.data_ptr(), kept.data_ptr(), kn, kc, ks,
-        params.data_ptr(), pn, pc, ps, dx.data_ptr(), narrow.data_ptr(), 0 if full is None else full.data_ptr(),
-        0 if partial is None else partial.data_ptr(), 0 if bytes_ is None else bytes_.data_ptr(),
-        n, c, kept.numel() // (n * c), width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse,
-        keep_output, torch.get_num_threads(),
+    partial = None if alpha is None else kept.new_empty((a.n, width))  # reduced below, in a fixed order
+    if mask is not None:
+        mask = _mask_bytes(mask, kept, a)
+    _CPU.affine_coupling_backward(
+        dtype is torch.float64, grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride, grad_logdet.data_ptr(),
+        kept.data_ptr(), a.n_stride, a.c_stride, a.s_stride, params.data_ptr(), b.n_stride, b.c_stride, b.s_stride,
+        dx.data_ptr(), dparams.data_ptr(), 0 if full is None else full.data_ptr(),
+        0 if partial is None else partial.data_ptr(), 0 if mask is None else mask.data_ptr(), a.n, a.c, a.s, width,
+        *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, keep_output, a.walks_channels,
+        torch.get_num_threads(),
     )  # fmt: skip
-    if narrow is not dparams:
-        dparams.copy_(narrow)
-    if partial is not None and alpha is not None:
-        total = partial.sum(0)
-        dalpha = (total if alpha.shape[0] == width else total.sum().reshape(1)).to(alpha.dtype)
-    return dx, dparams, dalpha
-
-
-def _cpu_module() -> Any:
-    return _backend.extension("_cpu")[0]
+    if alpha is None or partial is None:
+        return dx, dparams.to(given.dtype), kept.new_empty(0)
+    total = partial.sum(0)
+    dalpha = total if alpha.shape[0] == width else total.sum().reshape(1)
+    return dx, dparams.to(given.dtype), dalpha.to(alpha.dtype)
 
 
 def _triton(*args: Any) -> Any:
     from ..kernels import affine_coupling as kernel
 
+    _check_forward(*args)
     return kernel.affine_coupling(*args)
 
 

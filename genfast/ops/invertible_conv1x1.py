@@ -11,8 +11,10 @@ from torch import Tensor
 from .. import _backend, reference
 from .._registry import Op, Sample
 from . import _check
-from ._layout import memory_format, strides
+from ._layout import Layout, empty, laid_out, memory_format
 from .actnorm import check_channels
+
+_CPU: Any = _backend.extension("_cpu")[0]
 
 
 class PLU(NamedTuple):
@@ -71,20 +73,37 @@ def _fake_mix_backward(
     return dx, dx_b, torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
+def _view(t: Tensor, a: Layout) -> tuple[int, int, int, int]:
+    return t.data_ptr(), a.n_stride, a.c_stride, a.s_stride
+
+
+_NOTHING = (0, 0, 0, 0)
+
+
+def _like(x: Tensor, a: Layout, channels: int) -> Tensor:
+    """An uninitialised tensor of x's batch and positions and so many channels, in the order of ``a``."""
+    if channels == a.c:
+        return empty(x, a)
+    shape = (a.n, channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, memory_format=a.form)
+
+
 def _cpu_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> tuple[Tensor, Tensor]:
-    form = memory_format(x)
-    channels = weight.shape[0]
-    y, y_b = _halves(x, channels, split)
-    weight = weight.to(x.dtype).contiguous()
+    _check_mix(x, x_b, weight, bias, split)
+    channels, dtype = weight.shape[0], x.dtype
+    x, a = laid_out(x)
+    y, y_b = _like(x, a, split), _like(x, a, channels - split)
+    weight = weight.to(dtype).contiguous()
     if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    first, size = x.shape[1], reference.positions(x)
-    x, xn, xc, xs = strides(x, form)
-    x_b, bn, bc, bs = (x, 0, 0, 0) if x_b is None else strides(x_b, form)
-    _cpu_module().channel_mix(
-        x.dtype is torch.float64, x.data_ptr(), xn, xc, xs, first, x_b.data_ptr(), bn, bc, bs, weight.data_ptr(), False,
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), y_b.data_ptr(), x.shape[0], channels, size, split,
-        form is not torch.contiguous_format, torch.get_num_threads(),
+        bias = bias.to(dtype).contiguous()
+    second = _NOTHING
+    if x_b is not None:
+        x_b, b = laid_out(x_b, a)
+        second = _view(x_b, b)
+    _CPU.channel_mix(
+        dtype is torch.float64, *_view(x, a), a.c, *second, weight.data_ptr(), False,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), y_b.data_ptr(), a.n, channels, a.s, split,
+        a.walks_channels, torch.get_num_threads(),
     )  # fmt: skip
     return y, y_b
 
@@ -92,37 +111,37 @@ def _cpu_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None,
 def _cpu_mix_backward(
     grad_y: Tensor | None, grad_y_b: Tensor | None, x: Tensor, x_b: Tensor | None, weight: Tensor, split: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    form = memory_format(x)
-    dtype, channels, first = x.dtype, weight.shape[0], x.shape[1]
-    n, rest, size = x.shape[0], x.shape[2:], reference.positions(x)
-    dx, dx_b = _halves(x, channels, first)
-    dweight, dbias = torch.empty_like(weight, dtype=dtype), weight.new_empty(channels, dtype=dtype)
+    dtype, channels = x.dtype, weight.shape[0]
+    x, a = laid_out(x)
+    dx, dx_b = empty(x, a), _like(x, a, channels - a.c)
     w = weight.to(dtype).contiguous()
-    d_a = x.new_zeros((n, split, *rest)) if grad_y is None else grad_y.to(dtype)
-    d_b = x.new_zeros((n, channels - split, *rest)) if grad_y_b is None else grad_y_b.to(dtype)
-    d_a, an, ac, as_ = strides(d_a, form)
-    d_b, bn, bc, bs = strides(d_b, form)
-    x, xn, xc, xs = strides(x, form)
-    x_b, yn, yc, ys = (x, 0, 0, 0) if x_b is None else strides(x_b, form)
-    last, threads = form is not torch.contiguous_format, torch.get_num_threads()
-    _cpu_module().channel_mix(
-        dtype is torch.float64, d_a.data_ptr(), an, ac, as_, split, d_b.data_ptr(), bn, bc, bs, w.data_ptr(), True, 0,
-        dx.data_ptr(), dx_b.data_ptr(), n, channels, size, first, last, threads,
+    dweight, dbias = torch.empty_like(w), w.new_empty(channels)
+    first, second, grad_second = _view(x, a), _NOTHING, _NOTHING
+    if x_b is not None:
+        x_b, b = laid_out(x_b, a)
+        second = _view(x_b, b)
+    grad_y, g = laid_out(_like(x, a, split).zero_() if grad_y is None else grad_y.to(dtype), a)
+    if split < channels:
+        grad_y_b = _like(x, a, channels - split).zero_() if grad_y_b is None else grad_y_b.to(dtype)
+        grad_y_b, h = laid_out(grad_y_b, a)
+        grad_second = _view(grad_y_b, h)
+    grads = (*_view(grad_y, g), split, *grad_second)
+    threads = torch.get_num_threads()
+    _CPU.channel_mix(
+        dtype is torch.float64, *grads, w.data_ptr(), True, 0, dx.data_ptr(), dx_b.data_ptr(), a.n, channels, a.s, a.c,
+        a.walks_channels, threads,
     )  # fmt: skip
-    _cpu_module().channel_mix_weight_grad(
-        dtype is torch.float64, d_a.data_ptr(), an, ac, as_, split, d_b.data_ptr(), bn, bc, bs, x.data_ptr(), xn, xc, xs,
-        first, x_b.data_ptr(), yn, yc, ys, dweight.data_ptr(), dbias.data_ptr(), n, channels, size, last, threads,
+    _CPU.channel_mix_weight_grad(
+        dtype is torch.float64, *grads, *first, a.c, *second, dweight.data_ptr(), dbias.data_ptr(), a.n, channels, a.s,
+        a.walks_channels, threads,
     )  # fmt: skip
     return dx, dx_b, dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _cpu_module() -> Any:
-    return _backend.extension("_cpu")[0]
 
 
 def _triton_mix(*args: Any) -> Any:
     from ..kernels import invertible_conv1x1 as kernel
 
+    _check_mix(*args)
     return kernel.channel_mix(*args)
 
 
@@ -210,10 +229,11 @@ def _cpu_plu(
     perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
     weight, folded = torch.empty_like(lower), torch.empty_like(log_s)
     logdet = log_s.new_empty((batch,))
     tensors = [t if t is None else t.contiguous() for t in (perm, lower, upper, sign_s, log_s, scale, bias)]
-    _cpu_module().plu_weight(
+    _CPU.plu_weight(
         log_s.dtype is torch.float64, *(0 if t is None else t.data_ptr() for t in tensors), weight.data_ptr(),
         folded.data_ptr(), logdet.data_ptr(), log_s.shape[0], log_scale, batch, positions,
     )  # fmt: skip
@@ -247,7 +267,7 @@ def _cpu_plu_backward(
         t if t is None else t.contiguous()
         for t in (grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
     ]
-    _cpu_module().plu_weight_backward(
+    _CPU.plu_weight_backward(
         log_s.dtype is torch.float64, *(0 if t is None else t.data_ptr() for t in inputs),
         *(t.data_ptr() for t in outputs), log_s.shape[0], log_scale, batch, positions,
     )  # fmt: skip

@@ -14,6 +14,8 @@ from ..reference.squeeze import ORDERS
 from . import _check
 from ._layout import memory_format
 
+_CPU: Any = _backend.extension("_cpu")[0]
+
 
 def _check_forward(x: Tensor, factor: int, order: str, inverse: bool) -> None:
     op = "unsqueeze" if inverse else "squeeze"
@@ -40,11 +42,12 @@ def _fake(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
 
 
 def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
+    _check_forward(x, factor, order, inverse)
     y = _empty(x, factor, inverse)
     form = memory_format(x)
     x = x.contiguous(memory_format=form)
     n, c, h, w = y.shape if inverse else x.shape
-    _backend.extension("_cpu")[0].squeeze(  # type: ignore[union-attr]
+    _CPU.squeeze(
         x.dtype is torch.float64, x.data_ptr(), y.data_ptr(), n, c, h, w, factor, order == "space_to_depth", inverse,
         form is not torch.contiguous_format, torch.get_num_threads(),
     )  # fmt: skip
@@ -54,6 +57,7 @@ def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
 def _triton(*args: Any) -> Any:
     from ..kernels import squeeze as kernel
 
+    _check_forward(*args)
     return kernel.squeeze(*args)
 
 
