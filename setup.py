@@ -117,13 +117,13 @@ def find_nvcc() -> str | None:
 
 
 def extensions() -> list[Pybind11Extension]:
-    headers = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")]
-    found = [Pybind11Extension("genfast._cpu", ["csrc/bind_cpu.cpp"], include_dirs=["csrc"], depends=headers)]
+    depends = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*"))]
+    found = [Pybind11Extension("genfast._cpu", ["csrc/bind_cpu.cpp"], include_dirs=["csrc"], depends=depends)]
     wanted = os.environ.get("GENFAST_CUDA", "auto")
     if wanted != "0" and (ROOT / "csrc" / "bind_cuda.cpp").exists():
         if find_nvcc() is not None:
             found.append(
-                Pybind11Extension("genfast._cuda", ["csrc/bind_cuda.cpp"], include_dirs=["csrc"], depends=headers)
+                Pybind11Extension("genfast._cuda", ["csrc/bind_cuda.cpp"], include_dirs=["csrc"], depends=depends)
             )
         elif wanted == "1":
             raise SystemExit("genfast: GENFAST_CUDA=1, but nvcc was not found; set CUDA_HOME or put nvcc on PATH")

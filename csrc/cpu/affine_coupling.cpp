@@ -264,14 +264,51 @@ double run_channels(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
   return total;
 }
 
-// `count` rows of `width` elements, `step` apart and `stride` between rows, as one flat run.
+// Moves `width` elements a vector at a time, and so up to a vector more: only where what lies behind may be touched.
 template <class T>
-const T* pack(const T* from, int64_t count, int64_t width, int64_t step, int64_t stride, T* buffer) {
+GENFAST_INLINE void move(const T* from, T* to, int64_t width) {
+  for (int64_t c = 0; c < width; c += lanes<T>()) store(to + c, load(from + c));
+}
+
+// `count` rows of `width` elements, `step` apart and `stride` between rows, as one flat run. The first `fast` rows may be
+// read a vector past their end; the buffer has a vector to spare.
+template <class T>
+const T* pack(const T* from, int64_t count, int64_t fast, int64_t width, int64_t step, int64_t stride, T* buffer) {
   if (step == 1 && (stride == width || count == 1)) return from;
   T* to = buffer;
-  for (int64_t p = 0; p < count; ++p, from += stride)
+  int64_t p = 0;
+  if (step == 1)
+    for (; p < fast; ++p, from += stride, to += width) move(from, to, width);
+  for (; p < count; ++p, from += stride)
     for (int64_t c = 0; c < width; ++c) *to++ = from[c * step];
   return buffer;
+}
+
+const uint8_t* pack_bytes(const uint8_t* from, int64_t count, int64_t width, int64_t stride, uint8_t* buffer) {
+  if (stride == width || count == 1) return from;
+  for (int64_t p = 0; p < count; ++p) memcpy(buffer + p * width, from + p * stride, size_t(width));
+  return buffer;
+}
+
+template <class T>
+struct Segment {  // a run of channels on its way into an output row
+  const T* from;
+  int64_t stride, width;
+};
+
+// Rows of `pitch` elements made of two runs that stand one behind the other. Written front to back, so that what a fast
+// row writes past its end is overwritten by the next.
+template <class T>
+void write_rows(Segment<T> a, Segment<T> b, int64_t count, int64_t fast, int64_t pitch, T* to) {
+  int64_t p = 0;
+  for (; p < fast; ++p, to += pitch) {
+    move(a.from + p * a.stride, to, a.width);
+    move(b.from + p * b.stride, to + a.width, b.width);
+  }
+  for (; p < count; ++p, to += pitch) {
+    for (int64_t c = 0; c < a.width; ++c) to[c] = a.from[p * a.stride + c];
+    for (int64_t c = 0; c < b.width; ++c) to[a.width + c] = b.from[p * b.stride + c];
+  }
 }
 
 template <class T>
@@ -280,64 +317,86 @@ void unpack(const T* from, int64_t count, int64_t width, int64_t step, int64_t s
     for (int64_t c = 0; c < width; ++c) to[c * step] = *from++;
 }
 
-// Positions [from, to) of sample n in channels_last order, packed into tiles.
+// Channels [c0, c0 + width) of the transformed ones at the positions [from, to) of sample n, in tiles.
 template <class T>
-double run_positions(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
+double run_tiles(const Problem<T>& p, int64_t n, int64_t from, int64_t to, int64_t c0, int64_t width) {
   const AffineCouplingArgs& a = p.a;
-  T xb[kTile], db[kTile], rb[kTile], tb[kTile], ab[kTile], yb[kTile], drb[kTile], dtb[kTile], dab[kTile];
+  constexpr int64_t kBuffer = kTile + lanes<T>();
+  T xb[kBuffer], db[kBuffer], rb[kBuffer], tb[kBuffer], ab[kBuffer], yb[kBuffer], drb[kBuffer], dtb[kBuffer], dab[kBuffer];
+  uint8_t mask_buffer[kTile];
   const bool additive = a.scale == kAdditive, alpha_grad = p.backward && a.grad_alpha;
+  const int64_t rows = kTile / width;
+  const int64_t step = additive ? 1 : a.step, tc = additive ? c0 : a.t_offset + c0 * step;
+  const int64_t rc = a.r_offset + c0 * step, channel = p.first_moved + c0;
+  const bool whole = width == a.width;          // one pass over the channels writes whole rows
+  const int64_t passed = whole ? a.c - width : 0;  // the channels before or behind the transformed ones
+  // Rows near the end of the sample are moved element by element, since a vector would reach past the tensor.
+  const int64_t shortest = width < a.c ? width : a.c;
+  const int64_t safe = whole ? to - lanes<T>() / shortest - 2 : from;
   double total = 0;
-  if (alpha_grad)
-    for (int64_t c = 0; c < a.width; ++c) static_cast<T*>(a.grad_alpha)[n * a.width + c] = 0;
-  for (int64_t c0 = 0; c0 < a.width; c0 += kTile) {
-    const int64_t width = a.width - c0 < kTile ? a.width - c0 : kTile;
-    const int64_t rows = kTile / width;
-    const int64_t tc = additive ? c0 : a.t_offset + c0 * a.step, step = additive ? 1 : a.step;
-    const int64_t rc = a.r_offset + c0 * a.step, channel = p.first_moved + c0;
-    if (a.alpha)
-      for (int64_t q = 0; q < rows; ++q)
-        memcpy(ab + q * width, static_cast<const T*>(a.alpha) + c0, size_t(width) * sizeof(T));
-    for (int64_t s = from; s < to; s += rows) {
-      const int64_t count = to - s < rows ? to - s : rows;
-      Row<T> row = p.row(n);
-      row.x = pack(p.at(a.x, n, channel, s), count, width, 1, a.x.s, xb);
-      row.t = pack(p.at(a.params, n, tc, s), count, width, step, a.params.s, tb);
-      row.r = additive ? nullptr : pack(p.at(a.params, n, rc, s), count, width, step, a.params.s, rb);
-      row.alpha = a.alpha ? ab : nullptr;
-      uint8_t mask_buffer[kTile];
-      if (a.mask) row.mask = pack(a.mask + s * a.c + channel, count, width, 1, a.c, mask_buffer);
-      T* y = p.y() + (n * a.s + s) * a.c + channel;
-      const bool direct = width == a.c;
-      row.y = direct ? y : yb;
-      if (p.backward) {
-        row.d = pack(p.at(a.grad_y, n, channel, s), count, width, 1, a.grad_y.s, db);
-        row.dr = drb;
-        row.dt = dtb;
-        row.dalpha = alpha_grad ? dab : nullptr;
-      }
-      total += p.kernel(row, count * width);
-      if (!direct) unpack(yb, count, width, 1, a.c, y);
-      if (p.backward) {
-        T* grads = p.grads() + (n * a.s + s) * p.width_out;
+  if (a.alpha)
+    for (int64_t q = 0; q < rows; ++q)
+      memcpy(ab + q * width, static_cast<const T*>(a.alpha) + c0, size_t(width) * sizeof(T));
+  for (int64_t s = from; s < to; s += rows) {
+    const int64_t count = to - s < rows ? to - s : rows;
+    const int64_t fast = safe <= s ? 0 : safe - s < count ? safe - s : count;
+    Row<T> row = p.row(n);
+    row.x = pack(p.at(a.x, n, channel, s), count, fast, width, 1, a.x.s, xb);
+    row.t = pack(p.at(a.params, n, tc, s), count, fast, width, step, a.params.s, tb);
+    row.r = additive ? nullptr : pack(p.at(a.params, n, rc, s), count, fast, width, step, a.params.s, rb);
+    row.alpha = a.alpha ? ab : nullptr;
+    if (a.mask) row.mask = pack_bytes(a.mask + s * a.c + channel, count, width, a.c, mask_buffer);
+    T* y = p.y() + (n * a.s + s) * a.c;
+    const bool direct = width == a.c;
+    row.y = direct ? y : yb;
+    T* grads = p.grads() + (n * a.s + s) * p.width_out;
+    const bool direct_grads = additive && width == a.width;
+    if (p.backward) {
+      row.d = pack(p.at(a.grad_y, n, channel, s), count, fast, width, 1, a.grad_y.s, db);
+      row.dr = drb;
+      row.dt = direct_grads ? grads : dtb;
+      row.dalpha = alpha_grad ? dab : nullptr;
+    }
+    total += p.kernel(row, count * width);
+    if (passed) {
+      const Segment<T> moved{yb, width, width};
+      const Segment<T> kept{p.at(p.source(), n, p.first_moved ? 0 : width, s), p.source().s, passed};
+      p.first_moved ? write_rows(kept, moved, count, fast, a.c, y) : write_rows(moved, kept, count, fast, a.c, y);
+    } else if (!direct) {
+      unpack(yb, count, width, 1, a.c, y + channel);
+    }
+    if (p.backward && !direct_grads) {
+      if (whole && step == 1 && !additive) {
+        const Segment<T> r{drb, width, width}, t{dtb, width, width};
+        rc < tc ? write_rows(r, t, count, fast, p.width_out, grads) : write_rows(t, r, count, fast, p.width_out, grads);
+      } else {
         unpack(dtb, count, width, step, p.width_out, grads + tc);
         if (!additive) unpack(drb, count, width, step, p.width_out, grads + rc);
       }
-      if (alpha_grad) {
-        T* out = static_cast<T*>(a.grad_alpha) + n * a.width + c0;
-        for (int64_t q = 0; q < count; ++q)
-          for (int64_t c = 0; c < width; ++c) out[c] += dab[q * width + c];
-      }
+    }
+    if (alpha_grad) {
+      T* out = static_cast<T*>(a.grad_alpha) + n * a.width + c0;
+      for (int64_t q = 0; q < count; ++q)
+        for (int64_t c = 0; c < width; ++c) out[c] += dab[q * width + c];
     }
   }
-  const int64_t passed = a.c - a.width;  // the channels before or behind the transformed ones
-  if (passed) {
+  return total;
+}
+
+// Positions [from, to) of sample n in channels_last order.
+template <class T>
+double run_positions(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
+  const AffineCouplingArgs& a = p.a;
+  double total = 0;
+  if (p.backward && a.grad_alpha)
+    for (int64_t c = 0; c < a.width; ++c) static_cast<T*>(a.grad_alpha)[n * a.width + c] = 0;
+  for (int64_t c0 = 0; c0 < a.width; c0 += kTile)
+    total += run_tiles(p, n, from, to, c0, a.width - c0 < kTile ? a.width - c0 : kTile);
+  const int64_t passed = a.c - a.width;
+  if (passed && a.width > kTile) {  // else run_tiles has written them
     const int64_t start = p.first_moved ? 0 : a.width;
-    const View& source = p.source();
-    for (int64_t s = from; s < to; ++s) {
-      const T* in = p.at(source, n, start, s);
-      T* out = p.y() + (n * a.s + s) * a.c + start;
-      for (int64_t c = 0; c < passed; ++c) out[c] = in[c];
-    }
+    for (int64_t s = from; s < to; ++s)
+      memcpy(p.y() + (n * a.s + s) * a.c + start, p.at(p.source(), n, start, s), size_t(passed) * sizeof(T));
   }
   return total;
 }
@@ -365,9 +424,9 @@ void run_samples(const Problem<T>& p, int64_t from, int64_t to) {
       }
       const int64_t rc = a.r_offset + j * a.step, tc = additive ? j : a.t_offset + j * a.step;
       Row<T> row = p.row(n);
-      row.x = pack(p.at(a.x, n, c, 0), count, 1, 1, a.x.n, xb);
-      row.t = pack(p.at(a.params, n, tc, 0), count, 1, 1, a.params.n, tb);
-      row.r = additive ? nullptr : pack(p.at(a.params, n, rc, 0), count, 1, 1, a.params.n, rb);
+      row.x = pack(p.at(a.x, n, c, 0), count, 0, 1, 1, a.x.n, xb);
+      row.t = pack(p.at(a.params, n, tc, 0), count, 0, 1, 1, a.params.n, tb);
+      row.r = additive ? nullptr : pack(p.at(a.params, n, rc, 0), count, 0, 1, 1, a.params.n, rb);
       if (a.alpha) row.alpha_value = static_cast<const T*>(a.alpha)[j];
       if (a.mask) {
         memset(mask, a.mask[c], size_t(count));
@@ -375,7 +434,7 @@ void run_samples(const Problem<T>& p, int64_t from, int64_t to) {
       }
       row.y = yb;
       if (p.backward) {
-        row.d = pack(p.at(a.grad_y, n, c, 0), count, 1, 1, a.grad_y.n, db);
+        row.d = pack(p.at(a.grad_y, n, c, 0), count, 0, 1, 1, a.grad_y.n, db);
         row.dr = drb;
         row.dt = dtb;
         row.dalpha = a.grad_alpha ? dab : nullptr;
