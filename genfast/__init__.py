@@ -2,8 +2,8 @@
 
 import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
 
-from . import ops, reference
+from . import models, nn, ops, reference
 from ._backend import BackendError, backend
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backend", "ops", "reference"]
+__all__ = ["BackendError", "backend", "models", "nn", "ops", "reference"]

@@ -30,7 +30,7 @@ from torch._C._autograd import _profiler_enabled
 
 from . import _backend
 
-_LIBRARY = torch.library.Library("genfast", "DEF")
+LIBRARY = torch.library.Library("genfast", "DEF")
 _peek_functorch = _functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -68,21 +68,21 @@ class Op:
         self.name = self.schema.split("(", 1)[0]
         if self.name in OPS:
             raise ValueError(f"declare: {self.name!r} is declared twice")
-        _LIBRARY.define(self.schema)
+        LIBRARY.define(self.schema)
         self.overload = getattr(torch.ops.genfast, self.name).default
         arguments = self.overload._schema.arguments
         self.tensor_positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
         self.checked_reference = self._checked(self.reference)
         self.preferred = {device: self._preferred(device) for device in ("cpu", "cuda")}
         for device in self.preferred:
-            _LIBRARY.impl(self.name, self._entry(device), device.upper())
-        _LIBRARY.impl(self.name, self.checked_reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"genfast::{self.name}", self._checked(self.fake), lib=_LIBRARY)
+            LIBRARY.impl(self.name, self._entry(device), device.upper())
+        LIBRARY.impl(self.name, self.checked_reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"genfast::{self.name}", self._checked(self.fake), lib=LIBRARY)
         backward, setup_context = self.backward, self.setup_context
         if backward is None:
             backward, setup_context = self._reference_backward, _save_everything
         torch.library.register_autograd(
-            f"genfast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
+            f"genfast::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
         )
         self.function = _function(self, setup_context, backward)
         OPS[self.name] = self

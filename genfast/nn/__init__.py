@@ -1,0 +1,13 @@
+"""Thin modules over :mod:`genfast.ops`: one file per operation family."""
+
+from .actnorm import ActNorm
+from .affine_coupling import AffineCoupling, GlowStep
+from .bijection import Bijection, FlowSequential
+from .invertible_conv1x1 import InvertibleConv1x1
+from .reversible import ReversibleSequential
+from .squeeze import Split, Squeeze
+
+__all__ = [
+    "ActNorm", "AffineCoupling", "Bijection", "FlowSequential", "GlowStep", "InvertibleConv1x1", "ReversibleSequential",
+    "Split", "Squeeze",
+]  # fmt: skip

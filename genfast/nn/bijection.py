@@ -1,0 +1,108 @@
+"""The base class of flow modules, and their composition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# What flows through a chain: a tensor, or two channel halves of one (see GlowStep).
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class Rebuilt(NamedTuple):
+    """What :class:`ReversibleSequential` needs of one stage, made from the stage's output alone."""
+
+    x: State  # the input that gave the output
+    leaves: tuple[Tensor, ...]  # what z and logdet are differentiable functions of
+    z: State
+    logdet: Tensor
+    gather: Callable[[Sequence[Tensor]], State]  # from the gradients of the leaves to that of x
+
+
+def tensors(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def like(state: State, values: Sequence[Tensor]) -> State:
+    """``values`` as the same kind of state."""
+    return values[0] if isinstance(state, Tensor) else (values[0], values[1])
+
+
+class Bijection(nn.Module):
+    """An invertible module. ``forward`` goes from data to latent, ``inverse`` back; both return (value, logdet (N,))."""
+
+    def forward(self, x: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
+        raise NotImplementedError
+
+    def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
+        raise NotImplementedError
+
+    def stages(self, paired: bool) -> list[Any]:
+        """The steps that can be rebuilt one by one; ``paired`` says whether the input is a pair of channel halves."""
+        return [self]
+
+    def rebuild(self, z: Any, context: Tensor | None = None) -> Rebuilt:
+        """From an output, the input that gave it, and the output again as a differentiable function of it."""
+        return rebuild(self, z, context)
+
+
+def rebuild(stage: Any, z: State, context: Tensor | None) -> Rebuilt:
+    """By inverting, then running forward again; a stage that can share work between the two does better."""
+    with torch.no_grad():
+        x, _ = stage.inverse(z, context)
+    leaves = tuple(t.detach().requires_grad_() for t in tensors(x))
+    with torch.enable_grad():
+        again, logdet = stage.forward(like(x, leaves), context)
+    return Rebuilt(x, leaves, again, logdet, lambda grads: like(x, grads))
+
+
+class FlowSequential(Bijection):
+    """Bijections one after the other; the log-determinants are added once, at the end.
+
+    Example:
+        >>> import torch, genfast
+        >>> flow = genfast.nn.FlowSequential(genfast.nn.ActNorm(4), genfast.nn.InvertibleConv1x1(4))
+        >>> z, logdet = flow(torch.randn(2, 4, 8, 8))
+    """
+
+    def __init__(self, *bijections: nn.Module) -> None:
+        super().__init__()
+        for i, b in enumerate(bijections):
+            if not callable(getattr(b, "inverse", None)):
+                raise TypeError(f"{type(self).__name__}: module {i} ({type(b).__name__}) has no inverse method")
+            self.add_module(str(i), b)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self.children())[index]
+
+    def forward(self, x: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
+        return self._run(x, [(b, "forward") for b in self.children()], context)
+
+    def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
+        return self._run(z, [(b, "inverse") for b in reversed(list(self.children()))], context)
+
+    def stages(self, paired: bool) -> list[Any]:
+        return [s for b in self.children() for s in (b.stages(paired) if isinstance(b, Bijection) else [b])]
+
+    def _run(self, x: Any, steps: list[tuple[nn.Module, str]], context: Tensor | None) -> tuple[Any, Tensor]:
+        logdets = []
+        for module, way in steps:
+            x, logdet = module(x, context) if way == "forward" else module.inverse(x, context)  # type: ignore[operator]
+            logdets.append(logdet)
+        return x, total(logdets, x)
+
+
+def total(logdets: list[Tensor], x: Any) -> Tensor:
+    """The sum of log-determinants (N,) in two operations however many there are."""
+    if len(logdets) == 1:
+        return logdets[0]
+    if not logdets:
+        first: Tensor = x if isinstance(x, Tensor) else x[0]
+        return first.new_zeros(first.shape[0])
+    return torch.stack(logdets).sum(0)
