@@ -1,0 +1,1 @@
+"""Triton kernels: one file per operation family. They know tensors and strides, nothing of ops or modules."""
