@@ -18,6 +18,7 @@ from torch import Tensor
 from ._common import Aot, cdiv, next_power_of_2, output, signature, view
 
 POSITIONS = 64
+GRAD_POSITIONS = 32
 
 
 @triton.jit
@@ -35,8 +36,8 @@ def _halves(a, b, n, s, c, C, first, an, ac, as_, bn, bc, bs, rows, PAIR: tl.con
 @triton.jit
 def _mix(
     x, x_b, weight, bias, y, y_b, xn, xc, xs, bn, bc, bs, yn, yc, ys, zn, zc, zs, wo, wi, C, S, P, first, split,
-    PAIR: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr,
-    BI: tl.constexpr,
+    PAIR: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     o = tl.program_id(1).to(tl.int64) * BO + tl.arange(0, BO)
@@ -48,6 +49,8 @@ def _mix(
         i = start + tl.arange(0, BI).to(tl.int64)
         value = _halves(x, x_b, n, s, i, C, first, xn, xc, xs, bn, bc, bs, rows, PAIR)
         w = tl.load(weight + (i * wi)[:, None] + (o * wo)[None, :], mask=(i < C)[:, None] & (o < C)[None, :], other=0)
+        if WIDE:
+            value = value.to(tl.float32)
         total = tl.dot(value, w.to(value.dtype), total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + o, mask=o < C, other=0).to(tl.float32)[None, :]
@@ -61,7 +64,8 @@ def _mix(
 @triton.jit
 def _weight_grad(
     d, d_b, x, x_b, partial, dn, dc, ds, en, ec, es, xn, xc, xs, bn, bc, bs, C, S, P, split, first, chunk,
-    PAIR_D: tl.constexpr, PAIR_X: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    PAIR_D: tl.constexpr, PAIR_X: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """One (BO, BI) block of grad W over `chunk` positions, and in the first column of blocks grad b behind it."""
     o = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
@@ -76,6 +80,9 @@ def _weight_grad(
         s = p % S
         grad = _halves(d, d_b, n, s, o, C, split, dn, dc, ds, en, ec, es, rows, PAIR_D)
         value = _halves(x, x_b, n, s, i, C, first, xn, xc, xs, bn, bc, bs, rows, PAIR_X)
+        if WIDE:
+            grad = grad.to(tl.float32)
+            value = value.to(tl.float32)
         total = tl.dot(tl.trans(grad), value, total, input_precision=PRECISION)
         column += tl.sum(grad.to(tl.float32), axis=0)
     at = partial + k * C * (C + 1)
@@ -88,8 +95,14 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _block(channels: int) -> int:
-    return max(16, min(64, next_power_of_2(channels)))
+def _wide(x: Tensor) -> bool:
+    """The interpreter, which is NumPy, has no product of bfloat16; the same numbers in float32."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _block(channels: int, dtype: torch.dtype) -> int:
+    """Channels in a tile; twice as many in the half types, where the registers allow it."""
+    return max(16, min(32 if dtype == torch.float32 else 64, next_power_of_2(channels)))
 
 
 def _launch_mix(
@@ -98,12 +111,12 @@ def _launch_mix(
     a, out = view(x), view(y)
     b = a if x_b is None else view(x_b)
     rest = out if split == weight.shape[0] else view(y_b)
-    channels, block = weight.shape[0], _block(weight.shape[0])
+    channels, block = weight.shape[0], _block(weight.shape[0], x.dtype)
     wo, wi = (weight.stride(1), weight.stride(0)) if transposed else (weight.stride(0), weight.stride(1))
     _mix[(cdiv(a.n * a.s, POSITIONS), cdiv(channels, block))](
         a.data, b.data, weight, weight if bias is None else bias, y, y_b, *a.strides, *b.strides, *out.strides, *rest.strides,
         wo, wi, channels, a.s, a.n * a.s, a.c, split,
-        PAIR=x_b is not None, SPLIT=split < channels, BIAS=bias is not None, PRECISION=_precision(), BP=POSITIONS, BO=block,
+        PAIR=x_b is not None, SPLIT=split < channels, BIAS=bias is not None, PRECISION=_precision(), WIDE=_wide(x), BP=POSITIONS, BO=block,
         BI=block,
     )  # fmt: skip
 
@@ -131,15 +144,15 @@ def channel_mix_backward(
     _launch_mix(d, d_b, weight, True, None, dx, dx_b, x.shape[1])
     a, g = view(x), view(d)
     b, h = a if x_b is None else view(x_b), g if d_b is None else view(d_b)
-    count, block = a.n * a.s, min(32, _block(channels))
-    chunk = max(POSITIONS, next_power_of_2(cdiv(count, 256)))  # about 256 chunks, so that every SM has work
+    count, block = a.n * a.s, min(32, _block(channels, x.dtype))
+    chunk = max(GRAD_POSITIONS, next_power_of_2(cdiv(count, 256)))  # about 256 chunks, so that every SM has work
     chunks = cdiv(count, chunk)
     partial = torch.empty((chunks, channels, channels + 1), device=x.device)
     blocks = cdiv(channels, block)
     _weight_grad[(blocks, blocks, chunks)](
         g.data, h.data, a.data, b.data, partial, *g.strides, *h.strides, *a.strides, *b.strides, channels, a.s, count, split,
         a.c, chunk,
-        PAIR_D=d_b is not None, PAIR_X=x_b is not None, PRECISION=_precision(), BP=POSITIONS, BO=block, BI=block,
+        PAIR_D=d_b is not None, PAIR_X=x_b is not None, PRECISION=_precision(), WIDE=_wide(x), BP=GRAD_POSITIONS, BO=block, BI=block,
     )  # fmt: skip
     sums = partial.sum(0)
     return dx, dx_b, sums[:, :channels].to(weight.dtype).contiguous(), sums[:, channels].to(weight.dtype).contiguous()
@@ -150,13 +163,14 @@ def _variants() -> list[Aot]:
     for kind in ("fp32", "bf16", "fp16"):
         pointers = {k: f"*{kind}" for k in ("x", "x_b", "y", "y_b", "d", "d_b")}
         pointers |= {"weight": "*fp32", "bias": "*fp32", "partial": "*fp32"}
-        for block in (16, 64):
+        for block in (16, 32) if kind == "fp32" else (16, 64):
             for precision in ("ieee", "tf32") if kind == "fp32" else ("ieee",):
                 label = f"{kind} {precision} block {block}"
-                base = dict(PAIR=True, SPLIT=True, BIAS=True, PRECISION=precision, BP=POSITIONS, BO=block, BI=block)
+                flags = dict(PRECISION=precision, WIDE=False)
+                base = dict(PAIR=True, SPLIT=True, BIAS=True, BP=POSITIONS, BO=block, BI=block, **flags)
                 found.append(Aot(label, _mix, signature(_mix, base, pointers), base))
-                block_grad = min(32, block)
-                base = dict(PAIR_D=True, PAIR_X=True, PRECISION=precision, BP=POSITIONS, BO=block_grad, BI=block_grad)
+                half = min(32, block)
+                base = dict(PAIR_D=True, PAIR_X=True, BP=GRAD_POSITIONS, BO=half, BI=half, **flags)
                 found.append(Aot(label, _weight_grad, signature(_weight_grad, base, pointers), base))
     return found
 
