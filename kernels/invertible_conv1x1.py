@@ -100,9 +100,13 @@ def _wide(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
-def _block(channels: int, dtype: torch.dtype) -> int:
-    """Channels in a tile; twice as many in the half types, where the registers allow it."""
-    return max(16, min(32 if dtype == torch.float32 else 64, next_power_of_2(channels)))
+def _block(channels: int) -> int:
+    return 16 if channels <= 16 else 32
+
+
+def _warps(block: int) -> int:
+    """Enough threads that no tile spills its addresses."""
+    return 4 if block == 16 else 8
 
 
 def _launch_mix(
@@ -111,13 +115,13 @@ def _launch_mix(
     a, out = view(x), view(y)
     b = a if x_b is None else view(x_b)
     rest = out if split == weight.shape[0] else view(y_b)
-    channels, block = weight.shape[0], _block(weight.shape[0], x.dtype)
+    channels, block = weight.shape[0], _block(weight.shape[0])
     wo, wi = (weight.stride(1), weight.stride(0)) if transposed else (weight.stride(0), weight.stride(1))
     _mix[(cdiv(a.n * a.s, POSITIONS), cdiv(channels, block))](
         a.data, b.data, weight, weight if bias is None else bias, y, y_b, *a.strides, *b.strides, *out.strides, *rest.strides,
         wo, wi, channels, a.s, a.n * a.s, a.c, split,
         PAIR=x_b is not None, SPLIT=split < channels, BIAS=bias is not None, PRECISION=_precision(), WIDE=_wide(x), BP=POSITIONS, BO=block,
-        BI=block,
+        BI=block, num_warps=_warps(block),
     )  # fmt: skip
 
 
@@ -144,7 +148,7 @@ def channel_mix_backward(
     _launch_mix(d, d_b, weight, True, None, dx, dx_b, x.shape[1])
     a, g = view(x), view(d)
     b, h = a if x_b is None else view(x_b), g if d_b is None else view(d_b)
-    count, block = a.n * a.s, min(32, _block(channels, x.dtype))
+    count, block = a.n * a.s, _block(channels)
     chunk = max(GRAD_POSITIONS, next_power_of_2(cdiv(count, 256)))  # about 256 chunks, so that every SM has work
     chunks = cdiv(count, chunk)
     partial = torch.empty((chunks, channels, channels + 1), device=x.device)
@@ -152,7 +156,8 @@ def channel_mix_backward(
     _weight_grad[(blocks, blocks, chunks)](
         g.data, h.data, a.data, b.data, partial, *g.strides, *h.strides, *a.strides, *b.strides, channels, a.s, count, split,
         a.c, chunk,
-        PAIR_D=d_b is not None, PAIR_X=x_b is not None, PRECISION=_precision(), WIDE=_wide(x), BP=GRAD_POSITIONS, BO=block, BI=block,
+        PAIR_D=d_b is not None, PAIR_X=x_b is not None, PRECISION=_precision(), WIDE=_wide(x), BP=GRAD_POSITIONS,
+        BO=block, BI=block, num_warps=_warps(block),
     )  # fmt: skip
     sums = partial.sum(0)
     return dx, dx_b, sums[:, :channels].to(weight.dtype).contiguous(), sums[:, channels].to(weight.dtype).contiguous()
@@ -163,15 +168,14 @@ def _variants() -> list[Aot]:
     for kind in ("fp32", "bf16", "fp16"):
         pointers = {k: f"*{kind}" for k in ("x", "x_b", "y", "y_b", "d", "d_b")}
         pointers |= {"weight": "*fp32", "bias": "*fp32", "partial": "*fp32"}
-        for block in (16, 32) if kind == "fp32" else (16, 64):
+        for block in (16, 32):
             for precision in ("ieee", "tf32") if kind == "fp32" else ("ieee",):
                 label = f"{kind} {precision} block {block}"
                 flags = dict(PRECISION=precision, WIDE=False)
                 base = dict(PAIR=True, SPLIT=True, BIAS=True, BP=POSITIONS, BO=block, BI=block, **flags)
-                found.append(Aot(label, _mix, signature(_mix, base, pointers), base))
-                half = min(32, block)
-                base = dict(PAIR_D=True, PAIR_X=True, BP=GRAD_POSITIONS, BO=half, BI=half, **flags)
-                found.append(Aot(label, _weight_grad, signature(_weight_grad, base, pointers), base))
+                found.append(Aot(label, _mix, signature(_mix, base, pointers), base, _warps(block)))
+                base = dict(PAIR_D=True, PAIR_X=True, BP=GRAD_POSITIONS, BO=block, BI=block, **flags)
+                found.append(Aot(label, _weight_grad, signature(_weight_grad, base, pointers), base, _warps(block)))
     return found
 
 
