@@ -18,6 +18,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from ._common import Aot
@@ -53,12 +54,15 @@ def compile_one(job: tuple[str, int, int]) -> tuple[str, str, str, int, int, int
     source = ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": v.warps})
     with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(compiled.asm["cubin"])
-        command = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
-    return module, v.kernel.fn.__name__, v.label, arch, registers, compiled.metadata.shared, stack + local
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        target = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
+        assert target is not None
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target.group(1)}", str(ptx), "-o", f"{ptx}.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", said)[-1])
+    spilled = sum(int(b) for b in re.findall(r"(\d+) bytes spill stores", said))
+    return module, v.kernel.fn.__name__, v.label, arch, registers, compiled.metadata.shared, spilled
 
 
 def main() -> int:
