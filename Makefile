@@ -1,0 +1,47 @@
+# make demo   sets up .venv, trains a flow on real digits beside plain PyTorch, writes tables and pictures
+# make test   sets up .venv and runs the tests
+# make lint   ruff and mypy
+# make clean  removes what the others made
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements/torch.txt requirements/peers.txt
+
+.PHONY: demo test lint clean check-tools
+
+demo: $(VENV)/.installed
+	$(BIN)/genfast demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info genfast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+check-tools:
+	@command -v $(PYTHON) >/dev/null || { echo "genfast: $(PYTHON) was not found. Install Python 3.10 to 3.13 (Debian: apt-get install python3 python3-venv python3-dev), or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo "genfast: $(PYTHON) is $$($(PYTHON) --version), expected 3.10 to 3.13; name another: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "genfast: $(PYTHON) has no venv module. Debian: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "genfast: $(PYTHON) has no C headers. Debian: apt-get install python3-dev"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "genfast: no C++ compiler was found. Debian: apt-get install g++; macOS: xcode-select --install"; exit 1; }
+
+# Order-only: the checks run each time, and make nothing stale.
+$(VENV)/bin/python: | check-tools
+	@echo "genfast: creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: requirements/torch.txt | $(VENV)/bin/python
+	@echo "genfast: installing PyTorch"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements/torch.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	@echo "genfast: building the kernels and installing the package (about a minute)"
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/peers.txt
+	touch $@

@@ -1,0 +1,149 @@
+"""Real data without downloads: digits and photographs that scikit-learn ships, image folders, torchvision sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images as whole numbers in [0, bins), uint8 (N, C, H, W), split into train and test."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+    bins: int = 256
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        c, h, w = self.train.shape[1:]
+        return c, h, w
+
+
+def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: str | None = None) -> Dataset:
+    """A data set by name.
+
+    Args:
+        name: "digits": 1797 handwritten digits, 8x8, 17 grey levels. "photos": RGB patches cut at random from two
+            photographs; train and test come from different parts of them. "torchvision:CIFAR10" and the like, from files
+            that are already under ``root``. Anything else is a folder of images.
+        size: side of photo patches and of images from a folder (scaled to cover, cropped at the centre).
+        count: how many photo patches, test included.
+        seed: of the split and of the crops.
+        root: where torchvision's files are.
+
+    Raises:
+        ImportError: scikit-learn or torchvision is needed and not installed.
+        FileNotFoundError: a folder that is not there, or torchvision files that are not.
+        ValueError: a folder without images, or an unknown torchvision set.
+
+    Example:
+        >>> import genfast
+        >>> genfast.data.load("digits").shape
+        (1, 8, 8)
+    """
+    if name == "digits":
+        return _digits(seed)
+    if name == "photos":
+        return _photos(size, count, seed)
+    if name.startswith("torchvision:"):
+        return _torchvision(name.split(":", 1)[1], root)
+    return _folder(Path(name), size, seed)
+
+
+def _scikit_learn() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError("genfast.data: digits and photos need scikit-learn: pip install 'genfast[data]'") from error
+    return datasets
+
+
+def _split(images: Tensor, labels: Tensor | None, seed: int) -> tuple[Any, ...]:
+    """A tenth, at least one image, for testing."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    cut = max(1, len(images) // 10)
+    test, train = order[:cut], order[cut:]
+    return images[train], images[test], *((None, None) if labels is None else (labels[train], labels[test]))
+
+
+def _digits(seed: int) -> Dataset:
+    found = _scikit_learn().load_digits()
+    images = torch.from_numpy(found.images.astype(np.uint8))[:, None]
+    train, test, train_labels, test_labels = _split(images, torch.from_numpy(found.target.astype(np.int64)), seed)
+    return Dataset("digits", train, test, 17, train_labels, test_labels)
+
+
+def _photos(size: int, count: int, seed: int) -> Dataset:
+    photos = [torch.from_numpy(np.ascontiguousarray(p)).permute(2, 0, 1) for p in _scikit_learn().load_sample_images().images]
+    height, width = photos[0].shape[1:]
+    border = width * 4 // 5  # left of it is for training, right of it for testing
+    if not 1 <= size <= min(height, width - border):
+        raise ValueError(f"photos: size={size}, expected 1 to {min(height, width - border)}")
+    if count < 2:
+        raise ValueError(f"photos: count={count}, expected at least 2")
+    generator = torch.Generator().manual_seed(seed)
+
+    def crops(number: int, left: int, right: int) -> Tensor:
+        def draw(limit: int) -> list[int]:
+            drawn: list[int] = torch.randint(limit, (number,), generator=generator).tolist()
+            return drawn
+
+        rows, columns, which = draw(height - size + 1), draw(right - left - size + 1), draw(len(photos))
+        return torch.stack(
+            [photos[k][:, r : r + size, left + c : left + c + size] for r, c, k in zip(rows, columns, which)]
+        )
+
+    test = max(1, count // 10)
+    return Dataset("photos", crops(count - test, 0, border), crops(test, border, width))
+
+
+def _folder(folder: Path, size: int, seed: int) -> Dataset:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"data: {str(folder)!r} is neither 'digits', 'photos', 'torchvision:NAME' nor a folder of images"
+        )
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise ValueError(f"data: {str(folder)!r} holds {len(files)} images, expected at least 2 of {', '.join(SUFFIXES)}")
+    from PIL import Image, ImageOps
+
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            images.append(np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))))
+    train, test, _, _ = _split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), None, seed)
+    return Dataset(folder.name, train, test)
+
+
+def _torchvision(name: str, root: str | None) -> Dataset:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError("data: torchvision sets need torchvision, which is not installed") from error
+    if not hasattr(datasets, name):
+        raise ValueError(f"data: torchvision.datasets has no {name!r}")
+    if root is None:
+        raise ValueError(f"data: torchvision:{name} needs root, the folder that holds its files")
+    try:
+        parts = [getattr(datasets, name)(root, train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(f"data: the files of torchvision:{name} are not under {root!r}: {error}") from error
+
+    def tensor(part: Any) -> Tensor:
+        values = torch.as_tensor(np.asarray(part.data))
+        return values[:, None] if values.dim() == 3 else values.permute(0, 3, 1, 2).contiguous()
+
+    labels = [torch.as_tensor(np.asarray(p.targets)) for p in parts]
+    return Dataset(name, tensor(parts[0]), tensor(parts[1]), 256, labels[0], labels[1])

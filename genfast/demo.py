@@ -1,0 +1,91 @@
+"""The main job: a flow on real digits, trained with genfast and, beside it, the same model in plain PyTorch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import data, models, training
+from ._memory import peak_bytes
+from .reference import models as plain
+
+CONFIG: dict[str, Any] = {"levels": 2, "steps": 8, "hidden": 64}
+BLOCK = 10  # steps of one model before the other's turn, so that a drift of the machine meets both
+
+
+def run(out: Path, seconds: float) -> int:
+    """Trains, compares, draws; returns the exit status.
+
+    Args:
+        out: folder for the pictures and the metrics.
+        seconds: how long to train, both models together; at least two blocks of each are trained.
+    """
+    from tqdm import tqdm
+
+    digits = data.load("digits")
+    print(f"data: {len(digits.train)} handwritten digits to train on, {len(digits.test)} held out", flush=True)
+    trainers: dict[str, training.Trainer] = {}
+    for label, build, last in (("genfast", models.Glow, True), ("plain PyTorch", plain.Glow, False)):
+        torch.manual_seed(0)  # the same initial weights, and below the same batches and noise
+        model = build(digits.shape, **CONFIG, channels_last=last)
+        trainers[label] = training.Trainer(model, digits, batch_size=64, lr=1e-3)
+    count = sum(p.numel() for p in trainers["genfast"].model.parameters())
+    print(f"model: Glow, {CONFIG['levels']} levels of {CONFIG['steps']} steps, {count:,} parameters", flush=True)
+    spent = dict.fromkeys(trainers, 0.0)
+    for trainer in trainers.values():  # the first steps start threads and set the activation norms
+        for _ in range(2):
+            trainer.step()
+    warm = 2
+    began = time.monotonic()
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(total=round(seconds), unit="s", disable=quiet, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}s {postfix}")
+    blocks = 0
+    while blocks < 2 or time.monotonic() - began < 0.6 * seconds:
+        for label, trainer in trainers.items():
+            start = time.perf_counter()
+            for _ in range(BLOCK):
+                trainer.step()
+            spent[label] += time.perf_counter() - start
+        blocks += 1
+        bar.n = min(bar.total, round(time.monotonic() - began))
+        bar.set_postfix_str(f"side by side, {trainers['genfast'].losses[-1]:.3f} bits/dim")
+        if quiet and blocks % 20 == 0:
+            print(f"  {blocks * BLOCK} steps each, {trainers['genfast'].losses[-1]:.3f} bits/dim", flush=True)
+    ours, theirs = trainers["genfast"], trainers["plain PyTorch"]
+    together = len(ours.losses)
+    curves = {label: list(t.losses) for label, t in trainers.items()}
+    rows = {}
+    for label, trainer in trainers.items():
+        rate = (together - warm) / spent[label]
+        rows[label] = (rate, peak_bytes(trainer.step) / 2**20, trainer.evaluate())
+    while time.monotonic() - began < seconds:  # the rest of the time belongs to genfast alone
+        for _ in range(BLOCK):
+            ours.step()
+        bar.n = min(bar.total, round(time.monotonic() - began))
+        bar.set_postfix_str(f"genfast alone, {ours.losses[-1]:.3f} bits/dim")
+    bar.close()
+    apart = max(abs(a - b) / abs(b) for a, b in zip(*(c[:100] for c in curves.values())))
+    tail = [sum(c[-20:]) / 20 for c in curves.values()]
+    print(f"\n{'':<16}{'steps/s':>9}{'peak MiB':>10}{'held-out bits/dim':>19}   after {together} steps, batch 64")
+    for label, (rate, peak, bits) in rows.items():
+        print(f"{label:<16}{rate:>9.2f}{peak:>10.1f}{bits:>19.3f}")
+    fast, slow = rows["genfast"], rows["plain PyTorch"]
+    print(f"{'ratio':<16}{fast[0] / slow[0]:>8.2f}x{fast[1] / slow[1]:>9.2f}x")
+    print(f"loss curves: at most {apart:.1e} apart (relative) over the first {min(100, together)} steps, ", end="")
+    print(f"{abs(tail[0] - tail[1]) / tail[1]:.1e} over the mean of the last 20")
+    final = ours.evaluate()
+    print(f"genfast after {len(ours.losses)} steps: {final:.3f} bits/dim on held-out digits")
+    ours.model.eval()
+    generator = torch.Generator().manual_seed(0)
+    samples = ours.model.sample(64, temperature=0.7, generator=generator)
+    training.save_picture(training.image_grid(samples, digits.bins), out / "samples.png")
+    training.save_picture(training.image_grid(digits.test[:64], digits.bins), out / "data.png")
+    training.plot_losses(curves, out / "loss.png")
+    path = ours.model.interpolate(*(models.dequantize(digits.test[s], digits.bins) for s in (slice(0, 8), slice(8, 16))), 8)
+    training.save_picture(training.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
+    print(f"pictures: {', '.join(str(out / f'{n}.png') for n in ('samples', 'data', 'loss', 'interpolation'))}")
+    return 0

@@ -1,0 +1,304 @@
+"""Training a flow: a loop with progress, checkpoints that a crash cannot tear, and pictures of how it went."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import models
+from .data import Dataset
+
+KEEP = 2  # checkpoints
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint is kept."""
+
+
+# ---- files, written whole or not at all ----
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` with a temporary name beside ``path``, then renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_atomically(path, write)
+
+
+def image_grid(images: Tensor, bins: int, *, columns: int = 8, scale: int | None = None) -> Any:
+    """Images in [-0.5, 0.5] or whole numbers in [0, bins), (N, C, H, W), as one PIL image, enlarged to be looked at."""
+    from PIL import Image
+
+    if images.is_floating_point():
+        images = ((images + 0.5) * bins).floor().clamp(0, bins - 1)
+    n, c, h, w = images.shape
+    columns = min(columns, max(n, 1))
+    rows = -(-n // columns)
+    values = (images.float() * (255 / (bins - 1))).round().to(torch.uint8).cpu()
+    grid = torch.full((c, rows * (h + 1) + 1, columns * (w + 1) + 1), 64, dtype=torch.uint8)
+    for i, image in enumerate(values):
+        top, left = 1 + i // columns * (h + 1), 1 + i % columns * (w + 1)
+        grid[:, top : top + h, left : left + w] = image
+    picture = Image.fromarray(grid[0].numpy() if c == 1 else grid[:3].permute(1, 2, 0).contiguous().numpy())
+    scale = max(1, 512 // picture.width) if scale is None else scale
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """A PIL image as a file, whole or not at all."""
+    write_atomically(path, lambda p: picture.save(p))
+
+
+def plot_losses(curves: dict[str, list[float]], path: Path, *, ylabel: str = "bits per dimension") -> None:
+    """Loss curves as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i, (label, values) in enumerate(curves.items()):
+        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=2.5 - i, linestyle="-" if i == 0 else "--")
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+    write_atomically(path, lambda p: figure.savefig(p, dpi=120))
+    pyplot.close(figure)
+
+
+# ---- checkpoints ----
+
+
+def _steps(folder: Path) -> list[int]:
+    found = (p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if (p / "weights.safetensors").exists())
+    return sorted(int(s) for s in found if s.isdigit())
+
+
+def latest(folder: str | Path) -> Path:
+    """The newest checkpoint in a run's folder, or the folder itself if it is one.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = Path(folder)
+    if (folder / "weights.safetensors").exists():
+        return folder
+    steps = _steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"checkpoint: {str(folder)!r} holds no checkpoint-<step> with weights.safetensors")
+    return folder / f"checkpoint-{steps[-1]}"
+
+
+def save_checkpoint(folder: Path, name: str, model: models.FlowModel, state: dict[str, Any], bins: int) -> Path:
+    """Writes ``checkpoint-<step>`` under a temporary name and renames it, then drops all but the newest few."""
+    target = folder / f"checkpoint-{state['step']}"
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        metadata = {"model": name, "config": json.dumps(model.config), "bins": str(bins), "step": str(state["step"])}
+        save_file(weights, temporary / "weights.safetensors", metadata)
+        torch.save(state, temporary / "training.pt")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for step in _steps(folder)[:-KEEP]:
+        shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+    return target
+
+
+def load_checkpoint(folder: str | Path, device: str = "cpu") -> tuple[models.FlowModel, dict[str, str], Path]:
+    """(model in evaluation mode, metadata, checkpoint folder) from a run's folder or a checkpoint.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a weights file that is not one of ours.
+    """
+    path = latest(folder)
+    with safe_open(path / "weights.safetensors", framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    if "model" not in metadata:
+        raise ValueError(f"checkpoint: {str(path / 'weights.safetensors')!r} names no model; it was not written by genfast")
+    model = models.build(metadata["model"], **json.loads(metadata["config"]))
+    model.load_state_dict(load_file(path / "weights.safetensors"))
+    return model.to(device).eval(), metadata, path
+
+
+# ---- the loop ----
+
+
+class Trainer:
+    """One model on one data set: batches, noise and updates that repeat exactly from a seed or a checkpoint."""
+
+    def __init__(
+        self, model: models.FlowModel, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
+        device: str = "cpu", clip: float = 50.0,
+    ) -> None:  # fmt: skip
+        if batch_size < 1:
+            raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
+        if model.shape != data.shape:
+            raise ValueError(f"train: the model takes {model.shape} and the data are {data.shape}")
+        self.model, self.data, self.device, self.clip = model.to(device), data, device, clip
+        self.batch_size = min(batch_size, len(data.train))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+        self.losses: list[float] = []
+
+    def batch(self) -> Tensor:
+        """The next dequantised batch."""
+        index = torch.randint(len(self.data.train), (self.batch_size,), generator=self.generator)
+        return models.dequantize(self.data.train[index], self.data.bins, generator=self.generator).to(self.device)
+
+    def step(self) -> float:
+        """One update; returns the loss in bits per dimension."""
+        self.model.train()
+        log_prob = self.model.log_prob(self.batch())
+        loss = (math.log(self.data.bins) - log_prob.mean() / self.model.dim) / math.log(2)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {len(self.losses) + 1}: lower the learning rate; the last checkpoint is kept"
+            )
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.losses.append(value)
+        return value
+
+    @torch.no_grad()
+    def evaluate(self, limit: int = 1024) -> float:
+        """Bits per dimension on the test images, with noise from a fixed seed."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(1)
+        parts = [
+            self.model.log_prob(models.dequantize(b, self.data.bins, generator=generator).to(self.device))
+            for b in self.data.test[:limit].split(256)
+        ]
+        nats = math.log(self.data.bins) - float(torch.cat(parts).double().mean()) / self.model.dim
+        return nats / math.log(2)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights."""
+        return {
+            "step": len(self.losses), "losses": self.losses, "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint as if there had been no stop."""
+        self.model.load_state_dict(load_file(checkpoint / "weights.safetensors"))
+        state = torch.load(checkpoint / "training.pt", weights_only=True)
+        self.losses = list(state["losses"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+
+
+def train(
+    name: str, data: Dataset, out: str | Path, *, config: dict[str, Any] | None = None, steps: int | None = None,
+    minutes: float | None = None, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
+    resume: bool = False, save_every: int = 200,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains ``models.NAMES[name]`` on ``data`` and leaves a run's folder; returns the metrics that it wrote.
+
+    The folder holds ``checkpoint-<step>`` (the last two), ``loss.png``, ``samples.png`` and ``metrics.json``. Ctrl-C writes
+    a last checkpoint and then raises KeyboardInterrupt; ``resume`` goes on from the newest one.
+
+    Args:
+        config: of the model, beside its shape.
+        steps, minutes: whichever ends first; 1000 steps without either.
+        out: the folder.
+
+    Raises:
+        FileExistsError: ``out`` holds a run and ``resume`` is not set.
+        TrainingError: the loss is not finite.
+        KeyboardInterrupt: after the last checkpoint has been written.
+    """
+    from tqdm import tqdm
+
+    out = Path(out)
+    if _steps(out) and not resume:
+        raise FileExistsError(f"train: {str(out)!r} holds a run already; resume it or name another folder")
+    if steps is None and minutes is None:
+        steps = 1000
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"dim": math.prod(data.shape)} if name in ("nice", "linear_flow") else {"shape": data.shape}
+    if resume and _steps(out):
+        model, metadata, checkpoint = load_checkpoint(out)
+        if metadata["model"] != name:
+            raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
+    else:
+        model, checkpoint = models.build(name, **shape, **(config or {})), None
+    flat = len(model.shape) == 1
+    view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins) if flat else data
+    trainer = Trainer(model, view, batch_size=batch_size, lr=lr, seed=seed, device=device)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    start, began = time.monotonic(), len(trainer.losses)
+    saved = began
+    bar = tqdm(total=steps, initial=began, unit="step", disable=not sys.stderr.isatty(), desc=f"{name} on {data.name}")
+
+    def save() -> None:
+        nonlocal saved
+        if len(trainer.losses) > saved or checkpoint is None:
+            save_checkpoint(out, name, model, trainer.state(), data.bins)
+            saved = len(trainer.losses)
+
+    try:
+        while (steps is None or len(trainer.losses) < steps) and (
+            minutes is None or time.monotonic() - start < 60 * minutes
+        ):
+            bar.set_postfix_str(f"{trainer.step():.3f} bits/dim", refresh=False)
+            bar.update()
+            if len(trainer.losses) % save_every == 0:
+                save()
+    except KeyboardInterrupt:
+        save()
+        print(f"stopped at step {len(trainer.losses)}; checkpoint kept in {out}", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+    save()
+    seconds = time.monotonic() - start
+    model.eval()
+    samples = model.sample(64, generator=torch.Generator().manual_seed(seed), temperature=0.8)
+    save_picture(image_grid(samples.reshape(-1, *data.shape), data.bins), out / "samples.png")
+    plot_losses({"train": trainer.losses}, out / "loss.png")
+    metrics = {
+        "model": name, "data": data.name, "steps": len(trainer.losses), "parameters": sum(p.numel() for p in model.parameters()),
+        "train_bits_per_dim": sum(trainer.losses[-50:]) / max(1, len(trainer.losses[-50:])),
+        "test_bits_per_dim": trainer.evaluate(), "seconds": seconds,
+        "steps_per_second": (len(trainer.losses) - began) / seconds if seconds else 0.0,
+    }  # fmt: skip
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
