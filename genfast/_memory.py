@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import _pool
+
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -25,6 +27,7 @@ def _quiet() -> Iterator[None]:
 
 def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
     """The most bytes that ``work()`` held at once beyond what was allocated before, exact: from the allocator's own events."""
+    _pool.clear()  # memory that is used again is memory that was asked for
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -1,12 +1,16 @@
-"""What the kernels' wrappers share: a tensor seen as (N, C, S) with strides, and launch arithmetic."""
+"""What the kernels share: a tensor seen as (N, C, S) with strides, tiles over it, and ahead-of-time variants."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+TILE = 1024  # elements of a tile: 8 a thread in 4 warps, two vector loads of each operand in float32
 
 
 class View(NamedTuple):
@@ -25,43 +29,90 @@ class View(NamedTuple):
         return self.n_stride, self.c_stride, self.s_stride
 
     @property
-    def channels_last(self) -> bool:
+    def walks_channels(self) -> bool:
         """Whether neighbouring threads should walk along channels."""
         return self.s == 1 or self.c_stride < self.s_stride
+
+    @property
+    def flat(self) -> bool:
+        """Whether channels and positions are one axis."""
+        return self.c == 1 or self.c_stride == self.s * self.s_stride
+
+    @property
+    def far(self) -> bool:
+        """Whether an offset inside a sample needs 64 bits."""
+        return self.c * self.c_stride + self.s * self.s_stride >= 2**31
+
+    def grouped(self, g: int) -> View:
+        """A flat view with g channels as one, and so fewer and longer rows."""
+        return self._replace(c=self.c // g, s=self.s * g, c_stride=self.c_stride * g)
+
+    def transposed(self) -> View:
+        """A flat view as one sample: all of a sample as channels, the batch as positions."""
+        return View(self.data, 1, self.c * self.s, self.n, 0, self.s_stride if self.s > 1 else self.c_stride, self.n_stride)
 
 
 def view(x: Tensor) -> View:
     """``x`` as it lies; copied only where its spatial axes are not one axis with one step."""
-    n, c = x.shape[0], x.shape[1]
-    s, step = 1, 1
-    for k, (size, stride) in enumerate(zip(reversed(x.shape[2:]), reversed(x.stride()[2:]))):
-        if k == 0:
-            step = stride
-        if size != 1 and s != 1 and stride != s * step:
-            return view(x.contiguous())
+    s = step = 1
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
+        if size == 1:
+            continue
         if s == 1:
             step = stride
+        elif stride != s * step:
+            return view(x.contiguous())
         s *= size
-    return View(x, n, c, s, x.stride(0), x.stride(1), step if s > 1 else 1)
+    return View(x, x.shape[0], x.shape[1], s, x.stride(0), x.stride(1), step)
 
 
-def output(x: Tensor, channels: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor like ``x``, in its memory format, with another number of channels or dtype."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    form = torch.contiguous_format
-    if last is not None and not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1:
-        form = last
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format of an output in x's order: channels_last where ``x`` is laid out so, else contiguous."""
+    if x.dim() < 3 or x.is_contiguous():
+        return torch.contiguous_format
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if form is not None and x.stride(1) == 1 and (x.shape[1] > 1 or x.is_contiguous(memory_format=form)):
+        return form
+    return torch.contiguous_format
+
+
+def output(x: Tensor, channels: int | None = None) -> Tensor:
+    """An uninitialised tensor like ``x``, dense in its memory format, with another number of channels if given."""
     shape = (x.shape[0], x.shape[1] if channels is None else channels, *x.shape[2:])
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=form)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of this dtype are kept in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def tile(v: View, size: int = TILE) -> tuple[int, int]:
+    """Channels and positions of a tile of at most ``size`` elements, longest along the axis that is contiguous."""
+    c, s = triton.next_power_of_2(v.c), triton.next_power_of_2(v.s)
+    if v.walks_channels:
+        c = min(c, size)
+        return c, min(s, size // c)
+    s = min(s, size)
+    return min(c, size // s), s
+
+
+def warps(elements: int) -> int:
+    """Eight elements a thread, one to four warps."""
+    return max(1, min(4, elements // 256))
+
+
+@triton.jit
+def place(s_tiles, tiles, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FAR: tl.constexpr):
+    """The sample, tile number, channels (a column) and positions (a row) of this program."""
+    pid = tl.program_id(0)
+    n = (pid // tiles).to(tl.int64)
+    k = pid % tiles
+    c = (k // s_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = (k % s_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    if FAR:
+        c = c.to(tl.int64)
+        s = s.to(tl.int64)
+    return n, k, c[:, None], s[None, :]
 
 
 class Aot(NamedTuple):
@@ -72,13 +123,28 @@ class Aot(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     warps: int = 4
+    aligned: tuple[str, ...] = ()
 
 
-def signature(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, str]:
-    """Types for all arguments: pointers as given, constants as such, the rest (sizes and strides) i64."""
-    return {
-        name: "constexpr" if name in constants else types.get(name, "i64") for name in kernel.arg_names
-    }
+def variant(
+    label: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], ones: Iterable[str] | None = None,
+    num_warps: int = 4,
+) -> Aot:  # fmt: skip
+    """A compile of ``kernel``: pointers as ``types`` says, sizes and strides 32-bit multiples of 16 but for ``ones``.
+
+    That is how the launcher specialises a call on dense tensors. ``ones=None`` is the other extreme: sizes and strides of
+    64 bits about which nothing is known.
+    """
+    pointers = tuple(name for name in kernel.arg_names if name in types)
+    sizes = [name for name in kernel.arg_names if name not in types and name not in constants]
+    if ones is None:
+        signature = dict(types) | {name: "i64" for name in sizes}
+        return Aot(label, kernel, _ordered(kernel, signature, constants), dict(constants), num_warps, pointers)
+    constants = {**constants, **{name: 1 for name in ones if name in sizes}}
+    signature = dict(types) | {name: "i32" for name in sizes}
+    aligned = (*pointers, *(name for name in sizes if name not in constants))
+    return Aot(label, kernel, _ordered(kernel, signature, constants), dict(constants), num_warps, aligned)
 
 
-next_power_of_2 = triton.next_power_of_2
+def _ordered(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, str]:
+    return {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}

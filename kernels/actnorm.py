@@ -1,74 +1,160 @@
 """Activation normalisation (Glow 1807.03039 sec. 3.1): y = s x + b per channel, logdet = S sum log|s|.
 
-x (N, C, S), s and b (C,). The forward reads x and writes y (8 bytes an element in float32); the backward reads grad_y and
-x, writes dx (12) and sums grad s and grad b of its tile in the same pass. Bound by memory bandwidth. The partial sums are
-added in a fixed order by a second, tiny reduction; the log-determinant is a sum over C numbers.
+    backward  dx = s d, ds = sum d x + S g / s, db = sum d;   of the inverse y = (x - b) / s: dx = d / s,
+              ds = -(sum d y + S g) / s, db = -sum d / s;   g = sum grad_logdet; in terms of log s, ds is multiplied by s
 
-A program takes a tile of positions x channels, longest along whichever is contiguous.
+x (N, C, S), s and b (C,), logdet (N,). Fused: the affine map and the log-determinant (added up over C by one program of each
+sample); in the backward dx and both sums over batch and positions. The forward reads x and writes y (8 bytes an element in
+float32, 2 FLOPs), the backward reads d and x and writes dx (12 bytes, 5 FLOPs): both bound by memory bandwidth, one pass
+each. Up to ROWS programs a channel tile walk over the tiles and write one partial sum each; a second, tiny kernel adds them
+in an order that depends on the shape alone.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, next_power_of_2, output, signature, view, wide
+from ._common import Aot, View, cdiv, output, place, tile, variant, view, warps
+
+ROWS = 1024  # programs a channel tile: fills any GPU of today several times over, and keeps the second kernel short
 
 
 @triton.jit
-def _tile(C, S, P, BC: tl.constexpr, BP: tl.constexpr):
-    c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
-    p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    inside = (p < P)[:, None] & (c < C)[None, :]
-    return c, p // S, p % S, inside
+def _scale(scale, c, C, LOG_SCALE: tl.constexpr):
+    """s for channels c, in float32."""
+    s = tl.load(scale + c, mask=c < C, other=0).to(tl.float32)
+    if LOG_SCALE:
+        return tl.exp(s)
+    else:
+        return tl.where(c < C, s, 1.0)
 
 
 @triton.jit
 def _forward(
-    x, mul, add, y, xn, xc, xs, yn, yc, ys, C, S, P, BC: tl.constexpr, BP: tl.constexpr
+    x, scale, bias, y, logdet, xn, xc, xs, yn, yc, ys, C, S, positions, s_tiles, tiles, LOG_SCALE: tl.constexpr,
+    INVERSE: tl.constexpr, BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    c, n, s, inside = _tile(C, S, P, BC, BP)
-    m = tl.load(mul + c, mask=c < C, other=0)[None, :]
-    a = tl.load(add + c, mask=c < C, other=0)[None, :]
-    value = tl.load(x + (n * xn + s * xs)[:, None] + (c * xc)[None, :], mask=inside, other=0).to(tl.float32)
-    tl.store(y + (n * yn + s * ys)[:, None] + (c * yc)[None, :], (value * m + a).to(y.dtype.element_ty), mask=inside)
+    n, k, c, p = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
+    inside = (c < C) & (p < S)
+    s = _scale(scale, c, C, LOG_SCALE)
+    b = tl.load(bias + c, mask=c < C, other=0).to(tl.float32)
+    value = tl.load(x + n * xn + (c * xc + p * xs), mask=inside, other=0).to(tl.float32)
+    out = (value - b) / s if INVERSE else value * s + b
+    tl.store(y + n * yn + (c * yc + p * ys), out.to(y.dtype.element_ty), mask=inside)
+    if k < (s_tiles if BATCH_IN_TILE else 1):  # the first tile of each sample
+        total = 0.0
+        for start in range(0, C, 128):
+            i = start + tl.arange(0, 128)
+            log_s = tl.load(scale + i, mask=i < C, other=0).to(tl.float32)
+            if not LOG_SCALE:
+                log_s = tl.log(tl.where(i < C, tl.abs(log_s), 1.0))
+            total += tl.sum(log_s, axis=0)
+        total = total * (-positions if INVERSE else positions)
+        if BATCH_IN_TILE:
+            tl.store(logdet + p, tl.zeros((1, BLOCK_S), dtype=tl.float32) + total, mask=p < S)
+        else:
+            tl.store(logdet + n, total)
 
 
 @triton.jit
 def _backward(
-    grad_y, x, mul, dx, partial, gn, gc, gs, xn, xc, xs, yn, yc, ys, C, S, P, BC: tl.constexpr, BP: tl.constexpr
+    grad_y, x, scale, bias, dx, partial, gn, gc, gs, xn, xc, xs, yn, yc, ys, C, S, s_tiles, tiles, c_tiles, rows,
+    LOG_SCALE: tl.constexpr, INVERSE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    c, n, s, inside = _tile(C, S, P, BC, BP)
-    m = tl.load(mul + c, mask=c < C, other=0)[None, :]
-    d = tl.load(grad_y + (n * gn + s * gs)[:, None] + (c * gc)[None, :], mask=inside, other=0).to(tl.float32)
-    value = tl.load(x + (n * xn + s * xs)[:, None] + (c * xc)[None, :], mask=inside, other=0).to(tl.float32)
-    tl.store(dx + (n * yn + s * ys)[:, None] + (c * yc)[None, :], (d * m).to(dx.dtype.element_ty), mask=inside)
-    to = partial + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(to, tl.sum(d * value, axis=0), mask=c < C)
-    tl.store(to + C, tl.sum(d, axis=0), mask=c < C)
+    """dx, and for each channel sum d x (inverse: sum d y) and sum d over the tiles row, row + rows, ..."""
+    row = tl.program_id(0) // c_tiles
+    c = ((tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    if FAR:
+        c = c.to(tl.int64)
+    s = _scale(scale, c, C, LOG_SCALE)
+    b = tl.load(bias + c, mask=c < C, other=0).to(tl.float32)
+    by_x = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
+    plain = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
+    for k in range(row, tiles, rows):
+        n = (k // s_tiles).to(tl.int64)
+        p = ((k % s_tiles) * BLOCK_S + tl.arange(0, BLOCK_S))[None, :]
+        if FAR:
+            p = p.to(tl.int64)
+        inside = (c < C) & (p < S)
+        d = tl.load(grad_y + n * gn + (c * gc + p * gs), mask=inside, other=0).to(tl.float32)
+        value = tl.load(x + n * xn + (c * xc + p * xs), mask=inside, other=0).to(tl.float32)
+        if INVERSE:
+            value = tl.where(inside, (value - b) / s, 0.0)
+            gx = d / s
+        else:
+            gx = d * s
+        tl.store(dx + n * yn + (c * yc + p * ys), gx.to(dx.dtype.element_ty), mask=inside)
+        by_x += d * value
+        plain += d
+    at = partial + row.to(tl.int64) * 2 * C + c
+    tl.store(at, tl.sum(by_x, axis=1)[:, None], mask=c < C)
+    tl.store(at + C, tl.sum(plain, axis=1)[:, None], mask=c < C)
 
 
-def _blocks(a: View) -> tuple[int, int]:
-    """Channels and positions of a tile of at most 2048 elements."""
-    channels = min(next_power_of_2(a.c), 128 if a.channels_last else 4)
-    return channels, 2048 // channels
+@triton.jit
+def _finish(
+    partial, grad_logdet, scale, ds, db, ln, C, N, positions, rows, HAS_LOGDET: tl.constexpr, LOG_SCALE: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums in order, and the log-determinant's share."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = _scale(scale, c, C, LOG_SCALE)
+    by_x = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    plain = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        inside = (r < rows)[:, None] & (c < C)[None, :]
+        at = partial + (r * 2 * C)[:, None] + c[None, :]
+        by_x += tl.sum(tl.load(at, mask=inside, other=0), axis=0)
+        plain += tl.sum(tl.load(at + C, mask=inside, other=0), axis=0)
+    g = 0.0
+    if HAS_LOGDET:
+        for start in range(0, N, 1024):
+            i = start + tl.arange(0, 1024)
+            g += tl.sum(tl.load(grad_logdet + i * ln, mask=i < N, other=0).to(tl.float32), axis=0)
+        g = g * positions
+    if INVERSE:
+        by_s = -(by_x + g)
+        if not LOG_SCALE:
+            by_s = by_s / s
+        plain = -plain / s
+    elif LOG_SCALE:
+        by_s = by_x * s + g
+    else:
+        by_s = by_x
+        if HAS_LOGDET:
+            by_s = by_x + g / s
+    tl.store(ds + c, by_s.to(ds.dtype.element_ty), mask=c < C)
+    tl.store(db + c, plain.to(db.dtype.element_ty), mask=c < C)
+
+
+def _views(*tensors: Tensor) -> tuple[list[View], bool]:
+    """The tensors as (N, C, S); vectors as one sample of N positions, so that a tile takes many."""
+    views = [view(t) for t in tensors]
+    vectors = views[0].s == 1
+    return [v.transposed() for v in views] if vectors else views, vectors
 
 
 def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     """(y, logdet) of genfast::actnorm."""
-    y, a = output(x), view(x)
-    s, b = scale.float(), bias.float()
-    log_s = s if log_scale else s.abs().log()
-    s = s.exp() if log_scale else s
-    mul, add = (1 / s, -b / s) if inverse else (s, b)
-    logdet = ((-a.s if inverse else a.s) * log_s.sum()).to(wide(x.dtype)).expand(a.n).clone()
-    if x.numel():
-        channels, positions = _blocks(a)
-        _forward[(cdiv(a.n * a.s, positions), cdiv(a.c, channels))](
-            a.data, mul, add, y, *a.strides, *view(y).strides, a.c, a.s, a.n * a.s, BC=channels, BP=positions
-        )
+    y = output(x)
+    if not x.numel():
+        return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    logdet = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    (a, out), vectors = _views(x, y)
+    block_c, block_s = tile(a)
+    s_tiles = cdiv(a.s, block_s)
+    tiles = cdiv(a.c, block_c) * s_tiles
+    _forward[(a.n * tiles,)](
+        a.data, scale.contiguous(), bias.contiguous(), y, logdet, *a.strides, *out.strides, a.c, a.s, 1 if vectors else a.s,
+        s_tiles, tiles, LOG_SCALE=log_scale, INVERSE=inverse, BATCH_IN_TILE=vectors, FAR=a.far or out.far, BLOCK_C=block_c,
+        BLOCK_S=block_s, num_warps=warps(block_c * block_s),
+    )  # fmt: skip
     return y, logdet
 
 
@@ -76,36 +162,58 @@ def actnorm_backward(
     grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dbias) of genfast::actnorm_backward."""
-    dx, a = output(x), view(x)
-    s, b = scale.float().exp() if log_scale else scale.float(), bias.float()
-    sums = torch.zeros((2, a.c), device=x.device)
-    if grad_y is None:
-        dx.zero_()
-    elif x.numel():
-        channels, positions = _blocks(a)
-        g, tiles = view(grad_y), cdiv(a.n * a.s, positions)
-        partial = torch.empty((tiles, 2, a.c), device=x.device)
-        _backward[(tiles, cdiv(a.c, channels))](
-            g.data, a.data, 1 / s if inverse else s, dx, partial, *g.strides, *a.strides, *view(dx).strides, a.c, a.s,
-            a.n * a.s, BC=channels, BP=positions,
+    dx, ds, db = output(x), torch.empty_like(scale), torch.empty_like(bias)
+    channels, batch, rows, positions = x.shape[1], x.shape[0], 0, 0
+    partial = torch.empty(0, dtype=torch.float32, device=x.device)
+    scale, bias = scale.contiguous(), bias.contiguous()
+    if x.numel():
+        (a, out, g), vectors = _views(x, dx, x if grad_y is None else grad_y)
+        positions = 1 if vectors else a.s
+        if grad_y is None:
+            dx.zero_()
+        else:
+            block_c, block_s = tile(a)
+            c_tiles, s_tiles = cdiv(a.c, block_c), cdiv(a.s, block_s)
+            tiles = a.n * s_tiles
+            rows = min(tiles, ROWS)
+            partial = torch.empty((rows, 2, a.c), dtype=torch.float32, device=x.device)
+            _backward[(rows * c_tiles,)](
+                g.data, a.data, scale, bias, dx, partial, *g.strides, *a.strides, *out.strides, a.c, a.s, s_tiles, tiles,
+                c_tiles, rows, LOG_SCALE=log_scale, INVERSE=inverse, FAR=a.far or out.far or g.far, BLOCK_C=block_c,
+                BLOCK_S=block_s, num_warps=warps(block_c * block_s),
+            )  # fmt: skip
+    if channels:
+        _finish[(cdiv(channels, 16),)](
+            partial, partial if grad_logdet is None else grad_logdet, scale, ds, db,
+            0 if grad_logdet is None else grad_logdet.stride(0), channels, batch, positions, rows,
+            HAS_LOGDET=grad_logdet is not None, LOG_SCALE=log_scale, INVERSE=inverse, BLOCK_C=16, BLOCK_R=64,
         )  # fmt: skip
-        sums = partial.sum(0)
-    g_logdet = 0 if grad_logdet is None else grad_logdet.float().sum() * a.s
-    if inverse:  # the sums are over the input y of x = (y - b) / s
-        dlog_s, db = -((sums[0] - b * sums[1]) / s + g_logdet), -sums[1] / s
-    else:
-        dlog_s, db = sums[0] * s + g_logdet, sums[1]
-    return dx, (dlog_s if log_scale else dlog_s / s).to(scale.dtype), db.to(bias.dtype)
+    return dx, ds, db
 
 
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
-        pointers = {k: f"*{kind}" for k in ("x", "y", "grad_y", "dx")} | {k: "*fp32" for k in ("mul", "add", "partial")}
-        for channels in (4, 128):
-            base = dict(BC=channels, BP=2048 // channels)
-            for kernel in (_forward, _backward):
-                found.append(Aot(f"{kind} tile of {channels} channels", kernel, signature(kernel, base, pointers), base))
+        pointers = {k: f"*{kind}" for k in ("x", "y", "grad_y", "dx", "scale", "bias", "ds", "db")}
+        pointers |= {k: "*fp32" for k in ("partial", "logdet", "grad_logdet")}
+
+        def add(label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, **base: Any) -> None:
+            for kernel in kernels:
+                types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
+                constants = {name: value for name, value in base.items() if name in kernel.arg_names}
+                found.append(variant(label, kernel, types, constants, ones))
+
+        for inverse in (False, True):
+            for log_scale in (False, True):
+                label = f"{'inverse ' if inverse else ''}{'log scale ' if log_scale else ''}{kind}"
+                base = dict(LOG_SCALE=log_scale, INVERSE=inverse, FAR=False, BATCH_IN_TILE=False, HAS_LOGDET=True)
+                rows = base | dict(BLOCK_C=1, BLOCK_S=1024)
+                add(label, ("xs", "ys", "gs"), (_forward, _backward), **rows)
+                add(label, ("ln",), (_finish,), **(base | dict(BLOCK_C=16, BLOCK_R=64)))
+        last = base | dict(BLOCK_C=16, BLOCK_S=64)
+        add(f"channels_last {kind}", ("xc", "yc", "gc"), (_forward, _backward), **last)
+        add(f"vectors {kind}", ("xc", "yc", "gc"), (_forward,), **(last | dict(BATCH_IN_TILE=True)))
+        add(f"any strides {kind}", None, (_forward, _backward), **(last | dict(FAR=True)))
     return found
 
 

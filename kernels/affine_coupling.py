@@ -1,209 +1,245 @@
 """Affine coupling with log-determinant (NICE 1410.8516 sec. 3.2, RealNVP 1605.08803 eq. 6-9, Glow 1807.03039 table 1).
 
     forward   y_a = s(r) x_a + t, y_b = x_b, logdet[n] = sum log s;    inverse  x_a = (y_a - t) / s
-    backward  with l = log s, d = grad_y, g = grad_logdet: dx = s d, dt = d, dr = l'(r) (s x d + g), s x = y - t
+    backward  with l = log s, d = grad_y, g = grad_logdet:
+              forward  dx = s d, dt = d, dr = l'(r) (s x d + g), s x = y - t;  inverse  dx = d/s, dt = -d/s, dr = -l'(r) (x d + g)
 
-x (N, C, S), params (N, 2C', S), logdet (N,). Split, scale map, product, shift, concatenation and the sum over a sample are
-one pass: per transformed element the forward reads x, r, t and writes y (16 bytes in float32), the backward reads d, x, r
-and writes dx, dr, dt (24; 28 from the output); a passed element costs 8 each way. About 20 FLOPs: bound by memory bandwidth.
+x (N, C, S), params (N, 2C', S), logdet (N,). Fused: split, scale map, product, shift, concatenation and the sum over a
+sample; in the backward also the gradient of alpha. One pass each way: per transformed element the forward reads x, r, t and
+writes y (16 bytes in float32), the backward reads d, x, r and writes dx, dr, dt (24; 28 from the output, which needs t); a
+passed element costs 8 each way. About 30 FLOPs an element (the scale map): bound by memory bandwidth.
 
-A program takes BLOCK elements of one sample in the order they lie in memory (NCHW or channels_last) and writes one partial
-sum of the log-determinant; the partial sums are added in a fixed order by a second, tiny reduction. grad alpha is a second
-pass over d, x and r, only where alpha is learned.
+A program takes one tile of channels x positions of one sample. Dense NCHW samples are taken as few long rows, and samples
+smaller than a tile (and vectors) many to a tile, so that no lane idles. Each tile writes its partial sums of logdet and
+grad alpha; a second, tiny reduction adds them in an order that depends on the shape alone. float32 within, whatever the data.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, output, signature, view, wide
+from ._common import TILE, Aot, View, cdiv, memory_format, output, place, tile, variant, view, warps
 
-SCALES = ("exp", "sigmoid", "tanh", "softclamp", "additive")
-BLOCK = 1024
+_SCALES = ("exp", "sigmoid", "tanh", "softclamp", "additive")
 
 
 @triton.jit
-def _scale_map(r, alpha, SCALE: tl.constexpr):
-    """log s, d log s / dr and tanh r, in float32."""
-    slope = r * 0 + 1.0
+def _exp(x):
+    """e^x to a few ulp: the hardware's 2^x alone loses |x| / 2 ulp to the rounding of x log2(e)."""
+    k = tl.minimum(tl.maximum(tl.floor(x * 1.4426950408889634 + 0.5), -126.0), 127.0)
+    return tl.exp((x - k * 0.693359375) + k * 2.12194440e-4) * tl.exp2(k)
+
+
+@triton.jit
+def _log1p(z):
+    """log(1 + z) for z in [0, 1], exact to an ulp also where z is tiny: 2 atanh(z / (2 + z))."""
+    q = z / (2.0 + z)
+    w = q * q
+    p = 1.0 / 11.0 + w * (1.0 / 13.0)
+    p = 1.0 / 5.0 + w * (1.0 / 7.0 + w * (1.0 / 9.0 + w * p))
+    return 2.0 * q * (1.0 + w * (1.0 / 3.0 + w * p))
+
+
+@triton.jit
+def _scale_map(r, a, SCALE: tl.constexpr, INVERSE: tl.constexpr):
+    """log s, s (1/s for the inverse), d log s / dr and d log s / d alpha."""
+    slope = tl.full(r.shape, 1.0, tl.float32)
     th = slope
-    log_s = r
-    if SCALE == 1:
-        z = r + 2.0
-        e = tl.exp(-tl.abs(z))
-        log_s = tl.minimum(z, 0.0) - tl.log(1.0 + e)
-        slope = tl.where(z < 0, 1.0 / (1.0 + e), e / (1.0 + e))
-    if SCALE == 2 or SCALE == 5:
-        e = tl.exp(-2.0 * tl.abs(r))
-        th = (1.0 - e) / (1.0 + e)
-        th = tl.where(r < 0, -th, th)
-        log_s = alpha * th
-        slope = alpha * (1.0 - th * th)
-    if SCALE == 3:
-        q = 1.0 / (1.0 + tl.abs(r) * 0.14476482730108395)  # 1 / log 1000
-        log_s = r * q
-        slope = q * q
-    if SCALE == 4:
-        log_s = r * 0
-    return log_s, slope, th
+    if SCALE == "sigmoid":
+        u = r + 2.0
+        z = _exp(-tl.abs(u))
+        up = 1.0 + z
+        log_s = tl.minimum(u, 0.0) - _log1p(z)
+        slope = tl.where(u >= 0, z, 1.0) / up
+        if INVERSE:
+            s = up / tl.where(u >= 0, 1.0, z)
+        else:
+            s = tl.where(u >= 0, 1.0, z) / up
+    elif SCALE == "additive":
+        log_s = r
+        s = slope
+    else:
+        log_s = r
+        if SCALE == "tanh":
+            e = _exp(-2.0 * tl.abs(r))
+            far = (1.0 - e) / (1.0 + e)
+            w = r * r  # near zero the quotient cancels; Cephes' tanhf
+            p = ((-5.70498872745e-3 * w + 2.06390887954e-2) * w - 5.37397155531e-2) * w + 1.33314422036e-1
+            near = ((p * w - 3.33332819422e-1) * w) * r + r
+            th = tl.where(w < 0.390625, near, tl.where(r < 0, -far, far))
+            log_s = a * th
+            slope = a * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+        if SCALE == "softclamp":
+            q = 1.0 / (1.0 + tl.abs(r) * 0.14476482730108395)  # 1 / log 1000
+            log_s = r * q
+            slope = q * q
+        s = _exp(-log_s if INVERSE else log_s)
+    return log_s, s, slope, th
 
 
 @triton.jit
-def _locate(i, C, S, CHANNELS_LAST: tl.constexpr):
-    if CHANNELS_LAST:
-        return i % C, i // C
-    else:
-        return i // S, i % S
+def _live(inside, mask, c, s, mc, ms, first, width, MASKED: tl.constexpr):
+    """Where a parameter is: the transformed channels; and where it counts: those that the mask does not pass through."""
+    moved = inside & (c >= first) & (c < first + width)
+    live = moved
+    if MASKED:
+        live = moved & (tl.load(mask + c * mc + s * ms, mask=moved, other=1) == 0)
+    return moved, live
 
 
 @triton.jit
 def _forward(
-    x, params, alpha, mask, y, partial,
-    xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_offset, t_offset, step, alpha_step,
-    SCALE: tl.constexpr, INVERSE: tl.constexpr, MASKED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    x, params, alpha, mask, y, logdet, xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_at, t_at, step,
+    s_tiles, tiles, SCALE: tl.constexpr, INVERSE: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
+    BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < C * S
-    c, s = _locate(i, C, S, CHANNELS_LAST)
+    n, k, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
+    inside = (c < C) & (s < S)
+    moved, live = _live(inside, mask, c, s, mc, ms, first, width, MASKED)
     j = c - first
-    live = inside & (j >= 0) & (j < width)
-    if MASKED:
-        live = live & (tl.load(mask + c * mc + s * ms, mask=inside, other=1) == 0)
-    value = tl.load(x + n * xn + c * xc + s * xs, mask=inside, other=0)
-    at = params + n * pn + s * ps
-    t = tl.load(at + (t_offset + j * step) * pc, mask=live, other=0).to(tl.float32)
-    r = t * 0
-    if SCALE != 4:
-        r = tl.load(at + (r_offset + j * step) * pc, mask=live, other=0).to(tl.float32)
-    a = r * 0 + 1.0
-    if SCALE == 2:
-        a = tl.load(alpha + j * alpha_step, mask=live, other=0).to(tl.float32)
-    log_s, slope, th = _scale_map(r, a, SCALE)
-    wide_value = value.to(tl.float32)
+    given = tl.load(x + n * xn + (c * xc + s * xs), mask=inside, other=0)
+    value = given.to(tl.float32)
+    t = tl.load(params + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+    r = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
+    if SCALE != "additive":
+        r = tl.load(params + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+    a = 1.0
+    if ALPHA == "one":
+        a = tl.load(alpha).to(tl.float32)
+    if ALPHA == "each":
+        a = tl.load(alpha + j, mask=(j >= 0) & (j < width), other=0).to(tl.float32)
+    log_s, scale, slope, th = _scale_map(r, a, SCALE, INVERSE)
     if INVERSE:
         log_s = -log_s
-        moved = (wide_value - t) * tl.exp(log_s)
+        out = (value - t) * scale
     else:
-        moved = wide_value * tl.exp(log_s) + t
-    out = tl.where(live, moved, wide_value)
-    tl.store(y + n * yn + c * yc + s * ys, out.to(y.dtype.element_ty), mask=inside)
-    total = tl.sum(tl.where(live, log_s, 0.0), axis=0)
-    tl.store(partial + n * tl.num_programs(0) + tl.program_id(0), total)
-
-
-@triton.jit
-def _derivatives(d, kept, r, t, a, g, SCALE: tl.constexpr, INVERSE: tl.constexpr, KEEP_OUTPUT: tl.constexpr):
-    """dx, dt, dL/d(log s), d log s / dr and tanh r."""
-    log_s, slope, th = _scale_map(r, a, SCALE)
-    if INVERSE:
-        scale = tl.exp(-log_s)
-        out = kept if KEEP_OUTPUT else (kept - t) * scale
-        dx = d * scale
-        return dx, -dx, -(out * d + g), slope, th
-    else:
-        scale = tl.exp(log_s)
-        moved = kept - t if KEEP_OUTPUT else kept * scale
-        return d * scale, d, moved * d + g, slope, th
+        out = value * scale + t
+    tl.store(y + n * yn + (c * yc + s * ys), tl.where(live, out, value).to(y.dtype.element_ty), mask=inside)
+    if SCALE != "additive":
+        log_s = tl.where(live, log_s, 0.0)
+        if BATCH_IN_TILE:
+            at = (k // s_tiles).to(tl.int64) * S + s
+            tl.store(logdet + at, tl.sum(log_s, axis=0)[None, :], mask=s < S)
+        else:
+            tl.store(logdet + n * tiles + k, tl.sum(tl.sum(log_s, axis=1), axis=0))
 
 
 @triton.jit
 def _backward(
-    grad_y, grad_logdet, kept, params, alpha, mask, dx, dparams,
-    gn, gc, gs, kn, kc, ks, pn, pc, ps, xn, xc, xs, qn, qc, qs, mc, ms, C, S, width, first, r_offset, t_offset, step,
-    alpha_step,
-    HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, KEEP_OUTPUT: tl.constexpr,
-    MASKED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    grad_y, grad_logdet, kept, params, alpha, mask, dx, dparams, dalpha, gn, gc, gs, ln, kn, kc, ks, pn, pc, ps, xn, xc, xs,
+    qn, qc, qs, mc, ms, C, S, width, first, r_at, t_at, step, s_tiles, tiles, HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr,
+    SCALE: tl.constexpr, INVERSE: tl.constexpr, KEEP_OUTPUT: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
+    BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < C * S
-    c, s = _locate(i, C, S, CHANNELS_LAST)
+    n, k, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
+    inside = (c < C) & (s < S)
+    moved, live = _live(inside, mask, c, s, mc, ms, first, width, MASKED)
     j = c - first
-    moved = inside & (j >= 0) & (j < width)
-    live = moved
-    if MASKED:
-        live = live & (tl.load(mask + c * mc + s * ms, mask=inside, other=1) == 0)
-    value = tl.load(kept + n * kn + c * kc + s * ks, mask=live, other=0).to(tl.float32)
-    d = value * 0
+    zero = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
+    d = zero
+    value = zero
+    r = zero
+    if SCALE != "additive":
+        r = tl.load(params + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     if HAS_Y:
-        d = tl.load(grad_y + n * gn + c * gc + s * gs, mask=inside, other=0).to(tl.float32)
+        d = tl.load(grad_y + n * gn + (c * gc + s * gs), mask=inside, other=0).to(tl.float32)
+        if SCALE != "additive":
+            value = tl.load(kept + n * kn + (c * kc + s * ks), mask=live, other=0).to(tl.float32)
+            if INVERSE != KEEP_OUTPUT:
+                value -= tl.load(params + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     g = 0.0
     if HAS_LOGDET:
-        g = tl.load(grad_logdet + n).to(tl.float32)
-    at = params + n * pn + s * ps
-    t = value * 0
-    if INVERSE != KEEP_OUTPUT:
-        t = tl.load(at + (t_offset + j * step) * pc, mask=live, other=0).to(tl.float32)
-    r = value * 0
-    if SCALE != 4:
-        r = tl.load(at + (r_offset + j * step) * pc, mask=live, other=0).to(tl.float32)
-    a = r * 0 + 1.0
-    if SCALE == 2:
-        a = tl.load(alpha + j * alpha_step, mask=live, other=0).to(tl.float32)
-    gx, gt, gl, slope, th = _derivatives(d, value, r, t, a, g, SCALE, INVERSE, KEEP_OUTPUT)
-    tl.store(dx + n * xn + c * xc + s * xs, tl.where(live, gx, d).to(dx.dtype.element_ty), mask=inside)
-    to = dparams + n * qn + s * qs
-    tl.store(to + (t_offset + j * step) * qc, tl.where(live, gt, 0.0).to(dparams.dtype.element_ty), mask=moved)
-    if SCALE != 4:
-        gr = tl.where(live, gl * slope, 0.0)
-        tl.store(to + (r_offset + j * step) * qc, gr.to(dparams.dtype.element_ty), mask=moved)
+        if BATCH_IN_TILE:
+            g = tl.load(grad_logdet + s * ln, mask=s < S, other=0).to(tl.float32)
+        else:
+            g = tl.load(grad_logdet + n * ln).to(tl.float32)
+    a = 1.0
+    if ALPHA == "one":
+        a = tl.load(alpha).to(tl.float32)
+    if ALPHA == "each":
+        a = tl.load(alpha + j, mask=(j >= 0) & (j < width), other=0).to(tl.float32)
+    log_s, scale, slope, th = _scale_map(r, a, SCALE, INVERSE)
+    gx = zero
+    gl = zero + g
+    if HAS_Y:
+        gx = d * scale
+        if not KEEP_OUTPUT:
+            value = value * scale  # s x, or the inverse's own output
+        gl = value * d + g
+    if INVERSE:
+        gt = -gx
+        gl = -gl
+    else:
+        gt = d
+    tl.store(dx + n * xn + (c * xc + s * xs), tl.where(live, gx, d).to(dx.dtype.element_ty), mask=inside)
+    kind = dparams.dtype.element_ty
+    tl.store(dparams + n * qn + ((t_at + j * step) * qc + s * qs), tl.where(live, gt, 0.0).to(kind), mask=moved)
+    if SCALE != "additive":
+        gr = tl.where(live, gl * slope, 0.0).to(kind)
+        tl.store(dparams + n * qn + ((r_at + j * step) * qc + s * qs), gr, mask=moved)
+    if ALPHA != "none":
+        ga = tl.sum(tl.where(live, gl * th, 0.0), axis=1)
+        if ALPHA == "one":
+            tl.store(dalpha + n * tiles + k, tl.sum(ga, axis=0))
+        else:
+            row = (n * s_tiles + k % s_tiles) * width
+            tl.store(dalpha + row + j, ga[:, None], mask=(j >= 0) & (j < width) & (c < C))
 
 
-@triton.jit
-def _alpha_grad(
-    grad_y, grad_logdet, kept, params, alpha, mask, partial,
-    gn, gc, gs, kn, kc, ks, pn, pc, ps, mc, ms, S, width, first, r_offset, t_offset, step, alpha_step,
-    HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr, INVERSE: tl.constexpr, KEEP_OUTPUT: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum over the positions of one transformed channel of one sample."""
-    j = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64)
-    c = first + j
-    g = 0.0
-    if HAS_LOGDET:
-        g = tl.load(grad_logdet + n).to(tl.float32)
-    a = tl.load(alpha + j * alpha_step).to(tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, S, BLOCK):
-        s = start + tl.arange(0, BLOCK).to(tl.int64)
-        live = s < S
-        if MASKED:
-            live = live & (tl.load(mask + c * mc + s * ms, mask=live, other=1) == 0)
-        value = tl.load(kept + n * kn + c * kc + s * ks, mask=live, other=0).to(tl.float32)
-        d = value * 0
-        if HAS_Y:
-            d = tl.load(grad_y + n * gn + c * gc + s * gs, mask=live, other=0).to(tl.float32)
-        at = params + n * pn + s * ps
-        r = tl.load(at + (r_offset + j * step) * pc, mask=live, other=0).to(tl.float32)
-        t = tl.load(at + (t_offset + j * step) * pc, mask=live, other=0).to(tl.float32)
-        gx, gt, gl, slope, th = _derivatives(d, value, r, t, a, g, 2, INVERSE, KEEP_OUTPUT)
-        total += tl.where(live, gl * th, 0.0)
-    tl.store(partial + n * width + j, tl.sum(total, axis=0))
+class _Call(NamedTuple):
+    """One launch: the operands seen alike, the sizes after them in the argument list, and the constants."""
+
+    views: list[View]
+    mask: tuple[Tensor, int, int]
+    sizes: tuple[int, ...]
+    grid: tuple[int]
+    rows: int  # tiles over positions and samples
+    tiles: int  # tiles of a sample
+    constants: dict[str, Any]
 
 
-def _offsets(layout: str, width: int, scale: str) -> tuple[int, int, int]:
-    """Channel of r_0, channel of t_0, and the step between channels, in params."""
+def _call(
+    x: Tensor, params: Tensor, others: list[Tensor], params_like: list[Tensor], alpha: Tensor | None, mask: Tensor | None,
+    scale: str, layout: str, last: bool, inverse: bool,
+) -> _Call:  # fmt: skip
+    """``others`` are shaped like x, ``params_like`` like params."""
+    views = [view(t) for t in (x, *others, params, *params_like)]
+    a, p = views[0], views[1 + len(others)]
+    width, step = (p.c if scale == "additive" else p.c // 2), 2 if layout.endswith("interleaved") else 1
+    second = 0 if scale == "additive" else 1 if step == 2 else width
     if scale == "additive":
-        return 0, 0, 1
-    step = 2 if layout.endswith("interleaved") else 1
-    second = 1 if step == 2 else width
-    return (0, second, step) if layout.startswith("scale") else (second, 0, step)
-
-
-def _mask_bytes(mask: Tensor | None, x: Tensor, like: Tensor) -> tuple[Tensor, int, int]:
-    """The mask as bytes with its strides over (C, S); broadcast axes are copied out, they are small."""
-    if mask is None:
-        return like, 0, 0
-    full = mask.expand(x.shape[1:]).contiguous().view(torch.uint8)
-    size = full[0].numel() if full.dim() > 1 else 1
-    return full, size, 1
+        step = 1
+    r_at, t_at = (0, second) if layout.startswith("scale") or scale == "additive" else (second, 0)
+    first = a.c - width if last else 0
+    each = "none" if alpha is None else "one" if alpha.shape[0] == 1 else "each"
+    bytes_, mc, ms = x, 0, 0
+    if mask is not None:
+        m = view(mask.expand(x.shape[1:])[None].view(torch.uint8))
+        bytes_, mc, ms = m.data, m.c_stride, m.s_stride if m.s > 1 else 0
+    batch_in_tile = a.s == 1
+    if step == 1 and mask is None and each != "each" and all(v.flat for v in views) and not a.walks_channels:
+        batch_in_tile = a.c * a.s <= TILE
+        g = 1 if batch_in_tile else math.gcd(a.c, width)
+        first, width, r_at, t_at = (v * a.s if batch_in_tile else v // g for v in (first, width, r_at, t_at))
+        views = [v.transposed() if batch_in_tile else v.grouped(g) for v in views]
+    elif batch_in_tile:
+        views = [v.transposed() for v in views]
+    a = views[0]
+    block_c, block_s = tile(a)
+    s_tiles = cdiv(a.s, block_s)
+    tiles = cdiv(a.c, block_c) * s_tiles
+    constants = dict(
+        SCALE=scale, INVERSE=inverse, ALPHA=each, MASKED=mask is not None, BATCH_IN_TILE=batch_in_tile,
+        FAR=any(v.far for v in views), BLOCK_C=block_c, BLOCK_S=block_s, num_warps=warps(block_c * block_s),
+    )  # fmt: skip
+    sizes = (a.c, a.s, width, first, r_at, t_at, step, s_tiles, tiles)
+    return _Call(views, (bytes_, mc, ms), sizes, (a.n * tiles,), a.n * s_tiles, tiles, constants)
 
 
 def affine_coupling(
@@ -211,24 +247,26 @@ def affine_coupling(
     keep_output: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, logdet) of genfast::affine_coupling."""
-    y, a, p = output(x), view(x), view(params)
+    y, batch = output(x), x.shape[0]
+    if not x.numel() or scale == "additive":
+        logdet = torch.zeros(batch, dtype=torch.float32, device=x.device)
     if not x.numel():
-        return y, torch.zeros(a.n, dtype=wide(x.dtype), device=x.device)
-    out, width = view(y), p.c if scale == "additive" else p.c // 2
-    blocks = cdiv(a.c * a.s, BLOCK)
-    partial = torch.empty((a.n, blocks), dtype=torch.float32, device=x.device)
-    bytes_, mc, ms = _mask_bytes(mask, x, x)
-    _forward[(blocks, a.n)](
-        a.data, p.data, x if alpha is None else alpha.contiguous(), bytes_, y, partial, *a.strides, *p.strides, *out.strides,
-        mc, ms, a.c, a.s, width, a.c - width if last else 0, *_offsets(layout, width, scale),
-        int(alpha is not None and alpha.shape[0] > 1),
-        SCALE=_code(scale, alpha), INVERSE=inverse, MASKED=mask is not None, CHANNELS_LAST=a.channels_last, BLOCK=BLOCK,
+        return y, logdet
+    call = _call(x, params, [y], [], alpha, mask, scale, layout, last, inverse)
+    a, out, p = call.views
+    partial = y
+    if scale != "additive":
+        in_tile = call.constants["BATCH_IN_TILE"]
+        shape = (call.tiles // (call.rows // a.n), batch) if in_tile else (batch, call.tiles)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _forward[call.grid](
+        a.data, p.data, x if alpha is None else alpha.contiguous(), call.mask[0], y, partial, *a.strides, *p.strides,
+        *out.strides, *call.mask[1:], *call.sizes, **call.constants,
     )  # fmt: skip
-    return y, partial.sum(1)
-
-
-def _code(scale: str, alpha: Tensor | None) -> int:
-    return 5 if scale == "tanh" and alpha is None else SCALES.index(scale)
+    if scale == "additive":
+        return y, logdet
+    axis = 0 if in_tile else 1
+    return y, partial.reshape(batch) if partial.shape[axis] == 1 else partial.sum(axis)
 
 
 def affine_coupling_backward(
@@ -236,53 +274,53 @@ def affine_coupling_backward(
     mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dparams, dalpha) of genfast::affine_coupling_backward."""
-    dx, dparams = output(kept), output(params)
-    none = torch.zeros(0 if alpha is None else alpha.shape[0], dtype=kept.dtype, device=kept.device)
+    dx, dparams = output(kept), torch.empty_like(params, memory_format=memory_format(kept))
+    dalpha = torch.zeros(0 if alpha is None else alpha.shape[0], dtype=kept.dtype, device=kept.device)
     if not kept.numel():
-        return dx, dparams, none
-    a, p, q = view(kept), view(params), view(dparams)
-    g = a if grad_y is None else view(grad_y)
-    width = p.c if scale == "additive" else p.c // 2
-    bytes_, mc, ms = _mask_bytes(mask, kept, kept)
-    logdet = kept if grad_logdet is None else grad_logdet.contiguous()
-    flags: dict[str, Any] = dict(
-        HAS_Y=grad_y is not None, HAS_LOGDET=grad_logdet is not None, INVERSE=inverse, KEEP_OUTPUT=keep_output,
-        MASKED=mask is not None,
+        return dx, dparams, dalpha
+    d = kept if grad_y is None else grad_y
+    call = _call(kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse)
+    a, g, out, p, q = call.views
+    partial = dalpha
+    if alpha is not None:
+        shape = (call.grid[0], 1) if call.constants["ALPHA"] == "one" else (call.rows, alpha.shape[0])
+        partial = torch.empty(shape, dtype=torch.float32, device=kept.device)
+    _backward[call.grid](
+        g.data, kept if grad_logdet is None else grad_logdet, a.data, p.data, kept if alpha is None else alpha.contiguous(),
+        call.mask[0], dx, dparams, partial, *g.strides, 0 if grad_logdet is None else grad_logdet.stride(0), *a.strides,
+        *p.strides, *out.strides, *q.strides, *call.mask[1:], *call.sizes, HAS_Y=grad_y is not None,
+        HAS_LOGDET=grad_logdet is not None, KEEP_OUTPUT=keep_output, **call.constants,
     )  # fmt: skip
-    first, offsets = a.c - width if last else 0, _offsets(layout, width, scale)
-    factor = kept if alpha is None else alpha.contiguous()
-    alpha_step = int(alpha is not None and alpha.shape[0] > 1)
-    _backward[(cdiv(a.c * a.s, BLOCK), a.n)](
-        g.data, logdet, a.data, p.data, factor, bytes_, dx, dparams, *g.strides, *a.strides, *p.strides, *view(dx).strides,
-        *q.strides, mc, ms, a.c, a.s, width, first, *offsets, alpha_step,
-        SCALE=_code(scale, alpha), CHANNELS_LAST=a.channels_last, BLOCK=BLOCK, **flags,
-    )  # fmt: skip
-    if alpha is None:
-        return dx, dparams, none
-    partial = torch.empty((a.n, width), dtype=torch.float32, device=kept.device)
-    _alpha_grad[(width, a.n)](
-        g.data, logdet, a.data, p.data, factor, bytes_, partial, *g.strides, *a.strides, *p.strides, mc, ms, a.s, width, first,
-        *offsets, alpha_step, BLOCK=256, **flags,
-    )  # fmt: skip
-    total = partial.sum(0)
-    return dx, dparams, (total if alpha.shape[0] == width else total.sum().reshape(1)).to(alpha.dtype)
+    return dx, dparams, dalpha if alpha is None else partial.sum(0).to(kept.dtype)
 
 
 def _variants() -> list[Aot]:
     found = []
+    ones = ("xs", "ps", "ys", "ks", "gs", "qs", "ms", "ln", "step")
     for kind in ("fp32", "bf16", "fp16"):
-        pointers = {k: f"*{kind}" for k in ("x", "params", "alpha", "y", "grad_y", "kept", "dx", "dparams")}
-        pointers |= {"mask": "*u8", "partial": "*fp32", "grad_logdet": "*fp32"}
-        for code, scale in enumerate((*SCALES, "tanh without alpha")):
+        data = ("x", "params", "alpha", "y", "grad_y", "kept", "dx", "dparams")
+        pointers = {k: f"*{kind}" for k in data} | {"mask": "*u8", "logdet": "*fp32", "grad_logdet": "*fp32", "dalpha": "*fp32"}
+
+        def add(
+            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, kind: str = kind, **base: Any
+        ) -> None:
+            block = dict(BLOCK_C=16, BLOCK_S=64) if rows else dict(BLOCK_C=1, BLOCK_S=TILE)
+            base = dict(MASKED=False, BATCH_IN_TILE=False, FAR=ones is None) | block | base
+            back = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=base["INVERSE"])
+            for kernel, constants in ((_forward, base), (_backward, back)):
+                types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
+                found.append(variant(f"{label} {kind}", kernel, types, constants, ones))
+
+        for scale in _SCALES:
+            alpha = "one" if scale == "tanh" else "none"
             for inverse in (False, True):
-                for last in (False, True) if kind == "fp32" else (False,):
-                    base = dict(SCALE=code, INVERSE=inverse, MASKED=code == 2, CHANNELS_LAST=last, BLOCK=BLOCK)
-                    label = f"{scale}{' inverse' if inverse else ''}{' channels_last' if last else ''} {kind}"
-                    found.append(Aot(label, _forward, signature(_forward, base, pointers), base))
-                    base = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=inverse)
-                    found.append(Aot(label, _backward, signature(_backward, base, pointers), base))
-        base = dict(HAS_Y=True, HAS_LOGDET=True, INVERSE=False, KEEP_OUTPUT=True, MASKED=True, BLOCK=256)
-        found.append(Aot(kind, _alpha_grad, signature(_alpha_grad, base, pointers), base))
+                label = f"{scale}{' inverse' if inverse else ''}"
+                add(label, False, ones, SCALE=scale, INVERSE=inverse, ALPHA=alpha)
+        add("tanh alpha each masked", False, ones, SCALE="tanh", INVERSE=False, ALPHA="each", MASKED=True)
+        last = tuple(name.replace("s", "c") if len(name) == 2 else name for name in ones)
+        add("tanh alpha each channels_last", True, last, SCALE="tanh", INVERSE=False, ALPHA="each")
+        add("sigmoid vectors", True, last, SCALE="sigmoid", INVERSE=True, ALPHA="none", BATCH_IN_TILE=True)
+        add("tanh alpha each any strides", True, None, SCALE="tanh", INVERSE=True, ALPHA="each", MASKED=True)
     return found
 
 

@@ -1,7 +1,11 @@
 """Squeezing (RealNVP 1605.08803 sec. 3.6): f x f blocks of positions to channels and back, in both channel orders.
 
-(N, C, H, W) <-> (N, f^2 C, H/f, W/f). A pure move: each element is read once and written once (8 bytes in float32), bound
-by memory bandwidth. A program writes BLOCK elements in the order they lie in the output.
+    y[c', h, w] = x[c, h f + i, w f + j], c' = c f^2 + i f + j ("pixel_unshuffle") or (i f + j) C + c ("space_to_depth")
+
+(N, C, H, W) <-> (N, f^2 C, H/f, W/f). A pure move: each element is read once and written once (8 bytes in float32, no FLOP),
+bound by memory bandwidth, one pass. A program takes a tile of rows of the unsqueezed tensor, along W in NCHW and along C in
+channels_last, so that on its side memory is walked in order and on the other in f runs at once that fill whole sectors.
+Only rows are divided into their two axes, not elements. Elements move as integers of their size, whatever their type.
 """
 
 from __future__ import annotations
@@ -11,64 +15,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, signature
+from ._common import TILE, Aot, cdiv, memory_format, variant, warps
 
-BLOCK = 1024
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
 def _move(
-    x, y, xn, xc, xh, xw, yn, yc, yh, yw, C, H, W, total, f,
-    INVERSE: tl.constexpr, DEPTH_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, xn, xc, xh, xw, yn, yc, yh, yw, C, H, W, row_tiles, tiles, F: tl.constexpr, INVERSE: tl.constexpr,
+    DEPTH_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, FAR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """C, H, W are the output's; x's strides are the input's."""
-    k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < total
+    """C, H, W and the strides x. are those of the unsqueezed side; ``INVERSE`` moves from y to x."""
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    k = tl.program_id(0) % tiles
+    rows = ((k % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    inner = ((k // row_tiles) * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
+    if FAR:
+        rows = rows.to(tl.int64)
+        inner = inner.to(tl.int64)
     if CHANNELS_LAST:
-        c = k % C
-        w = (k // C) % W
-        h = (k // (C * W)) % H
+        c = inner
+        h = rows // W
+        w = rows % W
+        inside = (h < H) & (c < C)
     else:
-        w = k % W
-        h = (k // W) % H
-        c = (k // (W * H)) % C
-    n = k // (C * H * W)
-    if INVERSE:  # the output is wide: which channel of the input holds it
-        i, j = h % f, w % f
-        from_c = (i * f + j) * C + c if DEPTH_FIRST else (c * f + i) * f + j
-        from_h, from_w = h // f, w // f
+        c = rows // H
+        h = rows % H
+        w = inner
+        inside = (c < C) & (w < W)
+    offset = (h % F) * F + w % F
+    if DEPTH_FIRST:
+        to_c = offset * C + c
     else:
-        wide = C // (f * f)
-        offset = c // wide if DEPTH_FIRST else c % (f * f)
-        from_c = c % wide if DEPTH_FIRST else c // (f * f)
-        from_h, from_w = h * f + offset // f, w * f + offset % f
-    value = tl.load(x + n * xn + from_c * xc + from_h * xh + from_w * xw, mask=inside)
-    tl.store(y + n * yn + c * yc + h * yh + w * yw, value, mask=inside)
+        to_c = c * (F * F) + offset
+    wide = x + n * xn + (c * xc + h * xh + w * xw)
+    deep = y + n * yn + (to_c * yc + (h // F) * yh + (w // F) * yw)
+    if INVERSE:
+        tl.store(wide, tl.load(deep, mask=inside), mask=inside)
+    else:
+        tl.store(deep, tl.load(wide, mask=inside), mask=inside)
 
 
 def squeeze(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     """y of genfast::squeeze."""
     f, (n, c, h, w) = factor, x.shape
     shape = (n, c // (f * f), h * f, w * f) if inverse else (n, c * f * f, h // f, w // f)
-    last = not x.is_contiguous() and x.stride(1) == 1 and c > 1
-    form = torch.channels_last if last else torch.contiguous_format
+    form = memory_format(x)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
-    if y.numel():
-        _move[(cdiv(y.numel(), BLOCK),)](
-            x, y, *x.stride(), *y.stride(), *shape[1:], y.numel(), f,
-            INVERSE=inverse, DEPTH_FIRST=order == "space_to_depth", CHANNELS_LAST=last, BLOCK=BLOCK,
-        )  # fmt: skip
+    if not y.numel():
+        return y
+    if x.element_size() not in _INTEGERS:
+        raise TypeError(f"squeeze: x has dtype {x.dtype}, expected elements of at most 8 bytes")
+    kind = _INTEGERS[x.element_size()]
+    source, target = x.view(kind), y.view(kind)
+    wide, deep = (target, source) if inverse else (source, target)
+    _, c, h, w = wide.shape
+    last = form is not torch.contiguous_format
+    rows, inner = (h * w, c) if last else (c * h, w)
+    block_i = min(triton.next_power_of_2(inner), TILE)
+    block_r = min(triton.next_power_of_2(rows), TILE // block_i)
+    row_tiles = cdiv(rows, block_r)
+    tiles = row_tiles * cdiv(inner, block_i)
+    far = any(sum(size * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 2**31 for t in (wide, deep))
+    _move[(n * tiles,)](
+        wide, deep, *wide.stride(), *deep.stride(), c, h, w, row_tiles, tiles, F=f, INVERSE=inverse,
+        DEPTH_FIRST=order == "space_to_depth", CHANNELS_LAST=last, FAR=far, BLOCK_R=block_r, BLOCK_I=block_i,
+        num_warps=warps(block_r * block_i),
+    )  # fmt: skip
     return y
 
 
 def _variants() -> list[Aot]:
     found = []
+    base = dict(F=2, FAR=False, BLOCK_R=16, BLOCK_I=64)
     for inverse in (False, True):
         for depth in (False, True):
             for last in (False, True):
-                base = dict(INVERSE=inverse, DEPTH_FIRST=depth, CHANNELS_LAST=last, BLOCK=BLOCK)
-                label = f"{'unsqueeze' if inverse else 'squeeze'}{' space_to_depth' if depth else ''}{' channels_last' if last else ''}"
-                found.append(Aot(label, _move, signature(_move, base, {"x": "*fp32", "y": "*fp32"}), base))
+                name = f"{'unsqueeze' if inverse else 'squeeze'}{' space_to_depth' if depth else ''}"
+                constants = base | dict(INVERSE=inverse, DEPTH_FIRST=depth, CHANNELS_LAST=last)
+                ones = ("xc", "yc") if last else ("xw", "yw")
+                for kind in ("i32", "i16") if not (depth or last) else ("i32",):
+                    label = f"{name}{' channels_last' if last else ''} {kind}"
+                    found.append(variant(label, _move, {"x": f"*{kind}", "y": f"*{kind}"}, constants, ones))
+        far = base | dict(INVERSE=inverse, DEPTH_FIRST=False, CHANNELS_LAST=False, FAR=True, F=3)
+        found.append(variant(f"{name} any strides i64", _move, {"x": "*i64", "y": "*i64"}, far))
     return found
 
 

@@ -24,6 +24,7 @@ constexpr int64_t kTile = 1024;         // elements in a packed tile
 constexpr int64_t kChunks = 64;         // a batch is cut into about this many pieces of work
 constexpr int64_t kSerial = 1 << 14;    // elements below which one thread is faster
 constexpr int64_t kFlush = 1 << 12;     // elements summed in T before they go to double
+constexpr int64_t kStream = 1 << 23;   // bytes of an output from which it is written past the cache
 
 template <class T>
 struct Row {  // n elements of one call to a row kernel
@@ -32,6 +33,7 @@ struct Row {  // n elements of one call to a row kernel
   T alpha_value, g_value;
   const uint8_t* mask;
   T *y, *dr, *dt, *dalpha, *logdet;  // dalpha and logdet: per element, or null
+  bool stream;                       // whether y, dr and dt go past the cache; they are aligned then
 };
 
 // log s, s (or 1/s for the inverse), d log s / dr and tanh r.
@@ -64,12 +66,14 @@ GENFAST_INLINE void scale_map(Vec<T> r, Vec<T> alpha, Vec<T>& l, Vec<T>& s, Vec<
   s = exp<T>(kInverse ? -l : l);
 }
 
-template <class T, bool kPart>
+template <class T, bool kPart, bool kStream = false>
 struct Lane {
   static inline __attribute__((always_inline)) Vec<T> get(const T* p, int n) { return kPart ? load_part(p, n) : load(p); }
   static inline __attribute__((always_inline)) void put(T* p, Vec<T> v, int n) {
     if (kPart)
       store_part(p, v, n);
+    else if (kStream)
+      stream(p, v);
     else
       store(p, v);
   }
@@ -89,7 +93,7 @@ GENFAST_INLINE Mask<T> live_lanes(const uint8_t* mask, int n) {
   return live;
 }
 
-template <class T, int kScale, bool kInverse, bool kMasked, bool kPart>
+template <class T, int kScale, bool kInverse, bool kMasked, bool kPart, bool kStream = false>
 GENFAST_INLINE Vec<T> forward_step(const Row<T>& a, int64_t i, int n) {
   using L = Lane<T, kPart>;
   constexpr bool kSelect = kMasked || kPart;
@@ -104,7 +108,7 @@ GENFAST_INLINE Vec<T> forward_step(const Row<T>& a, int64_t i, int n) {
     y = live ? y : x;
     l = live ? l : zero;
   }
-  L::put(a.y + i, y, n);
+  Lane<T, kPart, kStream>::put(a.y + i, y, n);
   l = kInverse ? -l : l;
   if (a.logdet) L::put(a.logdet + i, L::get(a.logdet + i, n) + l, n);
   return l;
@@ -119,14 +123,17 @@ double forward_row(const Row<T>& a, int64_t n) {
   while (i + w <= n) {
     const int64_t end = n - i > kFlush ? i + kFlush : n;
     Vec<T> acc{};
-    for (; i + w <= end; i += w) acc += forward_step<T, kScale, kInverse, kMasked, false>(a, i, w);
+    if (a.stream)
+      for (; i + w <= end; i += w) acc += forward_step<T, kScale, kInverse, kMasked, false, true>(a, i, w);
+    else
+      for (; i + w <= end; i += w) acc += forward_step<T, kScale, kInverse, kMasked, false>(a, i, w);
     total += sum<T>(acc);
   }
   if (i < n) total += sum<T>(forward_step<T, kScale, kInverse, kMasked, true>(a, i, int(n - i)));
   return total;
 }
 
-template <class T, int kScale, bool kInverse, bool kOutput, bool kMasked, bool kPart>
+template <class T, int kScale, bool kInverse, bool kOutput, bool kMasked, bool kPart, bool kStream = false>
 GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i, int n) {
   using L = Lane<T, kPart>;
   constexpr bool kSelect = kMasked || kPart;
@@ -153,9 +160,10 @@ GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i, int n) {
     dr = live ? dr : zero;
     dl = live ? dl : zero;
   }
-  L::put(a.y + i, dx, n);
-  L::put(a.dt + i, dt, n);
-  if (kScale != kAdditive) L::put(a.dr + i, dr, n);
+  using Out = Lane<T, kPart, kStream>;
+  Out::put(a.y + i, dx, n);
+  Out::put(a.dt + i, dt, n);
+  if (kScale != kAdditive) Out::put(a.dr + i, dr, n);
   const Vec<T> da = dl * (kSelect ? (live ? th : zero) : th);
   if (kScale == kTanh && a.dalpha) L::put(a.dalpha + i, da, n);
   return da;
@@ -170,6 +178,12 @@ double backward_row(const Row<T>& a, int64_t n) {
   while (i + w <= n) {
     const int64_t end = n - i > kFlush ? i + kFlush : n;
     Vec<T> acc{};
+    if (a.stream) {
+      for (; i + w <= end; i += w) {
+        const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked, false, true>(a, i, w);
+        if (kScale == kTanh) acc += da;
+      }
+    }
     for (; i + w <= end; i += w) {
       const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked, false>(a, i, w);
       if (kScale == kTanh) acc += da;
@@ -218,6 +232,7 @@ struct Problem {
   RowKernel<T> kernel;
   bool backward;
   int64_t first_moved, width_out;  // first transformed channel, channels of params
+  bool stream;                     // outputs too large to be found in a cache later
   const T* at(const View& v, int64_t n, int64_t c, int64_t s) const {
     return static_cast<const T*>(v.data) + n * v.n + c * v.c + s * v.s;
   }
@@ -232,6 +247,15 @@ struct Problem {
   }
 };
 
+// A run that passes through unchanged.
+template <class T>
+void pass(const T* from, T* to, int64_t n, bool past_cache) {
+  int64_t i = 0;
+  if (past_cache)
+    for (; i + lanes<T>() <= n; i += lanes<T>()) stream(to + i, load(from + i));
+  memcpy(to + i, from + i, size_t(n - i) * sizeof(T));
+}
+
 // Channels [from, to) of sample n, each a row of S positions.
 template <class T>
 double run_channels(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
@@ -241,7 +265,7 @@ double run_channels(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
     const int64_t j = c - p.first_moved;
     T* y = p.y() + (n * a.c + c) * a.s;
     if (j < 0 || j >= a.width) {
-      memcpy(y, p.at(p.source(), n, c, 0), size_t(a.s) * sizeof(T));
+      pass(p.at(p.source(), n, c, 0), y, a.s, p.stream && aligned(y));
       continue;
     }
     const int64_t rc = a.r_offset + j * a.step, tc = a.t_offset + j * a.step;
@@ -257,6 +281,7 @@ double run_channels(const Problem<T>& p, int64_t n, int64_t from, int64_t to) {
       row.dr = p.grads() + (n * p.width_out + rc) * a.s;
       row.dt = p.grads() + (n * p.width_out + (a.scale == kAdditive ? j : tc)) * a.s;
     }
+    row.stream = p.stream && aligned(row.y) && (!p.backward || (aligned(row.dt) && aligned(row.dr)));
     const double value = p.kernel(row, a.s);
     if (p.backward && a.grad_alpha) static_cast<T*>(a.grad_alpha)[n * a.width + j] = T(value);
     total += value;
@@ -456,7 +481,8 @@ void run_samples(const Problem<T>& p, int64_t from, int64_t to) {
 template <class T>
 void run(const AffineCouplingArgs& a, bool backward) {
   const int64_t params = a.scale == kAdditive ? a.width : 2 * a.width;
-  const Problem<T> p{a, pick<T>(a, backward), backward, a.last ? a.c - a.width : 0, params};
+  const Problem<T> p{a, pick<T>(a, backward), backward, a.last ? a.c - a.width : 0, params,
+                     a.n * a.c * a.s * int64_t(sizeof(T)) > kStream};
   const int threads = a.n * a.c * a.s < kSerial ? 1 : a.threads;
   if (a.channels_last && a.s == 1 && a.width < lanes<T>()) {
     constexpr int64_t kBlock = 1024;

@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #ifndef GENFAST_ISA
 #define GENFAST_ISA base
 #endif
@@ -77,6 +81,23 @@ GENFAST_INLINE Vec<T> load(const T* p) {
 template <class T>
 GENFAST_INLINE void store(T* p, Vec<T> v) {
   memcpy(p, &v, sizeof v);
+}
+
+// A store that does not read the line into the cache first, where there is one; p is aligned to a vector.
+template <class T>
+GENFAST_INLINE void stream(T* p, Vec<T> v) {
+#if GENFAST_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#else
+  store(p, v);
+#endif
+}
+
+template <class T>
+GENFAST_INLINE bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % GENFAST_VECTOR_BYTES == 0;
 }
 
 // The first n lanes, the others zero.

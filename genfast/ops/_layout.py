@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _pool
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -105,5 +107,5 @@ def empty(x: Tensor, like: Layout) -> Tensor:
     """An uninitialised tensor of x's shape and dtype, dense in the order of ``like``."""
     own = layout(x)
     if own.dense and own.walks_channels == like.walks_channels:
-        return torch.empty_like(x)
+        return _pool.empty_like(x)
     return torch.empty_like(x, memory_format=like.form)

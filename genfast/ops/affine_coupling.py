@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from ..reference.affine_coupling import LAYOUTS, SCALES
 from . import _check
@@ -149,7 +149,7 @@ def _cpu(
         _check_options(x, plan.width, alpha, mask, scale)
         alpha = None if alpha is None else alpha.to(dtype).expand(plan.width).contiguous()
         mask = None if mask is None else _mask_bytes(mask, x, plan.layout)
-    y = torch.empty_like(x) if plan.dense else torch.empty_like(x, memory_format=plan.layout.form)
+    y = _pool.empty_like(x) if plan.dense else torch.empty_like(x, memory_format=plan.layout.form)
     logdet = torch.empty_like(plan.logdet)
     _CPU.affine_coupling(
         x.data_ptr(), params.data_ptr(), y.data_ptr(), logdet.data_ptr(), 0 if alpha is None else alpha.data_ptr(),
