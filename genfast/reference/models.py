@@ -630,7 +630,7 @@ class Glow(FlowModel):
     def _parts(self, z: Tensor) -> list[Tensor]:
         """The factored-out tensors level by level, and the last level's whole."""
         parts = _latent_parts(z, self.shape, len(self.levels))
-        return [*parts[:-2], torch.cat((parts[-1], parts[-2]), 1)]
+        return [*parts[:-2], torch.cat(parts[-2:], 1)]
 
 
 class LinearFlow(FlowModel):
