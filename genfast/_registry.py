@@ -90,10 +90,10 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if _is_compiling():
             return self.overload(*args)
-        if forward_ad._current_level >= 0:
-            # A torch.library op has no tangent rule, and PyTorch would return zeros in silence.
+        if forward_ad._current_level >= 0 or _peek_functorch() is not None:
+            # A torch.library op has no tangent rule, where PyTorch would return zeros in silence, and none for functorch.
             return self.checked_reference(*args)
-        if _len_torch_dispatch_stack() or _peek_functorch() is not None or _get_tracing_state() or _profiler_enabled():
+        if _len_torch_dispatch_stack() or _get_tracing_state() or _profiler_enabled():
             return self.overload(*args)
         device = ""
         requires_grad = False
@@ -102,6 +102,8 @@ class Op:
             if a is None:
                 continue
             if type(a) not in _PLAIN or a.is_neg():
+                if not isinstance(a, Tensor) and self.check is not None:
+                    self.check(*args)  # names the argument, as the dispatcher's own error would not
                 return self.overload(*args)
             here = "cpu" if a.is_cpu else "cuda" if a.is_cuda else "other"
             if device and here != device:
@@ -182,6 +184,8 @@ class Op:
         wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
         result: list[Any] = [None] * len(args)
         with torch.enable_grad():
+            # Aliases: one saved tensor may be a function of another, and each gradient must hold the others fixed.
+            args = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
             outputs = self.reference(*args)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
             pairs = [(o, g) for o, g in zip(outputs, grads) if o.requires_grad and g is not None]

@@ -68,11 +68,12 @@ def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     if expected is None or not expected.numel():
         return 0.0
     if found is None:
-        return float(expected.norm())
+        return float(expected.detach().norm())
+    expected = expected.detach()
     found = found.detach().to(device=expected.device, dtype=torch.float64)
     if found.shape != expected.shape or not bool(found.isfinite().eq(expected.isfinite()).all()):
         return float("inf")
-    error, norm = float((found - expected.detach()).norm()), float(expected.norm())
+    error, norm = float((found - expected).norm()), float(expected.norm())
     return error / norm if norm else error
 
 

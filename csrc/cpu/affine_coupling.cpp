@@ -480,6 +480,11 @@ void run_samples(const Problem<T>& p, int64_t from, int64_t to) {
 
 template <class T>
 void run(const AffineCouplingArgs& a, bool backward) {
+  if (!a.n || !a.s) {  // nothing to move; the sums are empty
+    if (a.logdet) memset(a.logdet, 0, size_t(a.n) * sizeof(T));
+    if (a.grad_alpha) memset(a.grad_alpha, 0, size_t(a.n * a.width) * sizeof(T));
+    return;
+  }
   const int64_t params = a.scale == kAdditive ? a.width : 2 * a.width;
   const Problem<T> p{a, pick<T>(a, backward), backward, a.last ? a.c - a.width : 0, params,
                      a.n * a.c * a.s * int64_t(sizeof(T)) > kStream};

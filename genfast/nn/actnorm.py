@@ -10,6 +10,10 @@ from .. import ops
 from .bijection import Bijection
 
 
+def _after_loading(module: ActNorm, incompatible: object) -> None:
+    module._look()
+
+
 class ActNorm(Bijection):
     """Activation normalisation: y = e^log_scale x + bias per channel, set from the first batch (Glow, section 3.1).
 
@@ -39,7 +43,7 @@ class ActNorm(Bijection):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
         self._pending = True  # the buffer's value on the host: reading a CUDA buffer each call would synchronise
-        self.register_load_state_dict_post_hook(lambda module, _: module._look())
+        self.register_load_state_dict_post_hook(_after_loading)
 
     initialized: Tensor
 

@@ -1,0 +1,282 @@
+"""What holds for every op, on every sample that it declares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import genfast
+from genfast import _registry, _verify
+from tests.conftest import each_sample
+
+BACKWARD = {op.name: _registry.OPS.get(f"{op.name}_backward") for op in _registry.OPS.values()}
+
+
+def leaves(args, dtype=torch.float64, form=None, constant=()):
+    """Fresh arguments, floating tensors requiring a gradient."""
+    made = []
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            a = a.to(dtype, copy=True)
+            if form is not None and a.dim() == 4:
+                a = a.contiguous(memory_format=form)
+            a.requires_grad_(i not in constant)
+        made.append(a)
+    return made
+
+
+def floating(args):
+    return tuple(a for a in args if isinstance(a, Tensor) and a.requires_grad)
+
+
+def as_function(op, args):
+    """The op as a function of its differentiable tensors."""
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+
+    def function(*tensors):
+        filled = list(args)
+        for i, t in zip(places, tensors):
+            filled[i] = t
+        out = op(*filled)
+        return out if isinstance(out, Tensor) else tuple(o for o in out if o.numel())
+
+    return function
+
+
+@each_sample
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_matches_the_float64_reference(op, sample, backend, dtype):
+    if dtype not in op.dtypes[backend]:
+        pytest.skip(f"the {backend} kernels take no {dtype}")
+    forward, backward = _verify.errors(op, sample, dtype, "cpu", backend)
+    allowed = _verify.TOLERANCES[dtype]
+    assert forward <= allowed[0]
+    assert backward <= allowed[1]
+
+
+@each_sample
+def test_gradcheck_on_the_kernel(op, sample):
+    args = leaves(sample.args, constant=sample.constant)
+    assert torch.autograd.gradcheck(as_function(op, args), floating(args), fast_mode=True)
+
+
+@each_sample
+def test_second_derivatives(op, sample):
+    if op.name == "squeeze":
+        pytest.skip("linear: its gradient is squeeze again, checked above")
+    args = leaves(sample.args, constant=sample.constant)
+    assert torch.autograd.gradgradcheck(as_function(op, args), floating(args), fast_mode=True)
+
+
+@each_sample
+def test_channels_last_gives_the_same_and_keeps_the_format(op, sample):
+    if not any(isinstance(a, Tensor) and a.dim() == 4 for a in sample.args):
+        pytest.skip("no images among the arguments")
+    results = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        args = leaves(sample.args, form=form, constant=sample.constant)
+        out = as_function(op, args)(*floating(args))
+        out = (out,) if isinstance(out, Tensor) else out
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(out, floating(args), [torch.randn(o.shape, dtype=o.dtype) for o in out])
+        results.append([*out, *grads])
+        for o in out:
+            if o.dim() == 4 and o.shape[1] > 1:
+                assert o.is_contiguous(memory_format=form)
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@each_sample
+def test_strided_inputs_give_the_same(op, sample):
+    """Every tensor as a slice of a larger one, which no kernel may read as if it were dense."""
+    args = leaves(sample.args, constant=sample.constant)
+    strided = []
+    for a in args:
+        if isinstance(a, Tensor):
+            big = torch.full([2 * s + 1 for s in a.shape], 99, dtype=a.dtype)
+            view = big[tuple(slice(1, None, 2) for _ in a.shape)]
+            view.copy_(a.detach())
+            assert view.numel() <= 1 or not view.is_contiguous() or a.numel() == a.shape[0] == 1
+            a = view
+        strided.append(a)
+    for o, e in zip(_outputs(op(*strided)), _outputs(op(*args))):
+        assert torch.equal(o, e)
+
+
+def _outputs(result):
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+# Which arguments carry the batch axis.
+BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,)}
+
+
+@each_sample
+def test_an_empty_batch(op, sample):
+    args = list(sample.args)
+    if op.name == "plu_weight":
+        args[-2] = 0
+    for i in BATCHED.get(op.name, ()):
+        args[i] = None if args[i] is None else args[i][:0]
+    args = leaves(args, constant=sample.constant)
+    out = _outputs(op(*args))
+    assert any(o.shape[0] == 0 for o in out)
+    found = torch.autograd.grad([o.sum() for o in out if o.requires_grad], floating(args), allow_unused=True)
+    for g, a in zip(found, floating(args)):
+        assert g is None or (g.shape == a.shape and bool(g.isfinite().all()))
+
+
+@each_sample
+def test_opcheck(op, sample):
+    args = leaves(sample.args, constant=sample.constant)
+    torch.library.opcheck(op.overload, tuple(args))
+    backward = BACKWARD[op.name]
+    if backward is not None and op.name != "squeeze":
+        out = _outputs(op(*leaves(sample.args)))
+        grads = [torch.randn_like(o) for o in out]
+        rest = {"affine_coupling": args, "actnorm": args, "plu_weight": args}.get(op.name)
+        if rest is not None:
+            torch.library.opcheck(
+                backward.overload,
+                tuple([*grads, *(a.detach() if isinstance(a, Tensor) else a for a in rest)]),
+                test_utils=("test_schema", "test_faketensor"),
+            )
+
+
+@each_sample
+def test_compiles_without_a_break_and_equals_eager(op, sample):
+    args = leaves(sample.args, torch.float32, constant=sample.constant)
+    function = as_function(op, args)
+
+    def loss(*tensors):
+        out = function(*tensors)
+        return sum((o * o.detach().cos()).sum() for o in ((out,) if isinstance(out, Tensor) else out))
+
+    eager = torch.autograd.grad(loss(*floating(args)), floating(args), allow_unused=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*floating(args)), floating(args), allow_unused=True)
+    for f, e in zip(found, eager):
+        if e is not None:
+            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
+
+
+@each_sample
+def test_forward_mode_is_exact_not_zero(op, sample):
+    """A torch.library op has no tangent rule; a call that needs one must get it from the reference."""
+    args = leaves(sample.args, constant=sample.constant)
+    tensors = tuple(t.detach() for t in floating(args))
+    function = as_function(op, args)
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    found = _outputs(torch.func.jvp(function, tensors, tangents)[1])
+    step = 1e-6
+    ahead = _outputs(function(*(t + step * d for t, d in zip(tensors, tangents))))
+    behind = _outputs(function(*(t - step * d for t, d in zip(tensors, tangents))))
+    for f, a, b in zip(found, ahead, behind):
+        torch.testing.assert_close(f, (a - b) / (2 * step), rtol=1e-5, atol=1e-5)
+
+
+@each_sample
+def test_functorch_grad(op, sample):
+    args = leaves(sample.args, constant=sample.constant)
+    tensors = floating(args)
+    function = as_function(op, args)
+
+    def loss(*ts):
+        return sum(o.sum() for o in _outputs(function(*ts)))
+
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    found = torch.func.grad(loss, argnums=tuple(range(len(tensors))))(*(t.detach() for t in tensors))
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e)
+
+
+def test_the_raw_op_refuses_forward_mode():
+    x = torch.ones(2, 3)
+    op = _registry.OPS["actnorm"]
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode rule"):
+        op.overload(x, torch.ones(3), torch.ones(3), False, False)
+
+
+def test_two_runs_give_the_same_bits():
+    x, p = torch.randn(16, 12, 33, 31), torch.randn(16, 12, 33, 31)
+    w = torch.randn(12, 12)
+    for call in (
+        lambda: genfast.ops.affine_coupling(x, p),
+        lambda: genfast.ops.actnorm(x, w[0], w[1]),
+        lambda: genfast.ops.invertible_conv1x1(x, w),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(call(), call()))
+
+
+def test_the_thread_count_does_not_change_the_bits():
+    x, p = (torch.randn(3, 8, 65, 63, requires_grad=True) for _ in range(2))
+    w = torch.randn(8, 8, requires_grad=True)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y, logdet = genfast.ops.affine_coupling(x, p, scale="sigmoid")
+            mixed, _ = genfast.ops.invertible_conv1x1(y, w)
+            results.append([y, logdet, *torch.autograd.grad(mixed.square().sum() + logdet.sum(), (x, p, w))])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_forced_backend_that_cannot_serve_says_why():
+    x = torch.ones(2, 3)
+    with genfast.backend("cuda"), pytest.raises(genfast.BackendError, match=r"actnorm.*float32.*\(2, 3\).*no kernel"):
+        genfast.ops.actnorm(x, torch.ones(3), torch.ones(3))
+    with genfast.backend("cpu"), pytest.raises(genfast.BackendError, match="takes float32, float64, not bfloat16"):
+        genfast.ops.actnorm(x.bfloat16(), torch.ones(3), torch.ones(3))
+    with pytest.raises(ValueError, match="expected one of cpu, cuda, triton, reference"), genfast.backend("tpu"):
+        pass
+
+
+def test_half_types_on_the_cpu_run_the_reference_and_sum_in_float32():
+    x = torch.randn(4, 6, 5, 5, dtype=torch.bfloat16)
+    y, logdet = genfast.ops.affine_coupling(x, torch.randn(4, 6, 5, 5, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert logdet.dtype == torch.float32
+
+
+def test_autocast_output_of_a_conditioner_is_taken():
+    x = torch.randn(2, 4, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        params = torch.nn.functional.conv2d(x[:, 2:], torch.randn(4, 2, 3, 3), padding=1)
+        assert params.dtype == torch.bfloat16
+        y, logdet = genfast.ops.affine_coupling(x, params)
+    expected, _ = genfast.reference.affine_coupling(x, params.float())
+    assert y.dtype == logdet.dtype == torch.float32
+    torch.testing.assert_close(y, expected)
+
+
+def test_profiler_and_dispatch_modes_see_the_ops():
+    x, one = torch.randn(2, 3), torch.ones(3)
+    with torch.profiler.profile() as profile:
+        genfast.ops.actnorm(x, one, one)
+    assert any(e.key == "genfast::actnorm" for e in profile.key_averages())
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        genfast.ops.actnorm(x, one, one)
+    assert any("genfast.actnorm" in s for s in seen)
+
+
+def test_vmap_over_stacked_parameters():
+    x, scales, bias = torch.randn(2, 3, 4, 4), torch.rand(5, 3) + 0.5, torch.randn(3)
+    y, logdet = torch.vmap(lambda s: genfast.ops.actnorm(x, s, bias))(scales)
+    assert y.shape == (5, 2, 3, 4, 4)
+    for i in range(5):
+        expected = genfast.ops.actnorm(x, scales[i], bias)
+        torch.testing.assert_close((y[i], logdet[i]), expected)

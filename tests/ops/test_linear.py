@@ -1,0 +1,196 @@
+"""actnorm, invertible_conv1x1, the fused step and squeeze: what is special about each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import genfast
+from genfast import ops
+
+
+def factors(c, dtype=torch.float64):
+    return ops.PLU(
+        torch.randperm(c), torch.randn(c, c, dtype=dtype), torch.randn(c, c, dtype=dtype), torch.randn(c).sign().to(dtype),
+        0.1 * torch.randn(c, dtype=dtype),
+    )  # fmt: skip
+
+
+SHAPES = st.sampled_from([(1, 1), (130, 5), (2, 3, 7), (3, 12, 4, 4), (2, 17, 5, 3), (1, 48, 9, 9), (2, 4, 2, 3, 5)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPES, plu=st.booleans(), last=st.booleans())
+def test_conv1x1_inverse_undoes_forward(shape, plu, last):
+    x = torch.randn(shape, dtype=torch.float64)
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim()) if last else None
+    x = x if form is None else x.contiguous(memory_format=form)
+    c = shape[1]
+    weight = factors(c) if plu else torch.linalg.qr(torch.randn(c, c, dtype=torch.float64))[0]
+    if plu:
+        weight = weight._replace(lower=0.1 * weight.lower, upper=0.1 * weight.upper)
+    z, logdet = ops.invertible_conv1x1(x, weight)
+    back, minus = ops.invertible_conv1x1(z, weight, inverse=True)
+    torch.testing.assert_close(back, x, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(minus, -logdet)
+    matrix = genfast.reference.plu_matrix(*weight) if plu else weight
+    torch.testing.assert_close(z, torch.einsum("oi,ni...->no...", matrix, x))
+    positions = x[0, 0].numel()
+    torch.testing.assert_close(logdet, (positions * torch.linalg.slogdet(matrix)[1]).expand(shape[0]))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("plu", [False, True])
+@pytest.mark.parametrize("log_scale", [False, True])
+def test_the_fused_step_is_its_parts(last, plu, log_scale):
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    scale, bias = torch.rand(6, dtype=torch.float64) + 0.5, torch.randn(6, dtype=torch.float64)
+    weight = factors(6) if plu else torch.randn(6, 6, dtype=torch.float64)
+    y, a = ops.actnorm(x, scale, bias, log_scale=log_scale)
+    y, b = ops.invertible_conv1x1(y, weight)
+    for pair in (x, (x[:, :2], x[:, 2:])):
+        (first, second), logdet = ops.actnorm_conv1x1(pair, scale, bias, weight, log_scale=log_scale, split=4)
+        torch.testing.assert_close(torch.cat((first, second), 1), y)
+        torch.testing.assert_close(logdet, a + b)
+        back, minus = ops.actnorm_conv1x1((first, second), scale, bias, weight, log_scale=log_scale, inverse=True)
+        torch.testing.assert_close(back, x)
+        torch.testing.assert_close(minus, -logdet)
+
+
+@pytest.mark.parametrize("c", [1, 12, 24, 48, 96, 130])
+@pytest.mark.parametrize("last", [False, True])
+def test_conv1x1_at_glow_sizes_in_float32(c, last):
+    x = torch.randn(16, c, 8, 8)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    weight = torch.randn(c, c) / c**0.5
+    leaves, exact = ([t.to(d).requires_grad_() for t in (x, weight)] for d in (torch.float32, torch.float64))
+    y, _ = ops.invertible_conv1x1(*leaves)
+    expected = F.conv2d(exact[0], exact[1][:, :, None, None])
+    g = torch.randn(16, c, 8, 8)
+    grads, exact_grads = torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, exact, g.double())
+    for found, wanted, allowed in zip((y, *grads), (expected, *exact_grads), (2e-6, 1e-5, 1e-5)):
+        found, wanted = found.detach().double(), wanted.detach()
+        assert float((found - wanted).norm()) <= allowed * float(wanted.norm())
+
+
+def test_a_singular_weight():
+    x, singular = torch.randn(2, 3, 4, 4), torch.ones(3, 3)
+    _, logdet = ops.invertible_conv1x1(x, singular)
+    assert bool((logdet == -torch.inf).all())
+    with pytest.raises(ValueError, match="weight is singular"):
+        ops.invertible_conv1x1(x, singular, inverse=True)
+    with pytest.raises(ValueError, match="weight is singular"):
+        ops.actnorm_conv1x1(x, torch.ones(3), torch.zeros(3), singular, inverse=True)
+
+
+def test_actnorm_with_a_zero_scale_is_not_invertible_and_says_so_in_its_logdet():
+    x = torch.randn(2, 3, 4, 4)
+    y, logdet = ops.actnorm(x, torch.tensor([1.0, 0.0, 2.0]), torch.zeros(3))
+    assert bool((logdet == -torch.inf).all())
+    assert bool((y[:, 1] == 0).all())
+    back, _ = ops.actnorm(x, torch.tensor([1.0, 0.0, 2.0]), torch.zeros(3), inverse=True)
+    assert not bool(back[:, 1].isfinite().any())
+    assert bool(back[:, [0, 2]].isfinite().all())
+
+
+def test_actnorm_takes_negative_scales():
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    scale = torch.tensor([-2.0, 0.5, -0.1], dtype=torch.float64)
+    y, logdet = ops.actnorm(x, scale, scale)
+    torch.testing.assert_close(ops.actnorm(y, scale, scale, inverse=True)[0], x)
+    torch.testing.assert_close(logdet, (16 * scale.abs().log().sum()).expand(2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 3), c=st.sampled_from([1, 3, 5, 16]), h=st.integers(1, 4), w=st.integers(1, 9), f=st.integers(1, 4),
+    order=st.sampled_from(["pixel_unshuffle", "space_to_depth"]), last=st.booleans(),
+)  # fmt: skip
+def test_squeeze_and_back(n, c, h, w, f, order, last):
+    x = torch.randn(n, c, h * f, w * f)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    y = ops.squeeze(x, f, order=order)
+    assert torch.equal(ops.unsqueeze(y, f, order=order), x)
+    if order == "pixel_unshuffle":
+        assert torch.equal(y, F.pixel_unshuffle(x, f))
+    else:
+        i, j, k = f - 1, 0, c - 1
+        assert torch.equal(y[:, (i * f + j) * c + k], x[:, k, i::f, j::f])
+
+
+def test_the_pool_reuses_memory_and_never_while_it_is_in_use():
+    from genfast import _pool
+
+    _pool.clear()
+    like = torch.empty(1 << 19)
+    first = _pool.empty_like(like)
+    address = first.data_ptr()
+    assert _pool.empty_like(like).data_ptr() != address
+    del first
+    again = _pool.empty_like(like)
+    assert again.data_ptr() == address
+    for keep in (lambda t: t[3:5], lambda t: t.untyped_storage(), lambda t: t.numpy(), lambda t: t.detach(), memoryview_of):
+        held, again = keep(again), None
+        others = [_pool.empty_like(like) for _ in range(8)]
+        assert all(o.data_ptr() != address for o in others), keep
+        del held, others
+        again = next(t for t in (_pool.empty_like(like) for _ in range(16)) if t.data_ptr() == address)
+    del again
+    _pool.clear()
+
+
+def memoryview_of(t):
+    return memoryview(t.numpy())
+
+
+def test_the_pool_keeps_no_more_than_its_limit(monkeypatch):
+    from genfast import _pool
+
+    _pool.clear()
+    monkeypatch.setattr(_pool, "limit", 5 << 20)
+    held = [_pool.empty_like(torch.empty(1 << 19)) for _ in range(6)]
+    assert len({t.data_ptr() for t in held}) == 6
+    assert _pool._total <= 5 << 20
+    _pool.clear()
+
+
+X = torch.zeros(2, 4, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "actnorm: x has dtype torch.int64", lambda: ops.actnorm(X.long(), torch.ones(4), torch.ones(4))),
+        (ValueError, r"actnorm: scale has shape \(3,\), expected \(4,\)", lambda: ops.actnorm(X, torch.ones(3), torch.ones(4))),
+        (ValueError, r"actnorm: bias has shape \(4, 1\)", lambda: ops.actnorm(X, torch.ones(4), torch.ones(4, 1))),
+        (ValueError, r"actnorm: x has shape \(5,\)", lambda: ops.actnorm(torch.ones(5), torch.ones(5), torch.ones(5))),
+        (ValueError, "bias is on meta and x on cpu",
+         lambda: ops.actnorm(X, torch.ones(4), torch.ones(4, device="meta"))),
+        (ValueError, r"weight has shape \(3, 3\), expected \(4, 4\)", lambda: ops.invertible_conv1x1(X, torch.eye(3))),
+        (ValueError, r"weight has shape \(4, 3\), expected \(C, C\)", lambda: ops.invertible_conv1x1(X, torch.ones(4, 3))),
+        (TypeError, "weight has dtype torch.int64", lambda: ops.invertible_conv1x1(X, torch.eye(4).long())),
+        (TypeError, "x has dtype torch.int64", lambda: ops.invertible_conv1x1(X.long(), torch.eye(4))),
+        (TypeError, "perm has dtype torch.int32",
+         lambda: ops.invertible_conv1x1(X, factors(4, torch.float32)._replace(perm=torch.arange(4).int()))),
+        (ValueError, r"lower has shape \(3, 4\)",
+         lambda: ops.invertible_conv1x1(X, factors(4, torch.float32)._replace(lower=torch.ones(3, 4)))),
+        (TypeError, "need one dtype", lambda: ops.invertible_conv1x1(X, factors(4, torch.float32)._replace(lower=torch.eye(4).double()))),
+        (ValueError, "split=5, expected 1 to 4",
+         lambda: ops.actnorm_conv1x1(X, torch.ones(4), torch.ones(4), torch.eye(4), split=5)),
+        (ValueError, "same batch and positions",
+         lambda: ops.actnorm_conv1x1((X, X[:1]), torch.ones(8), torch.ones(8), torch.eye(8))),
+        (ValueError, "squeeze: x has 4x6 positions, expected multiples of factor=5", lambda: ops.squeeze(X, 5)),
+        (ValueError, "unsqueeze: x has 4 channels, expected a multiple of factor.2 = 9", lambda: ops.unsqueeze(X, 3)),
+        (ValueError, "squeeze: order='x', expected one of", lambda: ops.squeeze(X, order="x")),
+        (ValueError, "squeeze: factor=0", lambda: ops.squeeze(X, 0)),
+        (ValueError, r"squeeze: x has shape \(2, 4, 4\)", lambda: ops.squeeze(X[..., 0])),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
