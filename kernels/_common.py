@@ -96,9 +96,12 @@ def tile(v: View, size: int = TILE) -> tuple[int, int]:
     return min(c, size // s), s
 
 
-def warps(elements: int) -> int:
-    """Eight elements a thread, one to four warps."""
-    return max(1, min(4, elements // 256))
+def options(elements: int, far: bool) -> dict[str, int]:
+    """Launch options of a tile: eight elements a thread, one to four warps.
+
+    64-bit addresses need more registers than the assembler grants of itself, which would spill a few bytes.
+    """
+    return {"num_warps": max(1, min(4, elements // 256))} | ({"maxnreg": 168} if far else {})
 
 
 @triton.jit
@@ -122,28 +125,28 @@ class Aot(NamedTuple):
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    warps: int = 4
-    aligned: tuple[str, ...] = ()
+    options: dict[str, int]
+    aligned: tuple[str, ...]
 
 
 def variant(
     label: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], ones: Iterable[str] | None = None,
-    num_warps: int = 4,
+    **launch: int,
 ) -> Aot:  # fmt: skip
-    """A compile of ``kernel``: pointers as ``types`` says, sizes and strides 32-bit multiples of 16 but for ``ones``.
+    """A compile of ``kernel`` with options ``launch``: pointers as ``types`` says, sizes and strides as for dense tensors.
 
-    That is how the launcher specialises a call on dense tensors. ``ones=None`` is the other extreme: sizes and strides of
-    64 bits about which nothing is known.
+    That is, as the launcher specialises them: 32-bit multiples of 16, and 1 where ``ones`` says. ``ones=None`` is the other
+    extreme: 64 bits about which nothing is known.
     """
     pointers = tuple(name for name in kernel.arg_names if name in types)
     sizes = [name for name in kernel.arg_names if name not in types and name not in constants]
     if ones is None:
-        signature = dict(types) | {name: "i64" for name in sizes}
-        return Aot(label, kernel, _ordered(kernel, signature, constants), dict(constants), num_warps, pointers)
+        signature = dict(types) | dict.fromkeys(sizes, "i64")
+        return Aot(label, kernel, _ordered(kernel, signature, constants), dict(constants), launch, pointers)
     constants = {**constants, **{name: 1 for name in ones if name in sizes}}
-    signature = dict(types) | {name: "i32" for name in sizes}
+    signature = dict(types) | dict.fromkeys(sizes, "i32")
     aligned = (*pointers, *(name for name in sizes if name not in constants))
-    return Aot(label, kernel, _ordered(kernel, signature, constants), dict(constants), num_warps, aligned)
+    return Aot(label, kernel, _ordered(kernel, signature, constants), dict(constants), launch, aligned)
 
 
 def _ordered(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, str]:

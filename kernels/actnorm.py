@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, output, place, tile, variant, view, warps
+from ._common import Aot, View, cdiv, options, output, place, tile, variant, view
 
 ROWS = 1024  # programs a channel tile: fills any GPU of today several times over, and keeps the second kernel short
 
@@ -150,10 +150,11 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bo
     block_c, block_s = tile(a)
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
+    far = a.far or out.far
     _forward[(a.n * tiles,)](
         a.data, scale.contiguous(), bias.contiguous(), y, logdet, *a.strides, *out.strides, a.c, a.s, 1 if vectors else a.s,
-        s_tiles, tiles, LOG_SCALE=log_scale, INVERSE=inverse, BATCH_IN_TILE=vectors, FAR=a.far or out.far, BLOCK_C=block_c,
-        BLOCK_S=block_s, num_warps=warps(block_c * block_s),
+        s_tiles, tiles, LOG_SCALE=log_scale, INVERSE=inverse, BATCH_IN_TILE=vectors, FAR=far, BLOCK_C=block_c,
+        BLOCK_S=block_s, **options(block_c * block_s, far),
     )  # fmt: skip
     return y, logdet
 
@@ -176,11 +177,12 @@ def actnorm_backward(
             c_tiles, s_tiles = cdiv(a.c, block_c), cdiv(a.s, block_s)
             tiles = a.n * s_tiles
             rows = min(tiles, ROWS)
+            far = a.far or out.far or g.far
             partial = torch.empty((rows, 2, a.c), dtype=torch.float32, device=x.device)
             _backward[(rows * c_tiles,)](
                 g.data, a.data, scale, bias, dx, partial, *g.strides, *a.strides, *out.strides, a.c, a.s, s_tiles, tiles,
-                c_tiles, rows, LOG_SCALE=log_scale, INVERSE=inverse, FAR=a.far or out.far or g.far, BLOCK_C=block_c,
-                BLOCK_S=block_s, num_warps=warps(block_c * block_s),
+                c_tiles, rows, LOG_SCALE=log_scale, INVERSE=inverse, FAR=far, BLOCK_C=block_c,
+                BLOCK_S=block_s, **options(block_c * block_s, far),
             )  # fmt: skip
     if channels:
         _finish[(cdiv(channels, 16),)](
@@ -194,17 +196,17 @@ def actnorm_backward(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
-        pointers = {k: f"*{kind}" for k in ("x", "y", "grad_y", "dx", "scale", "bias", "ds", "db")}
-        pointers |= {k: "*fp32" for k in ("partial", "logdet", "grad_logdet")}
+        pointers = dict.fromkeys(("x", "y", "grad_y", "dx", "scale", "bias", "ds", "db"), f"*{kind}")
+        pointers |= dict.fromkeys(("partial", "logdet", "grad_logdet"), "*fp32")
 
         def add(label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, **base: Any) -> None:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                found.append(variant(label, kernel, types, constants, ones))
+                found.append(variant(label, kernel, types, constants, ones, **options(1024, ones is None)))
 
         for inverse in (False, True):
-            for log_scale in (False, True):
+            for log_scale in (False, True) if kind == "fp32" else (True,):
                 label = f"{'inverse ' if inverse else ''}{'log scale ' if log_scale else ''}{kind}"
                 base = dict(LOG_SCALE=log_scale, INVERSE=inverse, FAR=False, BATCH_IN_TILE=False, HAS_LOGDET=True)
                 rows = base | dict(BLOCK_C=1, BLOCK_S=1024)

@@ -2,7 +2,8 @@
 
     forward   y_a = s(r) x_a + t, y_b = x_b, logdet[n] = sum log s;    inverse  x_a = (y_a - t) / s
     backward  with l = log s, d = grad_y, g = grad_logdet:
-              forward  dx = s d, dt = d, dr = l'(r) (s x d + g), s x = y - t;  inverse  dx = d/s, dt = -d/s, dr = -l'(r) (x d + g)
+              forward  dx = s d, dt = d, dr = l'(r) (s x d + g), s x = y - t
+              inverse  dx = d/s, dt = -d/s, dr = -l'(r) (x d + g), x the output
 
 x (N, C, S), params (N, 2C', S), logdet (N,). Fused: split, scale map, product, shift, concatenation and the sum over a
 sample; in the backward also the gradient of alpha. One pass each way: per transformed element the forward reads x, r, t and
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, View, cdiv, memory_format, output, place, tile, variant, view, warps
+from ._common import TILE, Aot, View, cdiv, memory_format, options, output, place, tile, variant, view
 
 _SCALES = ("exp", "sigmoid", "tanh", "softclamp", "additive")
 
@@ -234,9 +235,10 @@ def _call(
     block_c, block_s = tile(a)
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
+    far = any(v.far for v in views)
     constants = dict(
         SCALE=scale, INVERSE=inverse, ALPHA=each, MASKED=mask is not None, BATCH_IN_TILE=batch_in_tile,
-        FAR=any(v.far for v in views), BLOCK_C=block_c, BLOCK_S=block_s, num_warps=warps(block_c * block_s),
+        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far),
     )  # fmt: skip
     sizes = (a.c, a.s, width, first, r_at, t_at, step, s_tiles, tiles)
     return _Call(views, (bytes_, mc, ms), sizes, (a.n * tiles,), a.n * s_tiles, tiles, constants)
@@ -299,19 +301,21 @@ def _variants() -> list[Aot]:
     ones = ("xs", "ps", "ys", "ks", "gs", "qs", "ms", "ln", "step")
     for kind in ("fp32", "bf16", "fp16"):
         data = ("x", "params", "alpha", "y", "grad_y", "kept", "dx", "dparams")
-        pointers = {k: f"*{kind}" for k in data} | {"mask": "*u8", "logdet": "*fp32", "grad_logdet": "*fp32", "dalpha": "*fp32"}
+        pointers = dict.fromkeys(data, f"*{kind}") | {"mask": "*u8"}
+        pointers |= dict.fromkeys(("logdet", "grad_logdet", "dalpha"), "*fp32")
 
         def add(
-            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, kind: str = kind, **base: Any
-        ) -> None:
+            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, kind: str = kind,
+            **base: Any,
+        ) -> None:  # fmt: skip
             block = dict(BLOCK_C=16, BLOCK_S=64) if rows else dict(BLOCK_C=1, BLOCK_S=TILE)
             base = dict(MASKED=False, BATCH_IN_TILE=False, FAR=ones is None) | block | base
             back = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=base["INVERSE"])
             for kernel, constants in ((_forward, base), (_backward, back)):
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-                found.append(variant(f"{label} {kind}", kernel, types, constants, ones))
+                found.append(variant(f"{label} {kind}", kernel, types, constants, ones, **options(TILE, ones is None)))
 
-        for scale in _SCALES:
+        for scale in _SCALES if kind != "fp16" else ("sigmoid",):
             alpha = "one" if scale == "tanh" else "none"
             for inverse in (False, True):
                 label = f"{scale}{' inverse' if inverse else ''}"

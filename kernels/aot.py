@@ -1,6 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU: ``python -m genfast.kernels.aot [--arch 80 90 100]``.
 
-Prints registers, shared memory and spills of each, and fails if one does not compile, spills, or is named by no AOT list.
+Each kernel file lists its variants in ``AOT``. Prints registers a thread, shared memory and spilled bytes of each, as the
+assembler reports them, and exits with 1 if one does not compile, spills, or is in no file's list.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,64 +27,91 @@ from triton.compiler import ASTSource
 from ._common import Aot
 
 
-def modules() -> list[str]:
+class Report(NamedTuple):
+    """What one compile came to; ``error`` is empty where it succeeded."""
+
+    family: str
+    kernel: str
+    label: str
+    arch: int
+    registers: int = 0
+    shared: int = 0
+    spilled: int = 0
+    error: str = ""
+
+
+def families() -> list[str]:
     """The kernel files: every module beside this one but itself and the private ones."""
     folder = Path(__file__).parent
     return [m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_") and m.name != "aot"]
 
 
-def variants(module: str) -> list[Aot]:
-    loaded = importlib.import_module(f"{__package__}.{module}")
-    found: list[Aot] = loaded.AOT
-    launched = {
-        name for name, value in vars(loaded).items() if isinstance(value, triton.JITFunction) and _is_entry(loaded, name)
-    }
-    missing = launched - {v.kernel.fn.__name__ for v in found}
-    if missing:
-        raise SystemExit(f"aot: {module} launches {', '.join(sorted(missing))}, which its AOT list does not name")
+def variants(family: str) -> list[Aot]:
+    found: list[Aot] = importlib.import_module(f"{__package__}.{family}").AOT
     return found
 
 
-def _is_entry(module: object, name: str) -> bool:
-    """Whether a kernel is launched from Python, as against called by another kernel."""
-    return f"{name}[(" in Path(str(module.__file__)).read_text()  # type: ignore[attr-defined]
+def unlisted(family: str) -> list[str]:
+    """The family's ``@triton.jit`` functions that no variant compiles, neither as a kernel nor as part of one."""
+    module = importlib.import_module(f"{__package__}.{family}")
+    own = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    own = {name: value for name, value in own.items() if value.fn.__module__ == module.__name__}
+    pending = [v.kernel for v in variants(family)]
+    reached = set()
+    while pending:
+        name = pending.pop().fn.__name__
+        if name not in reached:
+            reached.add(name)
+            called = set(own[name].fn.__code__.co_names) & set(own)
+            pending += [own[c] for c in called]
+    return sorted(set(own) - reached)
 
 
-def compile_one(job: tuple[str, int, int]) -> tuple[str, str, str, int, int, int, int]:
-    """(module, kernel, label, arch, registers, shared bytes, spilled bytes) of one variant on one architecture."""
-    module, index, arch = job
-    v = variants(module)[index]
-    source = ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": v.warps})
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
-        assert target is not None
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target.group(1)}", str(ptx), "-o", f"{ptx}.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.findall(r"Used (\d+) registers", said)[-1])
-    spilled = sum(int(b) for b in re.findall(r"(\d+) bytes spill stores", said))
-    return module, v.kernel.fn.__name__, v.label, arch, registers, compiled.metadata.shared, spilled
+def compile_one(job: tuple[str, int, int]) -> Report:
+    """Compiles variant number ``job[1]`` of a family for one architecture."""
+    family, index, arch = job
+    v = variants(family)[index]
+    report = Report(family, v.kernel.fn.__name__, v.label, arch)
+    positions = v.kernel.arg_names
+    attrs = {(positions.index(name),): [["tt.divisibility", 16]] for name in v.aligned}
+    source = ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants, attrs=attrs)
+    warnings.simplefilter("ignore")
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=v.options)
+        ptx = compiled.asm["ptx"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kernel.ptx")
+            path.write_text(ptx)
+            target = re.findall(r"\.target\s+(sm_\w+)", ptx)[0]
+            command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(path), "-o", f"{path}.cubin"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = int(re.findall(r"Used (\d+) registers", said)[-1])
+        spilled = sum(int(b) for b in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+    except Exception as error:
+        return report._replace(error=f"{type(error).__name__}: {error}")
+    return report._replace(registers=registers, shared=compiled.metadata.shared, spilled=spilled)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m genfast.kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, e.g. 80 90 100")
     archs = parser.parse_args().arch
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise SystemExit("aot: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
-    jobs = [(m, i, arch) for m in modules() for i in range(len(variants(m))) for arch in archs]
-    print(f"{'family':<20} {'kernel':<14} {'variant':<44} {'arch':<6} {'regs':>4} {'shared':>7} {'spills':>6}")
-    spilling = 0
+        print("aot: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it", file=sys.stderr)
+        return 1
+    missing = [f"{family}.{name}" for family in families() for name in unlisted(family)]
+    jobs = [(family, i, arch) for family in families() for i in range(len(variants(family))) for arch in archs]
+    print(f"{'family':<18} {'kernel':<13} {'variant':<38} {'arch':<7} {'registers':>9} {'shared':>7} {'spilled':>7}")
+    failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for module, kernel, label, arch, registers, shared, spilled in pool.map(compile_one, jobs):
-            spilling += spilled > 0
-            print(
-                f"{module:<20} {kernel:<14} {label:<44} sm_{arch:<3} {registers:>4} {shared:>7} {spilled:>6}", flush=True
-            )
-    print(f"{len(jobs)} compiled, {spilling} spill")
-    return 1 if spilling else 0
+        for r in pool.map(compile_one, jobs, chunksize=4):
+            failed += bool(r.spilled or r.error)
+            found = r.error or f"{r.registers:>9} {r.shared:>7} {r.spilled:>7}{'  SPILLS' if r.spilled else ''}"
+            print(f"{r.family:<18} {r.kernel:<13} {r.label:<38} sm_{r.arch:<4} {found}", flush=True)
+    print(f"{len(jobs)} compiled, {failed} failed or spilled")
+    for name in missing:
+        print(f"{name}: a @triton.jit function that no AOT variant compiles")
+    return 1 if failed or missing else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, memory_format, variant, warps
+from ._common import TILE, Aot, cdiv, memory_format, options, variant
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -80,7 +80,7 @@ def squeeze(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     _move[(n * tiles,)](
         wide, deep, *wide.stride(), *deep.stride(), c, h, w, row_tiles, tiles, F=f, INVERSE=inverse,
         DEPTH_FIRST=order == "space_to_depth", CHANNELS_LAST=last, FAR=far, BLOCK_R=block_r, BLOCK_I=block_i,
-        num_warps=warps(block_r * block_i),
+        **options(block_r * block_i, far),
     )  # fmt: skip
     return y
 
@@ -96,9 +96,10 @@ def _variants() -> list[Aot]:
                 ones = ("xc", "yc") if last else ("xw", "yw")
                 for kind in ("i32", "i16") if not (depth or last) else ("i32",):
                     label = f"{name}{' channels_last' if last else ''} {kind}"
-                    found.append(variant(label, _move, {"x": f"*{kind}", "y": f"*{kind}"}, constants, ones))
+                    types = dict.fromkeys(("x", "y"), f"*{kind}")
+                    found.append(variant(label, _move, types, constants, ones, **options(TILE, False)))
         far = base | dict(INVERSE=inverse, DEPTH_FIRST=False, CHANNELS_LAST=False, FAR=True, F=3)
-        found.append(variant(f"{name} any strides i64", _move, {"x": "*i64", "y": "*i64"}, far))
+        found.append(variant(f"{name} any strides i64", _move, {"x": "*i64", "y": "*i64"}, far, **options(TILE, True)))
     return found
 
 
