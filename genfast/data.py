@@ -25,10 +25,9 @@ class Dataset:
     test_labels: Tensor | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        c, h, w = self.train.shape[1:]
-        return c, h, w
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (D,) once flattened for a model of vectors."""
+        return tuple(self.train.shape[1:])
 
 
 def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: str | None = None) -> Dataset:
@@ -86,7 +85,7 @@ def _digits(seed: int) -> Dataset:
 
 
 def _photos(size: int, count: int, seed: int) -> Dataset:
-    photos = [torch.from_numpy(np.ascontiguousarray(p)).permute(2, 0, 1) for p in _scikit_learn().load_sample_images().images]
+    photos = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in _scikit_learn().load_sample_images().images]
     height, width = photos[0].shape[1:]
     border = width * 4 // 5  # left of it is for training, right of it for testing
     if not 1 <= size <= min(height, width - border):

@@ -509,7 +509,7 @@ class RealNVP(FlowModel):
         steps = []
         for i in range(count):
             network = ResNet(channels, 2 * channels, self._hidden, self._depth, self._context)
-            mask = (board if i % 2 == 0 else ~board)[None]
+            mask = (board if i % 2 == 0 else ~board)[None].clone()  # its own memory: checkpoints refuse shared tensors
             steps.append(self.layers.ActNorm(channels))
             steps.append(self.layers.AffineCoupling(network, scale="tanh", alpha="learn", width=channels, mask=mask))
         return steps

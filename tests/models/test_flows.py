@@ -54,10 +54,10 @@ def test_inverse_of_forward(case, dtype, near):
     z, logdet = model(x, context)
     assert z.shape == (6, model.dim)
     back, minus = model.inverse(z, context)
-    assert float((back - x).abs().max()) <= near
+    assert float((back - x).detach().abs().max()) <= near
     torch.testing.assert_close(minus, -logdet, rtol=1e-4, atol=1e-3)
     again, _ = model(back, context)
-    assert float((again - z).abs().max()) <= 100 * near
+    assert float((again - z).detach().abs().max()) <= 100 * near
 
 
 @each_case
@@ -217,11 +217,11 @@ def test_the_linear_flow_fits_a_full_covariance():
 def test_glow_learns_the_digits():
     torch.manual_seed(0)
     digits = genfast.data.load("digits")
-    model = models.Glow(digits.shape, levels=2, steps=4, hidden=32)
+    model = models.Glow(digits.shape, levels=2, steps=6, hidden=48)
     from genfast.training import Trainer
 
     trainer = Trainer(model, digits, batch_size=64, lr=2e-3)
-    for _ in range(150):
+    for _ in range(300):
         trainer.step()
     # A Gaussian with full covariance, fitted in closed form, reaches this on the same held-out digits.
     train, test = (models.dequantize(x, 17, generator=torch.Generator().manual_seed(1)).flatten(1) for x in (digits.train, digits.test))
