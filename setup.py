@@ -20,6 +20,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 LEVELS = {
@@ -51,10 +52,10 @@ def sources(folder: str, suffix: str) -> list[str]:
 
 class BuildExt(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
-        if ext.name == "genfast._cpu":
-            self.compile_cpu(ext)
-        else:
-            self.compile_cuda(ext)
+        if ext.name == "genfast._cuda":
+            self.build_cuda(ext)
+            return
+        self.compile_cpu(ext)
         super().build_extension(ext)
 
     def compile_cpu(self, ext: Pybind11Extension) -> None:
@@ -85,28 +86,34 @@ class BuildExt(build_ext):
         ext.extra_compile_args += flags
         ext.extra_link_args += link_flags
 
-    def compile_cuda(self, ext: Pybind11Extension) -> None:
+    def build_cuda(self, ext: Pybind11Extension) -> None:
+        """All by nvcc, which knows where its headers and its runtime are."""
         nvcc = find_nvcc()
         assert nvcc is not None
         archs = os.environ.get("GENFAST_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
         generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         generate.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        include = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *include]
+        flags.append(f'-DGENFAST_CUDA_ARCHS="{";".join(archs)}"')
         objects = []
-        for source in sources("cuda", ".cu"):
-            target = Path(self.build_temp, source).with_suffix(".o")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            command = [nvcc, "-std=c++17", "-O3", "--threads", "2", *generate, *host, "-c", source, "-o", str(target)]
-            print("genfast:", " ".join(command), flush=True)
-            subprocess.run(command, check=True)
-            objects.append(str(target))
-        home = Path(nvcc).resolve().parent.parent
-        folders = [p for p in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib") if p.exists()]
-        ext.extra_objects = objects
-        ext.include_dirs.append(str(home / "include"))
-        ext.extra_compile_args += FLAGS
-        # Static, so that a wheel built here serves users who have the driver and no toolkit.
-        ext.extra_link_args += [*(f"-L{p}" for p in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        try:
+            for source in [*sources("cuda", ".cu"), *ext.sources]:
+                target = Path(self.build_temp, source).with_suffix(".o")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.run_nvcc([nvcc, *flags, *generate, "-c", source, "-o", str(target)])
+                objects.append(str(target))
+            output = Path(self.get_ext_fullpath(ext.name))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # The runtime is static, so that a wheel built here serves users who have the driver and no toolkit.
+            self.run_nvcc([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(output)])
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"nvcc failed: {error}") from error
+
+    @staticmethod
+    def run_nvcc(command: list[str]) -> None:
+        print("genfast:", " ".join(command), flush=True)
+        subprocess.run(command, check=True)
 
 
 def find_nvcc() -> str | None:
@@ -122,9 +129,9 @@ def extensions() -> list[Pybind11Extension]:
     wanted = os.environ.get("GENFAST_CUDA", "auto")
     if wanted != "0" and (ROOT / "csrc" / "bind_cuda.cpp").exists():
         if find_nvcc() is not None:
-            found.append(
-                Pybind11Extension("genfast._cuda", ["csrc/bind_cuda.cpp"], include_dirs=["csrc"], depends=depends)
-            )
+            cuda = Pybind11Extension("genfast._cuda", ["csrc/bind_cuda.cpp"], include_dirs=["csrc"], depends=depends)
+            cuda.optional = wanted != "1"  # a toolkit that does not work must not cost a user the CPU kernels
+            found.append(cuda)
         elif wanted == "1":
             raise SystemExit("genfast: GENFAST_CUDA=1, but nvcc was not found; set CUDA_HOME or put nvcc on PATH")
         else:

@@ -47,9 +47,7 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     start = time.perf_counter()
-    while len(times["genfast"]) < rounds and (
-        len(times["genfast"]) < 5 or time.perf_counter() - start < budget
-    ):
+    while len(times["genfast"]) < rounds and (len(times["genfast"]) < 5 or time.perf_counter() - start < budget):
         for name, work in works.items():
             times[name].append(_timed(work))
     peaks = {name: peak_bytes(work, _ceilings.DEVICE) for name, work in works.items()}

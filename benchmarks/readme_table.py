@@ -37,7 +37,15 @@ def rows(results: dict[str, Any]) -> str:
             lines.append([
                 "&nbsp;&nbsp;reversible", *("-" if a is None else f"{a:.2f}x" for a in against), "-", f"{memory:.2f}x",
             ])  # fmt: skip
-    headers = ["case, forward and backward", "eager", "torch.compile", "best library calls", "peer", "of copy bandwidth", "memory / eager"]
+    headers = [
+        "case, forward and backward",
+        "eager",
+        "torch.compile",
+        "best library calls",
+        "peer",
+        "of copy bandwidth",
+        "memory / eager",
+    ]
     text = tabulate(lines, headers=headers, tablefmt="github", colalign=("left", *["right"] * 6))
     e = results["environment"]
     over = ", ".join(f"{o['op']} {1e6 * o['over_s']:+.1f}" for o in results["overhead"])

@@ -1,9 +1,9 @@
 """How an operation is registered: a declaration, and its functions.
 
-Every op, forward or backward, is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the
-same arguments, ``check`` (raises before anything runs), ``fake`` (shapes only), ``kernels`` by
-backend (each checks its arguments itself, so that it can do so from a cached plan), and its derivative. An op without a ``backward`` of its own is differentiated through its
-reference, to any order, so nothing ever returns a missing or a wrong derivative.
+Every op, forward or backward, is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments,
+``check`` (raises before anything runs), ``fake`` (shapes only), ``kernels`` by backend (each checks its arguments itself,
+so that it can do so from a cached plan), and its derivative. An op without a ``backward`` of its own is differentiated
+through its reference, to any order, so nothing ever returns a missing or a wrong derivative.
 
 ``torch.library.Library`` rather than ``@custom_op``, whose call costs tens of microseconds. The dispatcher and
 ``register_autograd`` still cost 5 and 60 microseconds a call, so a plain eager call that nothing watches (no compiler,
@@ -81,9 +81,7 @@ class Op:
         backward, setup_context = self.backward, self.setup_context
         if backward is None:
             backward, setup_context = self._reference_backward, _save_everything
-        torch.library.register_autograd(
-            f"genfast::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"genfast::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
         self.function = _function(self, setup_context, backward)
         OPS[self.name] = self
 

@@ -90,9 +90,7 @@ def errors(op: Op, sample: Sample, dtype: torch.dtype, device: str, backend: str
         if not live:
             return forward, 0.0
         cotangents = [weights[i].to(found[i].dtype) for i in live]
-        grads = torch.autograd.grad(
-            [found[i] for i in live], leaves, [c.to(device) for c in cotangents], allow_unused=True
-        )
+        grads = torch.autograd.grad([found[i] for i in live], leaves, [c.to(device) for c in cotangents], allow_unused=True)
     exact_grads = torch.autograd.grad(
         [expected[i] for i in live], exact_leaves, [c.double() for c in cotangents], allow_unused=True
     )
@@ -123,9 +121,7 @@ def rows(ops: Sequence[str] | None, device: str | None, dtype: str | None, seed:
                     yield Row(name, where, backend, kind, forward, backward, worst)
 
 
-def run(
-    ops: Sequence[str] | None = None, device: str | None = None, dtype: str | None = None, seed: int | None = None
-) -> int:
+def run(ops: Sequence[str] | None = None, device: str | None = None, dtype: str | None = None, seed: int | None = None) -> int:
     """Prints the table and a verdict; returns the exit status, 0 when every row passed.
 
     Args:

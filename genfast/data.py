@@ -100,9 +100,7 @@ def _photos(size: int, count: int, seed: int) -> Dataset:
             return drawn
 
         rows, columns, which = draw(height - size + 1), draw(right - left - size + 1), draw(len(photos))
-        return torch.stack(
-            [photos[k][:, r : r + size, left + c : left + c + size] for r, c, k in zip(rows, columns, which)]
-        )
+        return torch.stack([photos[k][:, r : r + size, left + c : left + c + size] for r, c, k in zip(rows, columns, which)])
 
     test = max(1, count // 10)
     return Dataset("photos", crops(count - test, 0, border), crops(test, border, width))

@@ -55,7 +55,7 @@ def run(out: Path, seconds: float) -> int:
         bar.set_postfix_str(f"side by side, {trainers['genfast'].losses[-1]:.3f} bits/dim")
         if quiet and blocks % 20 == 0:
             print(f"  {blocks * BLOCK} steps each, {trainers['genfast'].losses[-1]:.3f} bits/dim", flush=True)
-    ours, theirs = trainers["genfast"], trainers["plain PyTorch"]
+    ours = trainers["genfast"]
     together = len(ours.losses)
     curves = {label: list(t.losses) for label, t in trainers.items()}
     rows = {}
@@ -85,7 +85,8 @@ def run(out: Path, seconds: float) -> int:
     training.save_picture(training.image_grid(samples, digits.bins), out / "samples.png")
     training.save_picture(training.image_grid(digits.test[:64], digits.bins), out / "data.png")
     training.plot_losses(curves, out / "loss.png")
-    path = ours.model.interpolate(*(models.dequantize(digits.test[s], digits.bins) for s in (slice(0, 8), slice(8, 16))), 8)
+    ends = [models.dequantize(digits.test[part], digits.bins) for part in (slice(0, 8), slice(8, 16))]
+    path = ours.model.interpolate(ends[0], ends[1], 8)
     training.save_picture(training.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
     print(f"pictures: {', '.join(str(out / f'{n}.png') for n in ('samples', 'data', 'loss', 'interpolation'))}")
     return 0

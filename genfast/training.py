@@ -275,9 +275,7 @@ def train(
             saved = len(trainer.losses)
 
     try:
-        while (steps is None or len(trainer.losses) < steps) and (
-            minutes is None or time.monotonic() - start < 60 * minutes
-        ):
+        while (steps is None or len(trainer.losses) < steps) and (minutes is None or time.monotonic() - start < 60 * minutes):
             bar.set_postfix_str(f"{trainer.step():.3f} bits/dim", refresh=False)
             bar.update()
             if len(trainer.losses) % save_every == 0:
@@ -295,7 +293,8 @@ def train(
     save_picture(image_grid(samples.reshape(-1, *data.shape), data.bins), out / "samples.png")
     plot_losses({"train": trainer.losses}, out / "loss.png")
     metrics = {
-        "model": name, "data": data.name, "steps": len(trainer.losses), "parameters": sum(p.numel() for p in model.parameters()),
+        "model": name, "data": data.name, "steps": len(trainer.losses),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "train_bits_per_dim": sum(trainer.losses[-50:]) / max(1, len(trainer.losses[-50:])),
         "test_bits_per_dim": trainer.evaluate(), "seconds": seconds,
         "steps_per_second": (len(trainer.losses) - began) / seconds if seconds else 0.0,

@@ -33,7 +33,8 @@ def test_photo_patches_for_testing_come_from_elsewhere():
 
 def test_a_folder_of_images(tmp_path):
     for i in range(5):
-        Image.new("RGB" if i % 2 else "L", (20 + i, 30), color=40 * i if not i % 2 else (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        mode, colour = ("RGB", (40 * i, 0, 0)) if i % 2 else ("L", 40 * i)
+        Image.new(mode, (20 + i, 30), color=colour).save(tmp_path / f"{i}.png")
     (tmp_path / "notes.txt").write_text("not an image")
     found = data.load(str(tmp_path), size=8)
     assert found.shape == (3, 8, 8)

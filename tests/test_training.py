@@ -83,7 +83,7 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(tmp_path, digits, monkey
     after = weights(run)
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert [p.name for p in run.glob("*checkpoint*")] == ["checkpoint-4"]
-    assert not [p for p in run.glob(".*")]
+    assert not list(run.glob(".*"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, digits, monkeypatch):

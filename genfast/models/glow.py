@@ -10,7 +10,9 @@ from ..reference import models as plain
 
 
 class Glow(plain.Glow):
-    __doc__ = (plain.Glow.__doc__ or "") + """
+    __doc__ = (
+        (plain.Glow.__doc__ or "")
+        + """
     The steps work on pairs of channel halves, so that inside a level nothing is split or concatenated, and the half that
     a level factors out is one of the pair.
 
@@ -20,6 +22,7 @@ class Glow(plain.Glow):
         >>> model.sample(4).shape
         torch.Size([4, 3, 8, 8])
     """
+    )
 
     layers = nn
 

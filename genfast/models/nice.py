@@ -7,11 +7,14 @@ from ..reference import models as plain
 
 
 class NICE(plain.NICE):
-    __doc__ = (plain.NICE.__doc__ or "") + """
+    __doc__ = (
+        (plain.NICE.__doc__ or "")
+        + """
     Example:
         >>> import torch, genfast
         >>> genfast.models.NICE(8, hidden=16).sample(4).shape
         torch.Size([4, 8])
     """
+    )
 
     layers = nn

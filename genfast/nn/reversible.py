@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._registry import LIBRARY
-from .bijection import Bijection, FlowSequential, State, like, tensors
+from .bijection import FlowSequential, State, like, tensors
 
 _MODULES: weakref.WeakValueDictionary[int, ReversibleSequential] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
@@ -134,7 +134,8 @@ def _backward_kernel(
         dz = list(tensors(rebuilt.gather(leaf_grads)))
         for i, g in enumerate(found[count:]):
             if g is not None:
-                totals[i] = g if totals[i] is None else totals[i] + g
+                before = totals[i]
+                totals[i] = g if before is None else before + g
         state = rebuilt.x
     _warn_of_drift(module, fingerprint, _sampled(tensors(state)[0]))
     result = [*dz, *(torch.zeros_like(p) if g is None else g for p, g in zip(extra, totals))]

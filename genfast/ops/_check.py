@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import Tensor
 
@@ -20,12 +20,10 @@ def floating(op: str, **tensors: Tensor | None) -> None:
         if first is None:
             first, first_name = t, name
         elif t.device != first.device:
-            raise ValueError(
-                f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device"
-            )
+            raise ValueError(f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device")
 
 
-def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> None:
+def choice(op: str, name: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name}={value!r}, expected one of {', '.join(map(repr, allowed))}")
 

@@ -126,9 +126,7 @@ OP = Op(
 )
 
 
-def actnorm(
-    x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
+def actnorm(x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, inverse: bool = False) -> tuple[Tensor, Tensor]:
     """Activation normalisation: y = s x + b per channel, logdet = H W sum log|s|.
 
     Args:

@@ -74,9 +74,7 @@ def _check_mask(mask: Tensor, x: Tensor, width: int) -> None:
     if mask.device != x.device:
         raise ValueError(f"{_NAME}: mask is on {mask.device} and x on {x.device}; move both to one device")
     if width != x.shape[1]:
-        raise ValueError(
-            f"{_NAME}: with a mask params transforms every channel: expected C'={x.shape[1]}, got C'={width}"
-        )
+        raise ValueError(f"{_NAME}: with a mask params transforms every channel: expected C'={x.shape[1]}, got C'={width}")
     if mask.dim() != x.dim() - 1 or any(m not in (1, s) for m, s in zip(mask.shape, x.shape[1:])):
         raise ValueError(
             f"{_NAME}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(x.shape[1:])} "
@@ -231,7 +229,9 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
                 args = (rand(3, 6, 5, 7), rand(3, 3 * k, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep)
                 yield Sample(label, args)
     board = (torch.arange(5)[:, None] + torch.arange(7)) % 2 == 0
-    yield Sample("exp checkerboard", (rand(3, 4, 5, 7), rand(3, 8, 5, 7), None, board[None], "exp", LAYOUTS[2], False, False, False))
+    yield Sample(
+        "exp checkerboard", (rand(3, 4, 5, 7), rand(3, 8, 5, 7), None, board[None], "exp", LAYOUTS[2], False, False, False)
+    )
     yield Sample("sigmoid vectors", (rand(9, 5), rand(9, 4), None, None, "sigmoid", LAYOUTS[3], True, False, True))
 
 
@@ -310,7 +310,5 @@ def affine_coupling(
         _check.choice(_NAME, "keep", keep, ("input", "output"))
     if alpha is not None and not isinstance(alpha, Tensor):
         alpha = torch.tensor([float(alpha)], dtype=_accumulator(x.dtype), device=x.device)
-    result: tuple[Tensor, Tensor] = OP(
-        x, params, alpha, mask, scale, layout, transform == "last", inverse, keep == "output"
-    )
+    result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, transform == "last", inverse, keep == "output")
     return result

@@ -15,6 +15,8 @@ from ._layout import Layout, empty, laid_out, memory_format
 from .actnorm import check_channels
 
 _CPU: Any = _backend.extension("_cpu")[0]
+_CUDA: Any = _backend.extension("_cuda")[0]
+_CUDA_DTYPES = _backend.DTYPES | {"cuda": (torch.float32,)}
 
 
 class PLU(NamedTuple):
@@ -274,6 +276,44 @@ def _cpu_plu_backward(
     return outputs
 
 
+def _cuda_plu(
+    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
+    bias: Tensor | None, log_scale: bool, batch: int, positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
+    weight, folded = torch.empty_like(lower), torch.empty_like(log_s)
+    logdet = log_s.new_empty((batch,))
+    tensors = [t if t is None else t.contiguous() for t in (perm, lower, upper, sign_s, log_s, scale, bias)]
+    with torch.cuda.device(log_s.device):
+        _CUDA.plu_weight(
+            torch.cuda.current_stream().cuda_stream, *(0 if t is None else t.data_ptr() for t in tensors),
+            weight.data_ptr(), folded.data_ptr(), logdet.data_ptr(), log_s.shape[0], log_scale, batch, positions,
+        )  # fmt: skip
+    return weight, folded, logdet
+
+
+def _cuda_plu_backward(
+    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
+    upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
+    batch: int, positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _fake_plu_backward(
+        grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
+    )  # fmt: skip
+    inputs = [
+        t if t is None else t.contiguous()
+        for t in (grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
+    ]
+    workspace, inverse_perm = torch.empty_like(outputs[0]), torch.empty_like(perm)
+    with torch.cuda.device(log_s.device):
+        _CUDA.plu_weight_backward(
+            torch.cuda.current_stream().cuda_stream, workspace.data_ptr(), inverse_perm.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in inputs), *(t.data_ptr() for t in outputs), log_s.shape[0],
+            log_scale, batch, positions,
+        )  # fmt: skip
+    return outputs
+
+
 def _setup_plu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.log_scale, ctx.batch, ctx.positions = inputs
     ctx.set_materialize_grads(False)
@@ -315,7 +355,8 @@ PLU_BACKWARD = Op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.plu_weight_backward,
     fake=_fake_plu_backward,
-    kernels={"cpu": _cpu_plu_backward},
+    kernels={"cpu": _cpu_plu_backward, "cuda": _cuda_plu_backward},
+    dtypes=_CUDA_DTYPES,
 )
 
 PLU_WEIGHT = Op(
@@ -323,7 +364,8 @@ PLU_WEIGHT = Op(
     reference=reference.plu_weight,
     check=_check_plu,
     fake=_fake_plu,
-    kernels={"cpu": _cpu_plu},
+    kernels={"cpu": _cpu_plu, "cuda": _cuda_plu},
+    dtypes=_CUDA_DTYPES,
     setup_context=_setup_plu,
     backward=_plu_backward,
     samples=_plu_samples,

@@ -89,9 +89,7 @@ OP = Op(
 )
 
 
-def squeeze(
-    x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle"
-) -> Tensor:
+def squeeze(x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle") -> Tensor:
     """Moves f x f blocks of positions into channels: (N, C, H, W) to (N, f^2 C, H/f, W/f). Volume preserving.
 
     Args:
@@ -114,9 +112,7 @@ def squeeze(
     return result
 
 
-def unsqueeze(
-    x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle"
-) -> Tensor:
+def unsqueeze(x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle") -> Tensor:
     """The inverse of :func:`squeeze`: (N, f^2 C, H, W) to (N, C, f H, f W).
 
     Example:

@@ -1,6 +1,6 @@
-"""Affine coupling, as the papers write it: NICE (1410.8516, sec. 3.2), RealNVP (1605.08803, eq. 6-9), Glow (1807.03039, table 1).
+"""Affine coupling: NICE (1410.8516, sec. 3.2), RealNVP (1605.08803, eq. 6-9), Glow (1807.03039, table 1).
 
-    (r, t) = params;  y_a = s(r) x_a + t;  y_b = x_b;  logdet = sum log s(r)
+(r, t) = params;  y_a = s(r) x_a + t;  y_b = x_b;  logdet = sum log s(r)
 """
 
 from __future__ import annotations

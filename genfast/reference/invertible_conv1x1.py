@@ -37,7 +37,7 @@ def channel_mix_backward(
     if dtype in (torch.bfloat16, torch.float16):
         d, whole = d.float(), whole.float()
     dx = torch.einsum("oi,no...->ni...", weight.to(d.dtype), d).to(dtype)
-    dweight = torch.einsum("nos,nis->oi", d.flatten(2) if d.dim() > 2 else d[..., None], whole.flatten(2) if d.dim() > 2 else whole[..., None])
+    dweight = torch.einsum("no...,ni...->oi", d, whole)
     dbias = d.sum([i for i in range(d.dim()) if i != 1])
     first = x.shape[1]
     return dx[:, :first].contiguous(), dx[:, first:].contiguous(), dweight.to(weight.dtype), dbias.to(weight.dtype)
@@ -71,8 +71,8 @@ def plu_inverse(perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_
     left = torch.tril(lower.double(), -1) + eye
     right = torch.triu(upper.double(), 1) + torch.diag(sign_s.double() * log_s.double().exp())
     solved = torch.linalg.solve_triangular(left, eye[perm].t(), upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(right, solved, upper=True).to(lower.dtype)
-
+    result: Tensor = torch.linalg.solve_triangular(right, solved, upper=True)
+    return result.to(lower.dtype)
 
 
 def plu_weight_backward(

@@ -104,8 +104,8 @@ class FlowModel(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats, (N,)."""
         z, logdet = self(x, context)
-        density: Tensor = self.base.log_prob(z)
-        return density + logdet
+        density: Tensor = self.base.log_prob(z) + logdet
+        return density
 
     def bits_per_dim(
         self, x: Tensor, *, bins: int = 256, context: Tensor | None = None, generator: torch.Generator | None = None
@@ -205,8 +205,9 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = _add_context(self.first(x), self.context, context)
-        for a, b in self.blocks:  # type: ignore[misc]
-            x = x + b(F.relu(a(F.relu(x)), inplace=True))
+        for block in self.blocks:
+            first, second = block.children()
+            x = x + second(F.relu(first(F.relu(x)), inplace=True))
         result: Tensor = self.last(F.relu(x))
         return result
 
@@ -415,7 +416,7 @@ class NICE(FlowModel):
         context: size of a conditioning vector; 0 for none.
     """
 
-    layers = PLAIN
+    layers: Any = PLAIN
 
     def __init__(
         self, dim: int, *, hidden: int = 1000, depth: int = 5, couplings: int = 4,
@@ -461,7 +462,7 @@ class RealNVP(FlowModel):
         context: size of a conditioning vector; 0 for none.
     """
 
-    layers = PLAIN
+    layers: Any = PLAIN
 
     def __init__(
         self, shape: int | tuple[int, ...], *, couplings: int = 8, levels: int = 1, hidden: int = 64, depth: int = 2,
@@ -471,9 +472,7 @@ class RealNVP(FlowModel):
         super().__init__(shape)
         if len(shape) not in (1, 3) or (len(shape) == 1 and shape[0] < 2):
             raise ValueError(f"RealNVP: shape={shape}, expected (D,) with D >= 2, or (C, H, W)")
-        self.config = dict(
-            shape=list(shape), couplings=couplings, levels=levels, hidden=hidden, depth=depth, context=context
-        )
+        self.config = dict(shape=list(shape), couplings=couplings, levels=levels, hidden=hidden, depth=depth, context=context)
         self._hidden, self._depth, self._context = hidden, depth, context
         self.stages = nn.ModuleList()
         if len(shape) == 1:
@@ -498,9 +497,7 @@ class RealNVP(FlowModel):
             transform, width = ("first", dim // 2) if i % 2 == 0 else ("last", dim - dim // 2)
             network = MLP(dim - width, 2 * width, self._hidden, self._depth, self._context)
             steps.append(self.layers.ActNorm(dim))
-            steps.append(
-                self.layers.AffineCoupling(network, scale="tanh", alpha="learn", width=width, transform=transform)
-            )
+            steps.append(self.layers.AffineCoupling(network, scale="tanh", alpha="learn", width=width, transform=transform))
         flow: nn.Module = self.layers.FlowSequential(*steps)
         return flow
 
@@ -574,7 +571,7 @@ class Glow(FlowModel):
         channels_last: computes in channels_last, where CPU convolutions are faster; the numbers are the same.
     """
 
-    layers = PLAIN
+    layers: Any = PLAIN
 
     def __init__(
         self, shape: tuple[int, ...] = (3, 32, 32), *, levels: int = 3, steps: int = 8, hidden: int = 64, plu: bool = True,
@@ -601,7 +598,7 @@ class Glow(FlowModel):
             channels = half
         self.base = DiagonalGaussian(self.dim)
         if channels_last:
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _ordered(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.config["channels_last"] else x
@@ -641,14 +638,12 @@ class LinearFlow(FlowModel):
         plu: PLU or one full matrix.
     """
 
-    layers = PLAIN
+    layers: Any = PLAIN
 
     def __init__(self, dim: int, *, plu: bool = True) -> None:
         super().__init__((dim,))
         self.config = dict(dim=dim, plu=plu)
-        self.flow = self.layers.FlowSequential(
-            self.layers.ActNorm(dim), self.layers.InvertibleConv1x1(dim, plu=plu)
-        )
+        self.flow = self.layers.FlowSequential(self.layers.ActNorm(dim), self.layers.InvertibleConv1x1(dim, plu=plu))
         self.base = DiagonalGaussian(dim, trainable=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,9 @@ def test_the_plain_twin_starts_equal_and_its_state_dict_gives_the_same_density(c
     found = model.log_prob(x, context)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     for (key, p), q in zip(model.named_parameters(), twin.parameters()):
-        (f,), (e,) = (torch.autograd.grad(v.sum(), w, retain_graph=True, allow_unused=True) for v, w in ((found, p), (expected, q)))
+        (f,), (e,) = (
+            torch.autograd.grad(v.sum(), w, retain_graph=True, allow_unused=True) for v, w in ((found, p), (expected, q))
+        )
         assert (f is None) == (e is None), key
         if e is not None:
             torch.testing.assert_close(f, e, rtol=1e-7, atol=1e-9)
@@ -224,7 +226,9 @@ def test_glow_learns_the_digits():
     for _ in range(300):
         trainer.step()
     # A Gaussian with full covariance, fitted in closed form, reaches this on the same held-out digits.
-    train, test = (models.dequantize(x, 17, generator=torch.Generator().manual_seed(1)).flatten(1) for x in (digits.train, digits.test))
+    train, test = (
+        models.dequantize(x, 17, generator=torch.Generator().manual_seed(1)).flatten(1) for x in (digits.train, digits.test)
+    )
     gaussian = torch.distributions.MultivariateNormal(train.mean(0), train.T.cov() + 1e-4 * torch.eye(64))
     baseline = (math.log(17) - float(gaussian.log_prob(test).mean()) / 64) / math.log(2)
     assert trainer.evaluate() < baseline
@@ -294,7 +298,7 @@ def test_normflows_realnvp_on_its_own_weights():
     nf = pytest.importorskip("normflows", reason="normflows is not installed")
     torch.manual_seed(0)
     flows, ours = [], []
-    for i in range(4):
+    for _ in range(4):
         network = nf.nets.MLP([1, 32, 2], init_zeros=False)
         flows += [nf.flows.AffineCouplingBlock(network, scale_map="exp"), nf.flows.Permute(2, mode="swap")]
         ours.append(network)
@@ -350,7 +354,8 @@ def test_nflows_on_its_own_weights():
     [
         (TypeError, "Glow: x has dtype torch.int64.*dequantize",
          lambda: models.Glow((1, 4, 4), levels=1, steps=1).log_prob(torch.zeros(2, 1, 4, 4).long())),
-        (ValueError, r"NICE: x has shape \(2, 3\), expected \(N, 4\)", lambda: models.NICE(4, hidden=4).log_prob(torch.zeros(2, 3))),
+        (ValueError, r"NICE: x has shape \(2, 3\), expected \(N, 4\)",
+         lambda: models.NICE(4, hidden=4).log_prob(torch.zeros(2, 3))),
         (ValueError, "multiples of 2.levels", lambda: models.Glow((3, 12, 12), levels=3)),
         (ValueError, "multiples of 2.levels", lambda: models.RealNVP((3, 6, 6), levels=2)),
         (ValueError, r"RealNVP: shape=\(1,\)", lambda: models.RealNVP(1)),
@@ -359,7 +364,8 @@ def test_nflows_on_its_own_weights():
         (ValueError, "models.build: name='gan'", lambda: models.build("gan")),
         (ValueError, "n=-1", lambda: models.LinearFlow(3).sample(-1)),
         (ValueError, "steps=1", lambda: models.LinearFlow(3).interpolate(torch.zeros(1, 3), torch.zeros(1, 3), 1)),
-        (ValueError, "called with no context, expected one", lambda: models.NICE(4, hidden=4, context=2).log_prob(torch.zeros(2, 4))),
+        (ValueError, "called with no context, expected one",
+         lambda: models.NICE(4, hidden=4, context=2).log_prob(torch.zeros(2, 4))),
         (ValueError, "called with a context, expected none",
          lambda: models.NICE(4, hidden=4).log_prob(torch.zeros(2, 4), torch.zeros(2, 2))),
     ],

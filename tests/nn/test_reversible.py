@@ -34,7 +34,9 @@ def chain(kind, steps, channels=6):
     made = []
     for i in range(steps // 2):
         made.append(gnn.ActNorm(channels))
-        made.append(gnn.AffineCoupling(network(channels, 2 * channels), mask=(board if i % 2 else ~board)[None], scale="softclamp"))
+        made.append(
+            gnn.AffineCoupling(network(channels, 2 * channels), mask=(board if i % 2 else ~board)[None], scale="softclamp")
+        )
     return made
 
 

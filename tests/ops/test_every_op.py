@@ -141,7 +141,7 @@ def test_opcheck(op, sample):
         if rest is not None:
             torch.library.opcheck(
                 backward.overload,
-                tuple([*grads, *(a.detach() if isinstance(a, Tensor) else a for a in rest)]),
+                (*grads, *(a.detach() if isinstance(a, Tensor) else a for a in rest)),
                 test_utils=("test_schema", "test_faketensor"),
             )
 

@@ -1,0 +1,62 @@
+// The pybind11 module genfast._cuda: raw device pointers and a stream in. It imports without a GPU or a driver.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+using namespace genfast::cuda;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = float>
+T* ptr(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int error) {
+  if (error) throw std::runtime_error(std::string("genfast._cuda: ") + error_string(error));
+}
+
+PluArgs factors(Address perm, Address lower, Address upper, Address sign_s, Address log_s, Address scale, Address bias,
+                int64_t c, bool log_scale, int64_t batch, int64_t positions) {
+  PluArgs a{};
+  a.log_scale = log_scale;
+  a.perm = ptr<const int64_t>(perm);
+  a.lower = ptr(lower), a.upper = ptr(upper), a.sign_s = ptr(sign_s), a.log_s = ptr(log_s);
+  a.scale = ptr(scale), a.bias = ptr(bias);
+  a.c = c, a.batch = batch, a.positions = positions;
+  return a;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "genfast's CUDA kernels";
+  m.attr("archs") = GENFAST_CUDA_ARCHS;
+  m.def("plu_weight", [](Address stream, Address perm, Address lower, Address upper, Address sign_s, Address log_s,
+                         Address scale, Address bias, Address weight, Address folded, Address logdet, int64_t c, bool log_scale,
+                         int64_t batch, int64_t positions) {
+    PluArgs a = factors(perm, lower, upper, sign_s, log_s, scale, bias, c, log_scale, batch, positions);
+    a.weight = ptr(weight), a.folded = ptr(folded), a.logdet = ptr(logdet);
+    py::gil_scoped_release release;
+    check(plu_weight(a, stream));
+  });
+  m.def("plu_weight_backward",
+        [](Address stream, Address workspace, Address inverse_perm, Address grad_weight, Address grad_folded,
+           Address grad_logdet, Address perm, Address lower, Address upper, Address sign_s, Address log_s, Address scale,
+           Address bias, Address grad_lower, Address grad_upper, Address grad_log_s, Address grad_scale, Address grad_bias,
+           int64_t c, bool log_scale, int64_t batch, int64_t positions) {
+          PluArgs a = factors(perm, lower, upper, sign_s, log_s, scale, bias, c, log_scale, batch, positions);
+          a.workspace = ptr(workspace), a.inverse_perm = ptr<int64_t>(inverse_perm);
+          a.grad_weight = ptr(grad_weight), a.grad_folded = ptr(grad_folded), a.grad_logdet = ptr(grad_logdet);
+          a.grad_lower = ptr(grad_lower), a.grad_upper = ptr(grad_upper), a.grad_log_s = ptr(grad_log_s);
+          a.grad_scale = ptr(grad_scale), a.grad_bias = ptr(grad_bias);
+          py::gil_scoped_release release;
+          check(plu_weight_backward(a, stream));
+        });
+}
