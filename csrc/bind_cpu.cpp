@@ -195,8 +195,8 @@ void bind_invertible_conv1x1(py::module_& m) {
 }
 
 void bind_squeeze(py::module_& m) {
-  m.def("squeeze", [](bool is_double, Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int64_t factor,
-                      bool space_to_depth, bool inverse, bool channels_last, int threads) {
+  m.def("squeeze", [](Address x, Address y, int threads, bool is_double, int64_t n, int64_t c, int64_t h, int64_t w,
+                      int64_t factor, bool space_to_depth, bool inverse, bool channels_last) {
     SqueezeArgs a{is_double, ptr<>(x), ptr<>(y), n, c, h, w, factor, space_to_depth, inverse, channels_last, threads};
     GENFAST_CALL(squeeze, a);
   });

@@ -8,6 +8,7 @@ object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -57,21 +58,21 @@ def _take(nbytes: int) -> UntypedStorage | None:
         return storage
 
 
-def empty_strided(like: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """An uninitialised tensor of like's shape and dtype with the given dense strides."""
-    nbytes = like.numel() * like.element_size()
-    if nbytes >= MINIMUM and like.is_cpu:
+def empty_strided(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor with the given dense strides."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >= MINIMUM:
         storage = _take(nbytes)
         if storage is not None:
-            return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape, stride)  # type: ignore[call-overload,no-any-return]
-    return torch.empty_strided(like.shape, stride, dtype=like.dtype, device=like.device)
+            return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)  # type: ignore[call-overload,no-any-return]
+    return torch.empty_strided(shape, stride, dtype=dtype)
 
 
 def empty_like(like: Tensor) -> Tensor:
-    """An uninitialised tensor like a dense one, in its order."""
+    """An uninitialised tensor like a dense one on the CPU, in its order."""
     if like.numel() * like.element_size() < MINIMUM:
         return torch.empty_like(like)
-    return empty_strided(like, like.stride())
+    return empty_strided(like.shape, like.stride(), like.dtype)
 
 
 def clear() -> None:

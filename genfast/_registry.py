@@ -72,6 +72,8 @@ class Op:
         self.overload = getattr(torch.ops.genfast, self.name).default
         arguments = self.overload._schema.arguments
         self.tensor_positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+        # The first tensor that is always given decides which dtype is asked of a kernel.
+        self.decides = next(i for i in self.tensor_positions if "Optional" not in str(arguments[i].type))
         self.checked_reference = self._checked(self.reference)
         self.preferred = {device: self._preferred(device) for device in ("cpu", "cuda")}
         for device in self.preferred:
@@ -107,7 +109,7 @@ class Op:
             if device and here != device:
                 return self.overload(*args)
             device = here
-            requires_grad |= a.requires_grad
+            requires_grad = requires_grad or a.requires_grad
         if device not in self.preferred:
             return self.overload(*args)
         if requires_grad and is_grad_enabled():
@@ -117,11 +119,9 @@ class Op:
     def _run(self, device_type: str, args: tuple[Any, ...]) -> Any:
         if _backend.forced is None:
             kernel, dtypes = self.preferred[device_type]
-            for i in self.tensor_positions:  # the first tensor decides
-                if args[i] is not None:
-                    if args[i].dtype in dtypes:
-                        return kernel(*args)
-                    break
+            first = args[self.decides]
+            if first is not None and first.dtype in dtypes:
+                return kernel(*args)
         return self._select(device_type, args)(*args)
 
     def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,8 +204,7 @@ def _function(op: Op, setup_context: Callable[..., None] | None, backward: Calla
     """The derivative for calls that skip the dispatcher: what ``register_autograd`` makes, without its bookkeeping."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        first = next(args[i] for i in op.tensor_positions if args[i] is not None)
-        output = op._run("cpu" if first.is_cpu else "cuda", args)
+        output = op._run("cpu" if args[op.decides].is_cpu else "cuda", args)
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output

@@ -30,6 +30,17 @@ class Layout(NamedTuple):
     c_stride: int
     s_stride: int
 
+    def empty_like(self, x: Tensor) -> Tensor:
+        """An uninitialised tensor like ``x``, which lies so, dense in the same order."""
+        if not self.dense:
+            return torch.empty_like(x, memory_format=self.form)
+        return torch.empty_like(x) if self.small else _pool.empty_like(x)
+
+    @property
+    def small(self) -> bool:
+        """Whether it is dense and below the pool's concern in any dtype."""
+        return self.dense and self.n * self.c * self.s * 8 < _pool.MINIMUM
+
 
 def _collapses(sizes: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
     """Whether the axes are one axis with the given step."""
@@ -52,9 +63,20 @@ def describe(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout:
     if not n * c * s:
         return Layout(first, len(shape) == 2, True, False, n, c, s, 0, 0, 0)
     if len(shape) == 2:
-        return Layout(first, True, stride[1] == 1 or c == 1, stride == (c, 1), n, c, 1, stride[0], 1, 1)
+        return Layout(
+            first,
+            True,
+            stride[1] == 1 or c == 1,
+            (n == 1 or stride[0] == c) and (c == 1 or stride[1] == 1),
+            n,
+            c,
+            1,
+            stride[0],
+            1,
+            1,
+        )
     if _collapses(sizes, steps, 1) and (c == 1 or stride[1] >= s or last is None):
-        dense = stride[0] == c * s and stride[1] == s
+        dense = (n == 1 or stride[0] == c * s) and (c == 1 or stride[1] == s)
         return Layout(first, False, True, dense, n, c, s, stride[0], stride[1], 1)
     step = next((t for size, t in zip(reversed(sizes), reversed(steps)) if size != 1), c)
     if last is not None and stride[1] == 1 and step >= c and _collapses(sizes, steps, step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import _backend, reference
 from .._registry import Op, Sample
 from . import _check
-from ._layout import empty, laid_out, memory_format
+from ._layout import Layout, describe, empty, laid_out, memory_format
 
 _NAME = "actnorm"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -42,11 +43,31 @@ def _fake_backward(
     return torch.empty_like(x, memory_format=memory_format(x)), torch.empty_like(scale), torch.empty_like(bias)
 
 
+@functools.lru_cache(1024)
+def _plan(
+    xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ss: tuple[int, ...], s_stride: tuple[int, ...],
+    s_dtype: torch.dtype, bs: tuple[int, ...], b_stride: tuple[int, ...], b_dtype: torch.dtype,
+) -> tuple[Layout, Tensor] | None:  # fmt: skip
+    """x's layout and a pattern for logdet; None where something must be checked, converted or copied first."""
+    if (
+        len(xs) < 2
+        or not ss == bs == (xs[1],)
+        or (xs[1] > 1 and not s_stride == b_stride == (1,))
+        or not dtype == s_dtype == b_dtype
+    ):
+        return None
+    a = describe(xs, x_stride)
+    return (a, torch.empty((), dtype=dtype).expand(a.n)) if a.fits else None
+
+
 def _cpu(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool) -> tuple[Tensor, Tensor]:
-    _check_forward(x, scale, bias)
-    x, a = laid_out(x)
-    y, logdet = empty(x, a), x.new_empty((a.n,))
-    scale, bias = scale.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
+    plan = _plan(x.shape, x.stride(), x.dtype, scale.shape, scale.stride(), scale.dtype, bias.shape, bias.stride(), bias.dtype)
+    if plan is None:
+        _check_forward(x, scale, bias)
+        scale, bias = scale.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
+        return _cpu(laid_out(x)[0], scale, bias, log_scale, inverse)
+    a = plan[0]
+    y, logdet = a.empty_like(x), torch.empty_like(plan[1])
     _CPU.actnorm(
         x.dtype is torch.float64, x.data_ptr(), a.n_stride, a.c_stride, a.s_stride, scale.data_ptr(), bias.data_ptr(),
         y.data_ptr(), logdet.data_ptr(), a.n, a.c, a.s, a.walks_channels, log_scale, inverse, torch.get_num_threads(),

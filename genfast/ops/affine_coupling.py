@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _backend, reference
 from .._registry import Op, Sample
 from ..reference.affine_coupling import LAYOUTS, SCALES
 from . import _check
@@ -105,7 +105,7 @@ def _mask_bytes(mask: Tensor, x: Tensor, form: Layout) -> Tensor:
 class _Plan(NamedTuple):
     """All that a call needs but its pointers; cached, since a training run asks the same again and again."""
 
-    dense: bool
+    small: bool  # torch.empty_like gives the output
     layout: Layout
     logdet: Tensor  # of the right shape and dtype, for empty_like
     width: int
@@ -127,7 +127,7 @@ def _plan(
         dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, b.n_stride, b.c_stride, b.s_stride, a.n, a.c, a.s,
         width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, a.walks_channels,
     )  # fmt: skip
-    return _Plan(a.dense, a, torch.empty((), dtype=dtype).expand(a.n), width, arguments)
+    return _Plan(a.small, a, torch.empty((), dtype=dtype).expand(a.n), width, arguments)
 
 
 def _cpu(
@@ -143,15 +143,16 @@ def _cpu(
         x, a = laid_out(x)
         params = laid_out(params.to(dtype), a)[0]
         return _cpu(x, params, alpha, mask, scale, layout, last, inverse, keep_output)
+    small, form, pattern, width, arguments = plan
     if alpha is not None or mask is not None:
-        _check_options(x, plan.width, alpha, mask, scale)
-        alpha = None if alpha is None else alpha.to(dtype).expand(plan.width).contiguous()
-        mask = None if mask is None else _mask_bytes(mask, x, plan.layout)
-    y = _pool.empty_like(x) if plan.dense else torch.empty_like(x, memory_format=plan.layout.form)
-    logdet = torch.empty_like(plan.logdet)
+        _check_options(x, width, alpha, mask, scale)
+        alpha = None if alpha is None else alpha.to(dtype).expand(width).contiguous()
+        mask = None if mask is None else _mask_bytes(mask, x, form)
+    y = torch.empty_like(x) if small else form.empty_like(x)
+    logdet = torch.empty_like(pattern)
     _CPU.affine_coupling(
         x.data_ptr(), params.data_ptr(), y.data_ptr(), logdet.data_ptr(), 0 if alpha is None else alpha.data_ptr(),
-        0 if mask is None else mask.data_ptr(), torch.get_num_threads(), *plan.arguments,
+        0 if mask is None else mask.data_ptr(), torch.get_num_threads(), *arguments,
     )  # fmt: skip
     return y, logdet
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from ..reference.squeeze import ORDERS
 from . import _check
-from ._layout import memory_format
+from ._layout import describe, memory_format
 
 _CPU: Any = _backend.extension("_cpu")[0]
 
@@ -41,16 +42,41 @@ def _fake(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     return _empty(x, factor, inverse)
 
 
+class _Plan(NamedTuple):
+    """All that a call needs but its pointers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+@functools.lru_cache(1024)
+def _plan(
+    xs: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, factor: int, order: str, inverse: bool
+) -> _Plan | None:
+    """None where something must be checked or copied first."""
+    if len(xs) != 4 or factor < 1 or order not in ORDERS:
+        return None
+    (n, c, h, w), f = xs, factor
+    if (c % (f * f) if inverse else h % f or w % f) or not describe(xs, stride).dense:
+        return None
+    a = describe(xs, stride)
+    c, h, w = (c // (f * f), h * f, w * f) if inverse else (c * f * f, h // f, w // f)
+    wide = (c, h, w) if inverse else xs[1:]
+    strides = (c * h * w, 1, w * c, c) if a.walks_channels else (c * h * w, h * w, w, 1)
+    arguments = (dtype is torch.float64, n, *wide, f, order == "space_to_depth", inverse, a.walks_channels)
+    return _Plan((n, c, h, w), strides, arguments)
+
+
 def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
-    _check_forward(x, factor, order, inverse)
-    y = _empty(x, factor, inverse)
-    form = memory_format(x)
-    x = x.contiguous(memory_format=form)
-    n, c, h, w = y.shape if inverse else x.shape
-    _CPU.squeeze(
-        x.dtype is torch.float64, x.data_ptr(), y.data_ptr(), n, c, h, w, factor, order == "space_to_depth", inverse,
-        form is not torch.contiguous_format, torch.get_num_threads(),
-    )  # fmt: skip
+    plan = _plan(x.shape, x.stride(), x.dtype, factor, order, inverse)
+    if plan is None:
+        _check_forward(x, factor, order, inverse)
+        if not x.numel():
+            return _empty(x, factor, inverse)
+        return _cpu(x.contiguous(memory_format=memory_format(x)), factor, order, inverse)
+    y = _pool.empty_strided(plan.shape, plan.stride, x.dtype)
+    _CPU.squeeze(x.data_ptr(), y.data_ptr(), torch.get_num_threads(), *plan.arguments)
     return y
 
 
