@@ -96,10 +96,7 @@ def _weight_grad(
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     plain = tl.zeros((BLOCK, BLOCK_P), dtype=tl.float32)
     for k in range(chunk, p_tiles, chunks):
-        p_tile = k
-        if FAR:
-            p_tile = k.to(tl.int64)
-        p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        p = tl.full((1,), BLOCK_P, tl.int64 if FAR else tl.int32) * k + tl.arange(0, BLOCK_P)
         n = (p // S)[None, :]
         s = (p % S)[None, :]
         there = (p < P)[None, :]
