@@ -29,7 +29,7 @@ SELECTED = [case for case in cases() if case.quick or not QUICK]
 @pytest.mark.parametrize("case", SELECTED, ids=[case.name for case in SELECTED])
 def test_case(case: Case, benchmark: Any) -> None:
     benchmark.group = case.name
-    benchmark.extra_info.update(measure(case, rounds=15 if QUICK else 60, budget=4 if QUICK else 20))
+    benchmark.extra_info.update(measure(case, rounds=15 if QUICK else 60, budget=3 if QUICK else 8))
     work = case.providers["genfast"]()
     benchmark.pedantic(work, rounds=5, iterations=1, warmup_rounds=1)
 
