@@ -96,12 +96,13 @@ def tile(v: View, size: int = TILE) -> tuple[int, int]:
     return min(c, size // s), s
 
 
-def options(elements: int, far: bool) -> dict[str, int]:
+def options(elements: int, far: bool, scattered: bool = False) -> dict[str, int]:
     """Launch options of a tile: eight elements a thread, one to four warps.
 
-    64-bit addresses need more registers than the assembler grants of itself, which would spill a few bytes.
+    64-bit addresses, and ``scattered`` loads, need more registers than the assembler grants of itself, which would spill.
     """
-    return {"num_warps": max(1, min(4, elements // 256))} | ({"maxnreg": 168} if far else {})
+    registers = 168 if far else 128 if scattered else 0
+    return {"num_warps": max(1, min(4, elements // 256))} | ({"maxnreg": registers} if registers else {})
 
 
 @triton.jit

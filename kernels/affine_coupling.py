@@ -238,7 +238,7 @@ def _call(
     far = any(v.far for v in views)
     constants = dict(
         SCALE=scale, INVERSE=inverse, ALPHA=each, MASKED=mask is not None, BATCH_IN_TILE=batch_in_tile,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far),
+        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, mask is not None),
     )  # fmt: skip
     sizes = (a.c, a.s, width, first, r_at, t_at, step, s_tiles, tiles)
     return _Call(views, (bytes_, mc, ms), sizes, (a.n * tiles,), a.n * s_tiles, tiles, constants)
@@ -313,7 +313,8 @@ def _variants() -> list[Aot]:
             back = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=base["INVERSE"])
             for kernel, constants in ((_forward, base), (_backward, back)):
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-                found.append(variant(f"{label} {kind}", kernel, types, constants, ones, **options(TILE, ones is None)))
+                launch = options(TILE, ones is None, base["MASKED"])
+                found.append(variant(f"{label} {kind}", kernel, types, constants, ones, **launch))
 
         for scale in _SCALES if kind == "fp32" else ("sigmoid",):  # the data's type changes loads and stores alone
             alpha = "one" if scale == "tanh" else "none"
@@ -322,6 +323,7 @@ def _variants() -> list[Aot]:
                 add(label, False, ones, SCALE=scale, INVERSE=inverse, ALPHA=alpha)
         add("tanh alpha each masked", False, ones, SCALE="tanh", INVERSE=False, ALPHA="each", MASKED=True)
         last = tuple(name.replace("s", "c") if len(name) == 2 else name for name in ones)
+        add("sigmoid inverse mask channels_last", True, last, SCALE="sigmoid", INVERSE=True, ALPHA="none", MASKED=True)
         add("tanh alpha each channels_last", True, last, SCALE="tanh", INVERSE=False, ALPHA="each")
         add("sigmoid vectors", True, last, SCALE="sigmoid", INVERSE=True, ALPHA="none", BATCH_IN_TILE=True)
         if kind == "fp16":

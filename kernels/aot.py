@@ -1,7 +1,8 @@
 """Compiles every Triton kernel ahead of time, without a GPU: ``python -m genfast.kernels.aot [--arch 80 90 100]``.
 
-Each kernel file lists its variants in ``AOT``. Prints registers a thread, shared memory and spilled bytes of each, as the
-assembler reports them, and exits with 1 if one does not compile, spills, or is in no file's list.
+Each kernel file lists its variants in ``AOT``. Prints registers a thread, shared memory and spilled bytes of each, as they
+stand in the binary, and exits with 1 if one does not compile, spills, or is in no file's list. A kernel here has no arrays of
+its own, so whatever stack a thread has is spilled registers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from ._common import Aot
@@ -78,18 +78,15 @@ def compile_one(job: tuple[str, int, int]) -> Report:
     warnings.simplefilter("ignore")
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=v.options)
-        ptx = compiled.asm["ptx"]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "kernel.ptx")
-            path.write_text(ptx)
-            target = re.findall(r"\.target\s+(sm_\w+)", ptx)[0]
-            command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(path), "-o", f"{path}.cubin"]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        registers = int(re.findall(r"Used (\d+) registers", said)[-1])
-        spilled = sum(int(b) for b in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+            binary.write(compiled.asm["cubin"])
+            binary.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary.name]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack, local = map(int, re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)[0])
     except Exception as error:
         return report._replace(error=f"{type(error).__name__}: {error}")
-    return report._replace(registers=registers, shared=compiled.metadata.shared, spilled=spilled)
+    return report._replace(registers=registers, shared=compiled.metadata.shared, spilled=stack + local)
 
 
 def main() -> int:

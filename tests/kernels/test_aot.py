@@ -29,7 +29,7 @@ def test_every_kernel_compiles_and_none_spills():
     assert {arch for _, _, arch, *_ in rows} == {"80", "90", "100"}
     assert all(0 < int(registers) <= 255 and int(spilled) == 0 for *_, registers, _, spilled in rows)
     shared = {arch: max(int(r[4]) for r in rows if r[2] == arch) for arch in ("80", "90", "100")}
-    assert max(shared.values()) <= 99 * 1024  # what a consumer card of those generations has, too
+    assert max(shared.values()) <= 99 * 1024  # what consumer cards of those generations have, too
 
 
 def test_the_check_refuses_the_interpreter():
