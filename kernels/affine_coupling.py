@@ -277,7 +277,7 @@ def affine_coupling_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dparams, dalpha) of genfast::affine_coupling_backward."""
     dx, dparams = output(kept), torch.empty_like(params, memory_format=memory_format(kept))
-    dalpha = torch.zeros(0 if alpha is None else alpha.shape[0], dtype=kept.dtype, device=kept.device)
+    dalpha = kept.new_empty(0) if alpha is None else torch.zeros_like(alpha)
     if not kept.numel():
         return dx, dparams, dalpha
     d = kept if grad_y is None else grad_y
@@ -293,7 +293,7 @@ def affine_coupling_backward(
         *p.strides, *out.strides, *q.strides, *call.mask[1:], *call.sizes, HAS_Y=grad_y is not None,
         HAS_LOGDET=grad_logdet is not None, KEEP_OUTPUT=keep_output, **call.constants,
     )  # fmt: skip
-    return dx, dparams, dalpha if alpha is None else partial.sum(0).to(kept.dtype)
+    return dx, dparams, dalpha if alpha is None else partial.sum(0).to(alpha.dtype)
 
 
 def _variants() -> list[Aot]:

@@ -93,7 +93,7 @@ def _fake_backward(
     form = memory_format(kept)
     dx = torch.empty_like(kept, memory_format=form)
     dparams = torch.empty_like(params, memory_format=form)
-    return dx, dparams, kept.new_empty(0 if alpha is None else alpha.shape[0])
+    return dx, dparams, kept.new_empty(0) if alpha is None else torch.empty_like(alpha)
 
 
 def _mask_bytes(mask: Tensor, x: Tensor, form: Layout) -> Tensor:

@@ -167,6 +167,6 @@ def affine_coupling_backward(
     if alpha is not None and r is not None:
         axes = [i for i in range(r.dim()) if i != 1]
         dalpha = (dlog_s * torch.tanh(r)).sum(axes)
-        dalpha = dalpha.sum().reshape(1) if alpha.numel() == 1 and width != 1 else dalpha
+        dalpha = (dalpha.sum().reshape(1) if alpha.numel() == 1 else dalpha).to(alpha.dtype)
     dx = torch.cat((d_b, dx_a) if last else (dx_a, d_b), dim=1)
     return dx.to(dtype), join_params(dr, dt, layout).to(dtype), dalpha
