@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -24,16 +25,11 @@ def _best(work: object, rounds: int) -> float:
     return best
 
 
-@functools.cache
-def copy_bandwidth(nbytes: int) -> float:
-    """Bytes read and written per second by ``copy_`` into memory that is there, ``nbytes`` moved in all; best of 30.
-
-    The size matters: what fits into a cache is copied several times faster than what does not.
-    """
+def copying(nbytes: int) -> Callable[[], object]:
+    """``copy_`` into memory that is there, which reads and writes ``nbytes`` in all."""
     source = torch.randn(max(1, nbytes // 8), device=DEVICE)
     target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * 4 * source.numel() / _best(lambda: target.copy_(source), 30)
+    return lambda: target.copy_(source)
 
 
 @functools.cache

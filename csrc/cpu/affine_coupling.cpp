@@ -24,7 +24,7 @@ constexpr int64_t kTile = 1024;         // elements in a packed tile
 constexpr int64_t kChunks = 64;         // a batch is cut into about this many pieces of work
 constexpr int64_t kSerial = 1 << 14;    // elements below which one thread is faster
 constexpr int64_t kFlush = 1 << 12;     // elements summed in T before they go to double
-constexpr int64_t kStream = 1 << 23;   // bytes of an output from which it is written past the cache
+constexpr int64_t kStream = 1 << 21;   // bytes of an output from which it is written past the cache
 
 template <class T>
 struct Row {  // n elements of one call to a row kernel
