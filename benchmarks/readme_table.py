@@ -41,7 +41,7 @@ def rows(results: dict[str, Any]) -> str:
         "case, forward and backward",
         "eager",
         "torch.compile",
-        "best library calls",
+        "library calls",
         "peer",
         "of copy bandwidth",
         "memory / eager",

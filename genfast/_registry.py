@@ -114,6 +114,9 @@ class Op:
             return self.overload(*args)
         if requires_grad and is_grad_enabled():
             return self.function.apply(*args)
+        kernel, dtypes = self.preferred[device]
+        if _backend.forced is None and args[self.decides].dtype in dtypes:
+            return kernel(*args)  # as _run does, but a call's cost sooner
         return self._run(device, args)
 
     def _run(self, device_type: str, args: tuple[Any, ...]) -> Any:

@@ -14,6 +14,7 @@ from ._memory import peak_bytes
 from .reference import models as plain
 
 CONFIG: dict[str, Any] = {"levels": 2, "steps": 8, "hidden": 64}
+EARLY = 50  # steps over which the loss curves are compared one by one
 BLOCK = 10  # steps of one model before the other's turn, so that a drift of the machine meets both
 
 
@@ -68,14 +69,15 @@ def run(out: Path, seconds: float) -> int:
         bar.n = min(bar.total, round(time.monotonic() - began))
         bar.set_postfix_str(f"genfast alone, {ours.losses[-1]:.3f} bits/dim")
     bar.close()
-    apart = max(abs(a - b) / abs(b) for a, b in zip(*(c[:100] for c in curves.values())))
+    # Gradients that are zero but for rounding become whole steps under Adam, so the curves part slowly, then at random.
+    apart = max(abs(a - b) / abs(b) for a, b in zip(*(c[:EARLY] for c in curves.values())))
     tail = [sum(c[-20:]) / 20 for c in curves.values()]
     print(f"\n{'':<16}{'steps/s':>9}{'peak MiB':>10}{'held-out bits/dim':>19}   after {together} steps, batch 64")
     for label, (rate, peak, bits) in rows.items():
         print(f"{label:<16}{rate:>9.2f}{peak:>10.1f}{bits:>19.3f}")
     fast, slow = rows["genfast"], rows["plain PyTorch"]
     print(f"{'ratio':<16}{fast[0] / slow[0]:>8.2f}x{fast[1] / slow[1]:>9.2f}x")
-    print(f"loss curves: at most {apart:.1e} apart (relative) over the first {min(100, together)} steps, ", end="")
+    print(f"loss curves: at most {apart:.1e} apart (relative) over the first {min(EARLY, together)} steps, ", end="")
     print(f"{abs(tail[0] - tail[1]) / tail[1]:.1e} over the mean of the last 20")
     final = ours.evaluate()
     print(f"genfast after {len(ours.losses)} steps: {final:.3f} bits/dim on held-out digits")

@@ -305,11 +305,12 @@ def affine_coupling(
         >>> x, params = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
         >>> y, logdet = genfast.ops.affine_coupling(x, params, scale="sigmoid")
     """
-    if transform != "first":
+    last, keep_output = transform != "first", keep != "input"
+    if last:
         _check.choice(_NAME, "transform", transform, ("first", "last"))
-    if keep != "input":
+    if keep_output:
         _check.choice(_NAME, "keep", keep, ("input", "output"))
     if alpha is not None and not isinstance(alpha, Tensor):
         alpha = torch.tensor([float(alpha)], dtype=_accumulator(x.dtype), device=x.device)
-    result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, transform == "last", inverse, keep == "output")
+    result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, last, inverse, keep_output)
     return result
