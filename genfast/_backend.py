@@ -12,8 +12,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -80,6 +81,22 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 def extension(name: str) -> tuple[ModuleType | None, str]:
     """The compiled module ``genfast._cpu`` or ``genfast._cuda``, or None and the reason."""
     return _load(f"genfast.{name}")
+
+
+def triton_kernel(family: str, name: str, check: Callable[..., None] | None = None) -> Callable[..., Any]:
+    """The function ``name`` of genfast.kernels.<family>, imported at the first call; ``check`` sees the arguments before."""
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(f"genfast.kernels.{family}"), name)
+        return function
+
+    def kernel(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return load()(*args)
+
+    return kernel
 
 
 def triton_interprets() -> bool:

@@ -93,19 +93,6 @@ def _cpu_backward(
     return dx, ds.to(scale.dtype), db.to(bias.dtype)
 
 
-def _triton(*args: Any) -> Any:
-    from ..kernels import actnorm as kernel
-
-    _check_forward(*args)
-    return kernel.actnorm(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    from ..kernels import actnorm as kernel
-
-    return kernel.actnorm_backward(*args)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, scale, bias, *ctx.options = inputs
     ctx.set_materialize_grads(False)
@@ -132,7 +119,7 @@ _OP_BACKWARD = Op(
     "bool inverse) -> (Tensor, Tensor, Tensor)",
     reference=reference.actnorm_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _triton_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -140,7 +127,7 @@ OP = Op(
     reference=reference.actnorm,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu, "triton": _triton},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,

@@ -189,19 +189,6 @@ def _cpu_backward(
     return dx, dparams.to(given.dtype), dalpha.to(alpha.dtype)
 
 
-def _triton(*args: Any) -> Any:
-    from ..kernels import affine_coupling as kernel
-
-    _check_forward(*args)
-    return kernel.affine_coupling(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    from ..kernels import affine_coupling as kernel
-
-    return kernel.affine_coupling_backward(*args)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, params, alpha, mask, *ctx.options = inputs
     keep_output = inputs[-1]
@@ -241,7 +228,7 @@ _OP_BACKWARD = Op(
     "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output) -> (Tensor, Tensor, Tensor)",
     reference=reference.affine_coupling_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _triton_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -250,7 +237,7 @@ OP = Op(
     reference=reference.affine_coupling,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu, "triton": _triton},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,

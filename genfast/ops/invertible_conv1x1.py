@@ -163,19 +163,6 @@ def _cpu_mix_backward(
     return dx, dx_b, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def _triton_mix(*args: Any) -> Any:
-    from ..kernels import invertible_conv1x1 as kernel
-
-    _check_mix(*args)
-    return kernel.channel_mix(*args)
-
-
-def _triton_mix_backward(*args: Any) -> Any:
-    from ..kernels import invertible_conv1x1 as kernel
-
-    return kernel.channel_mix_backward(*args)
-
-
 def _setup_mix(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, x_b, weight, bias, ctx.split = inputs
     ctx.has_bias = bias is not None
@@ -205,7 +192,7 @@ MIX_BACKWARD = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.channel_mix_backward,
     fake=_fake_mix_backward,
-    kernels={"cpu": _cpu_mix_backward, "triton": _triton_mix_backward},
+    kernels={"cpu": _cpu_mix_backward, "triton": _backend.triton_kernel("invertible_conv1x1", "channel_mix_backward")},
 )
 
 MIX = Op(
@@ -213,7 +200,7 @@ MIX = Op(
     reference=reference.channel_mix,
     check=_check_mix,
     fake=_fake_mix,
-    kernels={"cpu": _cpu_mix, "triton": _triton_mix},
+    kernels={"cpu": _cpu_mix, "triton": _backend.triton_kernel("invertible_conv1x1", "channel_mix", _check_mix)},
     setup_context=_setup_mix,
     backward=_mix_backward,
     samples=_mix_samples,

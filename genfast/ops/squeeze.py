@@ -80,13 +80,6 @@ def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     return y
 
 
-def _triton(*args: Any) -> Any:
-    from ..kernels import squeeze as kernel
-
-    _check_forward(*args)
-    return kernel.squeeze(*args)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.factor, ctx.order, ctx.inverse = inputs
 
@@ -108,7 +101,7 @@ OP = Op(
     reference=reference.squeeze,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu, "triton": _triton},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel("squeeze", "squeeze", _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
