@@ -123,11 +123,3 @@ def laid_out(x: Tensor, like: Layout | None = None) -> tuple[Tensor, Layout]:
     found = layout(x) if like is None else aligned(layout(x), like)
     assert found is not None
     return x, found
-
-
-def empty(x: Tensor, like: Layout) -> Tensor:
-    """An uninitialised tensor of x's shape and dtype, dense in the order of ``like``."""
-    own = layout(x)
-    if own.dense and own.walks_channels == like.walks_channels:
-        return _pool.empty_like(x)
-    return torch.empty_like(x, memory_format=like.form)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _backend, reference
 from .._registry import Op, Sample
 from . import _check
-from ._layout import Layout, describe, empty, laid_out, memory_format
+from ._layout import Layout, describe, laid_out, memory_format
 
 _NAME = "actnorm"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -80,7 +80,7 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype
     x, a = laid_out(x)
-    dx = empty(x, a)
+    dx = a.empty_like(x)
     s, b = scale.to(dtype).contiguous(), bias.to(dtype).contiguous()
     ds, db = torch.empty_like(s), torch.empty_like(b)
     grad_y, g = laid_out(torch.zeros_like(x) if grad_y is None else grad_y.to(dtype), a)

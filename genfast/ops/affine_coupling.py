@@ -13,7 +13,7 @@ from .. import _backend, reference
 from .._registry import Op, Sample
 from ..reference.affine_coupling import LAYOUTS, SCALES
 from . import _check
-from ._layout import Layout, aligned, describe, empty, laid_out, memory_format
+from ._layout import Layout, aligned, describe, laid_out, memory_format
 
 _NAME = "affine_coupling"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -163,11 +163,11 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, given = kept.dtype, params
     kept, a = laid_out(kept)
-    dx = empty(kept, a)
+    dx = a.empty_like(kept)
     grad_y = torch.zeros_like(kept) if grad_y is None else grad_y.to(dtype)
     grad_logdet = kept.new_zeros(a.n) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
     params, b = laid_out(params.to(dtype), a)
-    dparams = empty(params, a)
+    dparams = b.empty_like(params)
     grad_y, g = laid_out(grad_y, a)
     width = b.c if scale == "additive" else b.c // 2
     full = None if alpha is None else alpha.to(dtype).expand(width).contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _backend, reference
 from .._registry import Op, Sample
 from . import _check
-from ._layout import Layout, describe, empty, laid_out, memory_format
+from ._layout import Layout, describe, laid_out, memory_format
 from .actnorm import check_channels
 
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -73,7 +73,7 @@ def _fake_mix_backward(
     grad_y: Tensor | None, grad_y_b: Tensor | None, x: Tensor, x_b: Tensor | None, weight: Tensor, split: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dx_b = _halves(x, weight.shape[0], x.shape[1])
-    return dx, dx_b, torch.empty_like(weight), weight.new_empty(weight.shape[0])
+    return dx, dx_b, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 def _view(t: Tensor, a: Layout) -> tuple[int, int, int, int]:
@@ -138,7 +138,7 @@ def _cpu_mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, channels = x.dtype, weight.shape[0]
     x, a = laid_out(x)
-    dx, dx_b = empty(x, a), _like(x, a, channels - a.c)
+    dx, dx_b = a.empty_like(x), _like(x, a, channels - a.c)
     w = weight.to(dtype).contiguous()
     dweight, dbias = torch.empty_like(w), w.new_empty(channels)
     first, second, grad_second = _view(x, a), _NOTHING, _NOTHING
@@ -234,7 +234,20 @@ def _fake_plu(
     perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(lower), torch.empty_like(log_s), log_s.new_empty((batch,))
+    return (
+        lower.new_empty(lower.shape),
+        log_s.new_empty(log_s.shape),
+        log_s.new_empty((batch,)),
+    )  # contiguous, whatever lower is
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    """What the kernels take; the tensors must outlive the call."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _cpu_plu(
@@ -242,11 +255,10 @@ def _cpu_plu(
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
-    weight, folded = torch.empty_like(lower), torch.empty_like(log_s)
-    logdet = log_s.new_empty((batch,))
-    tensors = [t if t is None else t.contiguous() for t in (perm, lower, upper, sign_s, log_s, scale, bias)]
+    weight, folded, logdet = _fake_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
+    tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     _CPU.plu_weight(
-        log_s.dtype is torch.float64, *(0 if t is None else t.data_ptr() for t in tensors), weight.data_ptr(),
+        log_s.dtype is torch.float64, *_addresses(tensors), weight.data_ptr(),
         folded.data_ptr(), logdet.data_ptr(), log_s.shape[0], log_scale, batch, positions,
     )  # fmt: skip
     return weight, folded, logdet
@@ -259,11 +271,11 @@ def _fake_plu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     empty = log_s.new_empty(0)
     return (
-        torch.empty_like(lower),
-        torch.empty_like(upper),
-        torch.empty_like(log_s),
-        empty if scale is None else torch.empty_like(scale),
-        empty.clone() if bias is None else torch.empty_like(bias),
+        lower.new_empty(lower.shape),
+        upper.new_empty(upper.shape),
+        log_s.new_empty(log_s.shape),
+        empty if scale is None else scale.new_empty(scale.shape),
+        empty.clone() if bias is None else bias.new_empty(bias.shape),
     )
 
 
@@ -275,13 +287,10 @@ def _cpu_plu_backward(
     outputs = _fake_plu_backward(
         grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
     )  # fmt: skip
-    inputs = [
-        t if t is None else t.contiguous()
-        for t in (grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
-    ]
+    inputs = _contiguous(grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
     _CPU.plu_weight_backward(
-        log_s.dtype is torch.float64, *(0 if t is None else t.data_ptr() for t in inputs),
-        *(t.data_ptr() for t in outputs), log_s.shape[0], log_scale, batch, positions,
+        log_s.dtype is torch.float64, *_addresses(inputs),
+        *_addresses(outputs), log_s.shape[0], log_scale, batch, positions,
     )  # fmt: skip
     return outputs
 
@@ -291,12 +300,11 @@ def _cuda_plu(
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
-    weight, folded = torch.empty_like(lower), torch.empty_like(log_s)
-    logdet = log_s.new_empty((batch,))
-    tensors = [t if t is None else t.contiguous() for t in (perm, lower, upper, sign_s, log_s, scale, bias)]
+    weight, folded, logdet = _fake_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
+    tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     with torch.cuda.device(log_s.device):
         _CUDA.plu_weight(
-            torch.cuda.current_stream().cuda_stream, *(0 if t is None else t.data_ptr() for t in tensors),
+            torch.cuda.current_stream().cuda_stream, *_addresses(tensors),
             weight.data_ptr(), folded.data_ptr(), logdet.data_ptr(), log_s.shape[0], log_scale, batch, positions,
         )  # fmt: skip
     return weight, folded, logdet
@@ -310,15 +318,12 @@ def _cuda_plu_backward(
     outputs = _fake_plu_backward(
         grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
     )  # fmt: skip
-    inputs = [
-        t if t is None else t.contiguous()
-        for t in (grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
-    ]
+    inputs = _contiguous(grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
     workspace, inverse_perm = torch.empty_like(outputs[0]), torch.empty_like(perm)
     with torch.cuda.device(log_s.device):
         _CUDA.plu_weight_backward(
             torch.cuda.current_stream().cuda_stream, workspace.data_ptr(), inverse_perm.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in inputs), *(t.data_ptr() for t in outputs), log_s.shape[0],
+            *_addresses(inputs), *_addresses(outputs), log_s.shape[0],
             log_scale, batch, positions,
         )  # fmt: skip
     return outputs

@@ -78,6 +78,20 @@ def test_conv1x1_at_glow_sizes_in_float32(c, last):
         assert float((found - wanted).norm()) <= allowed * float(wanted.norm())
 
 
+def test_factors_that_lie_transposed_give_the_same():
+    """Dense but not row by row: an output made in their image would be written crosswise."""
+    plain = factors(5)
+    crossed = plain._replace(lower=plain.lower.t().contiguous().t(), upper=plain.upper.t().contiguous().t())
+    x = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    results = []
+    for weight in (plain, crossed):
+        leaves = [weight.lower.detach().requires_grad_(), weight.upper.detach().requires_grad_()]
+        z, logdet = ops.invertible_conv1x1(x, weight._replace(lower=leaves[0], upper=leaves[1]))
+        results.append([z, logdet, *torch.autograd.grad(z.square().sum(), leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_singular_weight():
     x, singular = torch.randn(2, 3, 4, 4), torch.ones(3, 3)
     _, logdet = ops.invertible_conv1x1(x, singular)
