@@ -202,6 +202,51 @@ void bind_squeeze(py::module_& m) {
   });
 }
 
+// sizes: relu, tap_count, kernel, n, cin, cout, groups, d, h, w; then the taps, four numbers each.
+MaskedConvArgs masked_conv_args(bool is_double, Address sizes, Address weight, Address bias, Address centre, int threads) {
+  const int64_t* s = ptr<const int64_t>(sizes);
+  MaskedConvArgs a{};
+  a.is_double = is_double, a.relu = s[0] != 0;
+  a.weight = ptr<>(weight), a.bias = ptr<>(bias), a.centre = ptr<const uint8_t>(centre);
+  a.tap_count = s[1], a.kernel = s[2], a.n = s[3], a.cin = s[4], a.cout = s[5], a.groups = s[6];
+  a.d = s[7], a.h = s[8], a.w = s[9], a.taps = s + 10, a.threads = threads;
+  return a;
+}
+
+// Strides are addresses of five numbers each: n, c, d, h, w.
+void bind_masked_conv(py::module_& m) {
+  m.def("masked_conv", [](bool is_double, Address sizes, Address x, Address x_stride, Address weight, Address bias,
+                          Address centre, Address y, Address y_stride, int threads) {
+    MaskedConvArgs a = masked_conv_args(is_double, sizes, weight, bias, centre, threads);
+    a.x = ptr<>(x), a.x_stride = ptr<const int64_t>(x_stride), a.y = ptr<>(y), a.y_stride = ptr<const int64_t>(y_stride);
+    GENFAST_CALL(masked_conv, a);
+  });
+  m.def("masked_conv_backward", [](bool is_double, Address sizes, Address grad_y, Address grad_stride, Address saved,
+                                   Address saved_stride, Address x, Address x_stride, Address weight, Address centre, Address dx,
+                                   Address dx_stride, Address grad_weight, Address grad_bias, int threads) {
+    MaskedConvArgs a = masked_conv_args(is_double, sizes, weight, 0, centre, threads);
+    a.grad_y = ptr<>(grad_y), a.grad_stride = ptr<const int64_t>(grad_stride);
+    a.saved = ptr<>(saved), a.saved_stride = ptr<const int64_t>(saved_stride);
+    a.x = ptr<>(x), a.x_stride = ptr<const int64_t>(x_stride), a.y = ptr<>(dx), a.y_stride = ptr<const int64_t>(dx_stride);
+    a.grad_weight = ptr<>(grad_weight), a.grad_bias = ptr<>(grad_bias);
+    GENFAST_CALL(masked_conv_backward, a);
+  });
+}
+
+void bind_pixel_program(py::module_& m) {
+  m.def("pixel_program", [](Address program, Address weights, Address statics, Address cache, Address images, Address uniforms,
+                            Address record, int64_t record_size, int64_t n, int64_t group, int64_t first_row, int64_t last_row,
+                            int64_t given, float temperature, int threads) {
+    PixelProgramArgs a{};
+    a.program = ptr<const int64_t>(program), a.weights = ptr<const float>(weights), a.statics = ptr<const int64_t>(statics);
+    a.cache = ptr<float>(cache), a.images = ptr<int64_t>(images), a.uniforms = ptr<const float>(uniforms);
+    a.record = ptr<float>(record), a.record_size = record_size, a.n = n, a.group = group;
+    a.first_row = first_row, a.last_row = last_row, a.given = given, a.temperature = temperature, a.threads = threads;
+    GENFAST_CALL(pixel_program, a);
+  });
+  m.def("lanes", [] { return isa == Isa::kV4 ? 16 : isa == Isa::kV3 ? 8 : 4; }, "float32 values in a vector");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -211,4 +256,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_actnorm(m);
   bind_invertible_conv1x1(m);
   bind_squeeze(m);
+  bind_masked_conv(m);
+  bind_pixel_program(m);
 }

@@ -70,6 +70,32 @@ struct SqueezeArgs {
   int threads;
 };
 
+struct MaskedConvArgs {
+  bool is_double, relu;
+  const void *x, *grad_y, *saved;                                          // (N, C, D, H, W); saved: the output, for relu
+  const int64_t *x_stride, *grad_stride, *saved_stride, *y_stride;         // 5 each
+  void* y;                                                                 // the output; in the backward grad x, or null
+  const void *weight, *bias;                                               // (O, C / groups, kernel), (O,) or null
+  const uint8_t* centre;                                                   // (O, C / groups), which pairs live; null: all
+  const int64_t* taps;                                                     // tap_count rows of dz, dy, dx, index
+  void *grad_weight, *grad_bias;                                           // null where not wanted
+  int64_t tap_count, kernel, n, cin, cout, groups, d, h, w;
+  int threads;
+};
+
+struct PixelProgramArgs {
+  const int64_t* program;  // as genfast/sampling/program.py writes it
+  const float* weights;
+  const int64_t* statics;  // per map: address, strides by image, row and column
+  float* cache;            // (n, image_floats), zero before the first row
+  int64_t* images;         // (n, channels, height, width): levels, read and written
+  const float* uniforms;   // (n, uniforms, height, width)
+  float* record;           // (n, height, width, record_size): what each pixel was drawn from; null: not kept
+  int64_t record_size, n, group, first_row, last_row, given;  // rows below `given` keep their levels
+  float temperature;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -81,6 +107,9 @@ struct SqueezeArgs {
   void plu_weight(const PluArgs&);                          \
   void plu_weight_backward(const PluArgs&);                 \
   void squeeze(const SqueezeArgs&);                         \
+  void masked_conv(const MaskedConvArgs&);                  \
+  void masked_conv_backward(const MaskedConvArgs&);         \
+  void pixel_program(const PixelProgramArgs&);              \
   }
 
 GENFAST_DECLARE(base)

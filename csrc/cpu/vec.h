@@ -26,6 +26,7 @@
 #endif
 
 #define GENFAST_INLINE static inline __attribute__((always_inline))
+#define GENFAST_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace genfast {
 namespace GENFAST_ISA {

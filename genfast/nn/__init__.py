@@ -1,13 +1,28 @@
 """Thin modules over :mod:`genfast.ops`: one file per operation family."""
 
+from ..reference.causal import (
+    AppendOnes,
+    ConcatELU,
+    DownRightShiftedConv2d,
+    DownRightShiftedConvTranspose2d,
+    DownShiftedConv2d,
+    DownShiftedConvTranspose2d,
+    LevelEmbedding,
+    ScaleLevels,
+    Shift,
+)
 from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
 from .bijection import Bijection, FlowSequential
+from .gated_activation import ConditionBias, GatedActivation, GatedMaskedConv2d
 from .invertible_conv1x1 import InvertibleConv1x1
+from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
 
 __all__ = [
-    "ActNorm", "AffineCoupling", "Bijection", "FlowSequential", "GlowStep", "InvertibleConv1x1", "ReversibleSequential",
-    "Split", "Squeeze",
+    "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DownRightShiftedConv2d",
+    "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation",
+    "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
+    "ReversibleSequential", "ScaleLevels", "Shift", "Split", "Squeeze", "weight_norm",
 ]  # fmt: skip

@@ -10,9 +10,11 @@ from .invertible_conv1x1 import (
     plu_weight,
     plu_weight_backward,
 )
+from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
 from .squeeze import squeeze
 
 __all__ = [
     "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
+    "colour_group", "conv_mask", "masked_conv", "masked_conv_backward",
     "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "squeeze",
 ]  # fmt: skip

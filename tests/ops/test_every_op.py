@@ -111,7 +111,7 @@ def _outputs(result):
 
 
 # Which arguments carry the batch axis.
-BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,)}
+BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "masked_conv": (0,), "squeeze": (0,)}
 
 
 @each_sample

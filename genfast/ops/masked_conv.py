@@ -1,0 +1,310 @@
+"""ops.masked_conv1d/2d/3d: causal convolutions that multiply live taps only."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _pool, reference
+from .._registry import Op, Sample
+from . import _check
+from ._layout import memory_format
+
+_NAME = "masked_conv"
+_CPU: Any = _backend.extension("_cpu")[0]
+_ORDERS = ("interleaved", "blocked")
+_ACTIVATIONS = ("none", "relu")
+
+
+def check_masked_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
+    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str,
+) -> None:  # fmt: skip
+    """x (N, C, *spatial), weight (O, C / groups, *kernel) and the options fit."""
+    dims = x.dim() - 2
+    op = f"masked_conv{dims}d" if dims in (1, 2, 3) else _NAME
+    _check.floating(op, x=x, weight=weight, bias=bias)
+    if dims not in (1, 2, 3):
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, *spatial) with 1, 2 or 3 spatial axes")
+    if weight.dim() != x.dim():
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (O, C / groups, *kernel), kernel of {dims} axes")
+    _check.choice(op, "mask_type", mask_type, ("A", "B"))
+    _check.choice(op, "group_order", group_order, _ORDERS)
+    _check.choice(op, "activation", activation, _ACTIVATIONS)
+    for name, value in (("data_channels", data_channels), ("groups", groups)):
+        if value < 1:
+            raise ValueError(f"{op}: {name}={value}, expected at least 1")
+    channels, out, kernel = x.shape[1], weight.shape[0], weight.shape[2:]
+    for name, value in (("x's channels", channels), ("weight's output channels", out)):
+        if value % data_channels:
+            raise ValueError(f"{op}: {name} are {value}, not a multiple of data_channels={data_channels}")
+        if value % groups:
+            raise ValueError(f"{op}: {name} are {value}, not a multiple of groups={groups}")
+    if weight.shape[1] * groups != channels:
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, expected {channels // groups} input channels per group "
+            f"(x has {channels}, groups={groups})"
+        )
+    if len(dilation) != dims or min(dilation) < 1:
+        raise ValueError(f"{op}: dilation={tuple(dilation)}, expected {dims} numbers of at least 1")
+    if len(center) != dims or any(not 0 <= c < k for c, k in zip(center, kernel)):
+        raise ValueError(f"{op}: center={tuple(center)}, expected a position inside the kernel {tuple(kernel)}")
+    if bias is not None:
+        _check.shape(op, "bias", bias, (out,), "one per output channel")
+
+
+class _Plan(NamedTuple):
+    sizes: Tensor  # what bind_cpu.cpp reads: numbers, then the live taps
+    centre: Tensor | None  # uint8 (O, C / groups): which pairs of the centre tap are live; None for all
+    sizes_address: int
+    centre_address: int
+
+
+@functools.lru_cache(1024)
+def _plan(
+    xs: tuple[int, ...], ws: tuple[int, ...], mask_type: str, data_channels: int, group_order: str, dilation: tuple[int, ...],
+    groups: int, center: tuple[int, ...], activation: str,
+) -> _Plan:  # fmt: skip
+    kernel = ws[2:]
+    mask = reference.conv_mask(ws, center, mask_type, data_channels, group_order, groups)
+    centre = mask[(slice(None), slice(None), *center)]
+    taps = []
+    for index, tap in enumerate(itertools.product(*(range(k) for k in kernel))):
+        if tap < center or (tap == center and bool(centre.any())):
+            offset = [(t - c) * d for t, c, d in zip(tap, center, dilation)]
+            taps += [0] * (3 - len(offset)) + offset + [index]
+    size = 1
+    for k in kernel:
+        size *= k
+    spatial = (1,) * (3 - len(kernel)) + xs[2:]
+    numbers = [activation == "relu", len(taps) // 4, size, xs[0], xs[1], ws[0], groups, *spatial, *taps]
+    sizes = torch.tensor(numbers, dtype=torch.int64)
+    live = None if bool(centre.all()) else centre.to(torch.uint8).contiguous()
+    return _Plan(sizes, live, sizes.data_ptr(), 0 if live is None else live.data_ptr())
+
+
+@functools.lru_cache(4096)
+def _strides(stride: tuple[int, ...]) -> tuple[Tensor, int]:
+    """Strides as n, c, d, h, w."""
+    five = torch.tensor([*stride[:2], *(0,) * (5 - len(stride)), *stride[2:]], dtype=torch.int64)
+    return five, five.data_ptr()
+
+
+def _empty(like: Tensor, channels: int) -> Tensor:
+    """An output with ``channels``, dense in the order of ``like``."""
+    shape = (like.shape[0], channels, *like.shape[2:])
+    form = memory_format(like)
+    last = form != torch.contiguous_format
+    order = [0, *range(2, like.dim()), 1] if last else range(like.dim())
+    stride, step = [0] * like.dim(), 1
+    for axis in reversed(list(order)):
+        stride[axis] = step
+        step *= max(1, shape[axis])
+    return _pool.empty_strided(shape, tuple(stride), like.dtype)
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    check_masked_conv(x, weight, bias, *options)
+    mask_type, data_channels, group_order, dilation, groups, center, activation = options
+    plan = _plan(
+        tuple(x.shape), tuple(weight.shape), mask_type, data_channels, group_order, tuple(dilation), groups, tuple(center),
+        activation,
+    )  # fmt: skip
+    weight = weight.to(x.dtype).contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = _empty(x, weight.shape[0])
+    if not y.numel():
+        return y
+    _CPU.masked_conv(
+        x.dtype is torch.float64, plan.sizes_address, x.data_ptr(), _strides(x.stride())[1], weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), plan.centre_address, y.data_ptr(), _strides(y.stride())[1],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _cpu_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
+    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = _plan(
+        tuple(x.shape), tuple(weight.shape), mask_type, data_channels, group_order, tuple(dilation), groups, tuple(center),
+        activation,
+    )  # fmt: skip
+    dtype, own = x.dtype, weight.dtype
+    grad_y, y, weight = grad_y.to(dtype), y.to(dtype), weight.to(dtype).contiguous()
+    dx = _empty(x, x.shape[1]) if wanted[0] else x.new_empty(0)
+    dw = torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
+    db = weight.new_empty(weight.shape[0] if wanted[2] else 0)
+    if not x.numel() or not y.numel():
+        return dx.zero_(), dw.zero_().to(own), db.zero_().to(own)
+    _CPU.masked_conv_backward(
+        dtype is torch.float64, plan.sizes_address, grad_y.data_ptr(), _strides(grad_y.stride())[1], y.data_ptr(),
+        _strides(y.stride())[1], x.data_ptr(), _strides(x.stride())[1], weight.data_ptr(), plan.centre_address,
+        dx.data_ptr() if wanted[0] else 0, _strides(dx.stride() if wanted[0] else x.stride())[1],
+        dw.data_ptr() if wanted[1] else 0, db.data_ptr() if wanted[2] else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dw.to(own), db.to(own)
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return torch.empty((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device).contiguous(
+        memory_format=memory_format(x)
+    )
+
+
+def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = rest[-1]
+    dx = torch.empty_like(x, memory_format=memory_format(x)) if wanted[0] else x.new_empty(0)
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0)
+    return dx, dw, weight.new_empty(weight.shape[0] if wanted[2] else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *ctx.options = inputs
+    ctx.has_bias = bias is not None
+    # Without a ReLU the backward needs nothing of the output; x stands in its place.
+    ctx.save_for_backward(x, weight, output if ctx.options[-1] == "relu" else x)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    need = ctx.needs_input_grad
+    wanted = [bool(need[0]), bool(need[1]), bool(ctx.has_bias and need[2])]
+    dx, dw, db = _OP_BACKWARD(grad_y, *ctx.saved_tensors, *ctx.options, wanted)
+    return (*((g if w else None) for g, w in zip((dx, dw, db), wanted)), *(None,) * 7)
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    def made(label: str, xs: tuple[int, ...], ws: tuple[int, ...], bias: bool, *options: Any) -> Sample:
+        x, w, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (xs, ws, ws[:1]))
+        return Sample(label, (x, w / (w[0].numel() ** 0.5), b if bias else None, *options))
+
+    yield made("A 2-D", (2, 3, 7, 6), (8, 3, 5, 5), True, "A", 1, "interleaved", [1, 1], 1, [2, 2], "none")
+    yield made("B 2-D relu", (2, 8, 6, 7), (5, 8, 3, 3), True, "B", 1, "interleaved", [1, 1], 1, [1, 1], "relu")
+    yield made("A colours", (2, 3, 5, 6), (6, 3, 3, 5), False, "A", 3, "interleaved", [1, 1], 1, [1, 2], "none")
+    yield made("B colours blocked dilated", (2, 6, 6, 8), (9, 6, 3, 3), True, "B", 3, "blocked", [2, 1], 1, [1, 1], "none")
+    yield made("B groups", (2, 6, 5, 5), (4, 3, 3, 3), True, "B", 1, "interleaved", [1, 2], 2, [1, 1], "none")
+    yield made("even kernel", (2, 4, 5, 6), (20, 4, 2, 4), False, "B", 1, "interleaved", [1, 1], 1, [1, 2], "none")
+    yield made("1x1 colours", (2, 6, 4, 5), (6, 6, 1, 1), True, "B", 3, "interleaved", [1, 1], 1, [0, 0], "relu")
+    yield made("B 1-D dilated", (2, 4, 19), (6, 4, 2), True, "B", 1, "interleaved", [4], 1, [1], "none")
+    yield made("A 3-D", (2, 2, 3, 5, 4), (3, 2, 3, 3, 3), True, "A", 1, "interleaved", [1, 1, 1], 1, [1, 1, 1], "none")
+
+
+_OPTIONS = "str mask_type, int data_channels, str group_order, int[] dilation, int groups, int[] center, str activation"
+
+_OP_BACKWARD = Op(
+    f"masked_conv_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor y, {_OPTIONS}, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=reference.masked_conv_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
+)
+
+OP = Op(
+    f"masked_conv(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
+    reference=reference.masked_conv,
+    check=check_masked_conv,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, check_masked_conv)},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> list[int]:
+    found = [value] * dims if isinstance(value, int) else list(value)
+    if len(found) != dims:
+        raise ValueError(f"{op}: {name}={value!r}, expected one number or {dims}")
+    return found
+
+
+def _masked_conv(
+    dims: int, x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
+    dilation: int | Sequence[int], groups: int, center: int | Sequence[int] | None, activation: str | None,
+) -> Tensor:  # fmt: skip
+    op = f"masked_conv{dims}d"
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
+        if t.dim() != dims + 2:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {dims + 2} axes")
+    at = [k // 2 for k in weight.shape[2:]] if center is None else _several(op, "center", center, dims)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    result: Tensor = OP(
+        x, weight, bias, mask_type, data_channels, group_order, _several(op, "dilation", dilation, dims), groups, at,
+        activation or "none",
+    )  # fmt: skip
+    return result
+
+
+_DOC = """Masked convolution over {axes}: only taps before the centre in raster order are computed, and the centre as
+    ``mask_type`` and the colours allow.
+
+    Args:
+        x: (N, C, {axes}) floating point, in any strides.
+        weight: (O, C / groups, *kernel). It is never changed; weights that the mask covers do not reach the output whatever
+            they hold, and their gradient is exactly zero.
+        bias: (O,) or None.
+        mask_type: "A" leaves the centre out (first layer), "B" takes it.
+        data_channels: colours per pixel. At the centre, outputs of colour k see inputs of colours < k ("A") or <= k ("B").
+        group_order: which channel is which colour: "interleaved" (c mod data_channels) or "blocked" (contiguous blocks).
+        dilation: one number or one per axis.
+        groups: convolution groups.
+        center: the tap that lies on the output's position, one number or one per axis; None for kernel // 2. With
+            kernel - 1 every tap is causal (WaveNet; the down-right shifted convolutions of PixelCNN++).
+        activation: None or "relu", fused.
+
+    Returns:
+        (N, O, {axes}), of x's spatial size and memory format; x counts as zero outside.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, by name.
+
+    Source: PixelRNN (arXiv:1601.06759, section 3.4).
+
+    Example:
+        >>> import torch, genfast
+        >>> x, w = torch.randn({example_x}), torch.randn({example_w})
+        >>> genfast.ops.masked_conv{dims}d(x, w, mask_type="B").shape
+        torch.Size([{example_y}])
+    """
+
+
+def masked_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask_type: str, data_channels: int = 1,
+    group_order: str = "interleaved", dilation: int | Sequence[int] = 1, groups: int = 1,
+    center: int | Sequence[int] | None = None, activation: str | None = None,
+) -> Tensor:  # fmt: skip
+    return _masked_conv(1, x, weight, bias, mask_type, data_channels, group_order, dilation, groups, center, activation)
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask_type: str, data_channels: int = 1,
+    group_order: str = "interleaved", dilation: int | Sequence[int] = 1, groups: int = 1,
+    center: int | Sequence[int] | None = None, activation: str | None = None,
+) -> Tensor:  # fmt: skip
+    return _masked_conv(2, x, weight, bias, mask_type, data_channels, group_order, dilation, groups, center, activation)
+
+
+def masked_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask_type: str, data_channels: int = 1,
+    group_order: str = "interleaved", dilation: int | Sequence[int] = 1, groups: int = 1,
+    center: int | Sequence[int] | None = None, activation: str | None = None,
+) -> Tensor:  # fmt: skip
+    return _masked_conv(3, x, weight, bias, mask_type, data_channels, group_order, dilation, groups, center, activation)
+
+
+for _dims, _function in enumerate((masked_conv1d, masked_conv2d, masked_conv3d), 1):
+    _side = ", ".join(["6"] * _dims)
+    _function.__doc__ = _DOC.format(
+        dims=_dims, axes=("L", "H, W", "D, H, W")[_dims - 1], example_x=f"2, 4, {_side}",
+        example_w=f"8, 4, {', '.join(['3'] * _dims)}", example_y=f"2, 8, {_side}",
+    )  # fmt: skip
