@@ -70,6 +70,22 @@ struct SqueezeArgs {
   int threads;
 };
 
+struct LogisticMixtureArgs {
+  bool is_double;
+  View params;
+  View x;  // integers of x_bytes bytes
+  int x_bytes;
+  bool x_signed;
+  const void* grad;  // (N, S)
+  void *nll, *grad_params;  // (N, S) and dense in params' order
+  const float* uniforms;  // (N, 1 + C, S)
+  int64_t* samples;       // (N, C, S)
+  double temperature;
+  int64_t n, s, mixtures, channels, levels;
+  bool channels_last, stream;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -81,6 +97,9 @@ struct SqueezeArgs {
   void plu_weight(const PluArgs&);                          \
   void plu_weight_backward(const PluArgs&);                 \
   void squeeze(const SqueezeArgs&);                         \
+  void logistic_mixture_nll(const LogisticMixtureArgs&);    \
+  void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
+  void logistic_mixture_sample(const LogisticMixtureArgs&); \
   }
 
 GENFAST_DECLARE(base)
