@@ -59,7 +59,7 @@ constexpr double kSmall = 0.3465735902799726;  // ln2 / 2, as far as exp_tail re
 template <class T, bool kBackward>
 GENFAST_INLINE Bin<T> bin(Vec<T> d, Vec<T> raw_log_scale, const Levels<T>& x, T half, T log_half) {
   const Vec<T> log_scale = raw_log_scale < T(-7) ? splat(T(-7)) : raw_log_scale;
-  const Vec<T> t = exp<T>(-log_scale) / half, ad = abs<T>(d);
+  const Vec<T> t = exp<T>(-log_scale) * (T(1) / half), ad = abs<T>(d);
   const Vec<T> m = ad * t, w = t * T(0.5);
   const Vec<T> near = (ad - T(0.5)) * t;
   const Mask<T> outside = ad >= T(0.5), small = t < T(kSmall), open = x.first | x.last;
@@ -84,7 +84,7 @@ GENFAST_INLINE Bin<T> bin(Vec<T> d, Vec<T> raw_log_scale, const Levels<T>& x, T 
     const Vec<T> high = choose<T>(outside, splat(T(1)), e_near);
     const Vec<T> slope = spread * high * inverse;  // -d log p / d|m|
     const Vec<T> tail = (e_far * up_near + high * up_far) * inverse;
-    const Vec<T> by_w = w * tail + e_t * choose<T>(small, T(1) / phi, t / gap);
+    const Vec<T> by_w = w * tail + e_t * choose<T>(small, splat(T(1)), t) / gap;
     const Vec<T> beyond = choose<T>(z_positive, e_z, splat(T(1))) * inverse;  // sigma(-z)
     const Mask<T> negative = d < T(0);
     b.by_d = t * choose<T>(open, choose<T>(x.first, beyond, -beyond), choose<T>(negative, slope, -slope));
