@@ -245,6 +245,36 @@ void bind_pixel_program(py::module_& m) {
     GENFAST_CALL(pixel_program, a);
   });
   m.def("lanes", [] { return isa == Isa::kV4 ? 16 : isa == Isa::kV3 ? 8 : 4; }, "float32 values in a vector");
+void bind_discretized_logistic_mixture(py::module_& m) {
+  const auto common = [](LogisticMixtureArgs& a, Address params, int64_t pn, int64_t pc, int64_t ps, int64_t n, int64_t s,
+                         int64_t mixtures, int64_t channels, int64_t levels, bool is_double, bool channels_last, int threads) {
+    a.is_double = is_double, a.channels_last = channels_last, a.threads = threads;
+    a.params = view(params, pn, pc, ps);
+    a.n = n, a.s = s, a.mixtures = mixtures, a.channels = channels, a.levels = levels;
+  };
+  m.def("logistic_mixture_nll",
+        [common](Address params, Address x, Address grad, Address out, int threads, bool backward, bool is_double, int64_t pn,
+                 int64_t pc, int64_t ps, int64_t xn, int64_t xc, int64_t xs, int x_bytes, bool x_signed, int64_t n, int64_t s,
+                 int64_t mixtures, int64_t channels, int64_t levels, bool channels_last, bool stream) {
+          LogisticMixtureArgs a{};
+          common(a, params, pn, pc, ps, n, s, mixtures, channels, levels, is_double, channels_last, threads);
+          a.x = view(x, xn, xc, xs);
+          a.x_bytes = x_bytes, a.x_signed = x_signed, a.stream = stream;
+          a.grad = ptr<>(grad);
+          (backward ? a.grad_params : a.nll) = ptr<>(out);
+          if (backward)
+            GENFAST_CALL(logistic_mixture_nll_backward, a);
+          else
+            GENFAST_CALL(logistic_mixture_nll, a);
+        });
+  m.def("logistic_mixture_sample",
+        [common](Address params, Address uniforms, Address samples, double temperature, int threads, bool is_double, int64_t pn,
+                 int64_t pc, int64_t ps, int64_t n, int64_t s, int64_t mixtures, int64_t channels, int64_t levels) {
+          LogisticMixtureArgs a{};
+          common(a, params, pn, pc, ps, n, s, mixtures, channels, levels, is_double, false, threads);
+          a.uniforms = ptr<const float>(uniforms), a.samples = ptr<int64_t>(samples), a.temperature = temperature;
+          GENFAST_CALL(logistic_mixture_sample, a);
+        });
 }
 
 }  // namespace
@@ -258,4 +288,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_squeeze(m);
   bind_masked_conv(m);
   bind_pixel_program(m);
+  bind_discretized_logistic_mixture(m);
 }

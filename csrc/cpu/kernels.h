@@ -93,6 +93,19 @@ struct PixelProgramArgs {
   float* record;           // (n, height, width, record_size): what each pixel was drawn from; null: not kept
   int64_t record_size, n, group, first_row, last_row, given;  // rows below `given` keep their levels
   float temperature;
+struct LogisticMixtureArgs {
+  bool is_double;
+  View params;
+  View x;  // integers of x_bytes bytes
+  int x_bytes;
+  bool x_signed;
+  const void* grad;  // (N, S)
+  void *nll, *grad_params;  // (N, S) and dense in params' order
+  const float* uniforms;  // (N, 1 + C, S)
+  int64_t* samples;       // (N, C, S)
+  double temperature;
+  int64_t n, s, mixtures, channels, levels;
+  bool channels_last, stream;
   int threads;
 };
 
@@ -110,6 +123,9 @@ struct PixelProgramArgs {
   void masked_conv(const MaskedConvArgs&);                  \
   void masked_conv_backward(const MaskedConvArgs&);         \
   void pixel_program(const PixelProgramArgs&);              \
+  void logistic_mixture_nll(const LogisticMixtureArgs&);    \
+  void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
+  void logistic_mixture_sample(const LogisticMixtureArgs&); \
   }
 
 GENFAST_DECLARE(base)

@@ -2,7 +2,7 @@
 // AVX-512, AVX2, SSE2 and NEON, chosen by the flags a file is compiled with (see setup.py).
 //
 // Errors measured in tests/test_vec.py against long double, in ULP of the result:
-//   exp 2 (float), 2 (double); denormal results flush to zero.  log1p_unit (0 <= u <= 1) 2.  tanh 3.  sigmoid 3.
+//   exp 2 (float), 2 (double); denormal results flush to zero.  log1p_unit (0 <= u <= 1) 2.  tanh 3.  sigmoid 3.  log (normal x) 1.
 #pragma once
 
 #include <stddef.h>
@@ -202,6 +202,23 @@ GENFAST_INLINE Vec<T> log1p_unit(Vec<T> u) {
 #pragma GCC unroll 20
   for (int k = terms - 2; k >= 0; --k) p = p * w2 + T(1) / T(2 * k + 1);
   return T(2) * w * p;
+}
+
+// log of a positive, normal x (NaN of NaN) = 2^n y with 1/sqrt2 <= y < sqrt2: n ln2 + 2 atanh((y - 1) / (y + 1)).
+template <class T>
+GENFAST_INLINE Vec<T> log(Vec<T> x) {
+  typedef typename Types<T>::Int Int;
+  const Int root_half = sizeof(T) == 4 ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcdLL);
+  const Mask<T> n = (bits<T>(x) - root_half) >> Types<T>::kMantissa;
+  const Vec<T> y = from_bits<T>(bits<T>(x) - (n << Types<T>::kMantissa)) - T(1), e = __builtin_convertvector(n, Vec<T>);
+  const Vec<T> w = y / (y + T(2)), w2 = w * w;
+  constexpr int terms = sizeof(T) == 4 ? 5 : 10;
+  Vec<T> p = splat(T(2) / T(2 * terms + 1));
+#pragma GCC unroll 20
+  for (int k = terms - 1; k >= 1; --k) p = p * w2 + T(2) / T(2 * k + 1);
+  // y - (y w - w^3 p): the large part of 2 w + w^3 p is y itself, which is exact.
+  const Vec<T> l = e * Types<T>::kLn2Hi + (y - (w * (y - w2 * p) - e * Types<T>::kLn2Lo));
+  return x == x ? l : x;
 }
 
 template <class T>

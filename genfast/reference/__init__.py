@@ -2,6 +2,12 @@
 
 from .actnorm import actnorm, actnorm_backward, positions
 from .affine_coupling import affine_coupling, affine_coupling_backward
+from .discretized_logistic_mixture import (
+    discretized_logistic_mixture_nll,
+    discretized_logistic_mixture_nll_backward,
+    discretized_logistic_mixture_sample,
+    pixelcnnpp_nll,
+)
 from .invertible_conv1x1 import (
     channel_mix,
     channel_mix_backward,
@@ -16,5 +22,7 @@ from .squeeze import squeeze
 __all__ = [
     "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
     "colour_group", "conv_mask", "masked_conv", "masked_conv_backward",
+    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
+    "pixelcnnpp_nll",
     "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "squeeze",
 ]  # fmt: skip

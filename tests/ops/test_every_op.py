@@ -112,6 +112,10 @@ def _outputs(result):
 
 # Which arguments carry the batch axis.
 BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "masked_conv": (0,), "squeeze": (0,)}
+BATCHED = {
+    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,),
+    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0,),
+}  # fmt: skip
 
 
 @each_sample
@@ -137,7 +141,7 @@ def test_opcheck(op, sample):
     if backward is not None and op.name != "squeeze":
         out = _outputs(op(*leaves(sample.args)))
         grads = [torch.randn_like(o) for o in out]
-        rest = {"affine_coupling": args, "actnorm": args, "plu_weight": args}.get(op.name)
+        rest = {"affine_coupling": args, "actnorm": args, "plu_weight": args, "gated_activation": args}.get(op.name)
         if rest is not None:
             torch.library.opcheck(
                 backward.overload,
