@@ -245,6 +245,8 @@ void bind_pixel_program(py::module_& m) {
     GENFAST_CALL(pixel_program, a);
   });
   m.def("lanes", [] { return isa == Isa::kV4 ? 16 : isa == Isa::kV3 ? 8 : 4; }, "float32 values in a vector");
+}
+
 void bind_discretized_logistic_mixture(py::module_& m) {
   const auto common = [](LogisticMixtureArgs& a, Address params, int64_t pn, int64_t pc, int64_t ps, int64_t n, int64_t s,
                          int64_t mixtures, int64_t channels, int64_t levels, bool is_double, bool channels_last, int threads) {

@@ -93,6 +93,9 @@ struct PixelProgramArgs {
   float* record;           // (n, height, width, record_size): what each pixel was drawn from; null: not kept
   int64_t record_size, n, group, first_row, last_row, given;  // rows below `given` keep their levels
   float temperature;
+  int threads;
+};
+
 struct LogisticMixtureArgs {
   bool is_double;
   View params;

@@ -21,6 +21,7 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "mixture.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -295,6 +296,7 @@ class Engine {
           break;
         }
         case kCategorical: categorical(s, n, r, c, a); break;
+        case kMixture: mixture(s, n, r, c, a); break;
         default: break;
       }
     }
@@ -325,6 +327,14 @@ class Engine {
       if (sum > u) break;
     }
     a_.images[((n * p_.channels + s.arg0) * p_.height + r) * p_.width + c] = level;
+  }
+
+  void mixture(const Step& s, int64_t n, int64_t r, int64_t c, const F* params) const {
+    record(s, n, r, c, params);
+    if (r < a_.given) return;
+    const int64_t plane = p_.height * p_.width, at = r * p_.width + c;
+    sample_mixture<F>(params, 1, s.arg0, p_.channels, p_.levels, a_.temperature, a_.uniforms + n * p_.uniforms * plane + at, plane,
+                      a_.images + n * p_.channels * plane + at, plane);
   }
 
   F uniform(int64_t n, int64_t index, int64_t r, int64_t c) const {

@@ -1,0 +1,243 @@
+"""sampling.Sampler: draws images from a causal network, with every activation computed once or by the standard loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _backend, _pool
+from ..reference.autoregressive import draw_categorical, naive_sample
+from .lowering import LoweringError, lower
+from .program import Program
+
+_CPU: Any = _backend.extension("_cpu")[0]
+HEADS = ("categorical", "logistic_mixture")
+METHODS = ("cached", "naive")
+GROUP = 8  # images that a thread takes through the program together: enough rows for the products of a pixel
+WAVE = 64 << 20  # bytes of feature maps that a thread holds at a time
+
+__all__ = ["Sampler", "draw_categorical"]
+
+
+def _takes_context(network: nn.Module) -> bool:
+    return "context" in inspect.signature(network.forward).parameters
+
+
+class Sampler:
+    """Draws integer images from a network of :mod:`genfast.nn` layers.
+
+    The network is lowered once to a pixel program (:meth:`prepare`, ``print(sampler.program)``); weights are folded and packed
+    again whenever a parameter has changed. Given the same uniform numbers, "cached" draws the same images as "naive" (up to
+    rounding: a draw that lands within about 1e-7 of the border between two levels may fall on either).
+
+    Args:
+        network: integer images (N, C, H, W), or sequences (N, C, L), to logits (N, levels * C, ...), level by level, or to
+            mixture parameters (see :func:`genfast.ops.discretized_logistic_mixture_nll`); called as ``network(x)`` or
+            ``network(x, context)``.
+        levels: of a colour.
+        head: "categorical" or "logistic_mixture".
+
+    Raises:
+        ValueError: an unknown head.
+
+    Example:
+        >>> import torch, genfast
+        >>> net = torch.nn.Sequential(genfast.nn.ScaleLevels(4), genfast.nn.MaskedConv2d(1, 4, 3, mask_type="A"))
+        >>> sampler = genfast.sampling.Sampler(net, levels=4)
+        >>> sampler.sample(2, (1, 5, 6)).shape
+        torch.Size([2, 1, 5, 6])
+    """
+
+    def __init__(self, network: nn.Module, *, levels: int = 256, head: str = "categorical") -> None:
+        if head not in HEADS:
+            raise ValueError(f"Sampler: head={head!r}, expected one of {', '.join(map(repr, HEADS))}")
+        if levels < 2:
+            raise ValueError(f"Sampler: levels={levels}, expected at least 2")
+        self.network, self.levels, self.head = network, levels, head
+        self._prepared: dict[Any, tuple[Any, Program, Callable[[Tensor | None], list[Tensor]]]] = {}
+
+    # ---- preparing ----
+
+    def _state(self) -> tuple[Any, ...]:
+        """Changes whenever a weight does."""
+        tensors: Iterable[Tensor] = [*self.network.parameters(), *self.network.buffers()]
+        return tuple((t.data_ptr(), t._version) for t in tensors)
+
+    def prepare(self, shape: Sequence[int], *, has_context: bool = False) -> Program:
+        """The pixel program for images of ``shape`` (C, H, W) or sequences (C, L), lowered anew only if a weight has changed.
+
+        Raises:
+            LoweringError: names the module that has no pixel program.
+        """
+        return self._program(tuple(shape), has_context)[0]
+
+    def _program(self, shape: tuple[int, ...], has_context: bool) -> tuple[Program, Callable[[Tensor | None], list[Tensor]]]:
+        state = self._state()
+        found = self._prepared.get((shape, has_context))
+        if found is None or found[0] != state:
+            full = shape if len(shape) == 3 else (*shape, 1)
+            training = self.network.training
+            self.network.eval()
+            try:
+                program, statics = lower(
+                    self.network, full, levels=self.levels, head=self.head, has_context=has_context  # type: ignore[arg-type]
+                )
+            finally:
+                self.network.train(training)
+            found = (state, program, statics)
+            self._prepared[(shape, has_context)] = found
+        return found[1], found[2]
+
+    def uniforms_per_pixel(self, channels: int) -> int:
+        """Random numbers that a pixel takes: one a colour, and one for the mixture."""
+        return channels if self.head == "categorical" else 1 + channels
+
+    # ---- drawing ----
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, shape: Sequence[int], *, method: str = "cached", context: Tensor | None = None,
+        temperature: float = 1.0, prefix: Tensor | None = None, uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None, progress: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Draws ``n`` images.
+
+        Args:
+            shape: (C, H, W), or (C, L) of a sequence.
+            method: "cached" computes every activation once; "naive" is the standard loop, one forward pass for each pixel
+                (and colour), for networks that have no pixel program.
+            context: (n, ...) as the network takes it.
+            temperature: divides the logits, or multiplies the scales of a mixture and divides its logits.
+            prefix: (n or 1, C, h, W) whole numbers: the first h rows (or (n or 1, C, l), the first l samples), kept as given.
+            uniforms: (n, K, H, W) in [0, 1), K = :meth:`uniforms_per_pixel`; drawn with ``generator`` if None.
+            progress: shows a bar over the rows.
+
+        Returns:
+            (n, C, H, W) or (n, C, L), int64.
+
+        Raises:
+            ValueError: arguments that do not fit, by name.
+            LoweringError: the network has no pixel program; ``method="naive"`` needs none.
+            KeyboardInterrupt: nothing is left behind.
+        """
+        shape = tuple(shape)
+        images, uniforms, given = self._checked(n, shape, method, temperature, prefix, uniforms, generator, context)
+        if method == "naive":
+            return naive_sample(
+                self.network, images, uniforms, given, levels=self.levels, head=self.head, context=context,
+                temperature=temperature, progress=progress,
+            )  # fmt: skip
+        self._run(images, uniforms, given, context, temperature, progress, None)
+        return images
+
+    @torch.no_grad()
+    def teacher_forced(self, images: Tensor, *, context: Tensor | None = None) -> Tensor:
+        """What each pixel of ``images`` (N, C, H, W) would be drawn from, by the cached engine: the network's output."""
+        shape = tuple(images.shape[1:])
+        images = images.long().contiguous()
+        program, _ = self._program(shape, context is not None)
+        record = torch.empty(len(images), program.height, program.width, program.record)
+        uniforms = torch.zeros(len(images), program.uniforms, *shape[1:])
+        self._run(images, uniforms, program.height, context, 1.0, False, record)
+        out = record.movedim(-1, 1)
+        if self.head == "categorical":  # recorded colour by colour
+            out = out.unflatten(1, (shape[0], self.levels)).transpose(1, 2).flatten(1, 2)
+        return out.reshape(len(images), program.record, *shape[1:])
+
+    def _checked(
+        self, n: int, shape: tuple[int, ...], method: str, temperature: float, prefix: Tensor | None,
+        uniforms: Tensor | None, generator: torch.Generator | None, context: Tensor | None,
+    ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+        if method not in METHODS:
+            raise ValueError(f"sample: method={method!r}, expected one of {', '.join(map(repr, METHODS))}")
+        if n < 0:
+            raise ValueError(f"sample: n={n}, expected at least 0")
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise ValueError(f"sample: shape={shape}, expected (C, H, W) or (C, L)")
+        if not temperature > 0:
+            raise ValueError(f"sample: temperature={temperature}, expected above 0")
+        if context is not None and not _takes_context(self.network):
+            raise ValueError("sample: context was given, but the network takes none")
+        if context is not None and len(context) != n:
+            raise ValueError(f"sample: context has {len(context)} rows, expected n={n}")
+        wanted = (n, self.uniforms_per_pixel(shape[0]), *shape[1:])
+        if uniforms is None:
+            uniforms = torch.rand(wanted, generator=generator)
+        elif tuple(uniforms.shape) != wanted:
+            raise ValueError(f"sample: uniforms have shape {tuple(uniforms.shape)}, expected {wanted}")
+        images = torch.zeros((n, *shape), dtype=torch.int64)
+        if prefix is None:
+            return images, uniforms.float().contiguous(), 0
+        if prefix.is_floating_point():
+            raise TypeError(f"sample: prefix has dtype {prefix.dtype}, expected whole numbers")
+        fits = prefix.dim() == len(shape) + 1 and prefix.shape[0] in (1, n) and prefix.shape[1] == shape[0]
+        if not fits or prefix.shape[3:] != shape[2:] or prefix.shape[2] > shape[1]:
+            rest = "".join(f", {s}" for s in shape[2:])
+            raise ValueError(
+                f"sample: prefix has shape {tuple(prefix.shape)}, expected ({n} or 1, {shape[0]}, at most {shape[1]}{rest})"
+            )
+        if prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= self.levels):
+            raise ValueError(
+                f"sample: prefix holds values from {int(prefix.min())} to {int(prefix.max())}, expected 0 to {self.levels - 1}"
+            )
+        images[:, :, : prefix.shape[2]] = prefix
+        return images, uniforms.float().contiguous(), prefix.shape[2]
+
+    def _run(
+        self, images: Tensor, uniforms: Tensor, given: int, context: Tensor | None, temperature: float, progress: bool,
+        record: Tensor | None,
+    ) -> None:  # fmt: skip
+        if _CPU is None:
+            raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cpu')[1]}")
+        program, make_statics = self._program(tuple(images.shape[1:]), context is not None)
+        statics = make_statics(context)
+        threads = torch.get_num_threads()
+        nbytes = max(1, program.image_floats * 4)
+        wave = max(threads, threads * min(WAVE // nbytes, 8 * GROUP))
+        starts = range(0, len(images), wave)
+        with _bar(progress, len(starts) * program.height) as advance:
+            for start in starts:
+                part = slice(start, start + wave)
+                count = len(images[part])
+                cache = _pool.empty_strided((count * program.image_floats + 64,), (1,), torch.float32).zero_()
+                maps = torch.tensor(
+                    [
+                        [m.data_ptr() + start * (m.stride(0) if len(m) > 1 else 0) * 4, *(s if k > 1 else 0 for s, k in zip(m.stride(), m.shape[:-1]))]
+                        + [0] * (4 - m.dim())
+                        for m in statics
+                    ],
+                    dtype=torch.int64,
+                )
+                row, rows = 0, max(1, program.height // 64)
+                while row < program.height:
+                    _CPU.pixel_program(
+                        program.code.data_ptr(), program.weights.data_ptr(), maps.data_ptr(), cache.data_ptr(),
+                        images[part].data_ptr(), uniforms[part].data_ptr(), 0 if record is None else record[part].data_ptr(),
+                        program.record, count, GROUP, row, min(row + rows, program.height), given, temperature, threads,
+                    )  # fmt: skip
+                    advance(min(rows, program.height - row))
+                    row += rows
+
+
+class _bar:
+    """A progress bar over rows, or nothing."""
+
+    def __init__(self, shown: bool, total: int) -> None:
+        self.shown, self.total, self.bar = shown, total, None
+
+    def __enter__(self) -> Callable[[int], Any]:
+        if not self.shown:
+            return lambda rows: None
+        from tqdm import tqdm
+
+        self.bar: Any = tqdm(total=self.total, unit="row", disable=None)
+        update: Callable[[int], Any] = self.bar.update
+        return update
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
