@@ -3,6 +3,7 @@
 from ..reference.causal import (
     AppendOnes,
     ConcatELU,
+    ConditionBias,
     DownRightShiftedConv2d,
     DownRightShiftedConvTranspose2d,
     DownShiftedConv2d,
@@ -14,7 +15,7 @@ from ..reference.causal import (
 from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
 from .bijection import Bijection, FlowSequential
-from .gated_activation import ConditionBias, GatedActivation, GatedMaskedConv2d
+from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .reversible import ReversibleSequential
