@@ -2,12 +2,13 @@
 
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
+from .categorical_nll import categorical_nll
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .squeeze import squeeze, unsqueeze
 
 __all__ = [
-    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "discretized_logistic_mixture_nll",
+    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "categorical_nll", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "gated_activation", "invertible_conv1x1", "squeeze", "unsqueeze",
 ]  # fmt: skip
