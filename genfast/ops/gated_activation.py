@@ -51,7 +51,7 @@ def _fake(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
 
 def _fake_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=memory_format(x))
-    return dx, x.new_empty(0) if bias is None or bias.shape == x.shape else torch.empty_like(bias)
+    return dx, x.new_empty(0) if bias is None or bias.shape == x.shape else bias.new_empty(bias.shape)
 
 
 class _Plan(NamedTuple):
@@ -142,7 +142,7 @@ _OP_BACKWARD = Op(
     "gated_activation_backward(Tensor grad_y, Tensor x, Tensor? bias, int groups) -> (Tensor, Tensor)",
     reference=reference.gated_activation_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -150,7 +150,7 @@ OP = Op(
     reference=reference.gated_activation,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,

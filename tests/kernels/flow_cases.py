@@ -184,3 +184,9 @@ def check_mix(x: Tensor, x_b: Tensor | None, split: int, weight_dtype: torch.dty
         grad_y = grad_y.contiguous(memory_format=torch.channels_last)
     for cotangents in either([grad_y, grad_y_b], [grad_y, None], [None, grad_y_b], dtype=x.dtype):
         both_ways("channel_mix", args, cotangents, x.dtype)
+
+
+def check_gated(x: Tensor, bias: Tensor | None, groups: int, dtype: torch.dtype) -> None:
+    y = compare(OPS["gated_activation"], (x, bias, groups), FORWARD[dtype])[0]
+    for grad in (torch.randn_like(y), torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape)):
+        compare(OPS["gated_activation_backward"], (grad, x, bias, groups), GRADIENT[dtype])

@@ -299,11 +299,54 @@ def test_squeeze_rows_longer_than_a_tile():
     assert torch.equal(cases.compare(OPS["squeeze"], (y, 2, "pixel_unshuffle", True), 0.0)[0], x)
 
 
+# ---- gated_activation ----
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", ["none", "all", "sample", "spatial"])
+@pytest.mark.parametrize(
+    "shape", [(1, 6, 1, 1), (3, 30, 7, 11), (2, 132, 3, 3), (3, 6, 40, 31), (600, 6), (2, 6, 4, 5, 2), (2, 6, 0, 4)], ids=str
+)
+def test_gated_activation_shapes(shape, kind, dtype):
+    bias = {"none": None, "all": shape[1:2], "sample": shape[:2], "spatial": shape}[kind]
+    bias = None if bias is None else torch.randn(bias).to(dtype)
+    for groups in (1, 3):
+        cases.check_gated(torch.randn(shape).to(dtype), bias, groups, dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gated_activation_strides(form):
+    x = cases.strided(torch.randn(3, 12, 5, 7), form)
+    for bias in (None, torch.randn(12, 2)[:, 0], torch.randn(12, 3).T, torch.randn(3, 12, 5, 7), cases.strided(x, form)):
+        cases.check_gated(x, bias, 3, torch.float32)
+
+
+def test_gated_activation_more_tiles_than_rows(monkeypatch):
+    import genfast.kernels.gated_activation as kernel
+
+    monkeypatch.setattr(kernel, "ROWS", 3)
+    for bias in (torch.randn(8), torch.randn(7, 8)):
+        cases.check_gated(torch.randn(7, 8, 40, 40), bias, 1, torch.float32)
+
+
+def test_gated_activation_extremes():
+    v = torch.tensor([0.0, 1e-30, 1e-8, 1e-3, 0.6, 5.0, 20.0, 80.0, 300.0, math.inf])
+    v = torch.cat((v, -v))
+    x = torch.cartesian_prod(v, v)
+    y = cases.run(OPS["gated_activation"], (x, None, 1))[0]
+    exact = x[:, :1].double().tanh() * x[:, 1:].double().sigmoid()
+    ordinary = exact.abs() > 1e-37
+    assert float(((y - exact) / exact)[ordinary].abs().max()) < 1e-6
+    dx = cases.run(OPS["gated_activation_backward"], (torch.ones_like(y), x, None, 1))[0]
+    assert bool(dx.isfinite().all())
+
+
 # ---- all ----
 
 
 @pytest.mark.parametrize(
-    "name", ["affine_coupling", "affine_coupling_backward", "actnorm", "actnorm_backward", "channel_mix_backward"]
+    "name",
+    ["affine_coupling", "affine_coupling_backward", "actnorm", "actnorm_backward", "channel_mix_backward", "gated_activation"],
 )
 def test_family_64_bit_offsets_give_the_same(name, monkeypatch):
     """The branch that data beyond 2^31 elements takes, on little data."""
@@ -315,5 +358,7 @@ def test_family_64_bit_offsets_give_the_same(name, monkeypatch):
         cases.check_coupling(args, torch.float32)
     elif name.startswith("actnorm"):
         cases.check_actnorm(torch.randn(3, 5, 9, 8), torch.float32, True, True)
+    elif name.startswith("gated"):
+        cases.check_gated(torch.randn(3, 6, 9, 8), torch.randn(3, 6), 3, torch.float32)
     else:
         cases.check_mix(torch.randn(3, 5, 9, 8), torch.randn(3, 4, 9, 8), 3, torch.float32, True)
