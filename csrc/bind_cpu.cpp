@@ -279,6 +279,36 @@ void bind_discretized_logistic_mixture(py::module_& m) {
         });
 }
 
+void bind_gated_activation(py::module_& m) {
+  const auto common = [](GatedActivationArgs& a, Address x, Address bias, Address out, int threads, bool is_double, int64_t xn,
+                         int64_t xc, int64_t xs, int64_t bn, int64_t bc, int64_t bs, int64_t n, int64_t c, int64_t s,
+                         int64_t groups, int bias_mode, bool channels_last) {
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.bias = view(bias, bn, bc, bs);
+    a.y = ptr<>(out);
+    a.n = n, a.c = c, a.s = s, a.groups = groups, a.bias_mode = bias_mode;
+    a.channels_last = channels_last, a.threads = threads;
+  };
+  m.def("gated_activation",
+        [common](Address x, Address bias, Address y, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs, int64_t bn,
+                 int64_t bc, int64_t bs, int64_t n, int64_t c, int64_t s, int64_t groups, int bias_mode, bool channels_last) {
+          GatedActivationArgs a{};
+          common(a, x, bias, y, threads, is_double, xn, xc, xs, bn, bc, bs, n, c, s, groups, bias_mode, channels_last);
+          GENFAST_CALL(gated_activation, a);
+        });
+  m.def("gated_activation_backward",
+        [common](Address x, Address bias, Address dx, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs,
+                 int64_t bn, int64_t bc, int64_t bs, int64_t n, int64_t c, int64_t s, int64_t groups, int bias_mode,
+                 bool channels_last, Address grad, int64_t gn, int64_t gc, int64_t gs, Address grad_bias) {
+          GatedActivationArgs a{};
+          common(a, x, bias, dx, threads, is_double, xn, xc, xs, bn, bc, bs, n, c, s, groups, bias_mode, channels_last);
+          a.grad = view(grad, gn, gc, gs);
+          a.grad_bias = ptr<>(grad_bias);
+          GENFAST_CALL(gated_activation_backward, a);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -290,5 +320,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_squeeze(m);
   bind_masked_conv(m);
   bind_pixel_program(m);
+  bind_gated_activation(m);
   bind_discretized_logistic_mixture(m);
 }

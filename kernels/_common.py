@@ -139,7 +139,7 @@ def variant(
     That is, as the launcher specialises them: 32-bit multiples of 16, and 1 where ``ones`` says. ``ones=None`` is the other
     extreme: 64 bits about which nothing is known.
     """
-    pointers = tuple(name for name in kernel.arg_names if name in types)
+    pointers = tuple(name for name in kernel.arg_names if types.get(name, "").startswith("*"))
     sizes = [name for name in kernel.arg_names if name not in types and name not in constants]
     if ones is None:
         signature = dict(types) | dict.fromkeys(sizes, "i64")

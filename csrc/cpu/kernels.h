@@ -112,6 +112,17 @@ struct LogisticMixtureArgs {
   int threads;
 };
 
+struct GatedActivationArgs {
+  enum Bias { kNone, kChannel, kSample, kFull };  // (2C,), (N, 2C), (N, 2C, S)
+  bool is_double;
+  View x, bias, grad;
+  void *y, *grad_bias;  // backward: grad x; dense in x's order
+  int64_t n, c, s, groups;  // c channels of y
+  int bias_mode;
+  bool channels_last;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -126,6 +137,8 @@ struct LogisticMixtureArgs {
   void masked_conv(const MaskedConvArgs&);                  \
   void masked_conv_backward(const MaskedConvArgs&);         \
   void pixel_program(const PixelProgramArgs&);              \
+  void gated_activation(const GatedActivationArgs&); \
+  void gated_activation_backward(const GatedActivationArgs&); \
   void logistic_mixture_nll(const LogisticMixtureArgs&);    \
   void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
   void logistic_mixture_sample(const LogisticMixtureArgs&); \

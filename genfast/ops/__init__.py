@@ -2,6 +2,7 @@
 
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
+from .categorical_nll import categorical_nll
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
@@ -14,4 +15,6 @@ __all__ = [
     "invertible_conv1x1",
     "masked_conv1d", "masked_conv2d", "masked_conv3d",
     "squeeze", "unsqueeze",
+    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "categorical_nll", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "gated_activation", "invertible_conv1x1", "squeeze", "unsqueeze",
 ]  # fmt: skip

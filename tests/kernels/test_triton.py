@@ -18,7 +18,10 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("family", ["affine_coupling", "actnorm", "channel_mix", "squeeze", "family"])
+FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "family"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_interpreted(family):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", family, "tests/kernels/interpreted.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
