@@ -1,8 +1,35 @@
 """Masked convolution (PixelRNN 1601.06759 sec. 3.4): a convolution that sees only what comes before, as an implicit product.
 
-    y[p, co] = act(b[co] + sum over live taps k and ci of w[co, ci, k] x[p + (k - center) dilation, ci])
+    y[p, co] = act(b[co] + sum_{t, ci} w[co, ci, t] x[p + (t - center) dilation, ci]) over the live taps t
+    backward  d = dy [y > 0], dx[p, ci] = sum_{t, co} w[co, ci, t] d[p - (t - center) dilation, co],
+              dw[co, ci, t] = sum_p d[p, co] x[p + (t - center) dilation, ci], db = sum_p d
 
-HEAD
+x (N, Cin, *S), w (Cout, Cin/groups, *k), b (Cout,), S of one to three axes. A tap is live if t - center is lexicographically
+below 0; at 0, pairs of channels are live by their colour. That order is the memory's, so the live taps are the first T, and no
+list of them is needed. Dead weights are never multiplied: a small kernel packs the live ones in the order of the product (zeros
+for the dead pairs of the centre tap, and around the edges, so that tiles of weights need no mask), reading w once.
+
+Fused: padding, taps, bias and activation; dx is the same kernel with steps of the other sign. A program takes a tile of
+positions of any samples by output channels and runs over (tap, block of input channels) in one loop, or over taps and
+channels alike where a group has few channels (a first layer). dw is split over positions into chunks whose number depends on
+the shape alone; a second kernel adds their partial sums in order and writes zeros where weights are dead. d is formed once,
+with db (3 passes over y), since dx and dw would else gate every element T times. x, y and their gradients are read and
+written where they lie, by strides. Half types add in float32; float32 follows torch.backends.cuda.matmul.allow_tf32.
+
+2 T Cin/groups FLOPs an output element, in each of y, dx and dw; x is read from memory once and y written once (the taps read x
+from L2), plus the weights. 5x5 of type B at 128 channels: 425 984 FLOPs and 512 bytes a position in bfloat16, 832 FLOPs a
+byte where an H200's tensor cores balance at 206; 416 in float32 where its FMA units balance at 14. So bound by FLOPs down to
+about 16 channels, and by memory in a first layer of half type (3 channels, 7x7: 70 FLOPs a byte).
+
+Estimates, from what the compiler makes of it for sm_90 (128 channels, channels_last), not measured: the float32 loop is 81% FMA
+instructions, 16 warps a multiprocessor, so 65 to 75% of the FMA peak. The bfloat16 loop is 4 products of 64x128x16 a warp group
+to 169 other instructions a warp, 338 issue slots in 512 cycles of the tensor cores, with loads of 16 bytes three steps ahead,
+so 50 to 60% of their peak; in NCHW, whose shifted rows have no 16-byte alignment, half types load 2 bytes a thread and do
+not run ahead: 30 to 40%, so channels_last is the form for them. A dense convolution of the masked weight multiplies
+k^2 taps for (k^2 + 1) / 2: 1.8, 1.92 and 1.96 times the FLOPs for 3x3, 5x5 and 7x7; cropped to the rows down to the centre
+1.2, 1.15 and 1.12 times. With cuDNN at 70 to 80% of either peak: in float32 about 1.6 times as fast as dense and on a par with
+cropped; in bfloat16 1.3 to 1.5 times and 0.8 to 0.95, plus what the fused padding, mask, bias and activation save, which is
+more the fewer the channels.
 """
 
 from __future__ import annotations
@@ -76,7 +103,7 @@ def _colour(c, C, COLOURS: tl.constexpr, BLOCKED: tl.constexpr):
 
 @triton.jit
 def _pack(
-    weight, packed, w_group, wa, wb, wt, pr, pc, A, B, rows, columns, depth, live, masked, groups, c_tiles,
+    weight, packed, w_group, wa, wb, wt, wr, wc, A, B, rows, columns, depth, live, masked, groups, c_tiles,
     COLOURS: tl.constexpr, BLOCKED: tl.constexpr, STRICT: tl.constexpr, MIRRORED: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +126,7 @@ def _pack(
             may = of_a < of_b if STRICT else of_a <= of_b
         there = there & ((t != masked) | may)
     value = tl.load(weight + (group * w_group + a * wa + b * wb + t * wt), mask=there, other=0)
-    at = packed + group.to(tl.int64) * rows * columns + (row * pr + b * pc)
+    at = packed + group.to(tl.int64) * rows * columns + (row * wr + b * wc)
     tl.store(at, value.to(packed.dtype.element_ty), mask=(row < rows) & (b < columns))
 
 
@@ -250,10 +277,13 @@ def _weight_grad(
     d, x, partial, dn, dc, dz, dy, dx, xn, xc, xz, xy, xx, P, D, H, W, CO, size, s_magic, s_shift, h_magic, h_shift, w_magic,
     w_shift, cz, cy, cx, lz, ly, lx, o_tiles, p_tiles, chunk_tiles, live, groups, CI: tl.constexpr, KH: tl.constexpr,
     KW: tl.constexpr, AXES: tl.constexpr, PACKED: tl.constexpr, D_LAST: tl.constexpr, X_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    DENSE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """sum over a chunk of positions of d[p, o] x[p + offset of t, i]: a tile of o by i or, ``PACKED``, by (t, i)."""
+    """sum over a chunk of positions of d[p, o] x[p + offset of t, i]: a tile of o by i or, ``PACKED``, by (t, i).
+
+    ``DENSE``: the positions of the whole batch lie evenly in both, as in channels_last.
+    """
     group = tl.program_id(2)
     o_at = (tl.program_id(0) % o_tiles) * BLOCK_O
     column = tl.program_id(0) // o_tiles
@@ -285,11 +315,13 @@ def _weight_grad(
     for k in range(first, tl.minimum(first + chunk_tiles, p_tiles)):
         p = k * BLOCK_P + q_d
         pn, pz, py, px = _place(p, D, H, W, s_magic, s_shift, h_magic, h_shift, w_magic, w_shift, AXES, FAR)
-        g = tl.load(by_d + (pn * dn + pz * dz + py * dy + px * dx), mask=(p < P) & (o_d < CO), other=0)
+        at = p * dx if DENSE else pn * dn + pz * dz + py * dy + px * dx
+        g = tl.load(by_d + at, mask=(p < P) & (o_d < CO), other=0)
         p = k * BLOCK_P + q_x
         pn, pz, py, px = _place(p, D, H, W, s_magic, s_shift, h_magic, h_shift, w_magic, w_shift, AXES, FAR)
         inside = known & (p < P) & _inside(pz, py, px, oz, oy, ox, D, H, W, AXES)
-        value = tl.load(by_x + (pn * xn + pz * xz + py * xy + px * xx), mask=inside, other=0)
+        at = p * xx if DENSE else pn * xn + pz * xz + py * xy + px * xx
+        value = tl.load(by_x + at, mask=inside, other=0)
         if WIDE:
             g = g.to(tl.float32)
             value = value.to(tl.float32)
@@ -343,6 +375,17 @@ class Image(NamedTuple):
     far: bool  # whether an offset needs 64 bits
 
     @property
+    def dense(self) -> bool:
+        """Whether the positions of the whole batch are one axis with one step."""
+        step = self.strides[4]
+        n, _, *inner = self.strides
+        for size, stride in zip((*reversed(self.shape), self.data.shape[0]), (*reversed(inner), n)):
+            if size > 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+    @property
     def positions(self) -> int:
         return self.data.shape[0] * self.shape[0] * self.shape[1] * self.shape[2]
 
@@ -357,15 +400,19 @@ def image(x: Tensor) -> Image:
 
 
 class Tile(NamedTuple):
-    positions: int
+    """Positions, output channels and depth of a step of ``_conv``; output, input channels and positions of ``_weight_grad``."""
+
+    rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int = 0  # at most, where the assembler's own choice spills
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 def _covering(size: int, largest: int) -> int:
@@ -374,27 +421,29 @@ def _covering(size: int, largest: int) -> int:
     return min(blocks, key=lambda b: cdiv(size, b) * b * (1 + 16 / b))
 
 
-def _tile(dtype: torch.dtype, how: str, far: bool, positions: int, columns: int, depth: int, groups: int) -> Tile:
+def _tile(how: str, half: bool, far: bool, positions: int, columns: int, depth: int, groups: int) -> Tile:
     """Of ``_conv``; ``depth`` is the number of input channels of a group."""
     if far:
         return Tile(64, _covering(columns, 64), 16, 8, 2)
-    if dtype is torch.float32 and how == "ieee":
-        return Tile(64, _covering(columns, 64), 16, 4, 2)
-    block = _covering(columns, 128)
+    exact, packed = how == "ieee" and not half, depth < PACKED_BELOW
+    block = _covering(columns, 64 if exact else 128)
     tall = cdiv(positions, 128) * cdiv(columns, block) * groups >= MULTIPROCESSORS
-    packed = depth < PACKED_BELOW
-    deep = 32 if dtype is torch.float32 or packed else _covering(depth, 64)
+    if exact:
+        return Tile(128, block, 16, 8, 2, 128) if tall and not packed else Tile(64, block, 16, 4, 2)
+    deep = _covering(depth, 64) if half and not packed else 32
     return Tile(128 if tall else 64, block, deep, 8 if packed or (tall and block == 128) else 4, 3)
 
 
-def _grad_tile(dtype: torch.dtype, how: str, far: bool, rows: int, columns: int, packed: bool) -> Tile:
-    """Of ``_weight_grad``: output channels (here ``positions``), input channels, and positions a step (``depth``)."""
+def _grad_tile(how: str, half: bool, far: bool, last: bool, rows: int, columns: int, packed: bool) -> Tile:
+    """Of ``_weight_grad``; ``last``: both operands lie in channels_last."""
     if far:
         return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8, 2)
-    if dtype is torch.float32 and how == "ieee":
-        return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8 if packed else 4, 2)
+    if how == "ieee" and not half:
+        if packed:
+            return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8, 2, 224)
+        return Tile(_covering(rows, 128 if last else 64), _covering(columns, 64), 16, 4, 2)
     o, i = _covering(rows, 128), _covering(columns, 64 if packed else 128)
-    return Tile(o, i, 32 if dtype is torch.float32 else 64, 8 if packed or o * i == 128 * 128 else 4, 3)
+    return Tile(o, i, 64 if half else 32, 8 if packed or o * i == 128 * 128 else 4, 3)
 
 
 def _magic(d: int) -> tuple[int, int]:
@@ -436,19 +485,19 @@ def _launch(
     inner, outer = x.shape[1] // groups, y.shape[1] // groups
     how = precision(x)
     far = source.far or target.far
-    t = _tile(x.dtype, how, far, target.positions, outer, inner, groups)
+    t = _tile(how, x.dtype is not torch.float32, far, target.positions, outer, inner, groups)
     packed = inner < PACKED_BELOW
     depth = inner if packed else cdiv(inner, t.depth) * t.depth
     rows = cdiv(found.live * depth, t.depth) * t.depth
     o_tiles = cdiv(outer, t.columns)
     weights = _packed(weight, x.dtype, groups, found, colours, mirrored, o_tiles * t.columns, depth, rows)
     dilation = tuple(-step for step in found.dilation) if mirrored else found.dilation
-    _conv[(cdiv(target.positions, t.positions) * o_tiles, groups)](
+    _conv[(cdiv(target.positions, t.rows) * o_tiles, groups)](
         x, weights, weights if bias is None else bias.contiguous(), y, *source.strides, *target.strides, *weights.stride()[1:],
         target.positions, *target.shape, outer, rows, o_tiles * t.columns, found.live * inner, *found.center, *dilation,
         o_tiles, rows // t.depth, CI=inner, KH=found.sizes[1], KW=found.sizes[2], AXES=found.axes, PACKED=packed,
         BIAS=bias is not None, RELU=relu, X_LAST=source.last, Y_LAST=target.last, PRECISION=how, WIDE=wide(x),
-        FAR=far, BLOCK_P=t.positions, BLOCK_O=t.columns, BLOCK_K=t.depth, **t.options,
+        FAR=far, BLOCK_P=t.rows, BLOCK_O=t.columns, BLOCK_K=t.depth, **t.options,
     )  # fmt: skip
 
 
@@ -487,8 +536,16 @@ def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, groups: int, foun
     how = precision(x)
     packed = inner < PACKED_BELOW
     far = grad.far or source.far
-    t = _grad_tile(x.dtype, how, far, outer, found.live * inner if packed else inner, packed)
-    o_tiles, p_tiles = cdiv(outer, t.positions), cdiv(source.positions, t.depth)
+    t = _grad_tile(
+        how,
+        x.dtype is not torch.float32,
+        far,
+        grad.last and source.last,
+        outer,
+        found.live * inner if packed else inner,
+        packed,
+    )
+    o_tiles, p_tiles = cdiv(outer, t.rows), cdiv(source.positions, t.depth)
     tiles = o_tiles * (cdiv(found.live * inner, t.columns) if packed else found.live * cdiv(inner, t.columns))
     size = found.live * dweight.shape[0] * inner
     # Four programs a multiprocessor, none of fewer than 8 steps.
@@ -501,8 +558,8 @@ def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, groups: int, foun
             d, x, partial, *grad.strides, *source.strides, source.positions, *source.shape, outer, size,
             *_magic(depth * height * width), *_magic(height), *_magic(width), *found.center, *found.dilation, o_tiles, p_tiles,
             chunk_tiles, found.live, groups, CI=inner, KH=found.sizes[1], KW=found.sizes[2], AXES=found.axes, PACKED=packed,
-            D_LAST=grad.last, X_LAST=source.last, PRECISION=how, WIDE=wide(x), FAR=far,
-            BLOCK_O=t.positions, BLOCK_I=t.columns, BLOCK_P=t.depth, **t.options,
+            D_LAST=grad.last, X_LAST=source.last, DENSE=grad.dense and source.dense, PRECISION=how, WIDE=wide(x), FAR=far,
+            BLOCK_O=t.rows, BLOCK_I=t.columns, BLOCK_P=t.depth, **t.options,
         )  # fmt: skip
     pairs = dweight.shape[0] * inner
     _finish[(cdiv(pairs, 128) * found.all,)](
@@ -539,45 +596,46 @@ def masked_conv_backward(
 def _variants() -> list[Aot]:
     found = []
     rows, last = ("xx", "yx", "dx", "lz", "ly", "lx"), ("xc", "yc", "dc", "lz", "ly", "lx")
-    common = dict(KH=5, KW=5, AXES=2, WIDE=False)
 
     def add(label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any) -> None:
-        pointers = dict.fromkeys(("x", "y", "d", "weight", "bias", "grad_y"), f"*{kind}")
-        pointers |= dict.fromkeys(("packed", "dweight"), f"*{kind}") | {"partial": "*fp32"}
-        names = [name for name in kernel.arg_names if name in pointers and name not in ("dx", "dz", "dy")]
-        types = {name: pointers[name] for name in names}
+        pointers = dict.fromkeys(("x", "y", "d", "weight", "bias", "grad_y", "packed", "dweight"), f"*{kind}")
+        pointers |= {"partial": "*fp32"}
+        types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
         base = {name: value for name, value in base.items() if name in kernel.arg_names}
         found.append(variant(label, kernel, types, base, ones, **launch))
 
-    for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        for how in ("ieee", "tf32") if kind == "fp32" else ("ieee",):
-            for channels in (3, 32, 64, 128, 160):
+    for kind in ("fp32", "bf16", "fp16"):
+        half = kind != "fp32"
+        packed_ones = "wc" if half else "wr"
+        for how in ("ieee",) if half else ("ieee", "tf32"):
+            for channels in (3, 64, 128):
                 for form, ones in (("", rows), (" channels_last", last), (" any strides", None)):
-                    if kind == "fp16" and form or form == " any strides" and channels not in (3, 128):
+                    if kind == "fp16" and (form or channels == 64) or ones is None and channels == 64:
                         continue
-                    base = common | dict(
-                        CI=channels, PACKED=channels < PACKED_BELOW, PRECISION=how, FAR=ones is None, X_LAST=ones is last,
-                        Y_LAST=ones is last, D_LAST=ones is last,
+                    far, is_last, packed = ones is None, ones is last, channels < PACKED_BELOW
+                    base = dict(
+                        CI=channels, KH=5, KW=5, AXES=2, PACKED=packed, X_LAST=is_last, Y_LAST=is_last, D_LAST=is_last,
+                        DENSE=is_last, PRECISION=how, WIDE=False, FAR=far,
                     )  # fmt: skip
                     label = f"{channels} channels {kind} {how}{form}"
-                    for positions in (2**16, 2**12):
-                        t = _tile(dtype, how, ones is None, positions, max(channels, 64), channels, 1)
-                        blocks = dict(BLOCK_P=t.positions, BLOCK_O=t.columns, BLOCK_K=t.depth, BIAS=True, RELU=True)
-                        weight_ones = ("wr",) if kind == "fp32" else ("wc",)
-                        add(f"{label} {positions}", _conv, kind, ones and (*ones, *weight_ones), t.options, **base, **blocks)
-                    packed = channels < PACKED_BELOW
-                    columns = 13 * channels if packed else channels
-                    t = _grad_tile(dtype, how, ones is None, max(channels, 64), columns, packed)
-                    blocks = dict(BLOCK_O=t.positions, BLOCK_I=t.columns, BLOCK_P=t.depth)
+                    forward, transpose = dict(BIAS=True, RELU=True), dict(BIAS=False, RELU=False)
+                    for name, positions, ends in (("", 2**16, forward), (" small", 2**12, forward), (" dx", 2**16, transpose)):
+                        if name and (channels < 128 or far):
+                            continue
+                        t = _tile(how, half, far, positions, max(channels, 64), channels, 1)
+                        blocks = dict(BLOCK_P=t.rows, BLOCK_O=t.columns, BLOCK_K=t.depth)
+                        those = None if ones is None else (*ones, packed_ones)
+                        add(label + name, _conv, kind, those, t.options, **base, **ends, **blocks)
+                    t = _grad_tile(how, half, far, is_last, max(channels, 64), 13 * channels if packed else channels, packed)
+                    blocks = dict(BLOCK_O=t.rows, BLOCK_I=t.columns, BLOCK_P=t.depth)
                     add(label, _weight_grad, kind, ones, t.options, **base, **blocks)
         base = dict(COLOURS=3, BLOCKED=False, STRICT=True, MIRRORED=False, BLOCK_R=16, BLOCK_C=64, BLOCK_E=128)
-        add(f"weights {kind}", _pack, kind, (), {}, **base)
-        add(f"weights {kind}, transpose", _pack, kind, (), {}, **(base | dict(MIRRORED=True, BLOCKED=True)))
+        add(f"weights {kind}", _pack, kind, (packed_ones,), {}, **base)
+        add(f"weights {kind}, transposed", _pack, kind, (packed_ones,), {}, **(base | dict(MIRRORED=True, BLOCKED=True)))
         add(f"sums to {kind}", _finish, kind, (), {}, **(base | dict(BLOCK_R=8)))
         for form, ones in (("", ("gs", "ys", "ds")), (" channels_last", ("gc", "yc", "dc")), (" any strides", None)):
-            shape = dict(BLOCK_C=1, BLOCK_S=1024) if not form else dict(BLOCK_C=16, BLOCK_S=64)
-            far = ones is None
-            add(f"{kind}{form}", _gate, kind, ones, options(1024, far), FAR=far, **shape)
+            blocks = dict(BLOCK_C=16, BLOCK_S=64) if form else dict(BLOCK_C=1, BLOCK_S=1024)
+            add(f"{kind}{form}", _gate, kind, ones, options(1024, ones is None), FAR=ones is None, **blocks)
     return found
 
 
