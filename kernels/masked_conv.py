@@ -45,6 +45,7 @@ from ._common import Aot, cdiv, options, output, precision, tile, variant, view,
 
 MULTIPROCESSORS = 132  # of an H100 or H200: fewer tiles than these, and smaller tiles pay
 PACKED_BELOW = 9  # channels up to which a step of the product runs over taps and channels alike
+TRANSPOSE_FROM = 1024  # taps times channels from which the weight gradient of half types in NCHW repays two transposing copies
 ROWS = 1024  # programs a channel tile of the gradient through the activation, as in actnorm.py
 
 
@@ -399,6 +400,13 @@ def image(x: Tensor) -> Image:
     return Image(x, shape, strides, x.shape[1] > 1 and x.stride(1) < x.stride(-1), far)
 
 
+def _channels_last(x: Image) -> Image:
+    """The same values with their channels together; copied if they are not."""
+    if x.last or x.data.shape[1] == 1:
+        return x
+    return image(x.data.movedim(1, -1).contiguous().movedim(-1, 1))
+
+
 class Tile(NamedTuple):
     """Positions, output channels and depth of a step of ``_conv``; output, input channels and positions of ``_weight_grad``."""
 
@@ -421,23 +429,25 @@ def _covering(size: int, largest: int) -> int:
     return min(blocks, key=lambda b: cdiv(size, b) * b * (1 + 16 / b))
 
 
-def _tile(how: str, half: bool, far: bool, positions: int, columns: int, depth: int, groups: int) -> Tile:
-    """Of ``_conv``; ``depth`` is the number of input channels of a group."""
+def _tile(how: str, half: bool, far: bool, last: bool, positions: int, columns: int, depth: int, groups: int) -> Tile:
+    """Of ``_conv``; ``last``: x lies in channels_last, ``depth``: input channels of a group."""
     if far:
         return Tile(64, _covering(columns, 64), 16, 8, 2)
     exact, packed = how == "ieee" and not half, depth < PACKED_BELOW
     block = _covering(columns, 64 if exact else 128)
     tall = cdiv(positions, 128) * cdiv(columns, block) * groups >= MULTIPROCESSORS
+    if exact and tall and not packed:
+        return Tile(128, block, 16, 8, 2, 128) if last else Tile(128, block, 16, 4, 2)
     if exact:
-        return Tile(128, block, 16, 8, 2, 128) if tall and not packed else Tile(64, block, 16, 4, 2)
+        return Tile(64, block, 16, 4, 2)
     deep = _covering(depth, 64) if half and not packed else 32
     return Tile(128 if tall else 64, block, deep, 8 if packed or (tall and block == 128) else 4, 3)
 
 
 def _grad_tile(how: str, half: bool, far: bool, last: bool, rows: int, columns: int, packed: bool) -> Tile:
-    """Of ``_weight_grad``; ``last``: both operands lie in channels_last."""
+    """Of ``_weight_grad``; ``last``: d lies in channels_last."""
     if far:
-        return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8, 2)
+        return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8, 2, 224)
     if how == "ieee" and not half:
         if packed:
             return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8, 2, 224)
@@ -454,15 +464,15 @@ def _magic(d: int) -> tuple[int, int]:
 
 
 def _packed(
-    weight: Tensor, dtype: torch.dtype, groups: int, found: Taps, colours: Colours, mirrored: bool, columns: int, depth: int,
-    rows: int,
+    weight: Tensor, dtype: torch.dtype, how: str, groups: int, found: Taps, colours: Colours, mirrored: bool, columns: int,
+    depth: int, rows: int,
 ) -> Tensor:  # fmt: skip
-    """Live weights as (group, row, column); for float32 the rows lie together, as its tensor-core product wants them."""
+    """Live weights as (group, row, column); for TF32, whose tensor cores take nothing else, rows lie together."""
     flat = weight.flatten(2)
     out, inner = weight.shape[0] // groups, weight.shape[1]
-    shape = (groups, columns, rows) if dtype is torch.float32 else (groups, rows, columns)
+    shape = (groups, columns, rows) if how == "tf32" else (groups, rows, columns)
     packed = torch.empty(shape, dtype=dtype, device=weight.device)
-    if dtype is torch.float32:
+    if how == "tf32":
         packed = packed.transpose(1, 2)
     wo, wi, wt = flat.stride()
     a, b = ((out, wo), (inner, wi)) if mirrored else ((inner, wi), (out, wo))
@@ -485,12 +495,12 @@ def _launch(
     inner, outer = x.shape[1] // groups, y.shape[1] // groups
     how = precision(x)
     far = source.far or target.far
-    t = _tile(how, x.dtype is not torch.float32, far, target.positions, outer, inner, groups)
+    t = _tile(how, x.dtype is not torch.float32, far, source.last, target.positions, outer, inner, groups)
     packed = inner < PACKED_BELOW
     depth = inner if packed else cdiv(inner, t.depth) * t.depth
     rows = cdiv(found.live * depth, t.depth) * t.depth
     o_tiles = cdiv(outer, t.columns)
-    weights = _packed(weight, x.dtype, groups, found, colours, mirrored, o_tiles * t.columns, depth, rows)
+    weights = _packed(weight, x.dtype, how, groups, found, colours, mirrored, o_tiles * t.columns, depth, rows)
     dilation = tuple(-step for step in found.dilation) if mirrored else found.dilation
     _conv[(cdiv(target.positions, t.rows) * o_tiles, groups)](
         x, weights, weights if bias is None else bias.contiguous(), y, *source.strides, *target.strides, *weights.stride()[1:],
@@ -532,8 +542,13 @@ def _through(grad_y: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, groups: int, found: Taps, colours: Colours) -> None:
     inner, outer = dweight.shape[1], dweight.shape[0] // groups
+    how, half = precision(x), x.dtype is not torch.float32
     grad, source = image(d), image(x)
-    how = precision(x)
+    # FMA units read both operands from shared memory, where channels that do not lie together meet in one bank.
+    if (how == "ieee" and not half) or (half and found.live * inner >= TRANSPOSE_FROM):
+        source = _channels_last(source)
+    if half and found.live * inner >= TRANSPOSE_FROM:
+        grad = _channels_last(grad)
     packed = inner < PACKED_BELOW
     far = grad.far or source.far
     t = _grad_tile(
@@ -548,14 +563,15 @@ def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, groups: int, foun
     o_tiles, p_tiles = cdiv(outer, t.rows), cdiv(source.positions, t.depth)
     tiles = o_tiles * (cdiv(found.live * inner, t.columns) if packed else found.live * cdiv(inner, t.columns))
     size = found.live * dweight.shape[0] * inner
-    # Four programs a multiprocessor, none of fewer than 8 steps.
-    chunk_tiles = max(8, cdiv(p_tiles, cdiv(4 * MULTIPROCESSORS, max(1, tiles * groups))))
+    # As many programs as run at once, at 16 warps a multiprocessor, and none of fewer than 8 steps.
+    at_once = MULTIPROCESSORS * 16 // t.warps
+    chunk_tiles = max(8, cdiv(p_tiles, max(1, at_once // max(1, tiles * groups))))
     chunks = cdiv(p_tiles, chunk_tiles)
     partial = torch.empty((chunks, size), dtype=torch.float32, device=x.device)
     depth, height, width = source.shape
     if tiles:
         _weight_grad[(tiles, chunks, groups)](
-            d, x, partial, *grad.strides, *source.strides, source.positions, *source.shape, outer, size,
+            grad.data, source.data, partial, *grad.strides, *source.strides, source.positions, *source.shape, outer, size,
             *_magic(depth * height * width), *_magic(height), *_magic(width), *found.center, *found.dilation, o_tiles, p_tiles,
             chunk_tiles, found.live, groups, CI=inner, KH=found.sizes[1], KW=found.sizes[2], AXES=found.axes, PACKED=packed,
             D_LAST=grad.last, X_LAST=source.last, DENSE=grad.dense and source.dense, PRECISION=how, WIDE=wide(x), FAR=far,
@@ -606,7 +622,6 @@ def _variants() -> list[Aot]:
 
     for kind in ("fp32", "bf16", "fp16"):
         half = kind != "fp32"
-        packed_ones = "wc" if half else "wr"
         for how in ("ieee",) if half else ("ieee", "tf32"):
             for channels in (3, 64, 128):
                 for form, ones in (("", rows), (" channels_last", last), (" any strides", None)):
@@ -622,16 +637,18 @@ def _variants() -> list[Aot]:
                     for name, positions, ends in (("", 2**16, forward), (" small", 2**12, forward), (" dx", 2**16, transpose)):
                         if name and (channels < 128 or far):
                             continue
-                        t = _tile(how, half, far, positions, max(channels, 64), channels, 1)
+                        t = _tile(how, half, far, is_last, positions, max(channels, 64), channels, 1)
                         blocks = dict(BLOCK_P=t.rows, BLOCK_O=t.columns, BLOCK_K=t.depth)
-                        those = None if ones is None else (*ones, packed_ones)
+                        those = None if ones is None else (*ones, "wr" if how == "tf32" else "wc")
                         add(label + name, _conv, kind, those, t.options, **base, **ends, **blocks)
+                    if how == "ieee" and not half:
+                        base["X_LAST"], ones = True, ones and (*(name for name in ones if name != "xx"), "xc")
                     t = _grad_tile(how, half, far, is_last, max(channels, 64), 13 * channels if packed else channels, packed)
                     blocks = dict(BLOCK_O=t.rows, BLOCK_I=t.columns, BLOCK_P=t.depth)
                     add(label, _weight_grad, kind, ones, t.options, **base, **blocks)
         base = dict(COLOURS=3, BLOCKED=False, STRICT=True, MIRRORED=False, BLOCK_R=16, BLOCK_C=64, BLOCK_E=128)
-        add(f"weights {kind}", _pack, kind, (packed_ones,), {}, **base)
-        add(f"weights {kind}, transposed", _pack, kind, (packed_ones,), {}, **(base | dict(MIRRORED=True, BLOCKED=True)))
+        add(f"weights {kind}", _pack, kind, ("wc",), {}, **base)
+        add(f"weights {kind}, transposed", _pack, kind, ("wc",), {}, **(base | dict(MIRRORED=True, BLOCKED=True)))
         add(f"sums to {kind}", _finish, kind, (), {}, **(base | dict(BLOCK_R=8)))
         for form, ones in (("", ("gs", "ys", "ds")), (" channels_last", ("gc", "yc", "dc")), (" any strides", None)):
             blocks = dict(BLOCK_C=16, BLOCK_S=64) if form else dict(BLOCK_C=1, BLOCK_S=1024)

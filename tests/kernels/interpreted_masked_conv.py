@@ -1,4 +1,4 @@
-"""The masked convolution's Triton kernels in the interpreter; tests/kernels/test_triton.py runs this in a process of its own."""
+"""The Triton kernels of the masked convolution in the interpreter; test_triton.py runs this in a process of its own."""
 
 from __future__ import annotations
 
@@ -67,6 +67,12 @@ def test_masked_conv_weight_strides(form):
     a = cases.arguments("groups", FLOAT)
     _, _, dweight, _ = cases.check(a | dict(weight=strided(a["weight"], form), bias=torch.randn(2 * 24)[::2]))
     assert dweight.is_contiguous()
+
+
+@pytest.mark.parametrize("label", ["primes", "sequence, last tap"])
+def test_masked_conv_half_types_transposed_for_the_weight_gradient(label, monkeypatch):
+    monkeypatch.setattr(kernels, "TRANSPOSE_FROM", 1)
+    cases.check(cases.arguments(label, dict(dtype=torch.float16)))
 
 
 def test_masked_conv_volume_channels_last():
