@@ -14,22 +14,22 @@ positions of any samples by output channels and runs over (tap, block of input c
 channels alike where a group has few channels (a first layer). dw is split over positions into chunks whose number depends on
 the shape alone; a second kernel adds their partial sums in order and writes zeros where weights are dead. d is formed once,
 with db (3 passes over y), since dx and dw would else gate every element T times. x, y and their gradients are read and
-written where they lie, by strides. Half types add in float32; float32 follows torch.backends.cuda.matmul.allow_tf32.
+written where they lie, by strides; only dw may transpose its operands first (float32 on FMA units, and wide layers of half
+type in NCHW). Half types add in float32; float32 follows torch.backends.cuda.matmul.allow_tf32.
 
 2 T Cin/groups FLOPs an output element, in each of y, dx and dw; x is read from memory once and y written once (the taps read x
 from L2), plus the weights. 5x5 of type B at 128 channels: 425 984 FLOPs and 512 bytes a position in bfloat16, 832 FLOPs a
 byte where an H200's tensor cores balance at 206; 416 in float32 where its FMA units balance at 14. So bound by FLOPs down to
-about 16 channels, and by memory in a first layer of half type (3 channels, 7x7: 70 FLOPs a byte).
+about 32 channels in half types and 5 in float32; a first layer of half type (3 channels, 7x7: 70 FLOPs a byte) by memory.
 
-Estimates, from what the compiler makes of it for sm_90 (128 channels, channels_last), not measured: the float32 loop is 81% FMA
-instructions, 16 warps a multiprocessor, so 65 to 75% of the FMA peak. The bfloat16 loop is 4 products of 64x128x16 a warp group
-to 169 other instructions a warp, 338 issue slots in 512 cycles of the tensor cores, with loads of 16 bytes three steps ahead,
-so 50 to 60% of their peak; in NCHW, whose shifted rows have no 16-byte alignment, half types load 2 bytes a thread and do
-not run ahead: 30 to 40%, so channels_last is the form for them. A dense convolution of the masked weight multiplies
-k^2 taps for (k^2 + 1) / 2: 1.8, 1.92 and 1.96 times the FLOPs for 3x3, 5x5 and 7x7; cropped to the rows down to the centre
-1.2, 1.15 and 1.12 times. With cuDNN at 70 to 80% of either peak: in float32 about 1.6 times as fast as dense and on a par with
-cropped; in bfloat16 1.3 to 1.5 times and 0.8 to 0.95, plus what the fused padding, mask, bias and activation save, which is
-more the fewer the channels.
+Estimates for an H200, not measured. Counted in what the compiler makes for sm_90 at 128 channels: the float32 loop is 81% FMA
+instructions at 16 warps a multiprocessor, so 65 to 75% of the FMA peak. The bfloat16 loop in channels_last takes 338 issue
+slots while its products take 512 cycles of the tensor cores, with 16-byte loads two steps ahead, so 50 to 60% of their peak;
+in NCHW a shifted row has no alignment, so half types load 2 bytes a thread and not ahead: 30 to 45%, and channels_last is the
+form for them. A dense convolution of the masked weight multiplies k^2 taps for (k^2 + 1) / 2: 1.8, 1.92 and 1.96 times the
+FLOPs for 3x3, 5x5 and 7x7; cropped to the rows down to the centre's it is 1.2, 1.15 and 1.12 times. With cuDNN at 70 to 80% of
+either peak: in float32 1.5 to 1.8 times as fast as dense and on a par with cropped; in bfloat16 1.2 to 1.5 times and 0.75 to
+0.95, plus the passes saved by fusing padding, mask, bias and activation, which weigh the more the fewer the channels.
 """
 
 from __future__ import annotations
