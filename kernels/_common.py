@@ -119,6 +119,16 @@ def place(s_tiles, tiles, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FAR: tl.
     return n, k, c[:, None], s[None, :]
 
 
+def precision(x: Tensor) -> str:
+    """How products of x's type are taken: float32 follows torch.backends.cuda.matmul.allow_tf32."""
+    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def wide(x: Tensor) -> bool:
+    """The interpreter, which is NumPy, has no product of bfloat16; float32 gives the same numbers."""
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16
+
+
 class Aot(NamedTuple):
     """One ahead-of-time compile: a kernel, its argument types and its constants (see aot.py)."""
 

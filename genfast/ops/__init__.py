@@ -10,11 +10,9 @@ from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
 from .squeeze import squeeze, unsqueeze
 
 __all__ = [
-    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling",
+    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "categorical_nll",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample",
-    "invertible_conv1x1",
+    "gated_activation", "invertible_conv1x1",
     "masked_conv1d", "masked_conv2d", "masked_conv3d",
     "squeeze", "unsqueeze",
-    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "categorical_nll", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "gated_activation", "invertible_conv1x1", "squeeze", "unsqueeze",
 ]  # fmt: skip
