@@ -10,9 +10,12 @@ from .invertible_conv1x1 import (
     plu_weight,
     plu_weight_backward,
 )
+from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .squeeze import squeeze
 
 __all__ = [
     "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
-    "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "squeeze",
+    "diagonal_lstm", "diagonal_lstm_backward",
+    "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "row_lstm",
+    "row_lstm_backward", "squeeze",
 ]  # fmt: skip

@@ -111,7 +111,10 @@ def _outputs(result):
 
 
 # Which arguments carry the batch axis.
-BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,)}
+BATCHED = {
+    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,), "row_lstm": (0,),
+    "diagonal_lstm": (0,),
+}  # fmt: skip
 
 
 @each_sample
