@@ -4,7 +4,7 @@
 // gates (N, 4h, H, W), K (4h, h, k), h (N, h, H, W), kept (N, H, W, 5, h) = o, f, i, g, c. On a diagonal the neighbours above
 // and to the left of row p stood at p - 1 and p of the diagonal before, so K is a convolution over two positions; nothing is
 // skewed, and the corners that a skewed map pads are not computed.
-// Fused: the product, the activations and the cell of a tile of positions never leave the registers; the backward computes
+// Fused: the product, the activations and the cell of a tile of positions never leave the first cache; the backward computes
 // dh, the gate gradients and the weight gradient of a step while they lie in the first caches. An image is transposed to
 // channels-last in its own scratch (into `kept`, where that is wanted) and back.
 // Per position 8 k h^2 FLOPs forward and 16 k h^2 backward against 4 (4 + 5 + 1) h bytes: bound by the multipliers.
@@ -162,10 +162,15 @@ void read_sites(const T* x, int64_t c_stride, int64_t s_stride, int64_t channels
     for (int64_t c = 0; c < channels; ++c) rows[s * row_stride + c] = x[s * s_stride + c * c_stride];
 }
 
-// acc[m][v] += sum_q a[m][q] b[q][v]; b is packed, q by q.
+// sums[m][v] += sum_q a[m][q] b[q][v]; b is packed, q by q. Not inlined: what surrounds it would take its registers.
 template <class T, int M, int NV>
-GENFAST_INLINE void product(Vec<T> (&acc)[M][NV], const T* a, int64_t a_stride, const T* b, int64_t depth) {
+__attribute__((noinline)) void product(T* sums, const T* a, int64_t a_stride, const T* b, int64_t depth) {
   constexpr int n = lanes<T>();
+  Vec<T> acc[M][NV];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = load(sums + (m * NV + v) * n);
   for (int64_t q = 0; q < depth; ++q, b += NV * n) {
     Vec<T> column[NV];
 #pragma GCC unroll 4
@@ -177,6 +182,10 @@ GENFAST_INLINE void product(Vec<T> (&acc)[M][NV], const T* a, int64_t a_stride, 
       for (int v = 0; v < NV; ++v) acc[m][v] += column[v] * scalar;
     }
   }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(sums + (m * NV + v) * n, acc[m][v]);
 }
 
 template <class T>
@@ -307,23 +316,22 @@ struct Forward {
       const int64_t n = ch.count, offset = block * lanes<T>(), depth = f.scan.taps * ch.padded;
       const int live = ch.live(block);
       T* site[M];
-      Vec<T> acc[M][4];
-#pragma GCC unroll 6
+      alignas(64) T sums[M * 4 * lanes<T>()];
       for (int m = 0; m < M; ++m) {
         site[m] = f.kept_of(sample, slot) + f.scan.site(tile.t, tile.begin + m) * f.site_size + offset;
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) acc[m][q] = load_live(site[m] + q * n, live);
+        for (int q = 0; q < 4; ++q) store(sums + (m * 4 + q) * lanes<T>(), load_live(site[m] + q * n, live));
       }
       if (tile.t || f.a.h0)
-        product<T, M, 4>(acc, f.state_of(slot, tile.t + 1) + tile.begin * ch.padded, ch.padded,
+        product<T, M, 4>(sums, f.state_of(slot, tile.t + 1) + tile.begin * ch.padded, ch.padded,
                          f.packed + block * depth * 4 * lanes<T>(), depth);
       T* cell = f.cell + (slot * f.scan.positions + tile.begin) * ch.padded + offset;
       T* next = f.state_of(slot, tile.t) + (tile.begin + f.scan.pad) * ch.padded + offset;
       T* y = f.y_of(sample, slot) + offset;
-#pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> o = logistic<T>(acc[m][0]), forget = logistic<T>(acc[m][1]), i = logistic<T>(acc[m][2]);
-        const Vec<T> g = tanh<T>(acc[m][3]);
+      const T* z = sums;
+#pragma GCC unroll 1
+      for (int m = 0; m < M; ++m, z += 4 * lanes<T>()) {
+        const Vec<T> o = logistic<T>(load(z)), forget = logistic<T>(load(z + lanes<T>()));
+        const Vec<T> i = logistic<T>(load(z + 2 * lanes<T>())), g = tanh<T>(load(z + 3 * lanes<T>()));
         const Vec<T> c = forget * load(cell + m * ch.padded) + i * g, h = o * tanh<T>(c);
         store(cell + m * ch.padded, c);
         store(next + m * ch.padded, h);
@@ -485,16 +493,16 @@ struct Backward {
       const Channels& ch = f.ch;
       const Scan& scan = f.scan;
       const int64_t n = ch.count, base = panel * 4 * lanes<T>(), depth = scan.taps * f.width(), t = tile.t;
-      Vec<T> dh[M][NV];
-#pragma GCC unroll 6
+      alignas(64) T sums[M * NV * lanes<T>()];
       for (int m = 0; m < M; ++m) {
         const T* g = f.grad_of(sample, slot) + scan.site(t, tile.begin + m) * f.grad_stride() + base;
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) dh[m][v] = load_live(g + v * ch.lanes, ch.live(4 * panel + v));
+        for (int v = 0; v < NV; ++v)
+          store(sums + (m * NV + v) * lanes<T>(), load_live(g + v * ch.lanes, ch.live(4 * panel + v)));
       }
       if (t + 1 < scan.steps)
-        product<T, M, NV>(dh, f.da_of(slot, t + 1) + tile.begin * f.width(), f.width(), f.packed + base * depth, depth);
+        product<T, M, NV>(sums, f.da_of(slot, t + 1) + tile.begin * f.width(), f.width(), f.packed + base * depth, depth);
       const T *c0 = static_cast<const T*>(f.a.c0), *grad_kept = static_cast<const T*>(f.a.grad_kept);
+#pragma GCC unroll 1
       for (int m = 0; m < M; ++m) {
         const int64_t p = tile.begin + m, where = scan.site(t, p);
         const T* site = f.kept_of(sample) + where * 5 * n;
@@ -503,15 +511,16 @@ struct Backward {
         const T* extra = grad_kept ? grad_kept + (sample * scan.sites + where) * 5 * n : nullptr;
         T* da = f.da_of(slot, t) + (p + scan.taps - 1 - scan.pad) * f.width();
         T* out = f.dgates_of(sample, slot) + where * 4 * n;
-#pragma GCC unroll 4
+#pragma GCC unroll 1
         for (int v = 0; v < NV; ++v) {
+          const Vec<T> dh = load(sums + (m * NV + v) * lanes<T>());
           const int64_t k = base + v * ch.lanes;
           const int live = ch.live(4 * panel + v);
           const Vec<T> o = load_live(site + k, live), forget = load_live(site + n + k, live);
           const Vec<T> i = load_live(site + 2 * n + k, live), g = load_live(site + 3 * n + k, live);
           const Vec<T> th = load(f.tanh_of(slot, t) + p * ch.padded + k);
           T* dc = f.dc + (slot * scan.positions + p) * ch.padded + k;
-          Vec<T> d = load(dc) + dh[m][v] * o * (T(1) - th * th), d_o = dh[m][v] * th;
+          Vec<T> d = load(dc) + dh * o * (T(1) - th * th), d_o = dh * th;
           if (extra) {
             d += load_live(extra + 4 * n + k, live);
             d_o += load_live(extra + k, live);
@@ -626,14 +635,19 @@ struct Backward {
     const int64_t n = ch.count, positions = scan.positions, taps = scan.taps;
     const T* weight = static_cast<const T*>(a.weight);
 #pragma omp parallel for num_threads(a.threads) schedule(static)
-    for (int64_t row = 0; row < 4 * n; ++row)
-      for (int64_t in = 0; in < n; ++in)
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          double total = 0;
-          for (int64_t g = 0; g < groups; ++g)
-            total += double(dweight[(((g * taps + tap) * 4 + row / n) * ch.padded + row % n) * ch.padded + in]);
-          static_cast<T*>(a.grad_weight)[(row * n + in) * taps + tap] = T(total);
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      Scratch<double> total(n);
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t out = 0; out < n; ++out) {
+          memset(total.data, 0, size_t(n) * sizeof(double));
+          for (int64_t g = 0; g < groups; ++g) {
+            const T* part = dweight + (((g * taps + tap) * 4 + gate) * ch.padded + out) * ch.padded;
+            for (int64_t in = 0; in < n; ++in) total.data[in] += double(part[in]);
+          }
+          T* row = static_cast<T*>(a.grad_weight) + (gate * n + out) * n * taps + tap;
+          for (int64_t in = 0; in < n; ++in) row[in * taps] = T(total.data[in]);
         }
+    }
     for (int64_t i = 0; a.c0 && i < positions * n; ++i) {
       double total = 0;
       for (int64_t g = 0; g < groups; ++g) total += double(dcell[g * positions * n + i]);

@@ -70,13 +70,13 @@ def _scan(
     gates: Tensor, weight: Tensor, pads: tuple[int, int], h0: Tensor | None, c0: Tensor | None, begun: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """gates (N, 4h, P, T), h0 and c0 (h, P); a position that step t has not begun keeps its h0 and c0."""
-    n, hidden, positions, steps = gates.shape[0], weight.shape[1], gates.shape[2], gates.shape[3]
+    n, hidden, positions = gates.shape[0], weight.shape[1], gates.shape[2]
     weight = weight.to(gates.dtype)
     first_h, first_c = (_initial(s, gates, n, hidden, positions) for s in (h0, c0))
     h, c = first_h, first_c
     every: list[tuple[Tensor, ...]] = []
-    for t in range(steps):
-        o, f, i, g = (gates[..., t] + F.conv1d(F.pad(h, pads), weight)).chunk(4, 1)
+    for t, now in enumerate(gates.unbind(3)):
+        o, f, i, g = (now + F.conv1d(F.pad(h, pads), weight)).chunk(4, 1)
         o, f, i, g = o.sigmoid(), f.sigmoid(), i.sigmoid(), g.tanh()
         c = f * c + i * g
         h = o * c.tanh()
