@@ -6,6 +6,7 @@ from ..reference.models import FlowModel, dequantize
 from .glow import Glow
 from .linear_flow import LinearFlow
 from .nice import NICE
+from .pixel_rnn import PixelRNN
 from .realnvp import RealNVP
 
 NAMES: dict[str, type[FlowModel]] = {"glow": Glow, "linear_flow": LinearFlow, "nice": NICE, "realnvp": RealNVP}
@@ -22,4 +23,4 @@ def build(name: str, **config: Any) -> FlowModel:
     return NAMES[name](**config)
 
 
-__all__ = ["NAMES", "FlowModel", "Glow", "LinearFlow", "NICE", "RealNVP", "build", "dequantize"]
+__all__ = ["NAMES", "FlowModel", "Glow", "LinearFlow", "NICE", "PixelRNN", "RealNVP", "build", "dequantize"]

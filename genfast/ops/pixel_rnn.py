@@ -57,8 +57,8 @@ def _fake_backward(
     n, height, width, _, hidden = kept.shape
     form = torch.contiguous_format if grad_h is None else memory_format(grad_h)
     dgates = torch.empty((n, 4 * hidden, height, width), dtype=kept.dtype, device=kept.device, memory_format=form)
-    states = (kept.new_empty(0 if s is None else s.shape) for s in (h0, c0))
-    return dgates, kept.new_empty(weight.shape), *states
+    dh0, dc0 = (kept.new_empty(0 if s is None else s.shape) for s in (h0, c0))
+    return dgates, kept.new_empty(weight.shape), dh0, dc0
 
 
 def _dense(n: int, c: int, like: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

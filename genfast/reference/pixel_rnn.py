@@ -34,14 +34,15 @@ def diagonal_lstm(
 
 def skew(x: Tensor) -> Tensor:
     """(N, C, H, W) to (N, C, H, H + W - 1): row r shifted to the right by r, zeros around."""
-    height, width = x.shape[2:]
-    return F.pad(x, (0, height)).flatten(2)[:, :, : height * (width + height - 1)].unflatten(2, (height, width + height - 1))
+    n, c, height, width = x.shape
+    steps = width + height - 1
+    return F.pad(x, (0, height)).flatten(2)[:, :, : height * steps].reshape(n, c, height, steps)
 
 
 def unskew(x: Tensor, width: int) -> Tensor:
     """The inverse of :func:`skew`."""
-    height = x.shape[2]
-    return F.pad(x.flatten(2), (0, height)).unflatten(2, (height, width + height))[..., :width]
+    n, c, height, _ = x.shape
+    return F.pad(x.flatten(2), (0, height)).reshape(n, c, height, width + height)[..., :width]
 
 
 def row_lstm_backward(
