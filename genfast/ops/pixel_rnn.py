@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend, _pool, reference
@@ -14,6 +15,8 @@ from . import _check
 from ._layout import Layout, laid_out, memory_format
 
 _CPU: Any = _backend.extension("_cpu")[0]
+_CUDA: Any = _backend.extension("_cuda")[0]
+_CUDA_DTYPES = _backend.DTYPES | {"cuda": (torch.float32,)}
 
 
 def _check_forward(op: str, diagonal: bool) -> Callable[..., None]:
@@ -143,6 +146,95 @@ def _cpu_backward(diagonal: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor,
     return run
 
 
+def _fits(device: torch.device, positions: int, taps: int, row: int) -> bool:
+    """Whether the rows of ``row`` floats that a step reads lie in a block's shared memory."""
+    limit: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 4 * (positions + taps - 1) * row <= limit
+
+
+def _cuda(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    check = _check_forward(name, diagonal)
+    fallback: Callable[..., tuple[Tensor, Tensor]] = getattr(reference, name)
+
+    def run(gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+        check(gates, weight, h0, c0)
+        n, channels, height, width = gates.shape
+        hidden, taps = channels // 4, weight.shape[2]
+        depth = (hidden + 3) // 4 * 4
+        positions = height if diagonal else width
+        if not _fits(gates.device, positions, taps, depth):
+            return fallback(gates, weight, h0, c0, keep)
+        sites = gates.permute(0, 2, 3, 1).contiguous()
+        packed = weight.to(gates.dtype).reshape(4, hidden, hidden, taps).permute(3, 2, 1, 0)
+        packed = F.pad(packed, (0, 0, 0, 0, 0, depth - hidden)).contiguous()
+        h0, c0 = _states(diagonal, height, gates.dtype, h0, c0)
+        h, carry = gates.new_empty(n, height, width, hidden), gates.new_empty(n, positions, hidden)
+        kept = gates.new_empty((n, height, width, 5, hidden) if keep else 0)
+        if n:
+            with torch.cuda.device(gates.device):
+                _CUDA.pixel_rnn(
+                    torch.cuda.current_stream().cuda_stream, diagonal, sites.data_ptr(), packed.data_ptr(), _address(h0),
+                    _address(c0), h.data_ptr(), _address(kept if keep else None), carry.data_ptr(), n, hidden, depth, height,
+                    width, taps,
+                )  # fmt: skip
+        return h.permute(0, 3, 1, 2).contiguous(memory_format=memory_format(gates)), kept
+
+    return run
+
+
+def _cuda_backward(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    fallback: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = getattr(reference, f"{name}_backward")
+
+    def run(
+        grad_h: Tensor | None, grad_kept: Tensor | None, kept: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n, height, width, _, hidden = kept.shape
+        taps = weight.shape[2]
+        positions = height if diagonal else width
+        if not _fits(kept.device, positions, taps, 4 * hidden):
+            return fallback(grad_h, grad_kept, kept, weight, h0, c0)
+        form = torch.contiguous_format if grad_h is None else memory_format(grad_h)
+        sites = kept.new_zeros(n, height, width, hidden) if grad_h is None else grad_h.to(kept.dtype).permute(0, 2, 3, 1)
+        sites, kept, weight = sites.contiguous(), kept.contiguous(), weight.to(kept.dtype)
+        grad_kept = None if grad_kept is None else grad_kept.contiguous()
+        packed = weight.permute(2, 0, 1).flip(0).contiguous()
+        first_c = _states(diagonal, height, kept.dtype, c0)[0]
+        dgates, carry = kept.new_empty(n, height, width, 4 * hidden), kept.new_zeros(n, positions, hidden)
+        if n:
+            with torch.cuda.device(kept.device):
+                _CUDA.pixel_rnn_backward(
+                    torch.cuda.current_stream().cuda_stream, diagonal, sites.data_ptr(), _address(grad_kept),
+                    kept.data_ptr(), packed.data_ptr(), _address(first_c), dgates.data_ptr(), carry.data_ptr(), n, hidden,
+                    height, width, taps,
+                )  # fmt: skip
+        rows = dgates.reshape(-1, 4 * hidden).t()
+        windows = _windows(kept[..., 0, :] * kept[..., 4, :].tanh(), h0, taps, diagonal)
+        dweight = torch.stack([rows @ window.reshape(-1, hidden) for window in windows], 2)
+        dh0, dc0 = kept.new_empty(0), kept.new_empty(0)
+        if h0 is not None and diagonal:
+            dh0 = dgates[:, :, 0].sum((0, 1)) @ weight[..., 1]
+        elif h0 is not None:
+            dh0 = F.conv_transpose1d(dgates[:, 0].sum(0).t()[None], weight, padding=taps // 2)[0]
+        if c0 is not None:
+            dc0 = carry.sum((0, 1)) if diagonal else carry.sum(0).t().contiguous()
+        return dgates.permute(0, 3, 1, 2).contiguous(memory_format=form), dweight, dh0, dc0
+
+    return run
+
+
+def _windows(h: Tensor, h0: Tensor | None, taps: int, diagonal: bool) -> list[Tensor]:
+    """For each tap the states (N, H, W, h) that it saw, given those at every position."""
+    n, height, width, hidden = h.shape
+    if diagonal:
+        left = h.new_zeros(hidden) if h0 is None else h0.to(h.dtype)
+        above = F.pad(h[:, :-1], (0, 0, 0, 0, 1, 0))
+        return [above, torch.cat([left.expand(n, height, 1, hidden), h[:, :, :-1]], 2)]
+    first = h.new_zeros(width, hidden) if h0 is None else h0.to(h.dtype).t()
+    before = torch.cat([first.expand(n, 1, width, hidden), h[:, :-1]], 1)
+    before = F.pad(before, (0, 0, taps // 2, taps // 2))
+    return [before[:, :, j : j + width] for j in range(taps)]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     gates, weight, h0, c0, ctx.keep = inputs
     ctx.set_materialize_grads(False)
@@ -185,14 +277,16 @@ def _declare(name: str, diagonal: bool) -> dict[str, Op]:
         "-> (Tensor, Tensor, Tensor, Tensor)",
         reference=getattr(reference, f"{name}_backward"),
         fake=_fake_backward,
-        kernels={"cpu": _cpu_backward(diagonal)},
+        kernels={"cpu": _cpu_backward(diagonal), "cuda": _cuda_backward(name, diagonal)},
+        dtypes=_CUDA_DTYPES,
     )
     forward = Op(
         f"{name}(Tensor gates, Tensor weight, Tensor? h0, Tensor? c0, bool keep) -> (Tensor, Tensor)",
         reference=getattr(reference, name),
         check=_check_forward(name, diagonal),
         fake=_fake,
-        kernels={"cpu": _cpu(name, diagonal)},
+        kernels={"cpu": _cpu(name, diagonal), "cuda": _cuda(name, diagonal)},
+        dtypes=_CUDA_DTYPES,
         setup_context=_setup_context,
         backward=_backward(name),
         samples=_samples(diagonal),
