@@ -306,6 +306,31 @@ void bind_gated_activation(py::module_& m) {
           a.grad = view(grad, gn, gc, gs);
           a.grad_bias = ptr<>(grad_bias);
           GENFAST_CALL(gated_activation_backward, a);
+void bind_pixel_rnn(py::module_& m) {
+  m.def("pixel_rnn", [](bool is_double, bool diagonal, Address gates, int64_t gn, int64_t gc, int64_t gs, Address weight,
+                        Address h0, Address c0, Address h, Address kept, int64_t n, int64_t hidden, int64_t height,
+                        int64_t width, int64_t taps, bool channels_last, int threads) {
+    PixelRnnArgs a{};
+    a.is_double = is_double, a.diagonal = diagonal;
+    a.gates = view(gates, gn, gc, gs);
+    a.weight = ptr<>(weight), a.h0 = ptr<>(h0), a.c0 = ptr<>(c0), a.out = ptr<>(h), a.kept = ptr<>(kept);
+    a.n = n, a.hidden = hidden, a.height = height, a.width = width, a.taps = taps;
+    a.channels_last = channels_last, a.threads = threads;
+    GENFAST_CALL(pixel_rnn, a);
+  });
+  m.def("pixel_rnn_backward",
+        [](bool is_double, bool diagonal, Address grad_h, int64_t gn, int64_t gc, int64_t gs, Address grad_kept, Address kept,
+           Address weight, Address h0, Address c0, Address dgates, Address dweight, Address dh0, Address dc0, int64_t n,
+           int64_t hidden, int64_t height, int64_t width, int64_t taps, bool channels_last, int threads) {
+          PixelRnnArgs a{};
+          a.is_double = is_double, a.diagonal = diagonal;
+          a.grad_h = view(grad_h, gn, gc, gs);
+          a.grad_kept = ptr<>(grad_kept), a.kept = ptr<>(kept), a.weight = ptr<>(weight);
+          a.h0 = ptr<>(h0), a.c0 = ptr<>(c0), a.out = ptr<>(dgates);
+          a.grad_weight = ptr<>(dweight), a.grad_h0 = ptr<>(dh0), a.grad_c0 = ptr<>(dc0);
+          a.n = n, a.hidden = hidden, a.height = height, a.width = width, a.taps = taps;
+          a.channels_last = channels_last, a.threads = threads;
+          GENFAST_CALL(pixel_rnn_backward, a);
         });
 }
 
@@ -322,4 +347,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_pixel_program(m);
   bind_gated_activation(m);
   bind_discretized_logistic_mixture(m);
+  bind_pixel_rnn(m);
 }

@@ -61,6 +61,19 @@ struct PluArgs {
   int64_t c, batch, positions;
 };
 
+struct PixelRnnArgs {
+  bool is_double, diagonal;
+  View gates, grad_h;            // forward only; backward only
+  const void *weight, *h0, *c0;  // (4h, h, taps); (positions, h) or null
+  void* out;                     // h forward, grad gates backward; dense, in the order of gates or of grad_h
+  void* kept;                    // (N, H, W, 5, h): written forward unless null, read backward
+  const void* grad_kept;         // may be null
+  void *grad_weight, *grad_h0, *grad_c0;
+  int64_t n, hidden, height, width, taps;
+  bool channels_last;
+  int threads;
+};
+
 struct SqueezeArgs {
   bool is_double;
   const void* x;
@@ -142,6 +155,8 @@ struct GatedActivationArgs {
   void logistic_mixture_nll(const LogisticMixtureArgs&);    \
   void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
   void logistic_mixture_sample(const LogisticMixtureArgs&); \
+  void pixel_rnn(const PixelRnnArgs&);                      \
+  void pixel_rnn_backward(const PixelRnnArgs&);             \
   }
 
 GENFAST_DECLARE(base)

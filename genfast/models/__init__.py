@@ -11,6 +11,7 @@ from .linear_flow import LinearFlow
 from .nice import NICE
 from .pixelcnn import PixelCNN
 from .pixelcnnpp import PixelCNNPlusPlus
+from .pixel_rnn import PixelRNN
 from .realnvp import RealNVP
 from .wavenet import WaveNet
 
@@ -35,3 +36,4 @@ __all__ = [
     "AutoregressiveModel", "FlowModel", "GatedPixelCNN", "Glow", "LinearFlow", "NAMES", "NICE", "PixelCNN",
     "PixelCNNPlusPlus", "RealNVP", "WaveNet", "build", "dequantize", "mu_law_decode", "mu_law_encode",
 ]  # fmt: skip
+__all__ = ["NAMES", "FlowModel", "Glow", "LinearFlow", "NICE", "PixelRNN", "RealNVP", "build", "dequantize"]

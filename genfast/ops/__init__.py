@@ -15,4 +15,10 @@ __all__ = [
     "gated_activation", "invertible_conv1x1",
     "masked_conv1d", "masked_conv2d", "masked_conv3d",
     "squeeze", "unsqueeze",
+from .pixel_rnn import diagonal_lstm, row_lstm
+from .squeeze import squeeze, unsqueeze
+
+__all__ = [
+    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "diagonal_lstm", "invertible_conv1x1", "row_lstm", "squeeze",
+    "unsqueeze",
 ]  # fmt: skip

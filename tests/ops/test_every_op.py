@@ -115,6 +115,9 @@ BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "m
 BATCHED = {
     "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,),
     "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1),
+BATCHED = {
+    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,), "row_lstm": (0,),
+    "diagonal_lstm": (0,),
 }  # fmt: skip
 
 
