@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _backend, _pool
 from ..reference.autoregressive import draw_categorical, naive_sample
-from .lowering import LoweringError, lower
+from .lowering import lower
 from .program import Program
 
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -79,12 +79,16 @@ class Sampler:
         state = self._state()
         found = self._prepared.get((shape, has_context))
         if found is None or found[0] != state:
-            full = shape if len(shape) == 3 else (*shape, 1)
+            full = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
             training = self.network.training
             self.network.eval()
             try:
                 program, statics = lower(
-                    self.network, full, levels=self.levels, head=self.head, has_context=has_context  # type: ignore[arg-type]
+                    self.network,
+                    full,
+                    levels=self.levels,
+                    head=self.head,
+                    has_context=has_context,
                 )
             finally:
                 self.network.train(training)
@@ -204,14 +208,7 @@ class Sampler:
                 part = slice(start, start + wave)
                 count = len(images[part])
                 cache = _pool.empty_strided((count * program.image_floats + 64,), (1,), torch.float32).zero_()
-                maps = torch.tensor(
-                    [
-                        [m.data_ptr() + start * (m.stride(0) if len(m) > 1 else 0) * 4, *(s if k > 1 else 0 for s, k in zip(m.stride(), m.shape[:-1]))]
-                        + [0] * (4 - m.dim())
-                        for m in statics
-                    ],
-                    dtype=torch.int64,
-                )
+                maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64)
                 row, rows = 0, max(1, program.height // 64)
                 while row < program.height:
                     _CPU.pixel_program(
@@ -223,18 +220,25 @@ class Sampler:
                     row += rows
 
 
+def _map(values: Tensor, first: int) -> list[int]:
+    """A condition (N or 1, rows or 1, columns or 1, channels) from image ``first`` on: its address and its three strides."""
+    steps = [s if size > 1 else 0 for s, size in zip(values.stride(), values.shape[:3])]
+    return [values.data_ptr() + 4 * first * steps[0], *steps]
+
+
 class _bar:
     """A progress bar over rows, or nothing."""
 
     def __init__(self, shown: bool, total: int) -> None:
-        self.shown, self.total, self.bar = shown, total, None
+        self.shown, self.total = shown, total
+        self.bar: Any = None
 
     def __enter__(self) -> Callable[[int], Any]:
         if not self.shown:
             return lambda rows: None
         from tqdm import tqdm
 
-        self.bar: Any = tqdm(total=self.total, unit="row", disable=None)
+        self.bar = tqdm(total=self.total, unit="row", disable=None)
         update: Callable[[int], Any] = self.bar.update
         return update
 
