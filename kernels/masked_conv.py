@@ -590,8 +590,8 @@ def masked_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias) of genfast::masked_conv_backward; an empty tensor for each that is not wanted."""
     dx = output(x) if wanted[0] else x.new_empty(0)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else x.new_empty(0)
-    dbias = weight.new_empty(weight.shape[0]) if wanted[2] else x.new_empty(0)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0)
+    dbias = weight.new_empty(weight.shape[0] if wanted[2] else 0)
     if not y.numel() or not x.numel():
         return dx.zero_(), dweight.zero_(), dbias.zero_()
     found = taps(tuple(weight.shape[2:]), center, dilation, mask_type, data_channels)
@@ -599,7 +599,7 @@ def masked_conv_backward(
     if activation == "relu":
         d, total = _through(grad_y, y)
     else:
-        d = grad_y
+        d = grad_y.to(x.dtype)
     if wanted[0]:
         _launch(d, weight, None, dx, groups, found, colours, False, True)
     if wanted[1]:
