@@ -70,6 +70,19 @@ def test_masked_conv_weight_strides(form):
     assert dweight.is_contiguous()
 
 
+@pytest.mark.parametrize("label", ["first layer", "groups"])
+def test_masked_conv_tf32(label):
+    """The layouts of the product on tensor cores; the interpreter multiplies in float32 either way."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert kernels.precision(torch.zeros(1)) == "tf32"
+        cases.check(cases.arguments(label, FLOAT))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert kernels.precision(torch.zeros(1)) == "ieee"
+
+
 @pytest.mark.parametrize("label", ["primes", "sequence, last tap"])
 def test_masked_conv_half_types_transposed_for_the_weight_gradient(label, monkeypatch):
     monkeypatch.setattr(kernels, "TRANSPOSE_FROM", 1)
