@@ -39,6 +39,7 @@ _CONVS = (
 _LEAVES = (
     *_CONVS, *_IDENTITY, nn.Conv1d, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, gnn.Shift, gnn.ScaleLevels,
     gnn.LevelEmbedding, gnn.AppendOnes, gnn.ConcatELU, gnn.GatedActivation, gnn.ConditionBias,
+    gnn.RowLSTM, gnn.DiagonalBiLSTM,
 )  # fmt: skip
 
 
