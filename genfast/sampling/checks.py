@@ -44,7 +44,7 @@ def _dependence(network: nn.Module, x: Tensor, context: Tensor | None, outputs: 
         flat[every + 1, every] = (flat[every + 1, every] + 1) % (int(x.max()) + 1 if int(x.max()) else 2)
         with torch.no_grad():
             out = call(changed)
-        moved = (out[1:] - out[:1]).abs() > 1e-6 * out.abs().max()
+        moved = (out[1:] - out[:1]).abs() > 10 * torch.finfo(out.dtype).eps * out.abs().max()
         return [moved[(slice(None), *o)].view(x.shape[1:]) for o in outputs]
     values = x.to(torch.get_default_dtype()).requires_grad_()
     out = call(values)
