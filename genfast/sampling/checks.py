@@ -142,7 +142,7 @@ def receptive_field(
 
     Example:
         >>> import torch, genfast
-        >>> net = torch.nn.Sequential(*(genfast.nn.MaskedConv2d(1, 1, 3, mask_type=t) for t in "ABB"))
+        >>> net = genfast.models.PixelCNN(channels=4, layers=3, kernel_size=3)
         >>> field = genfast.sampling.receptive_field(net, (1, 9, 9))
         >>> bool(field.blind.any())
         True
