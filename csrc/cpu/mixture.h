@@ -7,13 +7,19 @@
 #include <math.h>
 #include <stdint.h>
 
+#ifdef __CUDACC__
+#define GENFAST_SAMPLED_ANYWHERE __host__ __device__
+#else
+#define GENFAST_SAMPLED_ANYWHERE
+#endif
+
 namespace genfast {
 namespace GENFAST_ISA {
 
 // Levels of all channels, `ostride` apart. In double throughout: a pixel that rounding puts on another level would change
 // every pixel that is drawn after it.
 template <class T>
-inline void sample_mixture(const T* params, int64_t stride, int64_t mixtures, int64_t channels, int64_t levels, T temperature,
+GENFAST_SAMPLED_ANYWHERE inline void sample_mixture(const T* params, int64_t stride, int64_t mixtures, int64_t channels, int64_t levels, T temperature,
                            const float* uniforms, int64_t ustride, int64_t* out, int64_t ostride) {
   const double heat = double(temperature);
   double top = double(params[0]);
