@@ -279,6 +279,61 @@ void bind_discretized_logistic_mixture(py::module_& m) {
         });
 }
 
+void bind_gated_activation(py::module_& m) {
+  const auto common = [](GatedActivationArgs& a, Address x, Address bias, Address out, int threads, bool is_double, int64_t xn,
+                         int64_t xc, int64_t xs, int64_t bn, int64_t bc, int64_t bs, int64_t n, int64_t c, int64_t s,
+                         int64_t groups, int bias_mode, bool channels_last) {
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.bias = view(bias, bn, bc, bs);
+    a.y = ptr<>(out);
+    a.n = n, a.c = c, a.s = s, a.groups = groups, a.bias_mode = bias_mode;
+    a.channels_last = channels_last, a.threads = threads;
+  };
+  m.def("gated_activation",
+        [common](Address x, Address bias, Address y, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs, int64_t bn,
+                 int64_t bc, int64_t bs, int64_t n, int64_t c, int64_t s, int64_t groups, int bias_mode, bool channels_last) {
+          GatedActivationArgs a{};
+          common(a, x, bias, y, threads, is_double, xn, xc, xs, bn, bc, bs, n, c, s, groups, bias_mode, channels_last);
+          GENFAST_CALL(gated_activation, a);
+        });
+  m.def("gated_activation_backward",
+        [common](Address x, Address bias, Address dx, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs,
+                 int64_t bn, int64_t bc, int64_t bs, int64_t n, int64_t c, int64_t s, int64_t groups, int bias_mode,
+                 bool channels_last, Address grad, int64_t gn, int64_t gc, int64_t gs, Address grad_bias) {
+          GatedActivationArgs a{};
+          common(a, x, bias, dx, threads, is_double, xn, xc, xs, bn, bc, bs, n, c, s, groups, bias_mode, channels_last);
+          a.grad = view(grad, gn, gc, gs);
+          a.grad_bias = ptr<>(grad_bias);
+          GENFAST_CALL(gated_activation_backward, a);
+void bind_pixel_rnn(py::module_& m) {
+  m.def("pixel_rnn", [](bool is_double, bool diagonal, Address gates, int64_t gn, int64_t gc, int64_t gs, Address weight,
+                        Address h0, Address c0, Address h, Address kept, int64_t n, int64_t hidden, int64_t height,
+                        int64_t width, int64_t taps, bool channels_last, int threads) {
+    PixelRnnArgs a{};
+    a.is_double = is_double, a.diagonal = diagonal;
+    a.gates = view(gates, gn, gc, gs);
+    a.weight = ptr<>(weight), a.h0 = ptr<>(h0), a.c0 = ptr<>(c0), a.out = ptr<>(h), a.kept = ptr<>(kept);
+    a.n = n, a.hidden = hidden, a.height = height, a.width = width, a.taps = taps;
+    a.channels_last = channels_last, a.threads = threads;
+    GENFAST_CALL(pixel_rnn, a);
+  });
+  m.def("pixel_rnn_backward",
+        [](bool is_double, bool diagonal, Address grad_h, int64_t gn, int64_t gc, int64_t gs, Address grad_kept, Address kept,
+           Address weight, Address h0, Address c0, Address dgates, Address dweight, Address dh0, Address dc0, int64_t n,
+           int64_t hidden, int64_t height, int64_t width, int64_t taps, bool channels_last, int threads) {
+          PixelRnnArgs a{};
+          a.is_double = is_double, a.diagonal = diagonal;
+          a.grad_h = view(grad_h, gn, gc, gs);
+          a.grad_kept = ptr<>(grad_kept), a.kept = ptr<>(kept), a.weight = ptr<>(weight);
+          a.h0 = ptr<>(h0), a.c0 = ptr<>(c0), a.out = ptr<>(dgates);
+          a.grad_weight = ptr<>(dweight), a.grad_h0 = ptr<>(dh0), a.grad_c0 = ptr<>(dc0);
+          a.n = n, a.hidden = hidden, a.height = height, a.width = width, a.taps = taps;
+          a.channels_last = channels_last, a.threads = threads;
+          GENFAST_CALL(pixel_rnn_backward, a);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -290,5 +345,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_squeeze(m);
   bind_masked_conv(m);
   bind_pixel_program(m);
+  bind_gated_activation(m);
   bind_discretized_logistic_mixture(m);
+  bind_pixel_rnn(m);
 }

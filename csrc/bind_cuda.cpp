@@ -71,4 +71,24 @@ PYBIND11_MODULE(_cuda, m) {
     py::gil_scoped_release release;
     check(pixel_program(a, stream));
   });
+  m.def("pixel_rnn", [](Address stream, bool diagonal, Address gates, Address weight, Address h0, Address c0, Address h,
+                        Address kept, Address carry, int64_t n, int64_t hidden, int64_t depth, int64_t height, int64_t width,
+                        int64_t taps) {
+    PixelRnnArgs a{};
+    a.diagonal = diagonal, a.gates = ptr(gates), a.weight = ptr(weight), a.h0 = ptr(h0), a.c0 = ptr(c0);
+    a.h = ptr(h), a.kept = ptr(kept), a.carry = ptr(carry);
+    a.n = n, a.hidden = hidden, a.depth = depth, a.height = height, a.width = width, a.taps = taps;
+    py::gil_scoped_release release;
+    check(pixel_rnn(a, stream));
+  });
+  m.def("pixel_rnn_backward", [](Address stream, bool diagonal, Address grad_h, Address grad_kept, Address kept,
+                                 Address weight, Address c0, Address dgates, Address carry, int64_t n, int64_t hidden,
+                                 int64_t height, int64_t width, int64_t taps) {
+    PixelRnnArgs a{};
+    a.diagonal = diagonal, a.grad_h = ptr(grad_h), a.grad_kept = ptr(grad_kept), a.kept = ptr(kept);
+    a.weight = ptr(weight), a.c0 = ptr(c0), a.dgates = ptr(dgates), a.carry = ptr(carry);
+    a.n = n, a.hidden = hidden, a.depth = hidden, a.height = height, a.width = width, a.taps = taps;
+    py::gil_scoped_release release;
+    check(pixel_rnn_backward(a, stream));
+  });
 }

@@ -119,6 +119,16 @@ def place(s_tiles, tiles, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FAR: tl.
     return n, k, c[:, None], s[None, :]
 
 
+def precision(x: Tensor) -> str:
+    """How products of x's type are taken: float32 follows torch.backends.cuda.matmul.allow_tf32."""
+    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def wide(x: Tensor) -> bool:
+    """The interpreter, which is NumPy, has no product of bfloat16; float32 gives the same numbers."""
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16
+
+
 class Aot(NamedTuple):
     """One ahead-of-time compile: a kernel, its argument types and its constants (see aot.py)."""
 
@@ -139,7 +149,7 @@ def variant(
     That is, as the launcher specialises them: 32-bit multiples of 16, and 1 where ``ones`` says. ``ones=None`` is the other
     extreme: 64 bits about which nothing is known.
     """
-    pointers = tuple(name for name in kernel.arg_names if name in types)
+    pointers = tuple(name for name in kernel.arg_names if types.get(name, "").startswith("*"))
     sizes = [name for name in kernel.arg_names if name not in types and name not in constants]
     if ones is None:
         signature = dict(types) | dict.fromkeys(sizes, "i64")

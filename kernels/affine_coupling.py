@@ -26,25 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import TILE, Aot, View, cdiv, memory_format, options, output, place, tile, variant, view
+from ._math import exp as _exp
+from ._math import log1p_unit as _log1p
+from ._math import tanh as _tanh
 
 _SCALES = ("exp", "sigmoid", "tanh", "softclamp", "additive")
-
-
-@triton.jit
-def _exp(x):
-    """e^x to a few ulp: the hardware's 2^x alone loses |x| / 2 ulp to the rounding of x log2(e)."""
-    k = tl.minimum(tl.maximum(tl.floor(x * 1.4426950408889634 + 0.5), -126.0), 127.0)
-    return tl.exp((x - k * 0.693359375) + k * 2.12194440e-4) * tl.exp2(k)
-
-
-@triton.jit
-def _log1p(z):
-    """log(1 + z) for z in [0, 1], exact to an ulp also where z is tiny: 2 atanh(z / (2 + z))."""
-    q = z / (2.0 + z)
-    w = q * q
-    p = 1.0 / 11.0 + w * (1.0 / 13.0)
-    p = 1.0 / 5.0 + w * (1.0 / 7.0 + w * (1.0 / 9.0 + w * p))
-    return 2.0 * q * (1.0 + w * (1.0 / 3.0 + w * p))
 
 
 @triton.jit
@@ -69,11 +55,7 @@ def _scale_map(r, a, SCALE: tl.constexpr, INVERSE: tl.constexpr):
         log_s = r
         if SCALE == "tanh":
             e = _exp(-2.0 * tl.abs(r))
-            far = (1.0 - e) / (1.0 + e)
-            w = r * r  # near zero the quotient cancels; Cephes' tanhf
-            p = ((-5.70498872745e-3 * w + 2.06390887954e-2) * w - 5.37397155531e-2) * w + 1.33314422036e-1
-            near = ((p * w - 3.33332819422e-1) * w) * r + r
-            th = tl.where(w < 0.390625, near, tl.where(r < 0, -far, far))
+            th = _tanh(r, e)
             log_s = a * th
             slope = a * (4.0 * e / ((1.0 + e) * (1.0 + e)))
         if SCALE == "softclamp":

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, output, variant, view
+from ._common import Aot, View, cdiv, output, precision, variant, view, wide
 
 LIBRARY_ABOVE = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 _DEPTH = 16  # channels a step of the product: the least that every Triton release takes
@@ -130,15 +130,6 @@ def _finish(
     tl.store(dbias + o, total.to(dbias.dtype.element_ty), mask=(e < size) & (i == C))
 
 
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _wide(x: Tensor) -> bool:
-    """The interpreter, which is NumPy, has no product of bfloat16; float32 gives the same numbers."""
-    return x.device.type == "cpu" and x.dtype is torch.bfloat16
-
-
 def _options(block: int, far: bool) -> dict[str, int]:
     """Launch options. With fewer registers or more stages in flight some variant spills on some architecture (see aot.py)."""
     small = block < 64
@@ -174,11 +165,11 @@ def _launch_mix(
     block_o, block_p = _mix_tile(channels, y.dtype)
     o_tiles = cdiv(channels, block_o)
     far = _far(a, b, out, rest)
-    exact = weight.dtype is not y.dtype and y.dtype is not torch.float32 and not _wide(y)
+    exact = weight.dtype is not y.dtype and y.dtype is not torch.float32 and not wide(y)
     _mix[(cdiv(out.n * out.s, block_p) * o_tiles,)](
         a.data, b.data, weight, weight if bias is None else bias.contiguous(), y, y_b, *a.strides, *b.strides, *out.strides,
         *rest.strides, *weight.stride(), channels, out.s, out.n * out.s, first, out.c, o_tiles, HAS_A=has_a, HAS_B=has_b,
-        SPLIT=out.c < channels, BIAS=bias is not None, PRECISION=_precision(y), EXACT=exact, WIDE=_wide(y),
+        SPLIT=out.c < channels, BIAS=bias is not None, PRECISION=precision(y), EXACT=exact, WIDE=wide(y),
         FAR=far, BLOCK_O=block_o, BLOCK_P=block_p, BLOCK_K=_DEPTH, **_options(block_o, far),
     )  # fmt: skip
 
@@ -226,7 +217,7 @@ def channel_mix_backward(
     partial = torch.empty((chunks, size), dtype=torch.float32, device=x.device)
     _weight_grad[(tiles * tiles * chunks,)](
         g.data, h.data, a.data, b.data, partial, *g.strides, *h.strides, *a.strides, *b.strides, channels, a.s, a.n * a.s,
-        split, a.c, tiles, p_tiles, chunks, HAS_D=has_d, HAS_D_B=has_d_b, HAS_B=has_b, PRECISION=_precision(x), WIDE=_wide(x),
+        split, a.c, tiles, p_tiles, chunks, HAS_D=has_d, HAS_D_B=has_d_b, HAS_B=has_b, PRECISION=precision(x), WIDE=wide(x),
         FAR=far, BLOCK=block, BLOCK_P=block_p, **_options(block, far),
     )  # fmt: skip
     _finish[(cdiv(size, 64),)](partial, dweight, dbias, *dweight.stride(), channels, chunks, BLOCK_E=64, BLOCK_R=32)
@@ -273,12 +264,12 @@ def _variants() -> list[Aot]:
 
     for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         for channels in (12, 24, 48, 96):
-            for precision in ("ieee", "tf32") if kind == "fp32" else ("ieee",):
+            for how in ("ieee", "tf32") if kind == "fp32" else ("ieee",):
                 for form, ones in (("", rows), (" channels_last", last), (" any strides", None)):
-                    if kind == "fp16" and form or form and channels in (24, 48) or precision == "tf32" and channels == 24:
+                    if kind == "fp16" and form or form and channels in (24, 48) or how == "tf32" and channels == 24:
                         continue
-                    base = absent | dict(PRECISION=precision, FAR=ones is None)
-                    label = f"{channels} channels {kind} {precision}{form}"
+                    base = absent | dict(PRECISION=how, FAR=ones is None)
+                    label = f"{channels} channels {kind} {how}{form}"
                     o, p = _mix_tile(channels, dtype)
                     mix = dict(HAS_A=True, HAS_B=True, SPLIT=True, BIAS=True, BLOCK_O=o, BLOCK_P=p, BLOCK_K=_DEPTH)
                     add(label, _mix, kind, "fp32", ones, o, EXACT=kind != "fp32", **mix, **base)

@@ -61,6 +61,19 @@ struct PluArgs {
   int64_t c, batch, positions;
 };
 
+struct PixelRnnArgs {
+  bool is_double, diagonal;
+  View gates, grad_h;            // forward only; backward only
+  const void *weight, *h0, *c0;  // (4h, h, taps); (positions, h) or null
+  void* out;                     // h forward, grad gates backward; dense, in the order of gates or of grad_h
+  void* kept;                    // (N, H, W, 5, h): written forward unless null, read backward
+  const void* grad_kept;         // may be null
+  void *grad_weight, *grad_h0, *grad_c0;
+  int64_t n, hidden, height, width, taps;
+  bool channels_last;
+  int threads;
+};
+
 struct SqueezeArgs {
   bool is_double;
   const void* x;
@@ -112,6 +125,17 @@ struct LogisticMixtureArgs {
   int threads;
 };
 
+struct GatedActivationArgs {
+  enum Bias { kNone, kChannel, kSample, kFull };  // (2C,), (N, 2C), (N, 2C, S)
+  bool is_double;
+  View x, bias, grad;
+  void *y, *grad_bias;  // backward: grad x; dense in x's order
+  int64_t n, c, s, groups;  // c channels of y
+  int bias_mode;
+  bool channels_last;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -126,9 +150,13 @@ struct LogisticMixtureArgs {
   void masked_conv(const MaskedConvArgs&);                  \
   void masked_conv_backward(const MaskedConvArgs&);         \
   void pixel_program(const PixelProgramArgs&);              \
+  void gated_activation(const GatedActivationArgs&); \
+  void gated_activation_backward(const GatedActivationArgs&); \
   void logistic_mixture_nll(const LogisticMixtureArgs&);    \
   void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
   void logistic_mixture_sample(const LogisticMixtureArgs&); \
+  void pixel_rnn(const PixelRnnArgs&);                      \
+  void pixel_rnn_backward(const PixelRnnArgs&);             \
   }
 
 GENFAST_DECLARE(base)

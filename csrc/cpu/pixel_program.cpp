@@ -238,9 +238,12 @@ class Engine {
                         segments_.data(), s.segments, a_.weights + s.weight + block * k, width);
   }
 
+  // A function of each vector of channels; the last one must not reach into the next pixel.
   template <class Function>
-  static void each(int64_t count, const Function& function) {
-    for (int64_t i = 0; i < count; i += lanes<F>()) function(i);
+  static void each(F* out, int64_t count, const Function& function) {
+    int64_t k = 0;
+    for (; k + lanes<F>() <= count; k += lanes<F>()) store(out + k, function(k));
+    if (k < count) store_part(out + k, function(k), int(count - k));
   }
 
   static Vec<F> elu(Vec<F> x) {  // e^x - 1 cancels near zero; its tail does not
@@ -261,33 +264,33 @@ class Engine {
       const F* a = s.a < 0 ? nullptr : at(s.a, n, s.kind == kCopy ? r - s.arg0 : r, s.kind == kCopy ? c - s.arg1 : c) + s.a_offset;
       const F* b = s.b < 0 ? nullptr : at(s.b, n, r, c) + s.b_offset;
       switch (s.kind) {
-        case kCopy: each(s.count, [&](int64_t k) { store(out + k, load(a + k)); }); break;
-        case kAdd: each(s.count, [&](int64_t k) { store(out + k, load(a + k) + load(b + k)); }); break;
-        case kRelu: each(s.count, [&](int64_t k) { const Vec<F> x = load(a + k); store(out + k, x > 0.f ? x : Vec<F>{}); }); break;
-        case kElu: each(s.count, [&](int64_t k) { store(out + k, elu(load(a + k))); }); break;
-        case kTanh: each(s.count, [&](int64_t k) { store(out + k, tanh<F>(load(a + k))); }); break;
-        case kSigmoid: each(s.count, [&](int64_t k) { store(out + k, logistic(load(a + k))); }); break;
+        case kCopy: each(out, s.count, [&](int64_t k) { return load(a + k); }); break;
+        case kAdd: each(out, s.count, [&](int64_t k) { return load(a + k) + load(b + k); }); break;
+        case kRelu: each(out, s.count, [&](int64_t k) { return load(a + k) > 0.f ? load(a + k) : Vec<F>{}; }); break;
+        case kElu: each(out, s.count, [&](int64_t k) { return elu(load(a + k)); }); break;
+        case kTanh: each(out, s.count, [&](int64_t k) { return tanh<F>(load(a + k)); }); break;
+        case kSigmoid: each(out, s.count, [&](int64_t k) { return logistic(load(a + k)); }); break;
         case kScale: {
           const F factor = a_.weights[s.weight];
-          each(s.count, [&](int64_t k) { store(out + k, load(a + k) * factor); });
+          each(out, s.count, [&](int64_t k) { return load(a + k) * factor; });
           break;
         }
-        case kGate: each(s.count, [&](int64_t k) { store(out + k, tanh<F>(load(a + k)) * logistic(load(b + k))); }); break;
-        case kLinearGate: each(s.count, [&](int64_t k) { store(out + k, load(a + k) * logistic(load(b + k))); }); break;
+        case kGate: each(out, s.count, [&](int64_t k) { return tanh<F>(load(a + k)) * logistic(load(b + k)); }); break;
+        case kLinearGate: each(out, s.count, [&](int64_t k) { return load(a + k) * logistic(load(b + k)); }); break;
         case kConcatElu:  // the second half lies arg0 channels on
-          each(s.count, [&](int64_t k) { store(out + k, elu(load(a + k))); });  // first, since its last vector runs over
-          each(s.count, [&](int64_t k) { store(out + s.arg0 + k, elu(-load(a + k))); });
+          each(out, s.count, [&](int64_t k) { return elu(load(a + k)); });
+          each(out + s.arg0, s.count, [&](int64_t k) { return elu(-load(a + k)); });
           break;
         case kStatic: {  // arg0: which map; its strides by image, row, column; channels as the buffer has them
           const int64_t* m = a_.statics + 4 * s.arg0;
-          const F* fixed = reinterpret_cast<const F*>(m[0]) + n * m[1] + r * m[2] + c * m[3] + s.b_offset;
-          each(s.count, [&](int64_t k) { store(out + k, load(fixed + k)); });
+          const F* fixed = reinterpret_cast<const F*>(m[0]) + n * m[1] + r * m[2] + c * m[3];
+          each(out, s.count, [&](int64_t k) { return load(fixed + k); });
           break;
         }
         case kEmbed: {  // arg0: which colour; a row of the table per level
           const int64_t level = a_.images[((n * p_.channels + s.arg0) * p_.height + r) * p_.width + c];
           const F* row = a_.weights + s.weight + level * s.arg1;
-          each(s.count, [&](int64_t k) { store(out + k, load(row + k)); });
+          each(out, s.count, [&](int64_t k) { return load(row + k); });
           break;
         }
         case kInput: {  // arg0: which colour

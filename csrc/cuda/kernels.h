@@ -33,10 +33,23 @@ struct PixelProgramArgs {
   float temperature;
 };
 
+struct PixelRnnArgs {
+  bool diagonal;
+  // Forward (taps, depth, h, 4), depth being h rounded up to a multiple of 4; backward (taps reversed, 4h, h).
+  const float* weight;
+  const float *gates, *h0, *c0;     // (N, H, W, 4h); (positions, h) or null
+  const float *grad_h, *grad_kept;  // backward; the second may be null
+  float *h, *kept, *dgates;         // kept may be null forward
+  float* carry;                     // (N, positions, h): c forward; dc backward, zeros at first
+  int64_t n, hidden, depth, height, width, taps;
+};
+
 // All return a cudaError_t: 0, or what the launch said.
 int plu_weight(const PluArgs& args, uintptr_t stream);
 int plu_weight_backward(const PluArgs& args, uintptr_t stream);
 int pixel_program(const PixelProgramArgs& args, uintptr_t stream);
+int pixel_rnn(const PixelRnnArgs& args, uintptr_t stream);
+int pixel_rnn_backward(const PixelRnnArgs& args, uintptr_t stream);
 const char* error_string(int error);
 
 }  // namespace cuda

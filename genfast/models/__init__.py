@@ -1,17 +1,27 @@
-"""Small whole models built from :mod:`genfast.nn`: one file each. Their plain PyTorch twins are in genfast.reference.models."""
+"""Small whole models built from :mod:`genfast.nn`: one file each. Their plain PyTorch twins are in genfast.reference."""
 
 from typing import Any
 
+from ..reference.autoregressive import mu_law_decode, mu_law_encode
 from ..reference.models import FlowModel, dequantize
+from .autoregressive import AutoregressiveModel
+from .gated_pixelcnn import GatedPixelCNN
 from .glow import Glow
 from .linear_flow import LinearFlow
 from .nice import NICE
+from .pixelcnn import PixelCNN
+from .pixelcnnpp import PixelCNNPlusPlus
+from .pixel_rnn import PixelRNN
 from .realnvp import RealNVP
+from .wavenet import WaveNet
 
-NAMES: dict[str, type[FlowModel]] = {"glow": Glow, "linear_flow": LinearFlow, "nice": NICE, "realnvp": RealNVP}
+NAMES: dict[str, type[FlowModel] | type[AutoregressiveModel]] = {
+    "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "linear_flow": LinearFlow, "nice": NICE, "pixelcnn": PixelCNN,
+    "pixelcnnpp": PixelCNNPlusPlus, "realnvp": RealNVP, "wavenet": WaveNet,
+}  # fmt: skip
 
 
-def build(name: str, **config: Any) -> FlowModel:
+def build(name: str, **config: Any) -> Any:
     """The model ``name`` (a key of ``NAMES``) from its ``config``, as a checkpoint keeps it.
 
     Raises:
@@ -22,4 +32,8 @@ def build(name: str, **config: Any) -> FlowModel:
     return NAMES[name](**config)
 
 
-__all__ = ["NAMES", "FlowModel", "Glow", "LinearFlow", "NICE", "RealNVP", "build", "dequantize"]
+__all__ = [
+    "AutoregressiveModel", "FlowModel", "GatedPixelCNN", "Glow", "LinearFlow", "NAMES", "NICE", "PixelCNN",
+    "PixelCNNPlusPlus", "RealNVP", "WaveNet", "build", "dequantize", "mu_law_decode", "mu_law_encode",
+]  # fmt: skip
+__all__ = ["NAMES", "FlowModel", "Glow", "LinearFlow", "NICE", "PixelRNN", "RealNVP", "build", "dequantize"]

@@ -3,6 +3,7 @@
 from ..reference.causal import (
     AppendOnes,
     ConcatELU,
+    ConditionBias,
     DownRightShiftedConv2d,
     DownRightShiftedConvTranspose2d,
     DownShiftedConv2d,
@@ -14,9 +15,10 @@ from ..reference.causal import (
 from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
 from .bijection import Bijection, FlowSequential
-from .gated_activation import ConditionBias, GatedActivation, GatedMaskedConv2d
+from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
+from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
 
@@ -25,4 +27,6 @@ __all__ = [
     "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation",
     "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
     "ReversibleSequential", "ScaleLevels", "Shift", "Split", "Squeeze", "weight_norm",
+    "ActNorm", "AffineCoupling", "Bijection", "DiagonalBiLSTM", "FlowSequential", "GlowStep", "InvertibleConv1x1",
+    "ReversibleSequential", "RowLSTM", "Split", "Squeeze",
 ]  # fmt: skip

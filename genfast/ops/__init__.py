@@ -2,6 +2,7 @@
 
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
+from .categorical_nll import categorical_nll
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
@@ -9,9 +10,15 @@ from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
 from .squeeze import squeeze, unsqueeze
 
 __all__ = [
-    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling",
+    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "categorical_nll",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample",
-    "invertible_conv1x1",
+    "gated_activation", "invertible_conv1x1",
     "masked_conv1d", "masked_conv2d", "masked_conv3d",
     "squeeze", "unsqueeze",
+from .pixel_rnn import diagonal_lstm, row_lstm
+from .squeeze import squeeze, unsqueeze
+
+__all__ = [
+    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "diagonal_lstm", "invertible_conv1x1", "row_lstm", "squeeze",
+    "unsqueeze",
 ]  # fmt: skip

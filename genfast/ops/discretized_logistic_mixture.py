@@ -161,7 +161,7 @@ _OP_BACKWARD = Op(
     f"{_NLL}_backward(Tensor params, Tensor x, Tensor grad, int levels) -> Tensor",
     reference=reference.discretized_logistic_mixture_nll_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_NLL}_backward")},
 )
 
 OP = Op(
@@ -169,7 +169,7 @@ OP = Op(
     reference=reference.discretized_logistic_mixture_nll,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_FAMILY, _NLL, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
@@ -251,7 +251,7 @@ OP_SAMPLE = Op(
     reference=reference.discretized_logistic_mixture_sample,
     check=_check_sample,
     fake=_fake_sample,
-    kernels={"cpu": _cpu_sample},
+    kernels={"cpu": _cpu_sample, "triton": _backend.triton_kernel(_FAMILY, _SAMPLE, _check_sample)},
 )
 
 

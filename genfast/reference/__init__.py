@@ -8,6 +8,7 @@ from .discretized_logistic_mixture import (
     discretized_logistic_mixture_sample,
     pixelcnnpp_nll,
 )
+from .gated_activation import gated_activation, gated_activation_backward
 from .invertible_conv1x1 import (
     channel_mix,
     channel_mix_backward,
@@ -17,12 +18,16 @@ from .invertible_conv1x1 import (
     plu_weight_backward,
 )
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
+from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .squeeze import squeeze
 
 __all__ = [
     "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
     "colour_group", "conv_mask", "masked_conv", "masked_conv_backward",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
-    "pixelcnnpp_nll",
+    "gated_activation", "gated_activation_backward", "pixelcnnpp_nll",
     "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "squeeze",
+    "diagonal_lstm", "diagonal_lstm_backward",
+    "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "row_lstm",
+    "row_lstm_backward", "squeeze",
 ]  # fmt: skip

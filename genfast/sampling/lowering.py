@@ -42,6 +42,13 @@ _LEAVES = (
 )  # fmt: skip
 
 
+_CALLS: dict[str, Callable[[fx.GraphModule, Any], Callable[..., Any]]] = {
+    "call_module": lambda graph, target: graph.get_submodule(str(target)),
+    "call_function": lambda graph, target: target,
+    "call_method": lambda graph, target: lambda x, *a, **k: getattr(x, target)(*a, **k),
+}
+
+
 class LoweringError(NotImplementedError):
     """A network has no pixel program; names the part that stands in the way."""
 
@@ -527,6 +534,10 @@ def _lower_function(low: _Lowering, target: Any, args: list[Any], kwargs: dict[s
         return low.pointwise("scale", args[0], weight=low.constant(torch.tensor([float(factor)])))
     if target in _UNARY and not (target is F.elu and (kwargs.get("alpha", 1) != 1 or len(args) > 1)):
         return low.pointwise(_UNARY[target], args[0])
+    if target is F.glu:
+        if (kwargs.get("dim", args[1] if len(args) > 1 else -1)) != 1:
+            raise low.error("takes glu along another axis than the channels (1)")
+        return low.gate(args[0], "linear_gate", 1)
     if target is ops.gated_activation:
         x = args[0]
         bias = args[1] if len(args) > 1 else kwargs.get("bias")
@@ -669,20 +680,31 @@ def _finish(low: _Lowering, graph: fx.GraphModule) -> tuple[Program, Callable[[T
         [*itertools.chain(*low.pixel), *low.after], low.end,
         torch.cat([*low.weights, torch.zeros(64)]), [n.name for n in low.statics],
     )  # fmt: skip
-    nodes = low.statics
-    places = [(torch.tensor(low.values[n].place), low.buffers[low.values[n].buffer].channels) for n in nodes]
+    wanted = [(n, torch.tensor(low.values[n].place), low.buffers[low.values[n].buffer].channels) for n in low.statics]
+    image = next(n for n in graph.graph.nodes if n.op == "placeholder")
 
+    @torch.no_grad()
     def statics(context: Tensor | None) -> list[Tensor]:
-        if not nodes:
+        """The condition's maps (N, rows, columns, channels as they lie), by running its part of the graph."""
+        if not wanted:
             return []
+        known: dict[fx.Node, Any] = {}
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and node is not image:
+                known[node] = context
+            elif node.op == "get_attr":
+                known[node] = operator.attrgetter(str(node.target))(graph)
+            elif node is not image and node.op in _CALLS and all(n in known for n in node.all_input_nodes):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+                known[node] = _CALLS[node.op](graph, node.target)(*args, **kwargs)
         found = []
-        for node, (place, room) in zip(nodes, places):
-            module = graph.get_submodule(str(node.target))
-            with torch.no_grad():
-                value = module(context).float()  # (N, C) or (N, C, *spatial)
-            value = value.movedim(1, -1)
-            if value.dim() == 3:  # a sequence
-                value = value[:, :, None]
+        for node, place, room in wanted:
+            value = known[node].float().movedim(1, -1)
+            if value.dim() < 4:  # one vector for all positions, or a sequence
+                value = value[:, None, None] if value.dim() == 2 else value[:, :, None]
+            if value.shape[1:3] not in ((1, 1), (height, width)):
+                size = tuple(value.shape[1:3])
+                raise ValueError(f"context: a map of {size} positions, expected ({height}, {width}) as the image, or a vector")
             made = value.new_zeros(*value.shape[:-1], room)
             made[..., place] = value
             found.append(made.contiguous())

@@ -92,11 +92,12 @@ def strided(x: Tensor, form: str) -> Tensor:
     """The same values laid out otherwise."""
     if form == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
+    poison = math.nan if x.is_floating_point() else 99
     if form == "channel slice":
-        wide = torch.cat((x.new_full(x[:, :1].shape, math.nan), x, x.new_full(x[:, :2].shape, math.nan)), 1)
+        wide = torch.cat((x.new_full(x[:, :1].shape, poison), x, x.new_full(x[:, :2].shape, poison)), 1)
         return wide[:, 1:-2]
     if form == "column slice":
-        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), poison)
         wide[..., ::2] = x
         return wide[..., ::2]
     if form == "transposed":
@@ -184,3 +185,15 @@ def check_mix(x: Tensor, x_b: Tensor | None, split: int, weight_dtype: torch.dty
         grad_y = grad_y.contiguous(memory_format=torch.channels_last)
     for cotangents in either([grad_y, grad_y_b], [grad_y, None], [None, grad_y_b], dtype=x.dtype):
         both_ways("channel_mix", args, cotangents, x.dtype)
+
+
+def check_gated(x: Tensor, bias: Tensor | None, groups: int, dtype: torch.dtype) -> None:
+    y = compare(OPS["gated_activation"], (x, bias, groups), FORWARD[dtype])[0]
+    for grad in (torch.randn_like(y), torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape)):
+        compare(OPS["gated_activation_backward"], (grad, x, bias, groups), GRADIENT[dtype])
+
+
+def check_mixture(params: Tensor, x: Tensor, levels: int, dtype: torch.dtype) -> None:
+    nll = compare(OPS["discretized_logistic_mixture_nll"], (params, x, levels), FORWARD[dtype])[0]
+    for grad in (torch.randn_like(nll), torch.ones((), device=nll.device).expand(nll.shape)):
+        compare(OPS["discretized_logistic_mixture_nll_backward"], (params, x, grad, levels), GRADIENT[dtype])

@@ -299,11 +299,140 @@ def test_squeeze_rows_longer_than_a_tile():
     assert torch.equal(cases.compare(OPS["squeeze"], (y, 2, "pixel_unshuffle", True), 0.0)[0], x)
 
 
+# ---- gated_activation ----
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", ["none", "all", "sample", "spatial"])
+@pytest.mark.parametrize(
+    "shape", [(1, 6, 1, 1), (3, 30, 7, 11), (2, 132, 3, 3), (3, 6, 40, 31), (600, 6), (2, 6, 4, 5, 2), (2, 6, 0, 4)], ids=str
+)
+def test_gated_activation_shapes(shape, kind, dtype):
+    bias = {"none": None, "all": shape[1:2], "sample": shape[:2], "spatial": shape}[kind]
+    bias = None if bias is None else torch.randn(bias).to(dtype)
+    for groups in (1, 3):
+        cases.check_gated(torch.randn(shape).to(dtype), bias, groups, dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gated_activation_strides(form):
+    x = cases.strided(torch.randn(3, 12, 5, 7), form)
+    for bias in (None, torch.randn(12, 2)[:, 0], torch.randn(12, 3).T, torch.randn(3, 12, 5, 7), cases.strided(x, form)):
+        cases.check_gated(x, bias, 3, torch.float32)
+
+
+def test_gated_activation_more_tiles_than_rows(monkeypatch):
+    import genfast.kernels.gated_activation as kernel
+
+    monkeypatch.setattr(kernel, "ROWS", 3)
+    for bias in (torch.randn(8), torch.randn(7, 8)):
+        cases.check_gated(torch.randn(7, 8, 40, 40), bias, 1, torch.float32)
+
+
+def test_gated_activation_extremes():
+    v = torch.tensor([0.0, 1e-30, 1e-8, 1e-3, 0.6, 5.0, 20.0, 80.0, 300.0, math.inf])
+    v = torch.cat((v, -v))
+    x = torch.cartesian_prod(v, v)
+    y = cases.run(OPS["gated_activation"], (x, None, 1))[0]
+    exact = x[:, :1].double().tanh() * x[:, 1:].double().sigmoid()
+    ordinary = exact.abs() > 1e-37
+    assert float(((y - exact) / exact)[ordinary].abs().max()) < 1e-6
+    dx = cases.run(OPS["gated_activation_backward"], (torch.ones_like(y), x, None, 1))[0]
+    assert bool(dx.isfinite().all())
+
+
+# ---- discretized_logistic_mixture ----
+
+
+def _mixture(shape, channels, k, levels, dtype=torch.float32):
+    n, *positions = shape
+    params = torch.randn((n, (10 if channels == 3 else 3) * k, *positions)).to(dtype)
+    x = torch.randint(levels, (n, channels, *positions))
+    x.view(-1)[::5], x.view(-1)[1::5] = 0, levels - 1
+    return params, x
+
+
+@pytest.mark.parametrize(("channels", "levels", "k"), [(1, 2, 3), (3, 256, 10), (3, 65536, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (600,), (2, 7, 11), (3, 37), (2, 2, 3, 5), (2, 0, 3)], ids=str)
+def test_discretized_shapes(shape, channels, levels, k):
+    cases.check_mixture(*_mixture(shape, channels, k, levels), levels, torch.float32)
+
+
+@each_dtype
+def test_discretized_dtypes(dtype):
+    cases.check_mixture(*_mixture((2, 3, 7), 3, 10, 256, dtype), 256, dtype)
+
+
+def test_discretized_more_components_than_a_tile():
+    cases.check_mixture(*_mixture((2, 3), 3, 300, 256), 256, torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_discretized_strides(form):
+    params, x = _mixture((3, 5, 7), 3, 4, 100)
+    for levels in (x, cases.strided(x, form), x.to(torch.uint8), x.to(torch.int16)):
+        cases.check_mixture(cases.strided(params, form), levels, 100, torch.float32)
+
+
+def test_discretized_extremes_are_finite_and_exact():
+    log_s = torch.tensor([-9.0, -7.0, -4.0, 0.0, 5.0, 40.0])
+    mean = torch.tensor([-200.0, -1.0, -0.3, 0.0, 1.0, 60.0])
+    params = torch.cartesian_prod(torch.zeros(1), mean, log_s)
+    for level in (0, 1, 100, 255):
+        x = torch.full((len(params), 1), level)
+        args = (params, x, 256)
+        nll = cases.run(OPS["discretized_logistic_mixture_nll"], args)[0]
+        exact = OPS["discretized_logistic_mixture_nll"].reference(*cases.exact(args))
+        torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=2e-6)
+        back = (params, x, torch.ones(len(params)), 256)
+        found = cases.run(OPS["discretized_logistic_mixture_nll_backward"], back)[0]
+        exact = OPS["discretized_logistic_mixture_nll_backward"].reference(*cases.exact(back))
+        torch.testing.assert_close(found.double(), exact, rtol=3e-5, atol=1e-5)
+
+
+def test_discretized_component_of_probability_zero():
+    params, x = _mixture((4,), 3, 3, 256)
+    params[:, 1] = -math.inf
+    cases.check_mixture(params, x, 256, torch.float32)
+
+
+def _same_levels(params, uniforms, channels, temperature):
+    op, args = OPS["discretized_logistic_mixture_sample"], (params, uniforms, channels, 256, temperature)
+    assert torch.equal(cases.run(op, args)[0], op.reference(*args))
+
+
+@each_dtype
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_discretized_samples_equal_the_reference(temperature, dtype):
+    for channels, k, shape in ((3, 10, (2, 5, 7)), (1, 3, (40,)), (3, 1, (2, 3)), (1, 5, (0, 3))):
+        params, _ = _mixture(shape, channels, k, 256, dtype)
+        uniforms = torch.rand(shape[0], 1 + channels, *shape[1:])
+        uniforms.view(-1)[:3] = torch.tensor([0.0, 1.0, 0.5])[: uniforms.numel()]
+        for form in ("dense", "channels_last"):
+            p = cases.strided(params, form) if params.dim() == 4 else params
+            _same_levels(p, uniforms, channels, temperature)
+
+
+def test_discretized_samples_round_ties_to_even():
+    params = torch.zeros(4, 3)
+    params[:, 1] = torch.tensor([0.0, 2 / 255, -2 / 255, 4 / 255])
+    _same_levels(params, torch.full((4, 2), 0.5), 1, 1.0)
+
+
 # ---- all ----
 
 
 @pytest.mark.parametrize(
-    "name", ["affine_coupling", "affine_coupling_backward", "actnorm", "actnorm_backward", "channel_mix_backward"]
+    "name",
+    [
+        "affine_coupling",
+        "affine_coupling_backward",
+        "actnorm",
+        "actnorm_backward",
+        "channel_mix_backward",
+        "gated_activation",
+        "discretized",
+    ],
 )
 def test_family_64_bit_offsets_give_the_same(name, monkeypatch):
     """The branch that data beyond 2^31 elements takes, on little data."""
@@ -315,5 +444,9 @@ def test_family_64_bit_offsets_give_the_same(name, monkeypatch):
         cases.check_coupling(args, torch.float32)
     elif name.startswith("actnorm"):
         cases.check_actnorm(torch.randn(3, 5, 9, 8), torch.float32, True, True)
+    elif name.startswith("discretized"):
+        cases.check_mixture(*_mixture((3, 5, 4), 3, 5, 256), 256, torch.float32)
+    elif name.startswith("gated"):
+        cases.check_gated(torch.randn(3, 6, 9, 8), torch.randn(3, 6), 3, torch.float32)
     else:
         cases.check_mix(torch.randn(3, 5, 9, 8), torch.randn(3, 4, 9, 8), 3, torch.float32, True)

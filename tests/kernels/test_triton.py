@@ -18,9 +18,14 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("family", ["affine_coupling", "actnorm", "channel_mix", "squeeze", "family"])
-def test_interpreted(family):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", family, "tests/kernels/interpreted.py"]
+FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "masked_conv", "family"]
+
+
+@pytest.mark.parametrize(
+    ("family", "file"), [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv")]
+)
+def test_interpreted(family, file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", family, f"tests/kernels/{file}.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("GENFAST_BACKEND", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

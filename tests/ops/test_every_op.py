@@ -114,7 +114,10 @@ def _outputs(result):
 BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "masked_conv": (0,), "squeeze": (0,)}
 BATCHED = {
     "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,),
-    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0,),
+    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1),
+BATCHED = {
+    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,), "row_lstm": (0,),
+    "diagonal_lstm": (0,),
 }  # fmt: skip
 
 
@@ -124,7 +127,8 @@ def test_an_empty_batch(op, sample):
     if op.name == "plu_weight":
         args[-2] = 0
     for i in BATCHED.get(op.name, ()):
-        args[i] = None if args[i] is None else args[i][:0]
+        if args[i] is not None and args[i].dim() > 1:  # a vector is one for all samples
+            args[i] = args[i][:0]
     args = leaves(args, constant=sample.constant)
     out = _outputs(op(*args))
     assert any(o.shape[0] == 0 for o in out)

@@ -1,0 +1,48 @@
+"""What the autoregressive models add to their plain twins: kernels in their likelihood, and cached sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import nn, ops
+from ..reference import autoregressive as plain
+from ..sampling.sampler import Sampler
+
+
+class AutoregressiveModel(plain.AutoregressiveModel):
+    """p(x) = prod p(x_i | x_<i) over integer images (N, C, H, W) or sequences (N, C, L), with a cached sampler."""
+
+    layers = nn
+    _sampler: Sampler | None = None
+
+    def nll(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.head == "categorical":
+            return super().nll(out, x)  # one library call, and nothing that a kernel would save
+        return ops.discretized_logistic_mixture_nll(out, x, levels=self.levels)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler of this model; ``print(model.sampler.prepare(shape))`` shows its pixel program."""
+        if self._sampler is None:
+            object.__setattr__(self, "_sampler", Sampler(self, levels=self.levels, head=self.head))
+        assert self._sampler is not None
+        return self._sampler
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_sampler"}  # it refers to this very module
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, shape: Sequence[int] | None = None, *, method: str = "cached", context: Tensor | None = None,
+        temperature: float = 1.0, prefix: Tensor | None = None, uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None, progress: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Draws ``n`` images (n, C, H, W), or sequences (n, C, L), int64; see :meth:`genfast.sampling.Sampler.sample`."""
+        return self.sampler.sample(
+            n, self.shape_of(shape), method=method, context=context, temperature=temperature, prefix=prefix,
+            uniforms=uniforms, generator=generator, progress=progress,
+        )  # fmt: skip

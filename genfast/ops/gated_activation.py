@@ -1,0 +1,185 @@
+"""ops.gated_activation: y = tanh(f + V_f) sigma(g + V_g), in one pass each way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _pool, reference
+from .._registry import Op, Sample
+from . import _check
+from ._layout import Layout, describe, laid_out, memory_format
+
+_NAME = "gated_activation"
+_CPU: Any = _backend.extension("_cpu")[0]
+_NONE, _CHANNEL, _SAMPLE, _FULL = range(4)  # as in kernels.h
+
+
+def _check_shapes(xs: tuple[int, ...], bs: tuple[int, ...] | None, groups: int) -> int:
+    """How the bias is spread, or an error."""
+    if groups < 1:
+        raise ValueError(f"{_NAME}: groups={groups}, expected at least 1")
+    if len(xs) < 2 or not xs[1] or xs[1] % (2 * groups):
+        of = f"a multiple of 2 groups = {2 * groups}" if groups > 1 else "even"
+        raise ValueError(f"{_NAME}: x has shape {tuple(xs)}, expected (N, 2C, ...) with a number of channels that is {of}")
+    if bs is None:
+        return _NONE
+    if bs == xs:
+        return _FULL
+    if bs == xs[1:2]:
+        return _CHANNEL
+    if bs == xs[:2]:
+        return _SAMPLE
+    wide = xs[1]
+    raise ValueError(f"{_NAME}: bias has shape {tuple(bs)}, expected ({wide},), ({xs[0]}, {wide}) or x's shape {tuple(xs)}")
+
+
+def _check_forward(x: Tensor, bias: Tensor | None, groups: int) -> None:
+    _check.floating(_NAME, x=x, bias=bias)
+    _check_shapes(tuple(x.shape), None if bias is None else tuple(bias.shape), groups)
+
+
+def _fake(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    return torch.empty(
+        (x.shape[0], x.shape[1] // 2, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
+    )
+
+
+def _fake_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=memory_format(x))
+    return dx, x.new_empty(0) if bias is None or bias.shape == x.shape else bias.new_empty(bias.shape)
+
+
+class _Plan(NamedTuple):
+    layout: Layout  # of x
+    mode: int  # how the bias is spread
+    shape: tuple[int, ...]  # of y
+    strides: tuple[int, ...]
+
+
+@functools.lru_cache(1024)
+def _plan(xs: tuple[int, ...], x_stride: tuple[int, ...], bs: tuple[int, ...] | None, groups: int) -> _Plan:
+    """What a call needs but its tensors. Raises for shapes that do not fit."""
+    mode = _check_shapes(tuple(xs), None if bs is None else tuple(bs), groups)
+    a = describe(xs, x_stride)
+    shape = (xs[0], xs[1] // 2, *xs[2:])
+    return _Plan(a, mode, shape, torch.empty(shape, device="meta", memory_format=a.form).stride())
+
+
+def _arguments(x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None, _Plan, tuple[Any, ...]]:
+    """x and bias as the kernel takes them, and the strides and sizes that go with them."""
+    if bias is not None or not x.dtype.is_floating_point:
+        _check.floating(_NAME, x=x, bias=bias)
+    plan = _plan(x.shape, x.stride(), None if bias is None else bias.shape, groups)
+    a, mode = plan.layout, plan.mode
+    if not a.fits:
+        return _arguments(laid_out(x)[0], bias, groups)
+    strides = (0, 0, 0)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+        if mode == _FULL:
+            bias, b = laid_out(bias, a)
+            strides = (b.n_stride, b.c_stride, b.s_stride)
+        else:
+            bias = bias.contiguous()
+            strides = (a.c if mode == _SAMPLE else 0, 1, 0)
+    sizes = (a.n, a.c // 2, a.s, groups, mode, a.walks_channels)
+    return x, bias, plan, (x.dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, *strides, *sizes)
+
+
+def _cpu(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    x, bias, plan, arguments = _arguments(x, bias, groups)
+    y = _pool.empty_strided(plan.shape, plan.strides, x.dtype)
+    _CPU.gated_activation(
+        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(), *arguments
+    )
+    return y
+
+
+def _cpu_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
+    given = bias
+    x, bias, plan, arguments = _arguments(x, bias, groups)
+    dx = plan.layout.empty_like(x)
+    half = plan.layout._replace(c=plan.layout.c // 2)
+    grad_y, g = laid_out(grad_y.to(x.dtype), half)
+    summed = bias is not None and plan.mode != _FULL
+    dbias = torch.empty_like(bias) if bias is not None and summed else x.new_empty(0)
+    _CPU.gated_activation_backward(
+        x.data_ptr(), 0 if bias is None else bias.data_ptr(), dx.data_ptr(), torch.get_num_threads(), *arguments,
+        grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride, dbias.data_ptr(),
+    )  # fmt: skip
+    return dx, dbias.to(given.dtype) if given is not None and summed else dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.groups = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = _OP_BACKWARD(grad_y, x, bias, ctx.groups)
+    if bias is None:
+        return dx, None, None
+    return dx, dx.to(bias.dtype) if bias.shape == x.shape else dbias, None
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    for label, xs, bs, groups in (
+        ("plain", (3, 6, 4, 7), None, 1), ("bias", (3, 6, 4, 7), (6,), 1), ("bias of each sample", (2, 12, 5), (2, 12), 3),
+        ("bias of each sample and 3 groups", (2, 12, 3, 5), (2, 12), 3), ("spatial bias", (2, 4, 3, 6), (2, 4, 3, 6), 2),
+        ("vectors", (6, 10), (10,), 1),
+    ):  # fmt: skip
+        x, bias = (None if s is None else torch.randn(s, generator=generator, dtype=torch.float64) for s in (xs, bs))
+        yield Sample(label, (x, bias, groups))
+
+
+_OP_BACKWARD = Op(
+    "gated_activation_backward(Tensor grad_y, Tensor x, Tensor? bias, int groups) -> (Tensor, Tensor)",
+    reference=reference.gated_activation_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
+)
+
+OP = Op(
+    "gated_activation(Tensor x, Tensor? bias, int groups) -> Tensor",
+    reference=reference.gated_activation,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def gated_activation(x: Tensor, bias: Tensor | None = None, *, groups: int = 1) -> Tensor:
+    """The gated unit of PixelCNN and WaveNet: y = tanh(f + V_f) sigmoid(g + V_g), f and g the halves of x.
+
+    Args:
+        x: (N, 2C, ...) floating point; NCHW, channels_last, sequences or vectors.
+        bias: what the unit is conditioned on, V = [V_f | V_g] in the order of x's channels: (2C,), a sample each (N, 2C),
+            or spatial, of x's own shape.
+        groups: the channels are so many blocks of 2C / groups, each [f | g], so that colour groups which stand in blocks
+            do not mix; 1 is ``f, g = x.chunk(2, dim=1)``.
+
+    Returns:
+        (N, C, ...) in x's dtype and memory format. The backward recomputes both maps: only x and bias are kept.
+
+    Raises:
+        TypeError: integer x or bias.
+        ValueError: a number of channels that is no multiple of 2 ``groups``, a bias or devices that do not fit.
+
+    Source: Gated PixelCNN (arXiv:1606.05328, equation 2), WaveNet (arXiv:1609.03499, equations 2 and 3).
+
+    Example:
+        >>> import torch, genfast
+        >>> x, condition = torch.randn(2, 64, 8, 8), torch.randn(2, 64)
+        >>> y = genfast.ops.gated_activation(x, condition)
+    """
+    result: Tensor = OP(x, bias, groups)
+    return result
