@@ -306,6 +306,9 @@ void bind_gated_activation(py::module_& m) {
           a.grad = view(grad, gn, gc, gs);
           a.grad_bias = ptr<>(grad_bias);
           GENFAST_CALL(gated_activation_backward, a);
+        });
+}
+
 void bind_pixel_rnn(py::module_& m) {
   m.def("pixel_rnn", [](bool is_double, bool diagonal, Address gates, int64_t gn, int64_t gc, int64_t gs, Address weight,
                         Address h0, Address c0, Address h, Address kept, int64_t n, int64_t hidden, int64_t height,
