@@ -34,6 +34,7 @@ either peak: in float32 1.5 to 1.8 times as fast as dense and on a par with crop
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,9 @@ class Taps(NamedTuple):
         return self.sizes[0] * self.sizes[1] * self.sizes[2]
 
 
-def taps(sizes: tuple[int, ...], center: list[int], dilation: list[int], mask_type: str, colours: int) -> Taps:
+@functools.cache
+def taps(sizes: tuple[int, ...], center: tuple[int, ...], dilation: tuple[int, ...], mask_type: str, colours: int) -> Taps:
+    """Of a kernel of these sizes; every center is allowed, also one beside the kernel."""
     before, rest = 0, 1
     for size in sizes:
         rest *= size
@@ -192,6 +195,8 @@ def _conv(
             inside = there & (row < last)
         else:
             t = i // DEPTH
+            if FAR:
+                t += tl.zeros((1, 1), dtype=tl.int64)
             c = (i % DEPTH) * BLOCK_K + k
             inside = there
             if CI % BLOCK_K:
@@ -306,6 +311,8 @@ def _weight_grad(
         known = t < live
     else:
         t = column // DEPTH
+        if FAR:
+            t += tl.zeros((1, 1), dtype=tl.int64)
         c = (column % DEPTH) * BLOCK_I + i_x
         known = c < CI
     oz, oy, ox = _offsets(t, cz, cy, cx, lz, ly, lx, KH, KW)
@@ -397,7 +404,8 @@ def image(x: Tensor) -> Image:
     strides = (*x.stride()[:2], *(0,) * missing, *x.stride()[2:])
     reach = sum(size * stride for size, stride in zip((*x.shape[:2], *shape), strides))
     far = reach >= 2**31 or x.shape[0] * shape[0] * shape[1] * shape[2] >= 2**31 - 256
-    return Image(x, shape, strides, x.shape[1] > 1 and x.stride(1) < x.stride(-1), far)
+    steps = [stride for size, stride in zip((x.shape[0], *shape), (strides[0], *strides[2:])) if size > 1]
+    return Image(x, shape, strides, x.shape[1] > 1 and bool(steps) and x.stride(1) < steps[-1], far)
 
 
 def _channels_last(x: Image) -> Image:
@@ -518,7 +526,7 @@ def masked_conv(
     """y of genfast::masked_conv."""
     y = output(x, weight.shape[0])
     if y.numel():
-        found = taps(tuple(weight.shape[2:]), center, dilation, mask_type, data_channels)
+        found = taps(tuple(weight.shape[2:]), tuple(center), tuple(dilation), mask_type, data_channels)
         colours = Colours(data_channels, group_order == "blocked", mask_type == "A")
         _launch(x, weight, bias, y, groups, found, colours, activation == "relu", False)
     return y
@@ -590,16 +598,16 @@ def masked_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias) of genfast::masked_conv_backward; an empty tensor for each that is not wanted."""
     dx = output(x) if wanted[0] else x.new_empty(0)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else x.new_empty(0)
-    dbias = weight.new_empty(weight.shape[0]) if wanted[2] else x.new_empty(0)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0)
+    dbias = weight.new_empty(weight.shape[0] if wanted[2] else 0)
     if not y.numel() or not x.numel():
         return dx.zero_(), dweight.zero_(), dbias.zero_()
-    found = taps(tuple(weight.shape[2:]), center, dilation, mask_type, data_channels)
+    found = taps(tuple(weight.shape[2:]), tuple(center), tuple(dilation), mask_type, data_channels)
     colours = Colours(data_channels, group_order == "blocked", mask_type == "A")
     if activation == "relu":
         d, total = _through(grad_y, y)
     else:
-        d = grad_y
+        d = grad_y.to(x.dtype)
     if wanted[0]:
         _launch(d, weight, None, dx, groups, found, colours, False, True)
     if wanted[1]:

@@ -9,15 +9,15 @@ from .gated_pixelcnn import GatedPixelCNN
 from .glow import Glow
 from .linear_flow import LinearFlow
 from .nice import NICE
+from .pixel_rnn import PixelRNN
 from .pixelcnn import PixelCNN
 from .pixelcnnpp import PixelCNNPlusPlus
-from .pixel_rnn import PixelRNN
 from .realnvp import RealNVP
 from .wavenet import WaveNet
 
 NAMES: dict[str, type[FlowModel] | type[AutoregressiveModel]] = {
     "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "linear_flow": LinearFlow, "nice": NICE, "pixelcnn": PixelCNN,
-    "pixelcnnpp": PixelCNNPlusPlus, "realnvp": RealNVP, "wavenet": WaveNet,
+    "pixelcnnpp": PixelCNNPlusPlus, "pixelrnn": PixelRNN, "realnvp": RealNVP, "wavenet": WaveNet,
 }  # fmt: skip
 
 
@@ -33,7 +33,6 @@ def build(name: str, **config: Any) -> Any:
 
 
 __all__ = [
-    "AutoregressiveModel", "FlowModel", "GatedPixelCNN", "Glow", "LinearFlow", "NAMES", "NICE", "PixelCNN",
-    "PixelCNNPlusPlus", "RealNVP", "WaveNet", "build", "dequantize", "mu_law_decode", "mu_law_encode",
+    "AutoregressiveModel", "build", "dequantize", "FlowModel", "GatedPixelCNN", "Glow", "LinearFlow", "mu_law_decode",
+    "mu_law_encode", "NAMES", "NICE", "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "RealNVP", "WaveNet",
 ]  # fmt: skip
-__all__ = ["NAMES", "FlowModel", "Glow", "LinearFlow", "NICE", "PixelRNN", "RealNVP", "build", "dequantize"]

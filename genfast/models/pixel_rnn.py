@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn as tnn
 
-from ..nn.pixel_rnn import CausalConv2d, DiagonalBiLSTM, RowLSTM
+from .. import nn
 from ..ops import _check
+from .autoregressive import AutoregressiveModel
 
 
-class PixelRNN(nn.Module):
+class PixelRNN(AutoregressiveModel):
     """PixelRNN: a 7 x 7 convolution of mask type A, residual LSTM blocks, and two 1 x 1 convolutions to the logits.
 
     A block takes 2h channels to an LSTM of h, back to 2h by a 1 x 1 convolution, and adds (figure 5 of the paper).
@@ -19,54 +23,54 @@ class PixelRNN(nn.Module):
         channels: 2h; half of it must be a multiple of in_channels.
         layers: how many LSTM blocks.
         kind: "row" for Row LSTM, "diagonal" for Diagonal BiLSTM.
-        levels: values that a pixel can have: 0 to levels - 1.
+        levels: of a colour.
+        shape: (C, H, W), what ``sample`` draws unless told otherwise.
 
-    Shapes: x (N, C, H, W), whole numbers of any dtype, to logits (N, levels, C, H, W); logits[n, :, c, i, j] depend on what
-        comes before colour c of pixel (i, j) in raster order, and on nothing else.
+    The recurrences have no pixel program: ``sample`` needs ``method="naive"``.
 
     Raises:
-        ValueError: arguments or an x that do not fit.
+        ValueError: arguments that do not fit, by name.
 
     Source: van den Oord, Kalchbrenner, Kavukcuoglu 2016 (arXiv:1601.06759, sections 3 and 5, table 1).
 
     Example:
         >>> import torch, genfast
         >>> model = genfast.models.PixelRNN(channels=8, layers=1, kind="diagonal", levels=2)
-        >>> model(torch.randint(2, (3, 1, 6, 6))).shape
-        torch.Size([3, 2, 1, 6, 6])
+        >>> model.log_prob(torch.randint(2, (3, 1, 6, 6))).shape
+        torch.Size([3])
     """
 
-    def __init__(self, in_channels: int = 1, channels: int = 32, layers: int = 4, kind: str = "row", levels: int = 256) -> None:
-        super().__init__()
+    def __init__(
+        self, in_channels: int = 1, channels: int = 32, layers: int = 4, kind: str = "row", levels: int = 256, *,
+        shape: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, levels, shape)
         _check.choice("PixelRNN", "kind", kind, ("row", "diagonal"))
-        for name, value, least in (("in_channels", in_channels, 1), ("layers", layers, 1), ("levels", levels, 2)):
-            if value < least:
-                raise ValueError(f"PixelRNN: {name}={value}, expected at least {least}")
+        if layers < 1:
+            raise ValueError(f"PixelRNN: layers={layers}, expected at least 1")
         if channels < 2 or channels % (2 * in_channels):
             raise ValueError(
                 f"PixelRNN: channels={channels}, expected a multiple of {2 * in_channels}, twice in_channels={in_channels}"
             )
         self.config = {
             "in_channels": in_channels, "channels": channels, "layers": layers, "kind": kind, "levels": levels,
+            "shape": self.shape,
         }  # fmt: skip
-        self.in_channels, self.levels = in_channels, levels
 
-        def conv(inputs: int, outputs: int, size: int, mask_type: str) -> CausalConv2d:
-            return CausalConv2d(inputs, outputs, size, mask_type=mask_type, data_channels=in_channels)
+        def conv(inputs: int, outputs: int, size: int, mask_type: str, activation: str | None = None) -> nn.MaskedConv2d:
+            return nn.MaskedConv2d(inputs, outputs, size, mask_type=mask_type, data_channels=in_channels, activation=activation)
 
-        lstm = RowLSTM if kind == "row" else DiagonalBiLSTM
+        lstm = nn.RowLSTM if kind == "row" else nn.DiagonalBiLSTM
+        self.scale = nn.ScaleLevels(levels)
         self.first = conv(in_channels, channels, 7, "A")
-        self.lstms = nn.ModuleList(lstm(channels, channels // 2, data_channels=in_channels) for _ in range(layers))
-        self.ups = nn.ModuleList(conv(channels // 2, channels, 1, "B") for _ in range(layers))
-        self.hidden = conv(channels, channels, 1, "B")
-        self.logits = conv(channels, levels * in_channels, 1, "B")
+        self.lstms = tnn.ModuleList(lstm(channels, channels // 2, data_channels=in_channels) for _ in range(layers))
+        self.ups = tnn.ModuleList(conv(channels // 2, channels, 1, "B") for _ in range(layers))
+        self.hidden = conv(channels, channels, 1, "B", "relu")
+        self.out = conv(channels, levels * in_channels, 1, "B")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits of whole-numbered images ``x`` (N, C, H, W): (N, levels, C, H, W)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"PixelRNN: x has shape {tuple(x.shape)}, expected (N, {self.in_channels}, H, W)")
-        y: Tensor = self.first(2 * x.to(self.first.weight.dtype) / (self.levels - 1) - 1)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        y: Tensor = self.first(self.scale(x))
         for lstm, up in zip(self.lstms, self.ups):
             y = y + up(lstm(y))
-        y = self.logits(F.relu(self.hidden(F.relu(y))))
-        return y.reshape(x.shape[0], self.levels, self.in_channels, *x.shape[2:])
+        out: Tensor = self.out(self.hidden(F.relu(y)))
+        return out

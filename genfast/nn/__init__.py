@@ -23,10 +23,9 @@ from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
 
 __all__ = [
-    "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DownRightShiftedConv2d",
-    "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation",
-    "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
-    "ReversibleSequential", "ScaleLevels", "Shift", "Split", "Squeeze", "weight_norm",
-    "ActNorm", "AffineCoupling", "Bijection", "DiagonalBiLSTM", "FlowSequential", "GlowStep", "InvertibleConv1x1",
-    "ReversibleSequential", "RowLSTM", "Split", "Squeeze",
+    "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
+    "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
+    "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
+    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
+    "Squeeze", "weight_norm",
 ]  # fmt: skip

@@ -159,7 +159,7 @@ class _LiveWeightNorm(nn.Module):
 
     def _norm(self, v: Tensor) -> Tensor:
         live = torch.where(self.mask, v, v.new_zeros(()))
-        norm = torch.linalg.vector_norm(live.flatten(1), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(live.flatten(1), dim=1)
         return norm.view(-1, *(1,) * (v.dim() - 1))
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:

@@ -10,34 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import _check
-
-
-class CausalConv2d(nn.Conv2d):
-    """A convolution of which each position sees only earlier ones in raster order, and itself under mask type B.
-
-    At the centre, where ``data_channels`` is more than 1, channel i (of group i modulo data_channels) of the output sees the
-    channels of groups below its own (A) or up to it (B). The mask is applied to the weight as it is used: the parameter
-    keeps what it holds, and the gradient of what is masked is zero (1601.06759, section 3.4).
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], *, mask_type: str, data_channels: int
-    ) -> None:
-        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        super().__init__(in_channels, out_channels, (height, width), padding=(height // 2, width // 2))
-        self.pads = (height // 2, width // 2)
-        mask = torch.ones(self.weight.shape, dtype=torch.bool)
-        mask[:, :, height // 2 + 1 :] = False
-        mask[:, :, height // 2, width // 2 :] = False
-        seen, seeing = (torch.arange(c) % data_channels for c in (in_channels, out_channels))
-        centre = seen < seeing[:, None] if mask_type == "A" else seen <= seeing[:, None]
-        mask[:, :, height // 2, width // 2] = centre
-        self.register_buffer("mask", mask, persistent=False)
-
-    mask: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, torch.where(self.mask, self.weight, 0), self.bias, padding=self.pads)
+from .masked_conv import MaskedConv2d
 
 
 def _check_arguments(layer: str, in_channels: int, hidden: int, taps: int, mask_type: str, data_channels: int) -> None:
@@ -98,7 +71,7 @@ class RowLSTM(nn.Module):
         _check_arguments("RowLSTM", in_channels, hidden, kernel_size, mask_type, data_channels)
         self.in_channels, self.hidden, self.kernel_size = in_channels, hidden, kernel_size
         self.mask_type, self.data_channels = mask_type, data_channels
-        self.input_to_state = CausalConv2d(
+        self.input_to_state = MaskedConv2d(
             in_channels, 4 * hidden, (1, kernel_size), mask_type=mask_type, data_channels=data_channels
         )
         self.state_to_state = _uniform(4 * hidden, hidden, kernel_size)
@@ -141,7 +114,7 @@ class DiagonalBiLSTM(nn.Module):
         _check_arguments("DiagonalBiLSTM", in_channels, hidden, 1, mask_type, data_channels)
         self.in_channels, self.hidden = in_channels, hidden
         self.mask_type, self.data_channels = mask_type, data_channels
-        self.input_to_state = CausalConv2d(in_channels, 8 * hidden, 1, mask_type=mask_type, data_channels=data_channels)
+        self.input_to_state = MaskedConv2d(in_channels, 8 * hidden, 1, mask_type=mask_type, data_channels=data_channels)
         self.state_to_state = _uniform(2, 4 * hidden, hidden, 2)
 
     def forward(self, x: Tensor) -> Tensor:

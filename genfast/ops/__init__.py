@@ -7,18 +7,11 @@ from .discretized_logistic_mixture import discretized_logistic_mixture_nll, disc
 from .gated_activation import gated_activation
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
-from .squeeze import squeeze, unsqueeze
-
-__all__ = [
-    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "categorical_nll",
-    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample",
-    "gated_activation", "invertible_conv1x1",
-    "masked_conv1d", "masked_conv2d", "masked_conv3d",
-    "squeeze", "unsqueeze",
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .squeeze import squeeze, unsqueeze
 
 __all__ = [
-    "PLU", "actnorm", "actnorm_conv1x1", "affine_coupling", "diagonal_lstm", "invertible_conv1x1", "row_lstm", "squeeze",
-    "unsqueeze",
+    "actnorm", "actnorm_conv1x1", "affine_coupling", "categorical_nll", "diagonal_lstm", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "gated_activation", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
+    "masked_conv3d", "PLU", "row_lstm", "squeeze", "unsqueeze",
 ]  # fmt: skip

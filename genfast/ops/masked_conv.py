@@ -32,7 +32,9 @@ def check_masked_conv(
     if dims not in (1, 2, 3):
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, *spatial) with 1, 2 or 3 spatial axes")
     if weight.dim() != x.dim():
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (O, C / groups, *kernel), kernel of {dims} axes")
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, expected (O, C / groups, *kernel), kernel of {dims} axes"
+        )
     _check.choice(op, "mask_type", mask_type, ("A", "B"))
     _check.choice(op, "group_order", group_order, _ORDERS)
     _check.choice(op, "activation", activation, _ACTIVATIONS)
@@ -72,7 +74,8 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     kernel = ws[2:]
     mask = reference.conv_mask(ws, center, mask_type, data_channels, group_order, groups)
-    centre = mask[(slice(None), slice(None), *center)]
+    every: tuple[Any, ...] = (slice(None), slice(None))
+    centre = mask[every + center]
     taps = []
     for index, tap in enumerate(itertools.product(*(range(k) for k in kernel))):
         if tap < center or (tap == center and bool(centre.any())):

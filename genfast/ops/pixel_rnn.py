@@ -148,7 +148,8 @@ def _cpu_backward(diagonal: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor,
 
 def _fits(device: torch.device, positions: int, taps: int, row: int) -> bool:
     """Whether the rows of ``row`` floats that a step reads lie in a block's shared memory."""
-    limit: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    limit: int = properties.shared_memory_per_block_optin
     return 4 * (positions + taps - 1) * row <= limit
 
 

@@ -23,11 +23,8 @@ from .squeeze import squeeze
 
 __all__ = [
     "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
-    "colour_group", "conv_mask", "masked_conv", "masked_conv_backward",
-    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
-    "gated_activation", "gated_activation_backward", "pixelcnnpp_nll",
-    "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "squeeze",
-    "diagonal_lstm", "diagonal_lstm_backward",
-    "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "row_lstm",
-    "row_lstm_backward", "squeeze",
+    "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
+    "gated_activation_backward", "masked_conv", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
+    "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze",
 ]  # fmt: skip

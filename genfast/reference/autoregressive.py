@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from . import causal
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 
-
 # ---- drawing ----
 
 
@@ -33,7 +32,7 @@ def naive_sample(
     network: nn.Module, images: Tensor, uniforms: Tensor, given: int, *, levels: int, head: str,
     context: Tensor | None = None, temperature: float = 1.0, progress: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The standard loop: one forward pass over the whole image for each pixel and colour. Fills ``images`` from row ``given``."""
+    """The standard loop: one forward pass over the whole image per pixel and colour. Fills ``images`` from row ``given``."""
     from tqdm import trange
 
     training = network.training
@@ -96,9 +95,7 @@ class AutoregressiveModel(nn.Module):
             wanted = f"(N, {self.in_channels}, {'H, W' if self.dims == 2 else 'L'})"
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {wanted}")
         if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):
-            raise ValueError(
-                f"{name}: x holds values from {int(x.min())} to {int(x.max())}, expected 0 to {self.levels - 1}"
-            )
+            raise ValueError(f"{name}: x holds values from {int(x.min())} to {int(x.max())}, expected 0 to {self.levels - 1}")
         return x
 
     def logits(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -109,12 +106,14 @@ class AutoregressiveModel(nn.Module):
         """
         if self.head != "categorical":
             raise TypeError(f"{type(self).__name__}: a mixture has no logits per level")
-        return self(x, context).unflatten(1, (self.levels, self.in_channels))
+        found: Tensor = self(x, context).unflatten(1, (self.levels, self.in_channels))
+        return found
 
     def nll(self, out: Tensor, x: Tensor) -> Tensor:
         """-log p per position in nats, (N, C, ...) or, of a mixture, (N, ...)."""
         if self.head == "categorical":
-            return F.cross_entropy(out.unflatten(1, (self.levels, self.in_channels)), x.long(), reduction="none")
+            logits: Tensor = out.unflatten(1, (self.levels, self.in_channels))
+            return F.cross_entropy(logits, x.long(), reduction="none")
         return discretized_logistic_mixture_nll(out, x.long(), self.levels)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -400,19 +399,18 @@ class WaveNet(AutoregressiveModel):
             for i in range(count)
         )
         self.gate = gate()
-        self.conditions = nn.ModuleList(
-            causal.ConditionBias(context_channels, 2 * residual) for _ in range(count if context_channels else 0)
-        )
+        features = context_channels or 0
+        self.conditions = nn.ModuleList(causal.ConditionBias(features, 2 * residual) for _ in range(count if features else 0))
         self.residuals = nn.ModuleList(nn.Conv1d(residual, residual, 1) for _ in range(count - 1))
         self.skips = nn.ModuleList(nn.Conv1d(residual, skip, 1) for _ in range(count))
         self.hidden, self.out = nn.Conv1d(skip, skip, 1), nn.Conv1d(skip, levels, 1)
 
     @property
     def receptive_field(self) -> int:
-        """How many samples back a prediction sees."""
-        conv = self.dilated[0]
-        taps = conv.kernel_size[0] - 1  # type: ignore[index,operator]
-        return 1 + taps * (1 + sum(d.dilation[0] for d in self.dilated))  # type: ignore[index,operator]
+        """How many samples a prediction sees."""
+        c = self.config
+        back = (c["kernel_size"] - 1) * (1 + c["stacks"] * (2 ** c["layers"] - 1))
+        return int(back)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.first(self.embed(x))

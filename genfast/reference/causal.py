@@ -170,9 +170,8 @@ class ConditionBias(nn.Module):
                 f"ConditionBias: context has shape {tuple(context.shape)}, expected (N, {self.context_channels}) or "
                 f"(N, {self.context_channels}, *spatial)"
             )
-        if context.dim() == 2:
-            return self.linear(context)
-        return self.linear(context.movedim(1, -1)).movedim(-1, 1)
+        bias: Tensor = self.linear(context.movedim(1, -1))
+        return bias.movedim(-1, 1)
 
 
 class _MaskedConv(nn.modules.conv._ConvNd):
@@ -189,9 +188,7 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         at = tuple(k // 2 for k in kernel) if center is None else tuple(center)
         none = (0,) * self.dims
         ones = (1,) * self.dims
-        super().__init__(
-            in_channels, out_channels, kernel, ones, none, (dilation,) * self.dims, False, none, 1, bias, "zeros"
-        )
+        super().__init__(in_channels, out_channels, kernel, ones, none, (dilation,) * self.dims, False, none, 1, bias, "zeros")
         mask = conv_mask(self.weight.shape, at, mask_type, data_channels, group_order, 1)
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         self.pads = [p for k, c in zip(reversed(kernel), reversed(at)) for p in (c * dilation, (k - 1 - c) * dilation)]
@@ -252,9 +249,7 @@ class GatedMaskedConv2d(nn.Module):
         masked, gate = self._parts()
         self.residual = residual and mask_type == "B" and in_channels == channels
         self.vertical = DownShiftedConv2d(in_channels, 2 * channels, (half + 1, kernel_size))
-        self.horizontal = masked(
-            in_channels, 2 * channels, (1, half + 1), center=(0, half), mask_type=mask_type, **colours
-        )
+        self.horizontal = masked(in_channels, 2 * channels, (1, half + 1), center=(0, half), mask_type=mask_type, **colours)
         self.down = Shift(down=1)
         self.link = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.gate_v, self.gate_h = gate(blocks), gate(blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,13 @@ def conv_mask(
     input's colour comes before the output's ("A"), or not after it ("B")."""
     out, per = weight_shape[0], weight_shape[1]
     mask = torch.zeros(tuple(weight_shape), dtype=torch.bool)
+    every: tuple[Any, ...] = (slice(None), slice(None))
     for tap in itertools.product(*(range(k) for k in weight_shape[2:])):
-        mask[(slice(None), slice(None), *tap)] = tuple(tap) < tuple(center)
+        mask[every + tap] = tap < tuple(center)
     source = torch.arange(per) + (torch.arange(out) // max(1, out // groups) * per)[:, None]
     before = colour_group(per * groups, data_channels, group_order)[source]
     own = colour_group(out, data_channels, group_order)[:, None]
-    mask[(slice(None), slice(None), *center)] = before < own if mask_type == "A" else before <= own
+    mask[every + tuple(center)] = before < own if mask_type == "A" else before <= own
     return mask
 
 

@@ -1,6 +1,11 @@
-"""Samplers that compute every activation once."""
+"""Samplers that compute every activation once, and checks of any causal network."""
 
+from .checks import CausalityError, Equivalence, ReceptiveField, assert_causal, receptive_field, sample_equivalence
 from .lowering import LoweringError
+from .program import Program
 from .sampler import Sampler
 
-__all__ = ["LoweringError", "Sampler"]
+__all__ = [
+    "CausalityError", "Equivalence", "LoweringError", "Program", "ReceptiveField", "Sampler", "assert_causal",
+    "receptive_field", "sample_equivalence",
+]  # fmt: skip

@@ -352,9 +352,7 @@ class _Lowering:
                 for p in parts:
                     per = p.channels // self.colours
                     at = g * padded(per)
-                    steps.append(
-                        Step("copy", scale=p.scale, out=y.buffer, out_offset=to, count=per, a=p.buffer, a_offset=at)
-                    )
+                    steps.append(Step("copy", scale=p.scale, out=y.buffer, out_offset=to, count=per, a=p.buffer, a_offset=at))
                     to += per
         return y
 
@@ -421,7 +419,9 @@ class _Lowering:
         y = self.new("Q", features, 1)
         table = torch.zeros(module.weight.shape[0], padded(features))
         table[:, torch.tensor(y.place)] = module.weight.detach().float().cpu()
-        self.after.append(Step("embed", out=y.buffer, count=features, weight=self.constant(table), arg0=0, arg1=padded(features)))
+        self.after.append(
+            Step("embed", out=y.buffer, count=features, weight=self.constant(table), arg0=0, arg1=padded(features))
+        )
         return y
 
     def static(self, node: fx.Node, channels: int) -> Value:
@@ -453,7 +453,8 @@ def _taps(weight: Tensor, live: Tensor, center: Sequence[int], dilation: Sequenc
     for tap in itertools.product(*(range(k) for k in weight.shape[2:])):
         at = [(t - c) * d for t, c, d in zip(tap, center, dilation)]
         row, column = (at[0], at[1]) if len(at) == 2 else (at[0], 0)
-        taps.append(_Tap(row, column, weight[(..., *tap)], live[(..., *tap)]))
+        index: tuple[Any, ...] = (slice(None), slice(None))
+        taps.append(_Tap(row, column, weight[index + tap], live[index + tap]))
     return taps
 
 
@@ -480,8 +481,8 @@ def _convolution(low: _Lowering, module: Any, x: Value) -> Value:
         return low.convolve(x, [], module.out_channels, bias, up=step, phases=phases)
     weight, live = _dense(module, None)
     if isinstance(module, (gnn.DownShiftedConv2d, gnn.DownRightShiftedConv2d)):
-        h, w = module.kernel_size
-        center = (h - 1, w // 2) if isinstance(module, gnn.DownShiftedConv2d) else (h - 1, w - 1)
+        rows, columns = module.kernel_size
+        center = (rows - 1, columns // 2 if isinstance(module, gnn.DownShiftedConv2d) else columns - 1)
         taps = _taps(weight, live, center, (1, 1))
         if module.stride[0] != module.stride[1]:
             raise low.error(f"has stride={module.stride}, expected one number")
@@ -607,8 +608,8 @@ def lower(
 
         args = list(fx.node.map_arg(node.args, operand))
         kwargs = dict(fx.node.map_arg(node.kwargs, operand))
-        args = [_materialise(low, a, node) for a in args]
-        kwargs = {k: _materialise(low, a, node) for k, a in kwargs.items()}
+        args = [_materialise(low, a) if isinstance(a, fx.Node) else a for a in args]
+        kwargs = {k: _materialise(low, a) if isinstance(a, fx.Node) else a for k, a in kwargs.items()}
         if node.op == "call_module":
             module = graph.get_submodule(str(node.target))
             if isinstance(module, gnn.AppendOnes) and len(node.all_input_nodes) == 1:
@@ -629,10 +630,8 @@ def lower(
     return _finish(low, graph)
 
 
-def _materialise(low: _Lowering, a: Any, node: fx.Node) -> Any:
+def _materialise(low: _Lowering, a: fx.Node) -> Any:
     """A value of the condition becomes a feature map where it meets the image."""
-    if not isinstance(a, fx.Node):
-        return a
     module = low.graph.get_submodule(str(a.target)) if a.op == "call_module" else None
     if not isinstance(module, gnn.ConditionBias):
         raise low.error(f"takes {a.name}, which is no genfast.nn.ConditionBias of the context")

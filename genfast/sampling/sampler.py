@@ -86,14 +86,18 @@ class Sampler:
         state = self._state()
         found = self._prepared.get((shape, has_context))
         if found is None or found[0] != state:
-            full = shape if len(shape) == 3 else (*shape, 1)
+            full = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
             training, device = self.network.training, self._device()
             self.network.eval()
             try:
                 program, statics = lower(
-                    self.network, full, levels=self.levels, head=self.head, has_context=has_context,  # type: ignore[arg-type]
+                    self.network,
+                    full,
+                    levels=self.levels,
+                    head=self.head,
+                    has_context=has_context,
                     panel=0 if device.type == "cuda" else None,
-                )  # fmt: skip
+                )
             finally:
                 self.network.train(training)
             if device.type == "cuda":
@@ -202,13 +206,13 @@ class Sampler:
         self, images: Tensor, uniforms: Tensor, given: int, context: Tensor | None, temperature: float, progress: bool,
         record: Tensor | None,
     ) -> None:  # fmt: skip
-        if images.is_cuda:
-            program, make_statics = self._program(tuple(images.shape[1:]), context is not None)
-            return _run_on_gpu(program, make_statics(context), images, uniforms, given, temperature, progress, record)
-        if _CPU is None:
+        if _CPU is None and not images.is_cuda:
             raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cpu')[1]}")
         program, make_statics = self._program(tuple(images.shape[1:]), context is not None)
         statics = make_statics(context)
+        if images.is_cuda:
+            _run_on_gpu(program, statics, images, uniforms, given, temperature, progress, record)
+            return
         threads = torch.get_num_threads()
         nbytes = max(1, program.image_floats * 4)
         wave = max(threads, threads * min(WAVE // nbytes, 8 * GROUP))
@@ -218,7 +222,7 @@ class Sampler:
                 part = slice(start, start + wave)
                 count = len(images[part])
                 cache = _pool.empty_strided((count * program.image_floats + 64,), (1,), torch.float32).zero_()
-                maps = _addresses(statics, start)
+                maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64)
                 row, rows = 0, max(1, program.height // 64)
                 while row < program.height:
                     _CPU.pixel_program(
@@ -230,10 +234,10 @@ class Sampler:
                     row += rows
 
 
-def _addresses(statics: list[Tensor], start: int) -> Tensor:
-    """Of each map (N or 1, [H, W,] channels): its address for image ``start``, its strides by image, row and column."""
-    strides = [[s if k > 1 else 0 for s, k in zip(m.stride(), m.shape[:-1])] + [0] * (4 - m.dim()) for m in statics]
-    return torch.tensor([[m.data_ptr() + start * s[0] * 4, *s] for m, s in zip(statics, strides)], dtype=torch.int64)
+def _map(values: Tensor, first: int) -> list[int]:
+    """A condition (N or 1, rows or 1, columns or 1, channels) from image ``first`` on: its address and its three strides."""
+    steps = [s if size > 1 else 0 for s, size in zip(values.stride(), values.shape[:3])]
+    return [values.data_ptr() + 4 * first * steps[0], *steps]
 
 
 def _to_gpu(program: Program, device: torch.device) -> None:
@@ -260,7 +264,7 @@ def _run_on_gpu(
             count = len(images[part])
             cache = torch.zeros(count * program.image_floats, device=images.device)
             scratch = torch.empty(count, program.levels, dtype=torch.float64, device=images.device)
-            maps = _addresses(statics, start).to(images.device)
+            maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64, device=images.device)
             for row in range(0, program.height, rows):
                 last = min(row + rows, program.height)
                 _CUDA.pixel_program(
@@ -278,14 +282,15 @@ class _bar:
     """A progress bar over rows, or nothing."""
 
     def __init__(self, shown: bool, total: int) -> None:
-        self.shown, self.total, self.bar = shown, total, None
+        self.shown, self.total = shown, total
+        self.bar: Any = None
 
     def __enter__(self) -> Callable[[int], Any]:
         if not self.shown:
             return lambda rows: None
         from tqdm import tqdm
 
-        self.bar: Any = tqdm(total=self.total, unit="row", disable=None)
+        self.bar = tqdm(total=self.total, unit="row", disable=None)
         update: Callable[[int], Any] = self.bar.update
         return update
 

@@ -266,10 +266,10 @@ def test_channel_mix_follows_the_tf32_switch():
     x, before = torch.zeros(1), torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        assert kernel._precision(x) == "tf32"
-        assert kernel._precision(x.half()) == "ieee"
+        assert kernel.precision(x) == "tf32"
+        assert kernel.precision(x.half()) == "ieee"
         torch.backends.cuda.matmul.allow_tf32 = False
-        assert kernel._precision(x) == "ieee"
+        assert kernel.precision(x) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 

@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
 
 from genfast.kernels import masked_conv as kernels
+
 from tests.kernels import masked_conv_cases as cases
 from tests.kernels.flow_cases import DTYPES, FORMS, strided
 
@@ -67,6 +68,19 @@ def test_masked_conv_weight_strides(form):
     a = cases.arguments("groups", FLOAT)
     _, _, dweight, _ = cases.check(a | dict(weight=strided(a["weight"], form), bias=torch.randn(2 * 24)[::2]))
     assert dweight.is_contiguous()
+
+
+@pytest.mark.parametrize("label", ["first layer", "groups"])
+def test_masked_conv_tf32(label):
+    """The layouts of the product on tensor cores; the interpreter multiplies in float32 either way."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert kernels.precision(torch.zeros(1)) == "tf32"
+        cases.check(cases.arguments(label, FLOAT))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert kernels.precision(torch.zeros(1)) == "ieee"
 
 
 @pytest.mark.parametrize("label", ["primes", "sequence, last tap"])

@@ -111,13 +111,10 @@ def _outputs(result):
 
 
 # Which arguments carry the batch axis.
-BATCHED = {"affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "masked_conv": (0,), "squeeze": (0,)}
 BATCHED = {
-    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,),
-    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1),
-BATCHED = {
-    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "squeeze": (0,), "row_lstm": (0,),
-    "diagonal_lstm": (0,),
+    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "diagonal_lstm": (0,),
+    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "masked_conv": (0,), "row_lstm": (0,),
+    "squeeze": (0,),
 }  # fmt: skip
 
 
@@ -145,7 +142,10 @@ def test_opcheck(op, sample):
     if backward is not None and op.name != "squeeze":
         out = _outputs(op(*leaves(sample.args)))
         grads = [torch.randn_like(o) for o in out]
-        rest = {"affine_coupling": args, "actnorm": args, "plu_weight": args, "gated_activation": args}.get(op.name)
+        rest = args if op.name in ("affine_coupling", "actnorm", "plu_weight", "gated_activation") else None
+        if op.name == "masked_conv":
+            x, weight, _, *options = args
+            rest = [x, weight, out[0], *options, [True, True, True]]
         if rest is not None:
             torch.library.opcheck(
                 backward.overload,
