@@ -270,8 +270,8 @@ def _run_on_gpu(
                 _CUDA.pixel_program(
                     stream.cuda_stream, program.code.data_ptr(), program.weights.data_ptr(), maps.data_ptr(), cache.data_ptr(),
                     images[part].data_ptr(), uniforms[part].data_ptr(), 0 if record is None else record[part].data_ptr(),
-                    scratch.data_ptr(), program.code.numel(), program.image_floats, program.record, count, row, last, given,
-                    temperature,
+                    scratch.data_ptr(), program.code.numel(), program.weights.numel(), program.image_floats, program.record,
+                    count, row, last, given, temperature,
                 )  # fmt: skip
                 if progress:
                     stream.synchronize()

@@ -25,8 +25,9 @@ from genfast.sampling.lowering import LoweringError, lower
 
 ROOT = Path(__file__).parents[2]
 POINTERS = ("program", "weights", "statics", "cache", "images", "uniforms", "record", "scratch")
+SIZES = ("code", "weight_floats", "image_floats", "record_size", "n")
 FIELDS = [
-    *((p, ctypes.c_void_p) for p in POINTERS), *((s, ctypes.c_int64) for s in ("code", "image_floats", "record_size", "n")),
+    *((p, ctypes.c_void_p) for p in POINTERS), *((s, ctypes.c_int64) for s in SIZES),
     *((s, ctypes.c_int32) for s in ("first_row", "last_row", "given")), ("temperature", ctypes.c_float),
 ]  # fmt: skip
 
@@ -57,10 +58,9 @@ def gpu(library, monkeypatch):
     state = SimpleNamespace(team=(1, 1, 1, False), launches=[])
 
     def launch(stream, *values):
-        *pointers, code, image_floats, record_size, n, first_row, last_row, given, temperature = values
-        args = Args(*pointers, code, image_floats, record_size, n, first_row, last_row, given, temperature)
+        args = Args(*values)
         assert library.pixel_program(ctypes.byref(args), *state.team), "a thread waits for others that never come"
-        state.launches.append((n, first_row, last_row))
+        state.launches.append((args.n, args.first_row, args.last_row))
 
     monkeypatch.setattr(sampling, "_CUDA", SimpleNamespace(pixel_program=launch))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -191,6 +191,14 @@ def test_it_draws_what_the_cpu_draws(gpu, case, team):
     torch.testing.assert_close(same_record, record, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("label", ["one colour", "three colours", "class"])
+def test_a_whole_block(gpu, label):
+    gpu.team = (1, 8, 32, True)
+    (images, record), (same_images, same_record) = drawn(gpu, CASES[label], n=1)
+    assert torch.equal(same_images, images)
+    torch.testing.assert_close(same_record, record, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("team", [(1, 3, 8), (3, 2, 32)], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_order_of_threads_does_not_matter(gpu, case, team):
@@ -242,3 +250,13 @@ def test_the_extension_is_missed_by_name(monkeypatch):
     images = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="genfast::pixel_program"):
         sampling._run_on_gpu(program, [], images, torch.zeros(1, 1, 4, 4), 0, 1.0, False, None)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_it_compiles_without_spills(arch, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH to compile the kernel with")
+    source, target = ROOT / "csrc/cuda/pixel_program.cu", str(tmp_path / "kernel.o")
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-Xptxas", "-v", "-c", str(source), "-o"]
+    report = subprocess.run([*command, target], check=True, capture_output=True, text=True).stderr
+    assert report.count("Compiling entry function") == report.count("0 bytes spill stores, 0 bytes spill loads") == 1
