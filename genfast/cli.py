@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--levels", type=int, help="of Glow and RealNVP")
     train.add_argument("--hidden", type=int, help="width of the conditioner networks")
     train.add_argument("--flow-steps", type=int, metavar="K", help="Glow's steps per level")
+    train.add_argument("--channels", type=int, help="of the PixelCNNs and PixelRNN; a multiple of the colours")
+    train.add_argument("--layers", type=int, help="of the PixelCNNs, PixelRNN and WaveNet")
+    train.add_argument("--kernel-size", type=int, help="of PixelCNN, Gated PixelCNN and WaveNet")
+    train.add_argument("--filters", type=int, help="of PixelCNN++")
     train.add_argument("--reversible", action="store_true", help="Glow in memory that does not grow with K")
     train.add_argument("--device", default="cpu")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -54,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("-n", type=int, default=64)
     sample.add_argument("--temperature", type=float, default=1.0)
     sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument(
+        "--method", choices=("cached", "naive"), default="cached", help="of autoregressive models: the engine or the plain loop"
+    )
 
     demo = commands.add_parser("demo", help="train a flow on real digits, beside the same model in plain PyTorch")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
@@ -64,8 +72,19 @@ def parser() -> argparse.ArgumentParser:
 def _train(a: argparse.Namespace) -> int:
     from . import data, training
 
-    config = {"levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None}
+    config = {
+        "levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None,
+        "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
+    }  # fmt: skip
     dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
+    taken = inspect.signature(models.NAMES[a.model]).parameters
+    unknown = [f"--{k.replace('_', '-')}" for k, v in config.items() if v is not None and k not in taken]
+    autoregressive = issubclass(models.NAMES[a.model], models.AutoregressiveModel)
+    if unknown or (autoregressive and a.levels is not None):
+        raise ValueError(f"train: {a.model} takes no {', '.join(unknown) or '--levels; the data decide them'}")
+    colours = dataset.shape[0]
+    if "channels" in taken and a.channels is None and taken["channels"].default % (2 * colours):
+        config["channels"] = -(-taken["channels"].default // (2 * colours)) * 2 * colours  # each colour gets its own
     if a.model == "glow" and a.levels is None and min(dataset.shape[1:]) < 16:
         config["levels"] = 2  # the default of three needs multiples of eight, and leaves 8x8 images one position
     out = a.out or Path("out", f"{a.model}-{dataset.name}")
@@ -81,11 +100,15 @@ def _sample(a: argparse.Namespace) -> int:
     from . import training
 
     model, metadata, checkpoint = training.load_checkpoint(a.checkpoint)
-    images = model.sample(a.n, temperature=a.temperature, generator=torch.Generator().manual_seed(a.seed))
-    if len(model.shape) == 1:  # a model of vectors: square grey images
-        side = int(model.dim**0.5)
-        if side * side != model.dim:
-            raise ValueError(f"sample: {checkpoint} makes vectors of {model.dim}, which are no square images")
+    options = {"temperature": a.temperature, "generator": torch.Generator().manual_seed(a.seed)}
+    if isinstance(model, models.AutoregressiveModel):
+        options |= {"method": a.method, "progress": True}
+    images = model.sample(a.n, **options)
+    if len(model.shape) < 3:  # a model of vectors or sequences: square grey images
+        dim = model.shape[-1]
+        side = int(dim**0.5)
+        if side * side != dim:
+            raise ValueError(f"sample: {checkpoint} makes vectors of {dim}, which are no square images")
         images = images.reshape(-1, 1, side, side)
     training.save_picture(training.image_grid(images, int(metadata["bins"])), a.out)
     print(f"{a.n} samples from step {metadata['step']} in {a.out}")

@@ -1,4 +1,4 @@
-"""Training a flow: a loop with progress, checkpoints that a crash cannot tear, and pictures of how it went."""
+"""Training a model of images: a loop with progress, checkpoints that a crash cannot tear, and pictures of how it went."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from . import models
 from .data import Dataset
+from .reference.autoregressive import AutoregressiveModel
+from .sampling import LoweringError
 
 KEEP = 2  # checkpoints
+Model = models.FlowModel | AutoregressiveModel
 
 
 class TrainingError(RuntimeError):
@@ -116,7 +119,7 @@ def latest(folder: str | Path) -> Path:
     return folder / f"checkpoint-{steps[-1]}"
 
 
-def save_checkpoint(folder: Path, name: str, model: models.FlowModel, state: dict[str, Any], bins: int) -> Path:
+def save_checkpoint(folder: Path, name: str, model: Model, state: dict[str, Any], bins: int) -> Path:
     """Writes ``checkpoint-<step>`` under a temporary name and renames it, then drops all but the newest few."""
     target = folder / f"checkpoint-{state['step']}"
     temporary = folder / f".{target.name}.{os.getpid()}"
@@ -136,7 +139,7 @@ def save_checkpoint(folder: Path, name: str, model: models.FlowModel, state: dic
     return target
 
 
-def load_checkpoint(folder: str | Path, device: str = "cpu") -> tuple[models.FlowModel, dict[str, str], Path]:
+def load_checkpoint(folder: str | Path, device: str = "cpu") -> tuple[Any, dict[str, str], Path]:
     """(model in evaluation mode, metadata, checkpoint folder) from a run's folder or a checkpoint.
 
     Raises:
@@ -160,13 +163,15 @@ class Trainer:
     """One model on one data set: batches, noise and updates that repeat exactly from a seed or a checkpoint."""
 
     def __init__(
-        self, model: models.FlowModel, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
+        self, model: Model, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
         device: str = "cpu", clip: float = 50.0,
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:
             raise ValueError(f"train: the model takes {model.shape} and the data are {data.shape}")
+        if isinstance(model, AutoregressiveModel) and model.levels != data.bins:
+            raise ValueError(f"train: the model has levels={model.levels} and the data have {data.bins}")
         self.model, self.data, self.device, self.clip = model.to(device), data, device, clip
         self.batch_size = min(batch_size, len(data.train))
         self.generator = torch.Generator().manual_seed(seed)
@@ -174,15 +179,22 @@ class Trainer:
         self.losses: list[float] = []
 
     def batch(self) -> Tensor:
-        """The next dequantised batch."""
+        """The next batch of whole numbers."""
         index = torch.randint(len(self.data.train), (self.batch_size,), generator=self.generator)
-        return models.dequantize(self.data.train[index], self.data.bins, generator=self.generator).to(self.device)
+        return self.data.train[index]
+
+    def bits_per_dim(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Of each of these images (N, *shape) in [0, bins), (N,); a flow gets them with uniform noise from ``generator``."""
+        if isinstance(self.model, AutoregressiveModel):
+            return self.model.bits_per_dim(images.to(self.device))
+        x = models.dequantize(images, self.data.bins, generator=generator).to(self.device)
+        bits: Tensor = (math.log(self.data.bins) - self.model.log_prob(x) / self.model.dim) / math.log(2)
+        return bits
 
     def step(self) -> float:
         """One update; returns the loss in bits per dimension."""
         self.model.train()
-        log_prob = self.model.log_prob(self.batch())
-        loss = (math.log(self.data.bins) - log_prob.mean() / self.model.dim) / math.log(2)
+        loss = self.bits_per_dim(self.batch(), self.generator).mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         value = float(loss.detach())
@@ -200,12 +212,8 @@ class Trainer:
         """Bits per dimension on the test images, with noise from a fixed seed."""
         self.model.eval()
         generator = torch.Generator().manual_seed(1)
-        parts = [
-            self.model.log_prob(models.dequantize(b, self.data.bins, generator=generator).to(self.device))
-            for b in self.data.test[:limit].split(256)
-        ]
-        nats = math.log(self.data.bins) - float(torch.cat(parts).double().mean()) / self.model.dim
-        return nats / math.log(2)
+        parts = [self.bits_per_dim(b, generator) for b in self.data.test[:limit].split(256)]
+        return float(torch.cat(parts).double().mean())
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
@@ -222,6 +230,30 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
+
+
+def draw(model: models.AutoregressiveModel, n: int, **options: Any) -> Tensor:
+    """Samples by the cached engine where the model has a pixel program, else by the standard loop."""
+    try:
+        return model.sample(n, **options)
+    except LoweringError:
+        return model.sample(n, method="naive", **options)
+
+
+def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
+    """The data as the model ``name`` takes them, and what of its config they decide."""
+    model = models.NAMES.get(name)
+    if name in ("nice", "linear_flow"):
+        view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins)
+        return view, {"dim": math.prod(data.shape)}
+    if model is None or not issubclass(model, AutoregressiveModel):
+        return data, {"shape": data.shape}
+    if model.dims == 2:
+        return data, {"in_channels": data.shape[0], "levels": data.bins, "shape": data.shape}
+    if data.shape[0] != 1:
+        raise ValueError(f"train: {name} takes sequences of one channel, the data have shape {data.shape}")
+    view = Dataset(data.name, data.train.flatten(2), data.test.flatten(2), data.bins)
+    return view, {"levels": data.bins, "shape": view.shape}
 
 
 def train(
@@ -252,15 +284,13 @@ def train(
     if steps is None and minutes is None:
         steps = 1000
     torch.manual_seed(seed)
-    shape: dict[str, Any] = {"dim": math.prod(data.shape)} if name in ("nice", "linear_flow") else {"shape": data.shape}
+    view, shape = _fitted(name, data)
     if resume and _steps(out):
         model, metadata, checkpoint = load_checkpoint(out)
         if metadata["model"] != name:
             raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
     else:
         model, checkpoint = models.build(name, **shape, **(config or {})), None
-    flat = len(model.shape) == 1
-    view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins) if flat else data
     trainer = Trainer(model, view, batch_size=batch_size, lr=lr, seed=seed, device=device)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -289,7 +319,11 @@ def train(
     save()
     seconds = time.monotonic() - start
     model.eval()
-    samples = model.sample(64, generator=torch.Generator().manual_seed(seed), temperature=0.8)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model, models.AutoregressiveModel):
+        samples = draw(model, 64, generator=generator)
+    else:
+        samples = model.sample(64, generator=generator, temperature=0.8)
     save_picture(image_grid(samples.reshape(-1, *data.shape), data.bins), out / "samples.png")
     plot_losses({"train": trainer.losses}, out / "loss.png")
     metrics = {

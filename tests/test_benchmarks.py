@@ -16,7 +16,9 @@ from benchmarks.test_cases import cases
 
 def test_every_family_of_ops_has_a_case():
     names = " ".join(case.name for case in cases())
-    for family in ("affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow"):
+    for family in (
+        "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation", "discretized_logistic_mixture",
+    ):  # fmt: skip
         assert family in names
     for case in cases():
         assert {"reference", "genfast"} <= set(case.providers)

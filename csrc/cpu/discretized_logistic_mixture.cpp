@@ -117,7 +117,9 @@ Vec<T> block(const T* p, int64_t stride, int64_t k, const Levels<T>* x, T half, 
     Vec<T> linear = load(p + i * stride), product = splat(T(1));
     for (int c = 0; c < kChannels; ++c) {
       const int64_t at = k + c * kEach * k + i;
-      Vec<T> d = x[c].u - load(p + at * stride) * half, a = splat(T(0)), b = a;
+      // u - half mean, where also without fused products nothing is lost: L/2 mean is exact for L a power of two.
+      const Vec<T> mean = load(p + at * stride);
+      Vec<T> d = (x[c].u - mean * (half + T(0.5))) + mean * T(0.5), a = splat(T(0)), b = a;
       if (c >= 1) {
         a = tanh<T>(load(p + (k + (c == 1 ? 2 : 5) * k + i) * stride));
         d -= a * x[0].u;

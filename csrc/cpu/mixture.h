@@ -25,12 +25,18 @@ GENFAST_ANYWHERE inline void sample_mixture(const T* params, int64_t stride, int
   const double heat = double(temperature);
   double top = double(params[0]);
   for (int64_t k = 1; k < mixtures; ++k) top = ::fmax(top, double(params[k * stride]));
-  double total = 0;
-  for (int64_t k = 0; k < mixtures; ++k) total += ::exp((double(params[k * stride]) - top) / heat);
+  constexpr int64_t kKept = 64;  // weights of so many components are kept from the sum for the search
+  double kept[kKept], total = 0;
+  const auto weight = [&](int64_t k) { return ::exp((double(params[k * stride]) - top) / heat); };
+  for (int64_t k = 0; k < mixtures; ++k) {
+    const double w = weight(k);
+    if (k < kKept) kept[k] = w;
+    total += w;
+  }
   const double wanted = double(uniforms[0]) * total;
   int64_t chosen = 0;
   for (double sum = 0; chosen < mixtures - 1; ++chosen) {
-    sum += ::exp((double(params[chosen * stride]) - top) / heat);
+    sum += chosen < kKept ? kept[chosen] : weight(chosen);
     if (sum > wanted) break;
   }
   const int64_t each = channels == 3 ? 3 : 2;

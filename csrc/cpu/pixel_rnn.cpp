@@ -21,6 +21,7 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kGroups = 16;
+constexpr int64_t kTilesAPart = 6;  // tiles of rows of the weight gradient that one thread takes at a time
 #if GENFAST_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kRows = 6;  // 24 accumulators of 32 registers
 #else
@@ -394,6 +395,7 @@ struct Backward {
   int64_t rows() const { return scan.positions + scan.taps - 1; }
   int64_t width() const { return 4 * ch.padded; }
   int64_t row_tiles() const { return ceil_div(ch.count, kRows); }
+  int64_t row_parts() const { return ceil_div(row_tiles(), kTilesAPart); }
 
   // Stages: start, the state before the end of the scan, then two for each step, and the end.
   int64_t stages() const { return 2 * scan.steps + 3; }
@@ -402,7 +404,7 @@ struct Backward {
     if (stage == 0 || stage == stages() - 1) return chunks;
     if (stage == 1) return tiles_of(scan, scan.steps - 1);
     const int64_t t = step_of(stage);
-    if (stage % 2) return scan.taps * 4 * row_tiles();
+    if (stage % 2) return scan.taps * 4 * row_parts();
     return tiles_of(scan, t) * panels + (t ? tiles_of(scan, t - 1) : 1);
   }
 
@@ -547,8 +549,13 @@ struct Backward {
   // Rows of one tap of one gate: sum over the step's positions of da h_before^T.
   void weight_gradient(int64_t slot, int64_t group, int64_t t, int64_t item) {
     if (t == 0 && !a.h0) return;
-    const int64_t tiles = row_tiles(), tile = item % tiles, gate = item / tiles % 4, tap = item / tiles / 4;
-    const int64_t from = ch.count * tile / tiles, to = ch.count * (tile + 1) / tiles, begin = scan.begin(t);
+    const int64_t parts = row_parts(), part = item % parts, gate = item / parts % 4, tap = item / parts / 4;
+    for (int64_t tile = part * kTilesAPart; tile < min_of((part + 1) * kTilesAPart, row_tiles()); ++tile)
+      weight_tile(slot, group, t, tap, gate, tile);
+  }
+
+  void weight_tile(int64_t slot, int64_t group, int64_t t, int64_t tap, int64_t gate, int64_t tile) {
+    const int64_t tiles = row_tiles(), from = ch.count * tile / tiles, to = ch.count * (tile + 1) / tiles, begin = scan.begin(t);
     Outer task{scan.end(t) - begin,
                da_of(slot, t) + (begin + scan.taps - 1 - scan.pad) * width() + gate * ch.padded + from,
                before_of(slot) + (begin + tap) * ch.padded,

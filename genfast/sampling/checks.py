@@ -24,8 +24,8 @@ def _setting(
     shape = tuple(shape)
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise ValueError(f"shape={shape}, expected (C, H, W) or (C, L)")
-    levels = levels or getattr(network, "levels", 256)
-    head = head or getattr(network, "head", "categorical")
+    levels = int(getattr(network, "levels", 256)) if levels is None else levels
+    head = str(getattr(network, "head", "categorical")) if head is None else head
     generator = torch.Generator().manual_seed(seed)
     return shape, levels, head, torch.randint(levels, (1, *shape), generator=generator)
 
@@ -44,7 +44,7 @@ def _dependence(network: nn.Module, x: Tensor, context: Tensor | None, outputs: 
         flat[every + 1, every] = (flat[every + 1, every] + 1) % (int(x.max()) + 1 if int(x.max()) else 2)
         with torch.no_grad():
             out = call(changed)
-        moved = (out[1:] - out[:1]).abs() > 1e-6 * out.abs().max()
+        moved = (out[1:] - out[:1]).abs() > 10 * torch.finfo(out.dtype).eps * out.abs().max()
         return [moved[(slice(None), *o)].view(x.shape[1:]) for o in outputs]
     values = x.to(torch.get_default_dtype()).requires_grad_()
     out = call(values)
@@ -104,7 +104,7 @@ def assert_causal(
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """What one output sees: ``seen`` and ``blind`` (C, H, W) bool, the latter earlier inputs that it should see and does not."""
+    """What one output sees, (C, H, W) bool: ``seen``, and ``blind``, the earlier inputs that it could see and does not."""
 
     seen: Tensor
     blind: Tensor

@@ -39,6 +39,7 @@ _CONVS = (
 _LEAVES = (
     *_CONVS, *_IDENTITY, nn.Conv1d, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, gnn.Shift, gnn.ScaleLevels,
     gnn.LevelEmbedding, gnn.AppendOnes, gnn.ConcatELU, gnn.GatedActivation, gnn.ConditionBias,
+    gnn.RowLSTM, gnn.DiagonalBiLSTM,
 )  # fmt: skip
 
 
@@ -495,6 +496,17 @@ def _convolution(low: _Lowering, module: Any, x: Value) -> Value:
     return low.convolve(x, _taps(weight, live, (0,) * len(module.kernel_size), (1,) * 2), module.out_channels, bias)
 
 
+def _batch_norm(low: _Lowering, module: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[list[_Tap], int, Tensor]:
+    """As it is in evaluation mode, a diagonal 1 x 1 convolution."""
+    if module.running_mean is None or module.running_var is None:
+        raise low.error("has no running statistics, so an image depends on the others of its batch")
+    scale = (module.running_var.detach() + module.eps).rsqrt()
+    scale = scale if module.weight is None else scale * module.weight.detach()
+    bias = -module.running_mean * scale + (0 if module.bias is None else module.bias.detach())
+    diagonal = torch.diag(scale.float().cpu())
+    return [_Tap(0, 0, diagonal, diagonal != 0)], module.num_features, bias.float().cpu()
+
+
 def _lower_module(low: _Lowering, module: nn.Module, args: list[Any]) -> Any:
     x = args[0]
     if isinstance(module, _IDENTITY):
@@ -513,6 +525,8 @@ def _lower_module(low: _Lowering, module: nn.Module, args: list[Any]) -> Any:
     if isinstance(module, gnn.GatedActivation):
         bias = args[1] if len(args) > 1 else None
         return low.gate(x if bias is None else low.pointwise("add", x, bias), "gate", module.groups)
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        return low.convolve(x, *_batch_norm(low, module))
     if type(module) in _UNARY:
         if isinstance(module, nn.ELU) and module.alpha != 1:
             raise low.error(f"is {module}, expected alpha=1")

@@ -94,6 +94,31 @@ def test_channel_mix_at_real_sizes(channels, dtype):
     cases.check_mix(randn(5000, channels, dtype=dtype), None, channels, dtype, False)
 
 
+@each_dtype
+@pytest.mark.parametrize("kind", ["none", "all", "sample", "spatial"])
+@pytest.mark.parametrize("shape", [(64, 128, 28, 28), (8, 128, 16000), (4096, 96), (70001, 6, 2, 2)], ids=str)
+def test_gated_activation_at_real_sizes(shape, kind, dtype):
+    bias = {"none": None, "all": shape[1:2], "sample": shape[:2], "spatial": shape}[kind]
+    bias = None if bias is None else randn(*bias, dtype=dtype)
+    cases.check_gated(randn(*shape, dtype=dtype), bias, 3 if shape[1] % 6 == 0 else 1, dtype)
+    if len(shape) == 4:
+        x = randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        cases.check_gated(x, bias, 1, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("channels", "k"), [(3, 10), (1, 10), (3, 5)])
+def test_discretized_logistic_mixture_at_real_sizes(channels, k, last, dtype):
+    params = randn(16, (10 if channels == 3 else 3) * k, 32, 32, dtype=dtype)
+    params = params.contiguous(memory_format=torch.channels_last) if last else params
+    x = torch.randint(256, (16, channels, 32, 32), device=GPU, dtype=torch.uint8)
+    cases.check_mixture(params, x, 256, dtype)
+    args = (params, torch.rand(16, 1 + channels, 32, 32, device=GPU), channels, 256, 0.9)
+    op = OPS["discretized_logistic_mixture_sample"]
+    assert int((cases.run(op, args)[0].cpu() != op.reference(*(a.cpu() if hasattr(a, "cpu") else a for a in args))).sum()) <= 1
+
+
 def test_channel_mix_in_tf32():
     torch.backends.cuda.matmul.allow_tf32 = True
     x, weight = randn(32, 48, 16, 16), torch.linalg.qr(randn(48, 48))[0]

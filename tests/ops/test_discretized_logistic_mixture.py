@@ -288,7 +288,7 @@ def test_samples_follow_the_probabilities(channels, levels, temperature):
 
 
 def test_samples_equal_the_reference_on_the_same_uniforms():
-    for channels, shape in ((3, (2, 40, 9, 8)), (1, (2, 12, 9, 8))):
+    for channels, shape in ((3, (2, 40, 9, 8)), (1, (2, 12, 9, 8)), (1, (2, 270, 9, 8))):
         params = torch.randn(shape)
         uniforms = torch.rand(2, 1 + channels, 9, 8)
         uniforms.view(-1)[:8] = torch.tensor([0.0, 1.0, 1e-7, 1 - 1e-7] * 2)
