@@ -1,4 +1,4 @@
-// What bind_cuda.cpp may call. Pointers are device pointers, to float32 where nothing else is said; work runs on the given stream.
+// What bind_cuda.cpp may call. Pointers are device pointers, to float32 unless they say otherwise; work runs on the stream.
 #pragma once
 
 #include <stdint.h>

@@ -1,18 +1,18 @@
-// The pixel program engine: a causal network as a flat list of steps over cached feature maps, run pixel by pixel, in one launch.
+// The pixel program engine: a causal network as a flat list of steps over cached feature maps, run pixel by pixel, one launch.
 //
 // Source: the cached sampling of Fast PixelCNN++ (1704.06001) and of nv-wavenet, for any network that
 // genfast/sampling/lowering.py can write as steps; what each step means is in csrc/cpu/pixel_program.cpp and in
 // pixel_program.cuh, which holds the body. Given the same uniform numbers it draws the images that the CPU's engine draws.
 //
-// Fused: everything. A block takes a group of images through all rows, the drawing included, so that a pixel costs a barrier
-// per dependent step (tens of nanoseconds) in place of a launch per layer (microseconds) and of a copy to the host. The feature
-// maps stay in L2; the program lies in shared memory, since the weights stream through L1 and would evict it.
+// Fused: everything. A block takes a group of images through all rows, the drawing included, so that a dependent step costs a
+// barrier in place of a launch, and nothing waits for the host. The feature maps stay in L2; the program lies in shared
+// memory, since the weights stream through L1 and would evict it.
 // FLOPs: 2 x Program.multiplications an image, those of one forward pass over live taps.
-// Bytes: a pixel reads the weights of its steps once per block, 4 x (their number), from L2, which is the bound: 64 bytes a
-// clock and SM. A thread's four columns make the lines whole. From as many images as SMs on, up to 8 share a block and so
-// these reads; with fewer images and enough weights, a cluster of up to 8 blocks (sm_90 and later) shares one image, and so
-// reads them 8 times as fast. The beginning and the end of a row are products of (the row's columns x K) by (K x N), 8 points
-// a thread, bound by the FMA rate of these SMs; the draw is serial: one lane adds up the levels, in double.
+// Bytes: a pixel reads the weights of its steps once per block, 4 x (their number), from L2: the bound, by design, is what one
+// SM can read. A thread's four columns make the lines whole. From as many images as SMs on, up to 8 share a block and so these
+// reads; with fewer images and enough weights, a cluster of up to 8 blocks (sm_90 and later) shares an image, each of its SMs
+// reading a part. The beginning and the end of a row are products of (the row's columns x K) by (K x N), 8 points a thread,
+// bound by the FMA rate of these SMs; the draw is serial: one lane adds up the levels, in double.
 //
 // Compiled for sm_80, sm_90 and sm_100 and emulated on a CPU (tests/kernels/test_pixel_program_cuda.py); not yet run on a GPU.
 #include <cooperative_groups.h>
@@ -27,7 +27,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostImages = 8;             // of a block: the points of a thread's tile
 constexpr int64_t kMostCodeBytes = 96 * 1024;  // in shared memory; every architecture from sm_80 on grants it
-constexpr int64_t kClusterBytes = 1 << 20;     // of weights; with less, a pixel waits for barriers, which a cluster's make worse
+constexpr int64_t kClusterBytes = 1 << 20;     // of weights; with less, a pixel waits for barriers, and a cluster's are slower
 
 struct BlockTeam {
   int32_t rank, size;
@@ -102,7 +102,8 @@ int pixel_program(const PixelProgramArgs& a, uintptr_t stream) {
   }
   config.gridDim = dim3(unsigned(teams * launch.blocks));
   config.numAttrs = launch.blocks > 1;
-  return cudaLaunchKernelEx(&config, pixel_program_kernel, a, launch);
+  error = cudaLaunchKernelEx(&config, pixel_program_kernel, a, launch);
+  return error ? error : cudaGetLastError();
 }
 
 }  // namespace cuda

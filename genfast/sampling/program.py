@@ -1,4 +1,4 @@
-"""A pixel program: the flat list of steps that csrc/cpu/pixel_program.cpp runs, and the memory that it runs on.
+"""A pixel program: the flat list of steps that csrc/{cpu,cuda}/pixel_program.* run, and the memory that they run on.
 
 Values are ordered by when they are known at pixel (i, j): ``S`` before anything is sampled, ``R`` (rows) when row i begins,
 ``P`` (pixel) before the pixel is sampled, ``Q`` after it, ``F`` (following) when row i is complete.

@@ -131,7 +131,7 @@ class Sampler:
             progress: shows a bar over the rows.
 
         Returns:
-            (n, C, H, W) or (n, C, L), int64.
+            (n, C, H, W) or (n, C, L), int64, where the network is: on its CUDA GPU, or else on the CPU.
 
         Raises:
             ValueError: arguments that do not fit, by name.
