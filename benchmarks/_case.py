@@ -26,6 +26,7 @@ class Case:
         gradients; they are compared with the reference's before anything is timed) or None (a training step).
     bytes, flops: what the work cannot do without; 0 where that is not a useful figure.
     quick: whether it runs under --quick.
+    once: providers that take minutes: timed at one call, the one whose result is compared, and without their memory.
     """
 
     name: str
@@ -35,26 +36,36 @@ class Case:
     quick: bool = True
     tolerance: float = 1e-3
     notes: dict[str, str] = field(default_factory=dict)
+    once: tuple[str, ...] = ()
 
 
 def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
     """Times the providers in turn, round by round, so that a drift of the machine meets all alike."""
     torch.manual_seed(0)
     works = {name: make() for name, make in case.providers.items()}
-    expected = _flat(works["reference"]())
-    for name, work in works.items():
-        _compare(case, name, _flat(work()), expected)
-        work()
     times: dict[str, list[float]] = {name: [] for name in works}
+    expected: list[Tensor | None] = []
+    for name, work in works.items():
+        start = time.perf_counter()
+        found_here = _flat(work())
+        times[name] = [time.perf_counter() - start] * (name in case.once)
+        expected = found_here if name == "reference" else expected
+        _compare(case, name, found_here, expected)
+        if name not in case.once:
+            work()
     copying = _ceilings.copying(case.bytes) if case.bytes else None
     copies: list[float] = []
     start = time.perf_counter()
     while len(times["genfast"]) < rounds and (len(times["genfast"]) < 5 or time.perf_counter() - start < budget):
         for name, work in works.items():
-            times[name].append(_timed(work))
+            if name not in case.once:
+                times[name].append(_timed(work))
         if copying is not None:  # the ceiling takes its turn too, and meets the caches in the state that the others do
             copies.append(_timed(copying))
-    peaks = {name: peak_bytes(work, _ceilings.DEVICE) - getattr(work, "gradient_bytes", 0) for name, work in works.items()}
+    peaks = {
+        name: None if name in case.once else peak_bytes(work, _ceilings.DEVICE) - getattr(work, "gradient_bytes", 0)
+        for name, work in works.items()
+    }
     copy = case.bytes / statistics.median(copies) if copies else 0.0
     rate = _ceilings.matrix_rate() if case.flops else 0.0
     ours = statistics.median(times["genfast"])
@@ -64,7 +75,7 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
     }  # fmt: skip
     for name, values in times.items():
         median = statistics.median(values)
-        quarter = statistics.quantiles(values, n=4)
+        quarter = statistics.quantiles(values, n=4) if len(values) > 1 else [0.0, 0.0, 0.0]
         found["providers"][name] = {
             "median_s": median, "min_s": min(values), "iqr_s": quarter[2] - quarter[0], "rounds": len(values),
             "peak_bytes": peaks[name], "times_genfast": median / ours,

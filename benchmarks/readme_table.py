@@ -11,6 +11,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.__main__ import share
+
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -22,28 +24,28 @@ def rows(results: dict[str, Any]) -> str:
         p = case["providers"]
 
         def ratio(name: str, p: dict[str, Any] = p) -> str:
-            return f"{p[name]['times_genfast']:.2f}x" if name in p else "-"
+            found = [p[n]["times_genfast"] for n in p if n.split()[0] == name]  # the best of several arrangements
+            return (f"{min(found):.2f}x" if min(found) < 30 else f"{min(found):.0f}x") if found else "-"
 
-        share = p["genfast"]["share_of_copy"]
-        memory = p["genfast"]["peak_bytes"] / max(1, p["reference"]["peak_bytes"])
+        peak = p["reference"]["peak_bytes"]
+        memory = "-" if peak is None else f"{p['genfast']['peak_bytes'] / max(1, peak):.2f}x"
         lines.append([
-            case["case"], *(ratio(n) for n in ("reference", "compile", "trick", "peer")),
-            "-" if share is None else f"{share:.0%}", f"{memory:.2f}x",
+            case["case"], *(ratio(n) for n in ("reference", "compile", "trick", "peer")), share(p["genfast"]) or "-", memory,
         ])  # fmt: skip
         if "genfast reversible" in p:
             slower = p["genfast reversible"]["times_genfast"]
-            memory = p["genfast reversible"]["peak_bytes"] / max(1, p["reference"]["peak_bytes"])
+            part = p["genfast reversible"]["peak_bytes"] / max(1, p["reference"]["peak_bytes"])
             against = [p[n]["times_genfast"] / slower if n in p else None for n in ("reference", "compile", "trick", "peer")]
             lines.append([
-                "&nbsp;&nbsp;reversible", *("-" if a is None else f"{a:.2f}x" for a in against), "-", f"{memory:.2f}x",
+                "&nbsp;&nbsp;reversible", *("-" if a is None else f"{a:.2f}x" for a in against), "-", f"{part:.2f}x",
             ])  # fmt: skip
     headers = [
-        "case, forward and backward",
+        "case, forward and backward unless it samples",
         "eager",
         "torch.compile",
         "library calls",
         "peer",
-        "of copy bandwidth",
+        "of the bound",
         "memory / eager",
     ]
     text = tabulate(lines, headers=headers, tablefmt="github", colalign=("left", *["right"] * 6))

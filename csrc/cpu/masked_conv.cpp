@@ -58,32 +58,32 @@ class Buffer {  // uninitialised; vectors that run over the end of the last row 
   T* data_;
 };
 
-// Rows [y0, y1) of slice z of sample n, with x0 and x1 zero columns beside them, as (row, column, channel).
+// Rows [y0, y1) and columns [x0, x1) of slice z of sample n as (row, column, channel); zero outside the image.
 template <class T>
-void copy_rows(const Source<T>& s, int64_t n, int64_t z, int64_t y0, int64_t y1, const MaskedConvArgs& a, int64_t channels,
-               int64_t x0, int64_t x1, T* out) {
-  const int64_t pitch = (x0 + a.w + x1) * channels;
+void copy_block(const Source<T>& s, int64_t n, int64_t z, int64_t y0, int64_t y1, int64_t x0, int64_t x1, const MaskedConvArgs& a,
+                int64_t channels, T* out) {
+  const int64_t pitch = (x1 - x0) * channels, from = std::max<int64_t>(0, x0), to = std::min(a.w, x1);
   for (int64_t y = y0; y < y1; ++y, out += pitch) {
-    if (z < 0 || z >= a.d || y < 0 || y >= a.h) {
+    if (z < 0 || z >= a.d || y < 0 || y >= a.h || from >= to) {
       memset(out, 0, size_t(pitch) * sizeof(T));
       continue;
     }
-    memset(out, 0, size_t(x0 * channels) * sizeof(T));
-    memset(out + (x0 + a.w) * channels, 0, size_t(x1 * channels) * sizeof(T));
-    const int64_t* t = s.stride;
-    const T* in = s.data + n * t[0] + z * t[2] + y * t[3];
-    T* row = out + x0 * channels;
+    memset(out, 0, size_t((from - x0) * channels) * sizeof(T));
+    memset(out + (to - x0) * channels, 0, size_t((x1 - to) * channels) * sizeof(T));
+    const int64_t *t = s.stride, count = to - from;
+    const T* in = s.data + n * t[0] + z * t[2] + y * t[3] + from * t[4];
+    T* row = out + (from - x0) * channels;
     if (s.sign) {
       const int64_t* u = s.sign_stride;
-      const T* sign = s.sign + n * u[0] + z * u[2] + y * u[3];
+      const T* sign = s.sign + n * u[0] + z * u[2] + y * u[3] + from * u[4];
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t x = 0; x < a.w; ++x)
+        for (int64_t x = 0; x < count; ++x)
           row[x * channels + c] = sign[c * u[1] + x * u[4]] > 0 ? in[c * t[1] + x * t[4]] : T(0);
     } else if (t[1] == 1) {
-      for (int64_t x = 0; x < a.w; ++x) memcpy(row + x * channels, in + x * t[4], size_t(channels) * sizeof(T));
+      for (int64_t x = 0; x < count; ++x) memcpy(row + x * channels, in + x * t[4], size_t(channels) * sizeof(T));
     } else {
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t x = 0; x < a.w; ++x) row[x * channels + c] = in[c * t[1] + x * t[4]];
+        for (int64_t x = 0; x < count; ++x) row[x * channels + c] = in[c * t[1] + x * t[4]];
     }
   }
 }
@@ -178,24 +178,29 @@ struct Convolution {
 template <class T>
 void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>& source, T* y, const int64_t* ys, bool relu) {
   const Border& b = c.border;
-  const int64_t ci = c.in / c.groups, co = c.out / c.groups, pitch = (b.x0 + a.w + b.x1) * c.in;
-  const int64_t halo = b.y0 + b.y1, slices = b.z0 + 1 + b.z1;
-  // Enough tasks for the threads, and rows that stay in the cache.
-  const int64_t fit = kCache / int64_t(sizeof(T)) / std::max<int64_t>(1, pitch * slices) - halo;
-  const int64_t share = a.n * a.d >= a.threads ? a.h : (a.h * a.n * a.d + a.threads - 1) / a.threads;
-  const int64_t rows = std::max<int64_t>(1, std::min({a.h, share, std::max<int64_t>(fit, 4)}));
-  const int64_t chunks = (a.h + rows - 1) / rows, plane = (rows + halo) * pitch;
+  const int64_t ci = c.in / c.groups, co = c.out / c.groups, halo = b.y0 + b.y1, slices = b.z0 + 1 + b.z1;
+  // Columns and rows of a task: what stays in the cache, and enough tasks for the threads.
+  const int64_t fit = kCache / int64_t(sizeof(T)) / std::max<int64_t>(1, c.in * slices);
+  const int64_t columns = std::min(a.w, std::max<int64_t>({96, fit / (1 + halo) - b.x0 - b.x1, b.x0 + b.x1}));
+  const int64_t across = (a.w + columns - 1) / columns, pitch = (b.x0 + columns + b.x1) * c.in;
+  const int64_t whole = a.n * a.d * across, share = whole >= a.threads ? a.h : (a.h * whole + a.threads - 1) / a.threads;
+  const int64_t tall = fit * c.in / pitch - halo;
+  const int64_t rows = std::max<int64_t>(1, std::min({a.h, share, std::max<int64_t>(tall, 4)}));
+  const int64_t down = (a.h + rows - 1) / rows, chunks = down * across, plane = (rows + halo) * pitch;
   const std::vector<Run> found = runs(c.taps, c.groups == 1);
   const int64_t k = int64_t(c.taps.size()) * ci, wide = padded<T>(c.out);
 #pragma omp parallel num_threads(a.threads)
   {
-    Buffer<T> copy(slices * plane), line(a.w * wide);
+    Buffer<T> copy(slices * plane), line(columns * wide);
     std::vector<Segment> segments(found.size());
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < a.n * a.d * chunks; ++task) {
-      const int64_t n = task / (a.d * chunks), z = task / chunks % a.d, y0 = task % chunks * rows, y1 = std::min(a.h, y0 + rows);
+      const int64_t n = task / (a.d * chunks), z = task / chunks % a.d;
+      const int64_t y0 = task % chunks / across * rows, y1 = std::min(a.h, y0 + rows);
+      const int64_t x0 = task % across * columns, count = std::min(a.w, x0 + columns) - x0;
       for (int64_t s = 0; s < slices; ++s)
-        copy_rows(source, n, z - b.z0 + s, y0 - b.y0, y1 + b.y1, a, c.in, b.x0, b.x1, copy.get() + s * plane);
+        copy_block(source, n, z - b.z0 + s, y0 - b.y0, y1 + b.y1, x0 - b.x0, x0 + columns + b.x1, a, c.in,
+                   copy.get() + s * plane);
       for (int64_t g = 0; g < c.groups; ++g)
         for (int64_t block = 0; block < co; block += block_columns<T>()) {
           const int64_t width = std::min(block_columns<T>(), padded<T>(co - block)), nv = width / lanes<T>();
@@ -212,9 +217,9 @@ void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>&
             }
             const T* base = copy.get() + (row - y0 + b.y0) * pitch + b.x0 * c.in + g * ci;
             const bool direct = ys[1] == 1;
-            T* out = y + n * ys[0] + z * ys[2] + row * ys[3] + (g * co + block) * ys[1];
-            for (int64_t tile = 0; tile < tiles(a.w); ++tile) {
-              const int64_t x = tile_start(a.w, tile), height = tile_start(a.w, tile + 1) - x;
+            T* out = y + n * ys[0] + z * ys[2] + row * ys[3] + x0 * ys[4] + (g * co + block) * ys[1];
+            for (int64_t tile = 0; tile < tiles(count); ++tile) {
+              const int64_t x = tile_start(count, tile), height = tile_start(count, tile + 1) - x;
               Positions<T> end{c.bias.get() + g * padded<T>(co) + block, nullptr, wide, std::min(width, co - block), relu};
               end.out = direct ? out + x * ys[4] : line.get() + x * wide;
               if (direct) end.ld = ys[4];
@@ -222,7 +227,7 @@ void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>&
             }
             if (direct) continue;
             for (int64_t j = 0; j < std::min(width, co - block); ++j)
-              for (int64_t x = 0; x < a.w; ++x) out[j * ys[1] + x * ys[4]] = line.get()[x * wide + j];
+              for (int64_t x = 0; x < count; ++x) out[j * ys[1] + x * ys[4]] = line.get()[x * wide + j];
           }
         }
     }
@@ -252,14 +257,19 @@ struct Sum {  // a tile of the weight gradient: added to what is there
 
 // x with its border and d without, whole, as (sample, slice, row, column, channel); then tile after tile of the gradient.
 template <class T>
-void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, const Source<T>& x, const T* d) {
+void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, const Source<T>& x_source, const T* d) {
   const Border b(taps);
   const int64_t per = a.cin / a.groups, co = a.cout / a.groups, pitch = (b.x0 + a.w + b.x1) * a.cin;
   const int64_t plane = (b.y0 + a.h + b.y1) * pitch, depth = b.z0 + a.d + b.z1, wide = padded<T>(co);
   Buffer<T> copy(a.n * depth * plane);
+  const int64_t tall = b.y0 + a.h + b.y1, long_row = b.x0 + a.w + b.x1, piece = std::min<int64_t>(long_row, 4096);
+  const int64_t pieces = (long_row + piece - 1) / piece;
 #pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t i = 0; i < a.n * depth; ++i)
-    copy_rows(x, i / depth, i % depth - b.z0, -b.y0, a.h + b.y1, a, a.cin, b.x0, b.x1, copy.get() + i * plane);
+  for (int64_t i = 0; i < a.n * depth * tall * pieces; ++i) {
+    const int64_t row = i / pieces, x = i % pieces * piece - b.x0, y = row % tall - b.y0, slice = row / tall;
+    copy_block(x_source, slice / depth, slice % depth - b.z0, y, y + 1, x, std::min(x + piece, a.w + b.x1), a, a.cin,
+               copy.get() + row * pitch + (x + b.x0) * a.cin);
+  }
   struct Item {
     int64_t a, d, out, height, nv, z, y;
   };
@@ -278,24 +288,31 @@ void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, cons
     }
   const int64_t size = a.groups * int64_t(taps.size()) * per * wide;
   Buffer<T> sums(size);
+  const int64_t positions = std::max<int64_t>(64, kCache / int64_t(sizeof(T)) / std::max<int64_t>(1, a.cout));
+  const int64_t columns = std::min(a.w, positions), rows = std::max<int64_t>(1, std::min(a.h, positions / columns));
   memset(sums.get(), 0, size_t(size) * sizeof(T));
 #pragma omp parallel num_threads(a.threads)
   {
-    std::vector<Segment> segments(static_cast<size_t>(a.h));
+    std::vector<Segment> segments;
     for (int64_t n = 0; n < a.n; ++n)
       for (int64_t z = 0; z < a.d; ++z) {
-        for (int64_t y = 0; y < a.h; ++y)
-          segments[size_t(y)] = {y * pitch, (((n * a.d + z) * a.h + y) * a.w) * a.cout, a.w};
         const T* base = copy.get() + (n * depth + z) * plane;
+        for (int64_t y0 = 0; y0 < a.h; y0 += rows)
+          for (int64_t x0 = 0; x0 < a.w; x0 += columns) {  // a block of d that stays in the cache while all items use it
+            const int64_t y1 = std::min(a.h, y0 + rows), count = std::min(columns, a.w - x0);
+            segments.clear();
+            for (int64_t y = y0; y < y1; ++y)
+              segments.push_back({y * pitch + x0 * a.cin, (((n * a.d + z) * a.h + y) * a.w + x0) * a.cout, count});
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < int64_t(items.size()); ++i) {
-          const Item& item = items[size_t(i)];
-          if (z + item.z < 0 || z + item.z >= a.d) continue;
-          const int64_t from = std::max<int64_t>(0, -item.y), to = std::min(a.h, a.h - item.y);  // rows that meet x
-          if (from >= to) continue;
-          run<T>(item.height, item.nv, Sum<T>{sums.get() + item.out, wide}, base + item.a, 1, a.cin, segments.data() + from,
-                 to - from, d + item.d, a.cout);
-        }
+            for (int64_t i = 0; i < int64_t(items.size()); ++i) {
+              const Item& item = items[size_t(i)];
+              if (z + item.z < 0 || z + item.z >= a.d) continue;
+              const int64_t from = std::max(y0, -item.y), to = std::min(y1, a.h - item.y);  // rows that meet x
+              if (from >= to) continue;
+              run<T>(item.height, item.nv, Sum<T>{sums.get() + item.out, wide}, base + item.a, 1, a.cin,
+                     segments.data() + (from - y0), to - from, d + item.d, a.cout);
+            }
+          }
       }
   }
   T* grad = static_cast<T*>(a.grad_weight);
@@ -332,20 +349,25 @@ void backward(const MaskedConvArgs& a) {
   const bool lies_so = !a.relu && std::equal(dense, dense + 5, a.grad_stride) && !(a.cout % block_columns<T>());
   Buffer<T> copy(sums && !lies_so ? a.n * dense[0] : 0);
   if (sums && !lies_so) {
+    const int64_t piece = std::min<int64_t>(a.w, 4096), pieces = (a.w + piece - 1) / piece;
 #pragma omp parallel for num_threads(a.threads) schedule(static)
-    for (int64_t i = 0; i < a.n * a.d; ++i)
-      copy_rows(d, i / a.d, i % a.d, 0, a.h, a, a.cout, 0, 0, copy.get() + i * dense[2]);
+    for (int64_t i = 0; i < a.n * a.d * a.h * pieces; ++i) {
+      const int64_t row = i / pieces, y = row % a.h, slice = row / a.h, x = i % pieces * piece;
+      copy_block(d, slice / a.d, slice % a.d, y, y + 1, x, std::min(a.w, x + piece), a, a.cout,
+                 copy.get() + row * dense[3] + x * a.cout);
+    }
     d = {copy.get(), dense, nullptr, nullptr};
   }
   if (a.grad_bias) {
-    std::vector<double> parts(size_t(a.n * a.cout));
+    const int64_t all = a.n * a.d * a.h * a.w, groups = std::min<int64_t>(all, 64);  // whatever the number of threads
+    std::vector<double> parts(size_t(groups * a.cout));
 #pragma omp parallel for num_threads(a.threads) schedule(static)
-    for (int64_t n = 0; n < a.n; ++n)
-      for (int64_t i = 0; i < a.d * a.h * a.w; ++i)
-        for (int64_t o = 0; o < a.cout; ++o) parts[size_t(n * a.cout + o)] += double(d.data[n * dense[0] + i * a.cout + o]);
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t i = all * g / groups; i < all * (g + 1) / groups; ++i)
+        for (int64_t o = 0; o < a.cout; ++o) parts[size_t(g * a.cout + o)] += double(d.data[i * a.cout + o]);
     for (int64_t o = 0; o < a.cout; ++o) {
       double sum = 0;
-      for (int64_t n = 0; n < a.n; ++n) sum += parts[size_t(n * a.cout + o)];
+      for (int64_t g = 0; g < groups; ++g) sum += parts[size_t(g * a.cout + o)];
       static_cast<T*>(a.grad_bias)[o] = T(sum);
     }
   }

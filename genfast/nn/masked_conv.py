@@ -42,6 +42,9 @@ class _MaskedConv(nn.modules.conv._ConvNd):
                 raise ValueError(f"{name}: {label}={value} is not a multiple of data_channels={data_channels}")
         kernel = _several(name, "kernel_size", kernel_size, dims)
         dilated = _several(name, "dilation", dilation, dims)
+        for argument, sizes in (("kernel_size", kernel), ("dilation", dilated)):
+            if min(sizes) < 1:
+                raise ValueError(f"{name}: {argument}={sizes}, expected at least 1")
         if set(_several(name, "stride", stride, dims)) != {1}:
             raise ValueError(f"{name}: stride={stride!r}, expected 1: a masked convolution keeps the size")
         if padding_mode != "zeros":
@@ -157,18 +160,19 @@ class _LiveWeightNorm(nn.Module):
 
     mask: Tensor
 
-    def _norm(self, v: Tensor) -> Tensor:
+    def _parts(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v without what is masked, and its norm per output channel."""
         live = torch.where(self.mask, v, v.new_zeros(()))
         norm: Tensor = torch.linalg.vector_norm(live.flatten(1), dim=1)
-        return norm.view(-1, *(1,) * (v.dim() - 1))
+        return live, norm.view(-1, *(1,) * (v.dim() - 1))
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        norm = self._norm(v)
+        live, norm = self._parts(v)
         # An output channel without a live tap (type A, first colour, 1 x 1) has norm zero and stays zero.
-        return v * torch.where(norm > 0, g / norm.clamp_min(torch.finfo(v.dtype).tiny), norm)
+        return live * torch.where(norm > 0, g / norm.clamp_min(torch.finfo(v.dtype).tiny), norm)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return self._norm(weight), weight
+        return self._parts(weight)[1], weight
 
 
 def weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:

@@ -227,6 +227,11 @@ def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> list[
     return found
 
 
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    """As autocast does for a convolution; float64 stays, and what is no floating tensor is left to the check."""
+    return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64 else t
+
+
 def _masked_conv(
     dims: int, x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
     dilation: int | Sequence[int], groups: int, center: int | Sequence[int] | None, activation: str | None,
@@ -240,7 +245,7 @@ def _masked_conv(
     at = [k // 2 for k in weight.shape[2:]] if center is None else _several(op, "center", center, dims)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
     result: Tensor = OP(
         x, weight, bias, mask_type, data_channels, group_order, _several(op, "dilation", dilation, dims), groups, at,
         activation or "none",

@@ -413,6 +413,7 @@ class WaveNet(AutoregressiveModel):
         return int(back)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        causal.check_context(type(self).__name__, context, len(self.conditions) > 0)
         h = self.first(self.embed(x))
         skips: Any = None
         for i, dilated in enumerate(self.dilated):

@@ -29,11 +29,16 @@ class DownShiftedConv2d(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: tuple[int, int] = (2, 3), stride: int = 1, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = (2, 3),
+        stride: int = 1,
+        bias: bool = True,
     ) -> None:
-        if kernel_size[1] % 2 == 0:
-            raise ValueError(f"DownShiftedConv2d: kernel_size={kernel_size}, expected an odd width")
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=bias)
+        if self.kernel_size[1] % 2 == 0:
+            raise ValueError(f"DownShiftedConv2d: kernel_size={kernel_size}, expected an odd width")
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = self.kernel_size
@@ -47,7 +52,12 @@ class DownRightShiftedConv2d(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: tuple[int, int] = (2, 2), stride: int = 1, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = (2, 2),
+        stride: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=bias)
 
@@ -60,11 +70,16 @@ class DownShiftedConvTranspose2d(nn.ConvTranspose2d):
     """Doubles the size in the vertical stack (PixelCNN++): row i sees rows up to i // 2 of the coarse map, whole."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: tuple[int, int] = (2, 3), stride: int = 2, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = (2, 3),
+        stride: int = 2,
+        bias: bool = True,
     ) -> None:
-        if kernel_size[1] % 2 == 0:
-            raise ValueError(f"DownShiftedConvTranspose2d: kernel_size={kernel_size}, expected an odd width")
         super().__init__(in_channels, out_channels, kernel_size, stride, output_padding=(0, 1), bias=bias)
+        if self.kernel_size[1] % 2 == 0:
+            raise ValueError(f"DownShiftedConvTranspose2d: kernel_size={kernel_size}, expected an odd width")
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         y = super().forward(x)
@@ -76,7 +91,12 @@ class DownRightShiftedConvTranspose2d(nn.ConvTranspose2d):
     """Doubles the size in the horizontal stack (PixelCNN++): (i, j) sees the coarse map up to (i // 2, j // 2)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: tuple[int, int] = (2, 2), stride: int = 2, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = (2, 2),
+        stride: int = 2,
+        bias: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=bias)
 
@@ -129,6 +149,8 @@ class LevelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(levels, features))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != 1:
+            raise ValueError(f"LevelEmbedding: x has shape {tuple(x.shape)}, expected (N, 1, *spatial)")
         return F.embedding(x[:, 0].long(), self.weight).movedim(-1, 1)
 
     def extra_repr(self) -> str:
@@ -172,6 +194,14 @@ class ConditionBias(nn.Module):
             )
         bias: Tensor = self.linear(context.movedim(1, -1))
         return bias.movedim(-1, 1)
+
+
+def check_context(name: str, context: Tensor | None, conditional: bool) -> None:
+    """A condition is given exactly where there are layers for one; one that nothing reads would be lost in silence."""
+    if conditional and context is None:
+        raise ValueError(f"{name}: context is None, expected a condition, as context_channels was given")
+    if not conditional and context is not None:
+        raise ValueError(f"{name}: context is given, expected None without context_channels")
 
 
 class _MaskedConv(nn.modules.conv._ConvNd):
@@ -225,7 +255,7 @@ class GatedActivation(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is not None:
-            x = x + bias.reshape(*bias.shape, *(1,) * (x.dim() - bias.dim()))
+            x = x + bias.reshape(*bias.shape, *(1,) * (x.dim() - max(bias.dim(), 2)))
         f, g = x.unflatten(1, (self.groups, 2, -1)).unbind(2)
         return (torch.tanh(f) * torch.sigmoid(g)).flatten(1, 2)
 
@@ -241,7 +271,7 @@ class GatedMaskedConv2d(nn.Module):
         name = type(self).__name__
         if kernel_size % 2 == 0:
             raise ValueError(f"{name}: kernel_size={kernel_size}, expected an odd number")
-        if channels % data_channels:
+        if data_channels < 1 or channels % data_channels:
             raise ValueError(f"{name}: channels={channels} is not a multiple of data_channels={data_channels}")
         half = kernel_size // 2
         colours: dict[str, Any] = dict(data_channels=data_channels, group_order=group_order)
@@ -265,6 +295,7 @@ class GatedMaskedConv2d(nn.Module):
         return MaskedConv2d, GatedActivation
 
     def forward(self, v: Tensor, h: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        check_context(type(self).__name__, context, self.condition_v is not None)
         rows = self.vertical(v)
         left = self.horizontal(h) + self.link(self.down(rows))
         if self.condition_v is None or self.condition_h is None:
