@@ -7,14 +7,21 @@
 #include <math.h>
 #include <stdint.h>
 
+#ifdef __CUDACC__
+#define GENFAST_ANYWHERE __host__ __device__
+#else
+#define GENFAST_ANYWHERE
+#endif
+
 namespace genfast {
 namespace GENFAST_ISA {
 
 // Levels of all channels, `ostride` apart. In double throughout: a pixel that rounding puts on another level would change
 // every pixel that is drawn after it.
 template <class T>
-inline void sample_mixture(const T* params, int64_t stride, int64_t mixtures, int64_t channels, int64_t levels, T temperature,
-                           const float* uniforms, int64_t ustride, int64_t* out, int64_t ostride) {
+GENFAST_ANYWHERE inline void sample_mixture(const T* params, int64_t stride, int64_t mixtures, int64_t channels,
+                                            int64_t levels, T temperature, const float* uniforms, int64_t ustride, int64_t* out,
+                                            int64_t ostride) {
   const double heat = double(temperature);
   double top = double(params[0]);
   for (int64_t k = 1; k < mixtures; ++k) top = ::fmax(top, double(params[k * stride]));

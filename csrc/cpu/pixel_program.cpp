@@ -105,6 +105,7 @@ class Engine {
 
   void rows(int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
+      if (r > r0) wait();  // for the end of the row above
       row_steps(p_.step, p_.begin, r);
       wait();
       if (member_ == 0)

@@ -1,4 +1,4 @@
-// What bind_cuda.cpp may call. Pointers are device pointers to float32 (perm: int64); work runs on the given stream.
+// What bind_cuda.cpp may call. Pointers are device pointers, to float32 unless they say otherwise; work runs on the stream.
 #pragma once
 
 #include <stdint.h>
@@ -18,6 +18,21 @@ struct PluArgs {
   int64_t c, batch, positions;
 };
 
+struct PixelProgramArgs {
+  const int32_t* program;  // Program.code of genfast/sampling/program.py in 32 bits, each panel over all columns
+  const float* weights;
+  const int64_t* statics;  // per map: address, strides by image, row and column
+  float* cache;            // (n, image_floats), zero before the first row, image_floats a multiple of 4
+  int64_t* images;         // (n, channels, height, width): levels, read and written
+  const float* uniforms;   // (n, uniforms, height, width)
+  float* record;           // (n, height, width, record_size): what each pixel was drawn from; null: not kept
+  double* scratch;         // (n, levels)
+  int64_t code, weight_floats;  // how many there are
+  int64_t image_floats, record_size, n;
+  int32_t first_row, last_row, given;  // rows below `given` keep their levels
+  float temperature;
+};
+
 struct PixelRnnArgs {
   bool diagonal;
   // Forward (taps, depth, h, 4), depth being h rounded up to a multiple of 4; backward (taps reversed, 4h, h).
@@ -32,6 +47,7 @@ struct PixelRnnArgs {
 // All return a cudaError_t: 0, or what the launch said.
 int plu_weight(const PluArgs& args, uintptr_t stream);
 int plu_weight_backward(const PluArgs& args, uintptr_t stream);
+int pixel_program(const PixelProgramArgs& args, uintptr_t stream);
 int pixel_rnn(const PixelRnnArgs& args, uintptr_t stream);
 int pixel_rnn_backward(const PixelRnnArgs& args, uintptr_t stream);
 const char* error_string(int error);

@@ -194,7 +194,7 @@ def sample_equivalence(
     shape, levels, head, _ = _setting(network, shape, levels, head, seed)
     sampler = Sampler(network, levels=levels, head=head)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(levels, (n, *shape), generator=generator)
+    x = torch.randint(levels, (n, *shape), generator=generator).to(sampler._device())
     training = network.training
     network.eval()
     try:

@@ -107,6 +107,7 @@ class _Lowering:
     shape: tuple[int, int, int]
     levels: int
     head: str
+    panel: int | None = None
     colours: int = 1  # groups in which channels lie
     passes: int = 1  # passes over a pixel
     order: str = "interleaved"
@@ -163,9 +164,11 @@ class _Lowering:
 
     def panels(self, matrix: Tensor) -> int:
         """(K, columns), columns in whole vectors, as blocks of columns that the kernel reads one after the other."""
-        lanes = _CPU.lanes()
-        block = lanes * (4 if lanes == 16 else 2)
-        return self.constant(torch.cat([part.reshape(-1) for part in matrix.split(block, 1)]))
+        block = self.panel
+        if block is None:
+            lanes = _CPU.lanes()
+            block = lanes * (4 if lanes == 16 else 2)
+        return self.constant(torch.cat([part.reshape(-1) for part in matrix.split(block or matrix.shape[1], 1)]))
 
     def reach(self, buffer: int, row: int, column: int) -> None:
         """Makes sure that a tap at this offset is in the buffer."""
@@ -416,7 +419,7 @@ class _Lowering:
         features = module.weight.shape[1]
         y = self.new("Q", features, 1)
         table = torch.zeros(module.weight.shape[0], padded(features))
-        table[:, torch.tensor(y.place)] = module.weight.detach().float()
+        table[:, torch.tensor(y.place)] = module.weight.detach().float().cpu()
         self.after.append(
             Step("embed", out=y.buffer, count=features, weight=self.constant(table), arg0=0, arg1=padded(features))
         )
@@ -559,7 +562,7 @@ def _lower_function(low: _Lowering, target: Any, args: list[Any], kwargs: dict[s
 
 def lower(
     network: nn.Module, shape: tuple[int, int, int], *, levels: int, head: str = "categorical", has_context: bool = False,
-    outputs: Callable[[fx.Node], bool] | None = None,
+    outputs: Callable[[fx.Node], bool] | None = None, panel: int | None = None,
 ) -> tuple[Program, Callable[[Tensor | None], list[Tensor]]]:  # fmt: skip
     """The pixel program of ``network``, and a function from the context to the maps that it reads.
 
@@ -568,13 +571,14 @@ def lower(
             Sequences (N, C, L) are images of L rows of one pixel.
         shape: (C, H, W).
         head: "categorical" or "logistic_mixture".
+        panel: how many columns of a product's weights lie together; None for what the CPU's engine takes, 0 for all.
 
     Raises:
         LoweringError: naming the module that has no pixel program.
     """
     graph = trace(network, has_context)
     convs = [m for m in graph.modules() if isinstance(m, (gnn.MaskedConv1d, gnn.MaskedConv2d))]
-    low = _Lowering(graph, shape, levels, head)
+    low = _Lowering(graph, shape, levels, head, panel)
     low.passes = max((m.data_channels for m in convs), default=1)
     low.colours = max(low.passes, shape[0] if head == "categorical" else 1)
     if low.passes not in (1, shape[0]):

@@ -1,4 +1,4 @@
-"""A pixel program: the flat list of steps that csrc/cpu/pixel_program.cpp runs, and the memory that it runs on.
+"""A pixel program: the flat list of steps that csrc/{cpu,cuda}/pixel_program.* run, and the memory that they run on.
 
 Values are ordered by when they are known at pixel (i, j): ``S`` before anything is sampled, ``R`` (rows) when row i begins,
 ``P`` (pixel) before the pixel is sampled, ``Q`` after it, ``F`` (following) when row i is complete.
@@ -109,7 +109,7 @@ class Program:
         offset = 0
         for b in self.buffers:
             b.offset = offset
-            offset += b.floats(self.width)
+            offset += padded(b.floats(self.width))  # aligned, since the GPU reads four floats at a time
         self.image_floats = offset
         self._barriers()
         steps = [*self.begin, *self.pixel, *self.end]
@@ -130,9 +130,9 @@ class Program:
         self.code = torch.tensor([*header, *layout, *numbers, *taps], dtype=torch.int64)
 
     def _barriers(self) -> None:
-        """Marks the steps of a row before which threads that share it must wait for one another."""
-        for steps in (self.begin, self.end):
-            written: set[int] = set()  # since the last barrier
+        """Marks the steps before which threads that share a row, or on a GPU a pixel, must wait for one another."""
+        for steps in (self.begin, self.pixel, self.end):
+            written: set[int] = set()  # since the last barrier; -1 stands for the image, and where no buffer is read
             for s in steps:
                 s.barrier = bool(written & {s.a, s.b})
                 written = {s.out} if s.barrier else written | {s.out}

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from .. import _backend, _pool
 from ..reference.autoregressive import draw_categorical, naive_sample
-from .lowering import lower
+from .lowering import LoweringError, lower
 from .program import Program
 
 _CPU: Any = _backend.extension("_cpu")[0]
+_CUDA: Any = _backend.extension("_cuda")[0]
 HEADS = ("categorical", "logistic_mixture")
 METHODS = ("cached", "naive")
 GROUP = 8  # images that a thread takes through the program together: enough rows for the products of a pixel
 WAVE = 64 << 20  # bytes of feature maps that a thread holds at a time
+GPU_WAVE = 2 << 30  # bytes of feature maps on a GPU at a time
 
 __all__ = ["Sampler", "draw_categorical"]
 
@@ -62,6 +64,11 @@ class Sampler:
 
     # ---- preparing ----
 
+    def _device(self) -> torch.device:
+        """Where images are drawn: the GPU that holds the network, or the CPU."""
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        return device if device.type == "cuda" else torch.device("cpu")
+
     def _state(self) -> tuple[Any, ...]:
         """Changes whenever a weight does."""
         tensors: Iterable[Tensor] = [*self.network.parameters(), *self.network.buffers()]
@@ -80,7 +87,7 @@ class Sampler:
         found = self._prepared.get((shape, has_context))
         if found is None or found[0] != state:
             full = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
-            training = self.network.training
+            training, device = self.network.training, self._device()
             self.network.eval()
             try:
                 program, statics = lower(
@@ -89,9 +96,12 @@ class Sampler:
                     levels=self.levels,
                     head=self.head,
                     has_context=has_context,
+                    panel=0 if device.type == "cuda" else None,
                 )
             finally:
                 self.network.train(training)
+            if device.type == "cuda":
+                _to_gpu(program, device)
             found = (state, program, statics)
             self._prepared[(shape, has_context)] = found
         return found[1], found[2]
@@ -121,7 +131,7 @@ class Sampler:
             progress: shows a bar over the rows.
 
         Returns:
-            (n, C, H, W) or (n, C, L), int64.
+            (n, C, H, W) or (n, C, L), int64, where the network is: on its CUDA GPU, or else on the CPU.
 
         Raises:
             ValueError: arguments that do not fit, by name.
@@ -142,10 +152,10 @@ class Sampler:
     def teacher_forced(self, images: Tensor, *, context: Tensor | None = None) -> Tensor:
         """What each pixel of ``images`` (N, C, H, W) would be drawn from, by the cached engine: the network's output."""
         shape = tuple(images.shape[1:])
-        images = images.long().contiguous()
+        images = images.to(self._device(), torch.int64).contiguous()
         program, _ = self._program(shape, context is not None)
-        record = torch.empty(len(images), program.height, program.width, program.record)
-        uniforms = torch.zeros(len(images), program.uniforms, *shape[1:])
+        record = torch.empty(len(images), program.height, program.width, program.record, device=images.device)
+        uniforms = torch.zeros(len(images), program.uniforms, *shape[1:], device=images.device)
         self._run(images, uniforms, program.height, context, 1.0, False, record)
         out = record.movedim(-1, 1)
         if self.head == "categorical":  # recorded colour by colour
@@ -168,14 +178,15 @@ class Sampler:
             raise ValueError("sample: context was given, but the network takes none")
         if context is not None and len(context) != n:
             raise ValueError(f"sample: context has {len(context)} rows, expected n={n}")
-        wanted = (n, self.uniforms_per_pixel(shape[0]), *shape[1:])
+        wanted, device = (n, self.uniforms_per_pixel(shape[0]), *shape[1:]), self._device()
         if uniforms is None:
-            uniforms = torch.rand(wanted, generator=generator)
+            uniforms = torch.rand(wanted, generator=generator, device=device if generator is None else generator.device)
         elif tuple(uniforms.shape) != wanted:
             raise ValueError(f"sample: uniforms have shape {tuple(uniforms.shape)}, expected {wanted}")
-        images = torch.zeros((n, *shape), dtype=torch.int64)
+        uniforms = uniforms.to(device, torch.float32).contiguous()
+        images = torch.zeros((n, *shape), dtype=torch.int64, device=device)
         if prefix is None:
-            return images, uniforms.float().contiguous(), 0
+            return images, uniforms, 0
         if prefix.is_floating_point():
             raise TypeError(f"sample: prefix has dtype {prefix.dtype}, expected whole numbers")
         fits = prefix.dim() == len(shape) + 1 and prefix.shape[0] in (1, n) and prefix.shape[1] == shape[0]
@@ -189,16 +200,19 @@ class Sampler:
                 f"sample: prefix holds values from {int(prefix.min())} to {int(prefix.max())}, expected 0 to {self.levels - 1}"
             )
         images[:, :, : prefix.shape[2]] = prefix
-        return images, uniforms.float().contiguous(), prefix.shape[2]
+        return images, uniforms, prefix.shape[2]
 
     def _run(
         self, images: Tensor, uniforms: Tensor, given: int, context: Tensor | None, temperature: float, progress: bool,
         record: Tensor | None,
     ) -> None:  # fmt: skip
-        if _CPU is None:
+        if _CPU is None and not images.is_cuda:
             raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cpu')[1]}")
         program, make_statics = self._program(tuple(images.shape[1:]), context is not None)
         statics = make_statics(context)
+        if images.is_cuda:
+            _run_on_gpu(program, statics, images, uniforms, given, temperature, progress, record)
+            return
         threads = torch.get_num_threads()
         nbytes = max(1, program.image_floats * 4)
         wave = max(threads, threads * min(WAVE // nbytes, 8 * GROUP))
@@ -224,6 +238,44 @@ def _map(values: Tensor, first: int) -> list[int]:
     """A condition (N or 1, rows or 1, columns or 1, channels) from image ``first`` on: its address and its three strides."""
     steps = [s if size > 1 else 0 for s, size in zip(values.stride(), values.shape[:3])]
     return [values.data_ptr() + 4 * first * steps[0], *steps]
+
+
+def _to_gpu(program: Program, device: torch.device) -> None:
+    """Moves what csrc/cuda/pixel_program.cu reads, which counts in 32 bits."""
+    largest = max(program.weights.numel(), program.image_floats)
+    if largest >= 2**31:
+        raise LoweringError(f"the program has {largest} weights or values of an image, the GPU's engine takes less than 2^31")
+    program.code, program.weights = program.code.to(device, torch.int32), program.weights.to(device)
+
+
+def _run_on_gpu(
+    program: Program, statics: list[Tensor], images: Tensor, uniforms: Tensor, given: int, temperature: float, progress: bool,
+    record: Tensor | None,
+) -> None:  # fmt: skip
+    """One launch for some rows of as many images as fit, on the current stream; waits for none unless progress is shown."""
+    if _CUDA is None:
+        raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cuda')[1]}")
+    wave, rows = max(1, GPU_WAVE // (4 * max(1, program.image_floats))), max(1, program.height // 64)
+    starts = range(0, len(images), wave)
+    with _bar(progress, len(starts) * program.height) as advance, torch.cuda.device(images.device):
+        stream = torch.cuda.current_stream()
+        for start in starts:
+            part = slice(start, start + wave)
+            count = len(images[part])
+            cache = torch.zeros(count * program.image_floats, device=images.device)
+            scratch = torch.empty(count, program.levels, dtype=torch.float64, device=images.device)
+            maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64, device=images.device)
+            for row in range(0, program.height, rows):
+                last = min(row + rows, program.height)
+                _CUDA.pixel_program(
+                    stream.cuda_stream, program.code.data_ptr(), program.weights.data_ptr(), maps.data_ptr(), cache.data_ptr(),
+                    images[part].data_ptr(), uniforms[part].data_ptr(), 0 if record is None else record[part].data_ptr(),
+                    scratch.data_ptr(), program.code.numel(), program.weights.numel(), program.image_floats, program.record,
+                    count, row, last, given, temperature,
+                )  # fmt: skip
+                if progress:
+                    stream.synchronize()
+                advance(last - row)
 
 
 class _bar:
