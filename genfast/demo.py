@@ -81,14 +81,14 @@ def run(out: Path, seconds: float) -> int:
     print(f"{abs(tail[0] - tail[1]) / tail[1]:.1e} over the mean of the last 20")
     final = ours.evaluate()
     print(f"genfast after {len(ours.losses)} steps: {final:.3f} bits/dim on held-out digits")
-    ours.model.eval()
+    flow: Any = ours.model.eval()
     generator = torch.Generator().manual_seed(0)
-    samples = ours.model.sample(64, temperature=0.7, generator=generator)
+    samples = flow.sample(64, temperature=0.7, generator=generator)
     training.save_picture(training.image_grid(samples, digits.bins), out / "samples.png")
     training.save_picture(training.image_grid(digits.test[:64], digits.bins), out / "data.png")
     training.plot_losses(curves, out / "loss.png")
     ends = [models.dequantize(digits.test[part], digits.bins) for part in (slice(0, 8), slice(8, 16))]
-    path = ours.model.interpolate(ends[0], ends[1], 8)
+    path = flow.interpolate(ends[0], ends[1], 8)
     training.save_picture(training.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
     print(f"pictures: {', '.join(str(out / f'{n}.png') for n in ('samples', 'data', 'loss', 'interpolation'))}")
     return 0

@@ -544,6 +544,8 @@ def _lower_function(low: _Lowering, target: Any, args: list[Any], kwargs: dict[s
         return low.concatenate(args[0])
     if target in (operator.add, torch.add, operator.iadd, "add", "add_") and all(isinstance(a, Value) for a in args[:2]):
         return low.pointwise("add", args[0], args[1])
+    if target in (operator.mul, torch.mul) and isinstance(args[0], (int, float)):
+        args = args[::-1]
     if target in (operator.mul, torch.mul, "mul", operator.truediv) and isinstance(args[1], (int, float)):
         factor = 1 / args[1] if target is operator.truediv else args[1]
         return low.pointwise("scale", args[0], weight=low.constant(torch.tensor([float(factor)])))

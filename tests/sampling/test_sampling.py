@@ -203,7 +203,7 @@ class Custom(nn.Module):
 
     def forward(self, x):
         h = self.first(self.scale(x))
-        a = self.named["tanh"](h) + torch.sigmoid(self.left(h)) * 0.5
+        a = self.named["tanh"](h) + 0.5 * torch.sigmoid(self.left(h)) * 1.5
         b = self.even(self.named["relu"](a).tanh())
         c = self.stack(torch.cat([a, b], dim=1))
         d = torch.add(c, self.shift(h))
