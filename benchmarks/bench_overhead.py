@@ -21,6 +21,7 @@ def pairs() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], str]]:
     full = torch.ones(1, 1)
     filters = torch.ones(1, 1, 1, 1)
     two = torch.ones(2)
+    gates = torch.randn(1, 2, 1, 1)
     aten = torch.ops.aten
     return {
         "affine_coupling": (
@@ -37,6 +38,16 @@ def pairs() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], str]]:
             lambda: genfast.ops.squeeze(image, 1),
             lambda: aten.pixel_unshuffle(image, 1),
             "pixel_unshuffle (1 in, 1 out)",
+        ),
+        "masked_conv": (
+            lambda: genfast.ops.masked_conv2d(image, filters, mask_type="B"),
+            lambda: aten.conv2d(image, filters),
+            "conv2d (2 in, 1 out)",
+        ),
+        "gated_activation": (
+            lambda: genfast.ops.gated_activation(gates),
+            lambda: aten.glu(gates, 1),
+            "glu (1 in, 1 out)",
         ),
         "channel_mix": (
             lambda: OPS["channel_mix"](image, None, full, None, 1),

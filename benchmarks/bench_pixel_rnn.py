@@ -43,4 +43,5 @@ def _case(diagonal: bool, shape: tuple[int, int, int, int], quick: bool) -> Case
     )
 
 
-CASES = [_case(False, (16, 64, 28, 28), True), _case(True, (16, 64, 28, 28), True), _case(False, (16, 128, 32, 32), False)]
+# At the first shape the products of the Row LSTM bind the loop too; at the second what binds it is calling torch.
+CASES = [_case(diagonal, shape, True) for shape in ((16, 64, 28, 28), (4, 32, 28, 28)) for diagonal in (False, True)]

@@ -419,9 +419,26 @@ void backward(const MaskedConvArgs& a) {
 
 }  // namespace
 
-void masked_conv(const MaskedConvArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
+namespace {
 
-void masked_conv_backward(const MaskedConvArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+// Waking threads costs more than a small product.
+MaskedConvArgs with_threads(const MaskedConvArgs& args) {
+  MaskedConvArgs a = args;
+  if (a.n * a.d * a.h * a.w * a.tap_count * a.cin * a.cout / a.groups < 1 << 17) a.threads = 1;
+  return a;
+}
+
+}  // namespace
+
+void masked_conv(const MaskedConvArgs& args) {
+  const MaskedConvArgs a = with_threads(args);
+  a.is_double ? forward<double>(a) : forward<float>(a);
+}
+
+void masked_conv_backward(const MaskedConvArgs& args) {
+  const MaskedConvArgs a = with_threads(args);
+  a.is_double ? backward<double>(a) : backward<float>(a);
+}
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -98,8 +99,8 @@ def _strides(stride: tuple[int, ...]) -> tuple[Tensor, int]:
     return five, five.data_ptr()
 
 
-def _empty(like: Tensor, channels: int) -> Tensor:
-    """An output with ``channels``, dense in the order of ``like``."""
+def _lies(like: Tensor, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of an output with ``channels``, dense in the order of ``like``."""
     shape = (like.shape[0], channels, *like.shape[2:])
     form = memory_format(like)
     last = form != torch.contiguous_format
@@ -108,25 +109,58 @@ def _empty(like: Tensor, channels: int) -> Tensor:
     for axis in reversed(list(order)):
         stride[axis] = step
         step *= max(1, shape[axis])
-    return _pool.empty_strided(shape, tuple(stride), like.dtype)
+    return shape, tuple(stride)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor like ``x``, dense in its order."""
+    return _pool.empty_strided(*_lies(x, x.shape[1]), x.dtype)
+
+
+class _Call(NamedTuple):
+    """A forward call that has been checked: its plan and how its output lies."""
+
+    plan: _Plan
+    y_shape: tuple[int, ...]
+    y_stride: tuple[int, ...]
+    x_strides: int
+    y_strides: int
+    small: bool  # below the pool's concern
+    kept: tuple[Tensor, Tensor]  # what the two addresses point to
+
+
+_CALLS: dict[Any, _Call] = {}  # by everything that decides about a call but the numbers
+
+
+def _prepared(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> _Call:
+    check_masked_conv(x, weight, bias, *options)
+    mask_type, data_channels, group_order, dilation, groups, center, activation = options
+    plan = _plan(x.shape, weight.shape, mask_type, data_channels, group_order, dilation, groups, center, activation)
+    shape, stride = _lies(x, weight.shape[0])
+    small = math.prod(shape) * x.element_size() < _pool.MINIMUM
+    if len(_CALLS) >= 4096:
+        _CALLS.clear()
+    (x_kept, x_strides), (y_kept, y_strides) = _strides(x.stride()), _strides(stride)
+    found = _CALLS[key] = _Call(plan, shape, stride, x_strides, y_strides, small, (x_kept, y_kept))
+    return found
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    check_masked_conv(x, weight, bias, *options)
-    mask_type, data_channels, group_order, dilation, groups, center, activation = options
-    plan = _plan(
-        tuple(x.shape), tuple(weight.shape), mask_type, data_channels, group_order, tuple(dilation), groups, tuple(center),
-        activation,
-    )  # fmt: skip
-    weight = weight.to(x.dtype).contiguous()
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = _empty(x, weight.shape[0])
+    dtype = x.dtype
+    options = tuple(tuple(o) if isinstance(o, list) else o for o in options)
+    key = (x.shape, x.stride(), dtype, weight.shape, weight.dtype, None if bias is None else (bias.shape, bias.dtype), options)
+    call = _CALLS.get(key) or _prepared(key, x, weight, bias, options)
+    if weight.dtype is not dtype or not weight.is_contiguous():
+        weight = weight.to(dtype).contiguous()
+    if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
+        bias = bias.to(dtype).contiguous()
+    y = (torch.empty_strided if call.small else _pool.empty_strided)(call.y_shape, call.y_stride, dtype=dtype)
     if not y.numel():
         return y
+    plan = call.plan
     _CPU.masked_conv(
-        x.dtype is torch.float64, plan.sizes_address, x.data_ptr(), _strides(x.stride())[1], weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), plan.centre_address, y.data_ptr(), _strides(y.stride())[1],
-        torch.get_num_threads(),
+        dtype is torch.float64, plan.sizes_address, x.data_ptr(), call.x_strides, weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), plan.centre_address, y.data_ptr(), call.y_strides, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -141,7 +175,7 @@ def _cpu_backward(
     )  # fmt: skip
     dtype, own = x.dtype, weight.dtype
     grad_y, y, weight = grad_y.to(dtype), y.to(dtype), weight.to(dtype).contiguous()
-    dx = _empty(x, x.shape[1]) if wanted[0] else x.new_empty(0)
+    dx = _empty_like(x) if wanted[0] else x.new_empty(0)
     dw = torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if wanted[2] else 0)
     if not x.numel() or not y.numel():
@@ -220,8 +254,8 @@ OP = Op(
 )
 
 
-def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> list[int]:
-    found = [value] * dims if isinstance(value, int) else list(value)
+def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    found = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(found) != dims:
         raise ValueError(f"{op}: {name}={value!r}, expected one number or {dims}")
     return found
@@ -242,8 +276,8 @@ def _masked_conv(
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
         if t.dim() != dims + 2:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {dims + 2} axes")
-    at = [k // 2 for k in weight.shape[2:]] if center is None else _several(op, "center", center, dims)
-    if torch.is_autocast_enabled(x.device.type):
+    at = tuple([k // 2 for k in weight.shape[2:]]) if center is None else _several(op, "center", center, dims)
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
     result: Tensor = OP(
