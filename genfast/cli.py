@@ -63,9 +63,14 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=("cached", "naive"), default="cached", help="of autoregressive models: the engine or the plain loop"
     )
 
-    demo = commands.add_parser("demo", help="train a flow on real digits, beside the same model in plain PyTorch")
+    demo = commands.add_parser("demo", help="train a flow and a PixelCNN on real digits, beside plain PyTorch")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
-    demo.add_argument("--seconds", type=float, default=60.0, help="how long to train, both models together")
+    demo.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="how long to train the two flows; the PixelCNNs take a third",
+    )
     return top
 
 

@@ -1,4 +1,4 @@
-"""The main job: a flow on real digits, trained with genfast and, beside it, the same model in plain PyTorch."""
+"""The main job: a flow and a PixelCNN on real digits, trained with genfast and, beside them, the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from . import data, models, training
 from ._memory import peak_bytes
+from .reference import autoregressive
 from .reference import models as plain
 
 CONFIG: dict[str, Any] = {"levels": 2, "steps": 8, "hidden": 64}
@@ -91,4 +92,54 @@ def run(out: Path, seconds: float) -> int:
     path = flow.interpolate(ends[0], ends[1], 8)
     training.save_picture(training.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
     print(f"pictures: {', '.join(str(out / f'{n}.png') for n in ('samples', 'data', 'loss', 'interpolation'))}")
+    pixelcnn(digits, out, seconds / 3)
     return 0
+
+
+def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
+    """Trains two PixelCNNs in turn, draws the same 64 digits with both samplers, and completes digits from their upper half."""
+    config: dict[str, Any] = {"channels": 64, "layers": 6, "kernel_size": 5, "levels": digits.bins, "shape": digits.shape}
+    trainers: dict[str, training.Trainer] = {}
+    for label, build in (("genfast", models.PixelCNN), ("plain PyTorch", autoregressive.PixelCNN)):
+        torch.manual_seed(0)
+        trainers[label] = training.Trainer(build(**config), digits, batch_size=64, lr=2e-3)
+        for _ in range(2):
+            trainers[label].step()
+    count = sum(p.numel() for p in trainers["genfast"].model.parameters())
+    print(f"\nmodel: PixelCNN, 6 layers of 5 x 5, 64 channels, {count:,} parameters", flush=True)
+    spent = dict.fromkeys(trainers, 0.0)
+    steps, began = 0, time.monotonic()
+    while steps < BLOCK or time.monotonic() - began < seconds:
+        for label, trainer in trainers.items():
+            start = time.perf_counter()
+            for _ in range(BLOCK):
+                trainer.step()
+            spent[label] += time.perf_counter() - start
+        steps += BLOCK
+    both: dict[str, Any] = {label: trainer.model.eval() for label, trainer in trainers.items()}
+    ours = both["genfast"]
+    both["plain PyTorch"].load_state_dict(ours.state_dict())  # so that both draw from one distribution
+    uniforms = torch.rand((64, 1, *digits.shape[1:]), generator=torch.Generator().manual_seed(0))
+    drawn: dict[str, torch.Tensor] = {}
+    rows: dict[str, tuple[float, float]] = {}
+    for label, model in both.items():
+        best = []
+        for _ in range(3):
+            start = time.perf_counter()
+            drawn[label] = model.sample(64, uniforms=uniforms)
+            best.append(time.perf_counter() - start)
+        rows[label] = (steps / spent[label], min(best) * 1e3)
+    bits = trainers["genfast"].evaluate()
+    print(f"{'':<16}{'steps/s':>9}{'64 samples, ms':>16}   after {steps} steps, {bits:.3f} bits/dim on held-out digits")
+    for label, (rate, milliseconds) in rows.items():
+        print(f"{label:<16}{rate:>9.2f}{milliseconds:>16.1f}")
+    fast, slow = rows["genfast"], rows["plain PyTorch"]
+    print(f"{'ratio':<16}{fast[0] / slow[0]:>8.2f}x{slow[1] / fast[1]:>15.1f}x")
+    differ = int((drawn["genfast"] != drawn["plain PyTorch"]).flatten(1).any(1).sum())
+    print(f"images that differ between the two samplers, same random numbers: {differ} of 64")
+    training.save_picture(training.image_grid(drawn["genfast"], digits.bins), out / "pixelcnn.png")
+    halves = digits.test[:8].long()
+    whole = [ours.sample(8, prefix=halves[:, :, :4], generator=torch.Generator().manual_seed(k)) for k in range(7)]
+    grid = torch.cat([halves, *whole]).unflatten(0, (8, 8)).transpose(0, 1).flatten(0, 1)
+    training.save_picture(training.image_grid(grid, digits.bins), out / "completion.png")
+    print(f"pictures: {out / 'pixelcnn.png'}, {out / 'completion.png'} (first column real, then its upper half completed)")
