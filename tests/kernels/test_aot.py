@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, and none spills."""
+"""Every Triton kernel compiles for sm_90 without a GPU, and none spills; .ci/run does the same for sm_80 and sm_100 too."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.slow
 def test_every_kernel_compiles_and_none_spills():
-    done = check()
+    done = check("--arch", "90")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = re.findall(r"^(\w+) +(\w+) +.* sm_(\d+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
     kernels = {(family, kernel) for family, kernel, *_ in rows}
     assert len(rows) == int(re.findall(r"(\d+) compiled, 0 failed or spilled", done.stdout)[0])
-    assert {family for family, _ in kernels} >= {"affine_coupling", "actnorm", "invertible_conv1x1", "squeeze"}
-    assert {arch for _, _, arch, *_ in rows} == {"80", "90", "100"}
+    families = {"affine_coupling", "actnorm", "invertible_conv1x1", "squeeze", "masked_conv", "gated_activation"}
+    assert {family for family, _ in kernels} >= families | {"discretized_logistic_mixture"}
+    assert {arch for _, _, arch, *_ in rows} == {"90"}
     assert all(0 < int(registers) <= 255 and int(spilled) == 0 for *_, registers, _, spilled in rows)
-    shared = {arch: max(int(r[4]) for r in rows if r[2] == arch) for arch in ("80", "90", "100")}
-    assert max(shared.values()) <= 99 * 1024  # what consumer cards of those generations have, too
+    assert max(int(r[4]) for r in rows) <= 99 * 1024  # what consumer cards have, too
 
 
 def test_the_check_refuses_the_interpreter():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,26 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "masked_conv", "family"]
 
 
-@pytest.mark.parametrize(
-    ("family", "file"), [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv")]
-)
-def test_interpreted(family, file):
+RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv")]
+
+
+def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", family, f"tests/kernels/{file}.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("GENFAST_BACKEND", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def started(request):
+    """The processes that this session asks for, one a core; each test waits for its own."""
+    wanted = [item.callspec.params["run"] for item in request.session.items if item.name.startswith("test_interpreted[")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {run: pool.submit(_run, *run) for run in wanted}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS, ids=[f"{family}-{file}" for family, file in RUNS])
+def test_interpreted(run, started):
+    done = started[run].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
