@@ -17,7 +17,9 @@ from benchmarks.test_cases import cases
 def test_every_family_of_ops_has_a_case():
     names = " ".join(case.name for case in cases())
     for family in (
-        "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation", "discretized_logistic_mixture",
+        "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation",
+        "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d", "row_lstm", "diagonal_lstm",
+        "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn", "sample pixelcnnpp", "sample wavenet",
     ):  # fmt: skip
         assert family in names
     for case in cases():
@@ -74,3 +76,25 @@ def test_a_provider_with_other_numbers_is_refused():
     case.providers["genfast"] = lambda: lambda: [torch.zeros(1)]
     with pytest.raises(AssertionError, match="genfast returned 1 tensors"):
         measure(case, rounds=5, budget=1)
+
+
+def test_a_provider_that_takes_minutes_is_called_once():
+    case, torch = small()
+    calls = []
+    real = case.providers["reference"]
+
+    def counted():
+        work = real()
+
+        def run():
+            calls.append(1)
+            return work()
+
+        return run
+
+    slow = Case(case.name, case.providers | {"reference": counted}, once=("reference",))
+    found = measure(slow, rounds=5, budget=1)["providers"]
+    assert len(calls) == 1
+    assert found["reference"]["rounds"] == 1
+    assert found["reference"]["peak_bytes"] is None
+    assert found["reference"]["times_genfast"] > 0

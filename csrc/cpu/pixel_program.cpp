@@ -29,6 +29,8 @@ namespace {
 
 using F = float;
 
+constexpr int64_t kShared = 1 << 19;  // products of a row from which on threads share it: some ten times what meeting costs
+
 // As genfast/sampling/program.py writes them.
 enum Kind : int64_t {
   kConv, kCopy, kAdd, kRelu, kElu, kTanh, kSigmoid, kScale, kGate, kLinearGate, kConcatElu, kStatic, kEmbed, kInput,
@@ -60,6 +62,15 @@ struct Program {
     buffer = reinterpret_cast<const BufferInfo*>(p + 10);
     step = reinterpret_cast<const Step*>(buffer + buffers);
     tap = reinterpret_cast<const Tap*>(step + begin + pixel + end);
+  }
+
+  // Of what is computed at the beginning of a row.
+  int64_t row_products() const {
+    int64_t products = 0;
+    for (const Step* s = step; s < step + begin; ++s)
+      for (const Tap* t = tap + s->first; t < tap + s->first + s->segments; ++t)
+        products += width / s->scale / s->up * s->count * t->length;
+    return products;
   }
 };
 
@@ -350,7 +361,7 @@ class Engine {
 
 void pixel_program(const PixelProgramArgs& a) {
   const Program p(a.program);
-  if (a.n < a.threads) {
+  if (a.n < a.threads && p.row_products() >= kShared) {
 #pragma omp parallel num_threads(a.threads)
     {
 #ifdef _OPENMP

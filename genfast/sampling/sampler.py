@@ -20,6 +20,7 @@ HEADS = ("categorical", "logistic_mixture")
 METHODS = ("cached", "naive")
 GROUP = 8  # images that a thread takes through the program together: enough rows for the products of a pixel
 WAVE = 64 << 20  # bytes of feature maps that a thread holds at a time
+SHAPES = 4  # programs that a sampler keeps
 GPU_WAVE = 2 << 30  # bytes of feature maps on a GPU at a time
 
 __all__ = ["Sampler", "draw_categorical"]
@@ -32,7 +33,7 @@ def _takes_context(network: nn.Module) -> bool:
 class Sampler:
     """Draws integer images from a network of :mod:`genfast.nn` layers.
 
-    The network is lowered once to a pixel program (:meth:`prepare`, ``print(sampler.program)``); weights are folded and packed
+    The network is lowered once to a pixel program (:meth:`prepare`; ``print`` shows it); weights are folded and packed
     again whenever a parameter has changed. Given the same uniform numbers, "cached" draws the same images as "naive" (up to
     rounding: a draw that lands within about 1e-7 of the border between two levels may fall on either).
 
@@ -103,6 +104,8 @@ class Sampler:
             if device.type == "cuda":
                 _to_gpu(program, device)
             found = (state, program, statics)
+            if len(self._prepared) >= SHAPES:
+                self._prepared.clear()
             self._prepared[(shape, has_context)] = found
         return found[1], found[2]
 

@@ -53,6 +53,31 @@ def test_the_engine_computes_what_the_network_does_and_draws_the_same_images(nam
     assert report.passed
 
 
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda: PixelCNN(), (1, 28, 28)),
+        (lambda: GatedPixelCNN(3, 66), (3, 32, 32)),
+        (lambda: PixelCNNPlusPlus(3, 40), (3, 32, 32)),
+        (lambda: WaveNet(), (1, 3000)),
+    ],
+)
+def test_teacher_forced_at_real_sizes(model, shape):
+    model = model().eval()
+    x = torch.randint(256, (3, *shape))
+    with torch.no_grad():
+        expected = model(x)
+    found = model.sampler.teacher_forced(x)
+    assert float((found - expected).norm() / expected.norm()) < 2e-6
+
+
+def test_a_sampler_keeps_few_programs():
+    model = PixelCNN(1, 8, 2, 3, 4)
+    for side in range(3, 3 + 2 * sampler.SHAPES):
+        model.sample(1, (1, side, side))
+    assert len(model.sampler._prepared) <= sampler.SHAPES
+
+
 @pytest.mark.parametrize("isa", ["v3", "base"])
 def test_every_instruction_set(isa):
     if sys.platform == "darwin" or os.uname().machine not in ("x86_64", "amd64"):
