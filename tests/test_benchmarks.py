@@ -19,7 +19,8 @@ def test_every_family_of_ops_has_a_case():
     for family in (
         "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation",
         "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
-        "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn", "sample pixelcnnpp", "sample wavenet",
+        "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
+        "sample pixelcnnpp", "sample wavenet",
     ):  # fmt: skip
         assert family in names
     for case in cases():
