@@ -373,7 +373,8 @@ void pixel_program(const PixelProgramArgs& a) {
     return;
   }
   const int64_t groups = std::min<int64_t>(a.n, std::max<int64_t>(a.threads, (a.n + a.group - 1) / a.group));
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
+  const int threads = int(std::min<int64_t>(a.threads, groups));  // one that has no images would only spin
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t g = 0; g < groups; ++g) Engine(a, p, a.n * g / groups, a.n * (g + 1) / groups, 0, 1).rows(a.first_row, a.last_row);
 }
 
