@@ -117,6 +117,10 @@ class Engine {
   void rows(int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
       if (r > r0) wait();  // for the end of the row above
+      if (r % a_.period >= a_.active) {
+        if (member_ == 0) clear(r);
+        continue;
+      }
       row_steps(p_.step, p_.begin, r);
       wait();
       if (member_ == 0)
@@ -137,6 +141,22 @@ class Engine {
     if (members_ > 1) {
 #pragma omp barrier
     }
+  }
+
+  // Between the frames of a video lies what their convolutions see outside them.
+  void clear(int64_t r) {
+    for (int64_t n = first_; n < last_; ++n)
+      for (int64_t b = 0; b < p_.buffers; ++b) {
+        const BufferInfo& info = p_.buffer[b];
+        memset(at(b, n, r, 0), 0, size_t((info.columns - info.left) * info.stride) * sizeof(F));
+      }
+  }
+
+  int64_t image_row(int64_t r) const { return r / a_.period * a_.active + r % a_.period; }
+
+  // Of colour `colour` at a pixel, for images and uniform numbers.
+  int64_t pixel_of(int64_t n, int64_t colours, int64_t colour, int64_t r, int64_t c) const {
+    return ((n * colours + colour) * p_.height + image_row(r)) * p_.width + c;
   }
 
   F* at(int64_t buffer, int64_t image, int64_t row, int64_t column) const {
@@ -295,19 +315,19 @@ class Engine {
           break;
         case kStatic: {  // arg0: which map; its strides by image, row, column; channels as the buffer has them
           const int64_t* m = a_.statics + 4 * s.arg0;
-          const F* fixed = reinterpret_cast<const F*>(m[0]) + n * m[1] + r * m[2] + c * m[3];
+          const F* fixed = reinterpret_cast<const F*>(m[0]) + n * m[1] + image_row(r) * m[2] + c * m[3];
           each(out, s.count, [&](int64_t k) { return load(fixed + k); });
           break;
         }
         case kEmbed: {  // arg0: which colour; a row of the table per level
-          const int64_t level = a_.images[((n * p_.channels + s.arg0) * p_.height + r) * p_.width + c];
+          const int64_t level = a_.images[pixel_of(n, p_.channels, s.arg0, r, c)];
           const F* row = a_.weights + s.weight + level * s.arg1;
           each(out, s.count, [&](int64_t k) { return load(row + k); });
           break;
         }
         case kInput: {  // arg0: which colour
           const F* scale = a_.weights + s.weight;
-          *out = F(a_.images[((n * p_.channels + s.arg0) * p_.height + r) * p_.width + c]) * scale[0] + scale[1];
+          *out = F(a_.images[pixel_of(n, p_.channels, s.arg0, r, c)]) * scale[0] + scale[1];
           break;
         }
         case kCategorical: categorical(s, n, r, c, a); break;
@@ -318,13 +338,13 @@ class Engine {
   }
 
   void record(const Step& s, int64_t n, int64_t r, int64_t c, const F* a) const {
-    if (a_.record) memcpy(a_.record + ((n * p_.height + r) * p_.width + c) * a_.record_size + s.arg1, a, size_t(s.count) * sizeof(F));
+    if (a_.record) memcpy(a_.record + pixel_of(n, 1, 0, r, c) * a_.record_size + s.arg1, a, size_t(s.count) * sizeof(F));
   }
 
   // The smallest level whose cumulative probability exceeds the uniform number.
   void categorical(const Step& s, int64_t n, int64_t r, int64_t c, const F* logits) const {
     record(s, n, r, c, logits);
-    if (r < a_.given) return;
+    if (image_row(r) < a_.given) return;
     const int64_t levels = s.count;
     const F inverse = 1.f / a_.temperature;
     F most = logits[0];
@@ -341,19 +361,19 @@ class Engine {
       sum += double(weight[size_t(level)]);
       if (sum > u) break;
     }
-    a_.images[((n * p_.channels + s.arg0) * p_.height + r) * p_.width + c] = level;
+    a_.images[pixel_of(n, p_.channels, s.arg0, r, c)] = level;
   }
 
   void mixture(const Step& s, int64_t n, int64_t r, int64_t c, const F* params) const {
     record(s, n, r, c, params);
-    if (r < a_.given) return;
-    const int64_t plane = p_.height * p_.width, at = r * p_.width + c;
+    if (image_row(r) < a_.given) return;
+    const int64_t plane = p_.height * p_.width, at = image_row(r) * p_.width + c;
     sample_mixture<F>(params, 1, s.arg0, p_.channels, p_.levels, a_.temperature, a_.uniforms + n * p_.uniforms * plane + at, plane,
                       a_.images + n * p_.channels * plane + at, plane);
   }
 
   F uniform(int64_t n, int64_t index, int64_t r, int64_t c) const {
-    return a_.uniforms[((n * p_.uniforms + index) * p_.height + r) * p_.width + c];
+    return a_.uniforms[pixel_of(n, p_.uniforms, index, r, c)];
   }
 };
 

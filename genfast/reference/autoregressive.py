@@ -6,6 +6,7 @@ what a pixel is drawn from: logits (N, levels * C, ...), level by level, or the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,10 +39,9 @@ def naive_sample(
     training = network.training
     network.eval()
     try:
-        columns = images.shape[3] if images.dim() == 4 else 1
-        for r in trange(given, images.shape[2], unit="row", disable=None if progress else True):
-            for c in range(columns):
-                at = (r, c) if images.dim() == 4 else (r,)
+        for row in trange(given, images.shape[2], unit="row", disable=None if progress else True):
+            for rest in itertools.product(*(range(size) for size in images.shape[3:])):
+                at = (row, *rest)
                 for k in range(images.shape[1] if head == "categorical" else 1):
                     out = network(images) if context is None else network(images, context)
                     here = out[(slice(None), slice(None), *at)]

@@ -22,8 +22,8 @@ def _setting(
 ) -> tuple[tuple[int, ...], int, str, Tensor]:
     """Shape, levels, head and a random image, from the model's attributes where they are not given."""
     shape = tuple(shape)
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise ValueError(f"shape={shape}, expected (C, H, W) or (C, L)")
+    if len(shape) not in (2, 3, 4) or min(shape) < 1:
+        raise ValueError(f"shape={shape}, expected (C, H, W), (C, L) or (C, T, H, W)")
     levels = int(getattr(network, "levels", 256)) if levels is None else levels
     head = str(getattr(network, "head", "categorical")) if head is None else head
     generator = torch.Generator().manual_seed(seed)

@@ -33,11 +33,11 @@ _UNARY: dict[Any, str] = {
     torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", "relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid", "relu_": "relu",
 }  # fmt: skip
 _CONVS = (
-    gnn.MaskedConv1d, gnn.MaskedConv2d, gnn.DownShiftedConv2d, gnn.DownRightShiftedConv2d, gnn.DownShiftedConvTranspose2d,
-    gnn.DownRightShiftedConvTranspose2d,
+    gnn.MaskedConv1d, gnn.MaskedConv2d, gnn.MaskedConv3d, gnn.DownShiftedConv2d, gnn.DownRightShiftedConv2d,
+    gnn.DownShiftedConvTranspose2d, gnn.DownRightShiftedConvTranspose2d,
 )  # fmt: skip
 _LEAVES = (
-    *_CONVS, *_IDENTITY, nn.Conv1d, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, gnn.Shift, gnn.ScaleLevels,
+    *_CONVS, *_IDENTITY, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, gnn.Shift, gnn.ScaleLevels,
     gnn.LevelEmbedding, gnn.AppendOnes, gnn.ConcatELU, gnn.GatedActivation, gnn.ConditionBias,
     gnn.RowLSTM, gnn.DiagonalBiLSTM,
 )  # fmt: skip
@@ -111,6 +111,7 @@ class _Lowering:
     colours: int = 1  # groups in which channels lie
     passes: int = 1  # passes over a pixel
     order: str = "interleaved"
+    period: int = 0  # rows from a frame to the next; 0 where there are no frames
     values: dict[fx.Node, Any] = field(default_factory=dict)
     buffers: list[Buffer] = field(default_factory=list)
     begin: list[Step] = field(default_factory=list)
@@ -449,11 +450,12 @@ def _dense(module: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return full, alive
 
 
-def _taps(weight: Tensor, live: Tensor, center: Sequence[int], dilation: Sequence[int]) -> list[_Tap]:
+def _taps(weight: Tensor, live: Tensor, center: Sequence[int], dilation: Sequence[int], period: int = 0) -> list[_Tap]:
+    """Of a kernel over (row, column), (time,) or (frame, row, column); a frame is ``period`` rows."""
     taps = []
     for tap in itertools.product(*(range(k) for k in weight.shape[2:])):
         at = [(t - c) * d for t, c, d in zip(tap, center, dilation)]
-        row, column = (at[0], at[1]) if len(at) == 2 else (at[0], 0)
+        row, column = (*at, 0)[:2] if len(at) < 3 else (at[0] * period + at[1], at[2])
         index: tuple[Any, ...] = (slice(None), slice(None))
         taps.append(_Tap(row, column, weight[index + tap], live[index + tap]))
     return taps
@@ -461,9 +463,9 @@ def _taps(weight: Tensor, live: Tensor, center: Sequence[int], dilation: Sequenc
 
 def _convolution(low: _Lowering, module: Any, x: Value) -> Value:
     bias = None if module.bias is None else module.bias.detach().float().cpu()
-    if isinstance(module, (gnn.MaskedConv1d, gnn.MaskedConv2d)):
+    if isinstance(module, (gnn.MaskedConv1d, gnn.MaskedConv2d, gnn.MaskedConv3d)):
         weight, live = _dense(module, module.mask)
-        taps = _taps(weight, live, module.center, module.dilation)
+        taps = _taps(weight, live, module.center, module.dilation, low.period)
         return low.convolve(x, taps, module.out_channels, bias, relu=module.activation == "relu")
     if isinstance(module, (gnn.DownShiftedConvTranspose2d, gnn.DownRightShiftedConvTranspose2d)):
         edge = (module.kernel_size[1] - 1) // 2 if isinstance(module, gnn.DownShiftedConvTranspose2d) else 0
@@ -493,10 +495,11 @@ def _convolution(low: _Lowering, module: Any, x: Value) -> Value:
             f"is {module}, which sees the future; use genfast.nn.MaskedConv{len(module.kernel_size)}d (only 1 x 1 "
             "convolutions need no mask)"
         )
-    return low.convolve(x, _taps(weight, live, (0,) * len(module.kernel_size), (1,) * 2), module.out_channels, bias)
+    dims = len(module.kernel_size)
+    return low.convolve(x, _taps(weight, live, (0,) * dims, (1,) * dims), module.out_channels, bias)
 
 
-def _batch_norm(low: _Lowering, module: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[list[_Tap], int, Tensor]:
+def _batch_norm(low: _Lowering, module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> tuple[list[_Tap], int, Tensor]:
     """As it is in evaluation mode, a diagonal 1 x 1 convolution."""
     if module.running_mean is None or module.running_var is None:
         raise low.error("has no running statistics, so an image depends on the others of its batch")
@@ -516,16 +519,16 @@ def _lower_module(low: _Lowering, module: nn.Module, args: list[Any]) -> Any:
     if isinstance(module, gnn.LevelEmbedding):
         return low.embedded(module)
     x = low.entered(1.0, 0.0) if x.levels else x
-    if isinstance(module, (*_CONVS, nn.Conv1d, nn.Conv2d)):
+    if isinstance(module, (*_CONVS, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _convolution(low, module, x)
-    if isinstance(module, gnn.Shift):
+    if isinstance(module, gnn.Shift) and low.period == 0:
         return low.shift(x, module.down, module.right)
     if isinstance(module, gnn.ConcatELU):
         return low.concat_elu(x)
     if isinstance(module, gnn.GatedActivation):
         bias = args[1] if len(args) > 1 else None
         return low.gate(x if bias is None else low.pointwise("add", x, bias), "gate", module.groups)
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
         return low.convolve(x, *_batch_norm(low, module))
     if type(module) in _UNARY:
         if isinstance(module, nn.ELU) and module.alpha != 1:
@@ -564,14 +567,15 @@ def _lower_function(low: _Lowering, target: Any, args: list[Any], kwargs: dict[s
 
 def lower(
     network: nn.Module, shape: tuple[int, int, int], *, levels: int, head: str = "categorical", has_context: bool = False,
-    outputs: Callable[[fx.Node], bool] | None = None, panel: int | None = None,
+    frames: int = 1, panel: int | None = None,
 ) -> tuple[Program, Callable[[Tensor | None], list[Tensor]]]:  # fmt: skip
     """The pixel program of ``network``, and a function from the context to the maps that it reads.
 
     Args:
         network: integer images (N, C, H, W) to logits (N, levels * C, H, W), level by level, or to mixture parameters.
             Sequences (N, C, L) are images of L rows of one pixel.
-        shape: (C, H, W).
+        shape: (C, H, W); of a video (C, frames * H, W).
+        frames: of a video (N, C, frames, H, W).
         head: "categorical" or "logistic_mixture".
         panel: how many columns of a product's weights lie together; None for what the CPU's engine takes, 0 for all.
 
@@ -579,12 +583,16 @@ def lower(
         LoweringError: naming the module that has no pixel program.
     """
     graph = trace(network, has_context)
-    convs = [m for m in graph.modules() if isinstance(m, (gnn.MaskedConv1d, gnn.MaskedConv2d))]
+    convs = [m for m in graph.modules() if isinstance(m, (gnn.MaskedConv1d, gnn.MaskedConv2d, gnn.MaskedConv3d))]
+    rows = shape[1] // frames
+    volumes = [m for m in convs if isinstance(m, gnn.MaskedConv3d)]
+    gap = max((max(m.center[1], m.kernel_size[1] - 1 - m.center[1]) * m.dilation[1] for m in volumes), default=0)
     low = _Lowering(graph, shape, levels, head, panel)
     low.passes = max((m.data_channels for m in convs), default=1)
     low.colours = max(low.passes, shape[0] if head == "categorical" else 1)
     if low.passes not in (1, shape[0]):
         raise LoweringError(f"data_channels={low.passes}, but the image has {shape[0]} colours")
+    low.period = rows + gap if volumes else 0
     orders = {m.group_order for m in convs if m.data_channels > 1}
     if len(orders) > 1:
         raise LoweringError("its layers have different group_orders")
@@ -643,7 +651,7 @@ def lower(
     if not isinstance(result, fx.Node) or result not in dynamic:
         raise LoweringError("the network's output is not one tensor that depends on the image")
     _draw(low, low.values[result], head)
-    return _finish(low, graph)
+    return _finish(low, graph, frames, gap)
 
 
 def _materialise(low: _Lowering, a: fx.Node) -> Any:
@@ -683,7 +691,9 @@ def _draw(low: _Lowering, y: Value, head: str) -> None:
             low.pixel[0].append(step)
 
 
-def _finish(low: _Lowering, graph: fx.GraphModule) -> tuple[Program, Callable[[Tensor | None], list[Tensor]]]:
+def _finish(
+    low: _Lowering, graph: fx.GraphModule, frames: int, gap: int
+) -> tuple[Program, Callable[[Tensor | None], list[Tensor]]]:
     channels, height, width = low.shape
     for b in low.buffers:
         if height % b.scale or width % b.scale:
@@ -693,7 +703,7 @@ def _finish(low: _Lowering, graph: fx.GraphModule) -> tuple[Program, Callable[[T
     program = Program(
         channels, height, width, low.levels, 1 + channels if mixture else channels, record, low.buffers, low.begin,
         [*itertools.chain(*low.pixel), *low.after], low.end,
-        torch.cat([*low.weights, torch.zeros(64)]), [n.name for n in low.statics],
+        torch.cat([*low.weights, torch.zeros(64)]), [n.name for n in low.statics], frames, gap,
     )  # fmt: skip
     wanted = [(n, torch.tensor(low.values[n].place), low.buffers[low.values[n].buffer].channels) for n in low.statics]
     image = next(n for n in graph.graph.nodes if n.op == "placeholder")
@@ -715,6 +725,8 @@ def _finish(low: _Lowering, graph: fx.GraphModule) -> tuple[Program, Callable[[T
         found = []
         for node, place, room in wanted:
             value = known[node].float().movedim(1, -1)
+            if value.dim() == 5:  # a video: frame below frame
+                value = value.flatten(1, 2)
             if value.dim() < 4:  # one vector for all positions, or a sequence
                 value = value[:, None, None] if value.dim() == 2 else value[:, :, None]
             if value.shape[1:3] not in ((1, 1), (height, width)):

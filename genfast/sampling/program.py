@@ -93,7 +93,7 @@ class Program:
     """A lowered network, ready to run."""
 
     channels: int
-    height: int
+    height: int  # rows of the image; of a video all rows of all frames
     width: int
     levels: int
     uniforms: int  # random numbers a pixel
@@ -104,6 +104,8 @@ class Program:
     end: list[Step]
     weights: Tensor  # float32, everything that the steps multiply by
     statics: list[str]  # names of the values that are computed once for an image, in the order of their steps
+    frames: int = 1
+    gap: int = 0  # rows of zeros behind each frame, which its neighbours' taps see as outside
 
     def __post_init__(self) -> None:
         offset = 0
@@ -136,6 +138,16 @@ class Program:
             for s in steps:
                 s.barrier = bool(written & {s.a, s.b})
                 written = {s.out} if s.barrier else written | {s.out}
+
+    @property
+    def active(self) -> int:
+        """Rows of a frame."""
+        return self.height // self.frames
+
+    @property
+    def period(self) -> int:
+        """Rows from a frame to the next."""
+        return self.active + self.gap
 
     @property
     def multiplications(self) -> int:

@@ -38,9 +38,9 @@ class Sampler:
     rounding: a draw that lands within about 1e-7 of the border between two levels may fall on either).
 
     Args:
-        network: integer images (N, C, H, W), or sequences (N, C, L), to logits (N, levels * C, ...), level by level, or to
-            mixture parameters (see :func:`genfast.ops.discretized_logistic_mixture_nll`); called as ``network(x)`` or
-            ``network(x, context)``.
+        network: integer images (N, C, H, W), sequences (N, C, L) or videos (N, C, T, H, W) to logits (N, levels * C, ...),
+            level by level, or to mixture parameters (see :func:`genfast.ops.discretized_logistic_mixture_nll`); called as
+            ``network(x)`` or ``network(x, context)``.
         levels: of a colour.
         head: "categorical" or "logistic_mixture".
 
@@ -87,7 +87,8 @@ class Sampler:
         state = self._state()
         found = self._prepared.get((shape, has_context))
         if found is None or found[0] != state:
-            full = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
+            frames = shape[1] if len(shape) == 4 else 1
+            full = (shape[0], shape[1] * shape[2] if len(shape) == 4 else shape[1], shape[-1] if len(shape) > 2 else 1)
             training, device = self.network.training, self._device()
             self.network.eval()
             try:
@@ -97,6 +98,7 @@ class Sampler:
                     levels=self.levels,
                     head=self.head,
                     has_context=has_context,
+                    frames=frames,
                     panel=0 if device.type == "cuda" else None,
                 )
             finally:
@@ -124,12 +126,13 @@ class Sampler:
         """Draws ``n`` images.
 
         Args:
-            shape: (C, H, W), or (C, L) of a sequence.
+            shape: (C, H, W), (C, L) of a sequence or (C, T, H, W) of a video.
             method: "cached" computes every activation once; "naive" is the standard loop, one forward pass for each pixel
                 (and colour), for networks that have no pixel program.
             context: (n, ...) as the network takes it.
             temperature: divides the logits, or multiplies the scales of a mixture and divides its logits.
-            prefix: (n or 1, C, h, W) whole numbers: the first h rows (or (n or 1, C, l), the first l samples), kept as given.
+            prefix: (n or 1, C, h, W) whole numbers: the first h rows, kept as given; of a sequence
+                (n or 1, C, l) the first l samples, of a video (n or 1, C, t, H, W) the first t frames.
             uniforms: (n, K, H, W) in [0, 1), K = :meth:`uniforms_per_pixel`; drawn with ``generator`` if None.
             progress: shows a bar over the rows.
 
@@ -159,7 +162,7 @@ class Sampler:
         program, _ = self._program(shape, context is not None)
         record = torch.empty(len(images), program.height, program.width, program.record, device=images.device)
         uniforms = torch.zeros(len(images), program.uniforms, *shape[1:], device=images.device)
-        self._run(images, uniforms, program.height, context, 1.0, False, record)
+        self._run(images, uniforms, shape[1], context, 1.0, False, record)
         out = record.movedim(-1, 1)
         if self.head == "categorical":  # recorded colour by colour
             out = out.unflatten(1, (shape[0], self.levels)).transpose(1, 2).flatten(1, 2)
@@ -173,8 +176,8 @@ class Sampler:
             raise ValueError(f"sample: method={method!r}, expected one of {', '.join(map(repr, METHODS))}")
         if n < 0:
             raise ValueError(f"sample: n={n}, expected at least 0")
-        if len(shape) not in (2, 3) or min(shape) < 1:
-            raise ValueError(f"sample: shape={shape}, expected (C, H, W) or (C, L)")
+        if len(shape) not in (2, 3, 4) or min(shape) < 1:
+            raise ValueError(f"sample: shape={shape}, expected (C, H, W), (C, L) or (C, T, H, W)")
         if not temperature > 0:
             raise ValueError(f"sample: temperature={temperature}, expected above 0")
         if context is not None and not _takes_context(self.network):
@@ -219,21 +222,23 @@ class Sampler:
         threads = torch.get_num_threads()
         nbytes = max(1, program.image_floats * 4)
         wave = max(threads, threads * min(WAVE // nbytes, 8 * GROUP))
-        starts = range(0, len(images), wave)
-        with _bar(progress, len(starts) * program.height) as advance:
+        starts, height = range(0, len(images), wave), program.frames * program.period
+        given = given * (program.active if program.frames > 1 else 1)  # frames to rows
+        with _bar(progress, len(starts) * height) as advance:
             for start in starts:
                 part = slice(start, start + wave)
                 count = len(images[part])
                 cache = _pool.empty_strided((count * program.image_floats + 64,), (1,), torch.float32).zero_()
                 maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64)
-                row, rows = 0, max(1, program.height // 64)
-                while row < program.height:
+                row, rows = 0, max(1, height // 64)
+                while row < height:
                     _CPU.pixel_program(
                         program.code.data_ptr(), program.weights.data_ptr(), maps.data_ptr(), cache.data_ptr(),
                         images[part].data_ptr(), uniforms[part].data_ptr(), 0 if record is None else record[part].data_ptr(),
-                        program.record, count, GROUP, row, min(row + rows, program.height), given, temperature, threads,
+                        program.record, count, GROUP, row, min(row + rows, height), given, program.period, program.active,
+                        temperature, threads,
                     )  # fmt: skip
-                    advance(min(rows, program.height - row))
+                    advance(min(rows, height - row))
                     row += rows
 
 
@@ -256,6 +261,8 @@ def _run_on_gpu(
     record: Tensor | None,
 ) -> None:  # fmt: skip
     """One launch for some rows of as many images as fit, on the current stream; waits for none unless progress is shown."""
+    if program.frames > 1:
+        raise _backend.BackendError("genfast::pixel_program: the GPU engine takes no videos; move the network to the CPU")
     if _CUDA is None:
         raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cuda')[1]}")
     wave, rows = max(1, GPU_WAVE // (4 * max(1, program.image_floats))), max(1, program.height // 64)

@@ -14,7 +14,7 @@ from torch import nn
 
 from genfast import nn as gnn
 from genfast.models import GatedPixelCNN, PixelCNN, PixelCNNPlusPlus, WaveNet
-from genfast.sampling import LoweringError, Sampler, sample_equivalence, sampler
+from genfast.sampling import LoweringError, Sampler, assert_causal, sample_equivalence, sampler
 
 # name, model, shape, context
 MODELS = {
@@ -242,6 +242,46 @@ def test_a_users_own_network():
 def test_a_sequential_of_embedded_levels():
     embedded = nn.Sequential(gnn.LevelEmbedding(4, 7), gnn.MaskedConv2d(7, 4, 3, mask_type="A"))
     assert sample_equivalence(embedded, (1, 5, 6), levels=4).passed
+
+
+class Video(nn.Module):
+    """A masked decoder over (frame, row, column) with residuals, dilation, gates and a condition."""
+
+    def __init__(self, colours=1, levels=4):
+        super().__init__()
+        c = dict(data_channels=colours)
+        self.scale = gnn.ScaleLevels(levels)
+        self.first = gnn.MaskedConv3d(colours, 12, 3, mask_type="A", **c)
+        self.second = gnn.MaskedConv3d(12, 24, (3, 3, 5), dilation=(1, 2, 1), **c)
+        self.gate = gnn.GatedActivation()
+        self.condition = gnn.ConditionBias(3, 24)
+        self.third = gnn.MaskedConv3d(12, 12, (2, 3, 3), center=(1, 1, 1), activation="relu", **c)
+        self.out = gnn.MaskedConv3d(12, levels * colours, 1, **c)
+
+    def forward(self, x, context):
+        h = self.first(self.scale(x))
+        h = h + self.gate(self.second(h), self.condition(context))
+        return self.out(h + self.third(h))
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("condition", [(3, 3), (3, 3, 3, 5, 4)], ids=["vector", "map"])
+def test_video(colours, condition):
+    net, context = Video(colours), torch.randn(condition)
+    assert_causal(net, (colours, 2, 3, 3), levels=4, context=context[:1, :, :2, :3, :3] if len(condition) > 2 else context[:1])
+    assert sample_equivalence(net, (colours, 3, 5, 4), n=3, levels=4, context=context).passed
+    s = Sampler(net, levels=4)
+    uniforms = torch.rand(3, colours, 3, 5, 4)
+    whole = s.sample(3, (colours, 3, 5, 4), uniforms=uniforms, context=context)
+    for method in ("cached", "naive"):
+        again = s.sample(3, (colours, 3, 5, 4), uniforms=uniforms, context=context, prefix=whole[:, :, :2], method=method)
+        assert torch.equal(whole, again)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert torch.equal(whole, s.sample(3, (colours, 3, 5, 4), uniforms=uniforms, context=context))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_batch_normalisation_of_a_trained_network_is_folded():
