@@ -18,9 +18,12 @@ class CausalityError(AssertionError):
 
 
 def _setting(
-    network: nn.Module, shape: Sequence[int], levels: int | None, head: str | None, seed: int
+    network: nn.Module, shape: Sequence[int] | None, levels: int | None, head: str | None, seed: int
 ) -> tuple[tuple[int, ...], int, str, Tensor]:
     """Shape, levels, head and a random image, from the model's attributes where they are not given."""
+    if shape is None:
+        colours = int(getattr(network, "in_channels", 1))
+        shape = (colours, 32) if getattr(network, "dims", 2) == 1 else (colours, 8, 8)
     shape = tuple(shape)
     if len(shape) not in (2, 3, 4) or min(shape) < 1:
         raise ValueError(f"shape={shape}, expected (C, H, W), (C, L) or (C, T, H, W)")
@@ -56,7 +59,7 @@ def _dependence(network: nn.Module, x: Tensor, context: Tensor | None, outputs: 
 
 
 def assert_causal(
-    network: nn.Module, shape: Sequence[int], *, levels: int | None = None, head: str | None = None,
+    network: nn.Module, shape: Sequence[int] | None = None, *, levels: int | None = None, head: str | None = None,
     context: Tensor | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
     """Raises unless every output depends on earlier inputs only: the gradient to every other input is exactly zero.
@@ -67,7 +70,7 @@ def assert_causal(
 
     Args:
         network: as for :class:`Sampler`; in evaluation mode while it is checked.
-        shape: (C, H, W) or (C, L).
+        shape: (C, H, W), (C, L) or (C, T, H, W); (C, 8, 8) or (C, 32) with the model's own C by default.
         levels, head: of :class:`Sampler`; the model's own by default.
         context: (1, ...), if the network takes one.
 
@@ -135,7 +138,7 @@ class ReceptiveField:
 
 
 def receptive_field(
-    network: nn.Module, shape: Sequence[int], *, position: Sequence[int] | None = None, levels: int | None = None,
+    network: nn.Module, shape: Sequence[int] | None = None, *, position: Sequence[int] | None = None, levels: int | None = None,
     context: Tensor | None = None, seed: int = 0,
 ) -> ReceptiveField:  # fmt: skip
     """What the output at ``position`` (the middle by default) depends on, and which earlier inputs it is blind to.
@@ -183,7 +186,7 @@ class Equivalence:
 
 
 def sample_equivalence(
-    network: nn.Module, shape: Sequence[int], *, n: int = 2, levels: int | None = None, head: str | None = None,
+    network: nn.Module, shape: Sequence[int] | None = None, *, n: int = 2, levels: int | None = None, head: str | None = None,
     context: Tensor | None = None, seed: int = 0,
 ) -> Equivalence:  # fmt: skip
     """Compares cached and naive sampling of any network of :mod:`genfast.nn` layers, on random images of ``shape``.

@@ -8,7 +8,7 @@ from torch import nn
 
 from genfast import nn as gnn
 from genfast.models import GatedPixelCNN, PixelCNN, PixelCNNPlusPlus, PixelRNN, WaveNet
-from genfast.sampling import CausalityError, assert_causal, receptive_field
+from genfast.sampling import CausalityError, assert_causal, receptive_field, sample_equivalence
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,13 @@ def test_wavenet_sees_as_far_as_it_says():
     seen = field.seen[0].nonzero().flatten()
     assert int(seen.max()) == 34
     assert 35 - int(seen.min()) == model.receptive_field
+
+
+def test_without_a_shape():
+    model = PixelCNN(1, 6, 2, 3, 4)
+    assert_causal(model)
+    assert receptive_field(model).seen.shape == (1, 8, 8)
+    assert sample_equivalence(WaveNet(4, 4, 4, 2, 1)).passed
 
 
 def test_bad_positions():
