@@ -102,7 +102,11 @@ def test_interrupting_keeps_a_checkpoint_and_exits_130(tmp_path):
     command = [sys.executable, "-m", "genfast", "train", "glow", "--out", str(out), "--steps", "100000", "--hidden", "4",
                "--flow-steps", "1"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    # A shell that runs these tests in the background has them ignore the signal, and a child would inherit that.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(out.glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
