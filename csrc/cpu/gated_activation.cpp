@@ -35,12 +35,8 @@ GENFAST_INLINE Gate<T> gate(Vec<T> f, Vec<T> g) {
   const T limit = sizeof(T) == 4 ? T(80) : T(700);
   Vec<T> a = abs<T>(f) * T(2);
   a = a > limit ? splat(limit) : a;
-  Vec<T> rounded;
-  const Vec<T> x = reduce<T>(a, rounded);
-  const Vec<T> minus_one = exp_tail(x) * (x * x) + x;
-  const Vec<T> power = from_bits<T>(bits<T>(splat(T(1))) + (bits<T>(rounded) << Types<T>::kMantissa));
   Gate<T> q;
-  q.m = power * minus_one + (power - T(1));
+  q.m = exp_minus_one<T>(a);
   q.m = f == f ? q.m : f;
   q.e = exp<T>(-abs<T>(g));
   q.r = T(1) / ((q.m + T(2)) * (q.e + T(1)));

@@ -14,6 +14,7 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -58,39 +59,6 @@ class Buffer {  // uninitialised; vectors that run over the end of the last row 
   T* data_;
 };
 
-// out[c][r] = in[r][c]; floats by 4 x 4 in registers.
-template <class T>
-void transpose(const T* in, int64_t in_ld, T* out, int64_t out_ld, int64_t rows, int64_t columns) {
-  int64_t done = 0;
-#if defined(__clang__) || __GNUC__ >= 12
-  if constexpr (sizeof(T) == 4) {
-    typedef T V __attribute__((vector_size(16)));
-    const auto at = [](const T* p) {
-      V v;
-      memcpy(&v, p, sizeof v);
-      return v;
-    };
-    for (; done + 4 <= rows; done += 4) {
-      int64_t c = 0;
-      for (; c + 4 <= columns; c += 4) {
-        const T* p = in + done * in_ld + c;
-        const V a = at(p), b = at(p + in_ld), d = at(p + 2 * in_ld), e = at(p + 3 * in_ld);
-        const V ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), de = __builtin_shufflevector(d, e, 0, 4, 1, 5);
-        const V ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7), de_high = __builtin_shufflevector(d, e, 2, 6, 3, 7);
-        const V lines[4] = {__builtin_shufflevector(ab, de, 0, 1, 4, 5), __builtin_shufflevector(ab, de, 2, 3, 6, 7),
-                            __builtin_shufflevector(ab_high, de_high, 0, 1, 4, 5),
-                            __builtin_shufflevector(ab_high, de_high, 2, 3, 6, 7)};
-        for (int i = 0; i < 4; ++i) memcpy(out + (c + i) * out_ld + done, &lines[i], sizeof(V));
-      }
-      for (; c < columns; ++c)
-        for (int64_t r = done; r < done + 4; ++r) out[c * out_ld + r] = in[r * in_ld + c];
-    }
-  }
-#endif
-  for (int64_t r = done; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) out[c * out_ld + r] = in[r * in_ld + c];
-}
-
 // Rows [y0, y1) and columns [x0, x1) of slice z of sample n as (row, column, channel); zero outside the image.
 template <class T>
 void copy_block(const Source<T>& s, int64_t n, int64_t z, int64_t y0, int64_t y1, int64_t x0, int64_t x1, const MaskedConvArgs& a,
@@ -115,7 +83,7 @@ void copy_block(const Source<T>& s, int64_t n, int64_t z, int64_t y0, int64_t y1
     } else if (t[1] == 1) {
       for (int64_t x = 0; x < count; ++x) memcpy(row + x * channels, in + x * t[4], size_t(channels) * sizeof(T));
     } else if (t[4] == 1) {
-      transpose(in, t[1], row, channels, channels, count);
+      transpose(in, t[1], channels, count, row, channels);
     } else {
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t x = 0; x < count; ++x) row[x * channels + c] = in[c * t[1] + x * t[4]];
@@ -262,7 +230,7 @@ void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>&
             }
             if (direct) continue;
             if (ys[4] == 1) {
-              transpose(static_cast<const T*>(line.get()), wide, out, ys[1], count, std::min(width, co - block));
+              transpose<T>(line.get(), wide, count, std::min(width, co - block), out, ys[1]);
               continue;
             }
             for (int64_t j = 0; j < std::min(width, co - block); ++j)

@@ -278,13 +278,9 @@ class Engine {
     if (k < count) store_part(out + k, function(k), int(count - k));
   }
 
-  static Vec<F> elu(Vec<F> x) {  // e^x - 1 cancels near zero; its tail does not
+  static Vec<F> elu(Vec<F> x) {
     const Vec<F> low = x < -80.f ? splat(-80.f) : (x > 0.f ? Vec<F>{} : x);
-    Vec<F> rounded;
-    const Vec<F> r = reduce<F>(low, rounded);
-    const Vec<F> part = exp_tail(r) * (r * r) + r;
-    const Vec<F> power = from_bits<F>(bits<F>(splat(1.f)) + (bits<F>(rounded) << Types<F>::kMantissa));
-    return x > 0.f ? x : power * part + (power - 1.f);
+    return x > 0.f ? x : exp_minus_one<F>(low);
   }
 
   static Vec<F> logistic(Vec<F> x) { return 1.f / (1.f + exp<F>(-x)); }

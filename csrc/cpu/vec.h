@@ -221,16 +221,22 @@ GENFAST_INLINE Vec<T> log(Vec<T> x) {
   return x == x ? l : x;
 }
 
+// e^x - 1, which does not cancel near zero; x within the range of exp.
+template <class T>
+GENFAST_INLINE Vec<T> exp_minus_one(Vec<T> x) {
+  Vec<T> rounded;
+  const Vec<T> r = reduce<T>(x, rounded);
+  const Vec<T> minus_one = exp_tail(r) * (r * r) + r;
+  const Vec<T> power = from_bits<T>(bits<T>(splat(T(1))) + (bits<T>(rounded) << Types<T>::kMantissa));
+  return power * minus_one + (power - T(1));
+}
+
 template <class T>
 GENFAST_INLINE Vec<T> tanh(Vec<T> x) {  // m / (m + 2) with m = e^2|x| - 1
   const T limit = sizeof(T) == 4 ? T(20) : T(44);
   Vec<T> a = abs<T>(x) * T(2);
   a = a > limit ? splat(limit) : a;
-  Vec<T> rounded;
-  const Vec<T> r = reduce<T>(a, rounded);
-  const Vec<T> minus_one = exp_tail(r) * (r * r) + r;
-  const Vec<T> power = from_bits<T>(bits<T>(splat(T(1))) + (bits<T>(rounded) << Types<T>::kMantissa));
-  const Vec<T> m = power * minus_one + (power - T(1));
+  const Vec<T> m = exp_minus_one<T>(a);
   const Vec<T> y = m / (m + T(2));
   const Vec<T> signed_y = x < T(0) ? -y : y;
   return x == x ? signed_y : x;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend, _pool
-from ..reference.autoregressive import draw_categorical, naive_sample
+from ..reference.autoregressive import naive_sample
 from .lowering import LoweringError, lower
 from .program import Program
 
@@ -22,8 +22,6 @@ GROUP = 8  # images that a thread takes through the program together: enough row
 WAVE = 64 << 20  # bytes of feature maps that a thread holds at a time
 SHAPES = 4  # programs that a sampler keeps
 GPU_WAVE = 2 << 30  # bytes of feature maps on a GPU at a time
-
-__all__ = ["Sampler", "draw_categorical"]
 
 
 def _takes_context(network: nn.Module) -> bool:
