@@ -1,0 +1,39 @@
+"""Gradient penalties by double backward, as their papers write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+KINDS = ("wgan-gp", "wgan-lp", "r1", "r2", "dragan")
+
+
+def penalty_of_norms(norms: Tensor, kind: str, weight: float, target: float) -> Tensor:
+    """The penalty from the norm of each sample's gradient, (N,) to ().
+
+    wgan-gp, dragan: weight mean (n - target)^2 (arXiv:1704.00028, section 4; arXiv:1705.07215, section 2.4);
+    wgan-lp: weight mean max(0, n - target)^2 (arXiv:1709.08894, section 5);
+    r1, r2: weight / 2 mean n^2 (arXiv:1801.04406, section 4.1).
+    """
+    if kind in ("r1", "r2"):
+        return weight / 2 * norms.square().mean()
+    excess = norms - target
+    return weight * (excess.clamp(min=0) if kind == "wgan-lp" else excess).square().mean()
+
+
+def gradient_penalty(
+    critic: Callable[..., Tensor], at: Tensor, kind: str, weight: float, target: float, context: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """(penalty, norms (N,)) of the critic's gradient at the points ``at`` (N, ...), differentiable by autograd to any order.
+
+    The norm is over all but the batch axis; its gradient where a sample's gradient is zero is zero.
+    """
+    if not at.requires_grad:
+        at = at.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(at, *context).sum(), at, create_graph=True)
+    norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    if kind in ("r1", "r2"):  # without the root, which has no second derivative at zero
+        return weight / 2 * gradient.square().flatten(1).sum(1).mean(), norms
+    return penalty_of_norms(norms, kind, weight, target), norms
