@@ -616,7 +616,8 @@ def rms_norm():
 
 @critic()
 def rms_norm_of_images():
-    return convolutional(nn.SiLU, lambda c: nn.RMSNorm((8 // (c // 3), 8 // (c // 3)), elementwise_affine=False)), IMAGES
+    """Over the positions, which are 4x4 and then 2x2, without a gain."""
+    return convolutional(nn.SiLU, lambda c: nn.RMSNorm((4, 4) if c == 6 else (2, 2), 1e-5, False)), IMAGES
 
 
 @critic()
