@@ -1,0 +1,182 @@
+"""One pass over a critic: its outputs, its input gradient, and the gradients that a penalty and a loss send to it."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tape import MoreNeeded, Tape, Unsupported
+
+Critic = Callable[..., Tensor]
+
+
+@dataclass
+class Facts:
+    """What earlier passes over a critic have shown, in one of its modes (training or not)."""
+
+    curved: bool = False
+    per_sample: bool | None = None
+
+
+_FACTS: weakref.WeakKeyDictionary[Any, dict[bool, Facts]] = weakref.WeakKeyDictionary()
+
+
+def facts(critic: Critic) -> Facts:
+    """The facts known of this critic; to be updated in place."""
+    try:
+        known = _FACTS.setdefault(unwrapped(critic), {})
+    except TypeError:  # no weak references to it
+        return Facts(curved=True)
+    return known.setdefault(bool(getattr(critic, "training", False)), Facts())
+
+
+def unwrapped(critic: Critic) -> Critic:
+    """A compiled module's original: a tape cannot look into the compiled one."""
+    return getattr(critic, "_orig_mod", critic)
+
+
+def per_sample_outputs(op: str, d: Any, n: int) -> Tensor:
+    """The critic's outputs as (n,), or a clear error."""
+    if not isinstance(d, Tensor):
+        raise TypeError(f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample")
+    if d.dim() == 0 or d.shape[0] != n or d.numel() != n:
+        raise ValueError(
+            f"{op}: critic returned shape {tuple(d.shape)} for a batch of {n}, expected one value per sample: ({n},), ({n}, 1) "
+            "or the like; take the mean over what is left inside the critic"
+        )
+    if not d.dtype.is_floating_point:
+        raise TypeError(f"{op}: critic returned dtype {d.dtype}, expected a floating-point dtype")
+    return d
+
+
+@contextlib.contextmanager
+def _no_half_autocast(device: str) -> Iterator[None]:
+    """float16 has too small a range for products of cotangents and tangents, and no one loss scale fits both."""
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        with torch.autocast(device, enabled=False):
+            yield
+    else:
+        yield
+
+
+class Pass:
+    """A recorded pass of ``critic`` over x (N, ...).
+
+    Args:
+        loss: whether a loss will share the pass (``sweep(slope=...)``).
+
+    Raises:
+        Unsupported: the critic does something that cannot be followed.
+        TypeError, ValueError: outputs that are not one value per sample.
+    """
+
+    def __init__(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool) -> None:
+        self.known = facts(critic)
+        try:
+            self._record(op, critic, x, context, loss)
+        except MoreNeeded:
+            self.known.curved = True
+            self._record(op, critic, x, context, loss)
+
+    def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
+        self.tape = tape = Tape(keep_inputs=loss or self.known.curved)
+        tape.batch = x.shape[0]
+        self.device = x.device.type
+        active = tape.activate(x.detach())
+        original = unwrapped(critic)
+        with torch.compiler.set_stance("force_eager"), _no_half_autocast(self.device), torch.enable_grad(), tape:
+            d = original(active, *context)
+        per_sample_outputs(op, d, tape.batch)
+        self.slot = tape.slot(d)
+        if self.slot < 0 and d.requires_grad:
+            tape._clear(d)
+        self.output = d.detach()
+        tape.prepare(max(self.slot, 0))
+        if self.slot < 0:
+            tape.live_rules = []
+        if tape.curved and not tape.keep_inputs:
+            raise MoreNeeded
+        self.known.curved = tape.curved
+        self.known.per_sample = tape.per_sample
+
+    @property
+    def values(self) -> Tensor:
+        """(N,), float32 or better."""
+        return self.output.reshape(-1).to(torch.promote_types(self.output.dtype, torch.float32))
+
+    @torch.no_grad()
+    def input_gradient(self, rows: int) -> Tensor | None:
+        """d(sum of the outputs)/dx for the first ``rows`` samples; None where the outputs do not depend on x."""
+        if self.slot < 0:
+            return None
+        with torch.autocast(self.device, enabled=False):
+            g = self.tape.chain(torch.ones_like(self.output), rows)
+        self.x_cotangent = g
+        return None if g is None else g[:rows]
+
+    @torch.no_grad()
+    def sweep(self, direction: Tensor | None, slope: Tensor | None = None, *, to_x: bool = False) -> Tensor | None:
+        """Collects the gradients of a penalty with dP/dg = ``direction`` and of a loss with dloss/dD = ``slope`` (N,).
+
+        Returns what they send to x if ``to_x``.
+        """
+        if self.slot < 0:
+            return None
+        tape, start = self.tape, None
+        shared = slope is not None and tape.per_sample and bool(tape.b)
+        if shared:
+            tape.f = slope
+        elif slope is not None:
+            start = slope.to(self.output.dtype).reshape(self.output.shape)
+        with torch.autocast(self.device, enabled=False):
+            found = tape.sweep(direction, start, to_x)
+        if to_x and shared and self.x_cotangent is not None and slope is not None:
+            loss = self.x_cotangent * slope.to(self.x_cotangent.dtype).view(-1, *(1,) * (self.x_cotangent.dim() - 1))
+            if found is None:
+                return loss
+            loss[: found.shape[0]] += found
+            return loss
+        return found
+
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added."""
+        return list(self.tape.gradients.values())
+
+
+class _Attach(torch.autograd.Function):
+    """A value whose gradient by each tensor is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        found = [
+            torch.zeros(shape, dtype=dtype, device=device) if g is None else g * grad.to(g.dtype)
+            for g, (shape, dtype, device) in zip(ctx.gradients, ctx.like)
+        ]
+        return (None, None, *found)
+
+
+def attach(value: Tensor, found: Sequence[tuple[Tensor, Tensor]], critic: Critic) -> Tensor:
+    """``value`` with these gradients. Every parameter of the critic takes part, if with a gradient of zero, so that a
+    DistributedDataParallel reducer waits for none in vain."""
+    tensors = [t for t, _ in found]
+    gradients: list[Tensor | None] = [g for _, g in found]
+    there = {id(t) for t in tensors}
+    for p in critic.parameters() if isinstance(critic, nn.Module) else ():
+        if p.requires_grad and id(p) not in there:
+            tensors.append(p)
+            gradients.append(None)
+    result: Tensor = _Attach.apply(value, gradients, *tensors)
+    return result

@@ -1,0 +1,1011 @@
+"""The rules by which a critic's functions are recorded: products, maps that are linear, and everything else.
+
+Each handler runs one function on active tensors, without autograd, and records a ``Rule``. What has none here is recorded
+by ``Autograd``, which differentiates that one function twice by PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from .tape import HANDLERS, PASSED, Handler, Maybe, Rule, Tape, Unsupported
+
+T = torch.Tensor
+
+
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Registers a handler for these functions."""
+
+    def register(handler: Handler) -> Handler:
+        for f in functions:
+            HANDLERS[f] = handler
+        return handler
+
+    return register
+
+
+def trainable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product of ``x`` is done."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def operand(t: Maybe, f: Maybe, h: Maybe) -> Maybe:
+    """t + f' h, where t may hold the first rows alone; None is zero."""
+    if f is None:
+        return t
+    assert h is not None
+    z = h * f.to(h.dtype).view(-1, *(1,) * (h.dim() - 1))
+    if t is not None:
+        z[: t.shape[0]] += t
+    return z
+
+
+def weighted_sum(b: Tensor, f: Tensor, shape: Sequence[int]) -> Tensor:
+    """f' b summed to the shape of a bias."""
+    return (b * f.to(b.dtype).view(-1, *(1,) * (b.dim() - 1))).sum_to_size(shape)
+
+
+# ---- weights ----
+
+
+class Linear(Rule):
+    kind = "exact, product"
+    prefix = True
+
+    def __init__(self, tape: Tape, x: Tensor, weight: Tensor, bias: Maybe) -> None:
+        self.weight, self.bias, self.dtype = weight, bias, x.dtype
+        dtype = autocast_dtype(x)
+        self.w = weight.detach().to(dtype)
+        self.x = x.detach().to(dtype)
+        self.y = F.linear(self.x, self.w, None if bias is None else bias.detach().to(dtype))
+        if not (tape.keep_inputs and weight.requires_grad):
+            self.x = None
+
+    @property
+    def collects(self) -> bool:
+        return self.weight.requires_grad or trainable(self.bias)
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        (b,) = g
+        assert b is not None
+        return [(b @ self.w).to(self.dtype)]
+
+    def _weight(self, tape: Tape, b: Tensor, z: Tensor) -> None:
+        b = b[: z.shape[0]]
+        tape.collect(self.weight, b.reshape(-1, b.shape[-1]).t() @ z.reshape(-1, z.shape[-1]))
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,), (direction,) = b, t
+        if direction is not None:
+            direction = direction.to(self.w.dtype)
+        if cotangent is not None:
+            z = operand(direction, tape.f, self.x)
+            if self.weight.requires_grad and z is not None:
+                self._weight(tape, cotangent, z)
+            if trainable(self.bias) and tape.f is not None:
+                tape.collect(self.bias, weighted_sum(cotangent, tape.f, self.bias.shape))
+        return [F.linear(direction, self.w) if wanted and direction is not None else None]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,) = c
+        assert cotangent is not None
+        if self.weight.requires_grad:
+            assert self.x is not None
+            self._weight(tape, cotangent, self.x[: cotangent.shape[0]])
+        if trainable(self.bias):
+            tape.collect(self.bias, cotangent.sum_to_size(self.bias.shape))
+        return self.pull(tape, c) if wanted else [None]
+
+
+@handles(F.linear)
+def _linear(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias = _named(args, kwargs, ("input", "weight", "bias"), (None,))
+    if tape.slot(x) < 0 or tape.slot(weight) >= 0 or tape.slot(bias) >= 0 or x.dim() < 2:
+        return otherwise(tape, func, args, kwargs)
+    rule = Linear(tape, x, weight, bias)
+    y, rule.y = rule.y, None
+    return tape.record(rule, (x,), y)
+
+
+class Convolution(Rule):
+    kind = "exact, convolution"
+    prefix = True
+
+    def __init__(
+        self, tape: Tape, x: Tensor, weight: Tensor, bias: Maybe, stride: list[int], padding: list[int], dilation: list[int],
+        transposed: bool, output_padding: list[int], groups: int,
+    ) -> None:  # fmt: skip
+        self.weight, self.bias, self.dtype = weight, bias, x.dtype
+        dtype = autocast_dtype(x)
+        self.options = (stride, padding, dilation, transposed, output_padding, groups)
+        self.w = weight.detach().to(dtype)
+        self.x: Maybe = x.detach().to(dtype)
+        self.y: Maybe = torch.ops.aten.convolution(
+            self.x, self.w, None if bias is None else bias.detach().to(dtype), *self.options
+        )
+        self.shape, self.strides = x.shape, x.stride()
+        if not (tape.keep_inputs and weight.requires_grad):
+            self.x = None
+
+    @property
+    def collects(self) -> bool:
+        return self.weight.requires_grad or trainable(self.bias)
+
+    def _backward(self, b: Tensor, x: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = [b.shape[1]] if mask[2] else None
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(b, x, self.w, sizes, *self.options, mask)
+        return found
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        (b,) = g
+        assert b is not None
+        # only its shape and strides are read, so nothing is ever written to it
+        like = b.new_empty(0).as_strided((0,), (1,)) if not b.shape[0] else torch.empty_strided(
+            (b.shape[0], *self.shape[1:]), self.strides, dtype=b.dtype, device=b.device
+        )  # fmt: skip
+        return [self._backward(b, like, [True, False, False])[0].to(self.dtype)]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,), (direction,) = b, t
+        if direction is not None:
+            direction = direction.to(self.w.dtype)
+        if cotangent is not None:
+            z = operand(direction, tape.f, self.x)
+            if self.weight.requires_grad and z is not None:
+                tape.collect(self.weight, self._backward(cotangent[: z.shape[0]], z, [False, True, False])[1])
+            if trainable(self.bias) and tape.f is not None:
+                tape.collect(self.bias, torch.mv(cotangent.flatten(2).sum(2).t(), tape.f.to(cotangent.dtype)))
+        if not wanted or direction is None:
+            return [None]
+        return [torch.ops.aten.convolution(direction, self.w, None, *self.options)]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,) = c
+        assert cotangent is not None
+        mask = [wanted, self.weight.requires_grad, trainable(self.bias)]
+        if not mask[1]:
+            if mask[2]:
+                tape.collect(self.bias, cotangent.sum(dim=(0, *range(2, cotangent.dim()))))
+            return self.pull(tape, c) if wanted else [None]
+        assert self.x is not None
+        found = self._backward(cotangent, self.x[: cotangent.shape[0]], mask)
+        tape.collect(self.weight, found[1])
+        if mask[2]:
+            tape.collect(self.bias, found[2])
+        return [found[0].to(self.dtype) if wanted else None]
+
+
+def _sizes(value: Any, n: int) -> list[int]:
+    values = [int(value)] * n if isinstance(value, int) else [int(v) for v in value]
+    return values * n if len(values) == 1 else values
+
+
+def _convolution(n: int, transposed: bool) -> Handler:
+    names = ("input", "weight", "bias", "stride", "padding")
+    names += ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    defaults = (None, 1, 0, 0, 1, 1) if transposed else (None, 1, 0, 1, 1)
+
+    def handler(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, weight, bias, stride, padding, *rest = _named(args, kwargs, names, defaults)
+        output_padding, groups, dilation = rest if transposed else (0, rest[1], rest[0])
+        if tape.slot(x) < 0 or tape.slot(weight) >= 0 or tape.slot(bias) >= 0 or x.dim() != n + 2 or not x.shape[0]:
+            return otherwise(tape, func, args, kwargs)
+        stride, dilation = _sizes(stride, n), _sizes(dilation, n)
+        if isinstance(padding, str):
+            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+            if padding == "same" and any(p % 2 for p in total):
+                return otherwise(tape, func, args, kwargs)
+            padding = [p // 2 for p in total] if padding == "same" else 0
+        rule = Convolution(
+            tape, x, weight, bias, stride, _sizes(padding, n), dilation, transposed, _sizes(output_padding, n), groups
+        )
+        y, rule.y = rule.y, None
+        return tape.record(rule, (x,), y)
+
+    return handler
+
+
+for _n in (1, 2, 3):
+    HANDLERS[getattr(F, f"conv{_n}d")] = _convolution(_n, False)
+    HANDLERS[getattr(F, f"conv_transpose{_n}d")] = _convolution(_n, True)
+
+
+class Scale(Rule):
+    """y = m x with m constant in x: masks, gains, folded norms."""
+
+    kind = "exact, factor"
+
+    def __init__(self, tape: Tape, x: Tensor, m: Tensor) -> None:
+        self.m, self.shape = m, x.shape
+        self.value = m.detach()
+        self.x: Maybe = x.detach() if tape.keep_inputs and m.requires_grad else None
+
+    @property
+    def collects(self) -> bool:
+        return self.m.requires_grad
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        (b,) = g
+        assert b is not None
+        return [(b * self.value).sum_to_size(self.shape)]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,), (direction,) = b, t
+        if self.m.requires_grad and cotangent is not None:
+            z = operand(direction, tape.f, self.x)
+            if z is not None:
+                tape.collect(self.m, (cotangent * z).sum_to_size(self.m.shape))
+        return [direction * self.value if wanted and direction is not None else None]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,) = c
+        assert cotangent is not None
+        if self.m.requires_grad:
+            assert self.x is not None
+            tape.collect(self.m, (cotangent * self.x).sum_to_size(self.m.shape))
+        return self.pull(tape, c) if wanted else [None]
+
+
+def scale(tape: Tape, x: Tensor, m: Tensor) -> Tensor:
+    """Records m x; m a tensor that does not depend on x."""
+    rule = Scale(tape, x, m)
+    rule.per_sample = x.dim() > 0 and m.dim() <= x.dim()
+    y: Tensor = tape.record(rule, (x,), x.detach() * rule.value)
+    return y
+
+
+class Add(Rule):
+    """y = alpha_1 x_1 + alpha_2 x_2, where one may be constant in x: residuals, biases."""
+
+    kind = "exact, sum"
+    prefix = True
+
+    def __init__(self, terms: list[tuple[Tensor, bool, float]]) -> None:
+        self.alphas = [alpha for _, active, alpha in terms if active]
+        self.shapes = [x.shape for x, active, _ in terms if active]
+        self.constants = [(x, alpha) for x, active, alpha in terms if not active and x.requires_grad]
+
+    @property
+    def collects(self) -> bool:
+        return bool(self.constants)
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        (b,) = g
+        assert b is not None
+        found: list[Maybe] = []
+        for alpha, shape in zip(self.alphas, self.shapes):
+            part = b if self.prefix else b.sum_to_size(shape)
+            found.append(part if alpha == 1 else part * alpha)
+        return found
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,) = b
+        if tape.f is not None and cotangent is not None:
+            for x, alpha in self.constants:
+                tape.collect(x, weighted_sum(cotangent, tape.f, x.shape) * alpha)
+        total: Maybe = None
+        if wanted:
+            for direction, alpha in zip(t, self.alphas):
+                if direction is not None:
+                    part = direction if alpha == 1 else direction * alpha
+                    total = part if total is None else total + part
+            if total is not None and not self.prefix and total.shape != self.y:
+                total = total.expand(self.y)
+        return [total]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,) = c
+        assert cotangent is not None
+        for x, alpha in self.constants:
+            tape.collect(x, cotangent.sum_to_size(x.shape) * alpha)
+        return self.pull(tape, c) if wanted else [None] * len(self.ins)
+
+
+def add(tape: Tape, func: Any, a: Any, b: Any, alpha: float, place: Tensor | None, sign_a: float = 1) -> Any:
+    """Records sign_a a + alpha b, in place of ``place`` if given."""
+    terms = [(x, tape.slot(x) >= 0, s) for x, s in ((a, sign_a), (b, alpha)) if isinstance(x, Tensor)]
+    rule = Add(terms)
+    with torch.no_grad():
+        left = a.detach() if isinstance(a, Tensor) else a
+        right = b.detach() if isinstance(b, Tensor) else b
+        if place is not None:
+            y = place.detach()
+            y.add_(right, alpha=alpha)
+        else:
+            y = torch.add(left, right, alpha=alpha) if sign_a == 1 else torch.sub(right, left)
+    rule.prefix = all(x.shape == y.shape for x, active, _ in terms if active)
+    rule.per_sample = all(x.dim() == y.dim() and x.shape[:1] == y.shape[:1] for x, active, _ in terms if active) and y.dim() > 0
+    rule.y = y.shape
+    return rule, [x for x, active, _ in terms if active], y
+
+
+def _whole_storage(x: Tensor) -> bool:
+    """Whether nothing else reads the memory of ``x``, so that it can be overwritten."""
+    # one for the tensor and one for the storage object that asks
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) <= 2  # type: ignore[attr-defined]
+
+
+def overwritten(tape: Tape, rule: Rule, inputs: Sequence[Tensor], place: Tensor, y: Tensor) -> Tensor:
+    """Records a rule whose output takes the place of ``place`` (active)."""
+    tape.record(rule, inputs, y)
+    if y.data_ptr() != place.data_ptr() or y.shape != place.shape or y.dtype != place.dtype:
+        place.data = y.detach()
+    place._genfast_slot = (tape, rule.outs[0])  # type: ignore[attr-defined]
+    return place
+
+
+def check_in_place(tape: Tape, func: Any, place: Any) -> None:
+    if not isinstance(place, Tensor) or not _whole_storage(place):
+        raise Unsupported(f"{_name(func)} in place on memory that another tensor reads")
+
+
+def _arithmetic(sign: float, reverse: bool = False, in_place: bool = False) -> Handler:
+    def handler(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        a, b = args[0], args[1] if len(args) > 1 else kwargs["other"]
+        alpha = sign * kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+        if "out" in kwargs or any(isinstance(x, Tensor) and not x.is_floating_point() for x in (a, b)):
+            return otherwise(tape, func, args, kwargs)
+        if in_place and tape.slot(a) >= 0:
+            check_in_place(tape, func, a)
+            rule, inputs, y = add(tape, func, a, b, alpha, a)
+            return overwritten(tape, rule, inputs, a, y)
+        if in_place:
+            raise Unsupported(f"{_name(func)} of an active value into a constant")
+        if reverse:
+            a, b = (b, a) if alpha == 1 else (a, b)
+            rule, inputs, y = add(tape, func, a, b, 1, None, alpha) if alpha != 1 else add(tape, func, a, b, 1, None)
+        else:
+            rule, inputs, y = add(tape, func, a, b, alpha, None)
+        return tape.record(rule, inputs, y)
+
+    return handler
+
+
+for _f in (torch.add, T.add, T.__add__, T.__radd__):
+    HANDLERS[_f] = _arithmetic(1)
+for _f in (torch.sub, T.sub, T.__sub__):
+    HANDLERS[_f] = _arithmetic(-1)
+for _f in (T.__rsub__, torch.rsub):
+    HANDLERS[_f] = _arithmetic(-1, reverse=True)
+for _f in (T.add_, T.__iadd__):
+    HANDLERS[_f] = _arithmetic(1, in_place=True)
+for _f in (T.sub_, T.__isub__):
+    HANDLERS[_f] = _arithmetic(-1, in_place=True)
+
+
+class Multiply(Rule):
+    """y = a b of two active tensors."""
+
+    kind = "exact, smooth"
+    curved = True
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a.detach(), b.detach()
+        self.saved: tuple[Maybe, Maybe, Maybe] = (None, None, None)
+        self.per_sample = a.dim() == b.dim() > 0 and a.shape[0] == b.shape[0]
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        (b,) = g
+        assert b is not None
+        return [(b * self.b).sum_to_size(self.a.shape), (b * self.a).sum_to_size(self.b.shape)]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        ta, tb = t
+        self.saved = (b[0], ta, tb)
+        if not wanted:
+            return [None]
+        parts = [x for x in (None if ta is None else ta * self.b, None if tb is None else tb * self.a) if x is not None]
+        return [parts[0] + parts[1] if len(parts) > 1 else parts[0]]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        b, ta, tb = self.saved
+        found = self.pull(tape, c) if c[0] is not None else [None, None]
+        if b is not None:
+            if tb is not None:
+                found[0] = _sum(found[0], (b * tb).sum_to_size(self.a.shape))
+            if ta is not None:
+                found[1] = _sum(found[1], (b * ta).sum_to_size(self.b.shape))
+        return found
+
+
+def _sum(a: Maybe, b: Maybe) -> Maybe:
+    return b if a is None else a if b is None else a + b
+
+
+@handles(torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)
+def _mul(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a, b = args[0], args[1] if len(args) > 1 else kwargs["other"]
+    if "out" in kwargs:
+        return otherwise(tape, func, args, kwargs)
+    if tape.slot(a) < 0:
+        a, b = b, a
+    if not isinstance(b, Tensor):
+        return scale(tape, a, torch.tensor(b, dtype=a.dtype, device=a.device))
+    if tape.slot(b) < 0:
+        return scale(tape, a, b)
+    return tape.record(Multiply(a, b), (a, b), a.detach() * b.detach())
+
+
+@handles(torch.div, T.div, T.__truediv__, torch.true_divide, T.true_divide)
+def _div(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a, b = args[0], args[1] if len(args) > 1 else kwargs["other"]
+    if tape.slot(a) < 0 or tape.slot(b) >= 0 or kwargs.get("rounding_mode") or "out" in kwargs:
+        return otherwise(tape, func, args, kwargs)
+    if not isinstance(b, Tensor):
+        return scale(tape, a, torch.tensor(1 / b, dtype=a.dtype, device=a.device))
+    with torch.enable_grad():
+        m = b.reciprocal()
+    return scale(tape, a, m)
+
+
+@handles(torch.neg, T.neg, T.__neg__)
+def _neg(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return scale(tape, args[0], torch.tensor(-1.0, dtype=args[0].dtype, device=args[0].device))
+
+
+class MatMul(Rule):
+    """C = A B, one or both active."""
+
+    kind = "exact, product"
+
+    def __init__(self, tape: Tape, a: Tensor, b: Tensor) -> None:
+        self.leaves = (a, b)
+        dtype = autocast_dtype(a)
+        self.dtypes = (a.dtype, b.dtype)
+        self.a, self.b = a.detach().to(dtype), b.detach().to(dtype)
+        self.active = (tape.slot(a) >= 0, tape.slot(b) >= 0)
+        self.curved = all(self.active)
+        self.y: Maybe = self.a @ self.b
+        active = [x for x, on in zip((a, b), self.active) if on]
+        self.per_sample = all(x.dim() == self.y.dim() >= 3 for x in active) or (self.active == (True, False) and a.dim() >= 2)
+        self.saved: tuple[Maybe, Maybe, Maybe] = (None, None, None)
+
+    @property
+    def collects(self) -> bool:
+        return not self.curved and any(x.requires_grad for x, on in zip(self.leaves, self.active) if not on)
+
+    def _left(self, g: Tensor, b: Tensor) -> Tensor:
+        return (g @ b.mT).sum_to_size(self.a.shape)
+
+    def _right(self, g: Tensor, a: Tensor) -> Tensor:
+        if self.b.dim() == 2 and g.dim() > 2:  # one product instead of one for each sample
+            return a.reshape(-1, a.shape[-1]).t() @ g.reshape(-1, g.shape[-1])
+        return (a.mT @ g).sum_to_size(self.b.shape)
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        (c,) = g
+        assert c is not None
+        found: list[Maybe] = []
+        if self.active[0]:
+            found.append(self._left(c, self.b).to(self.dtypes[0]))
+        if self.active[1]:
+            found.append(self._right(c, self.a).to(self.dtypes[1]))
+        return found
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        directions = iter(t)
+        ta = next(directions) if self.active[0] else None
+        tb = next(directions) if self.active[1] else None
+        ta, tb = (None if x is None else x.to(self.a.dtype) for x in (ta, tb))
+        (cotangent,) = b
+        if self.curved:
+            self.saved = (cotangent, ta, tb)
+        elif cotangent is not None and self.collects:
+            if self.active[0]:
+                z = operand(ta, tape.f, self.a)
+                if z is not None:
+                    tape.collect(self.leaves[1], self._right(cotangent, z))
+            else:
+                z = operand(tb, tape.f, self.b)
+                if z is not None:
+                    tape.collect(self.leaves[0], self._left(cotangent, z))
+        if not wanted:
+            return [None]
+        total = None if ta is None else ta @ self.b
+        return [_sum(total, None if tb is None else self.a @ tb)]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        (cotangent,) = c
+        if not self.curved:
+            assert cotangent is not None
+            if self.collects:
+                if self.active[0]:
+                    tape.collect(self.leaves[1], self._right(cotangent, self.a))
+                else:
+                    tape.collect(self.leaves[0], self._left(cotangent, self.b))
+            return self.pull(tape, c) if wanted else [None]
+        b, ta, tb = self.saved
+        found: list[Maybe] = [None, None] if cotangent is None else self.pull(tape, c)
+        if b is not None:
+            if tb is not None:
+                found[0] = _sum(found[0], self._left(b, tb).to(self.dtypes[0]))
+            if ta is not None:
+                found[1] = _sum(found[1], self._right(b, ta).to(self.dtypes[1]))
+        return found
+
+
+@handles(torch.matmul, T.matmul, T.__matmul__, torch.bmm, T.bmm, torch.mm, T.mm)
+def _matmul(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a, b = args[0], args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+    if "out" in kwargs or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 2:
+        return otherwise(tape, func, args, kwargs)
+    if tape.slot(b) < 0 and b.dim() == 2:
+        with torch.enable_grad():
+            weight = b.t()
+        return _linear(tape, F.linear, (a, weight), {})
+    rule = MatMul(tape, a, b)
+    y, rule.y = rule.y, None
+    return tape.record(rule, [x for x, on in zip((a, b), rule.active) if on], y)
+
+
+@handles(torch.addmm, T.addmm)
+def _addmm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 3 or tape.slot(args[0]) >= 0 or tape.slot(args[2]) >= 0 or args[0].dim() != 1:
+        return otherwise(tape, func, args, kwargs)
+    with torch.enable_grad():
+        weight = args[2].t()
+    return _linear(tape, F.linear, (args[1], weight, args[0]), {})
+
+
+# ---- linear maps without parameters ----
+
+
+class Reshape(Rule):
+    kind = "exact, linear"
+    prefix = True
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.shape, self.to = x.shape, y.shape
+        self.per_sample = x.dim() > 0 and y.dim() > 0 and x.shape[0] == y.shape[0]
+        self.prefix = self.per_sample
+
+    def _as(self, g: Tensor, shape: Sequence[int]) -> Tensor:
+        return g.reshape(g.shape[0], *shape[1:]) if self.prefix else g.reshape(shape)
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        assert g[0] is not None
+        return [self._as(g[0], self.shape)]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        return [self._as(t[0], self.to) if wanted and t[0] is not None else None]
+
+
+def reshaping(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    y = func(x.detach(), *args[1:], **kwargs)
+    return tape.record(Reshape(x, y), (x,), y)
+
+
+class Map(Rule):
+    """A linear function of one active tensor; its transpose is PyTorch's own derivative."""
+
+    kind = "exact, linear"
+
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, prefix: bool) -> None:
+        self.func, self.args, self.kwargs = func, args[1:], kwargs
+        self.per_sample, self.prefix = per_sample, prefix
+        self.shape, self.dtype, self.memory = args[0].shape, args[0].dtype, args[0].stride()
+        x = args[0].detach()
+        with torch.enable_grad():
+            self.x = x.requires_grad_()
+            y = func(self.x, *self.args, **kwargs)
+        self.single = isinstance(y, Tensor)
+        ys = [y] if self.single else list(y)
+        self.edges = [get_gradient_edge(v) for v in ys]
+        self.y: Any = y.detach() if self.single else tuple(v.detach() for v in ys)
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        ys: list[Any] = self.edges
+        x = self.x
+        rows = next(v.shape[0] for v in g if v is not None) if self.prefix else 0
+        if self.prefix and rows != self.shape[0]:
+            with torch.enable_grad():
+                x = torch.empty_strided((rows, *self.shape[1:]), self.memory, dtype=self.dtype, device=self.x.device)
+                x = x.zero_().requires_grad_()
+                y = self.func(x, *self.args, **self.kwargs)
+            ys = [y] if self.single else list(y)
+        pairs = [(y, v) for y, v in zip(ys, g) if v is not None]
+        return list(torch.autograd.grad([y for y, _ in pairs], x, [v for _, v in pairs], retain_graph=True))
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        if not wanted or t[0] is None:
+            return [None] * len(self.outs)
+        y = self.func(t[0], *self.args, **self.kwargs)
+        return [y] if self.single else list(y)
+
+
+def mapped(keeps: Callable[[Tensor, Any, tuple[Any, ...], dict[str, Any]], bool], prefix: bool = False) -> Handler:
+    """A handler of a linear function of its first argument; ``keeps`` says whether axis 0 stays the batch."""
+
+    def handler(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if tape.slot(args[0] if args else None) < 0 or any(tape.slot(a) >= 0 for a in (*args[1:], *kwargs.values())):
+            return otherwise(tape, func, args, kwargs)
+        per_sample = keeps(args[0], func, args[1:], kwargs)
+        rule = Map(func, args, kwargs, per_sample, prefix and per_sample)
+        y, rule.y = rule.y, None
+        return tape.record(rule, (args[0],), y)
+
+    return handler
+
+
+def _flat_ints(values: Any) -> list[Any]:
+    found: list[Any] = []
+    for v in values if isinstance(values, (tuple, list)) else (values,):
+        found += _flat_ints(v) if isinstance(v, (tuple, list)) else [v]
+    return found
+
+
+def _axes_but_first(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """All axes that are named differ from 0 (and some are)."""
+    named = [kwargs[k] for k in ("dim", "dims", "axis", "dim0", "dim1", "axis0", "axis1", "source", "destination") if k in kwargs]
+    axes = _flat_ints([*rest, *named])
+    return bool(axes) and all(isinstance(a, int) and not isinstance(a, bool) and a % max(x.dim(), 1) != 0 for a in axes)
+
+
+def _last_axis(index: int) -> Callable[[Tensor, Any, tuple[Any, ...], dict[str, Any]], bool]:
+    """The axis stands at ``rest[index]`` or as ``dim``."""
+
+    def keeps(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        dim = kwargs.get("dim", rest[index] if len(rest) > index else 0)
+        return isinstance(dim, int) and dim % x.dim() != 0
+
+    return keeps
+
+
+def _reduction(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    dim = kwargs.get("dim", kwargs.get("axis", rest[0] if rest else None))
+    axes = _flat_ints(dim) if dim is not None else []
+    return bool(axes) and all(a % x.dim() != 0 for a in axes)
+
+
+def _permutation(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return [*_flat_ints([*rest, *kwargs.values()])][0] % x.dim() == 0
+
+
+def _index(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    key = rest[0]
+    return isinstance(key, tuple) and len(key) > 0 and (
+        (isinstance(key[0], slice) and key[0] == slice(None)) or (key[0] is Ellipsis and len(key) <= x.dim())
+    )  # fmt: skip
+
+
+def _images(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return x.dim() >= 3
+
+
+def _padding(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return len(kwargs.get("pad", rest[0] if rest else ())) // 2 < x.dim()
+
+
+def _always(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return x.dim() > 0
+
+
+def _never(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return False
+
+
+def _pairs(*names: str) -> list[Any]:
+    """The functions and methods of these names, wherever they are."""
+    return [getattr(where, n) for n in names for where in (torch, T, F) if hasattr(where, n)]
+
+
+for _f in _pairs("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"):
+    HANDLERS[_f] = reshaping
+for _f in _pairs("permute"):
+    HANDLERS[_f] = mapped(_permutation)
+for _f in _pairs("transpose", "swapaxes", "swapdims", "movedim", "moveaxis"):
+    HANDLERS[_f] = mapped(_axes_but_first)
+for _f in [*_pairs("t"), T.T.__get__, T.mT.__get__]:  # type: ignore[attr-defined]
+    HANDLERS[_f] = mapped(_never)
+for _f in _pairs("mean", "sum"):
+    HANDLERS[_f] = mapped(_reduction)
+for _f in _pairs("cumsum", "flip", "select", "narrow"):
+    HANDLERS[_f] = mapped(_axes_but_first if "flip" in _f.__name__ else _last_axis(0))
+for _f in _pairs("roll"):
+    HANDLERS[_f] = mapped(_last_axis(1))
+for _f in _pairs("chunk", "split", "tensor_split"):
+    HANDLERS[_f] = mapped(_last_axis(1))
+for _f in _pairs("unbind", "index_select", "gather"):
+    HANDLERS[_f] = mapped(_last_axis(0))
+for _f in _pairs("expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to", "diagonal", "tril", "triu", "rot90"):
+    HANDLERS[_f] = mapped(_never)
+HANDLERS[T.__getitem__] = mapped(_index)
+for _f in _pairs("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"):
+    HANDLERS[_f] = mapped(_images, prefix=True)
+for _f in _pairs("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "channel_shuffle", "lp_pool0"):
+    HANDLERS[_f] = mapped(_images, prefix=True)
+HANDLERS[T.unfold] = mapped(_last_axis(0))
+for _f in _pairs("to", "float", "double", "half", "bfloat16", "contiguous", "clone", "type_as", "cpu", "cuda"):
+    HANDLERS[_f] = mapped(_always)
+
+
+@handles(F.pad, torch._C._nn.pad)
+def _pad(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = kwargs.get("value", args[3] if len(args) > 3 else None)
+    return (otherwise if value else mapped(_padding, prefix=True))(tape, func, args, kwargs)
+
+
+class Join(Rule):
+    """cat or stack of tensors, of which some are active."""
+
+    kind = "exact, linear"
+
+    def __init__(self, tape: Tape, func: Any, tensors: Sequence[Tensor], dim: int) -> None:
+        self.func, self.dim = func, dim
+        self.parts = [(x.shape, tape.slot(x) >= 0, x if tape.slot(x) < 0 else None) for x in tensors]
+        self.like = tensors[0].detach().new_empty(0)
+        self.constants = [x for _, active, x in self.parts if not active and trainable(x)]
+        self.per_sample = dim != 0 and tensors[0].dim() > 0
+
+    @property
+    def collects(self) -> bool:
+        return bool(self.constants)
+
+    def _split(self, g: Tensor) -> Sequence[Tensor]:
+        if self.func is torch.stack:
+            return g.unbind(self.dim)
+        return g.split([shape[self.dim] for shape, _, _ in self.parts], self.dim)
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        assert g[0] is not None
+        return [part for part, (_, active, _) in zip(self._split(g[0]), self.parts) if active]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        if tape.f is not None and b[0] is not None and self.constants:
+            for part, (_, active, x) in zip(self._split(b[0]), self.parts):
+                if not active and trainable(x):
+                    assert x is not None
+                    tape.collect(x, weighted_sum(part, tape.f, part.shape))
+        if not wanted:
+            return [None]
+        directions = iter(t)
+        values = [next(directions) if active else None for _, active, _ in self.parts]
+        return [
+            self.func([self.like.new_zeros(shape) if v is None else v for v, (shape, _, _) in zip(values, self.parts)], self.dim)
+        ]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        assert c[0] is not None
+        for part, (_, active, x) in zip(self._split(c[0]), self.parts):
+            if not active and trainable(x):
+                assert x is not None
+                tape.collect(x, part)
+        return self.pull(tape, c)
+
+
+@handles(torch.cat, torch.concat, torch.concatenate, torch.stack)
+def _join(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = args[0] if args else kwargs["tensors"]
+    dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    func = torch.stack if func is torch.stack else torch.cat
+    if "out" in kwargs or any(x.dtype != tensors[0].dtype or x.dim() != tensors[0].dim() for x in tensors):
+        return otherwise(tape, func, args, kwargs)
+    dim %= tensors[0].dim() + (func is torch.stack)
+    rule = Join(tape, func, tensors, dim)
+    return tape.record(rule, [x for x in tensors if tape.slot(x) >= 0], func([x.detach() for x in tensors], dim))
+
+
+@handles(torch.where, T.where)
+def _where(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 3 or any(isinstance(x, Tensor) and tape.slot(x) < 0 and x.requires_grad for x in args):
+        return otherwise(tape, func, args, kwargs)
+    condition, a, b = args if func is torch.where else (args[1], args[0], args[2])
+    rule = Where(tape, condition, a, b)
+    y = torch.where(condition, *(x.detach() if isinstance(x, Tensor) else x for x in (a, b)))
+    rule.per_sample = all(x.shape == y.shape for x in (a, b) if tape.slot(x) >= 0)
+    return tape.record(rule, [x for x in (a, b) if tape.slot(x) >= 0], y)
+
+
+class Where(Rule):
+    """One of two by a condition that is constant near x."""
+
+    kind = "exact, mask"
+
+    def __init__(self, tape: Tape, condition: Tensor, a: Any, b: Any) -> None:
+        self.condition = condition
+        self.active = (tape.slot(a) >= 0, tape.slot(b) >= 0)
+        self.shapes = [x.shape for x in (a, b) if tape.slot(x) >= 0]
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        assert g[0] is not None
+        zero = g[0].new_zeros(())
+        found = []
+        if self.active[0]:
+            found.append(torch.where(self.condition, g[0], zero))
+        if self.active[1]:
+            found.append(torch.where(self.condition, zero, g[0]))
+        return [x.sum_to_size(shape) for x, shape in zip(found, self.shapes)]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        if not wanted:
+            return [None]
+        zero = next(x for x in t if x is not None).new_zeros(())
+        directions = iter(t)
+        a, b_ = (next(directions) if on else None for on in self.active)
+        return [torch.where(self.condition, zero if a is None else a, zero if b_ is None else b_)]
+
+
+# ---- dropout ----
+
+
+@handles(F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout)
+def _dropout(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, p, training, *rest = _named(args, kwargs, ("input", "p", "training", "inplace"), (0.5, True, False))
+    if not training or p == 0:
+        return x
+    mask = func(torch.ones_like(x), p, training)  # the same draws as on x itself
+    if rest and rest[0]:
+        return otherwise(tape, func, args, kwargs)
+    return scale(tape, x, mask)
+
+
+# ---- everything else ----
+
+
+class Autograd(Rule):
+    """Any differentiable function, its own second derivative by PyTorch."""
+
+    kind = "exact, PyTorch's own double backward"
+    curved = True
+    per_sample = False
+
+    def __init__(self, tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        self.locals: list[Tensor] = []
+        local_inputs: dict[int, Tensor] = {}
+
+        def place(a: Any) -> Any:
+            if isinstance(a, (tuple, list)) and not isinstance(a, torch.Size):
+                return type(a)(place(x) for x in a)
+            if not isinstance(a, Tensor) or not a.requires_grad:
+                return a
+            if id(a) not in local_inputs:
+                local_inputs[id(a)] = alias = a.detach().requires_grad_()
+                if tape.slot(a) >= 0:
+                    self.inputs.append(a)
+                else:
+                    self.leaves.append(a)
+                    self.locals.append(alias)
+            return local_inputs[id(a)]
+
+        new_args, new_kwargs = tuple(place(a) for a in args), {k: place(v) for k, v in kwargs.items()}
+        self.active = [local_inputs[id(a)] for a in self.inputs]
+        with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            self.result = func(*new_args, **new_kwargs)
+        found = self.result if isinstance(self.result, (tuple, list)) else (self.result,)
+        self.ys = [y for y in found if isinstance(y, Tensor) and y.requires_grad]
+        self.edges = [get_gradient_edge(y) for y in self.ys]  # the graph without its outputs' memory
+        self.shapes = [(y.shape, y.dtype, y.device) for y in self.ys]
+        self.kind = f"{type(self).kind} ({_name(func)})"
+        self.pulled: list[tuple[Tensor, int]] = []
+        self.cotangents: list[Tensor] = []
+        self.curvature: list[Maybe] = [None] * len(self.inputs)
+
+    @property
+    def collects(self) -> bool:
+        return bool(self.leaves)
+
+    def _grad(self, outs: Sequence[Any], wrt: Sequence[Tensor], g: Sequence[Tensor], graph: bool = False) -> list[Maybe]:
+        if not outs or not wrt:
+            return [None] * len(wrt)
+        return list(torch.autograd.grad(outs, wrt, g, retain_graph=True, create_graph=graph, allow_unused=True))
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        pairs = [(y, v) for y, v in zip(self.edges, g) if v is not None]
+        return self._grad([y for y, _ in pairs], self.active, [v for _, v in pairs])
+
+    def chain(self, tape: Tape, b: list[Maybe]) -> list[Maybe]:
+        with torch.enable_grad():
+            self.cotangents = [
+                (torch.zeros(shape, dtype=dtype, device=device) if v is None else v.detach()).requires_grad_()
+                for (shape, dtype, device), v in zip(self.shapes, b)
+            ]
+            found = self._grad(self.edges, self.active, self.cotangents, graph=True)
+        self.pulled = [(x, i) for i, x in enumerate(found) if x is not None and x.requires_grad]
+        return [None if x is None else x.detach() for x in found]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        pairs = [(x, t[i]) for x, i in self.pulled if t[i] is not None]
+        everything = [*self.cotangents, *self.active, *self.locals]
+        found = self._grad([x for x, _ in pairs], everything, [v for _, v in pairs])  # type: ignore[misc]
+        n, m = len(self.cotangents), len(self.active)
+        self.curvature = found[n : n + m]
+        for leaf, g in zip(self.leaves, found[n + m :]):
+            if g is not None:
+                tape.collect(leaf, g)
+        return found[:n]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        pairs = [(y, v) for y, v in zip(self.edges, c) if v is not None]
+        found = self._grad([y for y, _ in pairs], [*self.active, *self.locals], [v for _, v in pairs])
+        for leaf, g in zip(self.leaves, found[len(self.active) :]):
+            if g is not None:
+                tape.collect(leaf, g)
+        return [_sum(a, b) for a, b in zip(found[: len(self.active)], self.curvature)]
+
+
+def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Records any function by PyTorch's own derivatives."""
+    name = _name(func)
+    if "out" in kwargs or name == "__setitem__" or name in ("requires_grad_", "backward", "retain_grad", "register_hook"):
+        raise Unsupported(f"{name} of a value that depends on x")
+    place = None
+    if name.startswith("__i") and hasattr(T, "__" + name[3:]) and name not in ("__invert__", "__int__", "__index__"):
+        place, func = args[0], getattr(T, "__" + name[3:])
+    elif name.endswith("_") and not name.endswith("__") and hasattr(T, name[:-1]):
+        place, func = args[0], getattr(T, name[:-1])
+    elif kwargs.get("inplace"):
+        place, kwargs = args[0], kwargs | {"inplace": False}
+    if place is not None:
+        check_in_place(tape, func, place)
+    if isinstance(place, Tensor) and tape.slot(place) < 0:
+        raise Unsupported(f"{name} of an active value into a constant")
+    rule = Autograd(tape, func, args, kwargs)
+    if not rule.ys:  # comparisons, shapes, indices
+        return rule.result
+    by_id = {id(y): y.detach() for y in rule.ys}
+    tape.record(rule, rule.inputs, tuple(by_id.values()))
+
+    def outside(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return by_id.get(id(value), value)
+        if hasattr(value, "_fields"):
+            return type(value)(*(outside(v) for v in value))
+        if isinstance(value, (tuple, list)):
+            return type(value)(outside(v) for v in value) if type(value) in (tuple, list) else tuple(map(outside, value))
+        return value
+
+    result = outside(rule.result)
+    rule.result, rule.ys = None, []
+    if place is not None:
+        place.data = result.detach()
+        place._genfast_slot = result._genfast_slot
+        return place
+    return result
+
+
+HANDLERS["otherwise"] = otherwise
+
+
+@handles(T.detach, T.data.__get__)  # type: ignore[attr-defined]
+def _detach(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].detach()
+
+
+def _name(func: Any) -> str:
+    name: str = getattr(func, "__name__", str(func))
+    return name
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+    """The arguments in the order of ``names``; the last ones have ``defaults``."""
+    required = len(names) - len(defaults)
+    found = list(args)
+    for i in range(len(args), len(names)):
+        found.append(kwargs[names[i]] if i < required else kwargs.get(names[i], defaults[i - required]))
+    return found
+
+
+PASSED.update(
+    f
+    for f in (
+        T.size, T.dim, T.numel, T.stride, T.is_contiguous, T.is_floating_point, T.element_size, T.__len__, T.ndimension,
+        T.is_complex, T.data_ptr, T.get_device, T.storage_offset, T.is_neg, T.is_conj, torch.is_floating_point, torch.numel,
+        *(getattr(T, n).__get__ for n in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_cpu",
+                                          "grad_fn", "is_leaf", "is_sparse", "is_mkldnn", "is_quantized", "is_nested", "names")
+          if hasattr(T, n)),
+    )
+)  # fmt: skip

@@ -1,0 +1,304 @@
+"""The record of one forward pass of a critic, and the sweeps over it that replace double backward.
+
+With S the sum of the critic's outputs, g = dS/dx, P = phi(g) and u = dP/dg held fixed, dP/dtheta = d<u, dS/dx>/dtheta: the
+gradient of a directional derivative, for which three sweeps over the recorded pass suffice (Pearlmutter 1994;
+arXiv:1906.06637 counts them for piecewise-linear networks):
+
+    chain     b: cotangents of S, from the output to x                     b_in = J^T b_out
+    tangent   t: the directional derivative, from x to the output, t_0 = u t_out = J t_in
+    second    c: what a layer's curvature adds, from the output to x       c_in = J^T c_out + d<b, J(h) t>/dh
+
+and every parameter collects d<b, J t>/dtheta (for a weight: b (x) t) and d<c, f(h)>/dtheta (c (x) h). In a piecewise-linear
+critic there is no curvature, so c = 0 and neither the third sweep nor the activations h are needed. A loss with
+f' = dloss/dD shares all of it: its cotangents are f' b as long as no layer couples samples, so that a weight gets
+b (x) (t + f' h) in one product; where samples are coupled, c starts from f' instead.
+
+The pass is recorded by a TorchFunctionMode: the functions that the critic calls on what depends on x ("active" tensors)
+reach ``Tape.__torch_function__``, which runs them by a rule (``rules.py``). What does not depend on x, weights and how they
+are made of parameters, runs under autograd as usual, and the gradients found here continue there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Maybe = Tensor | None
+Handler = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Unsupported(Exception):
+    """The critic does what no rule can follow; the message says what."""
+
+
+class MoreNeeded(Exception):
+    """A layer with curvature appeared in a pass that had kept no activations, since earlier passes had none."""
+
+
+class Rule:
+    """One recorded function. ``ins`` and ``outs`` are the slots of its active inputs and outputs.
+
+    kind: what ``genfast.explain`` calls it.
+    curved: whether its Jacobian depends on its active inputs.
+    per_sample: whether axis 0 of its inputs and outputs is the batch and it keeps the samples apart.
+    prefix: whether its methods also take the first rows of the batch alone.
+    """
+
+    kind = ""
+    curved = False
+    per_sample = True
+    prefix = False
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    module = ""
+
+    @property
+    def collects(self) -> bool:
+        """Whether it has parameters of its own to find gradients for."""
+        return False
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        """J^T g."""
+        raise NotImplementedError
+
+    def chain(self, tape: Tape, b: list[Maybe]) -> list[Maybe]:
+        """J^T b; what is needed of b later is kept."""
+        return self.pull(tape, b)
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        """J t if it is wanted; collects d<b, J t + f' f(h)>/dtheta."""
+        raise NotImplementedError
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        """J^T c + d<b, J t>/dh if it is wanted; collects d<c, f(h)>/dtheta."""
+        return self.pull(tape, c) if wanted else [None] * len(self.ins)
+
+
+class Tape(TorchFunctionMode):
+    """One pass over a critic, recorded by entering it as a context.
+
+    keep_inputs: keep what weights multiply; needed if a loss shares the pass or a layer has curvature.
+    """
+
+    def __init__(self, *, keep_inputs: bool, modules: dict[torch.nn.Module, str] | None = None) -> None:
+        super().__init__()
+        self.keep_inputs = keep_inputs
+        self.rules: list[Rule] = []
+        self.slots = 0
+        self.b: list[Maybe] = []
+        self.f: Maybe = None  # dloss/dD (N,), where the pass is shared with a loss
+        self.batch = 0
+        self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the tensor: (tensor, gradient)
+        self._cleared: dict[int, Tensor] = {}  # constants looked at; an id says something only while its tensor lives
+        self.stack: list[str] = []
+
+    # ---- recording ----
+
+    def activate(self, tensor: Tensor, slot: int | None = None) -> Tensor:
+        """Marks ``tensor`` as depending on x. It requires a gradient, so that what passes by unseen can be noticed."""
+        if slot is None:
+            slot = self.slots
+            self.slots += 1
+        if not tensor.dtype.is_floating_point:
+            raise Unsupported(f"a value of dtype {tensor.dtype}")
+        tensor.requires_grad_()
+        tensor._genfast_slot = (self, slot)  # type: ignore[attr-defined]
+        return tensor
+
+    def slot(self, value: Any) -> int:
+        """The slot of an active tensor, or -1."""
+        found = getattr(value, "_genfast_slot", None)
+        return found[1] if found is not None and found[0] is self else -1
+
+    def record(self, rule: Rule, inputs: Sequence[Tensor], outputs: Any) -> Any:
+        """Appends the rule; ``outputs`` is a tensor or a sequence of tensors, which become active."""
+        rule.ins = tuple(self.slot(x) for x in inputs)
+        many = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        first = self.slots
+        for o in many:
+            self.activate(o)
+        rule.outs = tuple(range(first, self.slots))
+        if rule.curved and not self.keep_inputs:
+            raise MoreNeeded
+        rule.module = self.stack[-1] if self.stack else ""
+        self.rules.append(rule)
+        return outputs
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in PASSED or not self._involved(args, kwargs):
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():  # the critic cut the gradient here itself
+            return func(*args, **kwargs)
+        handler = HANDLERS.get(func, HANDLERS["otherwise"])
+        torch._C._set_grad_enabled(False)
+        try:
+            return handler(self, func, args, kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
+
+    def _involved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        found = False
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(a, Tensor):
+                if self.slot(a) >= 0:
+                    found = True
+                elif a.requires_grad and a.grad_fn is not None and id(a) not in self._cleared:
+                    self._clear(a)
+            elif isinstance(a, (tuple, list)):
+                found = self._involved(tuple(a), {}) or found
+        return found
+
+    def _clear(self, tensor: Tensor) -> None:
+        """Makes sure that a tensor taken for a constant was not made of active ones behind the tape's back."""
+        seen, queue = set(), [tensor.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if self.slot(getattr(node, "variable", None)) >= 0:
+                raise Unsupported(
+                    f"a call that PyTorch shows to no function mode ({tensor.grad_fn.name() if tensor.grad_fn else 'unknown'}: "
+                    "an autograd.Function or a compiled or scripted part)"
+                )
+            queue += [n for n, _ in node.next_functions]
+        self._cleared[id(tensor)] = tensor
+
+    # ---- sweeps ----
+
+    def collect(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Adds to the gradient of a tensor that does not depend on x."""
+        if gradient.dtype != parameter.dtype:
+            gradient = gradient.to(parameter.dtype)
+        found = self.gradients.get(id(parameter))
+        self.gradients[id(parameter)] = (parameter, gradient if found is None else found[1] + gradient)
+
+    def prepare(self, output: int) -> None:
+        """What each sweep must reach, from the recorded rules alone."""
+        self.output = output
+        live = [False] * self.slots
+        live[output] = True
+        self.live_rules: list[Rule] = []
+        for rule in reversed(self.rules):
+            if any(live[s] for s in rule.outs):
+                self.live_rules.append(rule)
+                for s in rule.ins:
+                    live[s] = True
+        self.live_rules.reverse()
+        below = [False] * self.slots  # whether anything at or below the slot's producer collects
+        above = [False] * self.slots  # whether anything that reads the slot needs its tangent
+        for rule in self.live_rules:
+            here = rule.collects or rule.curved or any(below[s] for s in rule.ins)
+            for s in rule.outs:
+                below[s] = here
+        for rule in reversed(self.live_rules):
+            here = rule.collects or rule.curved or any(above[s] for s in rule.outs)
+            for s in rule.ins:
+                above[s] = above[s] or here
+        self.below, self.above = below, above
+        self.curved = any(r.curved for r in self.live_rules)
+        self.per_sample = all(r.per_sample for r in self.live_rules)
+
+    def chain(self, start: Tensor, rows: int) -> Maybe:
+        """b everywhere from dS/d(output) = ``start``; returns b at x, for its first ``rows`` samples at least."""
+        self.b = [None] * self.slots
+        self.b[self.output] = start
+        for rule in reversed(self.live_rules):
+            b = [self.b[s] for s in rule.outs]
+            if not (rule.collects or rule.curved):
+                for s in rule.outs:
+                    self.b[s] = None
+            if all(x is None for x in b):
+                continue
+            if not any(self.below[s] for s in rule.ins):
+                if not rows:
+                    continue
+                if rule.prefix:
+                    b = [x if x is None else x[:rows] for x in b]
+            for s, g in zip(rule.ins, rule.chain(self, b)):
+                _accumulate(self.b, s, g)
+        found, self.b[0] = self.b[0], None
+        return found
+
+    def tangents(self, direction: Maybe) -> None:
+        """t from t = ``direction`` at x (of its first rows, or None), collecting d<b, J t>/dtheta."""
+        t: list[Maybe] = [None] * self.slots
+        t[0] = direction
+        for rule in self.live_rules:
+            ins = [t[s] for s in rule.ins]
+            for s in rule.ins:
+                if self._last[s] is rule:
+                    t[s] = None
+            if all(x is None for x in ins) and (self.f is None or not rule.collects):
+                continue
+            wanted = any(self.above[s] for s in rule.outs) and any(x is not None for x in ins)
+            if not wanted and not rule.collects and not rule.curved:
+                continue
+            b = [self.b[s] for s in rule.outs]
+            if not rule.prefix:
+                ins = [self._full(x) for x in ins]
+            for s, value in zip(rule.outs, rule.tangent(self, b, ins, wanted)):
+                t[s] = value
+            if not rule.curved:
+                for s in rule.outs:
+                    self.b[s] = None
+
+    def seconds(self, start: Maybe, to_x: bool) -> Maybe:
+        """c from c = ``start`` at the output (or None), collecting d<c, f(h)>/dtheta; returns c at x if ``to_x``."""
+        c: list[Maybe] = [None] * self.slots
+        c[self.output] = start
+        for rule in reversed(self.live_rules):
+            outs = [c[s] for s in rule.outs]
+            for s in rule.outs:
+                c[s] = None
+            if all(x is None for x in outs) and not rule.curved:
+                continue
+            wanted = to_x or any(self.below[s] for s in rule.ins)
+            if not wanted and not rule.collects:
+                continue
+            if not rule.prefix:
+                outs = [self._full(x) for x in outs]
+            for s, g in zip(rule.ins, rule.second(self, outs, wanted)):
+                _accumulate(c, s, g)
+        return c[0]
+
+    def sweep(self, direction: Maybe, start: Maybe, to_x: bool) -> Maybe:
+        """Tangents along ``direction`` and then the second sweep from ``start``; returns c at x."""
+        if direction is not None or self.f is not None:
+            self._last: dict[int, Rule] = {s: rule for rule in self.live_rules for s in rule.ins}
+            self.tangents(direction)
+        if start is None and not self.curved:
+            return None
+        return self.seconds(start, to_x)
+
+    def _full(self, x: Maybe) -> Maybe:
+        """The rows beyond a prefix of the batch as zeros."""
+        if x is None or not self.per_sample or x.shape[0] == self.batch:
+            return x
+        full = x.new_zeros((self.batch, *x.shape[1:]))
+        full[: x.shape[0]] = x
+        return full
+
+
+def _accumulate(slots: list[Maybe], s: int, value: Maybe) -> None:
+    if value is None:
+        return
+    there = slots[s]
+    if there is None:
+        slots[s] = value
+    elif there.shape == value.shape:
+        slots[s] = there + value
+    else:  # one of them is of the first rows only
+        long, short = (there, value) if there.shape[0] > value.shape[0] else (value, there)
+        long = long.clone()
+        long[: short.shape[0]] += short
+        slots[s] = long
+
+
+HANDLERS: dict[Any, Handler] = {}
+PASSED: set[Any] = set()
