@@ -43,12 +43,14 @@ class Rule:
     """One recorded function. ``ins`` and ``outs`` are the slots of its active inputs and outputs.
 
     kind: what ``genfast.explain`` calls it.
+    couples: what it is, if it is known to mix the samples of a batch.
     curved: whether its Jacobian depends on its active inputs.
     per_sample: whether axis 0 of its inputs and outputs is the batch and it keeps the samples apart.
     prefix: whether its methods also take the first rows of the batch alone.
     """
 
     kind = ""
+    couples = ""
     curved = False
     per_sample = True
     prefix = False
