@@ -28,7 +28,7 @@ Contexts = Tensor | Sequence[Tensor] | None
 METHODS = ("auto", "exact", "finite-difference", "autograd")
 
 
-class CriticStep(NamedTuple):
+class CriticLoss(NamedTuple):
     """What :func:`critic_step` found. Only ``loss`` carries a gradient.
 
     loss: adversarial + penalty, ().
@@ -268,7 +268,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 def _step(
     op: str, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None, contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, generator: Any,
-) -> CriticStep:  # fmt: skip
+) -> CriticLoss:  # fmt: skip
     known = tangent.facts(critic)
     exact = (s is None or s.kind != "ar1") and (s is None or s.method in ("auto", "exact"))
     if exact and (known.unsupported is None or (s is not None and s.method == "exact")):
@@ -293,7 +293,7 @@ def _step(
     if s is not None:
         points, chosen = _points(real, fake, at, contexts, s.kind)
         penalty, norms = _penalty_only(op, critic, points, chosen, s, generator)
-    return CriticStep(
+    return CriticLoss(
         adversarial + penalty, adversarial.detach(), penalty.detach(), wide[0].detach(), wide[1].detach(), norms.detach()
     )
 
@@ -321,7 +321,7 @@ def _stackable(real: Tensor, fake: Tensor, contexts: tuple[Sequence[Tensor], Seq
 def _stacked(
     op: str, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None, contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, restore: Callable[[], None],
-) -> CriticStep | None:  # fmt: skip
+) -> CriticLoss | None:  # fmt: skip
     """All points as one batch, those of the penalty first; None if the critic turns out to couple samples."""
     n, m = real.shape[0], fake.shape[0]
     kind = s.kind if s is not None else ""
@@ -366,13 +366,13 @@ def _stacked(
         if wants_x:
             found.append((x, torch.zeros_like(x) if to_x is None else to_x))
         total = tangent.attach(total, found, critic)
-    return CriticStep(total, adversarial, penalty, d_real, d_fake, norms)
+    return CriticLoss(total, adversarial, penalty, d_real, d_fake, norms)
 
 
 def _separate(
     op: str, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None, contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, restore: Callable[[], None],
-) -> CriticStep:  # fmt: skip
+) -> CriticLoss:  # fmt: skip
     """Real, fake and interpolated points each as a batch of its own, as a critic that couples samples needs them."""
     kind = s.kind if s is not None else ""
     xs = [real, fake] + ([] if at is None else [at])
@@ -401,7 +401,7 @@ def _separate(
             if x.requires_grad:
                 found.append((x, torch.zeros_like(x) if to_x is None else to_x))
         total = tangent.attach(total, found, critic)
-    return CriticStep(total, adversarial, penalty, passes[0].values, passes[1].values, all_norms)
+    return CriticLoss(total, adversarial, penalty, passes[0].values, passes[1].values, all_norms)
 
 
 # ---- one op, for torch.compile ----
@@ -470,7 +470,7 @@ def _op(
                 assert s is not None
                 value, norms = _penalty_only("gradient_penalty", critic, xs, sets, s, None)
                 none = norms.new_zeros(len(xs[0]))  # not empty: two empty outputs would pass for aliases of each other
-                found = CriticStep(value, value, value, none, none, norms)
+                found = CriticLoss(value, value, value, none, none, norms)
             else:
                 at = xs[2] if len(xs) > 2 else None
                 found = _step("critic_step", critic, xs[0], xs[1], at, sets, _REGISTERED[loss](), s, None)
@@ -525,7 +525,7 @@ torch.library.register_autograd("genfast::critic_step", _op_backward, setup_cont
 
 def _compiled(
     op: str, critic: Critic, points: list[Tensor], contexts: tuple[Sequence[Tensor], Sequence[Tensor]], loss: int, s: _Settings | None
-) -> CriticStep:
+) -> CriticLoss:
     if not isinstance(critic, nn.Module):
         raise TypeError(f"{op}: critic is a {type(critic).__name__}; under torch.compile it must be a torch.nn.Module")
     device = points[0].device.type
@@ -539,7 +539,7 @@ def _compiled(
     with torch.no_grad():
         for b, new in zip(buffers, after):
             b.copy_(new)
-    return CriticStep(found[0], *(x.detach() for x in found[1:]))
+    return CriticLoss(found[0], *(x.detach() for x in found[1:]))
 
 
 # ---- the functions ----
@@ -650,7 +650,7 @@ def critic_step(
     penalty: str | None = "wgan-gp", weight: float = 10.0, target: float = 1.0, context: Contexts = None,
     fake_context: Contexts = None, epsilon: Tensor | None = None, generator: torch.Generator | None = None,
     method: str = "auto", sigma: float = 0.01,
-) -> CriticStep:  # fmt: skip
+) -> CriticLoss:  # fmt: skip
     """A critic's whole loss, adversarial and penalty together, for one pass over real, fake and interpolated samples.
 
     Where the critic keeps samples apart, all go through it as one batch, each weight's gradient is one product for loss and
@@ -665,7 +665,7 @@ def critic_step(
         context, fake_context: given to the critic after real (and interpolated) and after fake samples.
 
     Returns:
-        CriticStep; call ``.loss.backward()``.
+        CriticLoss; call ``.loss.backward()``.
 
     What the critic does once per forward (a power iteration, dropout masks) it does once a step here, where separate calls
     would do it three times.

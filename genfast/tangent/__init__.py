@@ -2,6 +2,7 @@
 
 from . import attention, normalisation, pointwise, rules  # noqa: F401  each registers its rules
 from .critic import Pass, attach, facts, per_sample_outputs, unwrapped
+from .explain import explain
 from .tape import Unsupported
 
-__all__ = ["Pass", "Unsupported", "attach", "facts", "per_sample_outputs", "unwrapped"]
+__all__ = ["Pass", "Unsupported", "attach", "explain", "facts", "per_sample_outputs", "unwrapped"]

@@ -74,6 +74,7 @@ class Pass:
     Args:
         loss: whether a loss will share the pass (``sweep(slope=...)``).
         again: called before the critic is run a second time, where the first shows that more must be kept.
+        stack: names of the modules that are running, for ``explain``.
 
     Raises:
         Unsupported: the critic does something that cannot be followed.
@@ -82,9 +83,10 @@ class Pass:
 
     def __init__(
         self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool,
-        again: Callable[[], None] = lambda: None,
+        again: Callable[[], None] = lambda: None, stack: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.known = facts(critic)
+        self.stack = stack
         try:
             self._record(op, critic, x, context, loss)
         except MoreNeeded:
@@ -93,7 +95,7 @@ class Pass:
             self._record(op, critic, x, context, loss)
 
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
-        self.tape = tape = Tape(keep_inputs=loss or self.known.curved)
+        self.tape = tape = Tape(keep_inputs=loss or self.known.curved, stack=self.stack)
         tape.batch = x.shape[0]
         self.device = x.device.type
         active = tape.activate(x.detach())
