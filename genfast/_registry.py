@@ -7,7 +7,7 @@ through its reference, to any order, so nothing ever returns a missing or a wron
 
 ``torch.library.Library`` rather than ``@custom_op``, whose call costs tens of microseconds. The dispatcher and
 ``register_autograd`` still cost 5 and 60 microseconds a call, so a plain eager call that nothing watches (no compiler,
-no functorch transform, no dispatch mode, no tensor subclass, no profiler) goes straight to the kernel, under an
+no functorch transform, no dispatch or function mode, no tensor subclass, no profiler) goes straight to the kernel, under an
 ``autograd.Function`` made of the same two functions that ``register_autograd`` was given. Everything else dispatches.
 """
 
@@ -24,6 +24,7 @@ from torch._C import (  # type: ignore[attr-defined]
     _functorch,
     _get_tracing_state,
     _len_torch_dispatch_stack,
+    _len_torch_function_stack,
     is_grad_enabled,
 )
 from torch._C._autograd import _profiler_enabled
@@ -93,7 +94,7 @@ class Op:
         if forward_ad._current_level >= 0 or _peek_functorch() is not None:
             # A torch.library op has no tangent rule, where PyTorch would return zeros in silence, and none for functorch.
             return self.checked_reference(*args)
-        if _len_torch_dispatch_stack() or _get_tracing_state() or _profiler_enabled():
+        if _len_torch_dispatch_stack() or _len_torch_function_stack() or _get_tracing_state() or _profiler_enabled():
             return self.overload(*args)
         device = ""
         requires_grad = False

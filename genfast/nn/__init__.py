@@ -16,6 +16,7 @@ from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
 from .bijection import Bijection, FlowSequential
 from .gated_activation import GatedActivation, GatedMaskedConv2d
+from .gradient_penalty import CriticStep, GradientPenalty
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
@@ -23,9 +24,9 @@ from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
 
 __all__ = [
-    "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
+    "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "CriticStep", "DiagonalBiLSTM",
     "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
-    "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
+    "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "InvertibleConv1x1", "LevelEmbedding",
     "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
     "Squeeze", "weight_norm",
 ]  # fmt: skip

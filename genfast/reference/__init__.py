@@ -10,7 +10,7 @@ from .discretized_logistic_mixture import (
     pixelcnnpp_nll,
 )
 from .gated_activation import gated_activation, gated_activation_backward
-from .gradient_penalty import gradient_penalty, penalty_of_norms
+from .gradient_penalty import gradient_penalty, penalty_of_norms, penalty_points
 from .invertible_conv1x1 import (
     channel_mix,
     channel_mix_backward,
@@ -27,6 +27,6 @@ __all__ = [
     "CRITIC_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
     "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
-    "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
+    "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "penalty_points", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
     "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze",
 ]  # fmt: skip

@@ -7,7 +7,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-KINDS = ("wgan-gp", "wgan-lp", "r1", "r2", "dragan")
+KINDS = ("wgan-gp", "wgan-lp", "r1", "r2", "r1r2", "dragan", "ar1")
+
+
+def penalty_points(
+    real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None = None, epsilon: Tensor | None = None
+) -> Tensor:
+    """Where a penalty takes the critic's gradient, (N, ...).
+
+    wgan-gp, wgan-lp: eps real + (1 - eps) fake with one eps ~ U[0, 1] a sample (arXiv:1704.00028, algorithm 1);
+    dragan: real + a std(real) U / 2 with U ~ U[0, 1] for each element, one a ~ U[0, 1] a sample and the deviation of the
+    whole batch (arXiv:1705.07215, as its authors' code has it); r1: real; r2: fake.
+    """
+    if kind == "r1":
+        return real
+    if kind == "r2":
+        assert fake is not None
+        return fake
+    shape = (real.shape[0],) + (1,) * (real.dim() - 1)
+    if kind == "dragan":
+        noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
+        a = torch.rand(real.shape[0], dtype=real.dtype, device=real.device, generator=generator).view(shape)
+        return real + 0.5 * real.std() * a * noise
+    assert fake is not None
+    if epsilon is None:
+        epsilon = torch.rand(real.shape[0], dtype=real.dtype, device=real.device, generator=generator)
+    epsilon = epsilon.view(shape)
+    return epsilon * real + (1 - epsilon) * fake
 
 
 def penalty_of_norms(norms: Tensor, kind: str, weight: float, target: float) -> Tensor:
@@ -15,9 +41,9 @@ def penalty_of_norms(norms: Tensor, kind: str, weight: float, target: float) -> 
 
     wgan-gp, dragan: weight mean (n - target)^2 (arXiv:1704.00028, section 4; arXiv:1705.07215, section 2.4);
     wgan-lp: weight mean max(0, n - target)^2 (arXiv:1709.08894, section 5);
-    r1, r2: weight / 2 mean n^2 (arXiv:1801.04406, section 4.1).
+    r1, r2, r1r2: weight / 2 mean n^2 (arXiv:1801.04406, section 4.1).
     """
-    if kind in ("r1", "r2"):
+    if kind in ("r1", "r2", "r1r2"):
         return weight / 2 * norms.square().mean()
     excess = norms - target
     return weight * (excess.clamp(min=0) if kind == "wgan-lp" else excess).square().mean()
@@ -34,6 +60,6 @@ def gradient_penalty(
         at = at.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(at, *context).sum(), at, create_graph=True)
     norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    if kind in ("r1", "r2"):  # without the root, which has no second derivative at zero
+    if kind in ("r1", "r2", "r1r2"):  # without the root, which has no second derivative at zero
         return weight / 2 * gradient.square().flatten(1).sum(1).mean(), norms
     return penalty_of_norms(norms, kind, weight, target), norms

@@ -22,6 +22,9 @@ class Facts:
 
     curved: bool = False
     per_sample: bool | None = None
+    coupling: str = ""  # the layer that couples samples
+    unsupported: str | None = None
+    warned: bool = False
 
 
 _FACTS: weakref.WeakKeyDictionary[Any, dict[bool, Facts]] = weakref.WeakKeyDictionary()
@@ -70,22 +73,29 @@ class Pass:
 
     Args:
         loss: whether a loss will share the pass (``sweep(slope=...)``).
+        again: called before the critic is run a second time, where the first shows that more must be kept.
+        stack: names of the modules that are running, for ``explain``.
 
     Raises:
         Unsupported: the critic does something that cannot be followed.
         TypeError, ValueError: outputs that are not one value per sample.
     """
 
-    def __init__(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool) -> None:
+    def __init__(
+        self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool,
+        again: Callable[[], None] = lambda: None, stack: list[str] | None = None,
+    ) -> None:  # fmt: skip
         self.known = facts(critic)
+        self.stack = stack
         try:
             self._record(op, critic, x, context, loss)
         except MoreNeeded:
             self.known.curved = True
+            again()
             self._record(op, critic, x, context, loss)
 
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
-        self.tape = tape = Tape(keep_inputs=loss or self.known.curved)
+        self.tape = tape = Tape(keep_inputs=loss or self.known.curved, stack=self.stack)
         tape.batch = x.shape[0]
         self.device = x.device.type
         active = tape.activate(x.detach())
@@ -104,6 +114,7 @@ class Pass:
             raise MoreNeeded
         self.known.curved = tape.curved
         self.known.per_sample = tape.per_sample
+        self.known.coupling = next((r.couples for r in tape.live_rules if r.couples), "")
 
     @property
     def values(self) -> Tensor:

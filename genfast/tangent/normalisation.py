@@ -167,6 +167,7 @@ def _batch_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     x_hat, _, r = torch.native_batch_norm(x.detach(), None, None, mean, var, True, momentum, eps)
     dims = (0, *range(2, x.dim()))
     rule = Normalise("batch norm", x_hat, r, x_hat.shape, dims, True, False)
+    rule.couples = "batch norm in training"
     y = tape.record(rule, (x,), x_hat.detach())
     return _affine(tape, y, _per_channel(x, weight), _per_channel(x, bias))
 

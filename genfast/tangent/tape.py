@@ -43,18 +43,21 @@ class Rule:
     """One recorded function. ``ins`` and ``outs`` are the slots of its active inputs and outputs.
 
     kind: what ``genfast.explain`` calls it.
+    couples: what it is, if it is known to mix the samples of a batch.
     curved: whether its Jacobian depends on its active inputs.
     per_sample: whether axis 0 of its inputs and outputs is the batch and it keeps the samples apart.
     prefix: whether its methods also take the first rows of the batch alone.
     """
 
     kind = ""
+    couples = ""
     curved = False
     per_sample = True
     prefix = False
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     module = ""
+    called = ""
 
     @property
     def collects(self) -> bool:
@@ -84,9 +87,11 @@ class Tape(TorchFunctionMode):
     keep_inputs: keep what weights multiply; needed if a loss shares the pass or a layer has curvature.
     """
 
-    def __init__(self, *, keep_inputs: bool, modules: dict[torch.nn.Module, str] | None = None) -> None:
+    def __init__(self, *, keep_inputs: bool, stack: list[str] | None = None) -> None:
         super().__init__()
         self.keep_inputs = keep_inputs
+        self.stack = stack  # names of the modules that are running
+        self.calling = ""
         self.rules: list[Rule] = []
         self.slots = 0
         self.b: list[Maybe] = []
@@ -94,7 +99,6 @@ class Tape(TorchFunctionMode):
         self.batch = 0
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the tensor: (tensor, gradient)
         self._cleared: dict[int, Tensor] = {}  # constants looked at; an id says something only while its tensor lives
-        self.stack: list[str] = []
 
     # ---- recording ----
 
@@ -124,7 +128,8 @@ class Tape(TorchFunctionMode):
         rule.outs = tuple(range(first, self.slots))
         if rule.curved and not self.keep_inputs:
             raise MoreNeeded
-        rule.module = self.stack[-1] if self.stack else ""
+        if self.stack is not None:
+            rule.module, rule.called = self.stack[-1] if self.stack else "", self.calling
         self.rules.append(rule)
         return outputs
 
@@ -135,6 +140,8 @@ class Tape(TorchFunctionMode):
         if not torch.is_grad_enabled():  # the critic cut the gradient here itself
             return func(*args, **kwargs)
         handler = HANDLERS.get(func, HANDLERS["otherwise"])
+        if self.stack is not None:
+            self.calling = getattr(func, "__name__", str(func))
         torch._C._set_grad_enabled(False)
         try:
             return handler(self, func, args, kwargs)

@@ -1,0 +1,103 @@
+"""genfast.explain: which rule each part of a critic gets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .critic import Critic, Pass, unwrapped
+from .tape import Tape, Unsupported
+
+
+def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Sequence[Tensor] | None = None) -> str:
+    """Prints the rule by which ``ops.gradient_penalty`` follows each call of the critic, and returns the text.
+
+    Args:
+        critic: as in the op. It is run once, as a copy.
+        example: (N, ...) of which only shape and dtype matter; by default a small one is tried that fits the first layer.
+        context: what the critic takes besides.
+
+    "exact, ...": a rule of ours, first-order work; "exact, PyTorch's own double backward": that one function is differentiated
+    twice by PyTorch; otherwise the reason why the whole critic is.
+
+    Raises:
+        ValueError: no example given, and none found that the critic takes.
+
+    Example:
+        >>> import torch, genfast
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+        >>> print(genfast.explain(critic).splitlines()[0])  # doctest: +ELLIPSIS
+        module ...
+    """
+    given = () if context is None else (context,) if isinstance(context, Tensor) else tuple(context)
+    original = unwrapped(critic)
+    copied = copy.deepcopy(original) if isinstance(original, nn.Module) else original
+    tried: list[Tensor] = [example] if example is not None else _guesses(copied)
+    recorded: Pass | None = None
+    for x in tried:
+        try:
+            recorded = _named_pass(copied, x, given)
+            break
+        except Unsupported as error:
+            text = f"double backward of the whole critic: {error}"
+            print(text)
+            return text
+        except (RuntimeError, ValueError, TypeError) as error:
+            if example is not None:
+                raise
+            last = error
+    if recorded is None:
+        reason = f": {last}" if tried else ""
+        raise ValueError(f"explain: no example fits this critic{reason}; give one, such as torch.randn(2, 3, 64, 64)")
+    text = _table(recorded.tape)
+    print(text)
+    return text
+
+
+def _guesses(critic: Any) -> list[Tensor]:
+    """Inputs that may fit the first layer with a width."""
+    for layer in critic.modules() if isinstance(critic, nn.Module) else ():
+        weight = getattr(layer, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        device = weight.device if isinstance(weight, Tensor) else None
+        if isinstance(layer, nn.Linear):
+            return [torch.randn(4, layer.in_features, dtype=dtype, device=device)]
+        for n, kinds in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)):
+            if isinstance(layer, kinds):
+                sizes = (32, 64, 28, 16, 8, 128, 256) if n < 3 else (16, 8, 32)
+                return [torch.randn(4, layer.in_channels, *(s,) * n, dtype=dtype, device=device) for s in sizes]
+    return []
+
+
+def _named_pass(critic: Critic, x: Tensor, context: Sequence[Tensor]) -> Pass:
+    stack: list[str] = []
+    hooks = []
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    for name, module in critic.named_modules() if isinstance(critic, nn.Module) else ():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))  # type: ignore[misc]
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        return Pass("explain", critic, x, context, loss=True, stack=stack)
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def _table(tape: Tape) -> str:
+    rows = [("module", "call", "rule")]
+    rows += [(r.module or "(critic)", r.called, r.kind + (f"; couples samples: {r.couples}" if r.couples else "")) for r in tape.rules]
+    widths = [max(len(r[i]) for r in rows) for i in range(2)]
+    lines = ["  ".join((r[0].ljust(widths[0]), r[1].ljust(widths[1]), r[2])) for r in rows]
+    if tape.curved:
+        work = "six units of work a layer (forward, chain, tangent, second sweep, weight gradients)"
+    else:
+        work = "piecewise linear: four units of work a layer, where double backward does six"
+    stacked = "real, fake and interpolated go through as one batch" if tape.per_sample else "each batch goes through by itself"
+    return "\n".join([*lines, f"{work}; in critic_step {stacked}"])
