@@ -56,9 +56,10 @@ class Watched:
             self.inputs.append(args[0].detach().clone())
 
     def other_than(self, *known):
-        """The samples seen that are none of these: perturbed or interpolated ones."""
-        old, rows = {row.numpy().tobytes() for t in known for row in t}, torch.cat(self.inputs)
-        return rows[[i for i, row in enumerate(rows) if row.numpy().tobytes() not in old]]
+        """The samples seen that are none of these, each once: perturbed or interpolated ones."""
+        old = {row.numpy().tobytes() for t in known for row in t}
+        rows = {row.numpy().tobytes(): row for t in self.inputs for row in t}
+        return torch.stack([row for key, row in rows.items() if key not in old])
 
 
 def given(context):
