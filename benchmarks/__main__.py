@@ -23,8 +23,11 @@ def slug(text: str) -> str:
 
 
 def share(p: dict[str, Any]) -> str:
-    """Of what the machine can do, as measured in the same run: copying or multiplying, whichever bounds the case."""
-    copy, matrix = p["share_of_copy"], p["share_of_matrix_rate"]
+    """Of what the machine can do, as measured in the same run: the case's library calls, or whichever of copying and
+    multiplying bounds it."""
+    copy, matrix, floor = p["share_of_copy"], p["share_of_matrix_rate"], p.get("share_of_floor")
+    if floor is not None:
+        return f"{floor:.0%} of its library calls"
     if matrix is not None and (copy is None or matrix >= copy):
         return f"{matrix:.0%} of matrix rate"
     return "" if copy is None else f"{copy:.0%} of copy"
@@ -55,7 +58,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"reference": "#888888", "compile": "#d08a2e", "trick": "#5a8fc4", "peer": "#a05195", "genfast": "#2a9d5c"}
+    colours = {
+        "reference": "#888888",
+        "compile": "#d08a2e",
+        "trick": "#5a8fc4",
+        "peer": "#a05195",
+        "floor": "#cccccc",
+        "genfast": "#2a9d5c",
+    }
     bars = []
     for case in reversed(results["cases"]):
         bars.append(None)

@@ -15,7 +15,7 @@ from benchmarks import _ceilings
 from genfast._memory import peak_bytes
 
 Work = Callable[[], Any]
-PROVIDERS = ("reference", "compile", "trick", "peer", "genfast")
+PROVIDERS = ("reference", "compile", "trick", "peer", "floor", "genfast")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Case:
     """One comparison.
 
     providers: by name, a function that makes the work to time: a call without arguments that returns tensors (outputs and
-        gradients; they are compared with the reference's before anything is timed) or None (a training step).
+        gradients; they are compared with the reference's before anything is timed) or None (a training step). "floor" is the
+        library calls that any form of the work must make, and no form of it: it is timed beside the others and not compared.
     bytes, flops: what the work cannot do without; 0 where that is not a useful figure.
     quick: whether it runs under --quick.
     once: providers that take minutes: timed at one call, the one whose result is compared, and without their memory.
@@ -50,7 +51,8 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
         found_here = _flat(work())
         times[name] = [time.perf_counter() - start] * (name in case.once)
         expected = found_here if name == "reference" else expected
-        _compare(case, name, found_here, expected)
+        if name != "floor":
+            _compare(case, name, found_here, expected)
         if name not in case.once:
             work()
     copying = _ceilings.copying(case.bytes) if case.bytes else None
@@ -69,6 +71,7 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
     copy = case.bytes / statistics.median(copies) if copies else 0.0
     rate = _ceilings.matrix_rate() if case.flops else 0.0
     ours = statistics.median(times["genfast"])
+    floor = statistics.median(times["floor"]) if "floor" in times else 0.0
     found: dict[str, Any] = {
         "case": case.name, "bytes": case.bytes, "flops": case.flops, "copy_bandwidth": copy, "matrix_rate": rate,
         "notes": case.notes, "providers": {},
@@ -81,6 +84,7 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
             "peak_bytes": peaks[name], "times_genfast": median / ours,
             "share_of_copy": case.bytes / median / copy if copy else None,
             "share_of_matrix_rate": case.flops / median / rate if rate else None,
+            "share_of_floor": floor / median if floor else None,
         }  # fmt: skip
     return found
 

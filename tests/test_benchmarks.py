@@ -20,7 +20,7 @@ def test_every_family_of_ops_has_a_case():
         "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation",
         "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
         "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
-        "sample pixelcnnpp", "sample wavenet",
+        "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step",
     ):  # fmt: skip
         assert family in names
     for case in cases():
@@ -77,6 +77,16 @@ def test_a_provider_with_other_numbers_is_refused():
     case.providers["genfast"] = lambda: lambda: [torch.zeros(1)]
     with pytest.raises(AssertionError, match="genfast returned 1 tensors"):
         measure(case, rounds=5, budget=1)
+
+
+def test_the_floor_is_timed_and_not_compared():
+    case, torch = small()
+    x = torch.randn(64, 64)
+    floor = {"floor": lambda: lambda: x @ x}
+    found = measure(Case(case.name, {**case.providers, **floor}), rounds=5, budget=1)["providers"]
+    for p in found.values():
+        assert p["share_of_floor"] == found["floor"]["median_s"] / p["median_s"]
+        assert suite.share(p).endswith("of its library calls")
 
 
 def test_a_provider_that_takes_minutes_is_called_once():
