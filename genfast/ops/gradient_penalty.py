@@ -343,7 +343,11 @@ def _stacked(
         d_fake, d_real = values[:m], values[m:]
     adversarial, slope_real, slope_fake = _slopes(op, loss, d_real, d_fake)
     wants_x = x.requires_grad
-    g = recorded.input_gradient(len(x) if wants_x else rows)
+    zero = [torch.zeros_like(d) if sl is None else sl for d, sl in ((d_real, slope_real), (d_fake, slope_fake))]
+    order = [zero[1], zero[0]] if kind == "r2" else zero
+    if at is not None:
+        order.insert(0, values.new_zeros(rows))
+    g = recorded.input_gradient(rows, torch.cat(order), all_of_x=wants_x)
     penalty, norms, u = adversarial.new_zeros(()), adversarial.new_zeros(0), None
     if s is not None:
         own = None if g is None else g[:rows]
@@ -357,11 +361,7 @@ def _stacked(
         _check_finite(op, norms)
     total = adversarial + penalty
     if torch.is_grad_enabled():
-        zero = [torch.zeros_like(d) if sl is None else sl for d, sl in ((d_real, slope_real), (d_fake, slope_fake))]
-        order = [zero[1], zero[0]] if kind == "r2" else zero
-        if at is not None:
-            order.insert(0, values.new_zeros(rows))
-        to_x = recorded.sweep(u, torch.cat(order), to_x=wants_x)
+        to_x = recorded.sweep(u, to_x=wants_x)
         found = recorded.gradients()
         if wants_x:
             found.append((x, torch.zeros_like(x) if to_x is None else to_x))
