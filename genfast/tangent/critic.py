@@ -176,8 +176,13 @@ class Pass:
         return loss
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added."""
-        return list(self.tape.gradients.values())
+        """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added.
+
+        The record is dropped.
+        """
+        found = list(self.tape.gradients.values())
+        del self.tape
+        return found
 
 
 class _Attach(torch.autograd.Function):
@@ -192,10 +197,20 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found = [
-            torch.zeros(shape, dtype=dtype, device=device) if g is None else g * grad.to(g.dtype)
-            for g, (shape, dtype, device) in zip(ctx.gradients, ctx.like)
-        ]
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a penalty were asked for twice: give the first backward retain_graph=True")
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        one = grad.is_cpu and float(grad) == 1
+        found: list[Tensor] = []
+        for g, (shape, dtype, device) in zip(ctx.gradients, ctx.like):
+            if g is None:
+                found.append(torch.zeros(shape, dtype=dtype, device=device))
+            elif last:  # they are given away, without a copy
+                found.append(g if one else g.mul_(grad.to(g.dtype)))
+            else:
+                found.append(g * grad.to(g.dtype))
+        if last:
+            ctx.gradients = None
         return (None, None, *found)
 
 

@@ -10,16 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._layout import memory_format
-from ..ops.activation import (
-    activation_chain,
-    activation_second,
-    apply_bits,
-    apply_bits_,
-    leaky_relu_bits,
-    leaky_relu_bits_,
-)
+from ..ops.activation import OP_APPLY, OP_CHAIN, OP_LEAKY, OP_SECOND, apply_bits_, leaky_relu_bits_
 from .rules import T, _named, _pairs, check_in_place, handles, otherwise, overwritten, scale
 from .tape import HANDLERS, Handler, Maybe, Rule, Tape, add_rows
+
+LEAKY_RELU_BITS, APPLY_BITS = OP_LEAKY.direct, OP_APPLY.direct
+ACTIVATION_CHAIN, ACTIVATION_SECOND = OP_CHAIN.direct, OP_SECOND.direct
 
 
 class SignMask(Rule):
@@ -34,12 +30,12 @@ class SignMask(Rule):
         if place is not None and place.is_contiguous(memory_format=self.format):
             self.bits, self.y = leaky_relu_bits_(place, slope), place
         else:
-            self.y, self.bits = leaky_relu_bits(x, slope)
+            self.y, self.bits = LEAKY_RELU_BITS(x, slope)
 
     def _apply(self, g: Tensor, own: bool) -> Tensor:
         bits = self.bits if g.shape == self.shape else self.bits[: (g.numel() + 7) // 8]
         if g.is_contiguous(memory_format=self.format):
-            return apply_bits_(g, bits, self.slope) if own else apply_bits(g, bits, self.slope)
+            return apply_bits_(g, bits, self.slope) if own else APPLY_BITS(g, bits, self.slope)
         return apply_bits_(g.contiguous(memory_format=self.format), bits, self.slope)
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
@@ -206,7 +202,7 @@ class Smooth(Rule):
         self.saved: tuple[Maybe, Maybe] = (None, None)
 
     def _times(self, g: Tensor) -> Tensor:
-        return activation_chain(self.x[: g.shape[0]], g, self.form)
+        return ACTIVATION_CHAIN(self.x[: g.shape[0]], g, self.form)
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
@@ -222,7 +218,7 @@ class Smooth(Rule):
             return self.pull(tape, c) if wanted and c[0] is not None else [None]
         rows = t.shape[0]
         same = c[0] is not None and c[0].shape == t.shape
-        found = activation_second(self.x[:rows], b[:rows], t, c[0] if same else None, self.form)
+        found = ACTIVATION_SECOND(self.x[:rows], b[:rows], t, c[0] if same else None, self.form)
         return [found if same or c[0] is None else add_rows(found, self._times(c[0]))]
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
+from ..ops.linear import OP, OP_INPUT, OP_WEIGHT
 from .tape import HANDLERS, PASSED, Handler, Maybe, Rule, Tape, Unsupported
 
 T = torch.Tensor
+LINEAR, LINEAR_INPUT, LINEAR_WEIGHT = OP.direct, OP_INPUT.direct, OP_WEIGHT.direct
 
 
 def handles(*functions: Any) -> Callable[[Handler], Handler]:
@@ -44,6 +46,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 # ---- weights ----
 
 
+def _product(function: Callable[..., Any], x: Tensor, *rest: Any) -> Tensor:
+    """A product of the rows of x (..., K)."""
+    if x.dim() == 2:
+        y = function(x, *rest)
+        return y if isinstance(y, Tensor) else y[0]
+    y = _product(function, x.reshape(-1, x.shape[-1]), *rest)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 class Linear(Rule):
     kind = "exact, product"
     prefix = True
@@ -53,8 +64,8 @@ class Linear(Rule):
         self.weight, self.bias, self.dtype = weight, bias, x.dtype
         dtype = autocast_dtype(x)
         self.w = weight.detach().to(dtype)
-        self.x = x.detach().to(dtype)
-        self.y = F.linear(self.x, self.w, None if bias is None else bias.detach().to(dtype))
+        self.x: Maybe = x.detach().to(dtype)
+        self.y: Maybe = _product(LINEAR, self.x, self.w, None if bias is None else bias.detach().to(dtype), None)
         if not (tape.keep_inputs and weight.requires_grad):
             self.x = None
 
@@ -65,10 +76,10 @@ class Linear(Rule):
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
-        return [(b @ self.w).to(self.dtype)]
+        return [_product(LINEAR_INPUT, b, self.w, None, 0.0).to(self.dtype)]
 
     def _weight(self, tape: Tape, b: Tensor, z: Tensor) -> None:
-        tape.collect(self.weight, b.reshape(-1, b.shape[-1]).t() @ z.reshape(-1, z.shape[-1]))
+        tape.collect(self.weight, LINEAR_WEIGHT(b.reshape(-1, b.shape[-1]), z.reshape(-1, z.shape[-1])))
 
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
@@ -80,7 +91,7 @@ class Linear(Rule):
                     self._weight(tape, part, z)
             if trainable(self.bias):
                 tape.collect_bias(self.bias, cotangent)
-        return [F.linear(direction, self.w) if wanted and direction is not None else None]
+        return [_product(LINEAR, direction, self.w, None, None) if wanted and direction is not None else None]
 
     def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,) = c
@@ -330,7 +341,7 @@ def overwritten(tape: Tape, rule: Rule, inputs: Sequence[Tensor], place: Tensor,
     tape.record(rule, inputs, y)
     if y.data_ptr() != place.data_ptr() or y.shape != place.shape or y.dtype != place.dtype:
         place.data = y.detach()
-    place._genfast_slot = (tape, rule.outs[0])  # type: ignore[attr-defined]
+    place._genfast_slot = (tape.serial, rule.outs[0])  # type: ignore[attr-defined]
     return place
 
 

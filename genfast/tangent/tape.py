@@ -20,6 +20,7 @@ are made of parameters, runs under autograd as usual, and the gradients found he
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Maybe = Tensor | None
+_SERIAL = itertools.count()
 Handler = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -93,6 +95,7 @@ class Tape(TorchFunctionMode):
     def __init__(self, *, keep_inputs: bool, stack: list[str] | None = None) -> None:
         super().__init__()
         self.keep_inputs = keep_inputs
+        self.serial = next(_SERIAL)  # what active tensors are marked with: the tape itself would make a cycle of references
         self.owns = False  # whether the rule that runs may overwrite what it is given
         self.stack = stack  # names of the modules that are running
         self.calling = ""
@@ -118,13 +121,13 @@ class Tape(TorchFunctionMode):
         if not tensor.dtype.is_floating_point:
             raise Unsupported(f"a value of dtype {tensor.dtype}")
         tensor.requires_grad_()
-        tensor._genfast_slot = (self, slot)  # type: ignore[attr-defined]
+        tensor._genfast_slot = (self.serial, slot)  # type: ignore[attr-defined]
         return tensor
 
     def slot(self, value: Any) -> int:
         """The slot of an active tensor, or -1."""
         found = getattr(value, "_genfast_slot", None)
-        return found[1] if found is not None and found[0] is self else -1
+        return found[1] if found is not None and found[0] == self.serial else -1
 
     def record(self, rule: Rule, inputs: Sequence[Tensor], outputs: Any) -> Any:
         """Appends the rule; ``outputs`` is a tensor or a sequence of tensors, which become active."""
