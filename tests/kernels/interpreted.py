@@ -16,9 +16,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
 
-import genfast.kernels
-
 import genfast
+import genfast.kernels
 from genfast._registry import OPS
 from genfast._verify import errors
 from tests.conftest import SAMPLE_IDS, SAMPLES

@@ -15,7 +15,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
 
 from genfast.kernels import masked_conv as kernels
-
 from tests.kernels import masked_conv_cases as cases
 from tests.kernels.flow_cases import DTYPES, FORMS, strided
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from genfast.kernels.masked_conv import masked_conv, masked_conv_backward
 from torch import Tensor
 
 from genfast._verify import relative_error
+from genfast.kernels.masked_conv import masked_conv, masked_conv_backward
 from tests.kernels.flow_cases import FORWARD, GRADIENT, poisoned
 
 ALL = [True, True, True]
