@@ -2,9 +2,9 @@
 
 import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
 
-from . import data, losses, models, nn, ops, reference, sampling
+from . import data, losses, metrics, models, nn, ops, reference, sampling
 from ._backend import BackendError, backend
 from ._info import info
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backend", "data", "info", "losses", "models", "nn", "ops", "reference", "sampling"]
+__all__ = ["BackendError", "backend", "data", "info", "losses", "metrics", "models", "nn", "ops", "reference", "sampling"]

@@ -262,7 +262,7 @@ def clip_weights_(module: nn.Module, bound: float = 0.01) -> nn.Module:
     """
     if not bound > 0:
         raise ValueError(f"clip_weights_: bound={bound}, expected a positive number")
-    parameters = list(module.parameters())
+    parameters: list[Tensor] = list(module.parameters())
     if parameters:
         torch._foreach_clamp_min_(parameters, -bound)
         torch._foreach_clamp_max_(parameters, bound)
