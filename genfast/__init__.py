@@ -7,4 +7,6 @@ from ._backend import BackendError, backend
 from ._info import info
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backend", "data", "info", "losses", "metrics", "models", "nn", "ops", "reference", "sampling"]
+__all__ = [
+    "BackendError", "backend", "data", "info", "losses", "metrics", "models", "nn", "ops", "reference", "sampling",
+]  # fmt: skip

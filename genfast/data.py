@@ -113,6 +113,8 @@ def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: s
         >>> genfast.data.load("digits").shape
         (1, 8, 8)
     """
+    if name in POINTS:
+        raise ValueError(f"data: {name!r} are points, which genfast.data.points makes and GANs train on; expected images")
     if name == "digits":
         return _digits(seed)
     if name == "photos":

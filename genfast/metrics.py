@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,7 +46,7 @@ def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int = 
     """
     if samples.dim() != 2 or centres.dim() != 2 or samples.shape[1] != centres.shape[1] or not len(samples) or not len(centres):
         raise ValueError(
-            f"mode_scores: samples {tuple(samples.shape)} and centres {tuple(centres.shape)}, expected (N, D) and (K, D), none empty"
+            f"mode_scores: samples {tuple(samples.shape)} and centres {tuple(centres.shape)}, expected (N, D) and (K, D)"
         )
     if not std > 0 or minimum < 1:
         raise ValueError(f"mode_scores: std={std} and minimum={minimum}, expected positive numbers")
@@ -112,15 +111,27 @@ def image_scores(
         raise ValueError(
             f"image_scores: real {tuple(real.shape)} and fake {tuple(fake.shape)}, expected two images at least, of one shape"
         )
-    image = _torchmetrics()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that features are kept, and that what is not used here is not installed
+        return _image_scores(real, fake, features, logits, batch_size, seed)
+
+
+def _image_scores(
+    real: Tensor, fake: Tensor, features: Callable[[Tensor], Tensor], logits: Callable[[Tensor], Tensor] | None,
+    batch_size: int, seed: int,
+) -> ImageScores:  # fmt: skip
+    try:  # not from torchmetrics.image, which exports them only where torch-fidelity's own network is
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.inception import InceptionScore
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError as error:
+        raise ImportError("metrics: FID, KID and inception score need torchmetrics: pip install 'genfast[metrics]'") from error
     width = features(real[:2]).flatten(1).shape[1]
     network = _Features(features, width)
-    subset = min(len(real), len(fake), 1000)
+    subset = max(2, min(len(real) // 2, len(fake) // 2, 1000))
     given: list[Any] = [
-        image.FrechetInceptionDistance(feature=network, normalize=True),
-        image.KernelInceptionDistance(
-            feature=network, normalize=True, subset_size=subset, subsets=100 if subset == 1000 else 20
-        ),
+        FrechetInceptionDistance(feature=network, normalize=True),
+        KernelInceptionDistance(feature=network, normalize=True, subset_size=subset),
     ]
     for metric in given:
         for images, is_real in ((real, True), (fake, False)):
@@ -131,22 +142,9 @@ def image_scores(
         fid, (kid, kid_std) = given[0].compute(), given[1].compute()
         score: tuple[float | None, float | None] = (None, None)
         if logits is not None:
-            inception = image.InceptionScore(feature=_Features(logits, 0), splits=min(10, len(fake)))
+            inception = InceptionScore(feature=_Features(logits, 0), splits=min(10, len(fake)))
             for batch in fake.split(batch_size):
                 inception.update(batch)
             mean, std = inception.compute()
             score = (float(mean), float(std))
     return ImageScores(float(fid), float(kid), float(kid_std), *score)
-
-
-def _torchmetrics() -> Any:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # that parts which are not used here are not installed
-        try:
-            from torchmetrics import image
-        except ImportError as error:
-            raise ImportError(
-                "metrics: FID, KID and inception score need torchmetrics: pip install 'genfast[metrics]'"
-            ) from error
-    return image
