@@ -338,6 +338,40 @@ void bind_pixel_rnn(py::module_& m) {
         });
 }
 
+void bind_linear(py::module_& m) {
+  m.def("linear", [](bool is_double, Address a, int64_t a_row, int64_t a_inner, Address b, int64_t b_inner, int64_t b_column,
+                     Address bias, Address out, Address bits, int bits_mode, double slope, int64_t rows, int64_t columns,
+                     int64_t inner, int threads) {
+    LinearArgs args{};
+    args.is_double = is_double;
+    args.a = ptr<>(a), args.a_row = a_row, args.a_inner = a_inner;
+    args.b = ptr<>(b), args.b_inner = b_inner, args.b_column = b_column;
+    args.bias = ptr<>(bias), args.out = ptr<>(out), args.bits = ptr<uint8_t>(bits);
+    args.bits_mode = bits_mode, args.slope = slope;
+    args.rows = rows, args.columns = columns, args.inner = inner, args.threads = threads;
+    GENFAST_CALL(linear, args);
+  });
+}
+
+void bind_activation(py::module_& m) {
+  m.def("leaky_relu_bits", [](bool is_double, bool apply, Address x, Address y, Address bits, double slope, int64_t rows,
+                              int64_t columns, int threads) {
+    LeakyReluArgs a{};
+    a.is_double = is_double, a.apply = apply;
+    a.x = ptr<>(x), a.y = ptr<>(y), a.bits = ptr<uint8_t>(bits);
+    a.slope = slope, a.rows = rows, a.columns = columns, a.threads = threads;
+    GENFAST_CALL(leaky_relu_bits, a);
+  });
+  m.def("activation", [](bool is_double, bool second, Address x, Address grad, Address tangent, Address cotangent, Address y,
+                         int64_t size, int kind, int threads) {
+    ActivationArgs a{};
+    a.is_double = is_double, a.second = second;
+    a.x = ptr<>(x), a.grad = ptr<>(grad), a.tangent = ptr<>(tangent), a.cotangent = ptr<>(cotangent), a.y = ptr<>(y);
+    a.size = size, a.kind = kind, a.threads = threads;
+    GENFAST_CALL(activation, a);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -352,4 +386,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gated_activation(m);
   bind_discretized_logistic_mixture(m);
   bind_pixel_rnn(m);
+  bind_linear(m);
+  bind_activation(m);
 }

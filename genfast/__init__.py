@@ -2,10 +2,12 @@
 
 import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
 
-from . import data, models, nn, ops, reference, sampling
+from . import data, losses, metrics, models, nn, ops, reference, sampling
 from ._backend import BackendError, backend
 from ._info import info
 from .tangent import explain
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backend", "data", "explain", "info", "models", "nn", "ops", "reference", "sampling"]
+__all__ = [
+    "BackendError", "backend", "data", "explain", "info", "losses", "metrics", "models", "nn", "ops", "reference", "sampling",
+]  # fmt: skip

@@ -120,6 +120,13 @@ class Op:
             return kernel(*args)  # as _run does, but a call's cost sooner
         return self._run(device, args)
 
+    def direct(self, *args: Any) -> Any:
+        """The op without its derivative, for callers that differentiate by hand and let nothing watch."""
+        first = args[self.decides]
+        if first.is_cpu or first.is_cuda:
+            return self._run("cpu" if first.is_cpu else "cuda", args)
+        return self.checked_reference(*args)
+
     def _run(self, device_type: str, args: tuple[Any, ...]) -> Any:
         if _backend.forced is None:
             kernel, dtypes = self.preferred[device_type]

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import __version__, _info, _verify, models
+from . import __version__, _info, _verify, data, losses, models
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,16 +32,19 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="run the benchmark suite of a source checkout", add_help=False)
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to python -m benchmarks")
 
-    train = commands.add_parser("train", help="train a model on images")
+    train = commands.add_parser("train", help="train a model on images, or a GAN on points too")
     train.add_argument("model", choices=tuple(models.NAMES))
-    train.add_argument("--data", default="digits", help="digits, photos, torchvision:NAME or a folder of images")
+    train.add_argument(
+        "--data", default="digits",
+        help=f"digits, photos, torchvision:NAME or a folder of images; for GANs also {', '.join(data.POINTS)}",
+    )  # fmt: skip
     train.add_argument("--root", help="where torchvision's files are")
     train.add_argument("--size", type=int, default=32, help="side of photo patches and folder images (default 32)")
     train.add_argument("--out", type=Path, help="the run's folder (default out/MODEL-DATA)")
     train.add_argument("--steps", type=int)
     train.add_argument("--minutes", type=float)
     train.add_argument("--batch-size", type=int, default=64)
-    train.add_argument("--lr", type=float, default=1e-3)
+    train.add_argument("--lr", type=float, help="default 1e-3; of a GAN's both sides, default that of its paper")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--levels", type=int, help="of Glow and RealNVP")
     train.add_argument("--hidden", type=int, help="width of the conditioner networks")
@@ -50,6 +54,19 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--kernel-size", type=int, help="of PixelCNN, Gated PixelCNN and WaveNet")
     train.add_argument("--filters", type=int, help="of PixelCNN++")
     train.add_argument("--reversible", action="store_true", help="Glow in memory that does not grow with K")
+    gan = train.add_argument_group("of GANs", "by default what the model's paper has")
+    gan.add_argument("--loss", choices=tuple(losses.CRITIC_LOSSES))
+    gan.add_argument("--penalty", help="wgan-gp, wgan-lp, r1, r2, dragan, several with commas, or none")
+    gan.add_argument("--penalty-weight", type=float, metavar="W")
+    gan.add_argument("--lazy", type=int, metavar="K", help="take the penalty every K updates of the critic, K times as strong")
+    gan.add_argument("--critic-steps", type=int, metavar="N", help="updates of the critic for one of the generator")
+    gan.add_argument("--generator-lr", type=float)
+    gan.add_argument("--critic-lr", type=float)
+    gan.add_argument("--ema", type=float, help="decay of the generator's moving average, 0 for none")
+    gan.add_argument("--latent-dim", type=int)
+    gan.add_argument("--width", type=int, help="channels of the convolutional networks")
+    gan.add_argument("--depth", type=int, help="hidden layers of the perceptrons")
+    gan.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between pictures (default 500)")
     train.add_argument("--device", default="cpu")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
@@ -59,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("-n", type=int, default=64)
     sample.add_argument("--temperature", type=float, default=1.0)
     sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--label", type=int, help="of a model with classes; all in turn without")
     sample.add_argument(
         "--method", choices=("cached", "naive"), default="cached", help="of autoregressive models: the engine or the plain loop"
     )
@@ -75,15 +93,27 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from . import data, training
+    from . import training
 
     config = {
         "levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None,
         "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
+        "latent_dim": a.latent_dim, "width": a.width, "depth": a.depth,
     }  # fmt: skip
-    dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
+    recipe = {
+        "loss": a.loss, "penalty": a.penalty, "weight": a.penalty_weight, "lazy": a.lazy, "critic_steps": a.critic_steps,
+        "generator_lr": a.generator_lr, "critic_lr": a.critic_lr, "ema": a.ema,
+    }  # fmt: skip
     taken = inspect.signature(models.NAMES[a.model]).parameters
     unknown = [f"--{k.replace('_', '-')}" for k, v in config.items() if v is not None and k not in taken]
+    adversarial = issubclass(models.NAMES[a.model], models.AdversarialModel)
+    if not adversarial:
+        unknown += [
+            f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight") for k, v in recipe.items() if v is not None
+        ]
+    elif not unknown:
+        return _train_adversarial(a, config, recipe)
+    dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
     autoregressive = issubclass(models.NAMES[a.model], models.AutoregressiveModel)
     if unknown or (autoregressive and a.levels is not None):
         raise ValueError(f"train: {a.model} takes no {', '.join(unknown) or '--levels; the data decide them'}")
@@ -95,16 +125,56 @@ def _train(a: argparse.Namespace) -> int:
     out = a.out or Path("out", f"{a.model}-{dataset.name}")
     metrics = training.train(
         a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, steps=a.steps, minutes=a.minutes,
-        batch_size=a.batch_size, lr=a.lr, seed=a.seed, device=a.device, resume=a.resume,
+        batch_size=a.batch_size, lr=1e-3 if a.lr is None else a.lr, seed=a.seed, device=a.device, resume=a.resume,
     )  # fmt: skip
     print(f"{metrics['steps']} steps, {metrics['test_bits_per_dim']:.3f} bits/dim on held-out images; see {out}")
     return 0
+
+
+def _train_adversarial(a: argparse.Namespace, config: dict[str, Any], recipe: dict[str, Any]) -> int:
+    from . import adversarial_training
+
+    if a.data in data.POINTS:
+        dataset: data.Dataset | data.Points = data.points(a.data, seed=a.seed)
+    else:
+        dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
+    for side in ("generator_lr", "critic_lr"):
+        recipe[side] = a.lr if recipe[side] is None else recipe[side]
+    chosen = {k: v for k, v in recipe.items() if v is not None}
+    if a.penalty is not None:
+        kinds = tuple(a.penalty.split(","))
+        chosen["penalty"] = None if kinds == ("none",) else kinds[0] if len(kinds) == 1 else kinds
+    out = a.out or Path("out", f"{a.model}-{dataset.name}")
+    written = adversarial_training.train(
+        a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, recipe=chosen, steps=a.steps,
+        minutes=a.minutes, batch_size=a.batch_size, seed=a.seed, device=a.device, resume=a.resume,
+        sample_every=a.sample_every,
+    )  # fmt: skip
+    said = f"{written['steps']} steps, critic {written['critic_loss']:.3f}, generator {written['generator_loss']:.3f}"
+    if "covered" in written:
+        said += f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples within 3 sigma"
+    print(f"{said}; see {out}")
+    return 0
+
+
+def _sample_adversarial(model: models.AdversarialModel, metadata: dict[str, str], a: argparse.Namespace) -> None:
+    from . import adversarial_training
+
+    context = None if a.label is None else torch.full((a.n,), a.label)
+    samples = model.sample(a.n, generator=torch.Generator().manual_seed(a.seed), context=context)
+    adversarial_training.draw(samples, a.out, bins=int(metadata["bins"]))
 
 
 def _sample(a: argparse.Namespace) -> int:
     from . import training
 
     model, metadata, checkpoint = training.load_checkpoint(a.checkpoint)
+    if isinstance(model, models.AdversarialModel):
+        _sample_adversarial(model, metadata, a)
+        print(f"{a.n} samples from step {metadata['step']} in {a.out}")
+        return 0
+    if a.label is not None:
+        raise ValueError(f"sample: {metadata['model']} takes no --label")
     options = {"temperature": a.temperature, "generator": torch.Generator().manual_seed(a.seed)}
     if isinstance(model, models.AutoregressiveModel):
         options |= {"method": a.method, "progress": True}

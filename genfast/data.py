@@ -30,8 +30,69 @@ class Dataset:
         return tuple(self.train.shape[1:])
 
 
+@dataclass(frozen=True)
+class Points:
+    """Points of a plane, float32 (N, D), split into train and test; ``centres`` (K, D) and ``std`` where they are a mixture."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+    centres: Tensor | None = None
+    std: float = 0.0
+    train_labels: Tensor | None = None
+    bins: int = 0  # no grey levels
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(D,)."""
+        return tuple(self.train.shape[1:])
+
+
+POINTS = ("25gaussians", "8gaussians", "swissroll")
+
+
+def points(name: str, *, count: int = 100_000, seed: int = 0) -> Points:
+    """A set of points in the plane, as the toy experiments of WGAN-GP (arXiv:1704.00028, figure 1; gan_toy.py) have them.
+
+    Args:
+        name: "25gaussians": on the grid {-4, -2, 0, 2, 4}^2 with standard deviation 0.05, all divided by 2.828.
+            "8gaussians": on a circle of radius 2 with standard deviation 0.02, divided by 1.414.
+            "swissroll": scikit-learn's, noise 0.25, its first and last coordinate, divided by 7.5.
+        count: how many points; a tenth of them for testing.
+        seed: of the points.
+
+    Raises:
+        ValueError: another name, or fewer than two points.
+        ImportError: the swiss roll needs scikit-learn.
+
+    Example:
+        >>> import genfast
+        >>> genfast.data.points("8gaussians", count=100).centres.shape
+        torch.Size([8, 2])
+    """
+    if name not in POINTS:
+        raise ValueError(f"points: name={name!r}, expected one of {', '.join(map(repr, POINTS))}")
+    if count < 2:
+        raise ValueError(f"points: count={count}, expected at least 2")
+    test = max(1, count // 10)
+    if name == "swissroll":
+        found = _scikit_learn("the swiss roll needs").make_swiss_roll(n_samples=count, noise=0.25, random_state=seed)[0]
+        values = torch.from_numpy(found[:, [0, 2]].astype(np.float32) / 7.5)
+        return Points(name, values[test:], values[:test])
+    if name == "25gaussians":
+        grid = torch.arange(-4.0, 5.0, 2.0) / 2.828
+        centres, std = torch.cartesian_prod(grid, grid), 0.05 / 2.828
+    else:
+        angles = torch.arange(8) * (torch.pi / 4)
+        centres, std = 2 / 1.414 * torch.stack([angles.cos(), angles.sin()], 1), 0.02 / 1.414
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(len(centres), (count,), generator=generator)
+    values = centres[labels] + std * torch.randn(count, 2, generator=generator)
+    return Points(name, values[test:], values[:test], centres, std, labels[test:])
+
+
 def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: str | None = None) -> Dataset:
-    """A data set by name.
+    """A data set of images by name.
 
     Args:
         name: "digits": 1797 handwritten digits, 8x8, 17 grey levels. "photos": RGB patches cut at random from two
@@ -52,6 +113,8 @@ def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: s
         >>> genfast.data.load("digits").shape
         (1, 8, 8)
     """
+    if name in POINTS:
+        raise ValueError(f"data: {name!r} are points, which genfast.data.points makes and GANs train on; expected images")
     if name == "digits":
         return _digits(seed)
     if name == "photos":
@@ -61,11 +124,11 @@ def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: s
     return _folder(Path(name), size, seed)
 
 
-def _scikit_learn() -> Any:
+def _scikit_learn(what: str = "digits and photos need") -> Any:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError("genfast.data: digits and photos need scikit-learn: pip install 'genfast[data]'") from error
+        raise ImportError(f"genfast.data: {what} scikit-learn: pip install 'genfast[data]'") from error
     return datasets
 
 

@@ -119,14 +119,21 @@ def latest(folder: str | Path) -> Path:
     return folder / f"checkpoint-{steps[-1]}"
 
 
-def save_checkpoint(folder: Path, name: str, model: Model, state: dict[str, Any], bins: int) -> Path:
-    """Writes ``checkpoint-<step>`` under a temporary name and renames it, then drops all but the newest few."""
+def save_checkpoint(
+    folder: Path, name: str, model: Model | models.AdversarialModel, state: dict[str, Any], bins: int,
+    weights: dict[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Writes ``checkpoint-<step>`` under a temporary name and renames it, then drops all but the newest few.
+
+    ``weights``: those to sample from, where they are not the model's own.
+    """
     target = folder / f"checkpoint-{state['step']}"
     temporary = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        weights = model.state_dict() if weights is None else weights
+        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         metadata = {"model": name, "config": json.dumps(model.config), "bins": str(bins), "step": str(state["step"])}
         save_file(weights, temporary / "weights.safetensors", metadata)
         torch.save(state, temporary / "training.pt")
@@ -256,6 +263,45 @@ def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
     return view, {"levels": data.bins, "shape": view.shape}
 
 
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises FileExistsError where a new run would write over another."""
+    if _steps(out) and not resume:
+        raise FileExistsError(f"train: {str(out)!r} holds a run already; resume it or name another folder")
+
+
+def loop(
+    step: Callable[[], str], done: Callable[[], int], save: Callable[[], None], out: Path, *, title: str, steps: int | None,
+    minutes: float | None, save_every: int, every: Callable[[], None] | None = None,
+) -> float:  # fmt: skip
+    """Calls ``step``, which says how it went, until ``done`` is ``steps`` or the minutes are over; returns the seconds.
+
+    1000 steps without either. Saves every ``save_every`` steps and at the end, Ctrl-C included, which it raises again;
+    calls ``every`` after each step.
+    """
+    from tqdm import tqdm
+
+    if steps is None and minutes is None:
+        steps = 1000
+    start = time.monotonic()
+    bar = tqdm(total=steps, initial=done(), unit="step", disable=not sys.stderr.isatty(), desc=title)
+    try:
+        while (steps is None or done() < steps) and (minutes is None or time.monotonic() - start < 60 * minutes):
+            bar.set_postfix_str(step(), refresh=False)
+            bar.update()
+            if done() % save_every == 0:
+                save()
+            if every is not None:
+                every()
+    except KeyboardInterrupt:
+        save()
+        print(f"stopped at step {done()}; checkpoint kept in {out}", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+    save()
+    return time.monotonic() - start
+
+
 def train(
     name: str, data: Dataset, out: str | Path, *, config: dict[str, Any] | None = None, steps: int | None = None,
     minutes: float | None = None, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
@@ -276,13 +322,12 @@ def train(
         TrainingError: the loss is not finite.
         KeyboardInterrupt: after the last checkpoint has been written.
     """
-    from tqdm import tqdm
-
     out = Path(out)
-    if _steps(out) and not resume:
-        raise FileExistsError(f"train: {str(out)!r} holds a run already; resume it or name another folder")
-    if steps is None and minutes is None:
-        steps = 1000
+    check_folder(out, resume)
+    if issubclass(models.NAMES.get(name, models.FlowModel), models.AdversarialModel):
+        raise ValueError(f"train: {name} is adversarial; train it with genfast.adversarial_training.train")
+    if not isinstance(data, Dataset):
+        raise ValueError(f"train: {name} takes images, and {data.name} are points")
     torch.manual_seed(seed)
     view, shape = _fitted(name, data)
     if resume and _steps(out):
@@ -294,9 +339,7 @@ def train(
     trainer = Trainer(model, view, batch_size=batch_size, lr=lr, seed=seed, device=device)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    start, began = time.monotonic(), len(trainer.losses)
-    saved = began
-    bar = tqdm(total=steps, initial=began, unit="step", disable=not sys.stderr.isatty(), desc=f"{name} on {data.name}")
+    began = saved = len(trainer.losses)
 
     def save() -> None:
         nonlocal saved
@@ -304,20 +347,10 @@ def train(
             save_checkpoint(out, name, model, trainer.state(), data.bins)
             saved = len(trainer.losses)
 
-    try:
-        while (steps is None or len(trainer.losses) < steps) and (minutes is None or time.monotonic() - start < 60 * minutes):
-            bar.set_postfix_str(f"{trainer.step():.3f} bits/dim", refresh=False)
-            bar.update()
-            if len(trainer.losses) % save_every == 0:
-                save()
-    except KeyboardInterrupt:
-        save()
-        print(f"stopped at step {len(trainer.losses)}; checkpoint kept in {out}", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-    save()
-    seconds = time.monotonic() - start
+    seconds = loop(
+        lambda: f"{trainer.step():.3f} bits/dim", lambda: len(trainer.losses), save, out,
+        title=f"{name} on {data.name}", steps=steps, minutes=minutes, save_every=save_every,
+    )  # fmt: skip
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, models.AutoregressiveModel):

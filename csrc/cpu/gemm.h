@@ -9,6 +9,9 @@
 
 #include <stdlib.h>
 
+#include <algorithm>
+
+#include "transpose.h"
 #include "vec.h"
 
 namespace genfast {
@@ -124,6 +127,215 @@ GENFAST_INLINE void run(int64_t rows, int64_t nv, const Tile& tile, const T* a, 
 #endif
   if (nv == 2) return run_rows<T, 2>(rows, tile, a, am, ak, segments, count, b, ldb);
   return run_rows<T, 1>(rows, tile, a, am, ak, segments, count, b, ldb);
+}
+
+// ---- a whole product: out (rows, columns) = end(sum over k of a[row, k] b[k, column]) ----
+
+template <class T>
+struct Strided {  // element (i, j) at data + i * row + j * column; one of the two is 1
+  const T* data;
+  int64_t row, column;
+};
+
+constexpr int64_t kInner = 512;          // terms between two visits of an output: a panel of them lies in the second-level cache
+constexpr int64_t kPanelTiles = 8;       // tiles for which packing a panel again is still cheap, in another thread
+constexpr int64_t kPacked = 4 << 20;     // elements of a that are packed at once
+constexpr int64_t kRowsCache = 512 << 10;  // bytes of a b that is packed whole
+
+GENFAST_INLINE int64_t inner_runs(int64_t inner) { return std::max<int64_t>(1, (inner + kInner - 1) / kInner); }
+
+// Scratch that a thread keeps from call to call: fresh memory costs more than the packing.
+class Scratch {
+ public:
+  ~Scratch() { free(data_); }
+  template <class T>
+  T* get(int64_t elements) {
+    const size_t bytes = (size_t(elements) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      free(data_);
+      data_ = aligned_alloc(64, bytes);
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// b[k0 .. k0 + count, first .. first + width) as (k, column), zeros beyond the last column.
+template <class T>
+static inline void pack_columns(const Strided<T>& b, int64_t k0, int64_t count, int64_t first, int64_t columns, int64_t width,
+                                T* panel) {
+  const int64_t live = std::min(width, columns - first);
+  if (live < width)
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t j = live; j < width; ++j) panel[k * width + j] = T(0);
+  if (b.column == 1) {
+    const T* from = b.data + k0 * b.row + first;
+    if (live == block_columns<T>())
+      for (int64_t k = 0; k < count; ++k) memcpy(panel + k * width, from + k * b.row, size_t(block_columns<T>()) * sizeof(T));
+    else
+      for (int64_t k = 0; k < count; ++k) memcpy(panel + k * width, from + k * b.row, size_t(live) * sizeof(T));
+  } else {
+    transpose(b.data + k0 + first * b.column, b.column, live, count, panel, width);
+  }
+}
+
+// a[first .. first + height, k0 .. k0 + count) as (k, row), for a whose rows are not contiguous.
+template <class T>
+static inline void pack_rows(const Strided<T>& a, int64_t k0, int64_t count, int64_t first, int64_t height, T* tile) {
+  const T* from = a.data + k0 * a.column + first;
+  if (height == kMaxRows)
+    for (int64_t k = 0; k < count; ++k) memcpy(tile + k * kMaxRows, from + k * a.column, kMaxRows * sizeof(T));
+  else
+    for (int64_t k = 0; k < count; ++k) memcpy(tile + k * height, from + k * a.column, size_t(height) * sizeof(T));
+}
+
+
+template <class T>
+struct Aside {  // a tile of accumulators from zero to a buffer: what follows the sum keeps no register of the kernel's
+  T* buffer;
+
+  template <int MR, int NV>
+  GENFAST_INLINE_MEMBER void begin(Vec<T> (&acc)[MR][NV]) const {
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[m][v] = Vec<T>{};
+  }
+
+  template <int MR, int NV>
+  GENFAST_INLINE_MEMBER void end(Vec<T> (&acc)[MR][NV]) const {
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) store(buffer + (m * NV + v) * lanes<T>(), acc[m][v]);
+  }
+};
+
+template <class T>
+static __attribute__((noinline)) void run_aside(int64_t height, int64_t nv, T* buffer, const T* left, int64_t am, int64_t ak,
+                                                const T* panel, int64_t count) {
+  const Segment segment{0, 0, count};
+  run<T>(height, nv, Aside<T>{buffer}, left, am, ak, &segment, 1, panel, nv * lanes<T>());
+}
+
+struct Place {  // of a tile in the output, and of its run of terms in the sum
+  int64_t row, height, column, width;  // width: of the tile; the output may end before
+  bool first, last;
+};
+
+// One run of terms of a tile: added to what the output holds of the runs before; the last goes through `end`.
+template <class T, class End>
+static inline void run_part(const Place& at, int64_t columns, const T* left, int64_t am, int64_t ak, const T* panel,
+                            int64_t count, T* out, int64_t ld, const End& end) {
+  alignas(64) T tile[kMaxRows * block_columns<T>()];
+  const int64_t live = std::min(at.width, columns - at.column);
+  run_aside<T>(at.height, at.width / lanes<T>(), tile, left, am, ak, panel, count);
+  out += at.row * ld + at.column;
+  if (!at.first)
+    for (int64_t m = 0; m < at.height; ++m)
+      for (int64_t j = 0; j < live; ++j) tile[m * at.width + j] += out[m * ld + j];
+  if (at.last) {
+    end(tile, at.row, at.height, at.column, at.width);
+    return;
+  }
+  for (int64_t m = 0; m < at.height; ++m) memcpy(out + m * ld, tile + m * at.width, size_t(live) * sizeof(T));
+}
+
+// In both, `end(tile, row, height, column, width)` takes the finished sums of a tile (height, width) and stores the output.
+
+// A b that fits the second-level cache beside a tile of a: all its panels are packed first, then each thread takes rows, whose
+// outputs it writes from end to end.
+template <class T, class End>
+void product_by_rows(int64_t rows, int64_t columns, int64_t inner, const Strided<T>& a, const Strided<T>& b, T* out, int64_t ld,
+                     int threads, const End& end) {
+  constexpr int64_t block = block_columns<T>();
+  const int64_t runs = inner_runs(inner), longest = (inner + runs - 1) / runs, down = tiles(rows);
+  const int64_t across = (columns + block - 1) / block, share = std::max<int64_t>(1, std::min<int64_t>(8, down / (4 * threads)));
+  static thread_local Scratch scratch;
+  T* panels = scratch.get<T>(across * block * longest);
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch own;
+    T* packed = a.column == 1 ? nullptr : own.get<T>(kMaxRows * longest);
+    for (int64_t run_ = 0; run_ < runs; ++run_) {
+      const int64_t k0 = inner * run_ / runs, count = inner * (run_ + 1) / runs - k0;
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < across; ++p)
+        pack_columns(b, k0, count, p * block, columns, std::min(block, padded<T>(columns - p * block)), panels + p * block * longest);
+#pragma omp for schedule(dynamic, share)
+      for (int64_t tile = 0; tile < down; ++tile) {
+        const int64_t row = tile_start(rows, tile), height = tile_start(rows, tile + 1) - row;
+        if (packed) pack_rows(a, k0, count, row, height, packed);
+        const T* left = packed ? packed : a.data + row * a.row + k0;
+        for (int64_t p = 0; p < across; ++p)
+          run_part({row, height, p * block, std::min(block, padded<T>(columns - p * block)), run_ == 0, run_ + 1 == runs}, columns,
+                   left, packed ? 1 : a.row, packed ? height : 1, panels + p * block * longest, count, out, ld, end);
+      }
+    }
+  }
+}
+
+// Otherwise panels of b are packed by the thread that uses them, just before; a is read as it lies where its rows are
+// contiguous and packed where they are not. A task has at least eight columns, so that no two share a byte of one bit a column.
+template <class T, class End>
+void product_by_columns(int64_t rows, int64_t columns, int64_t inner, const Strided<T>& a, const Strided<T>& b, T* out, int64_t ld,
+                        int threads, const End& end) {
+  constexpr int64_t block = block_columns<T>(), group = block < 8 ? 8 / block : 1;
+  const bool direct = a.column == 1;
+  const int64_t runs = inner_runs(inner), longest = (inner + runs - 1) / runs, down = tiles(rows);
+  const int64_t across = (columns + block * group - 1) / (block * group);
+  const int64_t wanted = across % threads && across < 8 * threads ? (4 * threads + across - 1) / across : 1;
+  const int64_t pieces = std::max<int64_t>(1, std::min(wanted, down / kPanelTiles));
+  const int64_t at_once = direct ? down : std::max<int64_t>(1, std::min(down, kPacked / (kMaxRows * longest)));
+  static thread_local Scratch scratch;
+  T* packed = direct ? nullptr : scratch.get<T>(at_once * kMaxRows * longest);
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch own;
+    T* panel = own.get<T>(longest * block);
+    for (int64_t run_ = 0; run_ < runs; ++run_) {
+      const int64_t k0 = inner * run_ / runs, count = inner * (run_ + 1) / runs - k0;
+      for (int64_t base = 0; base < down; base += at_once) {
+        const int64_t stop = std::min(down, base + at_once);
+        if (!direct) {
+#pragma omp for schedule(static)
+          for (int64_t tile = base; tile < stop; ++tile) {
+            const int64_t row = tile_start(rows, tile), height = tile_start(rows, tile + 1) - row;
+            pack_rows(a, k0, count, row, height, packed + (tile - base) * kMaxRows * longest);
+          }
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < across * pieces; ++task) {
+          const int64_t from = base + (stop - base) * (task % pieces) / pieces;
+          const int64_t to = base + (stop - base) * (task % pieces + 1) / pieces;
+          for (int64_t g = 0; g < group; ++g) {
+            const int64_t column = (task / pieces * group + g) * block;
+            if (column >= columns) break;
+            const int64_t width = std::min(block, padded<T>(columns - column));
+            pack_columns(b, k0, count, column, columns, width, panel);
+            for (int64_t tile = from; tile < to; ++tile) {
+              const int64_t row = tile_start(rows, tile), height = tile_start(rows, tile + 1) - row;
+              const T* left = direct ? a.data + row * a.row + k0 : packed + (tile - base) * kMaxRows * longest;
+              run_part({row, height, column, width, run_ == 0, run_ + 1 == runs}, columns, left, direct ? a.row : 1,
+                       direct ? 1 : height, panel, count, out, ld, end);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The tiles and the order of each sum depend on the sizes alone, neither on the threads nor on which of the two it is.
+template <class T, class End>
+void product(int64_t rows, int64_t columns, int64_t inner, const Strided<T>& a, const Strided<T>& b, T* out, int64_t ld,
+             int threads, const End& end) {
+  if (!rows || !columns) return;
+  const int64_t runs = inner_runs(inner), longest = (inner + runs - 1) / runs;
+  if (longest * columns * int64_t(sizeof(T)) <= kRowsCache && tiles(rows) >= 4 * threads)
+    product_by_rows(rows, columns, inner, a, b, out, ld, threads, end);
+  else
+    product_by_columns(rows, columns, inner, a, b, out, ld, threads, end);
 }
 
 }  // namespace GENFAST_ISA

@@ -137,6 +137,39 @@ struct GatedActivationArgs {
   int threads;
 };
 
+struct LinearArgs {  // out (rows, columns) = sum over k of a[row, k] b[k, column], then the epilogue
+  enum Bits { kNone, kMake, kApply };
+  bool is_double;
+  const void *a, *b, *bias;                    // bias (columns,) or null
+  int64_t a_row, a_inner, b_inner, b_column;   // strides
+  void* out;                                   // dense
+  uint8_t* bits;                               // (rows, ceil(columns / 8)): leaky relu writes its signs, or they are applied
+  int bits_mode;
+  double slope;
+  int64_t rows, columns, inner;
+  int threads;
+};
+
+struct LeakyReluArgs {
+  bool is_double, apply;  // apply: the given bits instead of x's signs
+  const void* x;
+  void* y;  // may be x
+  uint8_t* bits;  // (rows, ceil(columns / 8))
+  double slope;
+  int64_t rows, columns;
+  int threads;
+};
+
+struct ActivationArgs {  // dense tensors in one order
+  enum Kind { kSilu, kGelu, kGeluTanh, kTanh, kSigmoid, kSoftplus, kElu, kSelu, kMish };
+  bool is_double, second;
+  const void *x, *grad, *tangent, *cotangent;  // tangent: second only; cotangent: null where there is none
+  void* y;
+  int64_t size;
+  int kind;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -156,6 +189,9 @@ struct GatedActivationArgs {
   void logistic_mixture_nll(const LogisticMixtureArgs&);    \
   void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
   void logistic_mixture_sample(const LogisticMixtureArgs&); \
+  void linear(const LinearArgs&);                           \
+  void leaky_relu_bits(const LeakyReluArgs&);               \
+  void activation(const ActivationArgs&);                   \
   void pixel_rnn(const PixelRnnArgs&);                      \
   void pixel_rnn_backward(const PixelRnnArgs&);             \
   }

@@ -4,20 +4,30 @@ from typing import Any
 
 from ..reference.autoregressive import mu_law_decode, mu_law_encode
 from ..reference.models import FlowModel, dequantize
+from .adversarial import AdversarialModel, Recipe
 from .autoregressive import AutoregressiveModel
+from .cgan import ConditionalGAN
+from .dcgan import DCGAN
+from .gan import GAN
 from .gated_pixelcnn import GatedPixelCNN
 from .glow import Glow
 from .linear_flow import LinearFlow
+from .lsgan import LSGAN
 from .nice import NICE
 from .pixel_rnn import PixelRNN
 from .pixelcnn import PixelCNN
 from .pixelcnnpp import PixelCNNPlusPlus
+from .r3gan import R3GAN
 from .realnvp import RealNVP
+from .sagan import SAGAN
 from .wavenet import WaveNet
+from .wgan import WGAN
+from .wgan_gp import WGANGP
 
-NAMES: dict[str, type[FlowModel] | type[AutoregressiveModel]] = {
-    "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "linear_flow": LinearFlow, "nice": NICE, "pixelcnn": PixelCNN,
-    "pixelcnnpp": PixelCNNPlusPlus, "pixelrnn": PixelRNN, "realnvp": RealNVP, "wavenet": WaveNet,
+NAMES: dict[str, type[FlowModel] | type[AutoregressiveModel] | type[AdversarialModel]] = {
+    "cgan": ConditionalGAN, "dcgan": DCGAN, "gan": GAN, "lsgan": LSGAN, "r3gan": R3GAN, "sagan": SAGAN, "wgan": WGAN,
+    "wgan-gp": WGANGP, "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "linear_flow": LinearFlow, "nice": NICE,
+    "pixelcnn": PixelCNN, "pixelcnnpp": PixelCNNPlusPlus, "pixelrnn": PixelRNN, "realnvp": RealNVP, "wavenet": WaveNet,
 }  # fmt: skip
 
 
@@ -33,6 +43,7 @@ def build(name: str, **config: Any) -> Any:
 
 
 __all__ = [
-    "AutoregressiveModel", "build", "dequantize", "FlowModel", "GatedPixelCNN", "Glow", "LinearFlow", "mu_law_decode",
-    "mu_law_encode", "NAMES", "NICE", "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "RealNVP", "WaveNet",
+    "AdversarialModel", "AutoregressiveModel", "build", "ConditionalGAN", "DCGAN", "dequantize", "FlowModel", "GAN",
+    "GatedPixelCNN", "Glow", "LinearFlow", "LSGAN", "mu_law_decode", "mu_law_encode", "NAMES", "NICE", "PixelCNN",
+    "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN", "WaveNet", "WGAN", "WGANGP",
 ]  # fmt: skip

@@ -1,5 +1,13 @@
 """The functional API: one file per operation family."""
 
+from .activation import (
+    activation_chain,
+    activation_second,
+    apply_bits,
+    apply_bits_,
+    leaky_relu_bits,
+    leaky_relu_bits_,
+)
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
 from .categorical_nll import categorical_nll
@@ -7,6 +15,7 @@ from .discretized_logistic_mixture import discretized_logistic_mixture_nll, disc
 from .gated_activation import gated_activation
 from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
+from .linear import linear, linear_input, linear_weight
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .squeeze import squeeze, unsqueeze
@@ -15,4 +24,6 @@ __all__ = [
     "actnorm", "actnorm_conv1x1", "affine_coupling", "CriticLoss", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
     "masked_conv3d", "PLU", "row_lstm", "squeeze", "unsqueeze",
+    "activation_chain", "activation_second", "apply_bits", "apply_bits_", "leaky_relu_bits", "leaky_relu_bits_", "linear",
+    "linear_input", "linear_weight",
 ]  # fmt: skip

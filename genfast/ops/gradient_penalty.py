@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -76,14 +77,14 @@ def _penalty(g: Tensor | None, n: int, like: Tensor, s: _Settings) -> tuple[Tens
     return value, norms, g * per_sample.to(g.dtype).view(-1, *(1,) * (g.dim() - 1))
 
 
-def _check_finite(op: str, norms: Tensor) -> None:
+def _check_finite(op: str, value: Tensor, norms: Tensor) -> None:
     if norms.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    bad = (~norms.isfinite()).nonzero().flatten()
-    if len(bad):
+    if not math.isfinite(float(value.detach())):
+        bad = (~norms.isfinite()).nonzero().flatten().tolist()
+        which = f"{len(bad)} of {len(norms)} samples (the first is sample {bad[0]})" if bad else "any sample alone, but for all"
         raise FloatingPointError(
-            f"{op}: the critic's input gradient is not finite for {len(bad)} of {len(norms)} samples (the first is sample "
-            f"{int(bad[0])}): its weights, its inputs or the loss have diverged"
+            f"{op}: the critic's input gradient is not finite for {which}: its weights, its inputs or the loss have diverged"
         )
 
 
@@ -343,7 +344,11 @@ def _stacked(
         d_fake, d_real = values[:m], values[m:]
     adversarial, slope_real, slope_fake = _slopes(op, loss, d_real, d_fake)
     wants_x = x.requires_grad
-    g = recorded.input_gradient(len(x) if wants_x else rows)
+    zero = [torch.zeros_like(d) if sl is None else sl for d, sl in ((d_real, slope_real), (d_fake, slope_fake))]
+    order = [zero[1], zero[0]] if kind == "r2" else zero
+    if at is not None:
+        order.insert(0, values.new_zeros(rows))
+    g = recorded.input_gradient(rows, torch.cat(order), all_of_x=wants_x)
     penalty, norms, u = adversarial.new_zeros(()), adversarial.new_zeros(0), None
     if s is not None:
         own = None if g is None else g[:rows]
@@ -354,14 +359,10 @@ def _stacked(
             u = None if own is None else torch.cat([r[2] for r in results if r[2] is not None])
         else:
             penalty, norms, u = _penalty(own, rows, real, s)
-        _check_finite(op, norms)
+        _check_finite(op, penalty, norms)
     total = adversarial + penalty
     if torch.is_grad_enabled():
-        zero = [torch.zeros_like(d) if sl is None else sl for d, sl in ((d_real, slope_real), (d_fake, slope_fake))]
-        order = [zero[1], zero[0]] if kind == "r2" else zero
-        if at is not None:
-            order.insert(0, values.new_zeros(rows))
-        to_x = recorded.sweep(u, torch.cat(order), to_x=wants_x)
+        to_x = recorded.sweep(u, to_x=wants_x)
         found = recorded.gradients()
         if wants_x:
             found.append((x, torch.zeros_like(x) if to_x is None else to_x))
@@ -388,7 +389,7 @@ def _separate(
         penalty = penalty + value
         norms.append(norm)
     all_norms = torch.cat(norms) if norms else adversarial.new_zeros(0)
-    _check_finite(op, all_norms)
+    _check_finite(op, penalty, all_norms)
     total = adversarial + penalty
     if torch.is_grad_enabled():
         if penalised and tangent.facts(critic).per_sample is False:
@@ -641,7 +642,7 @@ def gradient_penalty(
         value, norms = step.loss, step.norms
     else:
         value, norms = _penalty_only(op, critic, points, contexts, s, generator)
-        _check_finite(op, norms)
+        _check_finite(op, value, norms)
     return (value, norms) if return_norms else value
 
 

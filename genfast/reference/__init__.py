@@ -1,7 +1,8 @@
 """The specification: every op in plain PyTorch, as its paper writes it. Imports torch and nothing of ours."""
 
+from .activation import SLOPES, activation_chain, activation_second, apply_bits, leaky_relu_bits
 from .actnorm import actnorm, actnorm_backward, positions
-from .adversarial import CRITIC_LOSSES
+from .adversarial import CRITIC_LOSSES, GENERATOR_LOSSES
 from .affine_coupling import affine_coupling, affine_coupling_backward
 from .discretized_logistic_mixture import (
     discretized_logistic_mixture_nll,
@@ -19,14 +20,17 @@ from .invertible_conv1x1 import (
     plu_weight,
     plu_weight_backward,
 )
+from .linear import linear, linear_input, linear_weight
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .squeeze import squeeze
 
 __all__ = [
-    "CRITIC_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
+    "CRITIC_LOSSES", "GENERATOR_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
     "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
     "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "penalty_points", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
     "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze",
+    "SLOPES", "activation_chain", "activation_second", "apply_bits", "leaky_relu_bits", "linear", "linear_input",
+    "linear_weight",
 ]  # fmt: skip

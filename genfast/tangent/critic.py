@@ -97,6 +97,8 @@ class Pass:
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
         self.tape = tape = Tape(keep_inputs=loss or self.known.curved, stack=self.stack)
         tape.batch = x.shape[0]
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            tape.memory_format = torch.channels_last
         self.device = x.device.type
         active = tape.activate(x.detach())
         original = unwrapped(critic)
@@ -122,42 +124,65 @@ class Pass:
         return self.output.reshape(-1).to(torch.promote_types(self.output.dtype, torch.float32))
 
     @torch.no_grad()
-    def input_gradient(self, rows: int) -> Tensor | None:
-        """d(sum of the outputs)/dx for the first ``rows`` samples; None where the outputs do not depend on x."""
+    def input_gradient(self, rows: int, slope: Tensor | None = None, *, all_of_x: bool = False) -> Tensor | None:
+        """d(sum of the outputs)/dx of the first ``rows`` samples; None where the outputs do not depend on x.
+
+        slope: dloss/dD (N,) of a loss that shares the pass, in a critic that keeps samples apart.
+        all_of_x: whether x wants the loss's gradient too.
+        """
         if self.slot < 0:
             return None
+        tape = self.tape
+        start = torch.ones_like(self.output)
+        self.slope = slope
+        tape.rows = rows
+        if slope is not None:
+            tape.shared = True
+            start[rows:] = slope[rows:].to(start.dtype).view(start[rows:].shape)
         with torch.autocast(self.device, enabled=False):
-            g = self.tape.chain(torch.ones_like(self.output), rows)
+            g = tape.chain(start, tape.batch if all_of_x else rows)
         self.x_cotangent = g
         return None if g is None else g[:rows]
 
     @torch.no_grad()
     def sweep(self, direction: Tensor | None, slope: Tensor | None = None, *, to_x: bool = False) -> Tensor | None:
-        """Collects the gradients of a penalty with dP/dg = ``direction`` and of a loss with dloss/dD = ``slope`` (N,).
+        """Collects the gradients of a penalty with dP/dg = ``direction``, and of a loss.
+
+        slope: dloss/dD (N,), where it was not given to ``input_gradient`` (and that was called only for a penalty).
 
         Returns what they send to x if ``to_x``.
         """
         if self.slot < 0:
             return None
         tape, start = self.tape, None
-        shared = slope is not None and tape.per_sample and bool(tape.b)
-        if shared:
-            tape.f = slope
-        elif slope is not None:
+        if slope is not None:
             start = slope.to(self.output.dtype).reshape(self.output.shape)
+        elif tape.shared and tape.rows:
+            assert self.slope is not None
+            own = self.slope[: tape.rows]
+            if not (own.is_cpu and not bool(own.any())):
+                tape.f = own
+                tape.even = own.is_cpu and bool((own == own[0]).all())
         with torch.autocast(self.device, enabled=False):
             found = tape.sweep(direction, start, to_x)
-        if to_x and shared and self.x_cotangent is not None and slope is not None:
-            loss = self.x_cotangent * slope.to(self.x_cotangent.dtype).view(-1, *(1,) * (self.x_cotangent.dim() - 1))
-            if found is None:
-                return loss
+        if not (to_x and tape.shared and self.x_cotangent is not None):
+            return found
+        loss = self.x_cotangent.clone()
+        rows = tape.rows
+        if rows:
+            loss[:rows] *= 0 if tape.f is None else tape.f.to(loss.dtype).view(-1, *(1,) * (loss.dim() - 1))
+        if found is not None:
             loss[: found.shape[0]] += found
-            return loss
-        return found
+        return loss
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added."""
-        return list(self.tape.gradients.values())
+        """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added.
+
+        The record is dropped.
+        """
+        found = list(self.tape.gradients.values())
+        del self.tape
+        return found
 
 
 class _Attach(torch.autograd.Function):
@@ -172,10 +197,20 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found = [
-            torch.zeros(shape, dtype=dtype, device=device) if g is None else g * grad.to(g.dtype)
-            for g, (shape, dtype, device) in zip(ctx.gradients, ctx.like)
-        ]
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a penalty were asked for twice: give the first backward retain_graph=True")
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        one = grad.is_cpu and float(grad) == 1
+        found: list[Tensor] = []
+        for g, (shape, dtype, device) in zip(ctx.gradients, ctx.like):
+            if g is None:
+                found.append(torch.zeros(shape, dtype=dtype, device=device))
+            elif last:  # they are given away, without a copy
+                found.append(g if one else g.mul_(grad.to(g.dtype)))
+            else:
+                found.append(g * grad.to(g.dtype))
+        if last:
+            ctx.gradients = None
         return (None, None, *found)
 
 

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pointwise import _add_rows
 from .rules import _named, add, handles, otherwise, scale
-from .tape import Maybe, Rule, Tape
+from .tape import Maybe, Rule, Tape, add_rows
 
 
 class Normalise(Rule):
@@ -69,7 +68,8 @@ class Normalise(Rule):
             return [through]
         b = self._view(b)
         found = self._mean(b * jt) * self.x_hat + self._mean(self.x_hat * t) * self._times(b) + self._mean(self.x_hat * b) * jt
-        return [_add_rows((-self.r * found).reshape(self.shape), through)]
+        bent = (-self.r * found).reshape(self.shape)
+        return [bent if through is None else add_rows(bent, through)]
 
 
 def _affine(tape: Tape, y: Tensor, weight: Maybe, bias: Maybe) -> Any:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import T, _named, _pairs, _sum, check_in_place, handles, mapped, otherwise, overwritten, scale  # noqa: F401
-from .tape import HANDLERS, Handler, Maybe, Rule, Tape
+from ..ops._layout import memory_format
+from ..ops.activation import OP_APPLY, OP_CHAIN, OP_LEAKY, OP_SECOND, apply_bits_, leaky_relu_bits_
+from .rules import T, _named, _pairs, check_in_place, handles, otherwise, overwritten, scale
+from .tape import HANDLERS, Handler, Maybe, Rule, Tape, add_rows
+
+LEAKY_RELU_BITS, APPLY_BITS = OP_LEAKY.direct, OP_APPLY.direct
+ACTIVATION_CHAIN, ACTIVATION_SECOND = OP_CHAIN.direct, OP_SECOND.direct
 
 
 class SignMask(Rule):
@@ -18,20 +24,26 @@ class SignMask(Rule):
     kind = "exact, sign mask"
     prefix = True
 
-    def __init__(self, x: Tensor, slope: float) -> None:
-        self.slope = slope
-        self.mask = x > 0
+    def __init__(self, x: Tensor, slope: float, place: Tensor | None) -> None:
+        self.slope, self.shape, self.format = slope, x.shape, memory_format(x)
+        self.y: Maybe
+        if place is not None and place.is_contiguous(memory_format=self.format):
+            self.bits, self.y = leaky_relu_bits_(place, slope), place
+        else:
+            self.y, self.bits = LEAKY_RELU_BITS(x, slope)
 
-    def _apply(self, g: Tensor) -> Tensor:
-        mask = self.mask[: g.shape[0]] if self.mask.dim() else self.mask
-        return torch.where(mask, g, g * self.slope) if self.slope else g * mask
+    def _apply(self, g: Tensor, own: bool) -> Tensor:
+        bits = self.bits if g.shape == self.shape else self.bits[: (g.numel() + 7) // 8]
+        if g.is_contiguous(memory_format=self.format):
+            return apply_bits_(g, bits, self.slope) if own else APPLY_BITS(g, bits, self.slope)
+        return apply_bits_(g.contiguous(memory_format=self.format), bits, self.slope)
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
-        return [self._apply(g[0])]
+        return [self._apply(g[0], tape.owns)]
 
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
-        return [self._apply(t[0]) if wanted and t[0] is not None else None]
+        return [self._apply(t[0], tape.owns) if wanted and t[0] is not None else None]
 
 
 def _sign_mask(default: float, fixed: bool = False, in_place: bool = False) -> Handler:
@@ -45,8 +57,14 @@ def _sign_mask(default: float, fixed: bool = False, in_place: bool = False) -> H
             x, slope, inplace = _named(args, kwargs, ("input", "negative_slope", "inplace"), (default, in_place))
         if inplace:
             check_in_place(tape, func, x)
-        rule = SignMask(x.detach(), slope)
-        y = F.leaky_relu(x.detach(), slope) if slope else torch.relu(x.detach())
+        value = x.detach()
+        if value.is_cpu and value.element_size() < 4:  # no kernel packs the bits of these
+            mask = value > 0
+            rule: Rule = Masked(mask, slope)
+            y = torch.where(mask, value, value * slope)
+        else:
+            rule = SignMask(value, slope, value if inplace else None)
+            y, rule.y = rule.y, None
         if inplace:
             return overwritten(tape, rule, (x,), x, y)
         return tape.record(rule, (x,), y)
@@ -113,23 +131,29 @@ def _hardtanh(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if inplace:
         return otherwise(tape, func, args, kwargs)
     v = x.detach()
-    rule = Clamp((v > low) & (v < high))
+    rule = Masked((v > low) & (v < high))
     return tape.record(rule, (x,), v.clamp(low, high))
 
 
-class Clamp(Rule):
+class Masked(Rule):
+    """y' = 1 under the mask, else slope."""
+
     kind = "exact, mask"
     prefix = True
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+    def __init__(self, mask: Tensor, slope: float = 0.0) -> None:
+        self.mask, self.slope = mask, slope
+
+    def _apply(self, g: Tensor) -> Tensor:
+        mask = self.mask[: g.shape[0]] if self.mask.dim() else self.mask
+        return torch.where(mask, g, g * self.slope) if self.slope else g * mask
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
-        return [g[0] * self.mask[: g[0].shape[0]]]
+        return [self._apply(g[0])]
 
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
-        return [t[0] * self.mask[: t[0].shape[0]] if wanted and t[0] is not None else None]
+        return [self._apply(t[0]) if wanted and t[0] is not None else None]
 
 
 class Softmax(Rule):
@@ -164,17 +188,75 @@ class Softmax(Rule):
         inner = b * t - b * (y * t).sum(self.dim, keepdim=True) - t * (y * b).sum(self.dim, keepdim=True)
         if c[0] is not None and c[0].shape == inner.shape:
             return [self._times(inner + c[0])]
-        return [_add_rows(self._times(inner), None if c[0] is None else self._times(c[0]))]
+        return [self._times(inner) if c[0] is None else add_rows(self._times(inner), self._times(c[0]))]
 
 
-def _add_rows(a: Tensor, b: Maybe) -> Tensor:
-    """a + b, where one may hold the first rows of the batch alone."""
-    if b is None:
-        return a
-    long, short = (a, b) if a.shape[0] > b.shape[0] else (b, a)
-    long = long.clone()
-    long[: short.shape[0]] += short
-    return long
+class Smooth(Rule):
+    """y = s(x) for each element: chain and tangent s'(x), and s'(x) c + s''(x) b t."""
+
+    curved = True
+    prefix = True
+
+    def __init__(self, x: Tensor, kind: str) -> None:
+        self.x, self.form, self.kind = x, kind, f"exact, smooth ({kind})"
+        self.saved: tuple[Maybe, Maybe] = (None, None)
+
+    def _times(self, g: Tensor) -> Tensor:
+        return ACTIVATION_CHAIN(self.x[: g.shape[0]], g, self.form)
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        assert g[0] is not None
+        return [self._times(g[0])]
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        self.saved = (b[0], t[0])
+        return [self._times(t[0]) if wanted and t[0] is not None else None]
+
+    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+        b, t = self.saved
+        if not wanted or b is None or t is None:
+            return self.pull(tape, c) if wanted and c[0] is not None else [None]
+        rows = t.shape[0]
+        same = c[0] is not None and c[0].shape == t.shape
+        found = ACTIVATION_SECOND(self.x[:rows], b[:rows], t, c[0] if same else None, self.form)
+        return [found if same or c[0] is None else add_rows(found, self._times(c[0]))]
+
+
+def _smooth(kind: Callable[[dict[str, Any]], str | None], names: tuple[str, ...], defaults: tuple[Any, ...]) -> Handler:
+    def handler(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > len(names) or any(k not in names for k in kwargs):
+            return otherwise(tape, func, args, kwargs)
+        given = dict(zip(names, _named(args, kwargs, names, defaults)))
+        form = None if given.get("inplace") else kind(given)
+        x = given["input"].detach()
+        if form is None or not x.dim() or x.dtype not in (torch.float32, torch.float64):
+            return otherwise(tape, func, args, kwargs)
+        rule = Smooth(x, form)
+        options = [given[n] for n in names[1:] if n != "inplace"]
+        y = func(x, *options) if func is not F.gelu else F.gelu(x, approximate=given["approximate"])
+        return tape.record(rule, (given["input"],), y)
+
+    return handler
+
+
+def _fixed(kind: str, **options: Any) -> Callable[[dict[str, Any]], str | None]:
+    """``kind``, where the options are those that its kernel is for."""
+    return lambda given: kind if all(given.get(k, v) == v for k, v in options.items()) else None
+
+
+for _f in _pairs("tanh"):
+    HANDLERS[_f] = _smooth(_fixed("tanh"), ("input",), ())
+for _f in _pairs("sigmoid"):
+    HANDLERS[_f] = _smooth(_fixed("sigmoid"), ("input",), ())
+HANDLERS[F.silu] = _smooth(_fixed("silu"), ("input", "inplace"), (False,))
+HANDLERS[F.mish] = _smooth(_fixed("mish"), ("input", "inplace"), (False,))
+for _f in (F.selu, torch.selu):
+    HANDLERS[_f] = _smooth(_fixed("selu"), ("input", "inplace"), (False,))
+HANDLERS[F.elu] = _smooth(_fixed("elu", alpha=1.0), ("input", "alpha", "inplace"), (1.0, False))
+HANDLERS[F.softplus] = _smooth(_fixed("softplus", beta=1, threshold=20), ("input", "beta", "threshold"), (1, 20))
+HANDLERS[F.gelu] = _smooth(
+    lambda given: {"none": "gelu", "tanh": "gelu_tanh"}.get(given["approximate"]), ("input", "approximate"), ("none",)
+)
 
 
 @handles(F.softmax, torch.softmax, T.softmax)

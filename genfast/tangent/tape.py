@@ -20,7 +20,9 @@ are made of parameters, runs under autograd as usual, and the gradients found he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Maybe = Tensor | None
+_SERIAL = itertools.count()
 Handler = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -47,6 +50,7 @@ class Rule:
     curved: whether its Jacobian depends on its active inputs.
     per_sample: whether axis 0 of its inputs and outputs is the batch and it keeps the samples apart.
     prefix: whether its methods also take the first rows of the batch alone.
+    fresh: whether what its methods return is in memory of its own.
     """
 
     kind = ""
@@ -54,6 +58,7 @@ class Rule:
     curved = False
     per_sample = True
     prefix = False
+    fresh = False
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     module = ""
@@ -90,13 +95,19 @@ class Tape(TorchFunctionMode):
     def __init__(self, *, keep_inputs: bool, stack: list[str] | None = None) -> None:
         super().__init__()
         self.keep_inputs = keep_inputs
+        self.serial = next(_SERIAL)  # what active tensors are marked with: the tape itself would make a cycle of references
+        self.owns = False  # whether the rule that runs may overwrite what it is given
         self.stack = stack  # names of the modules that are running
         self.calling = ""
         self.rules: list[Rule] = []
         self.slots = 0
         self.b: list[Maybe] = []
-        self.f: Maybe = None  # dloss/dD (N,), where the pass is shared with a loss
+        self.rows = 0  # the first ones of the batch have a penalty; in the others b is of the loss, where it shares the pass
+        self.f: Maybe = None  # dloss/dD (rows,), for rows that have both
+        self.shared = False  # whether a loss shares the pass
+        self.even = False  # whether f is one number, so that f h is a plain multiple
         self.batch = 0
+        self.memory_format = torch.contiguous_format  # that x came in
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the tensor: (tensor, gradient)
         self._cleared: dict[int, Tensor] = {}  # constants looked at; an id says something only while its tensor lives
 
@@ -110,13 +121,13 @@ class Tape(TorchFunctionMode):
         if not tensor.dtype.is_floating_point:
             raise Unsupported(f"a value of dtype {tensor.dtype}")
         tensor.requires_grad_()
-        tensor._genfast_slot = (self, slot)  # type: ignore[attr-defined]
+        tensor._genfast_slot = (self.serial, slot)  # type: ignore[attr-defined]
         return tensor
 
     def slot(self, value: Any) -> int:
         """The slot of an active tensor, or -1."""
         found = getattr(value, "_genfast_slot", None)
-        return found[1] if found is not None and found[0] is self else -1
+        return found[1] if found is not None and found[0] == self.serial else -1
 
     def record(self, rule: Rule, inputs: Sequence[Tensor], outputs: Any) -> Any:
         """Appends the rule; ``outputs`` is a tensor or a sequence of tensors, which become active."""
@@ -185,6 +196,49 @@ class Tape(TorchFunctionMode):
         found = self.gradients.get(id(parameter))
         self.gradients[id(parameter)] = (parameter, gradient if found is None else found[1] + gradient)
 
+    def products(self, b: Tensor, t: Maybe, h: Maybe) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pairs of which a weight's gradient is the sum of products: b with t + f' h, and a loss's own b with h."""
+        if not self.shared:
+            if t is not None:
+                yield b[: t.shape[0]], t
+            return
+        assert h is not None
+        rows = self.rows
+        if rows:
+            z = None if t is None else t[:rows]
+            if self.f is not None:
+                first = h[:rows]
+                if self.even:
+                    alpha = float(self.f[0])
+                    z = first * alpha if z is None else torch.add(z, first, alpha=alpha)
+                else:
+                    scaled = first * self.f.to(h.dtype).view(-1, *(1,) * (h.dim() - 1))
+                    z = scaled if z is None else scaled.add_(z)
+            if z is not None:
+                yield b[:rows], z
+        if rows < self.batch:
+            yield b[rows:], h[rows:]
+
+    def collect_bias(self, bias: Tensor, b: Tensor, shape: tuple[int, ...] | None = None, alpha: float = 1) -> None:
+        """What a loss that shares the pass sends to a term of shape ``shape`` (the bias's own if None)."""
+        if not self.shared:
+            return
+        to = bias.shape if shape is None else tuple(bias.numel() if s == -1 else s for s in shape)
+        whole = len(to) == b.dim() and to[0] == b.shape[0] and b.shape[0] == self.batch  # one term a sample
+        parts = []
+        if self.f is not None:
+            parts.append(b[: self.rows] * self.f.to(b.dtype).view(-1, *(1,) * (b.dim() - 1)))
+        elif whole and self.rows:
+            parts.append(torch.zeros_like(b[: self.rows]))
+        if self.rows < self.batch:
+            parts.append(b[self.rows :])
+        if whole:
+            found = torch.cat(parts).sum_to_size(to)
+        else:
+            found = sum((p.sum_to_size(to) for p in parts[1:]), start=parts[0].sum_to_size(to)) if parts else None
+        if found is not None:
+            self.collect(bias, found.reshape(bias.shape) * alpha if alpha != 1 else found.reshape(bias.shape))
+
     def prepare(self, output: int) -> None:
         """What each sweep must reach, from the recorded rules alone."""
         self.output = output
@@ -215,8 +269,10 @@ class Tape(TorchFunctionMode):
         """b everywhere from dS/d(output) = ``start``; returns b at x, for its first ``rows`` samples at least."""
         self.b = [None] * self.slots
         self.b[self.output] = start
+        owned: set[int] = set()
         for rule in reversed(self.live_rules):
             b = [self.b[s] for s in rule.outs]
+            self.owns = rule.outs[0] in owned
             if not (rule.collects or rule.curved):
                 for s in rule.outs:
                     self.b[s] = None
@@ -228,7 +284,7 @@ class Tape(TorchFunctionMode):
                 if rule.prefix:
                     b = [x if x is None else x[:rows] for x in b]
             for s, g in zip(rule.ins, rule.chain(self, b)):
-                _accumulate(self.b, s, g)
+                _accumulate(self.b, s, g, owned, rule.fresh)
         found, self.b[0] = self.b[0], None
         return found
 
@@ -236,12 +292,14 @@ class Tape(TorchFunctionMode):
         """t from t = ``direction`` at x (of its first rows, or None), collecting d<b, J t>/dtheta."""
         t: list[Maybe] = [None] * self.slots
         t[0] = direction
+        fresh: set[int] = set()
         for rule in self.live_rules:
             ins = [t[s] for s in rule.ins]
+            self.owns = rule.ins[0] in fresh and self._readers[rule.ins[0]] == 1
             for s in rule.ins:
                 if self._last[s] is rule:
                     t[s] = None
-            if all(x is None for x in ins) and (self.f is None or not rule.collects):
+            if all(x is None for x in ins) and not (self.shared and rule.collects):
                 continue
             wanted = any(self.above[s] for s in rule.outs) and any(x is not None for x in ins)
             if not wanted and not rule.collects and not rule.curved:
@@ -251,6 +309,8 @@ class Tape(TorchFunctionMode):
                 ins = [self._full(x) for x in ins]
             for s, value in zip(rule.outs, rule.tangent(self, b, ins, wanted)):
                 t[s] = value
+                if rule.fresh:
+                    fresh.add(s)
             if not rule.curved:
                 for s in rule.outs:
                     self.b[s] = None
@@ -259,8 +319,10 @@ class Tape(TorchFunctionMode):
         """c from c = ``start`` at the output (or None), collecting d<c, f(h)>/dtheta; returns c at x if ``to_x``."""
         c: list[Maybe] = [None] * self.slots
         c[self.output] = start
+        owned: set[int] = set()
         for rule in reversed(self.live_rules):
             outs = [c[s] for s in rule.outs]
+            self.owns = rule.outs[0] in owned
             for s in rule.outs:
                 c[s] = None
             if all(x is None for x in outs) and not rule.curved:
@@ -271,13 +333,14 @@ class Tape(TorchFunctionMode):
             if not rule.prefix:
                 outs = [self._full(x) for x in outs]
             for s, g in zip(rule.ins, rule.second(self, outs, wanted)):
-                _accumulate(c, s, g)
+                _accumulate(c, s, g, owned, rule.fresh)
         return c[0]
 
     def sweep(self, direction: Maybe, start: Maybe, to_x: bool) -> Maybe:
         """Tangents along ``direction`` and then the second sweep from ``start``; returns c at x."""
-        if direction is not None or self.f is not None:
+        if direction is not None or self.shared:
             self._last: dict[int, Rule] = {s: rule for rule in self.live_rules for s in rule.ins}
+            self._readers = Counter(s for rule in self.live_rules for s in rule.ins)
             self.tangents(direction)
         if start is None and not self.curved:
             return None
@@ -292,19 +355,28 @@ class Tape(TorchFunctionMode):
         return full
 
 
-def _accumulate(slots: list[Maybe], s: int, value: Maybe) -> None:
+def _accumulate(slots: list[Maybe], s: int, value: Maybe, owned: set[int], fresh: bool) -> None:
+    """Adds to a slot; ``owned`` keeps the slots whose memory is no one else's."""
     if value is None:
         return
     there = slots[s]
     if there is None:
         slots[s] = value
-    elif there.shape == value.shape:
-        slots[s] = there + value
-    else:  # one of them is of the first rows only
-        long, short = (there, value) if there.shape[0] > value.shape[0] else (value, there)
-        long = long.clone()
-        long[: short.shape[0]] += short
-        slots[s] = long
+        if fresh:
+            owned.add(s)
+        return
+    slots[s] = add_rows(there, value)
+    owned.add(s)
+
+
+def add_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, where one may hold the first rows of the batch alone."""
+    if a.shape == b.shape:
+        return a + b
+    long, short = (a, b) if a.shape[0] > b.shape[0] else (b, a)
+    long = long.clone()
+    long[: short.shape[0]] += short
+    return long
 
 
 HANDLERS: dict[Any, Handler] = {}

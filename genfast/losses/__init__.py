@@ -1,0 +1,39 @@
+"""Adversarial losses, as mean over the batch and from logits: both sides of each game, and the terms added to them."""
+
+from ..reference.adversarial import CRITIC_LOSSES, GENERATOR_LOSSES
+from .adversarial import (
+    clip_weights_,
+    critic_loss,
+    generator_loss,
+    hinge_critic,
+    hinge_generator,
+    lsgan_critic,
+    lsgan_generator,
+    minimax_critic,
+    minimax_generator,
+    nonsaturating_critic,
+    nonsaturating_generator,
+    relativistic_average_critic,
+    relativistic_average_generator,
+    relativistic_critic,
+    relativistic_generator,
+    wasserstein_critic,
+    wasserstein_generator,
+)
+from .auxiliary import (
+    HistoricalAveraging,
+    acgan_critic,
+    acgan_generator,
+    cycle_consistency,
+    feature_matching,
+    identity_mapping,
+    infogan,
+)
+
+__all__ = [
+    "acgan_critic", "acgan_generator", "clip_weights_", "critic_loss", "CRITIC_LOSSES", "cycle_consistency",
+    "feature_matching", "generator_loss", "GENERATOR_LOSSES", "hinge_critic", "hinge_generator", "HistoricalAveraging",
+    "identity_mapping", "infogan", "lsgan_critic", "lsgan_generator", "minimax_critic", "minimax_generator",
+    "nonsaturating_critic", "nonsaturating_generator", "relativistic_average_critic", "relativistic_average_generator",
+    "relativistic_critic", "relativistic_generator", "wasserstein_critic", "wasserstein_generator",
+]  # fmt: skip
