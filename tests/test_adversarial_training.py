@@ -305,3 +305,24 @@ def test_wgan_gp_finds_the_eight_gaussians():
     scores = adversarial_training.metrics.mode_scores(trainer.sample(10_000), points.centres, points.std, minimum=100)
     assert scores.covered == 8
     assert scores.within_4 > 0.4
+
+
+@pytest.mark.slow
+def test_a_conditional_gan_draws_the_digit_that_was_asked_for(digits):
+    """By the five nearest real digits, which are right for 99% of real ones. Measured after 1800 steps of seeds 0 and 1:
+    96% and 99% of the drawn digits, which vary 0.71 and 0.65 times as much as real ones of their class."""
+    torch.manual_seed(0)
+    model = models.ConditionalGAN(digits.shape, classes=10)
+    recipe = dataclasses.replace(model.recipe, generator_lr=1e-3, critic_lr=1e-3, ema=0.99)
+    trainer = AdversarialTrainer(model, digits, recipe=recipe)
+    for _ in range(1800):
+        trainer.step()
+    real, labels = 2 * (digits.train.flatten(1) + 0.5) / digits.bins - 1, digits.train_labels
+    drawn = trainer.sample(1000).flatten(1)
+    found = labels[torch.cdist(drawn, real).topk(5, largest=False).indices].mode(1).values
+    assert float((found == torch.arange(1000) % 10).float().mean()) > 0.9
+    spread = [
+        torch.stack([x[y == c].std(0).mean() for c in range(10)]).mean()
+        for x, y in ((drawn, torch.arange(1000) % 10), (real, labels))
+    ]
+    assert float(spread[0] / spread[1]) > 0.5
