@@ -127,8 +127,7 @@ def test_the_25_gaussians_run_side_by_side_on_the_same_numbers(tmp_path, capsys)
         assert all(0 <= at["covered"] <= 25 for at in one["curve"])
     assert file.with_suffix(".png").stat().st_size > 10_000
     real = gaussians.data.points("25gaussians")
-    assert gaussians.sliced_distance(real.train[:10_000], real.test) < 0.03
-    assert gaussians.sliced_distance(real.test + 1, real.test) == pytest.approx(2 * math.sqrt(2) / math.pi, rel=0.02)
-    falling = [{"seconds": s, "distance": d} for s, d in enumerate((3.0, 0.9, 2.0, 0.8, 0.7, 0.6))]
+    assert gaussians.nearest(real.test, real) == pytest.approx(math.sqrt(2 * math.log(2)), rel=0.02)
+    falling = [{"seconds": s, "nearest": d} for s, d in enumerate((3.0, 0.9, 2.0, 0.8, 0.7, 0.6))]
     assert gaussians.reached(falling, 1.0) == 3
     assert gaussians.reached(falling, 0.5) is None
