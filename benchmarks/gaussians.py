@@ -200,8 +200,10 @@ def plot(results: dict[str, Any], runs: dict[str, Run], path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 4, figsize=(17, 8.5), layout="constrained")
     for i, (key, x, label) in enumerate((
-        ("nearest", "seconds", "median distance to a centre, in sigma"), ("within_3", "seconds", "share of samples within 3 sigma"),
-        ("covered", "seconds", "modes covered, of 25"), ("nearest", "iterations", "median distance to a centre, in sigma"),
+        ("nearest", "seconds", "median distance to a centre, in sigma"),
+        ("within_3", "seconds", "share of samples within 3 sigma"),
+        ("covered", "seconds", "modes covered, of 25"),
+        ("nearest", "iterations", "median distance to a centre, in sigma"),
     )):  # fmt: skip
         for name, one in results["runs"].items():
             curve = one["curve"]
