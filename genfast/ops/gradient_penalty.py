@@ -167,7 +167,7 @@ def _run_penalty(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], 
     """(value with its gradients, norms) at x."""
     known = tangent.facts(critic)
     if s.method in ("auto", "exact") and (known.unsupported is None or s.method == "exact"):
-        with tangent.restored(critic, known.per_sample is None) as restore:
+        with tangent.restored(critic, known.apart is None) as restore:
             try:
                 recorded = tangent.Pass(op, critic, x, context, loss=False, again=restore)
                 value, norms, u = _penalty(recorded.input_gradient(len(x)), len(x), x, s)
@@ -250,9 +250,9 @@ def _step(
     known = tangent.facts(critic)
     exact = (s is None or s.kind != "ar1") and (s is None or s.method in ("auto", "exact"))
     if exact and (known.unsupported is None or (s is not None and s.method == "exact")):
-        with tangent.restored(critic, known.per_sample is None) as restore:
+        with tangent.restored(critic, known.apart is None) as restore:
             try:
-                stackable = _stackable(real, fake, contexts) and known.per_sample is not False
+                stackable = _stackable(real, fake, contexts) and known.apart is not False
                 if stackable:
                     found = _stacked(op, critic, real, fake, at, contexts, loss, s, restore)
                     if found is not None:
@@ -312,8 +312,9 @@ def _stacked(
     x = _stack([p for p, _ in parts])
     context = [_stack(c) if len(c) > 1 else c[0] for c in zip(*(c for _, c in parts))]
     recorded = tangent.Pass(op, critic, x, context, loss=True, again=restore)
-    if not recorded.tape.per_sample:
+    if not recorded.tape.apart:
         return None
+    shared = recorded.tape.per_sample  # else the loss needs a chain of its own
     first = rows if at is not None else 0
     values = recorded.values
     d_real, d_fake = values[first : first + n], values[first + n :]
@@ -325,7 +326,8 @@ def _stacked(
     order = [zero[1], zero[0]] if kind == "r2" else zero
     if at is not None:
         order.insert(0, values.new_zeros(rows))
-    g = recorded.input_gradient(rows, torch.cat(order), all_of_x=wants_x)
+    slope = torch.cat(order)
+    g = recorded.input_gradient(rows, slope if shared else None, all_of_x=wants_x and shared) if rows or shared else None
     penalty, norms, u = adversarial.new_zeros(()), adversarial.new_zeros(0), None
     if s is not None:
         own = None if g is None else g[:rows]
@@ -339,7 +341,7 @@ def _stacked(
         _check_finite(op, penalty, norms)
     total = adversarial + penalty
     if torch.is_grad_enabled():
-        to_x = recorded.sweep(u, to_x=wants_x)
+        to_x = recorded.sweep(u, None if shared else slope, to_x=wants_x)
         found = recorded.gradients()
         if wants_x:
             found.append((x, torch.zeros_like(x) if to_x is None else to_x))

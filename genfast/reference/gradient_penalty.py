@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,15 @@ def penalty_points(
         assert fake is not None
         return fake
     shape = (real.shape[0],) + (1,) * (real.dim() - 1)
+    # drawn where the generator lives
+    where: dict[str, Any] = {"dtype": real.dtype, "device": real.device if generator is None else generator.device, "generator": generator}
     if kind == "dragan":
-        noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
-        a = torch.rand(real.shape[0], dtype=real.dtype, device=real.device, generator=generator).view(shape)
+        noise = torch.rand(real.shape, **where).to(real.device)
+        a = torch.rand(real.shape[0], **where).to(real.device).view(shape)
         return real + 0.5 * real.std() * a * noise
     assert fake is not None
     if epsilon is None:
-        epsilon = torch.rand(real.shape[0], dtype=real.dtype, device=real.device, generator=generator)
+        epsilon = torch.rand(real.shape[0], **where).to(real.device)
     epsilon = epsilon.view(shape)
     return epsilon * real + (1 - epsilon) * fake
 

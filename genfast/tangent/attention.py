@@ -34,6 +34,9 @@ class Attention(Rule):
         self.saved: tuple[Maybe, list[Maybe]] = (None, [None] * 3)
         self.per_sample = q.dim() >= 3
 
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if axis < x.dim() - 2 else -1
+
     def _panels(self) -> range:
         return range(0, self.q.shape[-2], self.panel)
 

@@ -21,7 +21,7 @@ class Facts:
     """What earlier passes over a critic have shown, in one of its modes (training or not)."""
 
     curved: bool = False
-    per_sample: bool | None = None
+    apart: bool | None = None  # whether every rule keeps samples apart
     coupling: str = ""  # the layer that couples samples
     unsupported: str | None = None
     warned: bool = False
@@ -136,11 +136,11 @@ class Pass:
         if tape.curved and not tape.keep_inputs:
             raise MoreNeeded
         self.known.curved = tape.curved
-        if self.known.per_sample is None and not tape.per_sample:
+        if self.known.apart is None and not tape.apart:
             self.known.coupling = next((r.couples for r in tape.live_rules if r.couples), "")
             if not self.known.coupling and tape.couples(self.output):
                 self.known.coupling = "a layer of this critic"
-        self.known.per_sample = tape.per_sample
+        self.known.apart = tape.apart
 
     @property
     def values(self) -> Tensor:
@@ -187,6 +187,9 @@ class Pass:
             if not (own.is_cpu and not bool(own.any())):
                 tape.f = own
                 tape.even = own.is_cpu and bool((own == own[0]).all())
+        if direction is not None and not tape.per_sample and direction.shape[0] < tape.batch:
+            rest = direction.new_zeros((tape.batch - direction.shape[0], *direction.shape[1:]))
+            direction = torch.cat([direction, rest])
         with torch.autocast(self.device, enabled=False):
             found = tape.sweep(direction, start, to_x)
         if not (to_x and tape.shared and self.x_cotangent is not None):
@@ -214,28 +217,42 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
+        ctx.gradients, ctx.tensors = gradients, tensors
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a penalty were asked for twice: give the first backward retain_graph=True")
         last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
         one = grad.is_cpu and float(grad) == 1
         found: list[Tensor] = []
-        for g, (shape, dtype, device) in zip(ctx.gradients, ctx.like):
+        for g, tensor in zip(ctx.gradients, ctx.tensors):
             if g is None:
-                found.append(torch.zeros(shape, dtype=dtype, device=device))
+                found.append(torch.zeros_like(tensor))
             elif last:  # they are given away, without a copy
                 found.append(g if one else g.mul_(grad.to(g.dtype)))
             else:
                 found.append(g * grad.to(g.dtype))
+        if torch.is_grad_enabled():
+            found = list(_Once.apply(len(found), *found, *ctx.tensors))
         if last:
-            ctx.gradients = None
+            ctx.gradients = ctx.tensors = None
         return (None, None, *found)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that raise where they are differentiated, instead of passing for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "the gradient of a penalty was differentiated again, and its second derivative is not kept; use method='autograd'"
+        )
 
 
 def attach(value: Tensor, found: Sequence[tuple[Tensor, Tensor]], critic: Critic) -> Tensor:

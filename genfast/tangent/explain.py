@@ -40,10 +40,12 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
         try:
             with restored(original) as restore:
                 recorded = _named_pass(original, x, given, restore)
+                text = _table(recorded.tape)
+                recorded.sweep(recorded.input_gradient(len(x)))  # a missing second derivative shows only now
                 restore()
             break
         except Unsupported as error:
-            text = f"double backward of the whole critic: {error}"
+            text = f"double backward of the whole critic, or finite differences where that is missing: {error}"
             print(text)
             return text
         except (RuntimeError, ValueError, TypeError) as error:
@@ -53,7 +55,6 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
     if recorded is None:
         reason = f": {last}" if tried else ""
         raise ValueError(f"explain: no example fits this critic{reason}; give one, such as torch.randn(2, 3, 64, 64)")
-    text = _table(recorded.tape)
     print(text)
     return text
 
@@ -99,5 +100,5 @@ def _table(tape: Tape) -> str:
         work = "six units of work a layer (forward, chain, tangent, second sweep, weight gradients)"
     else:
         work = "piecewise linear: four units of work a layer, where double backward does six"
-    stacked = "real, fake and interpolated go through as one batch" if tape.per_sample else "each batch goes through by itself"
+    stacked = "real, fake and interpolated go through as one batch" if tape.apart else "each batch goes through by itself"
     return "\n".join([*lines, f"{work}; in critic_step {stacked}"])

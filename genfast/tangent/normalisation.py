@@ -32,7 +32,11 @@ class Normalise(Rule):
         self.x_hat = x_hat.reshape(shape)
         self.r = r.reshape([1 if i in dims else s for i, s in enumerate(shape)]).to(x_hat.dtype)
         self.n = max(1, self.x_hat.numel() // max(1, self.r.numel()))
+        self.rows = shape[0] if dims == (1,) else 0
         self.saved: tuple[Maybe, Maybe, Maybe] = (None, None, None)
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if x.shape[: axis + 1].numel() <= self.rows else -1  # a layer's axes come last
 
     def _mean(self, a: Tensor) -> Tensor:
         return a.mean(self.dims, keepdim=True)

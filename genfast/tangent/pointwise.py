@@ -32,6 +32,9 @@ class SignMask(Rule):
         else:
             self.y, self.bits = LEAKY_RELU_BITS(x, slope)
 
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis
+
     def _apply(self, g: Tensor, own: bool) -> Tensor:
         bits = self.bits if g.shape == self.shape else self.bits[: (g.numel() + 7) // 8]
         if g.is_contiguous(memory_format=self.format):
@@ -122,6 +125,16 @@ def _abs(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return scale(tape, args[0], args[0].detach().sign())
 
 
+@handles(F.prelu, torch.prelu, T.prelu)
+def _prelu(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, slope = _named(args, kwargs, ("input", "weight"), ())
+    if tape.slot(x) < 0 or tape.slot(slope) >= 0 or x.dim() < 2:
+        return otherwise(tape, func, args, kwargs)
+    with torch.enable_grad():
+        factor = torch.where(x.detach() > 0, 1.0, slope.view(1, -1, *(1,) * (x.dim() - 2)))
+    return scale(tape, x, factor)
+
+
 @handles(F.hardtanh, F.relu6)
 def _hardtanh(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is F.relu6:
@@ -143,6 +156,9 @@ class Masked(Rule):
 
     def __init__(self, mask: Tensor, slope: float = 0.0) -> None:
         self.mask, self.slope = mask, slope
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis
 
     def _apply(self, g: Tensor) -> Tensor:
         mask = self.mask[: g.shape[0]] if self.mask.dim() else self.mask
@@ -167,6 +183,9 @@ class Softmax(Rule):
         self.y, self.dim = y, dim
         self.per_sample = dim % y.dim() != 0
         self.saved: tuple[Maybe, Maybe] = (None, None)
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if self.dim % y.dim() != axis else -1
 
     def _times(self, g: Tensor) -> Tensor:
         y = self.y[: g.shape[0]]
@@ -200,6 +219,9 @@ class Smooth(Rule):
     def __init__(self, x: Tensor, kind: str) -> None:
         self.x, self.form, self.kind = x, kind, f"exact, smooth ({kind})"
         self.saved: tuple[Maybe, Maybe] = (None, None)
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis
 
     def _times(self, g: Tensor) -> Tensor:
         return ACTIVATION_CHAIN(self.x[: g.shape[0]], g, self.form)
@@ -263,7 +285,7 @@ HANDLERS[F.gelu] = _smooth(
 def _softmax(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if dim is None or "dtype" in kwargs or len(args) > 2 or x.dim() < 2:
+    if not isinstance(dim, int) or kwargs.get("dtype") is not None or len(args) > 2 or x.dim() < 2:
         return otherwise(tape, func, args, kwargs)
     y = torch.softmax(x.detach(), dim)
     return tape.record(Softmax(y, dim), (x,), y.detach())

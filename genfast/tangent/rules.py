@@ -69,6 +69,9 @@ class Linear(Rule):
         if not (tape.keep_inputs and weight.requires_grad):
             self.x = None
 
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if axis < x.dim() - 1 else -1
+
     @property
     def collects(self) -> bool:
         return self.weight.requires_grad or trainable(self.bias)
@@ -257,6 +260,10 @@ class Scale(Rule):
         return self.pull(tape, c) if wanted else [None]
 
 
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis + y.dim() - x.dim()
+
+
 def scale(tape: Tape, x: Tensor, m: Tensor) -> Tensor:
     """Records m x; m a tensor that does not depend on x."""
     rule = Scale(tape, x, m)
@@ -310,6 +317,10 @@ class Add(Rule):
         for x, alpha in self.constants:
             tape.collect(x, cotangent.sum_to_size(x.shape) * alpha)
         return self.pull(tape, c) if wanted else [None] * len(self.ins)
+
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if self.prefix else -1
 
 
 def add(tape: Tape, func: Any, a: Any, b: Any, alpha: float, place: Tensor | None, sign_a: float = 1) -> Any:
@@ -395,6 +406,9 @@ class Multiply(Rule):
         self.saved: tuple[Maybe, Maybe, Maybe] = (None, None, None)
         self.per_sample = a.dim() == b.dim() > 0 and a.shape[0] == b.shape[0]
 
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if self.a.shape == self.b.shape else -1
+
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
@@ -470,6 +484,10 @@ class MatMul(Rule):
         active = [x for x, on in zip((a, b), self.active) if on]
         self.per_sample = all(x.dim() == self.y.dim() >= 3 for x in active) or (self.active == (True, False) and a.dim() >= 2)
         self.saved: tuple[Maybe, Maybe, Maybe] = (None, None, None)
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        batch = self.active == (True, False) and axis == x.dim() - 2 or axis < x.dim() - 2
+        return axis if batch and x.dim() == y.dim() else -1
 
     @property
     def collects(self) -> bool:
@@ -574,6 +592,9 @@ class Reshape(Rule):
         self.per_sample = x.dim() > 0 and y.dim() > 0 and x.shape[0] == y.shape[0]
         self.prefix = self.per_sample
 
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if x.shape[: axis + 1] == y.shape[: axis + 1] else -1
+
     def _as(self, g: Tensor, shape: Sequence[int]) -> Tensor:
         return g.reshape(g.shape[0], *shape[1:]) if self.prefix else g.reshape(shape)
 
@@ -595,6 +616,9 @@ def reshaping(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return tape.record(Reshape(x, y), (x,), y)
 
 
+_PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t")
+
+
 class Map(Rule):
     """A linear function of one active tensor; its transpose is PyTorch's own derivative."""
 
@@ -612,6 +636,27 @@ class Map(Rule):
         ys = [y] if self.single else list(y)
         self.edges = [get_gradient_edge(v) for v in ys]
         self.y: Any = y.detach() if self.single else tuple(v.detach() for v in ys)
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        name = _name(self.func)
+        if name in _PERMUTATIONS:  # y is a view of x
+            found = [j for j in range(y.dim()) if (y.stride(j), y.shape[j]) == (x.stride(axis), x.shape[axis])]
+            return found[0] if len(found) == 1 else -1
+        if name in ("mean", "sum", "select"):
+            dim = self.kwargs.get("dim", self.args[0] if self.args else None)
+            dims = [d % x.dim() for d in _flat_ints(dim)] if dim is not None else []
+            if not dims or axis in dims:
+                return -1
+            kept = x.dim() == y.dim()
+            return axis - (0 if kept else sum(d < axis for d in dims))
+        if name in ("chunk", "split"):
+            dim = self.kwargs.get("dim", self.args[1] if len(self.args) > 1 else 0)
+            return axis if dim % x.dim() != axis else -1
+        if name in ("contiguous", "clone", "to", "float", "double"):
+            return axis
+        if name == "__getitem__" and isinstance(self.args[0], int) and axis > 0:
+            return axis - 1
+        return -1
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         ys: list[Any] = self.edges
@@ -761,6 +806,9 @@ class Join(Rule):
     def collects(self) -> bool:
         return bool(self.constants)
 
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if x.dim() == y.dim() and self.dim != axis else -1
+
     def _split(self, g: Tensor) -> Sequence[Tensor]:
         if self.func is torch.stack:
             return g.unbind(self.dim)
@@ -863,6 +911,13 @@ def _dropout(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 # ---- everything else ----
 
 
+_ELEMENTWISE = {
+    "celu", "clamp", "cos", "elu", "erf", "exp", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log",
+    "log1p", "logsigmoid", "mish", "pow", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "softsign",
+    "sqrt", "square", "tanh", "tanhshrink",
+}  # fmt: skip
+
+
 class Autograd(Rule):
     """Any differentiable function, its own second derivative by PyTorch."""
 
@@ -907,6 +962,9 @@ class Autograd(Rule):
     @property
     def collects(self) -> bool:
         return bool(self.leaves)
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if self.name in _ELEMENTWISE and len(self.inputs) == 1 and x.shape == y.shape else -1
 
     def _grad(self, outs: Sequence[Any], wrt: Sequence[Tensor], g: Sequence[Tensor], graph: bool = False) -> list[Maybe]:
         if not outs or not wrt:

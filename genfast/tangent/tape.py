@@ -48,7 +48,7 @@ class Rule:
     kind: what ``genfast.explain`` calls it.
     couples: what it is, if it is known to mix the samples of a batch.
     curved: whether its Jacobian depends on its active inputs.
-    per_sample: whether axis 0 of its inputs and outputs is the batch and it keeps the samples apart.
+    per_sample: whether, axis 0 of its inputs being the batch, so is that of its outputs, and it keeps the samples apart.
     prefix: whether its methods also take the first rows of the batch alone.
     fresh: whether what its methods return is in memory of its own.
     """
@@ -63,6 +63,10 @@ class Rule:
     outs: tuple[int, ...]
     module = ""
     called = ""
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        """Where the batch, along ``axis`` of the input x, lies in the output y; -1 where samples meet, or it is not known."""
+        return -1
 
     @property
     def collects(self) -> bool:
@@ -101,6 +105,7 @@ class Tape(TorchFunctionMode):
         self.calling = ""
         self.rules: list[Rule] = []
         self.slots = 0
+        self.axes = [0]  # where the batch lies in each slot; -1 where samples have met, or it is not known
         self.b: list[Maybe] = []
         self.rows = 0  # the first ones of the batch have a penalty; in the others b is of the loss, where it shares the pass
         self.f: Maybe = None  # dloss/dD (rows,), for rows that have both
@@ -134,8 +139,15 @@ class Tape(TorchFunctionMode):
         rule.ins = tuple(self.slot(x) for x in inputs)
         many = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         first = self.slots
+        axes = {self.axes[s] for s in rule.ins}
+        axis = axes.pop() if len(axes) == 1 else -1
+        if axis or not rule.per_sample:
+            rule.per_sample = False
+            if axis >= 0:
+                axis = rule.follow(axis, inputs[0], many[0])
         for o in many:
             self.activate(o)
+            self.axes.append(axis)
         rule.outs = tuple(range(first, self.slots))
         if rule.curved and not self.keep_inputs:
             raise MoreNeeded
@@ -277,6 +289,7 @@ class Tape(TorchFunctionMode):
         self.below, self.above = below, above
         self.curved = any(r.curved for r in self.live_rules)
         self.per_sample = all(r.per_sample for r in self.live_rules)
+        self.apart = all(self.axes[s] >= 0 for r in self.live_rules for s in r.outs)
 
     def chain(self, start: Tensor, rows: int) -> Maybe:
         """b everywhere from dS/d(output) = ``start``; returns b at x, for its first ``rows`` samples at least."""
@@ -294,7 +307,8 @@ class Tape(TorchFunctionMode):
             if not any(self.below[s] for s in rule.ins):
                 if not rows:
                     continue
-                b = [x if x is None else x[:rows] for x in b] if rule.prefix else [self._full(x) for x in b]
+                few = rule.prefix and self.per_sample
+                b = [x if x is None else x[:rows] for x in b] if few else [self._full(x) for x in b]
             for s, g in zip(rule.ins, rule.chain(self, b)):
                 _accumulate(self.b, s, g, owned, rule.fresh)
         found, self.b[0] = self.b[0], None
