@@ -728,6 +728,8 @@ def _permutation(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, 
 
 def _index(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     key = rest[0]
+    if isinstance(key, tuple) and all(isinstance(k, Tensor) and k.shape == x.shape[:1] for k in key) and not key[0].is_floating_point():
+        return bool((key[0] == torch.arange(len(x), device=key[0].device)).all())  # one entry of each sample
     return isinstance(key, tuple) and len(key) > 0 and (
         (isinstance(key[0], slice) and key[0] == slice(None)) or (key[0] is Ellipsis and len(key) <= x.dim())
     )  # fmt: skip
