@@ -57,22 +57,25 @@ def _fake_like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-def _rows(x: Tensor, bits: Tensor) -> tuple[int, int]:
-    return (x.shape[0], x.shape[1]) if bits.dim() == 2 else (1, x.numel())
-
-
 def _run_bits(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> None:
+    rows, columns = x.shape if bits.dim() == 2 else (1, x.numel())
     _CPU.leaky_relu_bits(
-        x.dtype is torch.float64, apply, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, *_rows(x, bits),
+        x.dtype is torch.float64, apply, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, rows, columns,
         torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _cpu_leaky(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    if not x.dtype.is_floating_point:
+        _check_leaky(x, slope)
     if not x.is_contiguous():
         x = _dense(x)
-    y, bits = _empty_like(x), torch.empty(_bytes(x), dtype=torch.uint8)
-    _run_bits(x, y, bits, slope, False)
+    n = x.numel()
+    y = torch.empty_like(x) if n * 8 < _pool.MINIMUM else _pool.empty_like(x)
+    bits = torch.empty((n + 7) // 8, dtype=torch.uint8)
+    _CPU.leaky_relu_bits(
+        x.dtype is torch.float64, False, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, 1, n, torch.get_num_threads()
+    )
     return y, bits
 
 
@@ -94,7 +97,7 @@ def _setup_leaky(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _backward_leaky(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return None, None
-    return _OP_APPLY(grad_y.contiguous(memory_format=ctx.form), *ctx.saved_tensors, ctx.slope), None
+    return OP_APPLY(grad_y.contiguous(memory_format=ctx.form), *ctx.saved_tensors, ctx.slope), None
 
 
 def _setup_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -104,7 +107,7 @@ def _setup_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_apply(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    return _OP_APPLY(grad_y.contiguous(memory_format=ctx.form), *ctx.saved_tensors, ctx.slope), None, None
+    return OP_APPLY(grad_y.contiguous(memory_format=ctx.form), *ctx.saved_tensors, ctx.slope), None, None
 
 
 def _samples_leaky(generator: torch.Generator) -> Iterator[Sample]:
@@ -123,7 +126,7 @@ def _samples_apply(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(f"{'rows' if len(kept) == 2 else 'flat'} slope {slope} {shape}", (x, bits, slope))
 
 
-_OP_APPLY = Op(
+OP_APPLY = Op(
     "apply_bits(Tensor x, Tensor bits, float slope) -> Tensor",
     reference=reference.apply_bits,
     check=_check_apply,
@@ -134,7 +137,7 @@ _OP_APPLY = Op(
     samples=_samples_apply,
 )
 
-_OP_LEAKY = Op(
+OP_LEAKY = Op(
     "leaky_relu_bits(Tensor x, float slope) -> (Tensor, Tensor)",
     reference=reference.leaky_relu_bits,
     check=_check_leaky,
@@ -168,7 +171,7 @@ def leaky_relu_bits(x: Tensor, slope: float = 0.0) -> tuple[Tensor, Tensor]:
         >>> y.tolist(), bits.tolist()
         ([-0.5, 2.0, 3.0], [6])
     """
-    result: tuple[Tensor, Tensor] = _OP_LEAKY(x, slope)
+    result: tuple[Tensor, Tensor] = OP_LEAKY(x, slope)
     return result
 
 
@@ -189,7 +192,7 @@ def apply_bits(x: Tensor, bits: Tensor, slope: float = 0.0) -> Tensor:
         >>> genfast.ops.apply_bits(torch.ones(3), torch.tensor([6], dtype=torch.uint8), 0.5).tolist()
         [0.5, 1.0, 1.0]
     """
-    result: Tensor = _OP_APPLY(x, bits, slope)
+    result: Tensor = OP_APPLY(x, bits, slope)
     return result
 
 
@@ -199,7 +202,7 @@ def _in_place(name: str, x: Tensor) -> bool:
         raise RuntimeError(f"{name}: x requires a gradient, which an in-place call would lose; call it under torch.no_grad()")
     if torch.compiler.is_compiling() or _backend.forced is not None or not x.is_cpu:
         return False
-    kernel, dtypes = _OP_APPLY.preferred["cpu"]
+    kernel, dtypes = OP_APPLY.preferred["cpu"]
     return kernel is _cpu_apply and x.dtype in dtypes and x.is_contiguous(memory_format=memory_format(x))
 
 
@@ -305,8 +308,8 @@ def _setup_chain(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_chain(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     x, grad = ctx.saved_tensors
-    dx = _OP_SECOND(x, grad, cotangent, None, ctx.kind) if ctx.needs_input_grad[0] else None
-    dgrad = _OP_CHAIN(x, cotangent, ctx.kind).to(grad.dtype) if ctx.needs_input_grad[1] else None
+    dx = OP_SECOND(x, grad, cotangent, None, ctx.kind) if ctx.needs_input_grad[0] else None
+    dgrad = OP_CHAIN(x, cotangent, ctx.kind).to(grad.dtype) if ctx.needs_input_grad[1] else None
     return dx, dgrad, None
 
 
@@ -325,7 +328,7 @@ def _samples_second(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(f"{kind}{'' if cotangent is None else ' with a cotangent'}", (2 * x, grad, tangent, cotangent, kind))
 
 
-_OP_SECOND = Op(
+OP_SECOND = Op(
     "activation_second(Tensor x, Tensor grad, Tensor tangent, Tensor? cotangent, str kind) -> Tensor",
     reference=reference.activation_second,
     check=_check_second,
@@ -334,7 +337,7 @@ _OP_SECOND = Op(
     samples=_samples_second,
 )
 
-_OP_CHAIN = Op(
+OP_CHAIN = Op(
     "activation_chain(Tensor x, Tensor grad, str kind) -> Tensor",
     reference=reference.activation_chain,
     check=_check_chain,
@@ -368,7 +371,7 @@ def activation_chain(x: Tensor, grad: Tensor, kind: str) -> Tensor:
         >>> genfast.ops.activation_chain(torch.zeros(2), torch.ones(2), "tanh").tolist()
         [1.0, 1.0]
     """
-    result: Tensor = _OP_CHAIN(x, grad, kind)
+    result: Tensor = OP_CHAIN(x, grad, kind)
     return result
 
 
@@ -396,5 +399,5 @@ def activation_second(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tenso
         >>> genfast.ops.activation_second(torch.zeros(2), one, one, None, "silu").tolist()
         [0.5, 0.5]
     """
-    result: Tensor = _OP_SECOND(x, grad, tangent, cotangent, kind)
+    result: Tensor = OP_SECOND(x, grad, tangent, cotangent, kind)
     return result

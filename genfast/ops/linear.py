@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
-from .activation import _OP_APPLY
+from .activation import OP_APPLY
 
 _CPU: Any = _backend.extension("_cpu")[0]
 _NONE, _MAKE, _APPLY = range(3)  # as in kernels.h
@@ -199,9 +199,9 @@ def _backward_linear(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]
     if grad_y is None:
         return (None,) * 4
     x, weight, bits = ctx.saved_tensors
-    grad_y = grad_y if ctx.slope is None else _OP_APPLY(grad_y, bits, ctx.slope)
-    dx = _OP_INPUT(grad_y, weight, None, 0.0) if ctx.needs_input_grad[0] else None
-    dweight = _OP_WEIGHT(grad_y, x) if ctx.needs_input_grad[1] else None
+    grad_y = grad_y if ctx.slope is None else OP_APPLY(grad_y, bits, ctx.slope)
+    dx = OP_INPUT(grad_y, weight, None, 0.0) if ctx.needs_input_grad[0] else None
+    dweight = OP_WEIGHT(grad_y, x) if ctx.needs_input_grad[1] else None
     return dx, dweight, grad_y.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None
 
 
@@ -212,9 +212,9 @@ def _setup_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_input(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     grad, weight, bits = ctx.saved_tensors
-    grad_y = grad_y if bits is None else _OP_APPLY(grad_y, bits, ctx.slope)
-    dgrad = _OP(grad_y, weight, None, None)[0] if ctx.needs_input_grad[0] else None
-    return dgrad, _OP_WEIGHT(grad, grad_y) if ctx.needs_input_grad[1] else None, None, None
+    grad_y = grad_y if bits is None else OP_APPLY(grad_y, bits, ctx.slope)
+    dgrad = OP(grad_y, weight, None, None)[0] if ctx.needs_input_grad[0] else None
+    return dgrad, OP_WEIGHT(grad, grad_y) if ctx.needs_input_grad[1] else None, None, None
 
 
 def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -223,8 +223,8 @@ def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_weight(ctx: Any, grad_w: Tensor) -> tuple[Any, ...]:
     grad, x = ctx.saved_tensors
-    dgrad = _OP(x, grad_w, None, None)[0] if ctx.needs_input_grad[0] else None
-    return dgrad, _OP_INPUT(grad, grad_w, None, 0.0) if ctx.needs_input_grad[1] else None
+    dgrad = OP(x, grad_w, None, None)[0] if ctx.needs_input_grad[0] else None
+    return dgrad, OP_INPUT(grad, grad_w, None, 0.0) if ctx.needs_input_grad[1] else None
 
 
 _SIZES = ((7, 5, 3), (13, 40, 70), (8, 33, 129))  # N, K, M: the library's, and gemm.h's with whole and with broken tiles
@@ -251,7 +251,7 @@ def _samples_weight(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(f"{n}x{m}x{k}", (b, t))
 
 
-_OP = Op(
+OP = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias, float? slope) -> (Tensor, Tensor)",
     reference=reference.linear,
     check=_check_linear,
@@ -262,7 +262,7 @@ _OP = Op(
     samples=_samples_linear,
 )
 
-_OP_INPUT = Op(
+OP_INPUT = Op(
     "linear_input(Tensor grad, Tensor weight, Tensor? bits, float slope) -> Tensor",
     reference=reference.linear_input,
     check=_check_input,
@@ -273,7 +273,7 @@ _OP_INPUT = Op(
     samples=_samples_input,
 )
 
-_OP_WEIGHT = Op(
+OP_WEIGHT = Op(
     "linear_weight(Tensor grad, Tensor x) -> Tensor",
     reference=reference.linear_weight,
     check=_check_weight,
@@ -313,7 +313,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, slope: float |
         >>> y.shape, bits.shape
         (torch.Size([4, 16]), torch.Size([4, 2]))
     """
-    result: tuple[Tensor, Tensor] = _OP(x, weight, bias, slope)
+    result: tuple[Tensor, Tensor] = OP(x, weight, bias, slope)
     return result
 
 
@@ -339,7 +339,7 @@ def linear_input(grad: Tensor, weight: Tensor, bits: Tensor | None = None, slope
         >>> genfast.ops.linear_input(torch.randn(4, 16), torch.randn(16, 8)).shape
         torch.Size([4, 8])
     """
-    result: Tensor = _OP_INPUT(grad, weight, bits, slope)
+    result: Tensor = OP_INPUT(grad, weight, bits, slope)
     return result
 
 
@@ -363,5 +363,5 @@ def linear_weight(grad: Tensor, x: Tensor) -> Tensor:
         >>> genfast.ops.linear_weight(torch.randn(4, 16), torch.randn(4, 8)).shape
         torch.Size([16, 8])
     """
-    result: Tensor = _OP_WEIGHT(grad, x)
+    result: Tensor = OP_WEIGHT(grad, x)
     return result
