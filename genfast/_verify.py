@@ -70,7 +70,7 @@ def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
         return 0.0
     if found is None:
         return float(expected.detach().norm())
-    expected = expected.detach()
+    expected = expected.detach().double()
     found = found.detach().to(device=expected.device, dtype=torch.float64)
     if found.shape != expected.shape or not bool(found.isfinite().eq(expected.isfinite()).all()):
         return float("inf")

@@ -14,35 +14,54 @@ namespace {
 
 constexpr int64_t kSerial = 1 << 14;
 constexpr int64_t kChunk = 4096;  // elements of a task; a multiple of 64, so that no two share a byte of bits
+constexpr int64_t kCache = 16 << 20;  // bytes from which an output will not be found in the cache by who reads it next
 
-template <class T, bool kApply>
-GENFAST_INLINE void leaky_block(const T* x, T* y, uint8_t* bits, T slope, int count) {  // at most 64 elements
+template <class T>
+bool beyond_cache(const T* y, int64_t size) {
+  return size * int64_t(sizeof(T)) >= kCache && aligned(y);
+}
+
+// x where `on`, slope x elsewhere. Slope 0 is relu: 0 even of infinity; a NaN, which has no sign, stays one where `on` is x's own.
+template <class T, bool kApply, bool kRelu>
+GENFAST_INLINE Vec<T> leaky_vector(Vec<T> x, Mask<T> on, T slope) {
+  if (!kRelu) return on ? x : x * slope;
+  return on ? x : kApply ? Vec<T>{} : (x == x ? Vec<T>{} : x);
+}
+
+template <class T, bool kApply, bool kRelu, bool kStream>
+GENFAST_INLINE void leaky_block(const T* x, T* y, uint8_t* bits, T slope) {  // 64 elements
   constexpr int n = lanes<T>();
   uint64_t signs = 0;
-  if (kApply) {
-    if (count == 64)
-      memcpy(&signs, bits, 8);
-    else
-      for (int i = 0; i < (count + 7) / 8; ++i) signs |= uint64_t(bits[i]) << (8 * i);
-  }
-  for (int i = 0; i < count; i += n) {
-    const int part = count - i < n ? count - i : n;
-    const Vec<T> v = part == n ? load(x + i) : load_part(x + i, part);
+  if (kApply) memcpy(&signs, bits, 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 64; i += n) {
+    const Vec<T> v = load(x + i);
     const Mask<T> on = kApply ? spread<T>(signs >> i) : Mask<T>(v > T(0));
     if (!kApply) signs |= collect<T>(on) << i;
-    // Slope 0 is relu: 0 even of infinity; a NaN, which has no sign, stays one where the sign is x's own.
-    const Vec<T> rest = slope != T(0) ? v * slope : kApply ? Vec<T>{} : (v == v ? Vec<T>{} : v);
-    const Vec<T> out = on ? v : rest;
-    part == n ? store(y + i, out) : store_part(y + i, out, part);
+    const Vec<T> out = leaky_vector<T, kApply, kRelu>(v, on, slope);
+    kStream ? stream(y + i, out) : store(y + i, out);
   }
-  if (kApply) return;
-  if (count == 64)
-    memcpy(bits, &signs, 8);
-  else
+  if (!kApply) memcpy(bits, &signs, 8);
+}
+
+template <class T, bool kApply, bool kRelu>
+void leaky_rest(const T* x, T* y, uint8_t* bits, T slope, int count) {  // fewer than 64
+  constexpr int n = lanes<T>();
+  uint64_t signs = 0;
+  if (kApply)
+    for (int i = 0; i < (count + 7) / 8; ++i) signs |= uint64_t(bits[i]) << (8 * i);
+  for (int i = 0; i < count; i += n) {
+    const int part = count - i < n ? count - i : n;
+    const Vec<T> v = load_part(x + i, part);
+    const Mask<T> on = kApply ? spread<T>(signs >> i) : Mask<T>(v > T(0));
+    if (!kApply) signs |= collect<T>(on) << i;
+    store_part(y + i, leaky_vector<T, kApply, kRelu>(v, on, slope), part);
+  }
+  if (!kApply)
     for (int i = 0; i < (count + 7) / 8; ++i) bits[i] = uint8_t(signs >> (8 * i));
 }
 
-template <class T, bool kApply>
+template <class T, bool kApply, bool kRelu, bool kStream>
 void leaky(const LeakyReluArgs& a) {
   const int64_t chunks = (a.columns + kChunk - 1) / kChunk, bytes = (a.columns + 7) / 8;
   const int threads = a.rows * a.columns < kSerial ? 1 : a.threads;
@@ -55,74 +74,93 @@ void leaky(const LeakyReluArgs& a) {
     T* y = static_cast<T*>(a.y) + row * a.columns;
     uint8_t* bits = a.bits + row * bytes;
     int64_t i = from;
-    for (; i + 64 <= to; i += 64) leaky_block<T, kApply>(x + i, y + i, bits + i / 8, slope, 64);
-    if (i < to) leaky_block<T, kApply>(x + i, y + i, bits + i / 8, slope, int(to - i));
+    for (; i + 64 <= to; i += 64) leaky_block<T, kApply, kRelu, kStream>(x + i, y + i, bits + i / 8, slope);
+    if (i < to) leaky_rest<T, kApply, kRelu>(x + i, y + i, bits + i / 8, slope, int(to - i));
   }
 }
 
-template <class T>
-GENFAST_INLINE Vec<T> at_most(Vec<T> x, T limit) {  // keeps NaN
-  return x > limit ? splat(limit) : x;
+template <class T, bool kApply>
+void leaky_any(const LeakyReluArgs& a) {
+  const bool streams = a.x != a.y && a.rows == 1 && beyond_cache<T>(static_cast<const T*>(a.y), a.columns);
+  if (a.slope == 0)
+    streams ? leaky<T, kApply, true, true>(a) : leaky<T, kApply, true, false>(a);
+  else
+    streams ? leaky<T, kApply, false, true>(a) : leaky<T, kApply, false, false>(a);
 }
 
-// x and q(x) = x for silu; for s = x sigmoid(q): s' = p + x p (1 - p) q', s'' = p (1 - p) (2 q' + x (q'' + q'^2 (1 - 2 p))).
+// x cut off where e^-|x| leaves the normal numbers; keeps NaN.
+template <class T>
+GENFAST_INLINE Vec<T> limited(Vec<T> x, T limit = sizeof(T) == 4 ? T(87) : T(700)) {
+  x = x > limit ? splat(limit) : x;
+  return x < -limit ? splat(-limit) : x;
+}
+
+// p = sigmoid(z) and 1 - p for limited z; any number for NaN.
+template <class T>
+GENFAST_INLINE void logistic(Vec<T> z, Vec<T>& p, Vec<T>& rest) {
+  const Vec<T> e = exp_in_range<T>(-abs<T>(z)), big = T(1) / (e + T(1)), small = e * big;
+  p = z < T(0) ? small : big;
+  rest = z < T(0) ? big : small;
+}
+
+// For s = x p, p = sigmoid(q(x)): s' = p + x p (1 - p) q', s'' = p (1 - p) (2 q' + x (q'' + q'^2 (1 - 2 p))).
 template <class T>
 GENFAST_INLINE void gated_slopes(Vec<T> x, Vec<T> q, Vec<T> q1, Vec<T> q2, Vec<T>& first, Vec<T>& second) {
-  Vec<T> p, rest, unused;
-  sigmoid<T>(q, p, rest, unused);
+  Vec<T> p, rest;
+  logistic<T>(q, p, rest);
   const Vec<T> slope = p * rest;
   first = p + x * slope * q1;
   second = slope * (q1 * T(2) + x * (q2 + q1 * q1 * (rest - p)));
 }
 
+// s'(x) and s''(x); beyond the limit of an argument they are what they are there, flat to 1e-35.
 template <class T, int kKind>
 GENFAST_INLINE void slopes(Vec<T> x, Vec<T>& first, Vec<T>& second) {
   const Vec<T> zero = splat(T(0)), one = splat(T(1));
   if (kKind == ActivationArgs::kSilu) {
-    gated_slopes<T>(x, x, one, zero, first, second);
+    const Vec<T> z = limited<T>(x);
+    gated_slopes<T>(z, z, one, zero, first, second);
   } else if (kKind == ActivationArgs::kGelu) {  // s = x P, P the normal distribution, whose tail is half of erfc(|x| / sqrt 2)
-    const Vec<T> density = exp<T>(x * x * T(-0.5));
-    const Vec<T> tail = density * T(0.5) * erfc_scaled<T>(abs<T>(x) * T(0.70710678118654752440));
+    const Vec<T> z = limited<T>(x, sizeof(T) == 4 ? T(13) : T(37)), density = exp_in_range<T>(z * z * T(-0.5));
+    const Vec<T> tail = density * T(0.5) * erfc_scaled<T>(abs<T>(z) * T(0.70710678118654752440));
     const Vec<T> phi = density * T(0.39894228040143267794);
-    first = (x < T(0) ? tail : one - tail) + x * phi;
-    second = (T(2) - x * x) * phi;
-    second = density == T(0) ? zero : second;  // where x^2 may be infinite
-  } else if (kKind == ActivationArgs::kGeluTanh) {  // (1 + tanh u) / 2 = sigmoid(2 u), u = k (x + c x^3); flat beyond 30
+    first = (z < T(0) ? tail : one - tail) + z * phi;
+    second = (T(2) - z * z) * phi;
+  } else if (kKind == ActivationArgs::kGeluTanh) {  // (1 + tanh u) / 2 = sigmoid(2 u), u = k (x + c x^3)
     const T k2 = T(2 * 0.79788456080286535588), c = T(0.044715);
-    Vec<T> z = at_most<T>(x, T(30));
-    z = z < T(-30) ? splat(T(-30)) : z;
-    gated_slopes<T>(z, k2 * z * (z * z * c + T(1)), k2 * (z * z * (3 * c) + T(1)), k2 * (6 * c) * z, first, second);
-  } else if (kKind == ActivationArgs::kTanh) {  // tanh = m / (m + 2), s' = 4 (m + 1) / (m + 2)^2 with m = e^2|x| - 1
-    const Vec<T> m = exp_minus_one<T>(at_most<T>(abs<T>(x) * T(2), sizeof(T) == 4 ? T(80) : T(700)));
-    const Vec<T> r = one / (m + T(2)), t = m * r;
+    const Vec<T> z = limited<T>(x, sizeof(T) == 4 ? T(9.9) : T(20)), w = z * z;  // 2 u is within its limit
+    gated_slopes<T>(z, k2 * z * (w * c + T(1)), k2 * (w * (3 * c) + T(1)), k2 * (6 * c) * z, first, second);
+  } else if (kKind == ActivationArgs::kTanh) {  // tanh |x| = -m / (m + 2), s' = 4 (m + 1) / (m + 2)^2 with m = e^-2|x| - 1
+    const Vec<T> m = exp_minus_one<T>(limited<T>(abs<T>(x) * T(-2))), r = T(1) / (m + T(2));
     first = (m + T(1)) * r * (r * T(4));
-    second = first * t * (x < T(0) ? T(2) * one : T(-2) * one);
+    second = first * m * r * (x < T(0) ? T(-2) * one : T(2) * one);
     first = x == x ? first : x;
     second = x == x ? second : x;
   } else if (kKind == ActivationArgs::kSigmoid || kKind == ActivationArgs::kSoftplus) {
-    Vec<T> p, rest, unused;
-    sigmoid<T>(x, p, rest, unused);
+    Vec<T> p, rest;
+    logistic<T>(limited<T>(x), p, rest);
+    const Vec<T> slope = p * rest;
     if (kKind == ActivationArgs::kSigmoid) {
-      first = p * rest;
-      second = first * (rest - p);
+      first = x == x ? slope : x;
+      second = slope * (rest - p);
+      second = x == x ? second : x;
     } else {
-      first = x > T(20) ? one : p;
-      second = x > T(20) ? zero : p * rest;
+      first = x > T(20) ? one : (x == x ? p : x);
+      second = x > T(20) ? zero : (x == x ? slope : x);
     }
   } else if (kKind == ActivationArgs::kElu || kKind == ActivationArgs::kSelu) {
     const bool scaled = kKind == ActivationArgs::kSelu;
     const T scale = scaled ? T(1.0507009873554804934193349852946) : T(1);
     const T alpha = scaled ? T(1.7580993408473768599402175208123) : T(1);  // scale times alpha
-    const Vec<T> e = alpha * exp<T>(x);
-    first = x > T(0) ? scale * one : e;
-    second = x > T(0) ? zero : e;
+    const Vec<T> e = alpha * exp_in_range<T>(limited<T>(x));
+    first = x > T(0) ? scale * one : (x == x ? e : x);
+    second = x > T(0) ? zero : (x == x ? e : x);
   } else {  // mish = x w, w = tanh(softplus(x)) = n / (n + 2), n = e (e + 2), e = e^x; w' = (1 - w^2) p, p the sigmoid
-    const Vec<T> z = at_most<T>(x, T(40)), e = exp<T>(at_most<T>(z, sizeof(T) == 4 ? T(20) : T(40)));
-    const Vec<T> n = e * (e + T(2)), r = one / (n + T(2)), w = n * r, rest = one / (e + T(1)), p = e * rest;
-    const Vec<T> slope = T(2) * r * (w + T(1)) * p;
-    const Vec<T> low = z < T(-100) && slope == T(0) ? zero : z;  // minus infinity times 0
-    first = w + low * slope;
-    second = slope * (T(2) + low * (rest - T(2) * w * p));
+    const Vec<T> z = x > T(40) ? splat(T(40)) : limited<T>(x);
+    const Vec<T> e = exp_in_range<T>(z), n = e * (e + T(2)), r = T(1) / (n + T(2)), w = n * r;
+    const Vec<T> rest = T(1) / (e + T(1)), p = e * rest, slope = T(2) * r * (w + T(1)) * p;
+    first = w + z * slope;
+    second = slope * (T(2) + z * (rest - T(2) * w * p));
   }
 }
 
@@ -142,12 +180,15 @@ void pass(const ActivationArgs& a) {
   const T *tangent = static_cast<const T*>(kSecond ? a.tangent : a.x), *cotangent = static_cast<const T*>(kCotangent ? a.cotangent : a.x);
   T* y = static_cast<T*>(a.y);
   const int threads = a.size < kSerial ? 1 : a.threads;
+  const bool streams = beyond_cache<T>(y, a.size);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t chunk = 0; chunk < (a.size + kChunk - 1) / kChunk; ++chunk) {
     int64_t i = chunk * kChunk;
     const int64_t to = a.size - i < kChunk ? a.size : i + kChunk;
-    for (; i + n <= to; i += n)
-      store(y + i, element<T, kKind, kSecond, kCotangent>(load(x + i), load(grad + i), load(tangent + i), load(cotangent + i)));
+    for (; i + n <= to; i += n) {
+      const Vec<T> out = element<T, kKind, kSecond, kCotangent>(load(x + i), load(grad + i), load(tangent + i), load(cotangent + i));
+      streams ? stream(y + i, out) : store(y + i, out);
+    }
     if (i < to) {
       const int part = int(to - i);
       const Vec<T> out = element<T, kKind, kSecond, kCotangent>(load_part(x + i, part), load_part(grad + i, part),
@@ -183,9 +224,9 @@ void any(const ActivationArgs& a) {
 
 void leaky_relu_bits(const LeakyReluArgs& a) {
   if (a.apply)
-    a.is_double ? leaky<double, true>(a) : leaky<float, true>(a);
+    a.is_double ? leaky_any<double, true>(a) : leaky_any<float, true>(a);
   else
-    a.is_double ? leaky<double, false>(a) : leaky<float, false>(a);
+    a.is_double ? leaky_any<double, false>(a) : leaky_any<float, false>(a);
 }
 
 void activation(const ActivationArgs& a) { a.is_double ? any<double>(a) : any<float>(a); }

@@ -212,14 +212,20 @@ GENFAST_INLINE Vec<T> reduce(Vec<T> x, Vec<T>& rounded) {
   return (x - n * Types<T>::kLn2Hi) - n * Types<T>::kLn2Lo;
 }
 
+// exp of kExpMin <= x <= kExpMax; a NaN may give any number.
+template <class T>
+GENFAST_INLINE Vec<T> exp_in_range(Vec<T> x) {
+  Vec<T> rounded;
+  const Vec<T> r = reduce<T>(x, rounded);
+  const Vec<T> p = exp_tail(r) * (r * r) + (r + T(1));
+  return from_bits<T>(bits<T>(p) + (bits<T>(rounded) << Types<T>::kMantissa));
+}
+
 template <class T>
 GENFAST_INLINE Vec<T> exp(Vec<T> x) {
   Vec<T> c = x > Types<T>::kExpMax ? splat(Types<T>::kExpMax) : x;
   c = c < Types<T>::kExpMin ? splat(Types<T>::kExpMin) : c;
-  Vec<T> rounded;
-  const Vec<T> r = reduce<T>(c, rounded);
-  const Vec<T> p = exp_tail(r) * (r * r) + (r + T(1));
-  Vec<T> y = from_bits<T>(bits<T>(p) + (bits<T>(rounded) << Types<T>::kMantissa));
+  Vec<T> y = exp_in_range<T>(c);
   y = x > Types<T>::kExpMax ? splat(T(__builtin_inf())) : y;
   y = x < Types<T>::kExpMin ? splat(T(0)) : y;
   return x == x ? y : x;

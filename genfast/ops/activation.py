@@ -57,22 +57,25 @@ def _fake_like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-def _rows(x: Tensor, bits: Tensor) -> tuple[int, int]:
-    return (x.shape[0], x.shape[1]) if bits.dim() == 2 else (1, x.numel())
-
-
 def _run_bits(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> None:
+    rows, columns = x.shape if bits.dim() == 2 else (1, x.numel())
     _CPU.leaky_relu_bits(
-        x.dtype is torch.float64, apply, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, *_rows(x, bits),
+        x.dtype is torch.float64, apply, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, rows, columns,
         torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _cpu_leaky(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    if not x.dtype.is_floating_point:
+        _check_leaky(x, slope)
     if not x.is_contiguous():
         x = _dense(x)
-    y, bits = _empty_like(x), torch.empty(_bytes(x), dtype=torch.uint8)
-    _run_bits(x, y, bits, slope, False)
+    n = x.numel()
+    y = torch.empty_like(x) if n * 8 < _pool.MINIMUM else _pool.empty_like(x)
+    bits = torch.empty((n + 7) // 8, dtype=torch.uint8)
+    _CPU.leaky_relu_bits(
+        x.dtype is torch.float64, False, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, 1, n, torch.get_num_threads()
+    )
     return y, bits
 
 

@@ -49,7 +49,7 @@ def leaky_relu_bits(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
 def apply_bits(x: Tensor, bits: Tensor, slope: float) -> Tensor:
     """x where its bit is set, slope x elsewhere; bits (ceil(numel / 8),) in x's memory order, or of the rows of x (N, C)."""
     if bits.dim() == 2:
-        on = unpack(bits).view(bits.shape[0], -1)[:, : x.shape[1]]
+        on = unpack(bits).view(bits.shape[0], 8 * bits.shape[1])[:, : x.shape[1]]
     else:
         ordered = memory_order(x)
         on = unpack(bits)[: x.numel()].view(ordered.shape)

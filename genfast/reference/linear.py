@@ -12,12 +12,12 @@ from .activation import leaky_relu, pack, unpack
 
 def row_signs(x: Tensor) -> Tensor:
     """(N, ceil(M / 8)) bits: where x (N, M) is above zero."""
-    return pack(F.pad(x.detach() > 0, (0, -x.shape[1] % 8))).view(x.shape[0], -1)
+    return pack(F.pad(x.detach() > 0, (0, -x.shape[1] % 8))).view(x.shape[0], (x.shape[1] + 7) // 8)
 
 
 def row_mask(bits: Tensor, columns: int) -> Tensor:
     """(N, columns) booleans of (N, ceil(columns / 8)) bits."""
-    return unpack(bits).view(bits.shape[0], -1)[:, :columns]
+    return unpack(bits).view(bits.shape[0], 8 * bits.shape[1])[:, :columns]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | None) -> tuple[Tensor, Tensor]:

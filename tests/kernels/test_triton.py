@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "masked_conv", "family"]
 
 
-RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv")]
+RUNS = [
+    *((f, "interpreted") for f in FAMILIES),
+    ("activation_chain or activation_second or leaky or apply_bits or linear", "interpreted"),
+    ("masked_conv", "interpreted_masked_conv"),
+    ("activation", "interpreted_activation"),
+]
 
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
