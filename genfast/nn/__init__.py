@@ -14,6 +14,7 @@ from ..reference.causal import (
 )
 from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
+from .bias_act import BiasAct
 from .bijection import Bijection, FlowSequential
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .invertible_conv1x1 import InvertibleConv1x1
@@ -23,7 +24,7 @@ from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
 
 __all__ = [
-    "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
+    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
     "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
     "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
     "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",

@@ -2,6 +2,7 @@
 
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
+from .bias_act import bias_act
 from .categorical_nll import categorical_nll
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
@@ -12,7 +13,7 @@ from .pixel_rnn import diagonal_lstm, row_lstm
 from .squeeze import squeeze, unsqueeze
 
 __all__ = [
-    "actnorm", "actnorm_conv1x1", "affine_coupling", "CriticStep", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
+    "actnorm", "actnorm_conv1x1", "affine_coupling", "bias_act", "CriticStep", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
     "masked_conv3d", "PLU", "row_lstm", "squeeze", "unsqueeze",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from .actnorm import actnorm, actnorm_backward, positions
 from .adversarial import CRITIC_LOSSES
 from .affine_coupling import affine_coupling, affine_coupling_backward
+from .bias_act import bias_act, bias_act_backward, bias_act_second
 from .discretized_logistic_mixture import (
     discretized_logistic_mixture_nll,
     discretized_logistic_mixture_nll_backward,
@@ -24,7 +25,7 @@ from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm
 from .squeeze import squeeze
 
 __all__ = [
-    "CRITIC_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
+    "CRITIC_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "bias_act", "bias_act_backward", "bias_act_second", "channel_mix", "channel_mix_backward",
     "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
     "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
