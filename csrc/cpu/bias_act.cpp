@@ -108,7 +108,9 @@ void run_row(const Numbers<T>& k, const Row<T>& row, int64_t length, double* sum
   constexpr int n = lanes<T>();
   Vec<T> total = splat(T(0));
   const auto step = [&](int64_t i, int count) __attribute__((always_inline)) {
-    const auto get = [&](const T* p) __attribute__((always_inline)) { return count == n ? load(p + i) : load_part(p + i, count); };
+    const auto get = [&](const T* p) __attribute__((always_inline)) {
+      return count == n ? load(p + i) : load_part(p + i, count);
+    };
     Vec<T> v = get(row.x), d = total, e = total;
     if (kBias) {
       v += get(row.bias);

@@ -1,12 +1,12 @@
-// Minibatch standard deviation (progressive growing 1710.10196 sec. 3; StyleGAN2's layer): the batch as G members of M groups,
-// sample n = g M + m; v_i = the variance over g of element i; t[m, f] = mean over the elements i of feature f of (v_i + eps)^(1/2);
-// y = [x | t], F more channels, constant over the positions and the members of a group.
+// Minibatch standard deviation (progressive growing 1710.10196 sec. 3; StyleGAN2's layer). The batch is M groups of G members,
+// sample n = g M + m; v_i is the variance over g of element i, t[m, f] the mean of (v_i + eps)^(1/2) over the elements of
+// feature f, and y = [x | t] has F more channels, constant over the positions and the members of a group.
 //
-// x (N, C, S), y (N, C + F, S). Fused: the copy of x with both moments in one reading, shifted by the group's first member, which
-// keeps v exact to G rounding errors. Backward: dx = d + k (x - mean_g x) / (v + eps)^(1/2), k[m, f] the sum of the gradient of
-// the feature's channel over group and positions, over G and the elements. From memory 8 bytes an element in float, backward
-// 12: bound by bandwidth. Sums run in T over at most 4096 elements and in double across them, in an order that does not depend
-// on the thread count.
+// x (N, C, S), y (N, C + F, S). Fused: the copy of x with both moments in one reading, shifted by the group's first member,
+// which keeps v exact to G rounding errors. Backward: dx = d + k (x - mean_g x) / (v + eps)^(1/2), k[m, f] the sum of the
+// gradient of the feature's channel over group and positions, divided by G and the number of elements. From memory 8 bytes an
+// element in float, backward 12: bound by bandwidth. Sums run in T over at most 4096 elements and in double across them, in an
+// order that does not depend on the thread count.
 #include <stdlib.h>
 
 #include "kernels.h"
@@ -35,7 +35,9 @@ struct Line {  // contiguous elements of the G members, a stride apart
 template <class T, bool kBackward>
 GENFAST_INLINE void step(const Line<T>& line, int64_t i, int count, Vec<T>& total) {
   constexpr int n = lanes<T>();
-  const auto get = [&](const T* p) __attribute__((always_inline)) { return count == n ? load(p + i) : load_part(p + i, count); };
+  const auto get = [&](const T* p) __attribute__((always_inline)) {
+    return count == n ? load(p + i) : load_part(p + i, count);
+  };
   const auto put = [&](T* p, Vec<T> v) __attribute__((always_inline)) {
     count == n ? store(p + i, v) : store_part(p + i, v, count);
   };

@@ -23,7 +23,7 @@ FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activ
 
 
 RUNS = [
-    *((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"), ("bias_act", "interpreted_gan"),
+    *((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"), ("bias_act", "interpreted_gan"), ("pixel_norm", "interpreted_gan"),
 ]  # fmt: skip
 
 
