@@ -9,9 +9,6 @@ float32 and 4 FLOPs, the backward 12 and 9: bound by memory bandwidth.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -21,6 +21,7 @@ def test_every_family_of_ops_has_a_case():
         "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
         "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
         "sample pixelcnnpp", "sample wavenet", "bias_act", "pixel_norm",
+        "minibatch_stddev",
     ):  # fmt: skip
         assert family in names
     for case in cases():

@@ -19,6 +19,7 @@ from .bijection import Bijection, FlowSequential
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
+from .minibatch_stddev import MinibatchStddev
 from .pixel_norm import PixelNorm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
@@ -28,6 +29,6 @@ __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
     "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
     "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
-    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
+    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchStddev", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
     "Squeeze", "weight_norm",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from .gated_activation import gated_activation
 from .gradient_penalty import CriticStep, critic_step, gradient_penalty
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
+from .minibatch_stddev import minibatch_stddev
 from .pixel_norm import pixel_norm
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .squeeze import squeeze, unsqueeze
@@ -16,5 +17,5 @@ from .squeeze import squeeze, unsqueeze
 __all__ = [
     "actnorm", "actnorm_conv1x1", "affine_coupling", "bias_act", "CriticStep", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
-    "masked_conv3d", "pixel_norm", "PLU", "row_lstm", "squeeze", "unsqueeze",
+    "masked_conv3d", "minibatch_stddev", "pixel_norm", "PLU", "row_lstm", "squeeze", "unsqueeze",
 ]  # fmt: skip

@@ -23,7 +23,8 @@ FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activ
 
 
 RUNS = [
-    *((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"), ("bias_act", "interpreted_gan"), ("pixel_norm", "interpreted_gan"),
+    *((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"),
+    *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
 ]  # fmt: skip
 
 

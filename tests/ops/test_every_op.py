@@ -113,9 +113,16 @@ def _outputs(result):
 # Which arguments carry the batch axis.
 BATCHED = {
     "affine_coupling": (0, 1), "actnorm": (0,), "bias_act": (0,), "channel_mix": (0, 1), "diagonal_lstm": (0,),
-    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "masked_conv": (0,), "pixel_norm": (0,), "row_lstm": (0,),
+    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "masked_conv": (0,),
+    "minibatch_stddev": (0,), "pixel_norm": (0,), "row_lstm": (0,),
     "squeeze": (0,),
 }  # fmt: skip
+
+
+# Whose backward takes what the op took.
+TAKES_ITS_ARGUMENTS = (
+    "affine_coupling", "actnorm", "bias_act", "gated_activation", "minibatch_stddev", "pixel_norm", "plu_weight",
+)  # fmt: skip
 
 
 @each_sample
