@@ -310,6 +310,99 @@ void bind_gated_activation(py::module_& m) {
         });
 }
 
+void bind_bias_act(py::module_& m) {
+  const auto common = [](Address x, Address bias, Address out, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs,
+                         int64_t n, int64_t c, int64_t s, bool channels_last, int act, double alpha, double gain,
+                         double clamp) {
+    BiasActArgs a{};
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.bias = ptr<>(bias), a.y = ptr<>(out);
+    a.n = n, a.c = c, a.s = s, a.act = act;
+    a.alpha = alpha, a.gain = gain, a.clamp = clamp;
+    a.channels_last = channels_last, a.threads = threads;
+    return a;
+  };
+  m.def("bias_act", [common](Address x, Address bias, Address y, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs,
+                             int64_t n, int64_t c, int64_t s, bool channels_last, int act, double alpha, double gain,
+                             double clamp) {
+    const BiasActArgs a =
+        common(x, bias, y, threads, is_double, xn, xc, xs, n, c, s, channels_last, act, alpha, gain, clamp);
+    GENFAST_CALL(bias_act, a);
+  });
+  m.def("bias_act_backward", [common](Address x, Address bias, Address dx, int threads, bool is_double, int64_t xn, int64_t xc,
+                                      int64_t xs, int64_t n, int64_t c, int64_t s, bool channels_last, int act, double alpha,
+                                      double gain, double clamp, Address grad, int64_t gn, int64_t gc, int64_t gs,
+                                      Address grad_bias) {
+    BiasActArgs a = common(x, bias, dx, threads, is_double, xn, xc, xs, n, c, s, channels_last, act, alpha, gain, clamp);
+    a.grad = view(grad, gn, gc, gs);
+    a.grad_bias = ptr<>(grad_bias);
+    GENFAST_CALL(bias_act_backward, a);
+  });
+  m.def("bias_act_second", [common](Address x, Address bias, Address out, int threads, bool is_double, int64_t xn, int64_t xc,
+                                    int64_t xs, int64_t n, int64_t c, int64_t s, bool channels_last, int act, double alpha,
+                                    double gain, double clamp, Address grad, int64_t gn, int64_t gc, int64_t gs,
+                                    Address grad_bias, Address grad_dx, int64_t en, int64_t ec, int64_t es) {
+    BiasActArgs a = common(x, bias, out, threads, is_double, xn, xc, xs, n, c, s, channels_last, act, alpha, gain, clamp);
+    a.grad = view(grad, gn, gc, gs);
+    a.grad_dx = view(grad_dx, en, ec, es);
+    a.grad_bias = ptr<>(grad_bias);
+    GENFAST_CALL(bias_act_second, a);
+  });
+}
+
+void bind_pixel_norm(py::module_& m) {
+  const auto common = [](Address x, Address out, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs, int64_t n,
+                         int64_t c, int64_t s, bool channels_last, double eps) {
+    PixelNormArgs a{};
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.y = ptr<>(out);
+    a.n = n, a.c = c, a.s = s, a.eps = eps;
+    a.channels_last = channels_last, a.threads = threads;
+    return a;
+  };
+  m.def("pixel_norm", [common](Address x, Address y, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs, int64_t n,
+                               int64_t c, int64_t s, bool channels_last, double eps) {
+    const PixelNormArgs a = common(x, y, threads, is_double, xn, xc, xs, n, c, s, channels_last, eps);
+    GENFAST_CALL(pixel_norm, a);
+  });
+  m.def("pixel_norm_backward", [common](Address x, Address dx, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs,
+                                        int64_t n, int64_t c, int64_t s, bool channels_last, double eps, Address grad,
+                                        int64_t gn, int64_t gc, int64_t gs) {
+    PixelNormArgs a = common(x, dx, threads, is_double, xn, xc, xs, n, c, s, channels_last, eps);
+    a.grad = view(grad, gn, gc, gs);
+    GENFAST_CALL(pixel_norm_backward, a);
+  });
+}
+
+void bind_minibatch_stddev(py::module_& m) {
+  const auto common = [](Address x, Address out, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs, int64_t n,
+                         int64_t c, int64_t s, bool channels_last, int64_t group, int64_t features, double eps) {
+    MinibatchStddevArgs a{};
+    a.is_double = is_double;
+    a.x = view(x, xn, xc, xs);
+    a.y = ptr<>(out);
+    a.n = n, a.c = c, a.s = s, a.group = group, a.features = features, a.eps = eps;
+    a.channels_last = channels_last, a.threads = threads;
+    return a;
+  };
+  m.def("minibatch_stddev", [common](Address x, Address y, int threads, bool is_double, int64_t xn, int64_t xc, int64_t xs,
+                                     int64_t n, int64_t c, int64_t s, bool channels_last, int64_t group, int64_t features,
+                                     double eps) {
+    const MinibatchStddevArgs a =
+        common(x, y, threads, is_double, xn, xc, xs, n, c, s, channels_last, group, features, eps);
+    GENFAST_CALL(minibatch_stddev, a);
+  });
+  m.def("minibatch_stddev_backward", [common](Address x, Address dx, int threads, bool is_double, int64_t xn, int64_t xc,
+                                              int64_t xs, int64_t n, int64_t c, int64_t s, bool channels_last, int64_t group,
+                                              int64_t features, double eps, Address grad, int64_t gn, int64_t gc, int64_t gs) {
+    MinibatchStddevArgs a = common(x, dx, threads, is_double, xn, xc, xs, n, c, s, channels_last, group, features, eps);
+    a.grad = view(grad, gn, gc, gs);
+    GENFAST_CALL(minibatch_stddev_backward, a);
+  });
+}
+
 void bind_pixel_rnn(py::module_& m) {
   m.def("pixel_rnn", [](bool is_double, bool diagonal, Address gates, int64_t gn, int64_t gc, int64_t gs, Address weight,
                         Address h0, Address c0, Address h, Address kept, int64_t n, int64_t hidden, int64_t height,
@@ -388,4 +481,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_pixel_rnn(m);
   bind_linear(m);
   bind_activation(m);
+  bind_bias_act(m);
+  bind_pixel_norm(m);
+  bind_minibatch_stddev(m);
 }

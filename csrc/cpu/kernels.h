@@ -167,6 +167,36 @@ struct ActivationArgs {  // dense tensors in one order
   void* y;
   int64_t size;
   int kind;
+struct BiasActArgs {
+  enum Act { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
+  bool is_double;
+  View x, grad, grad_dx;  // grad: from the backward on; grad_dx: second order only
+  const void* bias;       // (C,) or null
+  void *y, *grad_bias;    // backward: grad x; dense in x's order
+  int64_t n, c, s;
+  int act;
+  double alpha, gain, clamp;  // clamp < 0: none
+  bool channels_last;
+  int threads;
+};
+
+struct PixelNormArgs {
+  bool is_double;
+  View x, grad;  // grad: backward only
+  void* y;       // backward: grad x; dense in x's order
+  int64_t n, c, s;
+  double eps;
+  bool channels_last;
+  int threads;
+};
+
+struct MinibatchStddevArgs {
+  bool is_double;
+  View x, grad;  // grad: backward only, (N, C + F, S)
+  void* y;       // (N, C + F, S); backward: grad x; dense in x's order
+  int64_t n, c, s, group, features;
+  double eps;
+  bool channels_last;
   int threads;
 };
 
@@ -186,6 +216,13 @@ struct ActivationArgs {  // dense tensors in one order
   void pixel_program(const PixelProgramArgs&);              \
   void gated_activation(const GatedActivationArgs&); \
   void gated_activation_backward(const GatedActivationArgs&); \
+  void bias_act(const BiasActArgs&);                        \
+  void bias_act_backward(const BiasActArgs&);               \
+  void bias_act_second(const BiasActArgs&);                 \
+  void pixel_norm(const PixelNormArgs&);                    \
+  void pixel_norm_backward(const PixelNormArgs&);           \
+  void minibatch_stddev(const MinibatchStddevArgs&);        \
+  void minibatch_stddev_backward(const MinibatchStddevArgs&); \
   void logistic_mixture_nll(const LogisticMixtureArgs&);    \
   void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
   void logistic_mixture_sample(const LogisticMixtureArgs&); \

@@ -14,11 +14,14 @@ from ..reference.causal import (
 )
 from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
+from .bias_act import BiasAct
 from .bijection import Bijection, FlowSequential
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .gradient_penalty import CriticStep, GradientPenalty
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
+from .minibatch_stddev import MinibatchStddev
+from .pixel_norm import PixelNorm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
@@ -28,5 +31,9 @@ __all__ = [
     "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
     "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "InvertibleConv1x1", "LevelEmbedding",
     "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
+    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
+    "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
+    "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
+    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchStddev", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
     "Squeeze", "weight_norm",
 ]  # fmt: skip

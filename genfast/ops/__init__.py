@@ -10,6 +10,7 @@ from .activation import (
 )
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
+from .bias_act import bias_act
 from .categorical_nll import categorical_nll
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
@@ -17,6 +18,8 @@ from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .linear import linear, linear_input, linear_weight
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
+from .minibatch_stddev import minibatch_stddev
+from .pixel_norm import pixel_norm
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .squeeze import squeeze, unsqueeze
 
@@ -26,4 +29,7 @@ __all__ = [
     "masked_conv3d", "PLU", "row_lstm", "squeeze", "unsqueeze",
     "activation_chain", "activation_second", "apply_bits", "apply_bits_", "leaky_relu_bits", "leaky_relu_bits_", "linear",
     "linear_input", "linear_weight",
+    "actnorm", "actnorm_conv1x1", "affine_coupling", "bias_act", "CriticStep", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
+    "masked_conv3d", "minibatch_stddev", "pixel_norm", "PLU", "row_lstm", "squeeze", "unsqueeze",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from .activation import SLOPES, activation_chain, activation_second, apply_bits,
 from .actnorm import actnorm, actnorm_backward, positions
 from .adversarial import CRITIC_LOSSES, GENERATOR_LOSSES
 from .affine_coupling import affine_coupling, affine_coupling_backward
+from .bias_act import bias_act, bias_act_backward, bias_act_second
 from .discretized_logistic_mixture import (
     discretized_logistic_mixture_nll,
     discretized_logistic_mixture_nll_backward,
@@ -22,6 +23,8 @@ from .invertible_conv1x1 import (
 )
 from .linear import linear, linear_input, linear_weight
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
+from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
+from .pixel_norm import pixel_norm, pixel_norm_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .squeeze import squeeze
 
@@ -30,6 +33,10 @@ __all__ = [
     "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
     "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "penalty_points", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
+    "CRITIC_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "bias_act", "bias_act_backward", "bias_act_second", "channel_mix", "channel_mix_backward",
+    "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
+    "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "minibatch_stddev", "minibatch_stddev_backward", "pixel_norm", "pixel_norm_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
     "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze",
     "SLOPES", "activation_chain", "activation_second", "apply_bits", "leaky_relu_bits", "linear", "linear_input",
     "linear_weight",

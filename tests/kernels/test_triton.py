@@ -23,11 +23,17 @@ FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activ
 
 
 RUNS = [
+<<<<<<< HEAD
     *((f, "interpreted") for f in FAMILIES),
     ("activation_chain or activation_second or leaky or apply_bits or linear", "interpreted"),
     ("masked_conv", "interpreted_masked_conv"),
     ("activation", "interpreted_activation"),
 ]
+=======
+    *((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"),
+    *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
+]  # fmt: skip
+>>>>>>> h2
 
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:

@@ -116,8 +116,17 @@ BATCHED = {
     "apply_bits": (0, 1), "channel_mix": (0, 1), "diagonal_lstm": (0,),
     "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "leaky_relu_bits": (0,), "linear": (0,),
     "linear_input": (0, 2), "linear_weight": (0, 1), "masked_conv": (0,), "row_lstm": (0,),
+    "affine_coupling": (0, 1), "actnorm": (0,), "bias_act": (0,), "channel_mix": (0, 1), "diagonal_lstm": (0,),
+    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "masked_conv": (0,),
+    "minibatch_stddev": (0,), "pixel_norm": (0,), "row_lstm": (0,),
     "squeeze": (0,),
 }  # fmt: skip
+
+
+# Whose backward takes what the op took.
+TAKES_ITS_ARGUMENTS = (
+    "affine_coupling", "actnorm", "bias_act", "gated_activation", "minibatch_stddev", "pixel_norm", "plu_weight",
+)  # fmt: skip
 
 
 @each_sample
@@ -149,7 +158,11 @@ def test_opcheck(op, sample):
     if backward is not None and op.name != "squeeze":
         out = _outputs(op(*leaves(sample.args)))
         grads = [torch.randn_like(o) for o in out]
-        rest = args if op.name in ("affine_coupling", "actnorm", "plu_weight", "gated_activation") else None
+        rest = (
+            args
+            if op.name in ("affine_coupling", "actnorm", "bias_act", "pixel_norm", "plu_weight", "gated_activation")
+            else None
+        )
         if op.name == "masked_conv":
             x, weight, _, *options = args
             rest = [x, weight, out[0], *options, [True, True, True]]

@@ -1,0 +1,277 @@
+// Bias and activation (StyleGAN2 1912.04958; NVlabs' bias_act): y = clamp(gain f(x + b), -c, c), nine f, b (C,) or none.
+//
+// Fused: the sum, f, the gain and the clamp; the backward dx = gain f'(v) d, which recomputes v = x + b and what the clamp
+// lets through, with db = sum dx; the second order gain f''(v) d e with its sum. One pass each: forward 8 bytes an element in
+// float, backward 12, second order 16. At most 60 FLOPs and one division: bound by memory bandwidth.
+// The bias is constant along a row (NCHW) or a pattern that repeats (channels_last, vectors, and NCHW with few positions,
+// where rows would be shorter than vectors). Sums run in T over at most 64 rows of a pattern or 16384 elements of a row, in
+// double across them, in an order that does not depend on the thread count.
+#include <stdlib.h>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace genfast {
+namespace GENFAST_ISA {
+namespace {
+
+constexpr int64_t kSerial = 1 << 14;
+constexpr int64_t kStretch = 1 << 14;  // elements of a row that one thread takes at a time
+constexpr int64_t kShort = 64;         // rows below this are walked as a pattern
+constexpr int64_t kColumns = 512, kRows = 64;  // the block of a pattern that one thread takes at a time
+
+template <class T>
+const T* at(const View& v, int64_t n, int64_t c, int64_t s) {
+  return static_cast<const T*>(v.data) + n * v.n + c * v.c + s * v.s;
+}
+
+template <class T>
+struct Numbers {
+  T alpha, gain, clamp;
+};
+
+// f, f' and f'' of v; what is not used costs nothing.
+template <class T, int kAct>
+GENFAST_INLINE void activation(Vec<T> v, T alpha, Vec<T>& f, Vec<T>& slope, Vec<T>& curvature) {
+  constexpr T kScale = T(1.0507009873554804934193349852946), kSeluAlpha = T(1.6732632423543772848170429916717);
+  const Vec<T> one = splat(T(1)), zero = splat(T(0));
+  curvature = zero;
+  if (kAct == BiasActArgs::kLinear) {
+    f = v;
+    slope = one;
+  } else if (kAct == BiasActArgs::kRelu) {
+    f = v <= T(0) ? zero : v;  // NaN stays
+    slope = v > T(0) ? one : zero;
+  } else if (kAct == BiasActArgs::kLrelu) {
+    f = v > T(0) ? v : v * alpha;
+    slope = v > T(0) ? one : splat(alpha);
+  } else if (kAct == BiasActArgs::kTanh) {  // m = e^2|v| - 1: tanh |v| = m / (m + 2), its slope 4 (m + 1) / (m + 2)^2
+    const T limit = sizeof(T) == 4 ? T(80) : T(700);
+    Vec<T> a = abs<T>(v) * T(2);
+    a = a > limit ? splat(limit) : a;
+    const Vec<T> m = exp_minus_one<T>(a), r = T(1) / (m + T(2)), t = m * r;
+    f = v < T(0) ? -t : t;
+    f = v == v ? f : v;
+    slope = v == v ? ((m + T(1)) * r) * (r * T(4)) : v;
+    curvature = T(-2) * f * slope;
+  } else if (kAct == BiasActArgs::kElu || kAct == BiasActArgs::kSelu) {
+    const T scale = kAct == BiasActArgs::kSelu ? kScale : T(1);
+    const T left = kAct == BiasActArgs::kSelu ? kScale * kSeluAlpha : T(1);
+    Vec<T> low = v > T(0) ? zero : v;
+    low = low < Types<T>::kExpMin ? splat(Types<T>::kExpMin) : low;
+    f = v > T(0) ? v * scale : exp_minus_one<T>(low) * left;
+    const Vec<T> e = exp<T>(v > T(0) ? zero : v) * left;
+    slope = v > T(0) ? splat(scale) : e;
+    curvature = v > T(0) ? zero : e;
+  } else {
+    Vec<T> s, rest, log_rest;  // sigma(v), sigma(-v) and log sigma(-v) = -softplus(v)
+    sigmoid<T>(-v, rest, s, log_rest);
+    if (kAct == BiasActArgs::kSigmoid) {
+      f = s;
+      slope = s * rest;
+      curvature = slope * (rest - s);
+    } else if (kAct == BiasActArgs::kSoftplus) {
+      f = -log_rest;
+      slope = s;
+      curvature = s * rest;
+    } else {
+      f = v * s;
+      slope = s * (one + v * rest);
+      curvature = s * rest * (v * (rest - s) + T(2));
+    }
+  }
+}
+
+// kOrder 0: y; 1: dx; 2: what the gradient e of dx gives x. The clamp is infinite where there is none, and NaN passes it.
+template <class T, int kAct, int kOrder, bool kClamp>
+GENFAST_INLINE Vec<T> result(const Numbers<T>& k, Vec<T> v, Vec<T> d, Vec<T> e) {
+  Vec<T> f, slope, curvature;
+  activation<T, kAct>(v, k.alpha, f, slope, curvature);
+  Vec<T> y = f * k.gain;
+  if (kOrder == 0) {
+    y = y > k.clamp ? splat(k.clamp) : y;
+    return y < -k.clamp ? splat(-k.clamp) : y;
+  }
+  const Vec<T> out = kOrder == 1 ? d * (slope * k.gain) : d * e * (curvature * k.gain);
+  return kClamp ? (abs<T>(y) > k.clamp ? splat(T(0)) : out) : out;
+}
+
+template <class T>
+struct Row {  // a run of contiguous elements
+  const T *x, *bias, *d, *e;  // bias null: the constant
+  T constant;
+  T *out, *sums;  // sums: null, or one an element
+};
+
+template <class T, int kAct, int kOrder, bool kClamp, bool kBias>
+void run_row(const Numbers<T>& k, const Row<T>& row, int64_t length, double* sum_out) {
+  constexpr int n = lanes<T>();
+  Vec<T> total = splat(T(0));
+  const auto step = [&](int64_t i, int count) __attribute__((always_inline)) {
+    const auto get = [&](const T* p) __attribute__((always_inline)) {
+      return count == n ? load(p + i) : load_part(p + i, count);
+    };
+    Vec<T> v = get(row.x), d = total, e = total;
+    if (kBias) {
+      v += get(row.bias);
+    } else {
+      v += row.constant;
+    }
+    if (kOrder >= 1) d = get(row.d);
+    if (kOrder == 2) e = get(row.e);
+    const Vec<T> out = result<T, kAct, kOrder, kClamp>(k, v, d, e);
+    count == n ? store(row.out + i, out) : store_part(row.out + i, out, count);
+    if (kOrder && kBias && row.sums) {
+      const Vec<T> sum = get(row.sums) + out;
+      count == n ? store(row.sums + i, sum) : store_part(row.sums + i, sum, count);
+    }
+    if (kOrder && !kBias) total += out;  // lanes beyond count hold d = 0
+  };
+  int64_t i = 0;
+  for (; i + n <= length; i += n) step(i, n);
+  if (i < length) step(i, int(length - i));
+  if (kOrder && !kBias && sum_out) *sum_out = double(sum<T>(total));
+}
+
+template <class T, int kAct, int kOrder, bool kClamp>
+void run(const BiasActArgs& a) {
+  const Numbers<T> k{T(a.alpha), T(a.gain), a.clamp < 0 ? T(__builtin_inf()) : T(a.clamp)};
+  const T* bias = static_cast<const T*>(a.bias);
+  T* out = static_cast<T*>(a.y);
+  const bool summed = kOrder && bias && a.grad_bias;
+  const int64_t size = a.n * a.c * a.s;
+  const int threads = size < kSerial ? 1 : a.threads;
+  const auto is_dense = [&](const View& v) {
+    return (a.n == 1 || v.n == a.c * a.s) &&
+           (a.channels_last ? a.s == 1 || v.s == a.c : (a.c == 1 || v.c == a.s));
+  };
+  const bool dense = is_dense(a.x) && (kOrder < 1 || is_dense(a.grad)) && (kOrder < 2 || is_dense(a.grad_dx));
+  const auto place = [&](int64_t n, int64_t c, int64_t s, int64_t offset) {
+    Row<T> row{};
+    row.x = at<T>(a.x, n, c, s) + offset;
+    if (kOrder >= 1) row.d = at<T>(a.grad, n, c, s) + offset;
+    if (kOrder == 2) row.e = at<T>(a.grad_dx, n, c, s) + offset;
+    return row;
+  };
+  double* partial = nullptr;
+  T* sum = static_cast<T*>(a.grad_bias);
+  if (dense && !bias) {
+    const int64_t items = (size + kStretch - 1) / kStretch;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t from = item * kStretch, length = size - from < kStretch ? size - from : kStretch;
+      Row<T> row = place(0, 0, 0, from);
+      row.out = out + from;
+      run_row<T, kAct, kOrder, kClamp, false>(k, row, length, nullptr);
+    }
+  } else if (a.channels_last || (dense && a.s < kShort)) {
+    // A pattern of `width` elements: the bias of channels_last, taken several times where it is short, or that of a sample.
+    const int64_t each = a.channels_last ? 1 : a.s;
+    const int64_t times = a.channels_last && dense && a.c < kShort ? (kShort + a.c - 1) / a.c : 1;
+    const int64_t width = a.c * each * times, rows = (size + width - 1) / width;
+    const int64_t chunks = (rows + kRows - 1) / kRows, columns = (width + kColumns - 1) / kColumns;
+    T* pattern = static_cast<T*>(malloc(size_t(width) * sizeof(T)));
+    for (int64_t i = 0; i < width; ++i) pattern[i] = bias ? bias[i / each % a.c] : T(0);
+    if (summed) partial = static_cast<double*>(malloc(size_t(chunks * width + 1) * sizeof(double)));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t item = 0; item < chunks * columns; ++item) {
+      const int64_t chunk = item / columns, first = item % columns * kColumns;
+      const int64_t wide = width - first < kColumns ? width - first : kColumns;
+      const int64_t last = rows < (chunk + 1) * kRows ? rows : (chunk + 1) * kRows;
+      T sums[kColumns];
+      for (int64_t i = 0; i < wide; ++i) sums[i] = T(0);
+      for (int64_t r = chunk * kRows; r < last; ++r) {
+        Row<T> row = dense ? place(0, 0, 0, r * width + first) : place(r / a.s, 0, r % a.s, first);
+        row.bias = pattern + first;
+        row.out = out + r * width + first;
+        row.sums = summed ? sums : nullptr;
+        const int64_t left = size - r * width - first;  // the last row of a repeated pattern may end early
+        if (left > 0) run_row<T, kAct, kOrder, kClamp, true>(k, row, left < wide ? left : wide, nullptr);
+      }
+      if (summed)
+        for (int64_t i = 0; i < wide; ++i) partial[chunk * width + first + i] = double(sums[i]);
+    }
+    free(pattern);
+    if (summed) {
+      for (int64_t chunk = 1; chunk < chunks; ++chunk)
+        for (int64_t i = 0; i < width; ++i) partial[i] += partial[chunk * width + i];
+      for (int64_t c = 0; c < a.c; ++c) {
+        double total = 0;
+        for (int64_t t = 0; t < times; ++t)
+          for (int64_t i = 0; i < each; ++i) total += partial[(t * a.c + c) * each + i];
+        sum[c] = T(total);
+      }
+    }
+  } else {
+    const int64_t stretches = (a.s + kStretch - 1) / kStretch, items = a.n * a.c * stretches;
+    if (summed) partial = static_cast<double*>(malloc(size_t(items + 1) * sizeof(double)));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t line = item / stretches, from = item % stretches * kStretch;
+      const int64_t n = line / a.c, c = line % a.c;
+      Row<T> row = place(n, c, 0, from);
+      row.constant = bias ? bias[c] : T(0);
+      row.out = out + line * a.s + from;
+      run_row<T, kAct, kOrder, kClamp, false>(k, row, a.s - from < kStretch ? a.s - from : kStretch,
+                                              summed ? partial + item : nullptr);
+    }
+    if (summed) {
+      for (int64_t c = 0; c < a.c; ++c) {
+        double total = 0;
+        for (int64_t n = 0; n < a.n; ++n)
+          for (int64_t i = 0; i < stretches; ++i) total += partial[(n * a.c + c) * stretches + i];
+        sum[c] = T(total);
+      }
+    }
+  }
+  free(partial);
+}
+
+// Where f costs more than f' alone, derivatives without a clamp leave it out.
+template <class T, int kAct, int kOrder>
+void clamped_or_not(const BiasActArgs& a) {
+  if constexpr (kOrder && kAct >= BiasActArgs::kElu && kAct <= BiasActArgs::kSoftplus) {
+    if (a.clamp < 0) return run<T, kAct, kOrder, false>(a);
+  }
+  run<T, kAct, kOrder, true>(a);
+}
+
+template <int kOrder, int kAct>
+void typed(const BiasActArgs& a) {
+  a.is_double ? clamped_or_not<double, kAct, kOrder>(a) : clamped_or_not<float, kAct, kOrder>(a);
+}
+
+template <int kOrder>
+void chosen(const BiasActArgs& a) {
+  if (a.n * a.c * a.s == 0) {
+    if (kOrder && a.grad_bias)
+      for (int64_t c = 0; c < a.c; ++c)
+        a.is_double ? void(static_cast<double*>(a.grad_bias)[c] = 0) : void(static_cast<float*>(a.grad_bias)[c] = 0);
+    return;
+  }
+  switch (a.act) {
+    case BiasActArgs::kTanh: return typed<kOrder, BiasActArgs::kTanh>(a);
+    case BiasActArgs::kSigmoid: return typed<kOrder, BiasActArgs::kSigmoid>(a);
+    case BiasActArgs::kElu: return typed<kOrder, BiasActArgs::kElu>(a);
+    case BiasActArgs::kSelu: return typed<kOrder, BiasActArgs::kSelu>(a);
+    case BiasActArgs::kSoftplus: return typed<kOrder, BiasActArgs::kSoftplus>(a);
+    case BiasActArgs::kSwish: return typed<kOrder, BiasActArgs::kSwish>(a);
+    default: break;
+  }
+  if constexpr (kOrder < 2) {  // the second order of what is linear in pieces is zero, and not asked for
+    if (a.act == BiasActArgs::kRelu) return typed<kOrder, BiasActArgs::kRelu>(a);
+    if (a.act == BiasActArgs::kLrelu) return typed<kOrder, BiasActArgs::kLrelu>(a);
+    typed<kOrder, BiasActArgs::kLinear>(a);
+  }
+}
+
+}  // namespace
+
+void bias_act(const BiasActArgs& a) { chosen<0>(a); }
+
+void bias_act_backward(const BiasActArgs& a) { chosen<1>(a); }
+
+void bias_act_second(const BiasActArgs& a) { chosen<2>(a); }
+
+}  // namespace GENFAST_ISA
+}  // namespace genfast

@@ -1,0 +1,135 @@
+"""ops.pixel_norm: y = x / sqrt(mean_c x^2 + eps), in one pass each way."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from . import _check
+from ._channels import along, axis
+from ._layout import Layout, describe, laid_out, memory_format
+
+_NAME = "pixel_norm"
+_CPU: Any = _backend.extension("_cpu")[0]
+
+
+def _check_arguments(xs: tuple[int, ...], eps: float) -> None:
+    _check_eps(eps)
+    if len(xs) < 2:
+        raise ValueError(f"{_NAME}: x has shape {tuple(xs)}, expected (N, C, ...)")
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{_NAME}: eps={eps}, expected a positive number")
+
+
+def _check_forward(x: Tensor, eps: float) -> None:
+    _check.floating(_NAME, x=x)
+    _check_arguments(x.shape, eps)
+
+
+def _fake(x: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _fake_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+@functools.lru_cache(1024)
+def _plan(xs: tuple[int, ...], stride: tuple[int, ...], eps: float) -> tuple[Layout, tuple[Any, ...]]:
+    """x's layout and what the kernel is told of it. Raises for arguments that do not fit."""
+    _check_arguments(xs, eps)
+    a = describe(xs, stride)
+    return a, (a.n_stride, a.c_stride, a.s_stride, a.n, a.c, a.s, a.walks_channels, eps)
+
+
+def _cpu(x: Tensor, eps: float) -> Tensor:
+    a, sizes = _plan(x.shape, x.stride(), eps)
+    if not a.fits:
+        return _cpu(laid_out(x)[0], eps)
+    y = a.empty_like(x)
+    _CPU.pixel_norm(x.data_ptr(), y.data_ptr(), torch.get_num_threads(), x.dtype is torch.float64, *sizes)
+    return y
+
+
+def _cpu_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
+    x, a = laid_out(x)
+    grad_y, g = laid_out(grad_y.to(x.dtype), a)
+    dx = a.empty_like(x)
+    _CPU.pixel_norm_backward(
+        x.data_ptr(), dx.data_ptr(), torch.get_num_threads(), x.dtype is torch.float64, *_plan(x.shape, x.stride(), eps)[1],
+        grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride,
+    )  # fmt: skip
+    return dx
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
+    return None if grad_y is None else _OP_BACKWARD(grad_y, *ctx.saved_tensors, ctx.eps), None
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape, eps in (("images", (3, 5, 4, 7), 1e-8), ("vectors", (6, 9), 1e-2), ("sequences", (2, 40, 19), 1e-5)):
+        # Not a plain normal: a cotangent drawn from the same seed would be x itself, along which the gradient vanishes.
+        yield Sample(label, (0.5 + torch.randn(shape, generator=generator, dtype=torch.float64), eps))
+
+
+_OP_BACKWARD = Op(
+    "pixel_norm_backward(Tensor grad_y, Tensor x, float eps) -> Tensor",
+    reference=reference.pixel_norm_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
+)
+
+OP = Op(
+    "pixel_norm(Tensor x, float eps) -> Tensor",
+    reference=reference.pixel_norm,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def pixel_norm(x: Tensor, *, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Feature vectors of unit mean square: y = x / sqrt(mean_c x^2 + eps) at each position.
+
+    Differentiable to any order.
+
+    Args:
+        x: floating point, of any shape; (N, C, ...) with the default ``dim``, contiguous or channels_last.
+        dim: the axis of the features, over which the mean is.
+        eps: added to the mean square; keeps zeros at zero.
+
+    Returns:
+        y in x's shape, dtype and memory format; half types are squared and summed in float32.
+
+    Raises:
+        TypeError: x that is not a floating-point tensor.
+        ValueError: a ``dim`` that x lacks, an ``eps`` that is not positive.
+
+    Source: Progressive Growing of GANs (arXiv:1710.10196, section 4.2).
+
+    Example:
+        >>> import torch, genfast
+        >>> latent = genfast.ops.pixel_norm(torch.randn(16, 512))
+        >>> y = genfast.ops.pixel_norm(torch.randn(2, 64, 8, 8))
+    """
+    _check.floating(_NAME, x=x)
+    return along(x, axis(_NAME, x, dim), lambda t: OP(t, float(eps)))

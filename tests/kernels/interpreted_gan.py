@@ -1,0 +1,168 @@
+"""The Triton kernels of the adversarial layers in the interpreter; test_triton.py runs this in a process of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
+
+from genfast._registry import OPS
+from genfast.kernels import bias_act as bias_act_kernels
+from genfast.kernels import minibatch_stddev as minibatch_stddev_kernels
+from genfast.kernels import pixel_norm as pixel_norm_kernels
+from genfast.reference.bias_act import ACTIVATIONS, PIECEWISE_LINEAR
+
+from tests.kernels.flow_cases import DTYPES, FORMS, FORWARD, GRADIENT, compare, strided
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """NumPy, which the interpreter is, warns of overflows in branches that are not taken."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_bias_act(x, bias, act="lrelu", gain=1.5, clamp=0.8, grad=None, second=True):
+    options = (act, 0.3, gain, clamp)
+    compare(OPS["bias_act"], (x, bias, *options), FORWARD[x.dtype])
+    grad = torch.randn_like(x) if grad is None else grad
+    compare(OPS["bias_act_backward"], (grad, x, bias, *options), GRADIENT[x.dtype])
+    if second and act not in PIECEWISE_LINEAR:
+        compare(OPS["bias_act_second"], (torch.randn_like(x), grad, x, bias, *options), GRADIENT[x.dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_bias_act_activations(act, dtype):
+    x, bias = (3 * torch.randn(2, 3, 37)).to(dtype), torch.randn(3).to(dtype)
+    check_bias_act(x, bias, act, clamp=None)
+    if dtype is torch.float32:  # what a rounded half type is clamped to is another element's
+        check_bias_act(x, bias, act, gain=-1.5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (7, 5), (3, 2100), (700, 3), (2, 3, 1300), (2, 70, 3, 5), (2, 3, 3, 5, 2), (0, 3, 4)]
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bias_act_shapes(shape, with_bias):
+    check_bias_act(torch.randn(shape), torch.randn(shape[1]) if with_bias else None, "swish")
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_bias_act_strides(form, with_bias):
+    x = strided(torch.randn(2, 5, 6, 4), form)
+    bias = torch.randn(10)[::2] if with_bias else None
+    for grad in (torch.randn(2, 5, 6, 4), strided(torch.randn(2, 5, 6, 4), form), torch.ones(()).expand(2, 5, 6, 4)):
+        check_bias_act(x, bias, "softplus", grad=grad)
+
+
+def test_bias_act_64_bit_offsets(monkeypatch):
+    plain = bias_act_kernels._seen
+    far = property(lambda self: True)
+    monkeypatch.setattr(bias_act_kernels.View, "far", far)
+    assert plain(None, torch.ones(2, 3))[0].far
+    check_bias_act(torch.randn(2, 3, 50), torch.randn(3), "elu")
+
+
+def test_bias_act_more_tiles_than_programs(monkeypatch):
+    monkeypatch.setattr(bias_act_kernels, "ROWS", 3)
+    check_bias_act(torch.randn(5, 2, 1500), torch.randn(2), "tanh")
+
+
+def test_bias_act_bias_of_another_dtype():
+    for x, bias in ((torch.randn(2, 3, 5).half(), torch.randn(3)), (torch.randn(2, 3, 5), torch.randn(3).bfloat16())):
+        y = compare(OPS["bias_act"], (x, bias, "lrelu", 0.2, 1.0, None), FORWARD[torch.float16])[0]
+        found = compare(OPS["bias_act_backward"], (torch.randn_like(x), x, bias, "lrelu", 0.2, 1.0, None), 1e-2)
+        assert [y.dtype, *(t.dtype for t in found)] == [x.dtype, x.dtype, bias.dtype]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_bias_act_extremes_element_by_element(act):
+    """Every element by itself: the tails are as exact as the middle."""
+    values = torch.cat([s * torch.logspace(-12, 1.9, 200) for s in (1.0, -1.0)]).reshape(1, 400)
+    op, options = OPS["bias_act"], (act, 0.2, 1.0, None)
+    y = op.kernels["triton"](values, None, *options)
+    exact = op.reference(values.double(), None, *options)
+    assert float(((y - exact) / exact.abs().clamp_min(1e-30)).abs().max()) < 2e-6
+
+
+def check_pixel_norm(x, eps=1e-8, grad=None):
+    compare(OPS["pixel_norm"], (x, eps), FORWARD[x.dtype])
+    compare(OPS["pixel_norm_backward"], (torch.randn_like(x) if grad is None else grad, x, eps), GRADIENT[x.dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "shape", [(1, 2), (7, 5), (3, 2100), (700, 3), (2, 130, 65), (2, 70, 3, 5), (2, 3, 3, 5, 2), (0, 3, 4)]
+)
+def test_pixel_norm_shapes(shape, dtype):
+    check_pixel_norm(torch.randn(shape).to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pixel_norm_strides(form):
+    x = strided(torch.randn(2, 5, 6, 4), form)
+    for grad in (torch.randn(2, 5, 6, 4), strided(torch.randn(2, 5, 6, 4), form), torch.ones(()).expand(2, 5, 6, 4)):
+        check_pixel_norm(x, 0.1, grad)
+
+
+def test_pixel_norm_more_channels_than_a_tile(monkeypatch):
+    monkeypatch.setattr(pixel_norm_kernels, "TILE", 64)
+    check_pixel_norm(torch.randn(2, 70, 9))
+    check_pixel_norm(torch.randn(2, 70, 3, 5).contiguous(memory_format=torch.channels_last))
+    check_pixel_norm(torch.randn(9, 70))
+
+
+def test_pixel_norm_64_bit_offsets(monkeypatch):
+    monkeypatch.setattr(pixel_norm_kernels.View, "far", property(lambda self: True))
+    check_pixel_norm(torch.randn(2, 70, 40))
+
+
+def check_minibatch_stddev(x, group_size=4, features=1, eps=1e-4, grad=None):
+    y = compare(OPS["minibatch_stddev"], (x, group_size, features, eps), FORWARD[x.dtype])[0]
+    grad = torch.randn_like(y) if grad is None else grad
+    compare(OPS["minibatch_stddev_backward"], (grad, x, group_size, features, eps), GRADIENT[x.dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("shape", "group_size", "features"),
+    [
+        ((1, 1), 4, 1), ((6, 5), 3, 1), ((4, 2100), 2, 2), ((8, 3, 37), 4, 3), ((4, 4, 1300), 2, 2), ((3, 70, 3, 5), 4, 1),
+        ((4, 6, 3, 5, 2), 1, 2), ((0, 3, 4), 4, 1), ((2, 3, 0), 4, 1),
+    ],
+)  # fmt: skip
+def test_minibatch_stddev_shapes(shape, group_size, features, dtype):
+    check_minibatch_stddev(torch.randn(shape).to(dtype), group_size, features)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_minibatch_stddev_strides(form):
+    x = strided(torch.randn(4, 6, 6, 4), form)
+    wide = torch.randn(4, 8, 6, 4)
+    for grad in (wide, strided(wide, form), torch.ones(()).expand(4, 8, 6, 4)):
+        check_minibatch_stddev(x, 2, 2, grad=grad)
+
+
+def test_minibatch_stddev_more_tiles_than_programs(monkeypatch):
+    monkeypatch.setattr(minibatch_stddev_kernels, "PARTS", 2)
+    check_minibatch_stddev(torch.randn(4, 4, 1300), 2, 2)
+
+
+def test_minibatch_stddev_64_bit_offsets(monkeypatch):
+    monkeypatch.setattr(minibatch_stddev_kernels.View, "far", property(lambda self: True))
+    check_minibatch_stddev(torch.randn(4, 6, 40), 2, 2)
+
+
+def test_minibatch_stddev_of_a_far_mean():
+    check_minibatch_stddev(4096 + torch.randint(-8, 8, (4, 3, 50)) / 64, eps=1e-8)
