@@ -137,6 +137,34 @@ struct GatedActivationArgs {
   int threads;
 };
 
+struct Upfirdn2dArgs {
+  bool is_double, separable, flip, channels_last;
+  const void *x, *filter;  // filter (fh, fw); where separable (fw,), along both axes
+  void* y;                 // dense in x's order
+  double gain;
+  int64_t n, c, h, w, oh, ow, fh, fw, upx, upy, downx, downy, padx0, pady0;
+  int64_t xn, xc, xh;  // strides; a row is contiguous: (W,) or, channels_last, (W, C)
+  int threads;
+};
+
+struct ChannelScaleArgs {
+  bool is_double, channels_last;
+  View x, grad;
+  const void *scale, *noise;  // (N, C); (N or 1, S) or null
+  int64_t noise_stride;       // between samples
+  void *y, *grad_scale, *grad_noise;  // backward: grad x, (N, C), (N, S) or null; dense, y in x's order
+  int64_t n, c, s;
+  int threads;
+};
+
+struct TapEnergyArgs {
+  bool is_double;
+  const void* weight;  // (rows, taps)
+  void* out;           // (rows,)
+  int64_t rows, taps;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -158,6 +186,10 @@ struct GatedActivationArgs {
   void logistic_mixture_sample(const LogisticMixtureArgs&); \
   void pixel_rnn(const PixelRnnArgs&);                      \
   void pixel_rnn_backward(const PixelRnnArgs&);             \
+  void upfirdn2d(const Upfirdn2dArgs&);                     \
+  void channel_scale(const ChannelScaleArgs&);              \
+  void channel_scale_backward(const ChannelScaleArgs&);     \
+  void tap_energy(const TapEnergyArgs&);                    \
   }
 
 GENFAST_DECLARE(base)

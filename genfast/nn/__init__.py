@@ -21,11 +21,12 @@ from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
+from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
 __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
     "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
     "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
     "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
-    "Squeeze", "weight_norm",
+    "Squeeze", "Downsample2d", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

@@ -22,11 +22,12 @@ from .invertible_conv1x1 import (
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .squeeze import squeeze
+from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "CRITIC_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
     "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
     "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
-    "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze",
+    "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze", "upfirdn2d",
 ]  # fmt: skip

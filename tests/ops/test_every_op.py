@@ -114,7 +114,7 @@ def _outputs(result):
 BATCHED = {
     "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "diagonal_lstm": (0,),
     "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "masked_conv": (0,), "row_lstm": (0,),
-    "squeeze": (0,),
+    "squeeze": (0,), "upfirdn2d": (0,),
 }  # fmt: skip
 
 
