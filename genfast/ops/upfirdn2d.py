@@ -279,7 +279,8 @@ def setup_filter(
         f = f / total
     if flip_filter:
         f = f.flip(tuple(range(f.dim())))
-    return (f * float(gain) ** (f.dim() / 2)).to(device)
+    scale: float = float(gain) ** (f.dim() / 2)  # a filter along both axes takes its root each time
+    return (f * scale).to(device)
 
 
 def filter2d(x: Tensor, filter: Tensor | None, *, padding: Pair = 0, flip_filter: bool = False, gain: float = 1.0) -> Tensor:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "masked_conv", "family"]
 
 
-RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv")]
+RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"), ("", "interpreted_upfirdn2d")]
 
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
