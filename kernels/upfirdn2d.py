@@ -79,6 +79,11 @@ def _shift(padding: int, up: int) -> tuple[int, int]:
     return whole * up - padding, whole
 
 
+def _options(elements: int, far: bool, taps: int) -> dict[str, int]:
+    """Taps along W are unrolled, and many of them need the registers that 64-bit addresses do."""
+    return options(elements, far or taps > 8, scattered=True)
+
+
 def _launch(
     x: Tensor, f: Tensor, shape: tuple[int, ...], dtype: torch.dtype, size: tuple[int, int], up: tuple[int, int],
     down: tuple[int, int], before: tuple[int, int], separable: bool, flip: bool, gain: float,
@@ -101,7 +106,7 @@ def _launch(
         x, f, y, *x.stride(), *y.stride(), c, x.shape[2], x.shape[3], oh, ow, shift_y, whole_y, shift_x, whole_x, gain,
         row_tiles, tiles, UX=up[0], UY=up[1], DX=down[0], DY=down[1], FH=size[1], FW=size[0], TAPS_Y=cdiv(size[1], up[1]),
         TAPS_X=cdiv(size[0], up[0]), SEPARABLE=separable, FLIP=flip, CHANNELS_LAST=last, FAR=far, BLOCK_R=block_r,
-        BLOCK_I=block_i, **options(block_r * block_i, far, scattered=True),
+        BLOCK_I=block_i, **_options(block_r * block_i, far, size[0]),
     )  # fmt: skip
     return y
 
@@ -130,7 +135,7 @@ def _variants() -> list[Aot]:
         constants = base | changed
         constants |= dict(FW=size[0], FH=size[1], TAPS_X=cdiv(size[0], constants["UX"]), TAPS_Y=cdiv(size[1], constants["UY"]))
         types = dict(x=f"*{kind}", y=f"*{kind}", f="*fp32", gain="fp32")
-        found.append(variant(label, _filter, types, constants, ones, **options(TILE, constants["FAR"], scattered=True)))
+        found.append(variant(label, _filter, types, constants, ones, **_options(TILE, constants["FAR"], size[0])))
 
     for kind in ("fp32", "bf16", "fp16"):
         for name, factors in (("up", dict(UX=2, UY=2)), ("down", dict(DX=2, DY=2, FLIP=True)), ("filter", {})):

@@ -19,8 +19,8 @@ class Upfirdn2d(nn.Module):
 
     Example:
         >>> import torch, genfast
-        >>> genfast.nn.Upfirdn2d([1, 3, 3, 1], up=2, padding=(2, 1), gain=4)(torch.randn(2, 3, 8, 8)).shape
-        torch.Size([2, 3, 15, 15])
+        >>> genfast.nn.Upfirdn2d([1, 3, 3, 1], up=2, padding=(2, 1, 2, 1), gain=4)(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     filter: Tensor

@@ -220,8 +220,8 @@ def upfirdn2d(
     Example:
         >>> import torch, genfast
         >>> f = genfast.ops.setup_filter([1, 3, 3, 1])
-        >>> genfast.ops.upfirdn2d(torch.randn(2, 3, 8, 8), f, up=2, padding=(2, 1), gain=4).shape
-        torch.Size([2, 3, 15, 15])
+        >>> genfast.ops.upfirdn2d(torch.randn(2, 3, 8, 8), f, up=2, padding=(2, 1, 2, 1), gain=4).shape
+        torch.Size([2, 3, 16, 16])
     """
     if filter is None:
         filter = torch.ones((1, 1), dtype=torch.float32, device=x.device)
