@@ -350,16 +350,6 @@ void bind_upfirdn2d(py::module_& m) {
 }
 
 void bind_modulated_conv(py::module_& m) {
-  m.def("channel_scale", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, Address scale, Address noise,
-                            int64_t noise_stride, Address y, int64_t n, int64_t c, int64_t s, bool channels_last,
-                            int threads) {
-    ChannelScaleArgs a{};
-    a.is_double = is_double, a.channels_last = channels_last, a.threads = threads;
-    a.x = view(x, xn, xc, xs);
-    a.scale = ptr<>(scale), a.noise = ptr<>(noise), a.noise_stride = noise_stride, a.y = ptr<>(y);
-    a.n = n, a.c = c, a.s = s;
-    GENFAST_CALL(channel_scale, a);
-  });
   m.def("channel_scale_backward", [](bool is_double, Address grad, int64_t gn, int64_t gc, int64_t gs, Address x, int64_t xn,
                                      int64_t xc, int64_t xs, Address scale, Address dx, Address grad_scale,
                                      Address grad_noise, int64_t n, int64_t c, int64_t s, bool channels_last, int threads) {
@@ -367,7 +357,7 @@ void bind_modulated_conv(py::module_& m) {
     a.is_double = is_double, a.channels_last = channels_last, a.threads = threads;
     a.grad = view(grad, gn, gc, gs);
     a.x = view(x, xn, xc, xs);
-    a.scale = ptr<>(scale), a.y = ptr<>(dx), a.grad_scale = ptr<>(grad_scale), a.grad_noise = ptr<>(grad_noise);
+    a.scale = ptr<>(scale), a.dx = ptr<>(dx), a.grad_scale = ptr<>(grad_scale), a.grad_noise = ptr<>(grad_noise);
     a.n = n, a.c = c, a.s = s;
     GENFAST_CALL(channel_scale_backward, a);
   });

@@ -150,9 +150,8 @@ struct Upfirdn2dArgs {
 struct ChannelScaleArgs {
   bool is_double, channels_last;
   View x, grad;
-  const void *scale, *noise;  // (N, C); (N or 1, S) or null
-  int64_t noise_stride;       // between samples
-  void *y, *grad_scale, *grad_noise;  // backward: grad x, (N, C), (N, S) or null; dense, y in x's order
+  const void* scale;                     // (N, C)
+  void *dx, *grad_scale, *grad_noise;    // dense in x's order, (N, C), (N, S) or null
   int64_t n, c, s;
   int threads;
 };
@@ -187,7 +186,6 @@ struct TapEnergyArgs {
   void pixel_rnn(const PixelRnnArgs&);                      \
   void pixel_rnn_backward(const PixelRnnArgs&);             \
   void upfirdn2d(const Upfirdn2dArgs&);                     \
-  void channel_scale(const ChannelScaleArgs&);              \
   void channel_scale_backward(const ChannelScaleArgs&);     \
   void tap_energy(const TapEnergyArgs&);                    \
   }

@@ -1,8 +1,8 @@
 // What a modulated convolution (StyleGAN2 1912.04958 sec. 2.2, eq. 1-3) needs beside its convolution.
 //
-// channel_scale: y[n, c, s] = a[n, c] x[n, c, s] (+ noise[n, s]), s the position. Backward: dx = a d, da = sum_s d x,
-//   dnoise = sum_c d, all in one pass. Reads x and writes y (8 bytes an element in float), the backward reads d and x and
-//   writes dx (12). Bound by memory bandwidth.
+// channel_scale_backward, of y[n, c, s] = a[n, c] x[n, c, s] (+ noise[n, s]), s the position: dx = a d, da = sum_s d x and
+//   dnoise = sum_c d in one pass, which reads d and x and writes dx (12 bytes an element in float). Bound by memory bandwidth.
+//   The forward is one call of the library, which a kernel did not beat.
 // tap_energy: q[r] = sum_k w[r, k]^2 over the taps of each pair of channels: one pass over w (4 bytes an element), which the
 //   demodulation 1 / sqrt(sum_i a_i^2 q_oi + eps) needs in place of a weight for every sample.
 // Sums run in T along at most kChunk elements and in double across them, over groups that do not depend on the thread count.
@@ -23,43 +23,11 @@ const T* at(const View& v, int64_t n, int64_t c, int64_t s) {
   return static_cast<const T*>(v.data) + n * v.n + c * v.c + s * v.s;
 }
 
-template <class T>
-void forward(const ChannelScaleArgs& a) {
-  const T *scale = static_cast<const T*>(a.scale), *noise = static_cast<const T*>(a.noise);
-  T* y = static_cast<T*>(a.y);
-  const int threads = a.n * a.c * a.s < kSerial ? 1 : a.threads;
-  if (!a.channels_last) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < a.n * a.c; ++row) {
-      const int64_t n = row / a.c;
-      const T *x = at<T>(a.x, n, row % a.c, 0), m = scale[row];
-      T* out = y + row * a.s;
-      if (noise) {
-        const T* add = noise + n * a.noise_stride;
-#pragma omp simd
-        for (int64_t i = 0; i < a.s; ++i) out[i] = x[i] * m + add[i];
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < a.s; ++i) out[i] = x[i] * m;
-      }
-    }
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t p = 0; p < a.n * a.s; ++p) {
-    const int64_t n = p / a.s;
-    const T *x = at<T>(a.x, n, 0, p % a.s), *m = scale + n * a.c, add = noise ? noise[n * a.noise_stride + p % a.s] : T(0);
-    T* out = y + p * a.c;
-#pragma omp simd
-    for (int64_t c = 0; c < a.c; ++c) out[c] = x[c] * m[c] + add;
-  }
-}
-
 // One chunk of the positions of one sample: its dx, its sums over channels, and its part of the sums over positions.
 template <class T>
 void backward_chunk(const ChannelScaleArgs& a, int64_t n, int64_t from, int64_t count, T* dnoise, double* sum) {
   const T* scale = static_cast<const T*>(a.scale) + n * a.c;
-  T* dx = static_cast<T*>(a.y);
+  T* dx = static_cast<T*>(a.dx);
   if (a.channels_last) {
     for (int64_t i = 0; i < count; ++i) {
       const T *x = at<T>(a.x, n, 0, from + i), *d = at<T>(a.grad, n, 0, from + i);
@@ -144,8 +112,6 @@ void energies(const TapEnergyArgs& a) {
 }
 
 }  // namespace
-
-void channel_scale(const ChannelScaleArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
 
 void channel_scale_backward(const ChannelScaleArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
 

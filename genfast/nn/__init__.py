@@ -18,6 +18,7 @@ from .bijection import Bijection, FlowSequential
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
+from .modulated_conv import ModulatedConv2d
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
@@ -28,5 +29,5 @@ __all__ = [
     "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
     "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
     "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
-    "Squeeze", "Downsample2d", "Upfirdn2d", "Upsample2d", "weight_norm",
+    "Squeeze", "Downsample2d", "ModulatedConv2d", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from .gated_activation import gated_activation
 from .gradient_penalty import CriticStep, critic_step, gradient_penalty
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
+from .modulated_conv import modulated_conv2d
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .squeeze import squeeze, unsqueeze
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
@@ -16,5 +17,5 @@ __all__ = [
     "actnorm", "actnorm_conv1x1", "affine_coupling", "CriticStep", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
     "masked_conv3d", "PLU", "row_lstm", "squeeze", "unsqueeze",
-    "downsample2d", "filter2d", "setup_filter", "upfirdn2d", "upsample2d",
+    "downsample2d", "filter2d", "setup_filter", "modulated_conv2d", "upfirdn2d", "upsample2d",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from .invertible_conv1x1 import (
     plu_weight_backward,
 )
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
+from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .squeeze import squeeze
 from .upfirdn2d import upfirdn2d
@@ -30,4 +31,5 @@ __all__ = [
     "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
     "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
     "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze", "upfirdn2d",
+    "channel_scale", "channel_scale_backward", "modulated_conv2d", "tap_energy",
 ]  # fmt: skip
