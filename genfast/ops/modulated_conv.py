@@ -52,23 +52,17 @@ def _library_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
     return torch.addcmul(noise.to(x.dtype), x, spread, out=y)
 
 
-def _fake_scale_backward(
-    grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dnoise = x.new_empty(0) if noise is None else torch.empty_like(noise, memory_format=torch.contiguous_format)
     return torch.empty_like(x, memory_format=memory_format(x)), scale.new_empty(scale.shape), dnoise
 
 
-def _reference_scale_backward(
-    grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dx, dscale, dnoise = reference.channel_scale_backward(grad_y, x, scale, noise)
     return dx.contiguous(memory_format=memory_format(x)), dscale, dnoise
 
 
-def _cpu_scale_backward(
-    grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype
     x, a = laid_out(x)
     grad_y, g = laid_out(grad_y.to(dtype), a)

@@ -43,9 +43,7 @@ def channel_scale(x: Tensor, scale: Tensor, noise: Tensor | None = None) -> Tens
     return (y if noise is None else y + noise.to(wide.dtype)).to(x.dtype)
 
 
-def channel_scale_backward(
-    grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def channel_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dnoise); dnoise is empty where there is no noise."""
     wide = x if x.element_size() >= 4 else x.float()
     d = grad_y.to(wide.dtype)
