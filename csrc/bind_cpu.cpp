@@ -462,6 +462,32 @@ void bind_activation(py::module_& m) {
     a.x = ptr<>(x), a.grad = ptr<>(grad), a.tangent = ptr<>(tangent), a.cotangent = ptr<>(cotangent), a.y = ptr<>(y);
     a.size = size, a.kind = kind, a.threads = threads;
     GENFAST_CALL(activation, a);
+void bind_upfirdn2d(py::module_& m) {
+  m.def("upfirdn2d", [](Address x, Address filter, Address y, double gain, int threads, bool is_double, bool separable,
+                        bool flip, bool channels_last, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh, int64_t ow,
+                        int64_t fh, int64_t fw, int64_t upx, int64_t upy, int64_t downx, int64_t downy, int64_t padx0,
+                        int64_t pady0, int64_t xn, int64_t xc, int64_t xh) {
+    Upfirdn2dArgs a{is_double, separable, flip, channels_last, ptr<>(x), ptr<>(filter), ptr<>(y), gain, n, c, h, w, oh, ow,
+                    fh, fw, upx, upy, downx, downy, padx0, pady0, xn, xc, xh, threads};
+    GENFAST_CALL(upfirdn2d, a);
+  });
+}
+
+void bind_modulated_conv(py::module_& m) {
+  m.def("channel_scale_backward", [](bool is_double, Address grad, int64_t gn, int64_t gc, int64_t gs, Address x, int64_t xn,
+                                     int64_t xc, int64_t xs, Address scale, Address dx, Address grad_scale,
+                                     Address grad_noise, int64_t n, int64_t c, int64_t s, bool channels_last, int threads) {
+    ChannelScaleArgs a{};
+    a.is_double = is_double, a.channels_last = channels_last, a.threads = threads;
+    a.grad = view(grad, gn, gc, gs);
+    a.x = view(x, xn, xc, xs);
+    a.scale = ptr<>(scale), a.dx = ptr<>(dx), a.grad_scale = ptr<>(grad_scale), a.grad_noise = ptr<>(grad_noise);
+    a.n = n, a.c = c, a.s = s;
+    GENFAST_CALL(channel_scale_backward, a);
+  });
+  m.def("tap_energy", [](bool is_double, Address weight, Address out, int64_t rows, int64_t taps, int threads) {
+    TapEnergyArgs a{is_double, ptr<>(weight), ptr<>(out), rows, taps, threads};
+    GENFAST_CALL(tap_energy, a);
   });
 }
 
@@ -484,4 +510,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_bias_act(m);
   bind_pixel_norm(m);
   bind_minibatch_stddev(m);
+  bind_upfirdn2d(m);
+  bind_modulated_conv(m);
 }

@@ -22,11 +22,15 @@ def test_every_family_of_ops_has_a_case():
         "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
         "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
 <<<<<<< HEAD
+<<<<<<< HEAD
         "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step",
 =======
         "sample pixelcnnpp", "sample wavenet", "bias_act", "pixel_norm",
         "minibatch_stddev",
 >>>>>>> h2
+=======
+        "sample pixelcnnpp", "sample wavenet", "upfirdn2d", "modulated_conv2d",
+>>>>>>> h3
     ):  # fmt: skip
         assert family in names
     for case in cases():

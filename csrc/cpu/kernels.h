@@ -197,6 +197,30 @@ struct MinibatchStddevArgs {
   int64_t n, c, s, group, features;
   double eps;
   bool channels_last;
+struct Upfirdn2dArgs {
+  bool is_double, separable, flip, channels_last;
+  const void *x, *filter;  // filter (fh, fw); where separable (fw,), along both axes
+  void* y;                 // dense in x's order
+  double gain;
+  int64_t n, c, h, w, oh, ow, fh, fw, upx, upy, downx, downy, padx0, pady0;
+  int64_t xn, xc, xh;  // strides; a row is contiguous: (W,) or, channels_last, (W, C)
+  int threads;
+};
+
+struct ChannelScaleArgs {
+  bool is_double, channels_last;
+  View x, grad;
+  const void* scale;                     // (N, C)
+  void *dx, *grad_scale, *grad_noise;    // dense in x's order, (N, C), (N, S) or null
+  int64_t n, c, s;
+  int threads;
+};
+
+struct TapEnergyArgs {
+  bool is_double;
+  const void* weight;  // (rows, taps)
+  void* out;           // (rows,)
+  int64_t rows, taps;
   int threads;
 };
 
@@ -231,6 +255,9 @@ struct MinibatchStddevArgs {
   void activation(const ActivationArgs&);                   \
   void pixel_rnn(const PixelRnnArgs&);                      \
   void pixel_rnn_backward(const PixelRnnArgs&);             \
+  void upfirdn2d(const Upfirdn2dArgs&);                     \
+  void channel_scale_backward(const ChannelScaleArgs&);     \
+  void tap_energy(const TapEnergyArgs&);                    \
   }
 
 GENFAST_DECLARE(base)

@@ -22,9 +22,11 @@ from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .minibatch_stddev import MinibatchStddev
 from .pixel_norm import PixelNorm
+from .modulated_conv import ModulatedConv2d
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
 from .squeeze import Split, Squeeze
+from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
 __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "CriticStep", "DiagonalBiLSTM",
@@ -36,4 +38,6 @@ __all__ = [
     "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
     "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchStddev", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
     "Squeeze", "weight_norm",
+    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
+    "Squeeze", "Downsample2d", "ModulatedConv2d", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

@@ -20,8 +20,10 @@ from .linear import linear, linear_input, linear_weight
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
 from .minibatch_stddev import minibatch_stddev
 from .pixel_norm import pixel_norm
+from .modulated_conv import modulated_conv2d
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .squeeze import squeeze, unsqueeze
+from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
     "actnorm", "actnorm_conv1x1", "affine_coupling", "CriticLoss", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
@@ -32,4 +34,5 @@ __all__ = [
     "actnorm", "actnorm_conv1x1", "affine_coupling", "bias_act", "CriticStep", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
     "masked_conv3d", "minibatch_stddev", "pixel_norm", "PLU", "row_lstm", "squeeze", "unsqueeze",
+    "downsample2d", "filter2d", "setup_filter", "modulated_conv2d", "upfirdn2d", "upsample2d",
 ]  # fmt: skip

@@ -25,8 +25,10 @@ from .linear import linear, linear_input, linear_weight
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
 from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
 from .pixel_norm import pixel_norm, pixel_norm_backward
+from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .squeeze import squeeze
+from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "CRITIC_LOSSES", "GENERATOR_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
@@ -40,4 +42,7 @@ __all__ = [
     "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze",
     "SLOPES", "activation_chain", "activation_second", "apply_bits", "leaky_relu_bits", "linear", "linear_input",
     "linear_weight",
+    "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
+    "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze", "upfirdn2d",
+    "channel_scale", "channel_scale_backward", "modulated_conv2d", "tap_energy",
 ]  # fmt: skip

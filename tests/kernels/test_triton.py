@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "masked_conv", "family"]
 
 
+<<<<<<< HEAD
 RUNS = [
 <<<<<<< HEAD
     *((f, "interpreted") for f in FAMILIES),
@@ -34,6 +35,9 @@ RUNS = [
     *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
 ]  # fmt: skip
 >>>>>>> h2
+=======
+RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"), ("", "interpreted_upfirdn2d")]
+>>>>>>> h3
 
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:

@@ -120,6 +120,9 @@ BATCHED = {
     "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "masked_conv": (0,),
     "minibatch_stddev": (0,), "pixel_norm": (0,), "row_lstm": (0,),
     "squeeze": (0,),
+    "affine_coupling": (0, 1), "actnorm": (0,), "channel_mix": (0, 1), "diagonal_lstm": (0,),
+    "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1), "masked_conv": (0,), "row_lstm": (0,),
+    "squeeze": (0,), "upfirdn2d": (0,), "channel_scale": (0, 1, 2), "tap_energy": (0,),
 }  # fmt: skip
 
 
@@ -163,6 +166,8 @@ def test_opcheck(op, sample):
             if op.name in ("affine_coupling", "actnorm", "bias_act", "pixel_norm", "plu_weight", "gated_activation")
             else None
         )
+        plain = ("affine_coupling", "actnorm", "plu_weight", "gated_activation", "channel_scale")
+        rest = args if op.name in plain else None
         if op.name == "masked_conv":
             x, weight, _, *options = args
             rest = [x, weight, out[0], *options, [True, True, True]]
