@@ -18,14 +18,16 @@ from .bijection import Bijection, FlowSequential
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
+from .minibatch_discrimination import MinibatchDiscrimination
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
+from .spectral_norm import spectral_norm
 from .squeeze import Split, Squeeze
 
 __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
     "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
     "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
-    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
-    "Squeeze", "weight_norm",
+    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination", "ReversibleSequential", "RowLSTM",
+    "ScaleLevels", "Shift", "Split", "Squeeze", "spectral_norm", "weight_norm",
 ]  # fmt: skip

@@ -22,7 +22,13 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "masked_conv", "family"]
 
 
-RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv")]
+PENALTY = ["interpolate", "sample_norm", "spectral_norm", "minibatch_discrimination", "64_bit"]
+
+RUNS = [
+    *((f, "interpreted") for f in FAMILIES),
+    ("masked_conv", "interpreted_masked_conv"),
+    *((f, "interpreted_penalty") for f in PENALTY),
+]
 
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
