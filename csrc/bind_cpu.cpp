@@ -488,6 +488,56 @@ void bind_modulated_conv(py::module_& m) {
   m.def("tap_energy", [](bool is_double, Address weight, Address out, int64_t rows, int64_t taps, int threads) {
     TapEnergyArgs a{is_double, ptr<>(weight), ptr<>(out), rows, taps, threads};
     GENFAST_CALL(tap_energy, a);
+void bind_interpolate(py::module_& m) {
+  m.def("interpolate_backward", [](bool is_double, Address grad, Address real, Address fake, Address epsilon,
+                                   Address grad_real, Address grad_fake, Address grad_epsilon, int threads, int64_t n,
+                                   int64_t d, int64_t grad_stride, int64_t real_stride, int64_t fake_stride) {
+    InterpolateArgs a{};
+    a.is_double = is_double, a.grad = ptr<>(grad), a.real = ptr<>(real), a.fake = ptr<>(fake), a.epsilon = ptr<>(epsilon);
+    a.grad_real = ptr<>(grad_real), a.grad_fake = ptr<>(grad_fake), a.grad_epsilon = ptr<>(grad_epsilon);
+    a.n = n, a.d = d, a.grad_stride = grad_stride, a.real_stride = real_stride, a.fake_stride = fake_stride;
+    a.threads = threads;
+    GENFAST_CALL(interpolate_backward, a);
+  });
+}
+
+void bind_sample_norm(py::module_& m) {
+  m.def("sample_norm", [](bool is_double, bool squared, Address x, Address out, int threads, int64_t n, int64_t d,
+                          int64_t x_stride) {
+    SampleNormArgs a{is_double, squared, ptr<>(x), nullptr, nullptr, ptr<>(out), n, d, x_stride, threads};
+    GENFAST_CALL(sample_norm, a);
+  });
+  m.def("sample_norm_backward", [](bool is_double, bool squared, Address grad, Address x, Address norm, Address dx, int threads,
+                                   int64_t n, int64_t d, int64_t x_stride) {
+    SampleNormArgs a{is_double, squared, ptr<>(x), ptr<>(grad), ptr<>(norm), ptr<>(dx), n, d, x_stride, threads};
+    GENFAST_CALL(sample_norm_backward, a);
+  });
+}
+
+void bind_spectral_norm(py::module_& m) {
+  m.def("spectral_norm", [](bool is_double, Address weight, Address u, Address v, Address sigma, Address out, bool from_v,
+                            int64_t iterations, double eps, int64_t a_size, int64_t h, int64_t b, int threads) {
+    SpectralNormArgs a{};
+    a.is_double = is_double, a.from_v = from_v, a.weight = ptr<>(weight), a.u = ptr<>(u), a.v = ptr<>(v);
+    a.sigma = ptr<>(sigma), a.out = ptr<>(out), a.iterations = iterations, a.eps = eps;
+    a.a = a_size, a.h = h, a.b = b, a.threads = threads;
+    GENFAST_CALL(spectral_norm, a);
+  });
+  m.def("spectral_norm_backward", [](bool is_double, Address grad, Address grad_sigma, Address weight, Address u, Address v,
+                                     Address sigma, Address dweight, int64_t a_size, int64_t h, int64_t b, int threads) {
+    SpectralNormArgs a{};
+    a.is_double = is_double, a.weight = ptr<>(weight), a.grad = ptr<>(grad), a.grad_sigma = ptr<>(grad_sigma);
+    a.u = ptr<>(u), a.v = ptr<>(v), a.sigma = ptr<>(sigma), a.out = ptr<>(dweight);
+    a.a = a_size, a.h = h, a.b = b, a.threads = threads;
+    GENFAST_CALL(spectral_norm_backward, a);
+  });
+}
+
+void bind_minibatch_discrimination(py::module_& m) {
+  m.def("pairwise_l1", [](bool is_double, bool include_self, Address x, Address grad, Address tangent, Address out,
+                          Address grad_m, int64_t n, int64_t b, int64_t c, int threads) {
+    PairwiseL1Args a{is_double, include_self, ptr<>(x), ptr<>(grad), ptr<>(tangent), ptr<>(out), ptr<>(grad_m), n, b, c, threads};
+    GENFAST_CALL(pairwise_l1, a);
   });
 }
 
@@ -512,4 +562,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind_minibatch_stddev(m);
   bind_upfirdn2d(m);
   bind_modulated_conv(m);
+  bind_interpolate(m);
+  bind_sample_norm(m);
+  bind_spectral_norm(m);
+  bind_minibatch_discrimination(m);
 }

@@ -23,6 +23,7 @@ def test_every_family_of_ops_has_a_case():
         "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
 <<<<<<< HEAD
 <<<<<<< HEAD
+<<<<<<< HEAD
         "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step",
 =======
         "sample pixelcnnpp", "sample wavenet", "bias_act", "pixel_norm",
@@ -31,6 +32,9 @@ def test_every_family_of_ops_has_a_case():
 =======
         "sample pixelcnnpp", "sample wavenet", "upfirdn2d", "modulated_conv2d",
 >>>>>>> h3
+=======
+        "sample pixelcnnpp", "sample wavenet", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm",
+>>>>>>> h4
     ):  # fmt: skip
         assert family in names
     for case in cases():

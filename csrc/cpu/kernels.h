@@ -221,6 +221,38 @@ struct TapEnergyArgs {
   const void* weight;  // (rows, taps)
   void* out;           // (rows,)
   int64_t rows, taps;
+// In the two below a sample is a run of d dense elements, and samples lie *_stride apart.
+struct InterpolateArgs {
+  bool is_double;
+  const void *real, *fake, *grad, *epsilon;
+  void *grad_real, *grad_fake, *grad_epsilon;  // null where not wanted; dense
+  int64_t n, d, real_stride, fake_stride, grad_stride;
+  int threads;
+};
+
+struct SampleNormArgs {
+  bool is_double, squared;
+  const void *x, *grad, *norm;  // grad, norm: (N,), backward only
+  void* out;                    // (N,) forward, grad x backward, dense
+  int64_t n, d, x_stride;
+  int threads;
+};
+
+struct SpectralNormArgs {
+  bool is_double, from_v;          // from_v: an iteration updates u first
+  const void *weight, *grad;       // dense (a, h, b): row h, column a * b's size + b; grad: backward only
+  void *u, *v, *sigma, *out;       // u (h,), v (a * b,): read and written forward, read backward
+  const void* grad_sigma;          // null: none
+  int64_t a, h, b, iterations;
+  double eps;
+  int threads;
+};
+
+struct PairwiseL1Args {
+  bool is_double, include_self;
+  const void *m, *grad, *tangent;  // dense (n, b, c), (n, b), (n, b, c); grad: backward; tangent: second backward only
+  void *out, *grad_m;              // (n, b): sums, or in the second backward the gradient of grad; (n, b, c)
+  int64_t n, b, c;
   int threads;
 };
 
@@ -258,6 +290,12 @@ struct TapEnergyArgs {
   void upfirdn2d(const Upfirdn2dArgs&);                     \
   void channel_scale_backward(const ChannelScaleArgs&);     \
   void tap_energy(const TapEnergyArgs&);                    \
+  void interpolate_backward(const InterpolateArgs&);        \
+  void sample_norm(const SampleNormArgs&);                  \
+  void sample_norm_backward(const SampleNormArgs&);         \
+  void spectral_norm(const SpectralNormArgs&);              \
+  void spectral_norm_backward(const SpectralNormArgs&);     \
+  void pairwise_l1(const PairwiseL1Args&);                  \
   }
 
 GENFAST_DECLARE(base)

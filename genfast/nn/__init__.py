@@ -23,8 +23,10 @@ from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .minibatch_stddev import MinibatchStddev
 from .pixel_norm import PixelNorm
 from .modulated_conv import ModulatedConv2d
+from .minibatch_discrimination import MinibatchDiscrimination
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
+from .spectral_norm import spectral_norm
 from .squeeze import Split, Squeeze
 from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
@@ -40,4 +42,6 @@ __all__ = [
     "Squeeze", "weight_norm",
     "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
     "Squeeze", "Downsample2d", "ModulatedConv2d", "Upfirdn2d", "Upsample2d", "weight_norm",
+    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination", "ReversibleSequential", "RowLSTM",
+    "ScaleLevels", "Shift", "Split", "Squeeze", "spectral_norm", "weight_norm",
 ]  # fmt: skip

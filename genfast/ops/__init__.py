@@ -15,13 +15,18 @@ from .categorical_nll import categorical_nll
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
+from .gradient_penalty import CriticStep, critic_step, gradient_penalty
+from .interpolate import interpolate
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .linear import linear, linear_input, linear_weight
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
 from .minibatch_stddev import minibatch_stddev
 from .pixel_norm import pixel_norm
 from .modulated_conv import modulated_conv2d
+from .minibatch_discrimination import minibatch_discrimination, pairwise_l1_kernel_sum
 from .pixel_rnn import diagonal_lstm, row_lstm
+from .sample_norm import sample_norm
+from .spectral_norm import spectral_norm
 from .squeeze import squeeze, unsqueeze
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
@@ -35,4 +40,6 @@ __all__ = [
     "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
     "masked_conv3d", "minibatch_stddev", "pixel_norm", "PLU", "row_lstm", "squeeze", "unsqueeze",
     "downsample2d", "filter2d", "setup_filter", "modulated_conv2d", "upfirdn2d", "upsample2d",
+    "interpolate", "masked_conv3d", "minibatch_discrimination", "PLU", "pairwise_l1_kernel_sum", "row_lstm",
+    "sample_norm", "spectral_norm", "squeeze", "unsqueeze",
 ]  # fmt: skip

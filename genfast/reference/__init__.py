@@ -13,6 +13,8 @@ from .discretized_logistic_mixture import (
 )
 from .gated_activation import gated_activation, gated_activation_backward
 from .gradient_penalty import gradient_penalty, penalty_of_norms, penalty_points
+from .gradient_penalty import gradient_penalty, penalty_of_norms
+from .interpolate import interpolate, interpolate_backward
 from .invertible_conv1x1 import (
     channel_mix,
     channel_mix_backward,
@@ -26,7 +28,15 @@ from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backw
 from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
 from .pixel_norm import pixel_norm, pixel_norm_backward
 from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
+from .minibatch_discrimination import (
+    minibatch_discrimination,
+    pairwise_l1_kernel_sum,
+    pairwise_l1_kernel_sum_backward,
+    pairwise_l1_kernel_sum_second_backward,
+)
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
+from .sample_norm import sample_norm, sample_norm_backward
+from .spectral_norm import spectral_norm, spectral_norm_backward
 from .squeeze import squeeze
 from .upfirdn2d import upfirdn2d
 
@@ -45,4 +55,6 @@ __all__ = [
     "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
     "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze", "upfirdn2d",
     "channel_scale", "channel_scale_backward", "modulated_conv2d", "tap_energy",
+    "interpolate", "interpolate_backward", "minibatch_discrimination", "pairwise_l1_kernel_sum",
+    "pairwise_l1_kernel_sum_backward", "pairwise_l1_kernel_sum_second_backward", "sample_norm", "sample_norm_backward", "spectral_norm", "spectral_norm_backward",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activ
 
 
 <<<<<<< HEAD
+<<<<<<< HEAD
 RUNS = [
 <<<<<<< HEAD
     *((f, "interpreted") for f in FAMILIES),
@@ -38,6 +39,15 @@ RUNS = [
 =======
 RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"), ("", "interpreted_upfirdn2d")]
 >>>>>>> h3
+=======
+PENALTY = ["interpolate", "sample_norm", "spectral_norm", "minibatch_discrimination", "64_bit"]
+
+RUNS = [
+    *((f, "interpreted") for f in FAMILIES),
+    ("masked_conv", "interpreted_masked_conv"),
+    *((f, "interpreted_penalty") for f in PENALTY),
+]
+>>>>>>> h4
 
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:

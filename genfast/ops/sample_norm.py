@@ -1,0 +1,117 @@
+"""ops.sample_norm: the Euclidean norm of each sample, with derivatives that are zero where a sample is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from . import _check
+from ._layout import memory_format
+from ._rows import per_batch, rows
+
+_NAME = "sample_norm"
+_CPU: Any = _backend.extension("_cpu")[0]
+
+
+def _check_forward(x: Tensor, squared: bool) -> None:
+    _check.floating(_NAME, x=x)
+    if x.dim() < 2:
+        raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, ...)")
+
+
+def _fake(x: Tensor, squared: bool) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=x.dtype if x.element_size() >= 4 else torch.float32)
+
+
+def _fake_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _cpu(x: Tensor, squared: bool) -> Tensor:
+    if x.dim() < 2 or not x.dtype.is_floating_point:
+        _check_forward(x, squared)
+    x, r = rows(x)
+    out = x.new_empty(r.n)
+    _CPU.sample_norm(
+        x.dtype is torch.float64, squared, x.data_ptr(), out.data_ptr(), torch.get_num_threads(), r.n, r.size, r.stride
+    )
+    return out
+
+
+def _cpu_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> Tensor:
+    x, r = rows(x)
+    grad, norm = per_batch(grad, x.dtype), per_batch(norm, x.dtype)
+    dx = r.layout.empty_like(x)
+    _CPU.sample_norm_backward(
+        x.dtype is torch.float64, squared, grad.data_ptr(), x.data_ptr(), norm.data_ptr(), dx.data_ptr(),
+        torch.get_num_threads(), r.n, r.size, r.stride,
+    )  # fmt: skip
+    return dx
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.squared = inputs
+    ctx.save_for_backward(x, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, norm = ctx.saved_tensors
+    return _OP_BACKWARD(x, norm, grad, ctx.squared), None
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape in (("images", (3, 5, 4, 7)), ("vectors", (6, 9)), ("sequences", (2, 3, 11))):
+        for squared in (False, True):
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            yield Sample(f"{label}{' squared' if squared else ''}", (x, squared))
+
+
+_OP_BACKWARD = Op(
+    "sample_norm_backward(Tensor x, Tensor norm, Tensor grad, bool squared) -> Tensor",
+    reference=reference.sample_norm_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
+)
+
+OP = Op(
+    "sample_norm(Tensor x, bool squared) -> Tensor",
+    reference=reference.sample_norm,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def sample_norm(x: Tensor, *, squared: bool = False) -> Tensor:
+    """The Euclidean norm of each sample, over all axes but the first.
+
+    The gradient is x / |x|, and zero at a sample that is zero, as are all higher derivatives there; never NaN. Squares are
+    added in float64, so no float32 value is too large or too small, in an order that the number of threads does not change.
+
+    Args:
+        x: (N, ...) floating point.
+        squared: gives |x|^2 = sum x^2, whose gradient is 2 x everywhere.
+
+    Returns:
+        (N,), float32 for half-precision x; differentiable to any order.
+
+    Raises:
+        TypeError, ValueError: integers, or a scalar.
+
+    Source: WGAN-GP (arXiv:1704.00028, equation 3: the norm is each sample's own).
+
+    Example:
+        >>> import torch, genfast
+        >>> genfast.ops.sample_norm(torch.ones(2, 4, 2, 2))
+        tensor([4., 4.])
+    """
+    result: Tensor = OP(x.unsqueeze(1) if isinstance(x, Tensor) and x.dim() == 1 else x, squared)
+    return result
