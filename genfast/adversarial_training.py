@@ -387,5 +387,7 @@ def train(
     if isinstance(data, Points) and data.centres is not None:
         scores = metrics.mode_scores(trainer.sample(10_000), data.centres, data.std)
         written |= {"modes": len(data.centres)} | scores._asdict()
-    training.write_text(out / "metrics.json", json.dumps(written, indent=2) + "\n")
-    return written
+    text = json.dumps(written, indent=2) + "\n"
+    training.write_text(out / "metrics.json", text)
+    read: dict[str, Any] = json.loads(text)
+    return read

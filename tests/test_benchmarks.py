@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -109,3 +110,34 @@ def test_a_provider_that_takes_minutes_is_called_once():
     assert found["reference"]["rounds"] == 1
     assert found["reference"]["peak_bytes"] is None
     assert found["reference"]["times_genfast"] > 0
+
+
+def test_the_25_gaussians_run_side_by_side_on_the_same_numbers(tmp_path, capsys):
+    import torch
+
+    from benchmarks import gaussians
+
+    threads = torch.get_num_threads()
+    try:
+        words = ["--minutes", "0.01", "--turn", "0.2", "--threads", "1", "--hidden", "8", "--out", str(tmp_path)]
+        assert gaussians.main(words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    results = json.loads(file.read_text())
+    assert list(results["runs"]) == ["genfast", "plain PyTorch", "vanilla GAN"]
+    assert results["weights_apart_after_3_iterations"] < 1e-3
+    for name, one in results["runs"].items():
+        assert name in said
+        assert one["iterations_per_second"] > 0
+        seconds = [at["seconds"] for at in one["curve"]]
+        assert seconds == sorted(seconds)
+        assert seconds[-1] >= 0.6
+        assert all(0 <= at["covered"] <= 25 for at in one["curve"])
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    real = gaussians.data.points("25gaussians")
+    assert gaussians.nearest(real.test, real) == pytest.approx(math.sqrt(2 * math.log(2)), rel=0.02)
+    falling = [{"seconds": s, "nearest": d} for s, d in enumerate((3.0, 0.9, 2.0, 0.8, 0.7, 0.6))]
+    assert gaussians.reached(falling, 1.0) == 3
+    assert gaussians.reached(falling, 0.5) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -73,6 +75,12 @@ def test_train_then_sample(tmp_path, capsys):
         (["verify", "--op", "nothing"], "op='nothing', expected one of"),
         (["verify", "--device", "cuda"], "no CUDA GPU is visible"),
         (["train", "glow", "--levels", "5", "--steps", "1"], "multiples of 2"),
+        (["train", "glow", "--loss", "hinge", "--penalty-weight", "1"], "glow takes no --loss, --penalty-weight"),
+        (["train", "glow", "--data", "8gaussians"], "are points"),
+        (["train", "dcgan", "--data", "25gaussians"], "expected square images"),
+        (["train", "cgan", "--data", "photos"], "cgan needs labels, and photos has none"),
+        (["train", "gan", "--levels", "2"], "gan takes no --levels"),
+        (["train", "gan", "--lazy", "0"], "lazy=0, expected at least 1"),
     ],
 )
 def test_errors_are_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
@@ -96,3 +104,52 @@ def test_the_demo_compares_and_draws(tmp_path, capsys):
     for name in ("samples", "data", "loss", "interpolation"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 200
+
+
+def test_train_and_sample_a_gan_on_points(tmp_path, capsys):
+    run, picture = tmp_path / "run", tmp_path / "samples.png"
+    words = [
+        "train",
+        "wgan-gp",
+        "--data",
+        "25gaussians",
+        "--out",
+        str(run),
+        "--steps",
+        "2",
+        "--hidden",
+        "8",
+        "--batch-size",
+        "16",
+    ]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "2 steps, critic" in said
+    assert "of 25 modes" in said
+    assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "100"]) == 0
+    with Image.open(picture) as image:
+        assert min(image.size) > 400
+    assert cli.main([*words, "--resume"]) == 0
+    assert cli.main([*words, "--resume", "--loss", "hinge"]) == 2
+    assert "was trained with Recipe(loss='wasserstein'" in capsys.readouterr().err
+
+
+def test_a_gan_takes_its_recipe_from_the_command_line(tmp_path, capsys):
+    run, picture = tmp_path / "run", tmp_path / "sevens.png"
+    words = [
+        "train", "cgan", "--data", "digits", "--out", str(run), "--steps", "2", "--hidden", "8", "--loss", "relativistic",
+        "--penalty", "r1,r2", "--penalty-weight", "0.5", "--lazy", "2", "--critic-steps", "2", "--lr", "0.01",
+        "--critic-lr", "0.02", "--ema", "0.5", "--latent-dim", "3", "--depth", "1", "--sample-every", "1",
+    ]  # fmt: skip
+    assert cli.main(words) == 0
+    recipe = json.loads((run / "metrics.json").read_text())["recipe"]
+    wanted = {"loss": "relativistic", "penalty": ["r1", "r2"], "weight": 0.5, "lazy": 2, "critic_steps": 2,
+              "generator_lr": 0.01, "critic_lr": 0.02, "ema": 0.5}  # fmt: skip
+    assert {k: recipe[k] for k in wanted} == wanted
+    assert len(list((run / "progress").iterdir())) == 2
+    assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "9", "--label", "7"]) == 0
+    assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "--label", "70"]) == 2
+    assert "labels outside [0, 10)" in capsys.readouterr().err
+    none = ["train", "r3gan", "--out", str(tmp_path / "other"), "--width", "8", "--steps", "1", "--penalty", "none"]
+    assert cli.main(none) == 0
+    assert json.loads((tmp_path / "other" / "metrics.json").read_text())["recipe"]["penalty"] is None

@@ -91,33 +91,12 @@ def _check_finite(op: str, value: Tensor, norms: Tensor) -> None:
 # ---- the ladder ----
 
 
-@contextlib.contextmanager
-def _restored(critic: Critic, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A function that takes back what a pass has done to buffers and random numbers."""
-    if not wanted:
-        yield lambda: None
-        return
-    buffers = [(b, b.clone()) for b in critic.buffers()] if isinstance(critic, nn.Module) else []
-    state = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-
-    def restore() -> None:
-        with torch.no_grad():
-            for b, before in buffers:
-                b.copy_(before)
-        torch.set_rng_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-
-    yield restore
-
-
 def _finite_difference(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings) -> tuple[Tensor, Tensor]:
     """The exact value, and gradients from the critic at two points beside x: three ordinary passes forward and back.
 
     d<u, grad S>/dtheta = d(S(x + e u) - S(x - e u))/dtheta / 2 e + O(e^2), with buffers and random numbers as in the first.
     """
-    with _restored(critic, True) as restore:
+    with tangent.restored(critic) as restore:
         at = x.detach().requires_grad_()
         with torch.enable_grad():
             d = tangent.per_sample_outputs(op, critic(at, *context), len(x)).sum()
@@ -163,7 +142,7 @@ def _fallback(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: 
                 torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             return value, norms
         except (NotImplementedError, RuntimeError) as error:
-            missing = any(m in str(error) for m in ("not implemented", "double backward", "higher order", "once_differentiable"))
+            missing = any(m in str(error) for m in ("not implemented", "double backward", "higher order", "once_differentiable", "no autograd formula"))
             if s.method == "autograd" or not missing:
                 raise
             warnings.warn(f"{op}: PyTorch has no double backward here ({error}); finite differences are used", stacklevel=4)
@@ -188,23 +167,21 @@ def _run_penalty(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], 
     """(value with its gradients, norms) at x."""
     known = tangent.facts(critic)
     if s.method in ("auto", "exact") and (known.unsupported is None or s.method == "exact"):
-        with _restored(critic, known.per_sample is None) as restore:
+        with tangent.restored(critic, known.per_sample is None) as restore:
             try:
                 recorded = tangent.Pass(op, critic, x, context, loss=False, again=restore)
-            except tangent.Unsupported as error:
-                restore()
-                _unsupported(op, critic, error, s)
-            else:
                 value, norms, u = _penalty(recorded.input_gradient(len(x)), len(x), x, s)
                 if not torch.is_grad_enabled():
                     return value, norms
-                if known.per_sample is False:
-                    _warn_coupled(op, critic)
+                _warn_coupled(op, critic)
                 to_x = recorded.sweep(u, to_x=x.requires_grad)
                 found = recorded.gradients()
                 if x.requires_grad:
                     found.append((x, torch.zeros_like(x) if to_x is None else to_x))
                 return tangent.attach(value, found, critic), norms
+            except tangent.Unsupported as error:
+                restore()
+                _unsupported(op, critic, error, s)
     value, norms = _fallback(op, critic, x, context, s)
     if torch.is_grad_enabled():  # a zero gradient to every parameter, as the exact form gives
         value = value + tangent.attach(torch.zeros_like(value), [], critic)
@@ -273,7 +250,7 @@ def _step(
     known = tangent.facts(critic)
     exact = (s is None or s.kind != "ar1") and (s is None or s.method in ("auto", "exact"))
     if exact and (known.unsupported is None or (s is not None and s.method == "exact")):
-        with _restored(critic, known.per_sample is None) as restore:
+        with tangent.restored(critic, known.per_sample is None) as restore:
             try:
                 stackable = _stackable(real, fake, contexts) and known.per_sample is not False
                 if stackable:
@@ -392,7 +369,7 @@ def _separate(
     _check_finite(op, penalty, all_norms)
     total = adversarial + penalty
     if torch.is_grad_enabled():
-        if penalised and tangent.facts(critic).per_sample is False:
+        if penalised:
             _warn_coupled(op, critic)
         found = []
         for i, (x, recorded) in enumerate(zip(xs, passes)):

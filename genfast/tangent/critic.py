@@ -59,6 +59,27 @@ def per_sample_outputs(op: str, d: Any, n: int) -> Tensor:
 
 
 @contextlib.contextmanager
+def restored(critic: Critic, wanted: bool = True) -> Iterator[Callable[[], None]]:
+    """A function that takes back what passes have done to buffers and random numbers."""
+    if not wanted:
+        yield lambda: None
+        return
+    buffers = [(b, b.clone()) for b in critic.buffers()] if isinstance(critic, nn.Module) else []
+    state = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+    def restore() -> None:
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)
+        torch.set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    yield restore
+
+
+@contextlib.contextmanager
 def _no_half_autocast(device: str) -> Iterator[None]:
     """float16 has too small a range for products of cotangents and tangents, and no one loss scale fits both."""
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
@@ -115,8 +136,11 @@ class Pass:
         if tape.curved and not tape.keep_inputs:
             raise MoreNeeded
         self.known.curved = tape.curved
+        if self.known.per_sample is None and not tape.per_sample:
+            self.known.coupling = next((r.couples for r in tape.live_rules if r.couples), "")
+            if not self.known.coupling and tape.couples(self.output):
+                self.known.coupling = "a layer of this critic"
         self.known.per_sample = tape.per_sample
-        self.known.coupling = next((r.couples for r in tape.live_rules if r.couples), "")
 
     @property
     def values(self) -> Tensor:

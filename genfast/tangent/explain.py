@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .critic import Critic, Pass, unwrapped
+from .critic import Critic, Pass, restored, unwrapped
 from .tape import Tape, Unsupported
 
 
@@ -17,7 +16,7 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
     """Prints the rule by which ``ops.gradient_penalty`` follows each call of the critic, and returns the text.
 
     Args:
-        critic: as in the op. It is run once, as a copy.
+        critic: as in the op. It is run once; its buffers are put back.
         example: (N, ...) of which only shape and dtype matter; by default a small one is tried that fits the first layer.
         context: what the critic takes besides.
 
@@ -35,12 +34,13 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
     """
     given = () if context is None else (context,) if isinstance(context, Tensor) else tuple(context)
     original = unwrapped(critic)
-    copied = copy.deepcopy(original) if isinstance(original, nn.Module) else original
-    tried: list[Tensor] = [example] if example is not None else _guesses(copied)
+    tried: list[Tensor] = [example] if example is not None else _guesses(original)
     recorded: Pass | None = None
     for x in tried:
         try:
-            recorded = _named_pass(copied, x, given)
+            with restored(original) as restore:
+                recorded = _named_pass(original, x, given, restore)
+                restore()
             break
         except Unsupported as error:
             text = f"double backward of the whole critic: {error}"
@@ -73,7 +73,7 @@ def _guesses(critic: Any) -> list[Tensor]:
     return []
 
 
-def _named_pass(critic: Critic, x: Tensor, context: Sequence[Tensor]) -> Pass:
+def _named_pass(critic: Critic, x: Tensor, context: Sequence[Tensor], restore: Callable[[], None]) -> Pass:
     stack: list[str] = []
     hooks = []
 
@@ -84,7 +84,7 @@ def _named_pass(critic: Critic, x: Tensor, context: Sequence[Tensor]) -> Pass:
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))  # type: ignore[misc]
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
-        return Pass("explain", critic, x, context, loss=True, stack=stack)
+        return Pass("explain", critic, x, context, loss=True, again=restore, stack=stack)
     finally:
         for h in hooks:
             h.remove()

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from ..ops.linear import OP, OP_INPUT, OP_WEIGHT
-from .tape import HANDLERS, PASSED, Handler, Maybe, Rule, Tape, Unsupported
+from .tape import HANDLERS, PASSED, Handler, Maybe, Rule, Tape, Unsupported, add_rows
 
 T = torch.Tensor
 LINEAR, LINEAR_INPUT, LINEAR_WEIGHT = OP.direct, OP_INPUT.direct, OP_WEIGHT.direct
@@ -87,7 +87,7 @@ class Linear(Rule):
             direction = direction.to(self.w.dtype)
         if cotangent is not None:
             if self.weight.requires_grad:
-                for part, z in tape.products(cotangent, direction, self.x):
+                for _, part, z in tape.products(cotangent, direction, self.x):
                     self._weight(tape, part, z)
             if trainable(self.bias):
                 tape.collect_bias(self.bias, cotangent)
@@ -163,7 +163,7 @@ class Convolution(Rule):
             direction = direction.to(self.w.dtype)
         if cotangent is not None:
             if self.weight.requires_grad:
-                for part, z in tape.products(cotangent, direction, self.x):
+                for _, part, z in tape.products(cotangent, direction, self.x):
                     tape.collect(self.weight, self._backward(part, z, [False, True, False])[1])
             if trainable(self.bias):
                 tape.collect_bias(self.bias, cotangent, (1, -1, *(1,) * (cotangent.dim() - 2)))
@@ -244,8 +244,8 @@ class Scale(Rule):
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
         if self.m.requires_grad and cotangent is not None:
-            for part, z in tape.products(cotangent, direction, self.x):
-                tape.collect(self.m, (part * z).sum_to_size(self.m.shape))
+            for start, part, z in tape.products(cotangent, direction, self.x):
+                tape.collect_rows(self.m, part * z, start)
         return [direction * self.value if wanted and direction is not None else None]
 
     def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
@@ -299,7 +299,7 @@ class Add(Rule):
             for direction, alpha in zip(t, self.alphas):
                 if direction is not None:
                     part = direction if alpha == 1 else direction * alpha
-                    total = part if total is None else total + part
+                    total = part if total is None else add_rows(total, part) if self.prefix else total + part
             if total is not None and not self.prefix and total.shape != self.y:
                 total = total.expand(self.y)
         return [total]
@@ -475,22 +475,28 @@ class MatMul(Rule):
     def collects(self) -> bool:
         return not self.curved and any(x.requires_grad for x, on in zip(self.leaves, self.active) if not on)
 
-    def _left(self, g: Tensor, b: Tensor) -> Tensor:
-        return (g @ b.mT).sum_to_size(self.a.shape)
+    @staticmethod
+    def _left(g: Tensor, b: Tensor, like: Tensor) -> Tensor:
+        """The gradient of A, of the rows of the batch that g holds."""
+        found = g @ b.mT
+        return found if found.dim() == like.dim() and found.shape[1:] == like.shape[1:] else found.sum_to_size(like.shape)
 
-    def _right(self, g: Tensor, a: Tensor) -> Tensor:
-        if self.b.dim() == 2 and g.dim() > 2:  # one product instead of one for each sample
+    @staticmethod
+    def _right(g: Tensor, a: Tensor, like: Tensor) -> Tensor:
+        """The gradient of B."""
+        if like.dim() == 2 and g.dim() > 2:  # one product instead of one for each sample
             return a.reshape(-1, a.shape[-1]).t() @ g.reshape(-1, g.shape[-1])
-        return (a.mT @ g).sum_to_size(self.b.shape)
+        found = a.mT @ g
+        return found if found.dim() == like.dim() and found.shape[1:] == like.shape[1:] else found.sum_to_size(like.shape)
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         (c,) = g
         assert c is not None
         found: list[Maybe] = []
         if self.active[0]:
-            found.append(self._left(c, self.b).to(self.dtypes[0]))
+            found.append(self._left(c, self.b, self.a).to(self.dtypes[0]))
         if self.active[1]:
-            found.append(self._right(c, self.a).to(self.dtypes[1]))
+            found.append(self._right(c, self.a, self.b).to(self.dtypes[1]))
         return found
 
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
@@ -503,11 +509,11 @@ class MatMul(Rule):
             self.saved = (cotangent, ta, tb)
         elif cotangent is not None and self.collects:
             if self.active[0]:
-                for part, z in tape.products(cotangent, ta, self.a):
-                    tape.collect(self.leaves[1], self._right(part, z))
+                for start, part, z in tape.products(cotangent, ta, self.a):
+                    tape.collect_rows(self.leaves[1], self._right(part, z, self.b), start)
             else:
-                for part, z in tape.products(cotangent, tb, self.b):
-                    tape.collect(self.leaves[0], self._left(part, z))
+                for start, part, z in tape.products(cotangent, tb, self.b):
+                    tape.collect_rows(self.leaves[0], self._left(part, z, self.a), start)
         if not wanted:
             return [None]
         total = None if ta is None else ta @ self.b
@@ -519,17 +525,17 @@ class MatMul(Rule):
             assert cotangent is not None
             if self.collects:
                 if self.active[0]:
-                    tape.collect(self.leaves[1], self._right(cotangent, self.a))
+                    tape.collect(self.leaves[1], self._right(cotangent, self.a, self.b))
                 else:
-                    tape.collect(self.leaves[0], self._left(cotangent, self.b))
+                    tape.collect(self.leaves[0], self._left(cotangent, self.b, self.a))
             return self.pull(tape, c) if wanted else [None]
         b, ta, tb = self.saved
         found: list[Maybe] = [None, None] if cotangent is None else self.pull(tape, c)
         if b is not None:
             if tb is not None:
-                found[0] = _sum(found[0], self._left(b, tb).to(self.dtypes[0]))
+                found[0] = _sum(found[0], self._left(b, tb, self.a).to(self.dtypes[0]))
             if ta is not None:
-                found[1] = _sum(found[1], self._right(b, ta).to(self.dtypes[1]))
+                found[1] = _sum(found[1], self._right(b, ta, self.b).to(self.dtypes[1]))
         return found
 
 
@@ -892,7 +898,8 @@ class Autograd(Rule):
         self.ys = [y for y in found if isinstance(y, Tensor) and y.requires_grad]
         self.edges = [get_gradient_edge(y) for y in self.ys]  # the graph without its outputs' memory
         self.shapes = [(y.shape, y.dtype, y.device) for y in self.ys]
-        self.kind = f"{type(self).kind} ({_name(func)})"
+        self.name = _name(func)
+        self.kind = f"{type(self).kind} ({self.name})"
         self.pulled: list[tuple[Tensor, int]] = []
         self.cotangents: list[Tensor] = []
         self.curvature: list[Maybe] = [None] * len(self.inputs)
@@ -923,7 +930,10 @@ class Autograd(Rule):
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         pairs = [(x, t[i]) for x, i in self.pulled if t[i] is not None]
         everything = [*self.cotangents, *self.active, *self.locals]
-        found = self._grad([x for x, _ in pairs], everything, [v for _, v in pairs])  # type: ignore[misc]
+        try:
+            found = self._grad([x for x, _ in pairs], everything, [v for _, v in pairs])  # type: ignore[misc]
+        except RuntimeError as error:
+            raise Unsupported(f"{self.name} has no second derivative ({error})") from error
         n, m = len(self.cotangents), len(self.active)
         self.curvature = found[n : n + m]
         for leaf, g in zip(self.leaves, found[n + m :]):

@@ -196,11 +196,14 @@ class Tape(TorchFunctionMode):
         found = self.gradients.get(id(parameter))
         self.gradients[id(parameter)] = (parameter, gradient if found is None else found[1] + gradient)
 
-    def products(self, b: Tensor, t: Maybe, h: Maybe) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pairs of which a weight's gradient is the sum of products: b with t + f' h, and a loss's own b with h."""
+    def products(self, b: Tensor, t: Maybe, h: Maybe) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What a weight's gradient is the sum of products of: b with t + f' h, and a loss's own b with h.
+
+        Each as (the first of its rows in the batch, b, factor).
+        """
         if not self.shared:
             if t is not None:
-                yield b[: t.shape[0]], t
+                yield 0, b[: t.shape[0]], t
             return
         assert h is not None
         rows = self.rows
@@ -215,9 +218,19 @@ class Tape(TorchFunctionMode):
                     scaled = first * self.f.to(h.dtype).view(-1, *(1,) * (h.dim() - 1))
                     z = scaled if z is None else scaled.add_(z)
             if z is not None:
-                yield b[:rows], z
+                yield 0, b[:rows], z
         if rows < self.batch:
-            yield b[rows:], h[rows:]
+            yield rows, b[rows:], h[rows:]
+
+    def collect_rows(self, parameter: Tensor, gradient: Tensor, start: int) -> None:
+        """Adds ``gradient``, of some rows of the batch from ``start`` on, summed to what ``parameter`` has of them."""
+        shape = parameter.shape
+        if parameter.dim() < gradient.dim() or shape[0] != self.batch or gradient.shape[0] == self.batch:
+            self.collect(parameter, gradient.sum_to_size(shape))
+            return
+        full = torch.zeros_like(parameter, dtype=gradient.dtype)
+        full[start : start + gradient.shape[0]] = gradient.sum_to_size((gradient.shape[0], *shape[1:]))
+        self.collect(parameter, full)
 
     def collect_bias(self, bias: Tensor, b: Tensor, shape: tuple[int, ...] | None = None, alpha: float = 1) -> None:
         """What a loss that shares the pass sends to a term of shape ``shape`` (the bias's own if None)."""
@@ -281,12 +294,26 @@ class Tape(TorchFunctionMode):
             if not any(self.below[s] for s in rule.ins):
                 if not rows:
                     continue
-                if rule.prefix:
-                    b = [x if x is None else x[:rows] for x in b]
+                b = [x if x is None else x[:rows] for x in b] if rule.prefix else [self._full(x) for x in b]
             for s, g in zip(rule.ins, rule.chain(self, b)):
                 _accumulate(self.b, s, g, owned, rule.fresh)
         found, self.b[0] = self.b[0], None
         return found
+
+    @torch.no_grad()
+    def couples(self, output: Tensor) -> bool:
+        """Whether the first sample's output depends on other samples, here."""
+        start = torch.zeros_like(output)
+        start.view(-1)[0] = 1
+        g: list[Maybe] = [None] * self.slots
+        g[self.output] = start
+        for rule in reversed(self.live_rules):
+            outs = [g[s] for s in rule.outs]
+            if any(x is not None for x in outs):
+                self.owns = False
+                for s, value in zip(rule.ins, rule.pull(self, outs)):
+                    _accumulate(g, s, value, set(), False)
+        return g[0] is not None and bool((g[0][1:] != 0).any())
 
     def tangents(self, direction: Maybe) -> None:
         """t from t = ``direction`` at x (of its first rows, or None), collecting d<b, J t>/dtheta."""
