@@ -462,6 +462,9 @@ void bind_activation(py::module_& m) {
     a.x = ptr<>(x), a.grad = ptr<>(grad), a.tangent = ptr<>(tangent), a.cotangent = ptr<>(cotangent), a.y = ptr<>(y);
     a.size = size, a.kind = kind, a.threads = threads;
     GENFAST_CALL(activation, a);
+  });
+}
+
 void bind_upfirdn2d(py::module_& m) {
   m.def("upfirdn2d", [](Address x, Address filter, Address y, double gain, int threads, bool is_double, bool separable,
                         bool flip, bool channels_last, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh, int64_t ow,
@@ -488,6 +491,9 @@ void bind_modulated_conv(py::module_& m) {
   m.def("tap_energy", [](bool is_double, Address weight, Address out, int64_t rows, int64_t taps, int threads) {
     TapEnergyArgs a{is_double, ptr<>(weight), ptr<>(out), rows, taps, threads};
     GENFAST_CALL(tap_energy, a);
+  });
+}
+
 void bind_interpolate(py::module_& m) {
   m.def("interpolate_backward", [](bool is_double, Address grad, Address real, Address fake, Address epsilon,
                                    Address grad_real, Address grad_fake, Address grad_epsilon, int threads, int64_t n,

@@ -21,20 +21,9 @@ def test_every_family_of_ops_has_a_case():
         "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation",
         "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
         "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
-<<<<<<< HEAD
-<<<<<<< HEAD
-<<<<<<< HEAD
-        "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step",
-=======
-        "sample pixelcnnpp", "sample wavenet", "bias_act", "pixel_norm",
-        "minibatch_stddev",
->>>>>>> h2
-=======
-        "sample pixelcnnpp", "sample wavenet", "upfirdn2d", "modulated_conv2d",
->>>>>>> h3
-=======
-        "sample pixelcnnpp", "sample wavenet", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm",
->>>>>>> h4
+        "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step", "bias_act", "pixel_norm", "minibatch_stddev",
+        "upfirdn2d", "modulated_conv2d", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm", "linear",
+        "activation",
     ):  # fmt: skip
         assert family in names
     for case in cases():

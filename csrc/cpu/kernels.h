@@ -167,6 +167,9 @@ struct ActivationArgs {  // dense tensors in one order
   void* y;
   int64_t size;
   int kind;
+  int threads;
+};
+
 struct BiasActArgs {
   enum Act { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
   bool is_double;
@@ -197,6 +200,9 @@ struct MinibatchStddevArgs {
   int64_t n, c, s, group, features;
   double eps;
   bool channels_last;
+  int threads;
+};
+
 struct Upfirdn2dArgs {
   bool is_double, separable, flip, channels_last;
   const void *x, *filter;  // filter (fh, fw); where separable (fw,), along both axes
@@ -221,6 +227,9 @@ struct TapEnergyArgs {
   const void* weight;  // (rows, taps)
   void* out;           // (rows,)
   int64_t rows, taps;
+  int threads;
+};
+
 // In the two below a sample is a run of d dense elements, and samples lie *_stride apart.
 struct InterpolateArgs {
   bool is_double;

@@ -20,10 +20,10 @@ from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .gradient_penalty import CriticStep, GradientPenalty
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
-from .minibatch_stddev import MinibatchStddev
-from .pixel_norm import PixelNorm
-from .modulated_conv import ModulatedConv2d
 from .minibatch_discrimination import MinibatchDiscrimination
+from .minibatch_stddev import MinibatchStddev
+from .modulated_conv import ModulatedConv2d
+from .pixel_norm import PixelNorm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
 from .spectral_norm import spectral_norm
@@ -31,17 +31,10 @@ from .squeeze import Split, Squeeze
 from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
 __all__ = [
-    "ActNorm", "AffineCoupling", "AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "CriticStep", "DiagonalBiLSTM",
-    "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
-    "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "InvertibleConv1x1", "LevelEmbedding",
-    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
-    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "DiagonalBiLSTM",
-    "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
-    "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "InvertibleConv1x1", "LevelEmbedding",
-    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchStddev", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
-    "Squeeze", "weight_norm",
-    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "Split",
-    "Squeeze", "Downsample2d", "ModulatedConv2d", "Upfirdn2d", "Upsample2d", "weight_norm",
-    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination", "ReversibleSequential", "RowLSTM",
-    "ScaleLevels", "Shift", "Split", "Squeeze", "spectral_norm", "weight_norm",
+    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "CriticStep",
+    "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d", "DownShiftedConv2d",
+    "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty",
+    "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination",
+    "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift",
+    "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

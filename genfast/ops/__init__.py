@@ -1,13 +1,6 @@
 """The functional API: one file per operation family."""
 
-from .activation import (
-    activation_chain,
-    activation_second,
-    apply_bits,
-    apply_bits_,
-    leaky_relu_bits,
-    leaky_relu_bits_,
-)
+from .activation import activation_chain, activation_second, apply_bits, apply_bits_, leaky_relu_bits, leaky_relu_bits_
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
 from .bias_act import bias_act
@@ -15,15 +8,14 @@ from .categorical_nll import categorical_nll
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
-from .gradient_penalty import CriticStep, critic_step, gradient_penalty
 from .interpolate import interpolate
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .linear import linear, linear_input, linear_weight
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
-from .minibatch_stddev import minibatch_stddev
-from .pixel_norm import pixel_norm
-from .modulated_conv import modulated_conv2d
 from .minibatch_discrimination import minibatch_discrimination, pairwise_l1_kernel_sum
+from .minibatch_stddev import minibatch_stddev
+from .modulated_conv import modulated_conv2d
+from .pixel_norm import pixel_norm
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .sample_norm import sample_norm
 from .spectral_norm import spectral_norm
@@ -31,15 +23,11 @@ from .squeeze import squeeze, unsqueeze
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
-    "actnorm", "actnorm_conv1x1", "affine_coupling", "CriticLoss", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
-    "masked_conv3d", "PLU", "row_lstm", "squeeze", "unsqueeze",
-    "activation_chain", "activation_second", "apply_bits", "apply_bits_", "leaky_relu_bits", "leaky_relu_bits_", "linear",
-    "linear_input", "linear_weight",
-    "actnorm", "actnorm_conv1x1", "affine_coupling", "bias_act", "CriticStep", "categorical_nll", "critic_step", "diagonal_lstm", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "gated_activation", "gradient_penalty", "invertible_conv1x1", "masked_conv1d", "masked_conv2d",
-    "masked_conv3d", "minibatch_stddev", "pixel_norm", "PLU", "row_lstm", "squeeze", "unsqueeze",
-    "downsample2d", "filter2d", "setup_filter", "modulated_conv2d", "upfirdn2d", "upsample2d",
-    "interpolate", "masked_conv3d", "minibatch_discrimination", "PLU", "pairwise_l1_kernel_sum", "row_lstm",
-    "sample_norm", "spectral_norm", "squeeze", "unsqueeze",
+    "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits", "apply_bits_",
+    "bias_act", "categorical_nll", "critic_step", "CriticLoss", "diagonal_lstm", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "interpolate",
+    "invertible_conv1x1", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_weight", "masked_conv1d",
+    "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "modulated_conv2d",
+    "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze",
+    "unsqueeze", "upfirdn2d", "upsample2d",
 ]  # fmt: skip

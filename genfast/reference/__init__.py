@@ -13,27 +13,19 @@ from .discretized_logistic_mixture import (
 )
 from .gated_activation import gated_activation, gated_activation_backward
 from .gradient_penalty import gradient_penalty, penalty_of_norms, penalty_points
-from .gradient_penalty import gradient_penalty, penalty_of_norms
 from .interpolate import interpolate, interpolate_backward
-from .invertible_conv1x1 import (
-    channel_mix,
-    channel_mix_backward,
-    plu_inverse,
-    plu_matrix,
-    plu_weight,
-    plu_weight_backward,
-)
+from .invertible_conv1x1 import channel_mix, channel_mix_backward, plu_inverse, plu_matrix, plu_weight, plu_weight_backward
 from .linear import linear, linear_input, linear_weight
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
-from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
-from .pixel_norm import pixel_norm, pixel_norm_backward
-from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
 from .minibatch_discrimination import (
     minibatch_discrimination,
     pairwise_l1_kernel_sum,
     pairwise_l1_kernel_sum_backward,
     pairwise_l1_kernel_sum_second_backward,
 )
+from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
+from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
+from .pixel_norm import pixel_norm, pixel_norm_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .sample_norm import sample_norm, sample_norm_backward
 from .spectral_norm import spectral_norm, spectral_norm_backward
@@ -41,20 +33,15 @@ from .squeeze import squeeze
 from .upfirdn2d import upfirdn2d
 
 __all__ = [
-    "CRITIC_LOSSES", "GENERATOR_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "channel_mix", "channel_mix_backward",
-    "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
-    "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "penalty_points", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
-    "CRITIC_LOSSES", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward", "bias_act", "bias_act_backward", "bias_act_second", "channel_mix", "channel_mix_backward",
-    "colour_group", "conv_mask", "diagonal_lstm", "diagonal_lstm_backward", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample", "gated_activation",
-    "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "minibatch_stddev", "minibatch_stddev_backward", "pixel_norm", "pixel_norm_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
-    "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze",
-    "SLOPES", "activation_chain", "activation_second", "apply_bits", "leaky_relu_bits", "linear", "linear_input",
-    "linear_weight",
-    "gated_activation_backward", "gradient_penalty", "masked_conv", "penalty_of_norms", "masked_conv_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix",
-    "plu_weight", "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "squeeze", "upfirdn2d",
-    "channel_scale", "channel_scale_backward", "modulated_conv2d", "tap_energy",
-    "interpolate", "interpolate_backward", "minibatch_discrimination", "pairwise_l1_kernel_sum",
-    "pairwise_l1_kernel_sum_backward", "pairwise_l1_kernel_sum_second_backward", "sample_norm", "sample_norm_backward", "spectral_norm", "spectral_norm_backward",
+    "activation_chain", "activation_second", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward",
+    "apply_bits", "bias_act", "bias_act_backward", "bias_act_second", "channel_mix", "channel_mix_backward", "channel_scale",
+    "channel_scale_backward", "colour_group", "conv_mask", "CRITIC_LOSSES", "diagonal_lstm", "diagonal_lstm_backward",
+    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
+    "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "interpolate",
+    "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight", "masked_conv",
+    "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward", "modulated_conv2d",
+    "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward", "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms",
+    "penalty_points", "pixel_norm", "pixel_norm_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight",
+    "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES",
+    "spectral_norm", "spectral_norm_backward", "squeeze", "tap_energy", "upfirdn2d",
 ]  # fmt: skip

@@ -22,32 +22,17 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activation", "discretized", "masked_conv", "family"]
 
 
-<<<<<<< HEAD
-<<<<<<< HEAD
-RUNS = [
-<<<<<<< HEAD
-    *((f, "interpreted") for f in FAMILIES),
-    ("activation_chain or activation_second or leaky or apply_bits or linear", "interpreted"),
-    ("masked_conv", "interpreted_masked_conv"),
-    ("activation", "interpreted_activation"),
-]
-=======
-    *((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"),
-    *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
-]  # fmt: skip
->>>>>>> h2
-=======
-RUNS = [*((f, "interpreted") for f in FAMILIES), ("masked_conv", "interpreted_masked_conv"), ("", "interpreted_upfirdn2d")]
->>>>>>> h3
-=======
 PENALTY = ["interpolate", "sample_norm", "spectral_norm", "minibatch_discrimination", "64_bit"]
 
 RUNS = [
     *((f, "interpreted") for f in FAMILIES),
+    ("activation_chain or activation_second or leaky or apply_bits or linear", "interpreted"),
     ("masked_conv", "interpreted_masked_conv"),
+    ("activation", "interpreted_activation"),
+    *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
+    ("", "interpreted_upfirdn2d"),
     *((f, "interpreted_penalty") for f in PENALTY),
 ]
->>>>>>> h4
 
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
