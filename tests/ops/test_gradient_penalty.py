@@ -832,8 +832,8 @@ def test_step_advances_the_state_once(entry, penalty):
         close(a, b, 1e-10, "state")
 
 
-# Not torch's own multi-head attention, which moves the batch axis, nor an index of row numbers, as GAN stability's: neither can be
-# told from a coupling of samples.
+# Not torch's own multi-head attention, which moves the batch axis, nor an index of row numbers, as GAN stability's:
+# neither can be told from a coupling of samples.
 APART = [
     "mlp_leaky_relu", "dcgan", "pooling", "residual_in_place", "prelu", "where_activation", "smooth_activations",
     "saturating_activations", "silu_convolutional", "layer_norm", "layer_norm_of_images", "group_norm", "instance_norm",
