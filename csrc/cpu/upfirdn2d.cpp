@@ -21,7 +21,7 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kSerial = 1 << 14;
-constexpr int64_t kCached = 8 << 20;  // bytes of an output that may be found in a cache later
+constexpr int64_t kCached = 1 << 21;  // bytes of an output that may be found in a cache later
 
 GENFAST_INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 GENFAST_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }

@@ -1,4 +1,4 @@
-"""The Triton kernels of upfirdn2d and modulated_conv in the interpreter; tests/kernels/test_triton.py runs this in a process of its own."""
+"""The Triton kernels of upfirdn2d and modulated_conv in the interpreter, started by tests/kernels/test_triton.py."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ X, W, S = torch.ones(2, 3, 4, 4), torch.ones(5, 3, 3, 3), torch.ones(2, 3)
         (lambda: ops.modulated_conv2d(X, W, S, down=(2, 2)), ValueError, r"down=\(2, 2\), expected a positive integer"),
         (lambda: ops.modulated_conv2d(X, W, S, padding=(1, 2, 3)), ValueError, r"modulated_conv2d: padding=\(1, 2, 3\)"),
         (lambda: ops.modulated_conv2d(X, W, S, resample_filter=[1.0]), TypeError, "modulated_conv2d: filter is a list"),
-        (lambda: ops.modulated_conv2d(X, W, S, noise=torch.ones(4, 4)), ValueError, r"noise has shape \(4, 4\), expected \(2, 2\)"),
+        (lambda: ops.modulated_conv2d(X, W, S, noise=torch.ones(4, 4)), ValueError, r"\(4, 4\), expected \(2, 2\)"),
         (lambda: ops.modulated_conv2d(X, W, S, noise=torch.ones(2, 5, 2, 2)), ValueError, r"expected .*\(2, 1, 2, 2\)"),
         (
             lambda: ops.modulated_conv2d(X, W, S, up=2, padding=1, resample_filter=torch.ones(4, requires_grad=True)),
@@ -269,7 +269,7 @@ X, W, S = torch.ones(2, 3, 4, 4), torch.ones(5, 3, 3, 3), torch.ones(2, 3)
         (lambda: OP_ENERGY(W.int()), TypeError, "weight has dtype torch.int32"),
         (lambda: genfast.nn.ModulatedConv2d(3, 0, 3, 8), ValueError, "out_channels=0, expected at least 1"),
         (lambda: genfast.nn.ModulatedConv2d(3, 3, 3, 8, up=0), ValueError, "up=0, expected at least 1"),
-        (lambda: genfast.nn.ModulatedConv2d(3, 3, 3, 8)(X, S), ValueError, r"w has shape \(2, 3\), expected \(N, style_dim = 8\)"),
+        (lambda: genfast.nn.ModulatedConv2d(3, 3, 3, 8)(X, S), ValueError, r"shape \(2, 3\), expected \(N, style_dim = 8\)"),
     ],
 )  # fmt: skip
 def test_errors(call, error, message):
