@@ -20,13 +20,14 @@ from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-
 
 from .. import reference, tangent
 from .._registry import LIBRARY
-from ..reference.adversarial import CRITIC_LOSSES
+from ..reference.adversarial import CRITIC_LOSSES, SEPARABLE
 from ..reference.gradient_penalty import KINDS
 from . import _check
 
 Critic = Callable[..., Tensor]
 Contexts = Tensor | Sequence[Tensor] | None
 METHODS = ("auto", "exact", "finite-difference", "autograd")
+BATCHING = ("auto", "together", "apart")
 
 
 class CriticLoss(NamedTuple):
@@ -245,15 +246,16 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def _step(
     op: str, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None, contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
-    loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, generator: Any,
+    loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, generator: Any, batching: str,
 ) -> CriticLoss:  # fmt: skip
     known = tangent.facts(critic)
     exact = (s is None or s.kind != "ar1") and (s is None or s.method in ("auto", "exact"))
     if exact and (known.unsupported is None or (s is not None and s.method == "exact")):
         with tangent.restored(critic, known.apart is None) as restore:
             try:
-                stackable = _stackable(real, fake, contexts) and known.apart is not False
-                if stackable:
+                # On a CPU one batch after another is as fast, and takes a third of the memory.
+                together = batching == "together" or (batching == "auto" and not real.is_cpu)
+                if together and _stackable(real, fake, contexts) and known.apart is not False:
                     found = _stacked(op, critic, real, fake, at, contexts, loss, s, restore)
                     if found is not None:
                         return found
@@ -353,35 +355,62 @@ def _separate(
     op: str, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None, contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, restore: Callable[[], None],
 ) -> CriticLoss:  # fmt: skip
-    """Real, fake and interpolated points each as a batch of its own, as a critic that couples samples needs them."""
+    """Real, fake and interpolated points each as a batch of its own, one after the other where the loss lets them."""
     kind = s.kind if s is not None else ""
     xs = [real, fake] + ([] if at is None else [at])
     cs = [contexts[0], contexts[1], contexts[0]]
-    passes = [tangent.Pass(op, critic, x, c, loss=True, again=restore) for x, c in zip(xs, cs)]
-    adversarial, *slopes = _slopes(op, loss, passes[0].values, passes[1].values)
     penalised = {"r1": [0], "r2": [1], "r1r2": [0, 1]}.get(kind, [] if s is None else [2])
-    penalty, norms = adversarial.new_zeros(()), []
-    directions: list[Tensor | None] = [None] * len(xs)
-    for i in penalised:
-        assert s is not None
-        value, norm, directions[i] = _penalty(passes[i].input_gradient(len(xs[i])), len(xs[i]), real, s)
-        penalty = penalty + value
-        norms.append(norm)
-    all_norms = torch.cat(norms) if norms else adversarial.new_zeros(0)
-    _check_finite(op, penalty, all_norms)
+    gradients: dict[int, tuple[Tensor, Tensor, bool]] = {}
+    to_inputs: list[tuple[Tensor, Tensor]] = []
+    penalties, norms = [], []
+    wanted = torch.is_grad_enabled()
+
+    def finish(i: int, recorded: tangent.Pass, slope: Tensor | None) -> None:
+        """The sweeps over one of the passes; its record is dropped."""
+        x, tape = xs[i], recorded.tape
+        shared = slope is not None and tape.per_sample
+        u: Tensor | None = None
+        if i in penalised:
+            assert s is not None
+            g = recorded.input_gradient(len(x), slope if shared else None, all_of_x=x.requires_grad)
+            value, norm, u = _penalty(g, len(x), real, s)
+            _check_finite(op, value, norm)
+            penalties.append(value)
+            norms.append(norm)
+        elif wanted and shared:
+            recorded.input_gradient(0, slope, all_of_x=x.requires_grad)
+        if wanted:
+            to_x = recorded.sweep(u, None if shared else slope, to_x=x.requires_grad)
+            if x.requires_grad:
+                to_inputs.append((x, torch.zeros_like(x) if to_x is None else to_x))
+        del recorded.tape
+
+    values: list[Tensor] = []
+    kept: list[tangent.Pass] = []
+    for i, (x, c) in enumerate(zip(xs, cs)):
+        recorded = tangent.Pass(op, critic, x, c, loss=i < 2 and wanted, again=restore, into=gradients)
+        if i < 2:
+            values.append(recorded.values)
+        if i == 2:
+            finish(i, recorded, None)
+        elif any(loss is f for f in SEPARABLE):
+            finish(i, recorded, _slopes(op, loss, values[i], values[i])[1 + i])
+        else:
+            kept.append(recorded)
+            if i == 1:
+                _, *slopes = _slopes(op, loss, *values)
+                for j, slope in enumerate(slopes):
+                    finish(j, kept[j], slope)
+                kept.clear()
+    adversarial = _slopes(op, loss, *values)[0]
+    penalty = sum(penalties, start=adversarial.new_zeros(()))
     total = adversarial + penalty
-    if torch.is_grad_enabled():
+    if wanted:
         if penalised:
             _warn_coupled(op, critic)
-        found = []
-        for i, (x, recorded) in enumerate(zip(xs, passes)):
-            slope = slopes[i] if i < 2 else None
-            to_x = recorded.sweep(directions[i], slope, to_x=x.requires_grad)
-            found += recorded.gradients()
-            if x.requires_grad:
-                found.append((x, torch.zeros_like(x) if to_x is None else to_x))
-        total = tangent.attach(total, found, critic)
-    return CriticLoss(total, adversarial, penalty, passes[0].values, passes[1].values, all_norms)
+        found = [(tensor, gradient) for tensor, gradient, _ in gradients.values()]
+        total = tangent.attach(total, found + to_inputs, critic)
+    return CriticLoss(total, adversarial, penalty, values[0], values[1], torch.cat(norms) if norms else adversarial.new_zeros(0))
 
 
 # ---- one op, for torch.compile ----
@@ -406,7 +435,7 @@ def _number(thing: Any) -> int:
 
 LIBRARY.define(
     "critic_step(Tensor[] points, Tensor[] contexts, Tensor[] parameters, Tensor[] buffers, int critic, int loss, "
-    "int real_contexts, str kind, float weight, float target, str method, float sigma, ScalarType? autocast, bool[] wanted) -> "
+    "int real_contexts, str kind, float weight, float target, str method, float sigma, str batching, ScalarType? autocast, bool[] wanted) -> "
     "(Tensor loss, Tensor adversarial, Tensor penalty, Tensor real_logits, Tensor fake_logits, Tensor norms, Tensor[] gradients, "
     "Tensor[] buffers)"
 )
@@ -430,8 +459,8 @@ def _autograd_works() -> Iterator[None]:
 
 def _op(
     points: list[Tensor], contexts: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], number: int, loss: int,
-    real_contexts: int, kind: str, weight: float, target: float, method: str, sigma: float, autocast: torch.dtype | None,
-    wanted: list[bool],
+    real_contexts: int, kind: str, weight: float, target: float, method: str, sigma: float, batching: str,
+    autocast: torch.dtype | None, wanted: list[bool],
 ) -> Any:  # fmt: skip
     critic = _REGISTERED[number]()
     s = _Settings(kind, weight, target, method, sigma) if kind else None
@@ -453,7 +482,7 @@ def _op(
                 found = CriticLoss(value, value, value, none, none, norms)
             else:
                 at = xs[2] if len(xs) > 2 else None
-                found = _step("critic_step", critic, xs[0], xs[1], at, sets, _REGISTERED[loss](), s, None)
+                found = _step("critic_step", critic, xs[0], xs[1], at, sets, _REGISTERED[loss](), s, None, batching)
         inputs = [*(x for x in copies if x.requires_grad), *leaves]
         grads = dict(zip(map(id, inputs), torch.autograd.grad(found.loss, inputs, allow_unused=True)))
         after = [names[n] for n, _ in critic.named_buffers()]
@@ -494,7 +523,7 @@ def _op_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     scaled = [g * grad.to(g.dtype) if g.is_floating_point() else None for g in ctx.saved_tensors]
     return (
         scaled[:points], scaled[points : points + contexts], scaled[points + contexts :], [None] * buffers,
-        *[None] * 10,
+        *[None] * 11,
     )  # fmt: skip
 
 
@@ -504,8 +533,9 @@ torch.library.register_autograd("genfast::critic_step", _op_backward, setup_cont
 
 
 def _compiled(
-    op: str, critic: Critic, points: list[Tensor], contexts: tuple[Sequence[Tensor], Sequence[Tensor]], loss: int, s: _Settings | None
-) -> CriticLoss:
+    op: str, critic: Critic, points: list[Tensor], contexts: tuple[Sequence[Tensor], Sequence[Tensor]], loss: int,
+    s: _Settings | None, batching: str = "auto",
+) -> CriticLoss:  # fmt: skip
     if not isinstance(critic, nn.Module):
         raise TypeError(f"{op}: critic is a {type(critic).__name__}; under torch.compile it must be a torch.nn.Module")
     device = points[0].device.type
@@ -514,7 +544,7 @@ def _compiled(
     buffers = list(critic.buffers())
     *found, _, after = torch.ops.genfast.critic_step(
         points, [*contexts[0], *contexts[1]], [p for p in critic.parameters() if p.requires_grad], buffers, _number(critic), loss,
-        len(contexts[0]), s.kind, s.weight, s.target, s.method, s.sigma, autocast, [x.requires_grad for x in (*points, *contexts[0], *contexts[1])],
+        len(contexts[0]), s.kind, s.weight, s.target, s.method, s.sigma, batching, autocast, [x.requires_grad for x in (*points, *contexts[0], *contexts[1])],
     )  # fmt: skip
     with torch.no_grad():
         for b, new in zip(buffers, after):
@@ -629,26 +659,27 @@ def critic_step(
     critic: Critic, real: Tensor, fake: Tensor, *, loss: str | Callable[[Tensor, Tensor], Tensor] = "wasserstein",
     penalty: str | None = "wgan-gp", weight: float = 10.0, target: float = 1.0, context: Contexts = None,
     fake_context: Contexts = None, epsilon: Tensor | None = None, generator: torch.Generator | None = None,
-    method: str = "auto", sigma: float = 0.01,
+    method: str = "auto", sigma: float = 0.01, batching: str = "auto",
 ) -> CriticLoss:  # fmt: skip
     """A critic's whole loss, adversarial and penalty together, for one pass over real, fake and interpolated samples.
 
-    Where the critic keeps samples apart, all go through it as one batch, each weight's gradient is one product for loss and
-    penalty, and R1 costs about one forward pass more than the loss alone. Where it couples them (batch norm in training),
-    each kind of sample is a batch of its own, as in the usual code.
+    A weight's gradient is one product for loss and penalty on the same samples, and R1 costs about one forward pass more than
+    the loss alone.
 
     Args:
         critic, real, fake, weight, target, epsilon, generator, method, sigma: as in :func:`gradient_penalty`.
         loss: "wasserstein", "hinge", "minimax", "lsgan", "relativistic", or a function of (real_logits, fake_logits), each (N,),
             that returns a scalar to be minimised by the critic.
         penalty: a kind of :func:`gradient_penalty`, or None.
+        batching: "together": real, fake and interpolated samples go through the critic as one batch, where it keeps samples
+            apart; "apart": a batch each, in that order, as batch norm in training needs; "auto": together on a GPU, apart on
+            a CPU, which is as fast there and takes a third of the memory.
         context, fake_context: given to the critic after real (and interpolated) and after fake samples.
 
     Returns:
         CriticLoss; call ``.loss.backward()``.
 
-    What the critic does once per forward (a power iteration, dropout masks) it does once a step here, where separate calls
-    would do it three times.
+    What the critic does once per forward (a power iteration, dropout masks) it does once a batch.
 
     Raises:
         TypeError, ValueError, FloatingPointError: as in :func:`gradient_penalty`.
@@ -663,6 +694,7 @@ def critic_step(
     _check_inputs(op, critic, real, fake, penalty, method)
     if fake is None:
         raise ValueError(f"{op}: fake is None, expected the generator's samples")
+    _check.choice(op, "batching", batching, BATCHING)
     if isinstance(loss, str):
         _check.choice(op, "loss", loss, CRITIC_LOSSES)
         loss = CRITIC_LOSSES[loss]
@@ -674,5 +706,5 @@ def critic_step(
         at = reference.penalty_points(real, fake, penalty, generator, epsilon)
     if torch.compiler.is_compiling():
         points = [real, fake] + ([] if at is None else [at])
-        return _compiled(op, critic, points, contexts, _number(loss), s)
-    return _step(op, critic, real, fake, at, contexts, loss, s, generator)
+        return _compiled(op, critic, points, contexts, _number(loss), s, batching)
+    return _step(op, critic, real, fake, at, contexts, loss, s, generator, batching)

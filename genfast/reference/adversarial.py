@@ -51,6 +51,9 @@ CRITIC_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relativistic-average": relativistic_average_critic,
 }
 
+# Sums of a function of real and one of fake: the slope by one of them needs nothing of the other.
+SEPARABLE = (minimax_critic, hinge_critic, least_squares_critic, wasserstein_critic)
+
 # ---- the generator's side: (fake, real); only the relativistic forms look at real ----
 
 

@@ -95,6 +95,7 @@ class Pass:
     Args:
         loss: whether a loss will share the pass (``sweep(slope=...)``).
         again: called before the critic is run a second time, where the first shows that more must be kept.
+        into: where gradients are added up, if passes share it.
         stack: names of the modules that are running, for ``explain``.
 
     Raises:
@@ -105,9 +106,10 @@ class Pass:
     def __init__(
         self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool,
         again: Callable[[], None] = lambda: None, stack: list[str] | None = None,
+        into: dict[int, tuple[Tensor, Tensor, bool]] | None = None,
     ) -> None:  # fmt: skip
         self.known = facts(critic)
-        self.stack = stack
+        self.stack, self.into = stack, into
         try:
             self._record(op, critic, x, context, loss)
         except MoreNeeded:
@@ -118,6 +120,8 @@ class Pass:
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
         self.tape = tape = Tape(keep_inputs=loss or self.known.curved, stack=self.stack)
         tape.batch = x.shape[0]
+        if self.into is not None:
+            tape.gradients = self.into
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             tape.memory_format = torch.channels_last
         self.device = x.device.type
@@ -207,7 +211,7 @@ class Pass:
 
         The record is dropped.
         """
-        found = list(self.tape.gradients.values())
+        found = [(tensor, gradient) for tensor, gradient, _ in self.tape.gradients.values()]
         del self.tape
         return found
 

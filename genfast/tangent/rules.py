@@ -72,6 +72,9 @@ class Linear(Rule):
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if axis < x.dim() - 1 else -1
 
+    def release(self) -> None:
+        del self.w, self.x
+
     @property
     def collects(self) -> bool:
         return self.weight.requires_grad or trainable(self.bias)
@@ -82,7 +85,7 @@ class Linear(Rule):
         return [_product(LINEAR_INPUT, b, self.w, None, 0.0).to(self.dtype)]
 
     def _weight(self, tape: Tape, b: Tensor, z: Tensor) -> None:
-        tape.collect(self.weight, LINEAR_WEIGHT(b.reshape(-1, b.shape[-1]), z.reshape(-1, z.shape[-1])))
+        tape.collect(self.weight, LINEAR_WEIGHT(b.reshape(-1, b.shape[-1]), z.reshape(-1, z.shape[-1])), fresh=True)
 
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
@@ -142,6 +145,9 @@ class Convolution(Rule):
         if not (tape.keep_inputs and weight.requires_grad):
             self.x = None
 
+    def release(self) -> None:
+        del self.w, self.x
+
     @property
     def collects(self) -> bool:
         return self.weight.requires_grad or trainable(self.bias)
@@ -167,7 +173,7 @@ class Convolution(Rule):
         if cotangent is not None:
             if self.weight.requires_grad:
                 for _, part, z in tape.products(cotangent, direction, self.x):
-                    tape.collect(self.weight, self._backward(part, z, [False, True, False])[1])
+                    tape.collect(self.weight, self._backward(part, z, [False, True, False])[1], fresh=True)
             if trainable(self.bias):
                 tape.collect_bias(self.bias, cotangent, (1, -1, *(1,) * (cotangent.dim() - 2)))
         if not wanted or direction is None:
@@ -184,7 +190,7 @@ class Convolution(Rule):
             return self.pull(tape, c) if wanted else [None]
         assert self.x is not None
         found = self._backward(cotangent, self.x[: cotangent.shape[0]], mask)
-        tape.collect(self.weight, found[1])
+        tape.collect(self.weight, found[1], fresh=True)
         if mask[2]:
             tape.collect(self.bias, found[2])
         return [found[0].to(self.dtype) if wanted else None]

@@ -77,6 +77,9 @@ class Rule:
         """J^T g."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Lets go of what its sweeps have used."""
+
     def chain(self, tape: Tape, b: list[Maybe]) -> list[Maybe]:
         """J^T b; what is needed of b later is kept."""
         return self.pull(tape, b)
@@ -113,7 +116,7 @@ class Tape(TorchFunctionMode):
         self.even = False  # whether f is one number, so that f h is a plain multiple
         self.batch = 0
         self.memory_format = torch.contiguous_format  # that x came in
-        self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the tensor: (tensor, gradient)
+        self.gradients: dict[int, tuple[Tensor, Tensor, bool]] = {}  # by id of the tensor: (tensor, gradient, if it is fresh)
         self._cleared: dict[int, Tensor] = {}  # constants looked at; an id says something only while its tensor lives
 
     # ---- recording ----
@@ -201,12 +204,17 @@ class Tape(TorchFunctionMode):
 
     # ---- sweeps ----
 
-    def collect(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Adds to the gradient of a tensor that does not depend on x."""
+    def collect(self, parameter: Tensor, gradient: Tensor, fresh: bool = False) -> None:
+        """Adds to the gradient of a tensor that does not depend on x; ``fresh``: no one else has its memory."""
         if gradient.dtype != parameter.dtype:
-            gradient = gradient.to(parameter.dtype)
+            gradient, fresh = gradient.to(parameter.dtype), True
         found = self.gradients.get(id(parameter))
-        self.gradients[id(parameter)] = (parameter, gradient if found is None else found[1] + gradient)
+        if found is None:
+            self.gradients[id(parameter)] = (parameter, gradient, fresh)
+        elif found[2]:
+            found[1].add_(gradient)
+        else:
+            self.gradients[id(parameter)] = (parameter, found[1] + gradient, True)
 
     def products(self, b: Tensor, t: Maybe, h: Maybe) -> Iterator[tuple[int, Tensor, Tensor]]:
         """What a weight's gradient is the sum of products of: b with t + f' h, and a loss's own b with h.
@@ -299,18 +307,23 @@ class Tape(TorchFunctionMode):
         for rule in reversed(self.live_rules):
             b = [self.b[s] for s in rule.outs]
             self.owns = rule.outs[0] in owned
-            if not (rule.collects or rule.curved):
+            alone = self.shared and not self.rows  # a loss without a penalty: nothing is wanted of b later
+            if alone or not (rule.collects or rule.curved):
                 for s in rule.outs:
                     self.b[s] = None
             if all(x is None for x in b):
                 continue
+            if alone and rule.collects:
+                rule.tangent(self, b, [None] * len(rule.ins), False)
             if not any(self.below[s] for s in rule.ins):
                 if not rows:
                     continue
                 few = rule.prefix and self.per_sample
                 b = [x if x is None else x[:rows] for x in b] if few else [self._full(x) for x in b]
-            for s, g in zip(rule.ins, rule.chain(self, b)):
+            for s, g in zip(rule.ins, rule.pull(self, b) if alone else rule.chain(self, b)):
                 _accumulate(self.b, s, g, owned, rule.fresh)
+            if alone:
+                rule.release()
         found, self.b[0] = self.b[0], None
         return found
 
@@ -329,8 +342,11 @@ class Tape(TorchFunctionMode):
                     _accumulate(g, s, value, set(), False)
         return g[0] is not None and bool((g[0][1:] != 0).any())
 
-    def tangents(self, direction: Maybe) -> None:
-        """t from t = ``direction`` at x (of its first rows, or None), collecting d<b, J t>/dtheta."""
+    def tangents(self, direction: Maybe, last: bool) -> None:
+        """t from t = ``direction`` at x (of its first rows, or None), collecting d<b, J t>/dtheta.
+
+        last: no second sweep follows.
+        """
         t: list[Maybe] = [None] * self.slots
         t[0] = direction
         fresh: set[int] = set()
@@ -355,6 +371,8 @@ class Tape(TorchFunctionMode):
             if not rule.curved:
                 for s in rule.outs:
                     self.b[s] = None
+            if last:
+                rule.release()
 
     def seconds(self, start: Maybe, to_x: bool) -> Maybe:
         """c from c = ``start`` at the output (or None), collecting d<c, f(h)>/dtheta; returns c at x if ``to_x``."""
@@ -375,14 +393,15 @@ class Tape(TorchFunctionMode):
                 outs = [self._full(x) for x in outs]
             for s, g in zip(rule.ins, rule.second(self, outs, wanted)):
                 _accumulate(c, s, g, owned, rule.fresh)
+            rule.release()
         return c[0]
 
     def sweep(self, direction: Maybe, start: Maybe, to_x: bool) -> Maybe:
         """Tangents along ``direction`` and then the second sweep from ``start``; returns c at x."""
-        if direction is not None or self.shared:
+        if direction is not None or (self.shared and self.rows):
             self._last: dict[int, Rule] = {s: rule for rule in self.live_rules for s in rule.ins}
             self._readers = Counter(s for rule in self.live_rules for s in rule.ins)
-            self.tangents(direction)
+            self.tangents(direction, last=start is None and not self.curved)
         if start is None and not self.curved:
             return None
         return self.seconds(start, to_x)

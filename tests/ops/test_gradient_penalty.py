@@ -729,17 +729,21 @@ PENALTIES = ("wgan-gp", "wgan-lp", "r1", "r2", "r1r2", "dragan", None)
 
 
 @catalogue(without=("random",))
-@pytest.mark.parametrize(("loss", "penalty"), [("wasserstein", "wgan-gp"), ("minimax", "r1"), ("relativistic", "r1r2")])
+@pytest.mark.parametrize(
+    ("loss", "penalty", "batching"),
+    [("wasserstein", "wgan-gp", "together"), ("minimax", "r1", "apart"), ("relativistic", "r1r2", "together")],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_step_equals_loss_and_penalty_apart(entry, loss, penalty):
-    check_step(entry, loss, penalty)
+def test_step_equals_loss_and_penalty_apart(entry, loss, penalty, batching):
+    check_step(entry, loss, penalty, batching=batching)
 
 
 @pytest.mark.parametrize("name", ["dcgan", "layer_norm", "projection", "minibatch_deviation"])
+@pytest.mark.parametrize("batching", ["together", "apart"])
 @pytest.mark.parametrize(("loss", "penalty"), list(itertools.product(LOSSES, PENALTIES)))
 @pytest.mark.filterwarnings("ignore")
-def test_step_with_each_loss_and_penalty(name, loss, penalty):
-    check_step(CRITICS[name], loss, penalty, inputs=True)
+def test_step_with_each_loss_and_penalty(name, loss, penalty, batching):
+    check_step(CRITICS[name], loss, penalty, inputs=True, batching=batching)
 
 
 @pytest.mark.parametrize("name", ["mlp_leaky_relu", "dcgan", "group_norm", "published_r3gan", "batch_norm"])
@@ -809,6 +813,7 @@ def test_step_advances_the_state_once(entry, penalty):
         target=target,
         context=given(context),
         generator=generator,
+        batching="together",
     )
     found, state = gradients(step.loss, critics.named_parameters(critic)), critics.buffers(critic)
     critic, real, fake, context = entry.make(torch.float64)
@@ -846,9 +851,10 @@ APART = [
 @pytest.mark.parametrize("penalty", ["wgan-gp", "r1"])
 def test_step_is_one_pass_where_samples_are_kept_apart(name, penalty):
     critic, real, fake, context = CRITICS[name].make()
-    ops.critic_step(critic, real, fake, penalty=penalty, context=given(context))  # what is learnt of the critic is kept
+    options = {"penalty": penalty, "context": given(context), "batching": "together"}
+    ops.critic_step(critic, real, fake, **options)  # what is learnt of the critic is kept
     watched = Watched(critic)
-    ops.critic_step(critic, real, fake, penalty=penalty, context=given(context)).loss.backward()
+    ops.critic_step(critic, real, fake, **options).loss.backward()
     assert [len(x) for x in watched.inputs] == [(3 if penalty == "wgan-gp" else 2) * len(real)]
 
 
