@@ -286,7 +286,7 @@ void product_by_columns(int64_t rows, int64_t columns, int64_t inner, const Stri
   const int64_t across = (columns + block * group - 1) / (block * group);
   const int64_t wanted = across % threads && across < 8 * threads ? (4 * threads + across - 1) / across : 1;
   const int64_t pieces = std::max<int64_t>(1, std::min(wanted, down / kPanelTiles));
-  const int64_t at_once = direct ? down : std::max<int64_t>(1, std::min(down, kPacked / (kMaxRows * longest)));
+  const int64_t at_once = direct ? down : std::max<int64_t>(1, std::min(down, kPacked / (kMaxRows * std::max<int64_t>(1, longest))));
   static thread_local Scratch scratch;
   T* packed = direct ? nullptr : scratch.get<T>(at_once * kMaxRows * longest);
 #pragma omp parallel num_threads(threads)

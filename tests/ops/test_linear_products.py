@@ -88,6 +88,17 @@ def test_the_thread_count_does_not_change_the_bits():
             assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize(("n", "m"), [(7, 40), (40, 7), (300, 100)])
+def test_no_terms_at_all(n, m):
+    c = torch.randn(m)
+    for x, w in ((torch.randn(n, 0), torch.randn(m, 0)), (torch.randn(0, n).t(), torch.randn(0, m).t())):
+        y, bits = ops.linear(x, w, c, 0.5)
+        assert torch.equal(y, F.leaky_relu(c, 0.5).expand(n, m))
+        assert torch.equal(row_mask(bits, m), y > 0)
+    assert not ops.linear_input(torch.randn(n, 0), torch.randn(0, m)).count_nonzero()
+    assert not ops.linear_weight(torch.randn(0, n), torch.randn(0, m)).count_nonzero()
+
+
 def test_what_is_not_finite():
     x = torch.ones(8, 40)
     w = torch.zeros(64, 40)
