@@ -20,7 +20,7 @@ def test_every_family_of_ops_has_a_case():
         "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation",
         "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
         "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
-        "sample pixelcnnpp", "sample wavenet",
+        "sample pixelcnnpp", "sample wavenet", "linear", "leaky_relu_bits", "activation_second",
     ):  # fmt: skip
         assert family in names
     for case in cases():
