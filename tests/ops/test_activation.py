@@ -119,7 +119,7 @@ def derivatives(kind, x):
 
 
 def error(found, exact):
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.double() - exact).norm().detach() / exact.norm())
 
 
 @pytest.mark.parametrize("kind", KINDS)
