@@ -140,7 +140,7 @@ struct Strided {  // element (i, j) at data + i * row + j * column; one of the t
 constexpr int64_t kInner = 512;          // terms between two visits of an output: a panel of them lies in the second-level cache
 constexpr int64_t kPanelTiles = 8;       // tiles for which packing a panel again is still cheap, in another thread
 constexpr int64_t kPacked = 4 << 20;     // elements of a that are packed at once
-constexpr int64_t kRowsCache = 512 << 10;  // bytes of a b that is packed whole
+constexpr int64_t kRowsCache = 256 << 10;  // bytes of a b that is packed whole
 
 GENFAST_INLINE int64_t inner_runs(int64_t inner) { return std::max<int64_t>(1, (inner + kInner - 1) / kInner); }
 
@@ -286,7 +286,7 @@ void product_by_columns(int64_t rows, int64_t columns, int64_t inner, const Stri
   const int64_t across = (columns + block * group - 1) / (block * group);
   const int64_t wanted = across % threads && across < 8 * threads ? (4 * threads + across - 1) / across : 1;
   const int64_t pieces = std::max<int64_t>(1, std::min(wanted, down / kPanelTiles));
-  const int64_t at_once = direct ? down : std::max<int64_t>(1, std::min(down, kPacked / (kMaxRows * longest)));
+  const int64_t at_once = direct ? down : std::max<int64_t>(1, std::min(down, kPacked / (kMaxRows * std::max<int64_t>(1, longest))));
   static thread_local Scratch scratch;
   T* packed = direct ? nullptr : scratch.get<T>(at_once * kMaxRows * longest);
 #pragma omp parallel num_threads(threads)

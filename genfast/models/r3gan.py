@@ -90,7 +90,7 @@ class R3GAN(AdversarialModel):
     """
 
     recipe = Recipe(
-        loss="relativistic", penalty=("r1", "r2"), weight=0.05, generator_lr=2e-4, critic_lr=2e-4, betas=(0.0, 0.99)
+        loss="relativistic", penalty="r1r2", weight=0.05, generator_lr=2e-4, critic_lr=2e-4, betas=(0.0, 0.99)
     )
 
     def __init__(

@@ -79,9 +79,18 @@ def _fake_weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.new_empty((grad.shape[1], x.shape[1]))
 
 
-def _ours(rows: int, columns: int, inner: int, epilogue: bool) -> bool:
-    """Whether gemm.h serves a product; the library does where it was measured faster."""
-    return columns >= 32 and rows >= 6 and (inner >= 32 or epilogue)
+def _ours(rows: int, columns: int, inner: int, epilogue: bool, turned: bool = False) -> bool:
+    """Whether gemm.h serves a product; the library does where it was as fast or faster (batches of 8 to 256, widths to 512).
+
+    ``turned`` where the right-hand matrix is read along its inner axis, as in x W^T.
+    """
+    narrow = min(columns, inner)
+    if rows < 16 or narrow == 1:  # few tiles, or a product with a vector
+        return False
+    if narrow == inner == 2 or columns <= 6:  # where the library is far from its best, but for rows times rows
+        return rows >= 64 and not (turned and columns <= 6)
+    # An epilogue saves a pass, which pays for less efficient products.
+    return narrow >= (32 if epilogue else 64) and rows * columns * inner >= 1 << (18 if epilogue else 21)
 
 
 @functools.lru_cache(1024)
@@ -127,7 +136,7 @@ def _cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | N
     bits = torch.empty((0,) if slope is None else (n, _bytes(m)), dtype=torch.uint8)
     (x, (row, column)), (weight, (w_row, w_column)) = _plain(x), _plain(weight)
     bias = None if bias is None else bias.contiguous()
-    if not _ours(n, m, k, slope is not None):
+    if not _ours(n, m, k, slope is not None, turned=True):
         y = F.linear(x, weight, bias)
         if slope is not None:
             _signs(y, bits, slope, False)
@@ -227,7 +236,7 @@ def _backward_weight(ctx: Any, grad_w: Tensor) -> tuple[Any, ...]:
     return dgrad, OP_INPUT(grad, grad_w, None, 0.0) if ctx.needs_input_grad[1] else None
 
 
-_SIZES = ((7, 5, 3), (13, 40, 70), (8, 33, 129))  # N, K, M: the library's, and gemm.h's with whole and with broken tiles
+_SIZES = ((7, 5, 3), (64, 3, 70), (67, 33, 129))  # N, K, M: the library's, and gemm.h's with whole and with broken tiles
 
 
 def _samples_linear(generator: torch.Generator) -> Iterator[Sample]:
@@ -246,7 +255,7 @@ def _samples_input(generator: torch.Generator) -> Iterator[Sample]:
 
 
 def _samples_weight(generator: torch.Generator) -> Iterator[Sample]:
-    for n, m, k in ((7, 5, 3), (33, 13, 70), (40, 129, 33)):
+    for n, m, k in ((7, 5, 3), (3, 70, 13), (129, 133, 133)):
         b, t = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((n, m), (n, k)))
         yield Sample(f"{n}x{m}x{k}", (b, t))
 
@@ -288,9 +297,8 @@ OP_WEIGHT = Op(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, slope: float | None = None) -> tuple[Tensor, Tensor]:
     """A linear layer and its leaky relu: v = x W^T + bias, y = v where v > 0 and slope v elsewhere, with the signs as bits.
 
-    On the CPU float32 and float64 go through a packed product whose epilogue is the activation; narrow products (fewer than 32
-    columns or 6 rows, and without an epilogue fewer than 32 terms), half types and CUDA go through the library, which was
-    measured faster there, and a pass for the activation.
+    On the CPU float32 and float64 go through a packed product whose epilogue is the activation; small and narrow products, half
+    types and CUDA go through the library, which was measured as fast or faster there, and a pass for the activation.
 
     Args:
         x: (N, K) floating point, any strides.

@@ -60,9 +60,9 @@ def apply_bits(x: Tensor, bits: Tensor, slope: float) -> Tensor:
 
 def _gate(q: Tensor, x: Tensor, q1: Tensor | float, q2: Tensor | float) -> tuple[Tensor, Tensor]:
     """s = x sigmoid(q(x)), q1 = q' and q2 = q''."""
-    p = torch.sigmoid(q)
-    slope = p * (1 - p)
-    return p + x * slope * q1, slope * (2 * q1 + x * (q2 + q1 * q1 * (1 - 2 * p)))
+    p, rest = torch.sigmoid(q), torch.sigmoid(-q)  # 1 - p would cancel
+    slope = p * rest
+    return p + x * slope * q1, slope * (2 * q1 + x * (q2 + q1 * q1 * (rest - p)))
 
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,18 +76,18 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    t = torch.tanh(x)
-    return 1 - t * t, -2 * t * (1 - t * t)
+    first = 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)  # 1 - tanh^2
+    return first, -2 * torch.tanh(x) * first
 
 
 def _sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    p = torch.sigmoid(x)
-    return p * (1 - p), p * (1 - p) * (1 - 2 * p)
+    p, rest = torch.sigmoid(x), torch.sigmoid(-x)
+    return p * rest, p * rest * (rest - p)
 
 
 def _softplus(x: Tensor) -> tuple[Tensor, Tensor]:
     p, linear = torch.sigmoid(x), x > 20
-    return torch.where(linear, torch.ones_like(x), p), torch.where(linear, torch.zeros_like(x), p * (1 - p))
+    return torch.where(linear, torch.ones_like(x), p), torch.where(linear, torch.zeros_like(x), p * torch.sigmoid(-x))
 
 
 def _elu(x: Tensor, scale: float = 1.0, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -96,9 +96,9 @@ def _elu(x: Tensor, scale: float = 1.0, alpha: float = 1.0) -> tuple[Tensor, Ten
 
 
 def _mish(x: Tensor) -> tuple[Tensor, Tensor]:
-    p, w = torch.sigmoid(x), torch.tanh(torch.nn.functional.softplus(x))
-    slope = (1 - w * w) * p  # w'
-    return w + x * slope, slope * (2 + x * (1 - p - 2 * w * p))
+    soft, p = torch.nn.functional.softplus(x), torch.sigmoid(x)
+    w, slope = torch.tanh(soft), 4 * torch.sigmoid(2 * soft) * torch.sigmoid(-2 * soft) * p  # w' = (1 - w^2) p
+    return w + x * slope, slope * (2 + x * (torch.sigmoid(-x) - 2 * w * p))
 
 
 SLOPES = {

@@ -93,9 +93,9 @@ def test_what_is_not_finite():
 
 
 def test_leaky_relu_through_any_derivative():
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    for x in (x, x.contiguous(memory_format=torch.channels_last)):
-        x = x.clone().requires_grad_()
+    values = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = values.clone(memory_format=form).requires_grad_()
 
         def twice(x):
             (g,) = torch.autograd.grad((ops.leaky_relu_bits(x, 0.2)[0] ** 3).sum(), x, create_graph=True)
@@ -119,7 +119,7 @@ def derivatives(kind, x):
 
 
 def error(found, exact):
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.double() - exact).norm().detach() / exact.norm())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +144,7 @@ def test_slopes_element_by_element(kind, dtype):
     x = torch.cat((torch.linspace(-30, 30, 20001), torch.tensor([0.0, 20.0, -1e30, 1e30, -math.inf, math.inf]))).to(dtype)
     one = torch.ones_like(x)
     exact = genfast.reference.activation.SLOPES[kind](x[:-4].double())
-    bound = 1e-6 if dtype is torch.float32 else 2e-14  # 1 - p and 1 - tanh^2 of the reference cancel
+    bound = 1e-6 if dtype is torch.float32 else 5e-15
     for found, expected in zip(
         (ops.activation_chain(x, one, kind), ops.activation_second(x, one, one, None, kind)), exact, strict=True
     ):

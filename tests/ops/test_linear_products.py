@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import genfast
@@ -21,7 +21,7 @@ DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
 # Both sides of the tiles (6 rows by up to 64 columns), of the panels and of the runs of 512 terms.
 SIZES = [
     (1, 1, 1), (1, 600, 70), (5, 31, 33), (6, 64, 64), (7, 512, 63), (13, 513, 65), (48, 1025, 130), (50, 16, 200),
-    (97, 40, 449),
+    (97, 40, 449), (64, 2, 512), (130, 130, 130),
 ]  # fmt: skip
 
 
@@ -32,6 +32,12 @@ def error(found, exact):
 def exact_linear(x, w, bias, slope):
     v = F.linear(x.double(), w.double(), None if bias is None else bias.double())
     return v if slope is None else F.leaky_relu(v, slope)
+
+
+@pytest.fixture(params=[True, False], ids=["ours", "library"], autouse=True)
+def _which(request, monkeypatch):
+    """Every size through both arrangements, whatever the rule says."""
+    monkeypatch.setattr(sys.modules["genfast.ops.linear"], "_ours", lambda *_, **__: request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -57,7 +63,7 @@ def test_the_three_products(n, k, m, dtype):
         torch.testing.assert_close(ops.linear_input(g, w, kept, slope), expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 20), st.integers(0, 80), st.integers(0, 140), st.booleans(), st.booleans(), st.sampled_from([None, 0.0, 0.3])
 )
@@ -86,6 +92,17 @@ def test_the_thread_count_does_not_change_the_bits():
             torch.set_num_threads(before)
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 40), (40, 7), (300, 100)])
+def test_no_terms_at_all(n, m):
+    c = torch.randn(m)
+    for x, w in ((torch.randn(n, 0), torch.randn(m, 0)), (torch.randn(0, n).t(), torch.randn(0, m).t())):
+        y, bits = ops.linear(x, w, c, 0.5)
+        assert torch.equal(y, F.leaky_relu(c, 0.5).expand(n, m))
+        assert torch.equal(row_mask(bits, m), y > 0)
+    assert not ops.linear_input(torch.randn(n, 0), torch.randn(0, m)).count_nonzero()
+    assert not ops.linear_weight(torch.randn(0, n), torch.randn(0, m)).count_nonzero()
 
 
 def test_what_is_not_finite():
@@ -152,12 +169,13 @@ def test_half_types_run_the_library():
 def test_lower_instruction_sets(level):
     """The same sums with narrower vectors, where a tile may be narrower than a byte of bits."""
     program = f"""
-import torch
+import sys, torch
 from genfast import ops, _cpu
 from tests.ops import test_linear_products as tests
 if not _cpu.isa().startswith({"baseline" if level == "base" else "x86-64-v3"!r}):
     raise SystemExit(5)
 torch.manual_seed(0)
+sys.modules["genfast.ops.linear"]._ours = lambda *_, **__: True
 for dtype in tests.DTYPES:
     for size in tests.SIZES:
         tests.test_the_three_products(*size, dtype)
