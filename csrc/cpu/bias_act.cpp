@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kSerial = 1 << 14;
 constexpr int64_t kStretch = 1 << 14;  // elements of a row that one thread takes at a time
 constexpr int64_t kShort = 64;         // rows below this are walked as a pattern
-constexpr int64_t kColumns = 512, kRows = 64;  // the block of a pattern that one thread takes at a time
+constexpr int64_t kColumns = 2048, kRows = 64;  // the block of a pattern that one thread takes at a time
 
 template <class T>
 const T* at(const View& v, int64_t n, int64_t c, int64_t s) {
@@ -165,9 +165,11 @@ void run(const BiasActArgs& a) {
       run_row<T, kAct, kOrder, kClamp, false>(k, row, length, nullptr);
     }
   } else if (a.channels_last || (dense && a.s < kShort)) {
-    // A pattern of `width` elements: the bias of channels_last, taken several times where it is short, or that of a sample.
+    // A pattern of `width` elements: the bias of channels_last, taken several times, or that of a sample.
     const int64_t each = a.channels_last ? 1 : a.s;
-    const int64_t times = a.channels_last && dense && a.c < kShort ? (kShort + a.c - 1) / a.c : 1;
+    int64_t times = 1;
+    if (a.channels_last && dense)  // so often that a row is long enough, and whole vectors
+      while (times * a.c < kShort || times * a.c % lanes<T>()) ++times;
     const int64_t width = a.c * each * times, rows = (size + width - 1) / width;
     const int64_t chunks = (rows + kRows - 1) / kRows, columns = (width + kColumns - 1) / kColumns;
     T* pattern = static_cast<T*>(malloc(size_t(width) * sizeof(T)));

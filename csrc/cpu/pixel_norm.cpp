@@ -2,7 +2,7 @@
 //
 // x (N, C, S). Backward, which recomputes r: dx = r (d - y mean_c(d y)). Fused: the square, the mean, the root and the product.
 // Along channels (channels_last, vectors) a row is read twice, the second time from the first-level cache; along positions a
-// strip of them is taken through all channels and again, so that the second reading is from the second level. From memory
+// strip of them is taken through all channels and again, so that the second reading is from a cache too. From memory
 // 8 bytes an element in float, backward 12: bound by bandwidth. 4 and 8 FLOPs.
 #include <math.h>
 #include <stdlib.h>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kSerial = 1 << 14;
 constexpr int64_t kStrip = 1024;           // positions of a strip at most,
-constexpr int64_t kStripBytes = 256 << 10;  // and bytes of all its channels
+constexpr int64_t kStripBytes = 1 << 20;  // and bytes of all its channels
 
 template <class T>
 const T* at(const View& v, int64_t n, int64_t c, int64_t s) {
