@@ -31,6 +31,7 @@ template <class T> Vec<T> f_log1p(Vec<T> x) { return log1p_unit<T>(x); }
 template <class T> Vec<T> f_tanh(Vec<T> x) { return genfast::GENFAST_ISA::tanh<T>(x); }
 template <class T> Vec<T> f_sigmoid(Vec<T> x) { Vec<T> s, o, l; sigmoid<T>(x, s, o, l); return s; }
 template <class T> Vec<T> f_log(Vec<T> x) { return genfast::GENFAST_ISA::log<T>(x); }
+template <class T> Vec<T> f_root(Vec<T> x) { return root(x); }
 long double sigmoidl(long double x) { return 1 / (1 + expl(-x)); }
 
 template <class T>
@@ -55,12 +56,13 @@ template <class T> void all() {
   worst<T>("sigmoid", f_sigmoid<T>, sigmoidl, -30, 30);
   worst<T>("log", f_log<T>, logl, 1e-3, 4);
   worst<T>("log", f_log<T>, logl, 1, 1e6);
+  worst<T>("root", f_root<T>, sqrtl, 0, 1e3);
 }
 
 int main() { all<float>(); all<double>(); }
 """
 # As the head of csrc/cpu/vec.h says.
-BOUNDS = {"exp": 2, "log1p_unit": 3, "tanh": 3, "sigmoid": 4, "log": 1}
+BOUNDS = {"exp": 2, "log1p_unit": 3, "tanh": 3, "sigmoid": 4, "log": 1, "root": 0.5}
 
 
 @pytest.mark.parametrize("level", ["base", "v3", "v4"])
@@ -82,6 +84,6 @@ def test_errors_in_units_of_the_last_place(level, tmp_path):
         pytest.skip(f"this processor does not run {level}")
     assert done.returncode == 0
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 16
+    assert len(lines) == 18
     for name, size, worst in lines:
         assert 0 < float(worst) <= BOUNDS[name], (name, size, worst)

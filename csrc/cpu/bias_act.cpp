@@ -4,7 +4,7 @@
 // lets through, with db = sum dx; the second order gain f''(v) d e with its sum. One pass each: forward 8 bytes an element in
 // float, backward 12, second order 16. At most 60 FLOPs and one division: bound by memory bandwidth.
 // The bias is constant along a row (NCHW) or a pattern that repeats (channels_last, vectors, and NCHW with few positions,
-// where rows would be shorter than vectors). Sums run in T over at most 64 rows of a pattern or 16384 elements of a row, in
+// where rows would be shorter than vectors). Sums run in T over at most 64 rows of a pattern or 4096 elements of a row, in
 // double across them, in an order that does not depend on the thread count.
 #include <stdlib.h>
 
@@ -16,7 +16,7 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kSerial = 1 << 14;
-constexpr int64_t kStretch = 1 << 14;  // elements of a row that one thread takes at a time
+constexpr int64_t kStretch = 1 << 12;  // elements of a row that one thread takes at a time
 constexpr int64_t kShort = 64;         // rows below this are walked as a pattern
 constexpr int64_t kColumns = 2048, kRows = 64;  // the block of a pattern that one thread takes at a time
 

@@ -277,6 +277,17 @@ def test_the_sum_of_a_large_constant_gradient_is_exact():
         assert bias.grad.tolist() == [math.prod(shape) / 2] * 2
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 700, 700), (20000, 3), (300, 5, 3, 3)])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_rounding_of_equal_terms_does_not_add_up(form, shape):
+    x = torch.ones(shape)
+    x = x if FORMS[form] is None or x.dim() < 4 else x.contiguous(memory_format=FORMS[form])
+    bias = torch.zeros(shape[1], requires_grad=True)
+    ops.bias_act(x, bias, act="linear").backward(torch.full_like(x, 0.1))
+    exact = float(torch.tensor(0.1)) * (x.numel() // shape[1])
+    torch.testing.assert_close(bias.grad.double(), torch.full((shape[1],), exact, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(0, 6, 4, 4), (0, 6), (2, 6, 0, 4), (2, 0, 3)])
 def test_empty(shape):
     x, bias = torch.randn(shape, requires_grad=True), torch.randn(shape[1], requires_grad=True)
