@@ -33,6 +33,7 @@ template <class T> Vec<T> f_sigmoid(Vec<T> x) { Vec<T> s, o, l; sigmoid<T>(x, s,
 template <class T> Vec<T> f_log(Vec<T> x) { return genfast::GENFAST_ISA::log<T>(x); }
 template <class T> Vec<T> f_erfc_scaled(Vec<T> x) { return erfc_scaled<T>(x); }
 long double erfc_scaledl(long double x) { return expl(x * x) * erfcl(x); }
+template <class T> Vec<T> f_root(Vec<T> x) { return root(x); }
 long double sigmoidl(long double x) { return 1 / (1 + expl(-x)); }
 
 template <class T>
@@ -59,12 +60,13 @@ template <class T> void all() {
   worst<T>("log", f_log<T>, logl, 1, 1e6);
   worst<T>("erfc_scaled", f_erfc_scaled<T>, erfc_scaledl, 0, 4);
   worst<T>("erfc_scaled", f_erfc_scaled<T>, erfc_scaledl, 0, 60);
+  worst<T>("root", f_root<T>, sqrtl, 0, 1e3);
 }
 
 int main() { all<float>(); all<double>(); }
 """
 # As the head of csrc/cpu/vec.h says.
-BOUNDS = {"exp": 2, "log1p_unit": 3, "tanh": 3, "sigmoid": 4, "log": 1, "erfc_scaled": 9}
+BOUNDS = {"exp": 2, "log1p_unit": 3, "tanh": 3, "sigmoid": 4, "log": 1, "erfc_scaled": 9, "root": 0.5}
 
 
 @pytest.mark.parametrize("level", ["base", "v3", "v4"])
@@ -86,6 +88,6 @@ def test_errors_in_units_of_the_last_place(level, tmp_path):
         pytest.skip(f"this processor does not run {level}")
     assert done.returncode == 0
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 20
+    assert len(lines) == 22
     for name, size, worst in lines:
         assert 0 < float(worst) <= BOUNDS[name], (name, size, worst)

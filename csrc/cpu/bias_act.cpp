@@ -4,7 +4,7 @@
 // lets through, with db = sum dx; the second order gain f''(v) d e with its sum. One pass each: forward 8 bytes an element in
 // float, backward 12, second order 16. At most 60 FLOPs and one division: bound by memory bandwidth.
 // The bias is constant along a row (NCHW) or a pattern that repeats (channels_last, vectors, and NCHW with few positions,
-// where rows would be shorter than vectors). Sums run in T over at most 64 rows of a pattern or 16384 elements of a row, in
+// where rows would be shorter than vectors). Sums run in T over at most 64 rows of a pattern or 4096 elements of a row, in
 // double across them, in an order that does not depend on the thread count.
 #include <stdlib.h>
 
@@ -16,9 +16,10 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kSerial = 1 << 14;
-constexpr int64_t kStretch = 1 << 14;  // elements of a row that one thread takes at a time
+constexpr int64_t kStretch = 1 << 12;  // elements of a row that one thread takes at a time
 constexpr int64_t kShort = 64;         // rows below this are walked as a pattern
-constexpr int64_t kColumns = 512, kRows = 64;  // the block of a pattern that one thread takes at a time
+constexpr int64_t kColumns = 8192;     // the block of a pattern that one thread takes at a time: so much of a row,
+constexpr int64_t kFewRows = 16, kRows = 64;  // and fewer rows where they are long
 
 template <class T>
 const T* at(const View& v, int64_t n, int64_t c, int64_t s) {
@@ -165,11 +166,14 @@ void run(const BiasActArgs& a) {
       run_row<T, kAct, kOrder, kClamp, false>(k, row, length, nullptr);
     }
   } else if (a.channels_last || (dense && a.s < kShort)) {
-    // A pattern of `width` elements: the bias of channels_last, taken several times where it is short, or that of a sample.
+    // A pattern of `width` elements: the bias of channels_last, taken several times, or that of a sample.
     const int64_t each = a.channels_last ? 1 : a.s;
-    const int64_t times = a.channels_last && dense && a.c < kShort ? (kShort + a.c - 1) / a.c : 1;
+    int64_t times = 1;
+    if (a.channels_last && dense)  // so often that a row is long enough, and whole vectors
+      while (times * a.c < kShort || times * a.c % lanes<T>()) ++times;
     const int64_t width = a.c * each * times, rows = (size + width - 1) / width;
-    const int64_t chunks = (rows + kRows - 1) / kRows, columns = (width + kColumns - 1) / kColumns;
+    const int64_t together = width >= kColumns / 2 ? kFewRows : kRows;
+    const int64_t chunks = (rows + together - 1) / together, columns = (width + kColumns - 1) / kColumns;
     T* pattern = static_cast<T*>(malloc(size_t(width) * sizeof(T)));
     for (int64_t i = 0; i < width; ++i) pattern[i] = bias ? bias[i / each % a.c] : T(0);
     if (summed) partial = static_cast<double*>(malloc(size_t(chunks * width + 1) * sizeof(double)));
@@ -177,10 +181,10 @@ void run(const BiasActArgs& a) {
     for (int64_t item = 0; item < chunks * columns; ++item) {
       const int64_t chunk = item / columns, first = item % columns * kColumns;
       const int64_t wide = width - first < kColumns ? width - first : kColumns;
-      const int64_t last = rows < (chunk + 1) * kRows ? rows : (chunk + 1) * kRows;
+      const int64_t last = rows < (chunk + 1) * together ? rows : (chunk + 1) * together;
       T sums[kColumns];
       for (int64_t i = 0; i < wide; ++i) sums[i] = T(0);
-      for (int64_t r = chunk * kRows; r < last; ++r) {
+      for (int64_t r = chunk * together; r < last; ++r) {
         Row<T> row = dense ? place(0, 0, 0, r * width + first) : place(r / a.s, 0, r % a.s, first);
         row.bias = pattern + first;
         row.out = out + r * width + first;

@@ -5,8 +5,8 @@
 // x (N, C, S), y (N, C + F, S). Fused: the copy of x with both moments in one reading, shifted by the group's first member,
 // which keeps v exact to G rounding errors. Backward: dx = d + k (x - mean_g x) / (v + eps)^(1/2), k[m, f] the sum of the
 // gradient of the feature's channel over group and positions, divided by G and the number of elements. From memory 8 bytes an
-// element in float, backward 12: bound by bandwidth. Sums run in T over at most 4096 elements and in double across them, in an
-// order that does not depend on the thread count.
+// element in float, backward 12: bound by bandwidth. Sums run in T over at most 64 terms a lane and in double across them, in
+// an order that does not depend on the thread count.
 #include <stdlib.h>
 
 #include "kernels.h"
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kSerial = 1 << 14;
 constexpr int64_t kBlock = 4096;  // elements of a sample that one thread takes at a time
+constexpr int kTerms = 64;        // of a sum in T
 
 template <class T>
 const T* at(const View& v, int64_t n, int64_t c, int64_t s) {
@@ -113,16 +114,27 @@ void run(const MinibatchStddevArgs& a) {
     line.group = a.group, line.eps = T(a.eps), line.k = kBackward ? value[cell] : T(0);
     line.x_stride = groups * a.x.n, line.d_stride = groups * a.grad.n, line.out_stride = groups * out_c * a.s;
     Vec<T> total = splat(T(0));
+    double sum_out = 0;
+    int steps = 0;
     for (int64_t l = begin; l < end; ++l) {
       const int64_t c = f * channels + (a.channels_last ? 0 : l), s = a.channels_last ? l : 0;
       line.x = at<T>(a.x, m, c, s) + from;
       if (kBackward) line.d = at<T>(a.grad, m, c, s) + from;
       line.out = out + m * out_c * a.s + (a.channels_last ? s * out_c + c : c * a.s) + from;
-      int64_t i = 0;
-      for (; i + lane <= count; i += lane) step<T, kBackward>(line, i, lane, total);
-      if (i < count) step<T, kBackward>(line, i, int(count - i), total);
+      for (int64_t i = 0; i < count; i += lane) {
+        if (count - i >= lane) {
+          step<T, kBackward>(line, i, lane, total);
+        } else {
+          step<T, kBackward>(line, i, int(count - i), total);
+        }
+        if (!kBackward && ++steps == kTerms) {
+          sum_out += double(sum<T>(total));
+          total = splat(T(0));
+          steps = 0;
+        }
+      }
     }
-    if (!kBackward) sums[item] = double(sum<T>(total));
+    if (!kBackward) sums[item] = sum_out + double(sum<T>(total));
   }
   if (!kBackward) {
     for (int64_t cell = 0; cell < cells; ++cell) {

@@ -2,7 +2,7 @@
 //
 // x (N, C, S). Backward, which recomputes r: dx = r (d - y mean_c(d y)). Fused: the square, the mean, the root and the product.
 // Along channels (channels_last, vectors) a row is read twice, the second time from the first-level cache; along positions a
-// strip of them is taken through all channels and again, so that the second reading is from the second level. From memory
+// strip of them is taken through all channels and again, so that the second reading is from a cache too. From memory
 // 8 bytes an element in float, backward 12: bound by bandwidth. 4 and 8 FLOPs.
 #include <math.h>
 #include <stdlib.h>
@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t kSerial = 1 << 14;
 constexpr int64_t kStrip = 1024;           // positions of a strip at most,
-constexpr int64_t kStripBytes = 256 << 10;  // and bytes of all its channels
+constexpr int64_t kTerms = 64;            // that a sum takes before it is added to the whole, lest its rounding add up
+constexpr int64_t kStripBytes = 1 << 20;  // and bytes of x in it
 
 template <class T>
 const T* at(const View& v, int64_t n, int64_t c, int64_t s) {
@@ -59,9 +60,16 @@ void along_channels(const PixelNormArgs& a, int64_t p) {
 
 template <class T, bool kBackward>
 void along_positions(const PixelNormArgs& a, int64_t n, int64_t from, int64_t length) {
-  T squares[kStrip], products[kStrip];
-  for (int64_t i = 0; i < length; ++i) squares[i] = products[i] = T(0);
+  T squares[kStrip], products[kStrip], all_squares[kStrip], all_products[kStrip];
+  for (int64_t i = 0; i < length; ++i) squares[i] = products[i] = all_squares[i] = all_products[i] = T(0);
   for (int64_t c = 0; c < a.c; ++c) {
+    if (c && c % kTerms == 0) {
+      for (int64_t i = 0; i < length; ++i) {
+        all_squares[i] += squares[i];
+        all_products[i] += products[i];
+        squares[i] = products[i] = T(0);
+      }
+    }
     const T *x = at<T>(a.x, n, c, from), *d = kBackward ? at<T>(a.grad, n, c, from) : x;
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
@@ -73,7 +81,7 @@ void along_positions(const PixelNormArgs& a, int64_t n, int64_t from, int64_t le
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) {
     T r, q;
-    finish<T>(squares[i], products[i], count, eps, r, q);
+    finish<T>(squares[i] + all_squares[i], products[i] + all_products[i], count, eps, r, q);
     squares[i] = r;
     products[i] = q;
   }
@@ -95,7 +103,7 @@ void run(const PixelNormArgs& a) {
     for (int64_t p = 0; p < a.n * a.s; ++p) along_channels<T, kBackward>(a, p);
     return;
   }
-  int64_t strip = kStripBytes / (a.c * int64_t(sizeof(T)) * (kBackward ? 2 : 1)) / 64 * 64;
+  int64_t strip = kStripBytes / (a.c * int64_t(sizeof(T))) / 64 * 64;
   strip = strip < 64 ? 64 : strip > kStrip ? kStrip : strip;
   const int64_t strips = (a.s + strip - 1) / strip;
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -3,7 +3,7 @@
 //
 // Errors measured in tests/test_vec.py against long double, in ULP of the result:
 //   exp 2 (float), 2 (double); denormal results flush to zero.  log1p_unit (0 <= u <= 1) 3.  tanh 3.  sigmoid 4.  log (normal x) 1.
-//   erfc_scaled 9 (6 in float).
+//   erfc_scaled 9 (6 in float).  root 0.5.
 #pragma once
 
 #include <stddef.h>

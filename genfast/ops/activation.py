@@ -71,8 +71,8 @@ def _cpu_leaky(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     if not x.is_contiguous():
         x = _dense(x)
     n = x.numel()
-    y = torch.empty_like(x) if n * 8 < _pool.MINIMUM else _pool.empty_like(x)
-    bits = torch.empty((n + 7) // 8, dtype=torch.uint8)
+    # not from kept memory: when a gradient penalty needs the most, this is free again
+    y, bits = torch.empty_like(x), torch.empty((n + 7) // 8, dtype=torch.uint8)
     _CPU.leaky_relu_bits(
         x.dtype is torch.float64, False, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, 1, n, torch.get_num_threads()
     )

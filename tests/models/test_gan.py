@@ -212,7 +212,7 @@ def test_r3gan_halving_is_the_bilinear_filter():
     model = models.R3GAN((3, 16, 16), width=16)
     allowed = (nn.Conv2d, nn.Linear, nn.LeakyReLU, nn.AvgPool2d, nn.Flatten, nn.Sequential, models.r3gan.GroupedBlock)
     assert all(isinstance(m, allowed) for m in model.critic.modules())  # piecewise linear
-    assert model.recipe.penalties == ("r1", "r2")
+    assert model.recipe.penalties == ("r1r2",)
     grouped = [m for m in model.critic.modules() if isinstance(m, nn.Conv2d) and 1 < m.groups < m.in_channels]
     assert [m.groups for m in grouped] == [2, 2, 2]
     for block in model.critic.modules():  # residual branches start at zero

@@ -129,6 +129,15 @@ def test_extremes(shape):
     assert torch.equal(found[:, : shape[1]].isnan(), x.isnan())
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 300, 300), (2, 3, 100, 100), (2, 70, 40, 30)])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_rounding_of_equal_terms_does_not_add_up(form, shape):
+    x = torch.zeros(shape)
+    x[1] = 0.2
+    x = x if FORMS[form] is None else x.contiguous(memory_format=FORMS[form])
+    torch.testing.assert_close(ops.minibatch_stddev(x).double(), written_out(x.double()), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(8, 64, 33, 31), (16, 48, 4, 4), (64, 512)])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_thread_count_does_not_change_the_bits(form, shape):

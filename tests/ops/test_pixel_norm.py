@@ -108,6 +108,13 @@ def test_extremes(shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_the_rounding_of_equal_terms_does_not_add_up(form):
+    x = torch.full((1, 2000, 3, 5), 0.1)
+    x = x if FORMS[form] is None else x.contiguous(memory_format=FORMS[form])
+    torch.testing.assert_close(ops.pixel_norm(x).double(), written_out(x.double()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_thread_count_does_not_change_the_bits(form):
     x = torch.randn(3, 64, 33, 31)
     x = (x if FORMS[form] is None else x.contiguous(memory_format=FORMS[form])).requires_grad_()
