@@ -43,6 +43,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 # ---- weights ----
 
 
@@ -63,9 +67,9 @@ class Linear(Rule):
     def __init__(self, tape: Tape, x: Tensor, weight: Tensor, bias: Maybe) -> None:
         self.weight, self.bias, self.dtype = weight, bias, x.dtype
         dtype = autocast_dtype(x)
-        self.w = weight.detach().to(dtype)
-        self.x: Maybe = x.detach().to(dtype)
-        self.y: Maybe = _product(LINEAR, self.x, self.w, None if bias is None else bias.detach().to(dtype), None)
+        self.w = _cast(weight.detach(), dtype)
+        self.x: Maybe = _cast(x.detach(), dtype)
+        self.y: Maybe = _product(LINEAR, self.x, self.w, None if bias is None else _cast(bias.detach(), dtype), None)
         if not (tape.keep_inputs and weight.requires_grad):
             self.x = None
 
@@ -82,7 +86,9 @@ class Linear(Rule):
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
-        return [_product(LINEAR_INPUT, b, self.w, None, 0.0).to(self.dtype)]
+        if self.w.shape[0] == 1:  # an outer product, which a library multiplies slowly
+            return [_cast(b * self.w, self.dtype)]
+        return [_cast(_product(LINEAR_INPUT, b, self.w, None, 0.0), self.dtype)]
 
     def _weight(self, tape: Tape, b: Tensor, z: Tensor) -> None:
         tape.collect(self.weight, LINEAR_WEIGHT(b.reshape(-1, b.shape[-1]), z.reshape(-1, z.shape[-1])), fresh=True)
@@ -90,7 +96,7 @@ class Linear(Rule):
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
         if direction is not None:
-            direction = direction.to(self.w.dtype)
+            direction = _cast(direction, self.w.dtype)
         if cotangent is not None:
             if self.weight.requires_grad:
                 for _, part, z in tape.products(cotangent, direction, self.x):
@@ -131,10 +137,10 @@ class Convolution(Rule):
     ) -> None:  # fmt: skip
         self.weight, self.bias, self.dtype = weight, bias, x.dtype
         self.options = (stride, padding, dilation, transposed, output_padding, groups)
-        to: dict[str, Any] = {"dtype": autocast_dtype(x)}
+        self.to: dict[str, Any] = {"dtype": autocast_dtype(x)}
         if x.dim() == 4 and x.is_cpu:
-            to["memory_format"] = torch.channels_last  # oneDNN's convolutions are 1.1 to 4 times as fast
-        dtype = to["dtype"]
+            self.to["memory_format"] = torch.channels_last  # oneDNN's convolutions are 1.1 to 4 times as fast
+        to, dtype = self.to, self.to["dtype"]
         self.w = weight.detach().to(**to)
         x = x.detach().to(**to)
         self.x: Maybe = x
@@ -160,6 +166,7 @@ class Convolution(Rule):
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
+        b = b.to(**self.to)
         # only its shape and strides are read, so nothing is ever written to it
         like = b.new_empty(0).as_strided((0,), (1,)) if not b.shape[0] else torch.empty_strided(
             (b.shape[0], *self.shape[1:]), self.strides, dtype=b.dtype, device=b.device
@@ -169,7 +176,7 @@ class Convolution(Rule):
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
         if direction is not None:
-            direction = direction.to(self.w.dtype)
+            direction = direction.to(**self.to)
         if cotangent is not None:
             if self.weight.requires_grad:
                 for _, part, z in tape.products(cotangent, direction, self.x):

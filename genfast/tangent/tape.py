@@ -259,7 +259,9 @@ class Tape(TorchFunctionMode):
         to = bias.shape if shape is None else tuple(bias.numel() if s == -1 else s for s in shape)
         whole = len(to) == b.dim() and to[0] == b.shape[0] and b.shape[0] == self.batch  # one term a sample
         parts = []
-        if self.f is not None:
+        if self.f is not None and self.even:
+            parts.append((b[: self.rows] if whole else b[: self.rows].sum_to_size(to)) * float(self.f[0]))
+        elif self.f is not None:
             parts.append(b[: self.rows] * self.f.to(b.dtype).view(-1, *(1,) * (b.dim() - 1)))
         elif whole and self.rows:
             parts.append(torch.zeros_like(b[: self.rows]))
