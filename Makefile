@@ -1,4 +1,4 @@
-# make demo   sets up .venv, trains a flow and a PixelCNN on real digits beside plain PyTorch, writes tables and pictures
+# make demo   sets up .venv, trains a flow, a PixelCNN and a WGAN-GP beside plain PyTorch, writes tables and pictures
 # make test   sets up .venv and runs the tests
 # make lint   ruff and mypy
 # make clean  removes what the others made

@@ -81,13 +81,13 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=("cached", "naive"), default="cached", help="of autoregressive models: the engine or the plain loop"
     )
 
-    demo = commands.add_parser("demo", help="train a flow and a PixelCNN on real digits, beside plain PyTorch")
+    demo = commands.add_parser("demo", help="train a flow, a PixelCNN and a WGAN-GP beside plain PyTorch")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
     demo.add_argument(
         "--seconds",
         type=float,
         default=60.0,
-        help="how long to train the two flows; the PixelCNNs take a third",
+        help="how long to train the two flows; the PixelCNNs and the WGAN-GPs take a third each",
     )
     return top
 

@@ -1,4 +1,4 @@
-"""The main job: a flow and a PixelCNN on real digits, trained with genfast and, beside them, the same in plain PyTorch."""
+"""The main job: a flow and a PixelCNN on real digits, and a WGAN-GP, trained with genfast beside the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import data, models, training
+from . import adversarial_training, data, models, training
 from ._memory import peak_bytes
 from .reference import autoregressive
 from .reference import models as plain
@@ -93,6 +93,7 @@ def run(out: Path, seconds: float) -> int:
     training.save_picture(training.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
     print(f"pictures: {', '.join(str(out / f'{n}.png') for n in ('samples', 'data', 'loss', 'interpolation'))}")
     pixelcnn(digits, out, seconds / 3)
+    wgan_gp(out, seconds / 3)
     return 0
 
 
@@ -143,3 +144,35 @@ def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
     grid = torch.cat([halves, *whole]).unflatten(0, (8, 8)).transpose(0, 1).flatten(0, 1)
     training.save_picture(training.image_grid(grid, digits.bins), out / "completion.png")
     print(f"pictures: {out / 'pixelcnn.png'}, {out / 'completion.png'} (first column real, then its upper half completed)")
+
+
+def wgan_gp(out: Path, seconds: float) -> None:
+    """Trains WGAN-GP on 25 Gaussians twice in turn: genfast's critic step, and the penalty by double backward."""
+    points = data.points("25gaussians")
+    trainers: dict[str, adversarial_training.AdversarialTrainer] = {}
+    for label, method in (("genfast", "auto"), ("plain PyTorch", "autograd")):
+        torch.manual_seed(0)
+        model = models.WGANGP(points.shape)
+        trainers[label] = adversarial_training.AdversarialTrainer(model, points, batch_size=256, method=method)
+        trainers[label].step()
+    count = sum(p.numel() for p in model.parameters())
+    print(f"\nmodel: WGAN-GP, perceptrons of 3 x 512, {count:,} parameters, five critic updates a step, batch 256", flush=True)
+    spent = dict.fromkeys(trainers, 0.0)
+    steps, began = 0, time.monotonic()
+    while steps < BLOCK or time.monotonic() - began < seconds:
+        for label, trainer in trainers.items():
+            start = time.perf_counter()
+            for _ in range(BLOCK // 5):
+                trainer.step()
+            spent[label] += time.perf_counter() - start
+        steps += BLOCK // 5
+    ours, theirs = trainers["genfast"], trainers["plain PyTorch"]
+    apart = max(abs(a.critic - b.critic) / abs(b.critic) for a, b in zip(ours.history[:BLOCK], theirs.history[:BLOCK]))
+    for label, trainer in trainers.items():
+        last = trainer.history[-1]
+        print(f"{label:<16}{steps / spent[label]:>9.2f} steps/s, critic {last.critic:.3f} after {steps} steps")
+    print(f"{'ratio':<16}{spent['plain PyTorch'] / spent['genfast']:>8.2f}x", end="")
+    print(f"; critic losses at most {apart:.1e} apart (relative) over the first {BLOCK} steps")
+    path = out / "wgan_gp.png"
+    adversarial_training.draw_points(ours.sample(2000), path, real=points.train[:2000], critic=ours.model.critic)
+    print(f"picture: {path} (samples over data and the critic's contours; modes take some thousand steps)")

@@ -101,7 +101,8 @@ def test_the_demo_compares_and_draws(tmp_path, capsys):
         assert word in said
     apart = float(said.split("loss curves: at most ")[1].split()[0])
     assert apart < 1e-2
-    for name in ("samples", "data", "loss", "interpolation"):
+    assert "critic losses at most" in said
+    for name in ("samples", "data", "loss", "interpolation", "pixelcnn", "wgan_gp"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 200
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
+from ..nn import spectral_norm
 from ..reference.adversarial import CRITIC_LOSSES
 
 __all__ = ["AdversarialModel", "Recipe", "leaky_relu", "mlp", "spectral_norm", "stages"]

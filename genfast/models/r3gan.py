@@ -89,9 +89,7 @@ class R3GAN(AdversarialModel):
         torch.Size([2, 3, 16, 16])
     """
 
-    recipe = Recipe(
-        loss="relativistic", penalty="r1r2", weight=0.05, generator_lr=2e-4, critic_lr=2e-4, betas=(0.0, 0.99)
-    )
+    recipe = Recipe(loss="relativistic", penalty="r1r2", weight=0.05, generator_lr=2e-4, critic_lr=2e-4, betas=(0.0, 0.99))
 
     def __init__(
         self, shape: Sequence[int], *, latent_dim: int = 64, width: int = 96, blocks: int = 1, expansion: int = 2,

@@ -143,7 +143,10 @@ def _fallback(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: 
                 torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             return value, norms
         except (NotImplementedError, RuntimeError) as error:
-            missing = any(m in str(error) for m in ("not implemented", "double backward", "higher order", "once_differentiable", "no autograd formula"))
+            missing = any(
+                m in str(error)
+                for m in ("not implemented", "double backward", "higher order", "once_differentiable", "no autograd formula")
+            )
             if s.method == "autograd" or not missing:
                 raise
             warnings.warn(f"{op}: PyTorch has no double backward here ({error}); finite differences are used", stacklevel=4)
@@ -264,9 +267,7 @@ def _step(
             except tangent.Unsupported as error:
                 restore()
                 _unsupported(op, critic, error, s or _Settings("", 0, 0, "auto", 0))
-    d_real, d_fake = (
-        tangent.per_sample_outputs(op, critic(x, *c), len(x)).reshape(-1) for x, c in zip((real, fake), contexts)
-    )
+    d_real, d_fake = (tangent.per_sample_outputs(op, critic(x, *c), len(x)).reshape(-1) for x, c in zip((real, fake), contexts))
     wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in (d_real, d_fake)]
     adversarial = loss(*wide)
     penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)
@@ -420,7 +421,9 @@ def _separate(
             _warn_coupled(op, critic)
         found = [(tensor, gradient) for tensor, gradient, _ in gradients.values()]
         total = tangent.attach(total, found + to_inputs, critic)
-    return CriticLoss(total, adversarial, penalty, values[0], values[1], torch.cat(norms) if norms else adversarial.new_zeros(0))
+    return CriticLoss(
+        total, adversarial, penalty, values[0], values[1], torch.cat(norms) if norms else adversarial.new_zeros(0)
+    )
 
 
 # ---- one op, for torch.compile ----
@@ -429,7 +432,7 @@ _NUMBERS = itertools.count()
 _REGISTERED: dict[int, Any] = {}
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[misc]
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _number(thing: Any) -> int:
     """A number by which the op finds a critic or a loss again."""
     for number, found in _REGISTERED.items():
@@ -445,9 +448,9 @@ def _number(thing: Any) -> int:
 
 LIBRARY.define(
     "critic_step(Tensor[] points, Tensor[] contexts, Tensor[] parameters, Tensor[] buffers, int critic, int loss, "
-    "int real_contexts, str kind, float weight, float target, str method, float sigma, str batching, ScalarType? autocast, bool[] wanted) -> "
-    "(Tensor loss, Tensor adversarial, Tensor penalty, Tensor real_logits, Tensor fake_logits, Tensor norms, Tensor[] gradients, "
-    "Tensor[] buffers)"
+    "int real_contexts, str kind, float weight, float target, str method, float sigma, str batching, ScalarType? autocast, "
+    "bool[] wanted) -> (Tensor loss, Tensor adversarial, Tensor penalty, Tensor real_logits, Tensor fake_logits, Tensor norms, "
+    "Tensor[] gradients, Tensor[] buffers)"
 )
 _KEYS = [torch._C.DispatchKey.ADInplaceOrView, torch._C.DispatchKey.AutogradFunctionality]
 
@@ -479,7 +482,7 @@ def _op(
         copies = [x.detach().requires_grad_(w) for x, w in zip((*points, *contexts), wanted)]
         xs, cs = copies[: len(points)], copies[len(points) :]
         kept = [b.clone() for b in buffers]
-        names = {n: p for n, p in zip((n for n, p in critic.named_parameters() if p.requires_grad), leaves)}
+        names = dict(zip((n for n, p in critic.named_parameters() if p.requires_grad), leaves))
         names |= {n: b for (n, _), b in zip(critic.named_buffers(), kept)}
         device = xs[0].device.type
         cast = torch.autocast(device, dtype=autocast) if autocast is not None else contextlib.nullcontext()
@@ -551,10 +554,11 @@ def _compiled(
     device = points[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     s = s or _Settings("", 0.0, 0.0, "auto", 0.0)
-    buffers = list(critic.buffers())
+    parameters, buffers = [p for p in critic.parameters() if p.requires_grad], list(critic.buffers())
+    flat = [*contexts[0], *contexts[1]]
     *found, _, after = torch.ops.genfast.critic_step(
-        points, [*contexts[0], *contexts[1]], [p for p in critic.parameters() if p.requires_grad], buffers, _number(critic), loss,
-        len(contexts[0]), s.kind, s.weight, s.target, s.method, s.sigma, batching, autocast, [x.requires_grad for x in (*points, *contexts[0], *contexts[1])],
+        points, flat, parameters, buffers, _number(critic), loss, len(contexts[0]), s.kind, s.weight, s.target, s.method, s.sigma,
+        batching, autocast, [x.requires_grad for x in (*points, *flat)],
     )  # fmt: skip
     with torch.no_grad():
         for b, new in zip(buffers, after):
@@ -678,8 +682,8 @@ def critic_step(
 
     Args:
         critic, real, fake, weight, target, epsilon, generator, method, sigma: as in :func:`gradient_penalty`.
-        loss: "wasserstein", "hinge", "minimax", "lsgan", "relativistic", or a function of (real_logits, fake_logits), each (N,),
-            that returns a scalar to be minimised by the critic.
+        loss: a key of ``genfast.losses.CRITIC_LOSSES`` ("wasserstein", "hinge", "minimax", "lsgan", "relativistic", ...), or a
+            function of (real_logits, fake_logits), each (N,), that returns a scalar to be minimised by the critic.
         penalty: a kind of :func:`gradient_penalty`, or None.
         batching: "together": real, fake and interpolated samples go through the critic as one batch, where it keeps samples
             apart; "apart": those with a penalty are a batch of their own, and all three are in a critic that couples samples,

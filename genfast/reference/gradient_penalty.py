@@ -27,7 +27,11 @@ def penalty_points(
         return fake
     shape = (real.shape[0],) + (1,) * (real.dim() - 1)
     # drawn where the generator lives
-    where: dict[str, Any] = {"dtype": real.dtype, "device": real.device if generator is None else generator.device, "generator": generator}
+    where: dict[str, Any] = {
+        "dtype": real.dtype,
+        "device": real.device if generator is None else generator.device,
+        "generator": generator,
+    }
     if kind == "dragan":
         noise = torch.rand(real.shape, **where).to(real.device)
         a = torch.rand(real.shape[0], **where).to(real.device).view(shape)

@@ -124,7 +124,14 @@ def _attention(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     q, k, v, mask, dropout, causal = _named(args, given, names, (None, 0.0, False))
     leading = q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
     constants = [x for x in (q, k, v, mask) if isinstance(x, Tensor) and tape.slot(x) < 0]
-    if dropout or kwargs.get("enable_gqa") or not leading or q.dim() < 3 or any(x.requires_grad for x in constants) or not q.numel():
+    if (
+        dropout
+        or kwargs.get("enable_gqa")
+        or not leading
+        or q.dim() < 3
+        or any(x.requires_grad for x in constants)
+        or not q.numel()
+    ):
         return otherwise(tape, func, args, kwargs)
     if tape.slot(mask) >= 0:
         return otherwise(tape, func, args, kwargs)
@@ -132,8 +139,8 @@ def _attention(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         mask = mask.view(1, -1)
     scale = kwargs.get("scale")
     active = [tape.slot(x) >= 0 for x in (q, k, v)]
-    values = [x.detach() for x in (q, k, v)]
-    rule = Attention(*values, mask, causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, active)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    rule = Attention(q.detach(), k.detach(), v.detach(), mask, causal, scale, active)
     return tape.record(rule, [x for x, on in zip((q, k, v), active) if on], rule.forward())
 
 
@@ -163,7 +170,7 @@ def _multi_head(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             mask = mask.view(-1, heads, *mask.shape[1:])
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask  # here True forbids
-        o = F.scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=causal and mask is None)
+        o = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=mask, is_causal=causal and mask is None)
         o = o.permute(2, 0, 1, 3).reshape(q.shape[0], q.shape[1], width)
         y = F.linear(o, out_weight, out_bias)
     torch._C._set_grad_enabled(False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tape import MoreNeeded, Tape, Unsupported
+from .tape import MoreNeeded, Tape
 
 Critic = Callable[..., Tensor]
 
@@ -229,7 +229,7 @@ class _Attach(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a penalty were asked for twice: give the first backward retain_graph=True")
         last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
-        one = grad.is_cpu and float(grad) == 1
+        one = grad.is_cpu and float(grad.detach()) == 1
         found: list[Tensor] = []
         for g, tensor in zip(ctx.gradients, ctx.tensors):
             if g is None:

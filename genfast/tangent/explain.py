@@ -93,7 +93,10 @@ def _named_pass(critic: Critic, x: Tensor, context: Sequence[Tensor], restore: C
 
 def _table(tape: Tape) -> str:
     rows = [("module", "call", "rule")]
-    rows += [(r.module or "(critic)", r.called, r.kind + (f"; couples samples: {r.couples}" if r.couples else "")) for r in tape.rules]
+    rows += [
+        (r.module or "(critic)", r.called, r.kind + (f"; couples samples: {r.couples}" if r.couples else ""))
+        for r in tape.rules
+    ]
     widths = [max(len(r[i]) for r in rows) for i in range(2)]
     lines = ["  ".join((r[0].ljust(widths[0]), r[1].ljust(widths[1]), r[2])) for r in rows]
     if tape.curved:

@@ -81,7 +81,7 @@ def _affine(tape: Tape, y: Tensor, weight: Maybe, bias: Maybe) -> Any:
     if weight is not None:
         y = scale(tape, y, weight)
     if bias is not None:
-        rule, inputs, out = add(tape, torch.add, y, bias, 1, None)
+        rule, inputs, out = add(y, bias, 1, None, 1, tape)
         y = tape.record(rule, inputs, out)
     return y
 
@@ -134,7 +134,9 @@ def _groups(tape: Tape, name: str, x: Tensor, groups: int, eps: float) -> Any:
 @handles(F.instance_norm, torch.instance_norm)
 def _instance_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
-    x, mean, var, weight, bias, batch, momentum, eps = _named(args[:8], kwargs, names, (None, None, None, None, True, 0.1, 1e-5))
+    x, mean, var, weight, bias, batch, momentum, eps = _named(
+        args[:8], kwargs, names, (None, None, None, None, True, 0.1, 1e-5)
+    )
     if _unsupported(tape, weight, bias) or x.element_size() < 4 or not x.numel():
         return otherwise(tape, func, args, kwargs)
     if not batch:

@@ -62,9 +62,8 @@ def _sign_mask(default: float, fixed: bool = False, in_place: bool = False) -> H
             check_in_place(tape, func, x)
         value = x.detach()
         if value.is_cpu and value.element_size() < 4:  # no kernel packs the bits of these
-            mask = value > 0
-            rule: Rule = Masked(mask, slope)
-            y = torch.where(mask, value, value * slope)
+            rule: Rule = Masked(value > 0, slope)
+            y: Any = F.leaky_relu(value, slope)
         else:
             rule = SignMask(value, slope, value if inplace else None)
             y, rule.y = rule.y, None
@@ -224,7 +223,8 @@ class Smooth(Rule):
         return axis
 
     def _times(self, g: Tensor) -> Tensor:
-        return ACTIVATION_CHAIN(self.x[: g.shape[0]], g, self.form)
+        found: Tensor = ACTIVATION_CHAIN(self.x[: g.shape[0]], g, self.form)
+        return found
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None

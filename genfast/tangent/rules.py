@@ -101,7 +101,7 @@ class Linear(Rule):
             if self.weight.requires_grad:
                 for _, part, z in tape.products(cotangent, direction, self.x):
                     self._weight(tape, part, z)
-            if trainable(self.bias):
+            if self.bias is not None and self.bias.requires_grad:
                 tape.collect_bias(self.bias, cotangent)
         return [_product(LINEAR, direction, self.w, None, None) if wanted and direction is not None else None]
 
@@ -111,7 +111,7 @@ class Linear(Rule):
         if self.weight.requires_grad:
             assert self.x is not None
             self._weight(tape, cotangent, self.x[: cotangent.shape[0]])
-        if trainable(self.bias):
+        if self.bias is not None and self.bias.requires_grad:
             tape.collect(self.bias, cotangent.sum_to_size(self.bias.shape))
         return self.pull(tape, c) if wanted else [None]
 
@@ -181,7 +181,7 @@ class Convolution(Rule):
             if self.weight.requires_grad:
                 for _, part, z in tape.products(cotangent, direction, self.x):
                     tape.collect(self.weight, self._backward(part, z, [False, True, False])[1], fresh=True)
-            if trainable(self.bias):
+            if self.bias is not None and self.bias.requires_grad:
                 tape.collect_bias(self.bias, cotangent, (1, -1, *(1,) * (cotangent.dim() - 2)))
         if not wanted or direction is None:
             return [None]
@@ -192,13 +192,13 @@ class Convolution(Rule):
         assert cotangent is not None
         mask = [wanted, self.weight.requires_grad, trainable(self.bias)]
         if not mask[1]:
-            if mask[2]:
+            if self.bias is not None and mask[2]:
                 tape.collect(self.bias, cotangent.sum(dim=(0, *range(2, cotangent.dim()))))
             return self.pull(tape, c) if wanted else [None]
         assert self.x is not None
         found = self._backward(cotangent, self.x[: cotangent.shape[0]], mask)
         tape.collect(self.weight, found[1], fresh=True)
-        if mask[2]:
+        if self.bias is not None and mask[2]:
             tape.collect(self.bias, found[2])
         return [found[0].to(self.dtype) if wanted else None]
 
@@ -209,7 +209,7 @@ def _sizes(value: Any, n: int) -> list[int]:
 
 
 def _convolution(n: int, transposed: bool) -> Handler:
-    names = ("input", "weight", "bias", "stride", "padding")
+    names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding")
     names += ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
     defaults = (None, 1, 0, 0, 1, 1) if transposed else (None, 1, 0, 1, 1)
 
@@ -272,7 +272,6 @@ class Scale(Rule):
             tape.collect(self.m, (cotangent * self.x).sum_to_size(self.m.shape))
         return self.pull(tape, c) if wanted else [None]
 
-
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis + y.dim() - x.dim()
 
@@ -295,6 +294,7 @@ class Add(Rule):
         self.alphas = [alpha for _, active, alpha in terms if active]
         self.shapes = [x.shape for x, active, _ in terms if active]
         self.constants = [(x, alpha) for x, active, alpha in terms if not active and x.requires_grad]
+        self.y = torch.Size()
 
     @property
     def collects(self) -> bool:
@@ -331,25 +331,21 @@ class Add(Rule):
             tape.collect(x, cotangent.sum_to_size(x.shape) * alpha)
         return self.pull(tape, c) if wanted else [None] * len(self.ins)
 
-
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if self.prefix else -1
 
 
-def add(tape: Tape, func: Any, a: Any, b: Any, alpha: float, place: Tensor | None, sign_a: float = 1) -> Any:
-    """Records sign_a a + alpha b, in place of ``place`` if given."""
-    terms = [(x, tape.slot(x) >= 0, s) for x, s in ((a, sign_a), (b, alpha)) if isinstance(x, Tensor)]
+def add(a: Any, b: Any, beta: float, place: Tensor | None, alpha: float, tape: Tape) -> tuple[Add, list[Tensor], Tensor]:
+    """(rule, active terms, value) of alpha a + beta b, in place of ``place`` (which is a) if given."""
+    terms = [(x, tape.slot(x) >= 0, s) for x, s in ((a, alpha), (b, beta)) if isinstance(x, Tensor)]
     rule = Add(terms)
-    with torch.no_grad():
-        left = a.detach() if isinstance(a, Tensor) else a
-        right = b.detach() if isinstance(b, Tensor) else b
-        if place is not None:
-            y = place.detach()
-            y.add_(right, alpha=alpha)
-        else:
-            y = torch.add(left, right, alpha=alpha) if sign_a == 1 else torch.sub(right, left)
+    left, right = (x.detach() if isinstance(x, Tensor) else x for x in (a, b))
+    if place is not None:
+        y = left.add_(right, alpha=beta)
+    else:
+        y = torch.add(left, right, alpha=beta) if alpha == 1 else torch.sub(right, left, alpha=-alpha)
     rule.prefix = all(x.shape == y.shape for x, active, _ in terms if active)
-    rule.per_sample = all(x.dim() == y.dim() and x.shape[:1] == y.shape[:1] for x, active, _ in terms if active) and y.dim() > 0
+    rule.per_sample = y.dim() > 0 and all(x.dim() == y.dim() and x.shape[0] == y.shape[0] for x, active, _ in terms if active)
     rule.y = y.shape
     return rule, [x for x, active, _ in terms if active], y
 
@@ -382,30 +378,21 @@ def _arithmetic(sign: float, reverse: bool = False, in_place: bool = False) -> H
             return otherwise(tape, func, args, kwargs)
         if in_place and tape.slot(a) >= 0:
             check_in_place(tape, func, a)
-            rule, inputs, y = add(tape, func, a, b, alpha, a)
+            rule, inputs, y = add(a, b, alpha, a, 1, tape)
             return overwritten(tape, rule, inputs, a, y)
         if in_place:
             raise Unsupported(f"{_name(func)} of an active value into a constant")
-        if reverse:
-            a, b = (b, a) if alpha == 1 else (a, b)
-            rule, inputs, y = add(tape, func, a, b, 1, None, alpha) if alpha != 1 else add(tape, func, a, b, 1, None)
-        else:
-            rule, inputs, y = add(tape, func, a, b, alpha, None)
+        rule, inputs, y = add(a, b, 1, None, alpha, tape) if reverse else add(a, b, alpha, None, 1, tape)
         return tape.record(rule, inputs, y)
 
     return handler
 
 
-for _f in (torch.add, T.add, T.__add__, T.__radd__):
-    HANDLERS[_f] = _arithmetic(1)
-for _f in (torch.sub, T.sub, T.__sub__):
-    HANDLERS[_f] = _arithmetic(-1)
-for _f in (T.__rsub__, torch.rsub):
-    HANDLERS[_f] = _arithmetic(-1, reverse=True)
-for _f in (T.add_, T.__iadd__):
-    HANDLERS[_f] = _arithmetic(1, in_place=True)
-for _f in (T.sub_, T.__isub__):
-    HANDLERS[_f] = _arithmetic(-1, in_place=True)
+handles(torch.add, T.add, T.__add__, T.__radd__)(_arithmetic(1))
+handles(torch.sub, T.sub, T.__sub__)(_arithmetic(-1))
+handles(torch.rsub, T.__rsub__)(_arithmetic(-1, reverse=True))
+handles(T.add_, T.__iadd__)(_arithmetic(1, in_place=True))
+handles(T.sub_, T.__isub__)(_arithmetic(-1, in_place=True))
 
 
 class Multiply(Rule):
@@ -437,7 +424,7 @@ class Multiply(Rule):
 
     def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, ta, tb = self.saved
-        found = self.pull(tape, c) if c[0] is not None else [None, None]
+        found: list[Maybe] = self.pull(tape, c) if c[0] is not None else [None, None]
         if b is not None:
             if tb is not None:
                 found[0] = _sum(found[0], (b * tb).sum_to_size(self.a.shape))
@@ -714,7 +701,9 @@ def _flat_ints(values: Any) -> list[Any]:
 
 def _axes_but_first(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """All axes that are named differ from 0 (and some are)."""
-    named = [kwargs[k] for k in ("dim", "dims", "axis", "dim0", "dim1", "axis0", "axis1", "source", "destination") if k in kwargs]
+    named = [
+        kwargs[k] for k in ("dim", "dims", "axis", "dim0", "dim1", "axis0", "axis1", "source", "destination") if k in kwargs
+    ]
     axes = _flat_ints([*rest, *named])
     return bool(axes) and all(isinstance(a, int) and not isinstance(a, bool) and a % max(x.dim(), 1) != 0 for a in axes)
 
@@ -736,16 +725,16 @@ def _reduction(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _permutation(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return [*_flat_ints([*rest, *kwargs.values()])][0] % x.dim() == 0
+    return bool(_flat_ints([*rest, *kwargs.values()])[0] % x.dim() == 0)
 
 
 def _index(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     key = rest[0]
-    if isinstance(key, tuple) and all(isinstance(k, Tensor) and k.shape == x.shape[:1] for k in key) and not key[0].is_floating_point():
+    if not isinstance(key, tuple) or not key:
+        return False
+    if all(isinstance(k, Tensor) and k.shape == x.shape[:1] and k.dtype == torch.int64 for k in key):
         return bool((key[0] == torch.arange(len(x), device=key[0].device)).all())  # one entry of each sample
-    return isinstance(key, tuple) and len(key) > 0 and (
-        (isinstance(key[0], slice) and key[0] == slice(None)) or (key[0] is Ellipsis and len(key) <= x.dim())
-    )  # fmt: skip
+    return bool((isinstance(key[0], slice) and key[0] == slice(None)) or (key[0] is Ellipsis and len(key) <= x.dim()))
 
 
 def _images(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -787,12 +776,16 @@ for _f in _pairs("chunk", "split", "tensor_split"):
     HANDLERS[_f] = mapped(_last_axis(1))
 for _f in _pairs("unbind", "index_select", "gather"):
     HANDLERS[_f] = mapped(_last_axis(0))
-for _f in _pairs("expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to", "diagonal", "tril", "triu", "rot90"):
+for _f in _pairs(
+    "expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to", "diagonal", "tril", "triu", "rot90"
+):
     HANDLERS[_f] = mapped(_never)
 HANDLERS[T.__getitem__] = mapped(_index)
 for _f in _pairs("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"):
     HANDLERS[_f] = mapped(_images, prefix=True)
-for _f in _pairs("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "channel_shuffle", "lp_pool0"):
+for _f in _pairs(
+    "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "channel_shuffle", "lp_pool0"
+):
     HANDLERS[_f] = mapped(_images, prefix=True)
 HANDLERS[T.unfold] = mapped(_last_axis(0))
 for _f in _pairs("to", "float", "double", "half", "bfloat16", "contiguous", "clone", "type_as", "cpu", "cuda"):
@@ -825,9 +818,8 @@ class Join(Rule):
         return axis if x.dim() == y.dim() and self.dim != axis else -1
 
     def _split(self, g: Tensor) -> Sequence[Tensor]:
-        if self.func is torch.stack:
-            return g.unbind(self.dim)
-        return g.split([shape[self.dim] for shape, _, _ in self.parts], self.dim)
+        stacked = self.func is torch.stack
+        return list(g.unbind(self.dim) if stacked else g.split([shape[self.dim] for shape, _, _ in self.parts], self.dim))
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
@@ -844,7 +836,9 @@ class Join(Rule):
         directions = iter(t)
         values = [next(directions) if active else None for _, active, _ in self.parts]
         return [
-            self.func([self.like.new_zeros(shape) if v is None else v for v, (shape, _, _) in zip(values, self.parts)], self.dim)
+            self.func(
+                [self.like.new_zeros(shape) if v is None else v for v, (shape, _, _) in zip(values, self.parts)], self.dim
+            )
         ]
 
     def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
@@ -874,7 +868,8 @@ def _where(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return otherwise(tape, func, args, kwargs)
     condition, a, b = args if func is torch.where else (args[1], args[0], args[2])
     rule = Where(tape, condition, a, b)
-    y = torch.where(condition, *(x.detach() if isinstance(x, Tensor) else x for x in (a, b)))
+    left, right = (x.detach() if isinstance(x, Tensor) else x for x in (a, b))
+    y: Tensor = torch.where(condition, left, right)
     rule.per_sample = all(x.shape == y.shape for x in (a, b) if tape.slot(x) >= 0)
     return tape.record(rule, [x for x in (a, b) if tape.slot(x) >= 0], y)
 
@@ -1026,7 +1021,11 @@ class Autograd(Rule):
 def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Records any function by PyTorch's own derivatives."""
     name = _name(func)
-    if "out" in kwargs or name == "__setitem__" or name in ("as_strided", "requires_grad_", "backward", "retain_grad", "register_hook"):
+    if (
+        "out" in kwargs
+        or name == "__setitem__"
+        or name in ("as_strided", "requires_grad_", "backward", "retain_grad", "register_hook")
+    ):
         raise Unsupported(f"{name} of a value that depends on x")
     place = None
     if name.startswith("__i") and hasattr(T, "__" + name[3:]) and name not in ("__invert__", "__int__", "__index__"):

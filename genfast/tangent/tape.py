@@ -270,8 +270,8 @@ class Tape(TorchFunctionMode):
         if whole:
             found = torch.cat(parts).sum_to_size(to)
         else:
-            found = sum((p.sum_to_size(to) for p in parts[1:]), start=parts[0].sum_to_size(to)) if parts else None
-        if found is not None:
+            found = sum((p.sum_to_size(to) for p in parts), start=b.new_zeros(()))
+        if parts:
             self.collect(bias, found.reshape(bias.shape) * alpha if alpha != 1 else found.reshape(bias.shape))
 
     def prepare(self, output: int) -> None:

@@ -15,7 +15,6 @@ from genfast.kernels import bias_act as bias_act_kernels
 from genfast.kernels import minibatch_stddev as minibatch_stddev_kernels
 from genfast.kernels import pixel_norm as pixel_norm_kernels
 from genfast.reference.bias_act import ACTIVATIONS, PIECEWISE_LINEAR
-
 from tests.kernels.flow_cases import DTYPES, FORMS, FORWARD, GRADIENT, compare, strided
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])

@@ -361,7 +361,7 @@ def test_nflows_on_its_own_weights():
         (ValueError, r"RealNVP: shape=\(1,\)", lambda: models.RealNVP(1)),
         (ValueError, "NICE: dim=1", lambda: models.NICE(1)),
         (ValueError, "prior='cauchy'", lambda: models.NICE(4, prior="cauchy")),
-        (ValueError, "models.build: name='gan'", lambda: models.build("gan")),
+        (ValueError, "models.build: name='gaan'", lambda: models.build("gaan")),
         (ValueError, "n=-1", lambda: models.LinearFlow(3).sample(-1)),
         (ValueError, "steps=1", lambda: models.LinearFlow(3).interpolate(torch.zeros(1, 3), torch.zeros(1, 3), 1)),
         (ValueError, "called with no context, expected one",
