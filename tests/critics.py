@@ -17,6 +17,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import genfast
+
 Made = tuple[Callable[..., Tensor], Tensor, Tensor, tuple[Tensor, ...]]
 
 
@@ -301,6 +303,19 @@ def maximum_activation():
 @critic(piecewise=True)
 def prelu():
     return nn.Sequential(nn.Conv2d(3, 6, 4, 2, 1), nn.PReLU(6), nn.Conv2d(6, 8, 3), nn.PReLU(), head(8)), IMAGES
+
+
+@critic(piecewise=True)
+def layers_of_genfast():
+    """What a StyleGAN-like critic is built of here."""
+    layers = {"a": nn.Conv2d(3, 6, 3, padding=1, bias=False), "b": nn.Conv2d(6, 6, 3, padding=1), "c": nn.Linear(6, 1)}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = genfast.ops.bias_act(m.a(x), m.b.bias, act="lrelu")
+        h = genfast.ops.downsample2d(h, genfast.ops.setup_filter([1, 3, 3, 1]).to(h.dtype))
+        return m.c(genfast.ops.bias_act(m.b(h), act="relu", gain=1.0).mean((2, 3)))
+
+    return Applied(forward, **layers), IMAGES
 
 
 @critic(piecewise=True)

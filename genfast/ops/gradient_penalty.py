@@ -557,8 +557,8 @@ def _compiled(
     parameters, buffers = [p for p in critic.parameters() if p.requires_grad], list(critic.buffers())
     flat = [*contexts[0], *contexts[1]]
     *found, _, after = torch.ops.genfast.critic_step(
-        points, flat, parameters, buffers, _number(critic), loss, len(contexts[0]), s.kind, s.weight, s.target, s.method, s.sigma,
-        batching, autocast, [x.requires_grad for x in (*points, *flat)],
+        points, flat, parameters, buffers, _number(critic), loss, len(contexts[0]), s.kind, s.weight, s.target, s.method,
+        s.sigma, batching, autocast, [x.requires_grad for x in (*points, *flat)],
     )  # fmt: skip
     with torch.no_grad():
         for b, new in zip(buffers, after):

@@ -109,6 +109,7 @@ class Pass:
         into: dict[int, tuple[Tensor, Tensor, bool]] | None = None,
     ) -> None:  # fmt: skip
         self.known = facts(critic)
+        self.slope: Tensor | None = None
         self.stack, self.into = stack, into
         try:
             self._record(op, critic, x, context, loss)
@@ -131,8 +132,10 @@ class Pass:
             d = original(active, *context)
         per_sample_outputs(op, d, tape.batch)
         self.slot = tape.slot(d)
-        if self.slot < 0 and d.requires_grad:
+        self.constant: Tensor | None = None
+        if self.slot < 0 and d.requires_grad:  # it depends on parameters alone
             tape._clear(d)
+            self.constant = d
         self.output = d.detach()
         tape.prepare(max(self.slot, 0))
         if self.slot < 0:
@@ -158,11 +161,11 @@ class Pass:
         slope: dloss/dD (N,) of a loss that shares the pass, in a critic that keeps samples apart.
         all_of_x: whether x wants the loss's gradient too.
         """
+        self.slope = slope
         if self.slot < 0:
             return None
         tape = self.tape
         start = torch.ones_like(self.output)
-        self.slope = slope
         tape.rows = rows
         if slope is not None:
             tape.shared = True
@@ -181,6 +184,9 @@ class Pass:
         Returns what they send to x if ``to_x``.
         """
         if self.slot < 0:
+            slope = self.slope if slope is None else slope
+            if slope is not None and self.constant is not None:
+                self.tape.collect(self.constant, slope.to(self.output.dtype).reshape(self.output.shape))
             return None
         tape, start = self.tape, None
         if slope is not None:
@@ -234,10 +240,8 @@ class _Attach(torch.autograd.Function):
         for g, tensor in zip(ctx.gradients, ctx.tensors):
             if g is None:
                 found.append(torch.zeros_like(tensor))
-            elif last:  # they are given away, without a copy
-                found.append(g if one else g.mul_(grad.to(g.dtype)))
             else:
-                found.append(g * grad.to(g.dtype))
+                found.append(g if last and one else g * grad.to(g.dtype))  # given away, where nothing is to be scaled
         if torch.is_grad_enabled():
             found = list(_Once.apply(len(found), *found, *ctx.tensors))
         if last:

@@ -783,9 +783,7 @@ for _f in _pairs(
 HANDLERS[T.__getitem__] = mapped(_index)
 for _f in _pairs("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"):
     HANDLERS[_f] = mapped(_images, prefix=True)
-for _f in _pairs(
-    "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "channel_shuffle", "lp_pool0"
-):
+for _f in _pairs("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "channel_shuffle"):
     HANDLERS[_f] = mapped(_images, prefix=True)
 HANDLERS[T.unfold] = mapped(_last_axis(0))
 for _f in _pairs("to", "float", "double", "half", "bfloat16", "contiguous", "clone", "type_as", "cpu", "cuda"):

@@ -4,9 +4,9 @@ With S the sum of the critic's outputs, g = dS/dx, P = phi(g) and u = dP/dg held
 gradient of a directional derivative, for which three sweeps over the recorded pass suffice (Pearlmutter 1994;
 arXiv:1906.06637 counts them for piecewise-linear networks):
 
-    chain     b: cotangents of S, from the output to x                     b_in = J^T b_out
-    tangent   t: the directional derivative, from x to the output, t_0 = u t_out = J t_in
-    second    c: what a layer's curvature adds, from the output to x       c_in = J^T c_out + d<b, J(h) t>/dh
+    chain     b: cotangents of S, from the output to x                          b_in = J^T b_out
+    tangent   t: the directional derivative, from x to the output, t_0 = u      t_out = J t_in
+    second    c: what a layer's curvature adds, from the output to x            c_in = J^T c_out + d<b, J(h) t>/dh
 
 and every parameter collects d<b, J t>/dtheta (for a weight: b (x) t) and d<c, f(h)>/dtheta (c (x) h). In a piecewise-linear
 critic there is no curvature, so c = 0 and neither the third sweep nor the activations h are needed. A loss with
