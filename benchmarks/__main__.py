@@ -106,6 +106,14 @@ def environment(device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old results with the new cases in the place of those of the same name."""
+    found = {case["case"]: case for case in new["cases"]}
+    kept = [found.pop(case["case"], case) for case in old["cases"]]
+    cases = sorted([*kept, *found.values()], key=lambda case: case["case"].split()[0])
+    return new | {"cases": cases, "overhead": new["overhead"] or old["overhead"]}
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +126,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: under two minutes on two cores")
     parser.add_argument("-k", dest="filter", help="only the cases whose name matches this pytest expression")
+    parser.add_argument("--update", action="store_true", help="with -k: put these cases into the device's results")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON and the plot")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
@@ -143,7 +152,13 @@ def main() -> int:
         "cases": [r for r in recorded if "case" in r],
         "overhead": next((r["overhead"] for r in recorded if "overhead" in r), []),
     }
-    name = slug(results["environment"]["device"]) + ("-quick" if a.quick else "") + ("-part" if a.filter else "")
+    for case in results["cases"]:
+        case["date"] = results["environment"]["date"]
+    name = slug(results["environment"]["device"]) + ("-quick" if a.quick else "")
+    if a.filter and a.update and (a.out / f"{name}.json").exists():
+        results = merged(json.loads((a.out / f"{name}.json").read_text()), results)
+    elif a.filter:
+        name += "-part"
     write(a.out / f"{name}.json", results)
     print("\n" + table(results))
     if results["cases"]:

@@ -52,7 +52,7 @@ def rows(results: dict[str, Any]) -> str:
     e = results["environment"]
     over = ", ".join(f"{o['op']} {1e6 * o['over_s']:+.1f}" for o in results["overhead"])
     return (
-        f"Times faster than each, measured in one run on {e['device']}, {e['threads']} threads, float32, "
+        f"Times faster than each; a case's contenders in one run, in turn, on {e['device']}, {e['threads']} threads, float32, "
         f"torch {e['versions']['torch']} ({e['date'][:10]}). Below 1 the other is faster.\n\n{text}\n\n"
         f"Overhead of a call on one element, without a gradient, over an ATen op of like arity, in microseconds: {over}."
     )
@@ -60,7 +60,8 @@ def rows(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    found = sorted(p for p in (HERE / "results").glob("*.json") if "-quick" not in p.name and "-part" not in p.name)
+    kinds = ("-quick", "-part", "gaussians")
+    found = sorted(p for p in (HERE / "results").glob("*.json") if not any(kind in p.name for kind in kinds))
     parser.add_argument("results", type=Path, nargs="?", default=found[0] if found else None)
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is not up to date")
