@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import spectral_norm
+from ..nn.spectral_norm import spectral_norm
 from ..reference.adversarial import CRITIC_LOSSES
 
 __all__ = ["AdversarialModel", "Recipe", "leaky_relu", "mlp", "spectral_norm", "stages"]

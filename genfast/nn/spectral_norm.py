@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import ops
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _SpectralNorm(nn.Module):
@@ -44,8 +48,8 @@ class _SpectralNorm(nn.Module):
 
 
 def spectral_norm(
-    module: nn.Module, name: str = "weight", *, n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
-) -> nn.Module:
+    module: M, name: str = "weight", *, n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> M:
     """Spectral normalisation of a module's weight: each forward sees weight / sigma (SN-GAN, arXiv:1802.05957, algorithm 1).
 
     The same numbers and state_dict as torch.nn.utils.parametrizations.spectral_norm (``parametrizations.<name>.original``,

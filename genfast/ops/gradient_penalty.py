@@ -393,7 +393,7 @@ def _separate(
         recorded = record(x, [_stack(c) for c in zip(*contexts)], True)
         if recorded.tape.apart:
             values = list(recorded.values.split([len(real), len(fake)]))
-            _, *slopes = _slopes(op, loss, *values)
+            adversarial, *slopes = _slopes(op, loss, *values)
             zeros = [torch.zeros_like(v) if slope is None else slope for v, slope in zip(values, slopes)]
             finish(x, recorded, torch.cat(zeros), False)
         else:
@@ -407,13 +407,13 @@ def _separate(
                 finish(x, recorded, _slopes(op, loss, values[i], values[i])[1 + i], i in penalised)
             else:
                 kept.append(recorded)
+        adversarial, *slopes = _slopes(op, loss, *values)
         if kept:
-            for i, (x, slope) in enumerate(zip((real, fake), _slopes(op, loss, *values)[1:])):
+            for i, (x, slope) in enumerate(zip((real, fake), slopes)):
                 finish(x, kept[i], slope, i in penalised)
             kept.clear()
     if at is not None:
         finish(at, record(at, contexts[0], False), None, True)
-    adversarial = _slopes(op, loss, *values)[0]
     penalty = sum(penalties, start=adversarial.new_zeros(()))
     total = adversarial + penalty
     if wanted:

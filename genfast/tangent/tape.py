@@ -270,7 +270,8 @@ class Tape(TorchFunctionMode):
         if whole:
             found = torch.cat(parts).sum_to_size(to)
         else:
-            found = sum((p.sum_to_size(to) for p in parts), start=b.new_zeros(()))
+            sums = [p.sum_to_size(to) for p in parts]
+            found = sums[0] + sums[1] if len(sums) > 1 else sums[0] if sums else b
         if parts:
             self.collect(bias, found.reshape(bias.shape) * alpha if alpha != 1 else found.reshape(bias.shape))
 
