@@ -1,7 +1,7 @@
 """The rule of softmax attention, in memory linear in the number of keys.
 
 o = softmax(s q k^T + mask) v. A panel of queries at a time forms its weights P, and from them whatever a sweep needs; only
-q, k, v and o's gradients are kept. PyTorch's fused attention has no double backward at all (pytorch#116350).
+q, k, v and o's gradients are kept, and P where all of it is one panel. PyTorch's fused attention has no double backward at all (pytorch#116350).
 
     chain     dP = b v^T, dS = P (dP - sum P dP);  dq = s dS k, dk = s dS^T q, dv = P^T b
     tangent   S' = s (q' k^T + q k'^T), P' = P (S' - sum P S');  o' = P' v + P v'
@@ -33,6 +33,7 @@ class Attention(Rule):
         self.panel = max(1, min(q.shape[-2], PANEL // per_query))
         self.saved: tuple[Maybe, list[Maybe]] = (None, [None] * 3)
         self.per_sample = q.dim() >= 3
+        self.weights: Maybe = None
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if axis < x.dim() - 2 else -1
@@ -41,6 +42,14 @@ class Attention(Rule):
         return range(0, self.q.shape[-2], self.panel)
 
     def _weights(self, rows: slice) -> Tensor:
+        if self.weights is not None:
+            return self.weights
+        p = self._softmax(rows)
+        if self.panel >= self.q.shape[-2]:
+            self.weights = p
+        return p
+
+    def _softmax(self, rows: slice) -> Tensor:
         logits = (self.q[..., rows, :] * self.scale) @ self.k.mT
         length, keys = logits.shape[-2:]
         if self.causal:
@@ -64,8 +73,7 @@ class Attention(Rule):
         for i in self._panels():
             rows = slice(i, i + self.panel)
             p, bi = self._weights(rows), b[..., rows, :]
-            ds = bi @ self.v.mT
-            ds = p * (ds - (p * ds).sum(-1, keepdim=True)) * self.scale
+            ds = _through_softmax(p, bi @ self.v.mT).mul_(self.scale)
             dq[..., rows, :] = ds @ self.k
             dk += ds.mT @ self.q[..., rows, :]
             dv += p.mT @ bi
@@ -84,8 +92,8 @@ class Attention(Rule):
         for i in self._panels():
             rows = slice(i, i + self.panel)
             p = self._weights(rows)
-            ds = (tq[..., rows, :] @ self.k.mT + self.q[..., rows, :] @ tk.mT) * self.scale
-            parts.append((p * (ds - (p * ds).sum(-1, keepdim=True))) @ self.v + p @ tv)
+            ds = _pair(tq[..., rows, :], self.k, self.q[..., rows, :], tk).mul_(self.scale)
+            parts.append(_through_softmax(p, ds) @ self.v + p @ tv)
         return [torch.cat(parts, -2)]
 
     def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
@@ -98,23 +106,34 @@ class Attention(Rule):
             rows = slice(i, i + self.panel)
             q, tqi, bi = self.q[..., rows, :], tq[..., rows, :], b[..., rows, :]
             p = self._weights(rows)
-            ds = (tqi @ self.k.mT + q @ tk.mT) * s  # S'
+            ds = _pair(tqi, self.k, q, tk).mul_(s)  # S'
             e = (p * ds).sum(-1, keepdim=True)
-            dp = p * (ds - e)  # P'
-            bv, btv = bi @ self.v.mT, bi @ tv.mT
+            bv = bi @ self.v.mT
             # <b, o'> = <P', b v^T> + <P, b tv^T>: its gradients by S' (a), by P at fixed S' (w), and so by S
             inner = (p * bv).sum(-1, keepdim=True)
-            a = p * (bv - inner)
-            w = bv * (ds - e) - inner * ds + btv
+            w = bi @ tv.mT if c[0] is None else _pair(bi, tv, c[0][..., rows, :], self.v)
+            w.addcmul_(ds, inner, value=-1)
+            ds -= e
+            w.addcmul_(bv, ds)
+            a = bv.sub_(inner).mul_(p)
+            dp = ds.mul_(p)  # P'
             if c[0] is not None:
-                ci = c[0][..., rows, :]
-                w = w + ci @ self.v.mT
-                dv += p.mT @ ci
-            gs = p * (w - (p * w).sum(-1, keepdim=True))
+                dv += p.mT @ c[0][..., rows, :]
+            gs = _through_softmax(p, w)
             dq[..., rows, :] = (gs @ self.k + a @ tk) * s
             dk += (gs.mT @ q + a.mT @ tqi) * s
             dv += dp.mT @ bi
         return self._chosen([dq, dk, dv])
+
+
+def _through_softmax(p: Tensor, g: Tensor) -> Tensor:
+    """P (g - sum P g), in the place of g."""
+    return g.sub_((p * g).sum(-1, keepdim=True)).mul_(p)
+
+
+def _pair(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """a b^T + c d^T."""
+    return torch.cat([a, c], -1) @ torch.cat([b, d], -1).mT
 
 
 @handles(F.scaled_dot_product_attention)

@@ -22,6 +22,7 @@ class Facts:
 
     curved: bool = False
     apart: bool | None = None  # whether every rule keeps samples apart
+    channels_last: bool = True  # whether no layer wants another memory format
     coupling: str = ""  # the layer that couples samples
     unsupported: str | None = None
     warned: bool = False
@@ -36,7 +37,12 @@ def facts(critic: Critic) -> Facts:
         known = _FACTS.setdefault(unwrapped(critic), {})
     except TypeError:  # no weak references to it
         return Facts(curved=True)
-    return known.setdefault(bool(getattr(critic, "training", False)), Facts())
+    mode = bool(getattr(critic, "training", False))
+    if mode not in known:
+        wanting = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)  # whose kernels copy channels_last
+        modules = critic.modules() if isinstance(critic, nn.Module) else ()
+        known[mode] = Facts(channels_last=not any(isinstance(m, wanting) for m in modules))
+    return known[mode]
 
 
 def unwrapped(critic: Critic) -> Critic:
@@ -121,6 +127,7 @@ class Pass:
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
         self.tape = tape = Tape(keep_inputs=loss or self.known.curved, stack=self.stack)
         tape.batch = x.shape[0]
+        tape.channels_last = self.known.channels_last
         if self.into is not None:
             tape.gradients = self.into
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):

@@ -138,7 +138,7 @@ class Convolution(Rule):
         self.weight, self.bias, self.dtype = weight, bias, x.dtype
         self.options = (stride, padding, dilation, transposed, output_padding, groups)
         self.to: dict[str, Any] = {"dtype": autocast_dtype(x)}
-        if x.dim() == 4 and x.is_cpu:
+        if x.dim() == 4 and x.is_cpu and tape.channels_last:
             self.to["memory_format"] = torch.channels_last  # oneDNN's convolutions are 1.1 to 4 times as fast
         to, dtype = self.to, self.to["dtype"]
         self.w = weight.detach().to(**to)

@@ -116,6 +116,7 @@ class Tape(TorchFunctionMode):
         self.even = False  # whether f is one number, so that f h is a plain multiple
         self.batch = 0
         self.memory_format = torch.contiguous_format  # that x came in
+        self.channels_last = True  # whether convolutions on a CPU may work in channels_last
         self.gradients: dict[int, tuple[Tensor, Tensor, bool]] = {}  # by id of the tensor: (tensor, gradient, if it is fresh)
         self._cleared: dict[int, Tensor] = {}  # constants looked at; an id says something only while its tensor lives
 
