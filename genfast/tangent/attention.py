@@ -1,7 +1,8 @@
 """The rule of softmax attention, in memory linear in the number of keys.
 
 o = softmax(s q k^T + mask) v. A panel of queries at a time forms its weights P, and from them whatever a sweep needs; only
-q, k, v and o's gradients are kept, and P where all of it is one panel. PyTorch's fused attention has no double backward at all (pytorch#116350).
+q, k, v and o's gradients are kept, and P where all of it is one panel. PyTorch's fused attention has no double backward at all
+(pytorch#116350).
 
     chain     dP = b v^T, dS = P (dP - sum P dP);  dq = s dS k, dk = s dS^T q, dv = P^T b
     tangent   S' = s (q' k^T + q k'^T), P' = P (S' - sum P S');  o' = P' v + P v'
