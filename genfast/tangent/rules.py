@@ -86,11 +86,13 @@ class Linear(Rule):
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
+        b = _cast(b, self.w.dtype)  # where autocast sums it with a wider one
         if self.w.shape[0] == 1:  # an outer product, which a library multiplies slowly
             return [_cast(b * self.w, self.dtype)]
         return [_cast(_product(LINEAR_INPUT, b, self.w, None, 0.0), self.dtype)]
 
     def _weight(self, tape: Tape, b: Tensor, z: Tensor) -> None:
+        b = _cast(b, z.dtype)
         tape.collect(self.weight, LINEAR_WEIGHT(b.reshape(-1, b.shape[-1]), z.reshape(-1, z.shape[-1])), fresh=True)
 
     def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
@@ -160,6 +162,7 @@ class Convolution(Rule):
 
     def _backward(self, b: Tensor, x: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [b.shape[1]] if mask[2] else None
+        b, x = b.to(**self.to), x.to(**self.to)
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(b, x, self.w, sizes, *self.options, mask)
         return found
 
@@ -328,7 +331,7 @@ class Add(Rule):
         (cotangent,) = c
         assert cotangent is not None
         for x, alpha in self.constants:
-            tape.collect(x, cotangent.sum_to_size(x.shape) * alpha)
+            tape.collect_rows(x, cotangent * alpha, 0)
         return self.pull(tape, c) if wanted else [None] * len(self.ins)
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:

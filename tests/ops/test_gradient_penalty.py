@@ -455,6 +455,28 @@ def test_autocast(name, kind):
         close(results[1][1][name], e, 5e-2, name, 1e-6)
 
 
+def test_autocast_where_dtypes_meet():
+    """A residual sum of a bfloat16 branch and a float32 one, whose cotangents come back in float32."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.linear, self.out = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(192, 192), nn.Linear(192, 1)
+
+        def forward(self, x):
+            h = (x + torch.tanh(self.convolution(x))).flatten(1)
+            return self.out(h + torch.tanh(self.linear(h)))
+
+    critic, real, fake = Residual(), torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
+    named, results = dict(critic.named_parameters()), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            step = ops.critic_step(critic, real, fake, loss="minimax", penalty="r1")
+        results.append(gradients(step.loss, named))
+    for name, e in results[0].items():
+        close(results[1][name], e, 5e-2, name, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("penalty", ["wgan-gp", "r1"])
 def test_loss_scaling(penalty, dtype):
