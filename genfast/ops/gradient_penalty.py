@@ -137,10 +137,12 @@ def _fallback(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: 
     if s.method != "finite-difference":
         try:
             value, norms = _double_backward(op, critic, x, context, s)
-            if s.method == "auto" and value.requires_grad and isinstance(critic, nn.Module):
+            known = tangent.facts(critic)
+            if s.method == "auto" and value.requires_grad and isinstance(critic, nn.Module) and not known.differentiated_twice:
                 # a missing second derivative shows only now
                 parameters = [p for p in critic.parameters() if p.requires_grad][:1]
                 torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                known.differentiated_twice = True
             return value, norms
         except (NotImplementedError, RuntimeError) as error:
             missing = any(

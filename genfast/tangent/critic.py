@@ -25,6 +25,7 @@ class Facts:
     channels_last: bool = True  # whether no layer wants another memory format
     coupling: str = ""  # the layer that couples samples
     unsupported: str | None = None
+    differentiated_twice: bool = False  # PyTorch's double backward has been seen to work
     warned: bool = False
 
 
