@@ -103,5 +103,5 @@ def _table(tape: Tape) -> str:
         work = "six units of work a layer (forward, chain, tangent, second sweep, weight gradients)"
     else:
         work = "piecewise linear: four units of work a layer, where double backward does six"
-    stacked = "real, fake and interpolated go through as one batch" if tape.apart else "each batch goes through by itself"
-    return "\n".join([*lines, f"{work}; in critic_step {stacked}"])
+    apart = "samples are kept apart" if tape.apart else "samples are coupled, or not known to be kept apart"
+    return "\n".join([*lines, f"{work}; {apart}"])
