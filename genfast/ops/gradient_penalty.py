@@ -57,6 +57,9 @@ class _Settings(NamedTuple):
     sigma: float
 
 
+_NO_PENALTY = _Settings("", 0.0, 0.0, "auto", 0.0)
+
+
 # ---- from gradients to the penalty ----
 
 
@@ -183,7 +186,7 @@ def _run_penalty(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], 
                 to_x = recorded.sweep(u, to_x=x.requires_grad)
                 found = recorded.gradients()
                 if x.requires_grad:
-                    found.append((x, torch.zeros_like(x) if to_x is None else to_x))
+                    found.append((x, to_x))
                 return tangent.attach(value, found, critic), norms
             except tangent.Unsupported as error:
                 restore()
@@ -230,9 +233,7 @@ def _penalty_only(
     return sum(values[1:], start=values[0]), torch.cat(norms)
 
 
-def _slopes(
-    op: str, loss: Callable[[Tensor, Tensor], Tensor], real: Tensor, fake: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _slopes(op: str, loss: Callable[[Tensor, Tensor], Tensor], real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dloss/dreal, dloss/dfake)."""
     r, f = real.detach().requires_grad_(), fake.detach().requires_grad_()
     with torch.enable_grad():
@@ -240,7 +241,7 @@ def _slopes(
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"{op}: loss returned {what}, expected a scalar of (real_logits, fake_logits)")
-        slopes = torch.autograd.grad(value.sum(), (r, f), allow_unused=True)
+        slopes = torch.autograd.grad(value.sum(), (r, f), materialize_grads=True)
     return value.detach().reshape(()), slopes[0], slopes[1]
 
 
@@ -268,7 +269,7 @@ def _step(
                 return _separate(op, critic, real, fake, at, contexts, loss, s, restore)
             except tangent.Unsupported as error:
                 restore()
-                _unsupported(op, critic, error, s or _Settings("", 0, 0, "auto", 0))
+                _unsupported(op, critic, error, s or _NO_PENALTY)
     d_real, d_fake = (tangent.per_sample_outputs(op, critic(x, *c), len(x)).reshape(-1) for x, c in zip((real, fake), contexts))
     wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in (d_real, d_fake)]
     adversarial = loss(*wide)
@@ -325,10 +326,10 @@ def _stacked(
     d_real, d_fake = values[first : first + n], values[first + n :]
     if kind == "r2":
         d_fake, d_real = values[:m], values[m:]
-    adversarial, slope_real, slope_fake = _slopes(op, loss, d_real, d_fake)
+    adversarial, *order = _slopes(op, loss, d_real, d_fake)
     wants_x = x.requires_grad
-    zero = [torch.zeros_like(d) if sl is None else sl for d, sl in ((d_real, slope_real), (d_fake, slope_fake))]
-    order = [zero[1], zero[0]] if kind == "r2" else zero
+    if kind == "r2":
+        order.reverse()
     if at is not None:
         order.insert(0, values.new_zeros(rows))
     slope = torch.cat(order)
@@ -349,7 +350,7 @@ def _stacked(
         to_x = recorded.sweep(u, None if shared else slope, to_x=wants_x)
         found = recorded.gradients()
         if wants_x:
-            found.append((x, torch.zeros_like(x) if to_x is None else to_x))
+            found.append((x, to_x))
         total = tangent.attach(total, found, critic)
     return CriticLoss(total, adversarial, penalty, d_real, d_fake, norms)
 
@@ -362,7 +363,7 @@ def _separate(
     kind = s.kind if s is not None else ""
     penalised = {"r1": [0], "r2": [1], "r1r2": [0, 1]}.get(kind, [] if s is None else [2])
     gradients: dict[int, tuple[Tensor, Tensor, bool]] = {}
-    to_inputs: list[tuple[Tensor, Tensor]] = []
+    to_inputs: list[tuple[Tensor, Tensor | None]] = []
     penalties, norms = [], []
     wanted = torch.is_grad_enabled()
 
@@ -385,7 +386,7 @@ def _separate(
         if wanted:
             to_x = recorded.sweep(u, None if shared else slope, to_x=x.requires_grad)
             if x.requires_grad:
-                to_inputs.append((x, torch.zeros_like(x) if to_x is None else to_x))
+                to_inputs.append((x, to_x))
         del recorded.tape
 
     values: list[Tensor] = []
@@ -396,8 +397,7 @@ def _separate(
         if recorded.tape.apart:
             values = list(recorded.values.split([len(real), len(fake)]))
             adversarial, *slopes = _slopes(op, loss, *values)
-            zeros = [torch.zeros_like(v) if slope is None else slope for v, slope in zip(values, slopes)]
-            finish(x, recorded, torch.cat(zeros), False)
+            finish(x, recorded, torch.cat(slopes), False)
         else:
             restore()
     if not values:
@@ -555,7 +555,7 @@ def _compiled(
         raise TypeError(f"{op}: critic is a {type(critic).__name__}; under torch.compile it must be a torch.nn.Module")
     device = points[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    s = s or _Settings("", 0.0, 0.0, "auto", 0.0)
+    s = s or _NO_PENALTY
     parameters, buffers = [p for p in critic.parameters() if p.requires_grad], list(critic.buffers())
     flat = [*contexts[0], *contexts[1]]
     *found, _, after = torch.ops.genfast.critic_step(

@@ -220,12 +220,12 @@ class Pass:
             loss[: found.shape[0]] += found
         return loss
 
-    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+    def gradients(self) -> list[tuple[Tensor, Tensor | None]]:
         """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added.
 
         The record is dropped.
         """
-        found = [(tensor, gradient) for tensor, gradient, _ in self.tape.gradients.values()]
+        found: list[tuple[Tensor, Tensor | None]] = [(tensor, gradient) for tensor, gradient, _ in self.tape.gradients.values()]
         del self.tape
         return found
 
@@ -271,11 +271,11 @@ class _Once(torch.autograd.Function):
         )
 
 
-def attach(value: Tensor, found: Sequence[tuple[Tensor, Tensor]], critic: Critic) -> Tensor:
+def attach(value: Tensor, found: Sequence[tuple[Tensor, Tensor | None]], critic: Critic) -> Tensor:
     """``value`` with these gradients. Every parameter of the critic takes part, if with a gradient of zero, so that a
     DistributedDataParallel reducer waits for none in vain."""
     tensors = [t for t, _ in found]
-    gradients: list[Tensor | None] = [g for _, g in found]
+    gradients = [g for _, g in found]
     there = {id(t) for t in tensors}
     for p in critic.parameters() if isinstance(critic, nn.Module) else ():
         if p.requires_grad and id(p) not in there:

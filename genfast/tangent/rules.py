@@ -59,29 +59,38 @@ def _product(function: Callable[..., Any], x: Tensor, *rest: Any) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class Linear(Rule):
-    kind = "exact, product"
+class Weighted(Rule):
+    """A product with a weight, and a bias: ``w`` and ``x`` are what is multiplied, in the product's dtype."""
+
     prefix = True
     fresh = True
+    weight: Tensor
+    bias: Maybe
+    w: Tensor
+    x: Maybe
+
+    @property
+    def collects(self) -> bool:
+        return self.weight.requires_grad or trainable(self.bias)
+
+    def release(self) -> None:
+        del self.w, self.x
+
+
+class Linear(Weighted):
+    kind = "exact, product"
 
     def __init__(self, tape: Tape, x: Tensor, weight: Tensor, bias: Maybe) -> None:
         self.weight, self.bias, self.dtype = weight, bias, x.dtype
         dtype = autocast_dtype(x)
         self.w = _cast(weight.detach(), dtype)
-        self.x: Maybe = _cast(x.detach(), dtype)
+        self.x = _cast(x.detach(), dtype)
         self.y: Maybe = _product(LINEAR, self.x, self.w, None if bias is None else _cast(bias.detach(), dtype), None)
         if not (tape.keep_inputs and weight.requires_grad):
             self.x = None
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if axis < x.dim() - 1 else -1
-
-    def release(self) -> None:
-        del self.w, self.x
-
-    @property
-    def collects(self) -> bool:
-        return self.weight.requires_grad or trainable(self.bias)
 
     def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
@@ -128,10 +137,8 @@ def _linear(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return tape.record(rule, (x,), y)
 
 
-class Convolution(Rule):
+class Convolution(Weighted):
     kind = "exact, convolution"
-    prefix = True
-    fresh = True
 
     def __init__(
         self, tape: Tape, x: Tensor, weight: Tensor, bias: Maybe, stride: list[int], padding: list[int], dilation: list[int],
@@ -145,20 +152,13 @@ class Convolution(Rule):
         to, dtype = self.to, self.to["dtype"]
         self.w = weight.detach().to(**to)
         x = x.detach().to(**to)
-        self.x: Maybe = x
+        self.x = x
         self.y: Maybe = torch.ops.aten.convolution(
             self.x, self.w, None if bias is None else bias.detach().to(dtype), *self.options
         )
         self.shape, self.strides = x.shape, x.stride()
         if not (tape.keep_inputs and weight.requires_grad):
             self.x = None
-
-    def release(self) -> None:
-        del self.w, self.x
-
-    @property
-    def collects(self) -> bool:
-        return self.weight.requires_grad or trainable(self.bias)
 
     def _backward(self, b: Tensor, x: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [b.shape[1]] if mask[2] else None

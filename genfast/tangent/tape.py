@@ -122,15 +122,13 @@ class Tape(TorchFunctionMode):
 
     # ---- recording ----
 
-    def activate(self, tensor: Tensor, slot: int | None = None) -> Tensor:
+    def activate(self, tensor: Tensor) -> Tensor:
         """Marks ``tensor`` as depending on x. It requires a gradient, so that what passes by unseen can be noticed."""
-        if slot is None:
-            slot = self.slots
-            self.slots += 1
         if not tensor.dtype.is_floating_point:
             raise Unsupported(f"a value of dtype {tensor.dtype}")
         tensor.requires_grad_()
-        tensor._genfast_slot = (self.serial, slot)  # type: ignore[attr-defined]
+        tensor._genfast_slot = (self.serial, self.slots)  # type: ignore[attr-defined]
+        self.slots += 1
         return tensor
 
     def slot(self, value: Any) -> int:
