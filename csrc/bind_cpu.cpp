@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "cpu/kernels.h"
 
@@ -547,6 +548,37 @@ void bind_minibatch_discrimination(py::module_& m) {
   });
 }
 
+void bind_diagonal_gaussian(py::module_& m) {
+  using Rows = std::pair<Address, int64_t>;
+  const auto common = [](bool is_double, Rows mean, Rows log_variance, Rows noise, Rows prior_mean, Rows prior_log_variance,
+                         int64_t n, int64_t d, int threads) {
+    const auto rows = [](Rows r) { return DiagonalGaussianArgs::Rows{ptr<>(r.first), r.second}; };
+    DiagonalGaussianArgs a{};
+    a.is_double = is_double, a.n = n, a.d = d, a.threads = threads;
+    a.mean = rows(mean), a.log_variance = rows(log_variance), a.noise = rows(noise);
+    a.prior_mean = rows(prior_mean), a.prior_log_variance = rows(prior_log_variance);
+    return a;
+  };
+  m.def("diagonal_gaussian", [common](bool is_double, Rows mean, Rows log_variance, Rows noise, Rows prior_mean,
+                                      Rows prior_log_variance, int64_t n, int64_t d, int threads, Address kl,
+                                      Address dimension, Address z) {
+    DiagonalGaussianArgs a = common(is_double, mean, log_variance, noise, prior_mean, prior_log_variance, n, d, threads);
+    a.kl = ptr<>(kl), a.dimension = ptr<>(dimension), a.z = ptr<>(z);
+    GENFAST_CALL(diagonal_gaussian, a);
+  });
+  m.def("diagonal_gaussian_backward",
+        [common](bool is_double, Rows mean, Rows log_variance, Rows noise, Rows prior_mean, Rows prior_log_variance, int64_t n,
+                 int64_t d, int threads, Address grad_kl, Address grad_dimension, Rows grad_z, Address grad_mean,
+                 Address grad_log_variance, Address grad_noise, Address grad_prior_mean, Address grad_prior_log_variance) {
+          DiagonalGaussianArgs a = common(is_double, mean, log_variance, noise, prior_mean, prior_log_variance, n, d, threads);
+          a.grad_kl = ptr<>(grad_kl), a.grad_dimension = ptr<>(grad_dimension);
+          a.grad_z = {ptr<>(grad_z.first), grad_z.second};
+          a.grad_mean = ptr<>(grad_mean), a.grad_log_variance = ptr<>(grad_log_variance), a.grad_noise = ptr<>(grad_noise);
+          a.grad_prior_mean = ptr<>(grad_prior_mean), a.grad_prior_log_variance = ptr<>(grad_prior_log_variance);
+          GENFAST_CALL(diagonal_gaussian_backward, a);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -572,4 +604,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_sample_norm(m);
   bind_spectral_norm(m);
   bind_minibatch_discrimination(m);
+  bind_diagonal_gaussian(m);
 }

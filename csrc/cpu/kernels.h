@@ -265,6 +265,22 @@ struct PairwiseL1Args {
   int threads;
 };
 
+// N rows of d dense elements; *_stride apart where they are inputs, d apart where they are outputs.
+struct DiagonalGaussianArgs {
+  struct Rows {
+    const void* data;  // null: not given
+    int64_t stride;
+  };
+  bool is_double;
+  Rows mean, log_variance, noise, prior_mean, prior_log_variance;
+  Rows grad_z;                                  // backward only, as the two below
+  const void *grad_kl, *grad_dimension;         // (N,), (d,); null where there is none
+  void *kl, *dimension, *z;                     // forward: (N,); (d,) and rows, null where not wanted
+  void *grad_mean, *grad_log_variance, *grad_noise, *grad_prior_mean, *grad_prior_log_variance;  // null where not wanted
+  int64_t n, d;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -305,6 +321,8 @@ struct PairwiseL1Args {
   void spectral_norm(const SpectralNormArgs&);              \
   void spectral_norm_backward(const SpectralNormArgs&);     \
   void pairwise_l1(const PairwiseL1Args&);                  \
+  void diagonal_gaussian(const DiagonalGaussianArgs&);      \
+  void diagonal_gaussian_backward(const DiagonalGaussianArgs&); \
   }
 
 GENFAST_DECLARE(base)

@@ -1,0 +1,298 @@
+"""ops.diagonal_gaussian: the reparametrised sample of a diagonal Gaussian and its KL divergence from a prior, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from . import _check
+from ._layout import memory_format
+from ._rows import Rows, per_batch, rows
+
+_NAME = "diagonal_gaussian"
+_CPU: Any = _backend.extension("_cpu")[0]
+REDUCTIONS = ("none", "mean", "sum")
+GROUPS = ("dimension", "channel", "all")
+_ARGUMENTS = ("mean", "log_variance", "noise", "prior_mean", "prior_log_variance")
+
+
+class DiagonalGaussian(NamedTuple):
+    """z: the sample, like mean. kl: (N,) or a scalar, by ``reduction``; nats."""
+
+    z: Tensor
+    kl: Tensor
+
+
+def _check_forward(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    *_: Any,
+) -> None:  # fmt: skip
+    given = dict(zip(_ARGUMENTS, (mean, log_variance, noise, prior_mean, prior_log_variance)))
+    _check.floating(_NAME, **given)
+    if mean.dim() < 2:
+        raise ValueError(f"{_NAME}: mean has shape {tuple(mean.shape)}, expected (N, ...)")
+    for name, tensor in given.items():
+        if tensor is not None:
+            _check.shape(_NAME, name, tensor, tuple(mean.shape), "that of mean")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def _fake(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    per_dimension: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kl = mean.new_empty((mean.shape[0],), dtype=_wide(mean.dtype))
+    by_dimension = kl.new_empty(mean.shape[1:] if per_dimension else 0)
+    z = mean.new_empty(0) if noise is None else torch.empty_like(mean, memory_format=memory_format(mean))
+    return kl, by_dimension, z
+
+
+def _fake_backward(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = (mean, log_variance, noise, prior_mean, prior_log_variance)
+    found = [
+        torch.empty_like(mean, dtype=t.dtype, memory_format=memory_format(mean)) if t is not None and w else mean.new_empty(0)
+        for t, w in zip(given, wanted)
+    ]
+    return found[0], found[1], found[2], found[3], found[4]
+
+
+def _in_order(mean: Tensor, given: Sequence[Tensor | None]) -> tuple[list[Tensor], Rows, list[tuple[int, int]]]:
+    """What must be kept alive, how mean lies, and the address and stride of each tensor in mean's order and dtype."""
+    mean, r = rows(mean)
+    kept, places = [mean], [(mean.data_ptr(), r.stride)]
+    for t in given:
+        if t is None:
+            places.append((0, 0))
+            continue
+        t, own = rows(t if t.dtype is mean.dtype else t.to(mean.dtype), r)
+        kept.append(t)
+        places.append((t.data_ptr(), own.stride))
+    return kept, r, places
+
+
+def _cpu(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    per_dimension: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_forward(mean, log_variance, noise, prior_mean, prior_log_variance)
+    kept, r, places = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance))
+    mean = kept[0]
+    kl = mean.new_empty(r.n)
+    by_dimension = mean.new_empty((1, *mean.shape[1:]) if per_dimension else 0)
+    if per_dimension and mean.dim() > 2:
+        by_dimension = torch.empty_like(by_dimension, memory_format=r.layout.form)
+    z = mean.new_empty(0) if noise is None else r.layout.empty_like(mean)
+    _CPU.diagonal_gaussian(
+        mean.dtype is torch.float64, *places, r.n, r.size, torch.get_num_threads(), kl.data_ptr(),
+        by_dimension.data_ptr() if per_dimension else 0, z.data_ptr() if noise is not None else 0,
+    )  # fmt: skip
+    if not mean.numel():
+        kl.zero_()
+        by_dimension.zero_()
+    return kl, by_dimension.squeeze(0).contiguous() if per_dimension else by_dimension, z
+
+
+def _cpu_backward(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = (mean, log_variance, noise, prior_mean, prior_log_variance)
+    kept, r, places = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance, grad_z))
+    mean = kept[0]
+    if grad_kl is not None:
+        grad_kl = per_batch(grad_kl, mean.dtype)
+    if grad_dimension is not None:
+        form = r.layout.form if mean.dim() > 2 else torch.contiguous_format
+        grad_dimension = grad_dimension.to(mean.dtype).unsqueeze(0).contiguous(memory_format=form)
+    found = [
+        r.layout.empty_like(mean) if t is not None and w else mean.new_empty(0) for t, w in zip(given, wanted)
+    ]
+    _CPU.diagonal_gaussian_backward(
+        mean.dtype is torch.float64, *places[:5], r.n, r.size, torch.get_num_threads(),
+        0 if grad_kl is None else grad_kl.data_ptr(), 0 if grad_dimension is None else grad_dimension.data_ptr(), places[5],
+        *(f.data_ptr() if t is not None and w else 0 for f, t, w in zip(found, given, wanted)),
+    )  # fmt: skip
+    dm, dv, dn, dpm, dpv = (f if t is None else f.to(t.dtype) for f, t in zip(found, given))
+    return dm, dv, dn, dpm, dpv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.per_dimension = inputs[5]
+    ctx.given = [t is not None for t in inputs[:5]]
+    ctx.save_for_backward(*(t for t in inputs[:5] if t is not None))
+
+
+def _backward(ctx: Any, grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None) -> tuple[Any, ...]:
+    tensors = iter(ctx.saved_tensors)
+    given = [next(tensors) if there else None for there in ctx.given]
+    grad_dimension = grad_dimension if ctx.per_dimension else None
+    grad_z = grad_z if given[2] is not None else None
+    if grad_kl is None and grad_dimension is None and grad_z is None:
+        return (None,) * 6
+    wanted = [bool(need) for need in ctx.needs_input_grad[:5]]
+    found = _OP_BACKWARD(*given, grad_kl, grad_dimension, grad_z, wanted)
+    return (*(f if w else None for f, w in zip(found, wanted)), None)
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape in (("vectors", (6, 9)), ("images", (3, 5, 4, 7)), ("sequences", (2, 3, 11))):
+        m, v, e, pm, pv = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(5))
+        yield Sample(label, (m, v, e, None, None, False))
+        if label != "sequences":
+            yield Sample(f"{label}, prior, per dimension", (m, v, e, pm, pv, True))
+    yield Sample("without noise", (m, v, None, None, None, True))
+
+
+_TENSORS = "Tensor mean, Tensor log_variance, Tensor? noise, Tensor? prior_mean, Tensor? prior_log_variance"
+
+_OP_BACKWARD = Op(
+    f"{_NAME}_backward({_TENSORS}, Tensor? grad_kl, Tensor? grad_dimension, Tensor? grad_z, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.diagonal_gaussian_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
+)
+
+OP = Op(
+    f"{_NAME}({_TENSORS}, bool per_dimension) -> (Tensor, Tensor, Tensor)",
+    reference=reference.diagonal_gaussian,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def _rows_of(t: Any) -> Any:
+    return t.unsqueeze(1) if isinstance(t, Tensor) and t.dim() == 1 else t
+
+
+def _like(name: str, t: Tensor | None, mean: Tensor) -> Tensor | None:
+    """A prior's parameter spread over the batch."""
+    if t is None or not isinstance(t, Tensor) or not isinstance(mean, Tensor) or t.shape == mean.shape:
+        return t
+    try:
+        return t.expand(mean.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{_NAME}: {name} has shape {tuple(t.shape)}, expected one that broadcasts to that of mean, {tuple(mean.shape)}"
+        ) from None
+
+
+def _reduced(
+    kl: Tensor, by_dimension: Tensor, n: int, free_bits: float, groups: str, reduction: str
+) -> Tensor:  # fmt: skip
+    if not free_bits:
+        return kl if reduction == "none" else kl.mean() if reduction == "mean" else kl.sum()
+    mean = by_dimension / max(n, 1)
+    if groups == "all":
+        mean = mean.sum()
+    elif groups == "channel" and mean.dim() > 1:
+        mean = mean.flatten(1).sum(1)
+    floored = torch.where(mean > free_bits, mean, free_bits).sum()
+    return floored if reduction == "mean" else n * floored
+
+
+def _call(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    free_bits: float, groups: str, reduction: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check.choice(_NAME, "reduction", reduction, REDUCTIONS)
+    _check.choice(_NAME, "groups", groups, GROUPS)
+    if not free_bits >= 0:
+        raise ValueError(f"{_NAME}: free_bits={free_bits}, expected at least 0, in nats")
+    if free_bits and reduction == "none":
+        raise ValueError(
+            f"{_NAME}: free_bits={free_bits} with reduction='none', expected 'mean' or 'sum': "
+            "the floor is under the mean over the batch, so no sample has a value of its own"
+        )
+    priors = (_like(name, t, mean) for name, t in zip(_ARGUMENTS[3:], (prior_mean, prior_log_variance)))
+    args = [_rows_of(t) for t in (mean, log_variance, noise, *priors)]
+    kl, by_dimension, z = OP(*args, bool(free_bits))
+    return z.reshape(mean.shape) if noise is not None and mean.dim() == 1 else z, _reduced(
+        kl, by_dimension, kl.shape[0], free_bits, groups, reduction
+    )
+
+
+def diagonal_gaussian(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None = None, *, prior_mean: Tensor | None = None,
+    prior_log_variance: Tensor | None = None, free_bits: float = 0.0,
+    groups: Literal["dimension", "channel", "all"] = "dimension", reduction: Literal["none", "mean", "sum"] = "none",
+    generator: torch.Generator | None = None,
+) -> DiagonalGaussian:  # fmt: skip
+    """Samples q(z|x) = N(mean, e^log_variance) by z = mean + e^(log_variance / 2) noise, and its KL(q || p), in one pass.
+
+    One pass forward and one backward, whichever of z, the KLs and both have a gradient. The KL is exact near the prior, where
+    e^v - 1 - v cancels in the usual formula: it is never negative. Sums over samples do not depend on the number of threads.
+
+    Args:
+        mean, log_variance: (N, ...) floating point, such as the two halves of an encoder's output, which need not be copied.
+        noise: like mean, from N(0, 1); None draws it with ``generator``.
+        prior_mean, prior_log_variance: of the prior p, shapes that broadcast to mean's; None for 0, so p is N(0, 1) without.
+        free_bits: the floor lambda, in nats, of sum_g max(lambda, E_batch KL_g) (Kingma et al., arXiv:1606.04934, appendix
+            C.8: the mean over the batch first, then the maximum). A group at or below its floor has no gradient of the KL.
+        groups: what a floor is for: "dimension", "channel" (axis 1, summed over the others, as in that paper), or "all".
+        reduction: of the KLs over the batch: "none" (N,), "mean" or "sum"; "none" does not go with free bits.
+        generator: of the noise.
+
+    Returns:
+        :class:`DiagonalGaussian`: z in mean's dtype, and kl in nats, float32 for half types; differentiable to any order.
+
+    Raises:
+        TypeError: tensors that are not floating point.
+        ValueError: shapes or devices that do not fit, another reduction or group, a negative floor, a generator for a noise
+            that is given.
+
+    Source: Kingma and Welling (arXiv:1312.6114, section 2.4 and appendix B).
+
+    Example:
+        >>> import torch, genfast
+        >>> z, kl = genfast.ops.diagonal_gaussian(torch.ones(2, 3), torch.zeros(2, 3))
+        >>> kl
+        tensor([1.5000, 1.5000])
+    """
+    if noise is None:
+        _check.floating(_NAME, mean=mean)
+        where = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=where).to(mean.device)
+    elif generator is not None:
+        raise ValueError(f"{_NAME}: both noise and generator are given, expected one of them")
+    return DiagonalGaussian(
+        *_call(mean, log_variance, noise, prior_mean, prior_log_variance, free_bits, groups, reduction)
+    )
+
+
+def diagonal_gaussian_kl(
+    mean: Tensor, log_variance: Tensor, *, prior_mean: Tensor | None = None, prior_log_variance: Tensor | None = None,
+    free_bits: float = 0.0, groups: Literal["dimension", "channel", "all"] = "dimension",
+    reduction: Literal["none", "mean", "sum"] = "none",
+) -> Tensor:  # fmt: skip
+    """KL(N(mean, e^log_variance) || N(prior_mean, e^prior_log_variance)) of each sample, in nats; the prior is N(0, 1) without.
+
+    :func:`diagonal_gaussian` without its sample; the arguments and errors are those.
+
+    Returns:
+        (N,), or a scalar for ``reduction`` "mean" or "sum".
+
+    Source: Kingma and Welling (arXiv:1312.6114, appendix B).
+
+    Example:
+        >>> import torch, genfast
+        >>> genfast.ops.diagonal_gaussian_kl(torch.ones(2, 3), torch.zeros(2, 3), free_bits=1.0, reduction="mean")
+        tensor(3.)
+    """
+    return _call(mean, log_variance, None, prior_mean, prior_log_variance, free_bits, groups, reduction)[1]
