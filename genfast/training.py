@@ -120,7 +120,7 @@ def latest(folder: str | Path) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, name: str, model: Model | models.AdversarialModel, state: dict[str, Any], bins: int,
+    folder: Path, name: str, model: Model | models.AdversarialModel | models.AutoencoderModel, state: dict[str, Any], bins: int,
     weights: dict[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Writes ``checkpoint-<step>`` under a temporary name and renames it, then drops all but the newest few.
@@ -326,6 +326,8 @@ def train(
     check_folder(out, resume)
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AdversarialModel):
         raise ValueError(f"train: {name} is adversarial; train it with genfast.adversarial_training.train")
+    if issubclass(models.NAMES.get(name, models.FlowModel), models.AutoencoderModel):
+        raise ValueError(f"train: {name} is an autoencoder; train it with genfast.variational_training.train")
     if not isinstance(data, Dataset):
         raise ValueError(f"train: {name} takes images, and {data.name} are points")
     torch.manual_seed(seed)

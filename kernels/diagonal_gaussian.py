@@ -137,6 +137,11 @@ def _tile(n: int, size: int) -> tuple[int, int]:
     return min(TILE // columns, triton.next_power_of_2(n)), columns
 
 
+def _options(elements: int, far: bool) -> dict[str, int]:
+    """Of a launch: with 64-bit addresses of up to eleven tensors it takes more registers than elsewhere."""
+    return options(elements, far) | ({"maxnreg": 232} if far else {})
+
+
 def _laid(form: torch.memory_format, *given: Tensor | None) -> tuple[list[Any], list[int]]:
     """Each tensor's data in the order ``form`` and its stride; 0 where there is none."""
     found: list[Rows | None] = [None if t is None else rows(t, form) for t in given]
@@ -165,7 +170,7 @@ def diagonal_gaussian(
     _forward[(blocks * tiles,)](
         *(mean if t is None else t for t in data), z, partial, columns, *strides, n, size, tiles, NOISE=noise is not None,
         PRIOR_MEAN=prior_mean is not None, PRIOR_VARIANCE=prior_log_variance is not None, COLUMNS=per_dimension, FAR=far,
-        BLOCK_N=block_n, BLOCK_D=block_d, **options(block_n * block_d, far),
+        BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far),
     )  # fmt: skip
     return partial.sum(1), columns.sum(0).contiguous() if per_dimension else columns, z
 
@@ -197,7 +202,7 @@ def diagonal_gaussian_backward(
             PRIOR_VARIANCE=prior_log_variance is not None, KL=grad_kl is not None, DIMENSION=grad_dimension is not None,
             SAMPLE=grad_z is not None and noise is not None,
             WANTED=sum(1 << k for k, (t, w) in enumerate(zip(given, wanted)) if t is not None and w), FAR=far,
-            BLOCK_N=block_n, BLOCK_D=block_d, **options(block_n * block_d, far),
+            BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far),
         )  # fmt: skip
     return found[0], found[1], found[2], found[3], found[4]
 
@@ -211,7 +216,7 @@ def _variants() -> list[Aot]:
 
         def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
             named = {name: types[name] for name in kernel.arg_names if name in types}
-            found.append(variant(label, kernel, named, constants, ones, **options(TILE, constants["FAR"])))
+            found.append(variant(label, kernel, named, constants, ones, **_options(TILE, constants["FAR"])))
 
         for far in (False, True):
             base, label = dict(FAR=far, BLOCK_N=1 if far else TILE // 32, BLOCK_D=TILE if far else 32), " far" * far + " " + kind

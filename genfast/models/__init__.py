@@ -5,9 +5,13 @@ from typing import Any
 from ..reference.autoregressive import mu_law_decode, mu_law_encode
 from ..reference.models import FlowModel, dequantize
 from .adversarial import AdversarialModel, Recipe
+from .adversarial_autoencoder import AdversarialAutoencoder
+from .autoencoder import Autoencoder
+from .autoencoding import AutoencoderModel
 from .autoregressive import AutoregressiveModel
 from .cgan import ConditionalGAN
 from .dcgan import DCGAN
+from .denoising_autoencoder import DenoisingAutoencoder
 from .gan import GAN
 from .gated_pixelcnn import GatedPixelCNN
 from .glow import Glow
@@ -20,14 +24,20 @@ from .pixelcnnpp import PixelCNNPlusPlus
 from .r3gan import R3GAN
 from .realnvp import RealNVP
 from .sagan import SAGAN
+from .sparse_autoencoder import SparseAutoencoder
+from .vae import VAE
+from .vaegan import VAEGAN
+from .wae import WAE
 from .wavenet import WaveNet
 from .wgan import WGAN
 from .wgan_gp import WGANGP
 
-NAMES: dict[str, type[FlowModel] | type[AutoregressiveModel] | type[AdversarialModel]] = {
+NAMES: dict[str, type[FlowModel] | type[AutoregressiveModel] | type[AdversarialModel] | type[AutoencoderModel]] = {
     "cgan": ConditionalGAN, "dcgan": DCGAN, "gan": GAN, "lsgan": LSGAN, "r3gan": R3GAN, "sagan": SAGAN, "wgan": WGAN,
     "wgan-gp": WGANGP, "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "linear_flow": LinearFlow, "nice": NICE,
     "pixelcnn": PixelCNN, "pixelcnnpp": PixelCNNPlusPlus, "pixelrnn": PixelRNN, "realnvp": RealNVP, "wavenet": WaveNet,
+    "aae": AdversarialAutoencoder, "autoencoder": Autoencoder, "denoising_autoencoder": DenoisingAutoencoder,
+    "sparse_autoencoder": SparseAutoencoder, "vae": VAE, "vaegan": VAEGAN, "wae": WAE,
 }  # fmt: skip
 
 
@@ -43,7 +53,9 @@ def build(name: str, **config: Any) -> Any:
 
 
 __all__ = [
-    "AdversarialModel", "AutoregressiveModel", "build", "ConditionalGAN", "DCGAN", "dequantize", "FlowModel", "GAN",
+    "AdversarialAutoencoder", "AdversarialModel", "Autoencoder", "AutoencoderModel", "AutoregressiveModel", "build",
+    "ConditionalGAN", "DCGAN", "DenoisingAutoencoder", "dequantize", "FlowModel", "GAN",
     "GatedPixelCNN", "Glow", "LinearFlow", "LSGAN", "mu_law_decode", "mu_law_encode", "NAMES", "NICE", "PixelCNN",
-    "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN", "WaveNet", "WGAN", "WGANGP",
+    "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN", "SparseAutoencoder", "VAE", "VAEGAN",
+    "WAE", "WaveNet", "WGAN", "WGANGP",
 ]  # fmt: skip

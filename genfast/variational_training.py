@@ -1,0 +1,256 @@
+"""Training autoencoders, variational and adversarial ones too: runs that resume bit by bit, and pictures of how it went."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import losses, models, training
+from .data import Dataset
+from .models import AutoencoderModel
+from .training import TrainingError
+
+IMPORTANCE_SAMPLES = 64
+
+
+class AutoencoderTrainer:
+    """One autoencoder on one set of images; repeats exactly from a seed or a checkpoint.
+
+    A step runs the model's phases in order on one batch: the losses of a phase's players from one pass, then an Adam step for
+    each of them.
+
+    Args:
+        batch_size: at most the training set.
+        lr: of every player.
+        seed: of batches, noise and corruption.
+        clip: the largest norm of a player's gradient.
+
+    Raises:
+        ValueError: a model and data that do not fit, or a batch size below 1.
+
+    Example:
+        >>> from genfast import data, models, variational_training
+        >>> digits = data.load("digits")
+        >>> model = models.VAE(digits.shape, levels=digits.bins, hidden=8)
+        >>> variational_training.AutoencoderTrainer(model, digits).step()["kl"] >= 0
+        True
+    """
+
+    def __init__(
+        self, model: AutoencoderModel, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
+        device: str = "cpu", clip: float = 1000.0,
+    ) -> None:  # fmt: skip
+        if batch_size < 1:
+            raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
+        if model.shape != data.shape:
+            raise ValueError(f"train: the model takes {model.shape} and the data are {data.shape}")
+        if model.levels != data.bins:
+            raise ValueError(f"train: the model has levels={model.levels} and the data have {data.bins}")
+        self.model, self.data, self.clip = model.to(device), data, clip
+        self.batch_size = min(batch_size, len(data.train))
+        self.generator = torch.Generator().manual_seed(seed)
+        players = dict.fromkeys(player for phase in model.phases for player in phase)
+        self.players = {name: list(model.player(name)) for name in players}
+        self.optimizers = {name: torch.optim.Adam(p, lr=lr, fused=True) for name, p in self.players.items()}
+        self.history: list[dict[str, float]] = []
+
+    def batch(self) -> Tensor:
+        """The next batch of whole numbers."""
+        index = torch.randint(len(self.data.train), (self.batch_size,), generator=self.generator)
+        return self.data.train[index]
+
+    def step(self) -> dict[str, float]:
+        """One step of all players; returns the model's figures by name, "loss" or the like.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite; the weights are those before the phase.
+        """
+        self.model.train()
+        found: dict[str, float] = {}
+        images = self.batch()
+        for phase in self.model.phases:
+            given = self.model.losses(phase, images, generator=self.generator, step=len(self.history))
+            for name in phase:
+                self._differentiate(name, given.players[name], last=name == phase[-1])
+            for name in phase:
+                self.optimizers[name].step()
+            found |= {name: float(value.detach()) for name, value in given.figures.items()}
+        self.history.append(found)
+        return found
+
+    def _differentiate(self, name: str, loss: Tensor, last: bool) -> None:
+        """Leaves the player's gradient of its loss in ``grad``, or raises where it is not finite."""
+        parameters = self.players[name]
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=not last, allow_unused=True)):
+            p.grad = g
+        value, norm = float(loss.detach()), float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        if not math.isfinite(value) or not math.isfinite(norm):
+            said = f"loss is {value}" if not math.isfinite(value) else f"loss has a gradient of norm {norm}"
+            raise TrainingError(
+                f"the {name}'s {said} at step {len(self.history) + 1}: lower the learning rate; the last checkpoint is kept"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, limit: int = 1024) -> dict[str, float]:
+        """The model's figures on the test images, means, with noise from a fixed seed; of a VAE the bounds in bits too."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(1)
+        images = self.data.test[:limit]
+        parts = [self.model.figures(b, generator=generator) for b in images.split(256)]
+        found = {name: float(torch.cat([p[name] for p in parts]).double().mean()) for name in parts[0]}
+        if isinstance(self.model, models.VAE):
+            bounds = [
+                self.model.importance_weighted_bound(b, IMPORTANCE_SAMPLES, generator=generator) * len(b)
+                for b in images.split(256)
+            ]
+            found["importance_weighted_bound"] = float(torch.stack(bounds).double().sum()) / len(images)
+            found["bits_per_dim"] = losses.bits_per_dim(found["elbo"], self.model.dim)
+            found["importance_weighted_bits_per_dim"] = losses.bits_per_dim(found["importance_weighted_bound"], self.model.dim)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights."""
+        return {
+            "step": len(self.history), "history": self.history, "generator": self.generator.get_state(),
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()}, "torch": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint as if there had been no stop."""
+        state = torch.load(checkpoint / "training.pt", weights_only=True)
+        self.model.load_state_dict(load_file(checkpoint / "weights.safetensors"))
+        self.history = [dict(h) for h in state["history"]]
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+
+
+# ---- pictures ----
+
+
+def reconstruction_grid(model: AutoencoderModel, images: Tensor, *, columns: int = 8) -> Any:
+    """Rows of images, each above the row of what the model makes of them, as one PIL image."""
+    images = images[: len(images) // columns * columns] if len(images) > columns else images
+    again = model.reconstruct(images).cpu()
+    pairs = [t for both in zip(images.split(columns), again.split(columns)) for t in both]
+    return training.image_grid(torch.cat([t.long() for t in pairs]), model.levels, columns=columns)
+
+
+@torch.no_grad()
+def latent_grid(model: AutoencoderModel, side: int = 15) -> Any:
+    """The images of a grid over a latent plane, at equal steps of the prior's probability, as one PIL image.
+
+    Kingma and Welling, arXiv:1312.6114, appendix A: figure 4.
+
+    Raises:
+        ValueError: the latent space is no plane, or has no prior N(0, 1).
+    """
+    if model.latent_dim != 2 or not model.prior:
+        raise ValueError(f"latent_grid: latent_dim={model.latent_dim} and prior={model.prior}, expected a plane with a prior")
+    line = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side)
+    at = torch.cartesian_prod(-line, line).flip(1).to(next(model.parameters()))  # rows from the top, columns from the left
+    return training.image_grid(model.levels_of(model.decode(at)), model.levels, columns=side)
+
+
+# ---- the loop ----
+
+
+def _config(name: str, data: Dataset, config: dict[str, Any]) -> dict[str, Any]:
+    """The model's config with what the data decide."""
+    if not issubclass(models.NAMES.get(name, object), AutoencoderModel):
+        known = [k for k, v in models.NAMES.items() if issubclass(v, AutoencoderModel)]
+        raise ValueError(f"train: {name!r} is no autoencoder, expected one of {', '.join(known)}")
+    if not isinstance(data, Dataset):
+        raise ValueError(f"train: {name} takes images, and {data.name} are points")
+    found: dict[str, Any] = {"shape": data.shape, "levels": data.bins}
+    if data.shape[1] < 16:
+        found["base"] = 2  # so that 8 x 8 images have two stages
+    unknown = [k for k in config if k not in inspect.signature(models.NAMES[name]).parameters]
+    if unknown:
+        raise ValueError(f"train: {name} takes no {', '.join(unknown)}")
+    return found | config
+
+
+def train(
+    name: str, data: Dataset, out: str | Path, *, config: dict[str, Any] | None = None, steps: int | None = None,
+    minutes: float | None = None, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
+    resume: bool = False, save_every: int = 200,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains the autoencoder ``models.NAMES[name]`` and leaves a run's folder; returns the metrics that it wrote.
+
+    The folder holds ``checkpoint-<step>`` (the last two), ``loss.png``, ``samples.png``, ``reconstructions.png`` of held-out
+    images, ``latent.png`` where the latent space is a plane with a prior, and ``metrics.json``: among others the held-out
+    figures of the model, of a VAE the evidence lower bound in nats and in bits per dimension, its two parts, and the bound of
+    64 importance-weighted samples. Ctrl-C writes a last checkpoint and then raises KeyboardInterrupt.
+
+    Args:
+        config: of the model, beside what the data decide.
+        steps, minutes: whichever ends first; 1000 steps without either.
+        out: the folder.
+        resume: goes on from the newest checkpoint there.
+
+    Raises:
+        FileExistsError: ``out`` holds a run and ``resume`` is not set.
+        ValueError: model and data that do not fit each other or the checkpoint.
+        TrainingError: a loss or a gradient is not finite.
+        KeyboardInterrupt: after the last checkpoint has been written.
+    """
+    out = Path(out)
+    training.check_folder(out, resume)
+    torch.manual_seed(seed)
+    found = _config(name, data, config or {})
+    checkpoint = None
+    if resume and training._steps(out):
+        model, metadata, checkpoint = training.load_checkpoint(out)
+        if metadata["model"] != name:
+            raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
+    else:
+        model = models.build(name, **found)
+    trainer = AutoencoderTrainer(model, data, batch_size=batch_size, lr=lr, seed=seed, device=device)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    began = saved = len(trainer.history)
+
+    def save() -> None:
+        nonlocal saved
+        if len(trainer.history) > saved or checkpoint is None:
+            model.eval()
+            model.fit(data.train[:10_000])
+            training.save_checkpoint(out, name, model, trainer.state(), data.bins)
+            saved = len(trainer.history)
+
+    def step() -> str:
+        return ", ".join(f"{k} {v:.3f}" for k, v in trainer.step().items())
+
+    seconds = training.loop(
+        step, lambda: len(trainer.history), save, out, title=f"{name} on {data.name}", steps=steps, minutes=minutes,
+        save_every=save_every,
+    )  # fmt: skip
+    model.eval()
+    drawn = model.sample(64, generator=torch.Generator().manual_seed(seed))
+    training.save_picture(training.image_grid(drawn, data.bins), out / "samples.png")
+    training.save_picture(reconstruction_grid(model, data.test[:32]), out / "reconstructions.png")
+    if model.latent_dim == 2 and model.prior:
+        training.save_picture(latent_grid(model), out / "latent.png")
+    names = list(trainer.history[0]) if trainer.history else []
+    training.plot_losses({k: [h[k] for h in trainer.history] for k in names}, out / "loss.png", ylabel="nats or squared error")
+    tail = trainer.history[-50:]
+    written: dict[str, Any] = {
+        "model": name, "data": data.name, "steps": len(trainer.history),
+        "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
+        "steps_per_second": (len(trainer.history) - began) / seconds if seconds else 0.0,
+    }  # fmt: skip
+    if isinstance(model, models.VAE):
+        written["likelihood"] = model.likelihood
+    written |= {f"train_{k}": sum(h[k] for h in tail) / len(tail) for k in names}
+    written |= {f"test_{k}": v for k, v in trainer.evaluate().items()}
+    training.write_text(out / "metrics.json", json.dumps(written, indent=2) + "\n")
+    return written
