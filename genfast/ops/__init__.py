@@ -16,6 +16,7 @@ from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
 from .minibatch_discrimination import minibatch_discrimination, pairwise_l1_kernel_sum
 from .minibatch_stddev import minibatch_stddev
 from .modulated_conv import modulated_conv2d
+from .pairwise import kernel_distance, mmd, nearest_neighbors, pairwise_kernel_sum, wae_scales
 from .pixel_norm import pixel_norm
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .sample_norm import sample_norm
@@ -28,8 +29,8 @@ __all__ = [
     "bias_act", "categorical_nll", "critic_step", "CriticLoss", "diagonal_gaussian",
     "diagonal_gaussian_kl", "DiagonalGaussian", "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "interpolate",
-    "invertible_conv1x1", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_weight", "masked_conv1d",
-    "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "modulated_conv2d",
-    "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze",
-    "unsqueeze", "upfirdn2d", "upsample2d",
+    "invertible_conv1x1", "kernel_distance", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_weight",
+    "masked_conv1d", "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "mmd",
+    "modulated_conv2d", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm",
+    "sample_norm", "setup_filter", "spectral_norm", "squeeze", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
 ]  # fmt: skip

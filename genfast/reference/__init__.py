@@ -26,6 +26,7 @@ from .minibatch_discrimination import (
 )
 from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
 from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
+from .pairwise import mmd, nearest_rows, pairwise_kernel_sum, pairwise_kernel_sum_backward
 from .pixel_norm import pixel_norm, pixel_norm_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .sample_norm import sample_norm, sample_norm_backward
@@ -40,10 +41,11 @@ __all__ = [
     "diagonal_gaussian_backward", "diagonal_lstm", "diagonal_lstm_backward",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
     "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "interpolate",
-    "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight", "masked_conv",
-    "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward", "modulated_conv2d",
-    "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward", "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms",
-    "penalty_points", "pixel_norm", "pixel_norm_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight",
-    "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES",
-    "spectral_norm", "spectral_norm_backward", "squeeze", "tap_energy", "upfirdn2d",
+    "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight", "masked_conv", "masked_conv_backward",
+    "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows",
+    "pairwise_kernel_sum", "pairwise_kernel_sum_backward", "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward",
+    "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms", "penalty_points", "pixel_norm", "pixel_norm_backward",
+    "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "row_lstm",
+    "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm", "spectral_norm_backward", "squeeze",
+    "tap_energy", "upfirdn2d",
 ]  # fmt: skip
