@@ -67,6 +67,16 @@ def parser() -> argparse.ArgumentParser:
     gan.add_argument("--width", type=int, help="channels of the convolutional networks")
     gan.add_argument("--depth", type=int, help="hidden layers of the perceptrons")
     gan.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between pictures (default 500)")
+    auto = train.add_argument_group("of autoencoders")
+    auto.add_argument("--likelihood", choices=losses.LIKELIHOODS, help="p(x|z) of a VAE (default discretized_logistic)")
+    auto.add_argument("--beta", type=float, help="the KL's weight (default 1)")
+    auto.add_argument("--warmup", type=int, metavar="STEPS", help="in which the KL's weight grows from 0")
+    auto.add_argument("--free-bits", type=float, metavar="NATS", help="of each latent dimension that cost nothing")
+    auto.add_argument("--network", choices=("perceptron", "convolutional"))
+    auto.add_argument("--corruption", choices=("masking", "salt_and_pepper", "gaussian"), help="of a denoising autoencoder")
+    auto.add_argument("--amount", type=float, help="of the corruption")
+    auto.add_argument("--gamma", type=float, help="of a VAE/GAN: the likeness in the decoder's loss")
+    auto.add_argument("--weight", type=float, help="of the sparsity, the WAE's discrepancy or the AAE's game")
     train.add_argument("--device", default="cpu")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
@@ -98,7 +108,9 @@ def _train(a: argparse.Namespace) -> int:
     config = {
         "levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None,
         "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
-        "latent_dim": a.latent_dim, "width": a.width, "depth": a.depth,
+        "latent_dim": a.latent_dim, "width": a.width, "depth": a.depth, "likelihood": a.likelihood, "beta": a.beta,
+        "warmup": a.warmup, "free_bits": a.free_bits, "network": a.network, "corruption": a.corruption, "amount": a.amount,
+        "gamma": a.gamma, "weight": a.weight,
     }  # fmt: skip
     recipe = {
         "loss": a.loss, "penalty": a.penalty, "weight": a.penalty_weight, "lazy": a.lazy, "critic_steps": a.critic_steps,
@@ -107,6 +119,9 @@ def _train(a: argparse.Namespace) -> int:
     taken = inspect.signature(models.NAMES[a.model]).parameters
     unknown = [f"--{k.replace('_', '-')}" for k, v in config.items() if v is not None and k not in taken]
     adversarial = issubclass(models.NAMES[a.model], models.AdversarialModel)
+    autoencoder = issubclass(models.NAMES[a.model], models.AutoencoderModel)
+    if autoencoder:  # whose game and penalty are part of the model
+        config |= {name: recipe.pop(name) for name in ("loss", "penalty") if name in taken}
     if not adversarial:
         unknown += [
             f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight") for k, v in recipe.items() if v is not None
@@ -114,9 +129,11 @@ def _train(a: argparse.Namespace) -> int:
     elif not unknown:
         return _train_adversarial(a, config, recipe)
     dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
-    autoregressive = issubclass(models.NAMES[a.model], models.AutoregressiveModel)
-    if unknown or (autoregressive and a.levels is not None):
+    decided = issubclass(models.NAMES[a.model], models.AutoregressiveModel | models.AutoencoderModel)
+    if unknown or (decided and a.levels is not None):
         raise ValueError(f"train: {a.model} takes no {', '.join(unknown) or '--levels; the data decide them'}")
+    if autoencoder:
+        return _train_autoencoder(a, dataset, config)
     colours = dataset.shape[0]
     if "channels" in taken and a.channels is None and taken["channels"].default % (2 * colours):
         config["channels"] = -(-taken["channels"].default // (2 * colours)) * 2 * colours  # each colour gets its own
@@ -128,6 +145,25 @@ def _train(a: argparse.Namespace) -> int:
         batch_size=a.batch_size, lr=1e-3 if a.lr is None else a.lr, seed=a.seed, device=a.device, resume=a.resume,
     )  # fmt: skip
     print(f"{metrics['steps']} steps, {metrics['test_bits_per_dim']:.3f} bits/dim on held-out images; see {out}")
+    return 0
+
+
+def _train_autoencoder(a: argparse.Namespace, dataset: data.Dataset, config: dict[str, Any]) -> int:
+    from . import variational_training
+
+    out = a.out or Path("out", f"{a.model}-{dataset.name}")
+    written = variational_training.train(
+        a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, steps=a.steps, minutes=a.minutes,
+        batch_size=a.batch_size, lr=1e-3 if a.lr is None else a.lr, seed=a.seed, device=a.device, resume=a.resume,
+    )  # fmt: skip
+    said = f"{written['steps']} steps, on held-out images "
+    if "test_elbo" in written:
+        said += (
+            f"ELBO {written['test_elbo']:.2f} nats = {written['test_reconstruction']:.2f} - {written['test_kl']:.2f} (KL), "
+            f"{written['test_bits_per_dim']:.3f} bits/dim, {written['test_importance_weighted_bits_per_dim']:.3f} with "
+            f"{variational_training.IMPORTANCE_SAMPLES} importance samples, "
+        )
+    print(f"{said}mean squared error {written['test_mse']:.4f}; see {out}")
     return 0
 
 

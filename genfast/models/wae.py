@@ -45,3 +45,19 @@ class WAE(Autoencoder):
             raise ValueError(f"WAE: weight={weight}, expected at least 0")
         self.config |= {"weight": weight}
         self.weight = weight
+
+    def losses(self, phase: tuple[str, ...], images: Tensor, *, generator: torch.Generator | None, step: int) -> Losses:
+        """The squared error and the discrepancy, which needs two images at least."""
+        target = self.scaled(images)
+        code = self.encoder(target)
+        error = squared_error(self.decoder(code), target)
+        discrepancy = ops.mmd(code, self.latent(len(code), generator), kernel="imq")
+        loss = error + self.weight * discrepancy
+        return Losses({"autoencoder": loss}, {"loss": loss, "error": error, "mmd": discrepancy})
+
+    @torch.no_grad()
+    def figures(self, images: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """mse, and mmd of these images' codes, the same for each."""
+        code = self.encode(images)
+        discrepancy = ops.mmd(code, self.latent(len(code), generator), kernel="imq") if len(code) > 1 else code.new_zeros(())
+        return super().figures(images) | {"mmd": discrepancy.expand(len(code))}
