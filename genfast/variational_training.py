@@ -58,7 +58,7 @@ class AutoencoderTrainer:
         self.generator = torch.Generator().manual_seed(seed)
         players = dict.fromkeys(player for phase in model.phases for player in phase)
         self.players = {name: list(model.player(name)) for name in players}
-        self.optimizers = {name: torch.optim.Adam(p, lr=lr, fused=True) for name, p in self.players.items()}
+        self.optimizers = {name: torch.optim.Adam(p, lr=lr, betas=model.betas, fused=True) for name, p in self.players.items()}
         self.history: list[dict[str, float]] = []
 
     def batch(self) -> Tensor:

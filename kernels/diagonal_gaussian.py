@@ -155,7 +155,7 @@ def diagonal_gaussian(
     """(kl, by_dimension, z) of genfast::diagonal_gaussian."""
     form = memory_format(mean)
     z = mean.new_empty(0) if noise is None else torch.empty_like(mean, memory_format=form)
-    zeros = dict(dtype=torch.float32, device=mean.device)
+    zeros: dict[str, Any] = dict(dtype=torch.float32, device=mean.device)
     if not mean.numel():
         return torch.zeros(mean.shape[0], **zeros), torch.zeros(mean.shape[1:] if per_dimension else 0, **zeros), z
     n, size = mean.shape[0], mean[0].numel()
@@ -197,8 +197,9 @@ def diagonal_gaussian_backward(
         far = size >= 2**31 - TILE
         pointers = [mean if t is None else t for t in data]
         _backward[(cdiv(n, block_n) * tiles,)](
-            *pointers[:5], mean if grad_kl is None else grad_kl.contiguous(), mean if grad_dimension is None else grad_dimension,
-            pointers[5], *found, *strides, n, size, tiles, PRIOR_MEAN=prior_mean is not None,
+            *pointers[:5], mean if grad_kl is None else grad_kl.contiguous(),
+            mean if grad_dimension is None else grad_dimension, pointers[5], *found, *strides, n, size, tiles,
+            PRIOR_MEAN=prior_mean is not None,
             PRIOR_VARIANCE=prior_log_variance is not None, KL=grad_kl is not None, DIMENSION=grad_dimension is not None,
             SAMPLE=grad_z is not None and noise is not None,
             WANTED=sum(1 << k for k, (t, w) in enumerate(zip(given, wanted)) if t is not None and w), FAR=far,
@@ -219,10 +220,11 @@ def _variants() -> list[Aot]:
             found.append(variant(label, kernel, named, constants, ones, **_options(TILE, constants["FAR"])))
 
         for far in (False, True):
-            base, label = dict(FAR=far, BLOCK_N=1 if far else TILE // 32, BLOCK_D=TILE if far else 32), " far" * far + " " + kind
+            label = f"{' far' if far else ''} {kind}"
+            base: dict[str, Any] = dict(FAR=far, BLOCK_N=1 if far else TILE // 32, BLOCK_D=TILE if far else 32)
             ones = None if far else ("tiles",)
-            whole = dict(PRIOR_MEAN=True, PRIOR_VARIANCE=True)
-            none = dict(PRIOR_MEAN=False, PRIOR_VARIANCE=False)
+            whole: dict[str, Any] = dict(PRIOR_MEAN=True, PRIOR_VARIANCE=True)
+            none: dict[str, Any] = dict(PRIOR_MEAN=False, PRIOR_VARIANCE=False)
             add(f"standard prior{label}", _forward, ones, NOISE=True, COLUMNS=False, **none, **base)
             add(f"prior, per dimension{label}", _forward, ones, NOISE=True, COLUMNS=True, **whole, **base)
             add(f"standard prior{label}", _backward, ones, KL=True, DIMENSION=False, SAMPLE=True, WANTED=3, **none, **base)

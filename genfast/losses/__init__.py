@@ -33,8 +33,9 @@ from .variational import ELBO, LIKELIHOODS, bits_per_dim, elbo, importance_weigh
 
 __all__ = [
     "acgan_critic", "acgan_generator", "bits_per_dim", "clip_weights_", "critic_loss", "CRITIC_LOSSES", "cycle_consistency",
-    "elbo", "ELBO", "feature_matching", "generator_loss", "GENERATOR_LOSSES", "hinge_critic", "hinge_generator", "HistoricalAveraging",
-    "identity_mapping", "importance_weighted_bound", "infogan", "kl_to_bernoulli", "LIKELIHOODS", "log_likelihood", "lsgan_critic", "lsgan_generator", "minimax_critic", "minimax_generator",
-    "nonsaturating_critic", "nonsaturating_generator", "relativistic_average_critic", "relativistic_average_generator",
-    "relativistic_critic", "relativistic_generator", "wasserstein_critic", "wasserstein_generator",
+    "elbo", "ELBO", "feature_matching", "generator_loss", "GENERATOR_LOSSES", "hinge_critic", "hinge_generator",
+    "HistoricalAveraging", "identity_mapping", "importance_weighted_bound", "infogan", "kl_to_bernoulli", "LIKELIHOODS",
+    "log_likelihood", "lsgan_critic", "lsgan_generator", "minimax_critic", "minimax_generator", "nonsaturating_critic",
+    "nonsaturating_generator", "relativistic_average_critic", "relativistic_average_generator", "relativistic_critic",
+    "relativistic_generator", "wasserstein_critic", "wasserstein_generator",
 ]  # fmt: skip

@@ -44,6 +44,7 @@ class AdversarialAutoencoder(Autoencoder):
     """
 
     prior = True
+    betas = (0.5, 0.999)
     phases = (("autoencoder",), ("critic",), ("encoder",))
 
     def __init__(

@@ -62,6 +62,7 @@ class AutoencoderModel(nn.Module):
     """
 
     phases: tuple[tuple[str, ...], ...] = (("autoencoder",),)
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     prior = False  # whether codes are trained to follow N(0, 1), or a Gaussian is fitted to them for sampling
     encoder: nn.Module
     decoder: nn.Module
@@ -94,7 +95,9 @@ class AutoencoderModel(nn.Module):
         if images.is_floating_point():
             raise TypeError(f"{name}: images have dtype {images.dtype}, expected whole numbers in [0, {self.levels})")
         if tuple(images.shape[1:]) != self.shape:
-            raise ValueError(f"{name}: images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, self.shape))})")
+            raise ValueError(
+                f"{name}: images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, self.shape))})"
+            )
         like = next(self.parameters())
         return images.to(like.device).to(like.dtype) * (2 / (self.levels - 1)) - 1
 
@@ -149,7 +152,9 @@ class AutoencoderModel(nn.Module):
         """``n`` codes (n, latent_dim) from the prior, its deviation times ``temperature``."""
         like = next(self.parameters())
         where = like.device if generator is None else generator.device
-        noise = temperature * torch.randn(n, self.latent_dim, generator=generator, device=where, dtype=like.dtype).to(like.device)
+        noise = temperature * torch.randn(n, self.latent_dim, generator=generator, device=where, dtype=like.dtype).to(
+            like.device
+        )
         return noise if self.prior else self.code_mean + noise @ self.code_factor.mT
 
     @torch.no_grad()

@@ -44,7 +44,9 @@ class SparseAutoencoder(Autoencoder):
         if penalty not in ("kl", "l1"):
             raise ValueError(f"SparseAutoencoder: penalty={penalty!r}, expected 'kl' or 'l1'")
         if not weight >= 0 or not 0 < rho < 1:
-            raise ValueError(f"SparseAutoencoder: weight={weight} and rho={rho}, expected at least 0 and a number between 0 and 1")
+            raise ValueError(
+                f"SparseAutoencoder: weight={weight} and rho={rho}, expected at least 0 and a number between 0 and 1"
+            )
         self.config |= {"penalty": penalty, "weight": weight, "rho": rho}
         self.penalty, self.weight, self.rho = penalty, weight, rho
 

@@ -58,9 +58,7 @@ class VAE(AutoencoderModel):
     ) -> None:  # fmt: skip
         super().__init__(shape, latent_dim, levels)
         if likelihood not in losses.LIKELIHOODS:
-            raise ValueError(
-                f"VAE: likelihood={likelihood!r}, expected one of {', '.join(map(repr, losses.LIKELIHOODS))}"
-            )
+            raise ValueError(f"VAE: likelihood={likelihood!r}, expected one of {', '.join(map(repr, losses.LIKELIHOODS))}")
         for name, value in (("beta", beta), ("warmup", warmup), ("free_bits", free_bits)):
             if not value >= 0:
                 raise ValueError(f"VAE: {name}={value}, expected at least 0")
@@ -95,10 +93,12 @@ class VAE(AutoencoderModel):
         if self.likelihood == "bernoulli":
             return 2 * parameters.sigmoid() - 1
         if self.likelihood == "gaussian":
-            return parameters.chunk(2, 1)[0].clamp(-1, 1)
+            mean: Tensor = parameters.chunk(2, 1)[0].clamp(-1, 1)
+            return mean
         if self.likelihood == "categorical":
             grey = torch.linspace(-1, 1, self.levels, dtype=z.dtype, device=z.device).reshape(-1, *(1,) * 3)
-            return (parameters.unflatten(1, (self.levels, self.shape[0])).softmax(1) * grey).sum(1)
+            levels: Tensor = parameters.unflatten(1, (self.levels, self.shape[0]))
+            return (levels.softmax(1) * grey).sum(1)
         m = mixture(parameters, self.shape[0])
         share, found = m.logits.softmax(1), torch.zeros(len(z), *self.shape, dtype=z.dtype, device=z.device)
         for c in range(self.shape[0]):  # each colour's mean depends on those before

@@ -15,7 +15,10 @@ from .autoencoding import AutoencoderModel, Losses, Network, decoder_network, en
 
 
 class FeatureCritic(nn.Module):
-    """A critic whose last hidden layer is the measure of similarity; gives (features (N, F), logits (N,))."""
+    """A critic whose last hidden layer is the measure of similarity; gives (features (N, F), logits (N,)).
+
+    Features are normalised over a sample, in the place of the paper's batch normalisation, which would couple samples.
+    """
 
     def __init__(self, network: Network, shape: Sequence[int], hidden: int, depth: int, width: int, base: int) -> None:
         super().__init__()
@@ -29,6 +32,7 @@ class FeatureCritic(nn.Module):
                 layers += [nn.Conv2d(taken, given, 4, stride=2, padding=1), leaky_relu()]
             layers.append(nn.Flatten())
             size = channels[-1] * base * base
+        layers.append(nn.LayerNorm(size, elementwise_affine=False))  # else the critic's scale decides what likeness weighs
         self.features, self.head = nn.Sequential(*layers), nn.Linear(size, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +63,7 @@ class VAEGAN(AutoencoderModel):
     """
 
     prior = True
+    betas = (0.5, 0.999)
     phases = (("encoder", "decoder", "critic"),)
 
     def __init__(
@@ -82,7 +87,8 @@ class VAEGAN(AutoencoderModel):
 
     def encode(self, images: Tensor) -> Tensor:
         """The posterior's mean (N, latent_dim)."""
-        return self.encoder(self.scaled(images)).chunk(2, 1)[0]
+        mean: Tensor = self.encoder(self.scaled(images)).chunk(2, 1)[0]
+        return mean
 
     def player(self, name: str) -> Iterable[nn.Parameter]:
         """The parameters of "encoder", "decoder" or "critic"."""

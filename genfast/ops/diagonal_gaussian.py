@@ -115,9 +115,7 @@ def _cpu_backward(
     if grad_dimension is not None:
         form = r.layout.form if mean.dim() > 2 else torch.contiguous_format
         grad_dimension = grad_dimension.to(mean.dtype).unsqueeze(0).contiguous(memory_format=form)
-    found = [
-        r.layout.empty_like(mean) if t is not None and w else mean.new_empty(0) for t, w in zip(given, wanted)
-    ]
+    found = [r.layout.empty_like(mean) if t is not None and w else mean.new_empty(0) for t, w in zip(given, wanted)]
     _CPU.diagonal_gaussian_backward(
         mean.dtype is torch.float64, *places[:5], r.n, r.size, torch.get_num_threads(),
         0 if grad_kl is None else grad_kl.data_ptr(), 0 if grad_dimension is None else grad_dimension.data_ptr(), places[5],
@@ -271,9 +269,7 @@ def diagonal_gaussian(
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=where).to(mean.device)
     elif generator is not None:
         raise ValueError(f"{_NAME}: both noise and generator are given, expected one of them")
-    return DiagonalGaussian(
-        *_call(mean, log_variance, noise, prior_mean, prior_log_variance, free_bits, groups, reduction)
-    )
+    return DiagonalGaussian(*_call(mean, log_variance, noise, prior_mean, prior_log_variance, free_bits, groups, reduction))
 
 
 def diagonal_gaussian_kl(

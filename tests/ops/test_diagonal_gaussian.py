@@ -25,7 +25,8 @@ def library(mean, log_variance, prior_mean=None, prior_log_variance=None):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.sampled_from([1, 3, 33, 70]), rest=st.sampled_from([(1,), (2,), (7,), (32,), (1100,), (3, 5), (4, 8, 8), (2, 3, 4, 5)]),
+    n=st.sampled_from([1, 3, 33, 70]),
+    rest=st.sampled_from([(1,), (2,), (7,), (32,), (1100,), (3, 5), (4, 8, 8), (2, 3, 4, 5)]),
     last=st.booleans(), prior=st.sampled_from([(), ("mean",), ("mean", "log_variance")]), noise=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )  # fmt: skip
