@@ -86,7 +86,7 @@ def test_resuming_repeats_the_run_bit_by_bit(tmp_path, digits, name):
 
 
 def test_a_vae_learns_real_digits_and_its_bound_is_the_sum_of_its_parts(tmp_path, digits):
-    """In 500 steps; seeds 0, 1, 2 gave MEASURED bits per dimension, independent pixels 2.43."""
+    """In 500 steps; seeds 0, 1, 2 gave 2.036, 2.065 and 2.047 bits per dimension, independent pixels give 2.43."""
     run = tmp_path / "run"
     written = variational_training.train(
         "vae", digits, run, config={"hidden": 64, "latent_dim": 8, "depth": 1}, steps=500, batch_size=64, lr=3e-3
@@ -97,7 +97,7 @@ def test_a_vae_learns_real_digits_and_its_bound_is_the_sum_of_its_parts(tmp_path
     assert written["test_importance_weighted_bound"] > written["test_elbo"]
     assert written["test_kl"] > 5  # the latents are used
     assert independent_pixels(digits) == pytest.approx(2.43, abs=0.01)
-    assert written["test_bits_per_dim"] < 2.3
+    assert written["test_bits_per_dim"] < 2.2
     names = sorted(p.name for p in run.iterdir())
     assert names == ["checkpoint-400", "checkpoint-500", "loss.png", "metrics.json", "reconstructions.png", "samples.png"]
     with Image.open(run / "reconstructions.png") as picture:
@@ -132,7 +132,9 @@ def test_numbers_that_are_not_finite_stop_before_the_update(digits, monkeypatch,
         return Losses({"autoencoder": loss}, {"loss": loss})
 
     monkeypatch.setattr(trainer.model, "losses", broken)
-    with pytest.raises(training.TrainingError, match=r"the autoencoder's loss (is nan|has a gradient of norm (nan|inf)) at step 2"):
+    with pytest.raises(
+        training.TrainingError, match=r"the autoencoder's loss (is nan|has a gradient of norm (nan|inf)) at step 2"
+    ):
         trainer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
 

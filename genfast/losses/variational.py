@@ -161,7 +161,7 @@ def kl_to_bernoulli(activations: Tensor, rho: float) -> Tensor:
 
     Example:
         >>> import torch, genfast
-        >>> genfast.losses.kl_to_bernoulli(torch.full((4, 2), 0.25), 0.25)
+        >>> genfast.losses.kl_to_bernoulli(torch.full((4, 2), 0.5), 0.5)
         tensor(0.)
     """
     if activations.dim() != 2 or not 0 < rho < 1:

@@ -221,6 +221,18 @@ def test_errors_name_the_argument(call, error, message):
         call(torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("prior", [False, True])
+def test_opcheck_of_the_backward(prior):
+    given = [torch.randn(3, 4, 2, 2) for _ in range(5)]
+    given[3:] = given[3:] if prior else [None, None]
+    wanted = [True, True, False, prior, prior]
+    grads = torch.randn(3), torch.randn(4, 2, 2), torch.randn(3, 4, 2, 2)
+    op = torch.ops.genfast.diagonal_gaussian_backward.default
+    torch.library.opcheck(op, (*given, *grads, wanted), test_utils=("test_schema", "test_faketensor"))
+    last = [None if t is None else t.contiguous(memory_format=torch.channels_last) for t in given]
+    torch.library.opcheck(op, (*last, None, grads[1], None, wanted), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_the_usual_step_compiles_whole():
     def loss(both):
         z, kl = genfast.ops.diagonal_gaussian(*both.chunk(2, 1), torch.ones(4, 3), free_bits=0.1, reduction="mean")
