@@ -1,4 +1,4 @@
-"""Adversarial losses, as mean over the batch and from logits: both sides of each game, and the terms added to them."""
+"""Losses: both sides of the adversarial games, the terms added to them, and losses on the features of a network."""
 
 from ..reference.adversarial import CRITIC_LOSSES, GENERATOR_LOSSES
 from .adversarial import (
@@ -29,11 +29,15 @@ from .auxiliary import (
     identity_mapping,
     infogan,
 )
+from .features import FeatureExtractor, random_features, vgg_features
+from .perceptual import ContextualLoss, FeatureLosses, PerceptualLoss, StyleLoss
+from .variation import total_variation
 
 __all__ = [
-    "acgan_critic", "acgan_generator", "clip_weights_", "critic_loss", "CRITIC_LOSSES", "cycle_consistency",
-    "feature_matching", "generator_loss", "GENERATOR_LOSSES", "hinge_critic", "hinge_generator", "HistoricalAveraging",
-    "identity_mapping", "infogan", "lsgan_critic", "lsgan_generator", "minimax_critic", "minimax_generator",
-    "nonsaturating_critic", "nonsaturating_generator", "relativistic_average_critic", "relativistic_average_generator",
-    "relativistic_critic", "relativistic_generator", "wasserstein_critic", "wasserstein_generator",
+    "acgan_critic", "acgan_generator", "clip_weights_", "ContextualLoss", "critic_loss", "CRITIC_LOSSES", "cycle_consistency",
+    "feature_matching", "FeatureExtractor", "FeatureLosses", "generator_loss", "GENERATOR_LOSSES", "hinge_critic",
+    "hinge_generator", "HistoricalAveraging", "identity_mapping", "infogan", "lsgan_critic", "lsgan_generator",
+    "minimax_critic", "minimax_generator", "nonsaturating_critic", "nonsaturating_generator", "PerceptualLoss",
+    "random_features", "relativistic_average_critic", "relativistic_average_generator", "relativistic_critic",
+    "relativistic_generator", "StyleLoss", "total_variation", "vgg_features", "wasserstein_critic", "wasserstein_generator",
 ]  # fmt: skip
