@@ -5,6 +5,7 @@ from .actnorm import actnorm
 from .affine_coupling import affine_coupling
 from .bias_act import bias_act
 from .categorical_nll import categorical_nll
+from .contextual_similarity import contextual_similarity
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
@@ -24,7 +25,8 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 
 __all__ = [
     "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits", "apply_bits_",
-    "bias_act", "categorical_nll", "critic_step", "CriticLoss", "diagonal_lstm", "discretized_logistic_mixture_nll",
+    "bias_act", "categorical_nll", "contextual_similarity", "critic_step", "CriticLoss",
+    "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "interpolate",
     "invertible_conv1x1", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_weight", "masked_conv1d",
     "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "modulated_conv2d",

@@ -5,6 +5,7 @@ from .actnorm import actnorm, actnorm_backward, positions
 from .adversarial import CRITIC_LOSSES, GENERATOR_LOSSES
 from .affine_coupling import affine_coupling, affine_coupling_backward
 from .bias_act import bias_act, bias_act_backward, bias_act_second
+from .contextual_similarity import contextual_distance, contextual_similarity, contextual_similarity_backward
 from .discretized_logistic_mixture import (
     discretized_logistic_mixture_nll,
     discretized_logistic_mixture_nll_backward,
@@ -35,7 +36,8 @@ from .upfirdn2d import upfirdn2d
 __all__ = [
     "activation_chain", "activation_second", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward",
     "apply_bits", "bias_act", "bias_act_backward", "bias_act_second", "channel_mix", "channel_mix_backward", "channel_scale",
-    "channel_scale_backward", "colour_group", "conv_mask", "CRITIC_LOSSES", "diagonal_lstm", "diagonal_lstm_backward",
+    "channel_scale_backward", "colour_group", "contextual_distance", "contextual_similarity",
+    "contextual_similarity_backward", "conv_mask", "CRITIC_LOSSES", "diagonal_lstm", "diagonal_lstm_backward",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
     "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "interpolate",
     "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight", "masked_conv",
