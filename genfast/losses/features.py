@@ -78,7 +78,7 @@ class _Hooked(nn.Module):
         self.network = network
         self.wanted = tuple(wanted)
 
-    @torch.compiler.disable  # hooks that come and go, and an exception: the network runs as it is
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # hooks that come and go, and an exception
     def forward(self, x: Tensor, copies: set[str]) -> dict[str, Tensor]:
         kept = _Kept(copies)
 

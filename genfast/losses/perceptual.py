@@ -228,7 +228,7 @@ class ContextualLoss(_FeatureLoss):
     def _compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
         total = None
         for weight, x, t in zip(self.weights, features, targets):
-            one: Tensor = weight * self.contextual(x, t.expand(x.shape[0], *t.shape[1:]))
+            one: Tensor = weight * self.contextual(x, t.to(x.dtype).expand(x.shape[0], *t.shape[1:]))
             total = one if total is None else total + one
         assert total is not None
         return total
@@ -318,5 +318,10 @@ class FeatureLosses(nn.Module):
 
     def forward(self, x: Tensor, **targets: Tensor) -> Tensor:
         """The weighted sum, of ``x`` against images by the losses' names, or against the targets that are set."""
-        terms = [self.weights[name] * value for name, value in self.terms(x, **targets).items()]
-        return torch.stack(terms).sum()
+        terms = self.terms(x, **targets)
+        for name, value in terms.items():
+            if value.dim():
+                raise ValueError(
+                    f"FeatureLosses: {name} has reduction 'none', which terms() returns; expected a scalar to add up"
+                )
+        return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()

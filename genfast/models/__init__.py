@@ -13,6 +13,7 @@ from .gated_pixelcnn import GatedPixelCNN
 from .glow import Glow
 from .linear_flow import LinearFlow
 from .lsgan import LSGAN
+from .neural_style import StyleTransfer, style_transfer
 from .nice import NICE
 from .pixel_rnn import PixelRNN
 from .pixelcnn import PixelCNN
@@ -45,5 +46,6 @@ def build(name: str, **config: Any) -> Any:
 __all__ = [
     "AdversarialModel", "AutoregressiveModel", "build", "ConditionalGAN", "DCGAN", "dequantize", "FlowModel", "GAN",
     "GatedPixelCNN", "Glow", "LinearFlow", "LSGAN", "mu_law_decode", "mu_law_encode", "NAMES", "NICE", "PixelCNN",
-    "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN", "WaveNet", "WGAN", "WGANGP",
+    "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN", "style_transfer", "StyleTransfer", "WaveNet", "WGAN",
+    "WGANGP",
 ]  # fmt: skip
