@@ -20,6 +20,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _reduction(name: str, reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"{name}: reduction={reduction!r}, expected 'mean' or 'none'")
+
+
 class _FeatureLoss(nn.Module):
     """A sum over layers of weight * (features of x against what is kept of y's)."""
 
@@ -94,10 +99,11 @@ class PerceptualLoss(_FeatureLoss):
         network, normalization, value_range: as of :class:`FeatureExtractor`.
         layers: names of the network's layers; relu2_2 or relu3_3 of VGG-16 in the paper.
         weights: one per layer, one for all, or None for 1.
-        distance: "mse" (mean of squares), "l1" (mean of absolute values), or "lpips": features are divided by their norm over
-            channels, sqrt(|f|^2 + eps), and the squares summed over channels and averaged over positions (Zhang et al.,
-            arXiv:1801.03924, equation 1, without learnt channel weights). eps stands inside the root, so that zero features
-            have a finite gradient, as torchmetrics has it; the lpips package adds 1e-10 outside.
+        distance: "mse" (mean of squares; piq's ContentLoss sums over channels), "l1" (mean of absolute values), or "lpips":
+            features are divided by their norm over channels, sqrt(|f|^2 + eps), and the squares summed over channels and
+            averaged over positions (Zhang et al., arXiv:1801.03924, equation 1, without learnt channel weights). eps stands
+            inside the root, so that zero features have a finite gradient, as torchmetrics has it; the lpips package adds
+            1e-10 outside.
         eps: of "lpips".
         reduction: "mean" over the batch, or "none": one value per sample.
 
@@ -121,8 +127,7 @@ class PerceptualLoss(_FeatureLoss):
     ) -> None:  # fmt: skip
         if distance not in DISTANCES:
             raise ValueError(f"PerceptualLoss: distance={distance!r}, expected one of {', '.join(map(repr, DISTANCES))}")
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"PerceptualLoss: reduction={reduction!r}, expected 'mean' or 'none'")
+        _reduction("PerceptualLoss", reduction)
         if not eps > 0:
             raise ValueError(f"PerceptualLoss: eps={eps}, expected above 0")
         super().__init__(network, layers, weights, normalization, value_range)
@@ -161,8 +166,9 @@ class StyleLoss(_FeatureLoss):
         layers: names of the network's layers; relu1_1, relu2_1, relu3_1, relu4_1, relu5_1 of VGG-19 in the paper.
         weights: one per layer, one for all, or None for 1.
         normalize, shift: as of :func:`genfast.ops.gram_matrix`.
+        reduction: "mean" over the batch, or "none": one value per sample.
 
-    Shape: x (N, C, H, W), y (N or 1, C, H', W') -> a scalar, float32 for half images.
+    Shape: x (N, C, H, W), y (N or 1, C, H', W') -> a scalar, or (N,); float32 for half images.
 
     Raises:
         ValueError: names, weights or shapes that do not fit, or neither ``y`` nor a target.
@@ -178,15 +184,18 @@ class StyleLoss(_FeatureLoss):
     def __init__(
         self, network: nn.Module, layers: str | Sequence[str], weights: float | Sequence[float] | None = None, *,
         normalization: Normalization, value_range: tuple[float, float] = (0.0, 1.0), normalize: bool = True, shift: float = 0.0,
+        reduction: str = "mean",
     ) -> None:  # fmt: skip
+        _reduction("StyleLoss", reduction)
         super().__init__(network, layers, weights, normalization, value_range)
-        self.normalize, self.shift = normalize, shift
+        self.normalize, self.shift, self.reduction = normalize, shift, reduction
 
     def _prepare(self, features: Tensor) -> Tensor:
         return ops.gram_matrix(features, normalize=self.normalize, shift=self.shift)
 
     def _compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
-        return ops.style_loss(features, targets, self.weights, normalize=self.normalize, shift=self.shift)
+        options = {"normalize": self.normalize, "shift": self.shift, "reduction": self.reduction}
+        return ops.style_loss(features, targets, self.weights, **options)  # type: ignore[arg-type]
 
 
 class ContextualLoss(_FeatureLoss):

@@ -133,11 +133,11 @@ def _descend(
 
     with bar:
         if optimizer == "lbfgs":
-            descent.step(evaluate)  # type: ignore[arg-type, call-arg]
+            descent.step(evaluate)  # type: ignore[arg-type]
         else:
             for _ in range(steps):
                 evaluate()
-                descent.step()
+                descent.step()  # type: ignore[call-arg]
             bar.update()
     return history
 
@@ -221,7 +221,7 @@ def style_transfer(
             _relative(part)
 
     def energy(image: Tensor) -> Tensor:
-        total = together(image)
+        total: Tensor = together(image)
         return total + tv_weight * losses.total_variation(image, kind="squared") if tv_weight else total
 
     wide = torch.promote_types(content.dtype, torch.float32)
