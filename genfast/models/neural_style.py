@@ -122,7 +122,10 @@ def _descend(
         z.grad = torch.autograd.grad(value, z)[0].contiguous()  # L-BFGS views it as one row
         value = value.detach()
         step = descent.state[z].get("n_iter", 0) if optimizer == "lbfgs" else len(history)
-        lowest = min([float(value), *history[-1:]])
+        found = float(value)
+        if not math.isfinite(found):  # sigmoid(z) is bounded, so no line search should meet this
+            raise RuntimeError(f"style_transfer: the loss is {found}; are images, weights and network finite, and in range?")
+        lowest = min([found, *history[-1:]])
         if step < len(history):
             history[step] = lowest
         else:
@@ -160,7 +163,8 @@ def style_transfer(
         network, normalization: as of :class:`genfast.losses.FeatureExtractor`.
         steps: of the optimiser; L-BFGS takes one to two evaluations a step.
         optimizer: "lbfgs" (with a strong Wolfe line search) or "adam". Both change z in image = sigmoid(z), which keeps the
-            image within [0, 1]: an image clamped at the end is not the one whose loss was low.
+            image within [0, 1]: an image clamped at the end is not the one whose loss was low. For half images take "adam":
+            the first steps of L-BFGS are so short that they round to none.
         lr: of the optimiser; default 1 for L-BFGS and 0.05 for Adam.
         loss: of the style: "gram" or "contextual".
         content_layers, style_layers: names of layers; by default those of the papers, by the names of
@@ -234,6 +238,4 @@ def style_transfer(
     with torch.no_grad():
         result = image()
         history.append(float(energy(result)))
-    if not math.isfinite(history[-1]):
-        raise RuntimeError(f"style_transfer: the loss is {history[-1]}; are the images in [0, 1], and the weights moderate?")
     return StyleTransfer(result, history)
