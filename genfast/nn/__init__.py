@@ -35,7 +35,8 @@ __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "ContextualLoss",
     "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
     "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
-    "GradientPenalty", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination",
+    "GradientPenalty", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
+    "MinibatchDiscrimination",
     "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift",
     "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip
