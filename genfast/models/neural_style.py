@@ -115,7 +115,7 @@ def _descend(
             history_size=20, line_search_fn="strong_wolfe",
         )  # fmt: skip
     else:
-        descent = torch.optim.Adam([z], 0.05 if lr is None else lr)
+        descent = torch.optim.Adam([z], 0.2 if lr is None else lr)
 
     def evaluate() -> Tensor:
         value = energy()
@@ -165,7 +165,7 @@ def style_transfer(
         optimizer: "lbfgs" (with a strong Wolfe line search) or "adam". Both change z in image = sigmoid(z), which keeps the
             image within [0, 1]: an image clamped at the end is not the one whose loss was low. For half images take "adam":
             the first steps of L-BFGS are so short that they round to none.
-        lr: of the optimiser; default 1 for L-BFGS and 0.05 for Adam.
+        lr: of the optimiser; default 1 for L-BFGS and 0.2 for Adam.
         loss: of the style: "gram" or "contextual".
         content_layers, style_layers: names of layers; by default those of the papers, by the names of
             :func:`genfast.losses.vgg_features`.
