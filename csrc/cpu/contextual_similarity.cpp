@@ -37,6 +37,15 @@ __attribute__((noinline)) void product_tile(T* tile, const T* left, int64_t row,
   Aside<T>{tile}.template end<kMaxRows, kMaxVectors>(acc);
 }
 
+// Of a left side packed as (term, row), and a right side whose rows lie `ldb` apart.
+template <class T>
+__attribute__((noinline)) void transposed_tile(T* tile, const T* left, const T* right, int64_t ldb, int64_t count) {
+  const Segment segment{0, 0, count};
+  Vec<T> acc[kMaxRows][kMaxVectors] = {};
+  multiply<T, kMaxRows, kMaxVectors>(left, 1, kMaxRows, &segment, 1, right, ldb, acc);
+  Aside<T>{tile}.template end<kMaxRows, kMaxVectors>(acc);
+}
+
 template <class T>
 __attribute__((noinline)) void l1_tile(T* tile, const T* left, int64_t row, const T* panel, int64_t count) {
   Vec<T> acc[kMaxRows][kMaxVectors] = {};
@@ -508,27 +517,50 @@ struct Backward {
     }
   }
 
-  // dy less the part of `count` rows, whose W and x are dense.
-  void columns(const T* w, const T* gathered, int64_t count, T* sums, int threads) const {
+  // What `count` rows, whose W and x are dense, add to (W^T x)^T as (panel of columns, channel, block), by all threads of the
+  // region: in that order W is the right-hand side as it lies. For l1, to dy itself.
+  void columns(const T* w, const T* gathered, int64_t count, T* packed, T* across, T* sums) const {
+    constexpr int64_t block = block_columns<T>();
+    const int64_t down = (s.c + kMaxRows - 1) / kMaxRows;
     if (a.distance == Args::kL1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-      for (int64_t j = 0; j < s.m; ++j) {
-        // sign(x - y) is less sign(y - x).
-        signs(y + j * s.c, gathered, w + j, s.stride, count, s.c, dy + j * s.c, T(1));
-      }
+#pragma omp for schedule(static)
+      for (int64_t j = 0; j < s.m; ++j) signs(y + j * s.c, gathered, w + j, s.stride, count, s.c, dy + j * s.c, T(1));
       return;
     }
-    if (a.distance == Args::kL2) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-      for (int64_t j = 0; j < s.m; ++j)
-        for (int64_t k = 0; k < count; ++k) sums[j] += w[k * s.stride + j];
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < down; ++tile)
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t m = 0; m < kMaxRows; ++m) {
+          const int64_t c = tile * kMaxRows + m;
+          packed[(tile * count + k) * kMaxRows + m] = c < s.c ? gathered[k * s.c + c] : T(0);
+        }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t p = 0; p < s.panels; ++p) {
+      const T* panel = w + p * block;
+      alignas(64) T tile[kMaxRows * block];
+      for (int64_t first = 0; first < down; ++first) {
+        transposed_tile(tile, packed + first * count * kMaxRows, panel, s.stride, count);
+        T* to = across + (p * down + first) * kMaxRows * block;
+        for (int64_t k = 0; k < kMaxRows * block; ++k) to[k] += tile[k];
+      }
+      if (a.distance == Args::kL2)
+        for (int64_t k = 0; k < count; ++k)
+          for (int64_t j = 0; j < block; ++j) sums[p * block + j] += panel[k * s.stride + j];
     }
-    const auto subtract = [this](const T* tile, int64_t row, int64_t height, int64_t column, int64_t width) {
-      const int64_t live = s.c - column < width ? s.c - column : width;
-      for (int64_t m = 0; m < height; ++m)
-        for (int64_t c = 0; c < live; ++c) dy[(row + m) * s.c + column + c] -= tile[m * width + c];
-    };
-    product<T>(s.m, s.c, count, Strided<T>{w, 1, s.stride}, Strided<T>{gathered, s.c, 1}, nullptr, s.c, threads, subtract);
+  }
+
+  void finish(const T* across, const T* sums) const {
+    constexpr int64_t block = block_columns<T>();
+    const int64_t down = (s.c + kMaxRows - 1) / kMaxRows;
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < s.m; ++j) {
+      const T* from = across + j / block * down * kMaxRows * block + j % block;
+      T* to = dy + j * s.c;
+      if (a.distance == Args::kL2)
+        for (int64_t c = 0; c < s.c; ++c) to[c] = 2 * (sums[j] * y[j * s.c + c] - from[c * block]);
+      else
+        for (int64_t c = 0; c < s.c; ++c) to[c] = -from[c * block];
+    }
   }
 };
 
@@ -544,7 +576,10 @@ void backward(const Args& a) {
   int64_t* list = cursor.take<int64_t>(a.n);
   T* gathered = cursor.take<T>(held * a.c);
   T* w = cursor.take<T>(held * s.stride);
-  T* sums = a.dy && a.distance == Args::kL2 ? cursor.take<T>(s.m) : nullptr;
+  const int64_t channels = up(a.c, kMaxRows), added = a.dy && a.distance != Args::kL1 ? channels * s.wide : 0;
+  T* packed = cursor.take<T>(held * channels);
+  T* across = cursor.take<T>(added);
+  T* sums = cursor.take<T>(a.dy ? s.wide : 0);
   const int64_t before = cursor.used;
   if (a.bytes) {
     own_of(cursor, s, !a.dy, true, turned);
@@ -578,26 +613,21 @@ void backward(const Args& a) {
         list[active++] = i;
     }
     if (f.dy) memset(f.dy, 0, size_t(a.m * a.c) * sizeof(T));
-    if (sums) memset(sums, 0, size_t(a.m) * sizeof(T));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t k = kept; k < a.n; ++k) f.from_mean(list[k]);
     if (!active) continue;
-#pragma omp parallel num_threads(threads)
-    s.pack(a, f.y);
+    memset(across, 0, size_t(added) * sizeof(T));
+    if (a.dy) memset(sums, 0, size_t(s.wide) * sizeof(T));
     const int64_t batch = a.dy ? held : active;
-    for (int64_t first = 0; first < active; first += batch) {
-      const int64_t count = active - first < batch ? active - first : batch;
-      int members = 0;
+    Cursor rest = cursor;
 #pragma omp parallel num_threads(threads)
-      {
-        Own<T> o{};
+    {
+      Own<T> o{};
 #pragma omp critical
-        {
-          Cursor own = cursor;
-          own.used = before;
-          for (int k = 0; k <= members; ++k) o = own_of(own, s, !a.dy, true, turned);
-          ++members;
-        }
+      o = own_of(rest, s, !a.dy, true, turned);
+      s.pack(a, f.y);
+      for (int64_t first = 0; first < active; first += batch) {
+        const int64_t count = active - first < batch ? active - first : batch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t strip = 0; strip < (count + kStrip - 1) / kStrip; ++strip) {
           const int64_t at = strip * kStrip, rows = count - at < kStrip ? count - at : kStrip;
@@ -606,12 +636,10 @@ void backward(const Args& a) {
           memset(to + rows * a.c, 0, size_t((up(rows, kMaxRows) - rows) * a.c) * sizeof(T));
           f.strip(o, list + first + at, to, rows, a.dy ? w + at * s.stride : o.strip);
         }
+        if (a.dy) f.columns(w, gathered, count, packed, across, sums);
       }
-      if (f.dy) f.columns(w, gathered, count, sums, threads);
+      if (added) f.finish(across, sums);
     }
-    if (sums)
-      for (int64_t j = 0; j < a.m; ++j)
-        for (int64_t c = 0; c < a.c; ++c) f.dy[j * a.c + c] = 2 * (f.dy[j * a.c + c] + sums[j] * f.y[j * a.c + c]);
   }
 }
 
