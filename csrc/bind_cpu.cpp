@@ -67,6 +67,8 @@ T* ptr(Address address) {
 }
 
 View view(Address data, int64_t n, int64_t c, int64_t s) { return {ptr<>(data), n, c, s}; }
+  });
+}
 
 void bind_affine_coupling(py::module_& m) {
   m.def("affine_coupling", [](Address x, Address params, Address y, Address logdet, Address alpha, Address mask, int threads,
@@ -579,6 +581,56 @@ void bind_diagonal_gaussian(py::module_& m) {
         });
 }
 
+void bind_contextual_similarity(py::module_& m) {
+  // Without memory to work in, how many bytes of it to bring.
+  m.def("contextual_similarity", [](bool backward, bool is_double, bool over_targets, int distance, Address x, Address y,
+                                    Address prior_rows, Address prior_columns, Address value, Address winner,
+                                    Address statistics, Address nearest, Address mean, Address grad, Address dx, Address dy,
+                                    Address work, double prior_weight, double bandwidth, double eps, int64_t b, int64_t n,
+                                    int64_t rows_y, int64_t c, int64_t height, int64_t width, int threads) -> int64_t {
+    ContextualArgs a{};
+    int64_t bytes = 0;
+    a.is_double = is_double, a.over_targets = over_targets, a.distance = distance;
+    a.x = ptr<>(x), a.y = ptr<>(y), a.prior_rows = ptr<>(prior_rows), a.prior_columns = ptr<>(prior_columns);
+    a.value = ptr<>(value), a.statistics = ptr<>(statistics), a.mean = ptr<>(mean);
+    a.winner = ptr<int64_t>(winner), a.nearest = ptr<int64_t>(nearest);
+    a.grad = ptr<>(grad), a.dx = ptr<>(dx), a.dy = ptr<>(dy);
+    a.work = ptr<>(work), a.bytes = work ? nullptr : &bytes;
+    a.prior_weight = prior_weight, a.bandwidth = bandwidth, a.eps = eps;
+    a.b = b, a.n = n, a.m = rows_y, a.c = c, a.prior_height = height, a.prior_width = width, a.threads = threads;
+    if (backward)
+      GENFAST_CALL(contextual_similarity_backward, a);
+    else
+      GENFAST_CALL(contextual_similarity, a);
+    return bytes;
+  });
+}
+
+void bind_gram_matrix(py::module_& m) {
+  m.def("gram_matrix", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, Address target, int64_t target_stride,
+                          Address out, Address value, double scale, double shift, double factor, int64_t n, int64_t c, int64_t s,
+                          bool channels_last, int threads) {
+    GramArgs a{};
+    a.is_double = is_double, a.channels_last = channels_last, a.threads = threads;
+    a.x = view(x, xn, xc, xs);
+    a.target = ptr<>(target), a.target_stride = target_stride, a.out = ptr<>(out), a.value = ptr<>(value);
+    a.scale = scale, a.shift = shift, a.factor = factor;
+    a.n = n, a.c = c, a.s = s;
+    GENFAST_CALL(gram_matrix, a);
+  });
+  m.def("gram_matrix_backward", [](bool is_double, bool symmetrize, Address x, int64_t xn, int64_t xc, int64_t xs, Address matrix,
+                                   Address grad, Address out, double scale, double shift, int64_t n, int64_t c, int64_t s,
+                                   bool channels_last, int threads) {
+    GramBackwardArgs a{};
+    a.is_double = is_double, a.channels_last = channels_last, a.symmetrize = symmetrize, a.threads = threads;
+    a.x = view(x, xn, xc, xs);
+    a.matrix = ptr<>(matrix), a.grad = ptr<>(grad), a.out = ptr<>(out);
+    a.scale = scale, a.shift = shift;
+    a.n = n, a.c = c, a.s = s;
+    GENFAST_CALL(gram_matrix_backward, a);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -605,4 +657,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_spectral_norm(m);
   bind_minibatch_discrimination(m);
   bind_diagonal_gaussian(m);
+  bind_contextual_similarity(m);
+  bind_gram_matrix(m);
 }

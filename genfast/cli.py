@@ -1,4 +1,4 @@
-"""The command line: genfast info | verify | bench | train | sample | demo."""
+"""The command line: genfast info | verify | bench | train | sample | style | demo."""
 
 from __future__ import annotations
 
@@ -90,6 +90,39 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--method", choices=("cached", "naive"), default="cached", help="of autoregressive models: the engine or the plain loop"
     )
+
+    style = commands.add_parser("style", help="paint one picture in the style of another")
+    style.add_argument(
+        "--content", required=True, metavar="PICTURE", help="a file, or china or flower: scikit-learn's photographs"
+    )
+    style.add_argument("--style", required=True, metavar="PICTURE", help="likewise")
+    style.add_argument("--out", type=Path, default=Path("styled.png"))
+    style.add_argument("--sheet", type=Path, metavar="FILE", help="content, style and result side by side")
+    style.add_argument("--size", type=int, default=256, help="longer side in pixels (default 256)")
+    style.add_argument("--steps", type=int, default=200)
+    style.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs")
+    style.add_argument("--loss", choices=("gram", "contextual"), default="gram", help="of the style")
+    style.add_argument(
+        "--style-weight", type=float, metavar="W", help="default 100, of the contextual loss 1; the content's is 1"
+    )
+    style.add_argument(
+        "--tv-weight", type=float, default=0.0, metavar="W", help="of the total variation, for smoother pictures"
+    )
+    style.add_argument("--init", choices=("content", "noise", "style"), default="content")
+    style.add_argument(
+        "--network", default="random", metavar="NAME",
+        help="random (by the seed), vgg16, vgg19, or FILE.py:FUNCTION, which returns a network in evaluation mode",
+    )  # fmt: skip
+    style.add_argument("--weights", type=Path, metavar="FILE", help="of vgg16 or vgg19; torchvision's by default")
+    style.add_argument(
+        "--normalization", choices=("imagenet", "none"), help="of a FUNCTION's network, which takes colours in [0, 1] with none"
+    )
+    style.add_argument("--content-layers", metavar="NAMES", help="with commas (default relu4_2)")
+    style.add_argument(
+        "--style-layers", metavar="NAMES", help="default relu1_1 to relu5_1, of the contextual loss relu3_2,relu4_2"
+    )
+    style.add_argument("--seed", type=int, default=0, help="of the random network and of the noise")
+    style.add_argument("--device", default="cpu")
 
     demo = commands.add_parser("demo", help="train a flow, a PixelCNN and a WGAN-GP beside plain PyTorch")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
@@ -226,6 +259,53 @@ def _sample(a: argparse.Namespace) -> int:
     return 0
 
 
+def _feature_network(a: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
+    """The network that is asked for, and the normalisation that it expects."""
+    if a.weights is not None and a.network not in ("vgg16", "vgg19"):
+        raise ValueError(f"style: --weights are of --network vgg16 or vgg19, and --network is {a.network!r}")
+    file, _, function = a.network.rpartition(":")
+    if a.normalization is not None and not file:
+        raise ValueError(f"style: --normalization is for --network FILE.py:FUNCTION; that of {a.network!r} is known")
+    if a.network == "random":
+        return losses.random_features(seed=a.seed), ((0.5,) * 3, (0.25,) * 3)
+    if a.network in ("vgg16", "vgg19"):
+        return losses.vgg_features(a.network, "imagenet" if a.weights is None else a.weights), "imagenet"
+    if not file or not Path(file).is_file():
+        raise FileNotFoundError(f"style: --network={a.network!r}, expected random, vgg16, vgg19 or FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"style: {file!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ImportError(f"style: {file!r} has no {function!r}")
+    return getattr(module, function)(), None if a.normalization == "none" else a.normalization or "imagenet"
+
+
+def _style(a: argparse.Namespace) -> int:
+    from . import training
+    from .models import neural_style
+
+    network, normalization = _feature_network(a)
+    content, style = (neural_style.picture(name, a.size).to(a.device) for name in (a.content, a.style))
+    chosen: dict[str, Any] = {"style_weight": a.style_weight}
+    for name in ("content_layers", "style_layers"):
+        chosen[name] = None if getattr(a, name) is None else getattr(a, name).split(",")
+    if a.loss == "contextual":
+        chosen["style_weight"] = 1.0 if a.style_weight is None else a.style_weight
+    result = models.style_transfer(
+        content, style, network.to(a.device), normalization=normalization, steps=a.steps, optimizer=a.optimizer, loss=a.loss,
+        tv_weight=a.tv_weight, init=a.init, seed=a.seed, progress=True, **{k: v for k, v in chosen.items() if v is not None},
+    )  # fmt: skip
+    grid = training.image_grid(result.image - 0.5, 256, columns=1, scale=1)
+    training.save_picture(grid.crop((1, 1, grid.width - 1, grid.height - 1)), a.out)
+    if a.sheet is not None:
+        other = torch.nn.functional.interpolate(style, content.shape[2:], mode="bilinear", antialias=True)
+        training.save_picture(training.image_grid(torch.cat((content, other, result.image)) - 0.5, 256, columns=3), a.sheet)
+    print(f"{a.steps} steps, loss {result.losses[0]:.4g} -> {result.losses[-1]:.4g}; see {a.out}")
+    return 0
+
+
 def _bench(a: argparse.Namespace) -> int:
     if importlib.util.find_spec("benchmarks") is None and not Path("benchmarks", "__main__.py").exists():
         raise FileNotFoundError("bench: the benchmarks are in the source checkout; run this from its top folder")
@@ -249,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import demo
 
             return demo.run(a.out, a.seconds)
-        return {"bench": _bench, "train": _train, "sample": _sample}[a.command](a)
+        return {"bench": _bench, "train": _train, "sample": _sample, "style": _style}[a.command](a)
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

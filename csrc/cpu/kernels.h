@@ -281,6 +281,44 @@ struct DiagonalGaussianArgs {
   int threads;
 };
 
+struct ContextualArgs {
+  enum Distance { kCosine, kL2, kL1 };
+  bool is_double, over_targets;
+  int distance;
+  const void *x, *y;                           // (b, n, c), (b, m, c), dense
+  const void *prior_rows, *prior_columns;      // (n, prior_height), (n, prior_width), or null
+  void *value, *statistics, *mean;             // (b, n) over targets, else (b, m); (b, 3, n); (b, n, c) or null
+  int64_t *winner, *nearest;                   // value's shape; (b, n)
+  const void* grad;                            // backward only: value's shape
+  void *dx, *dy;                               // backward only: x's and y's shapes, or null
+  void* work;                                  // of *bytes
+  int64_t* bytes;                              // not null: how much memory to bring as work, and nothing else
+  double prior_weight, bandwidth, eps;
+  int64_t b, n, m, c, prior_height, prior_width;
+  int threads;
+};
+
+struct GramArgs {
+  bool is_double, channels_last;
+  View x;
+  const void* target;     // (n, c, c) or, with target_stride 0, (c, c); null: the Gram matrix itself
+  int64_t target_stride;
+  void *out, *value;      // (n, c, c): G, or the symmetric part of G - target; (n,), with a target only
+  double scale, shift, factor;
+  int64_t n, c, s;
+  int threads;
+};
+
+struct GramBackwardArgs {  // out = scale grad_n M (x + shift), M the matrix, or with symmetrize the matrix plus its transpose
+  bool is_double, channels_last, symmetrize;
+  View x;
+  const void *matrix, *grad;  // (n, c, c); (n,) or null
+  void* out;                  // dense in x's order
+  double scale, shift;
+  int64_t n, c, s;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -323,6 +361,10 @@ struct DiagonalGaussianArgs {
   void pairwise_l1(const PairwiseL1Args&);                  \
   void diagonal_gaussian(const DiagonalGaussianArgs&);      \
   void diagonal_gaussian_backward(const DiagonalGaussianArgs&); \
+  void contextual_similarity(const ContextualArgs&);        \
+  void contextual_similarity_backward(const ContextualArgs&); \
+  void gram_matrix(const GramArgs&);                        \
+  void gram_matrix_backward(const GramBackwardArgs&);       \
   }
 
 GENFAST_DECLARE(base)

@@ -17,6 +17,7 @@ from .gated_pixelcnn import GatedPixelCNN
 from .glow import Glow
 from .linear_flow import LinearFlow
 from .lsgan import LSGAN
+from .neural_style import StyleTransfer, style_transfer
 from .nice import NICE
 from .pixel_rnn import PixelRNN
 from .pixelcnn import PixelCNN
@@ -54,8 +55,8 @@ def build(name: str, **config: Any) -> Any:
 
 __all__ = [
     "AdversarialAutoencoder", "AdversarialModel", "Autoencoder", "AutoencoderModel", "AutoregressiveModel", "build",
-    "ConditionalGAN", "DCGAN", "DenoisingAutoencoder", "dequantize", "FlowModel", "GAN",
-    "GatedPixelCNN", "Glow", "LinearFlow", "LSGAN", "mu_law_decode", "mu_law_encode", "NAMES", "NICE", "PixelCNN",
-    "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN", "SparseAutoencoder", "VAE", "VAEGAN",
-    "WAE", "WaveNet", "WGAN", "WGANGP",
+    "ConditionalGAN", "DCGAN", "DenoisingAutoencoder", "dequantize", "FlowModel", "GAN", "GatedPixelCNN", "Glow", "LinearFlow",
+    "LSGAN", "mu_law_decode", "mu_law_encode", "NAMES", "NICE", "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP",
+    "Recipe", "SAGAN", "SparseAutoencoder", "style_transfer", "StyleTransfer", "VAE", "VAEGAN", "WAE", "WaveNet", "WGAN",
+    "WGANGP",
 ]  # fmt: skip

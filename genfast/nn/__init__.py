@@ -16,8 +16,10 @@ from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
 from .bias_act import BiasAct
 from .bijection import Bijection, FlowSequential
+from .contextual_similarity import ContextualLoss
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .gradient_penalty import CriticStep, GradientPenalty
+from .gram_matrix import GramLoss, GramMatrix
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .minibatch_discrimination import MinibatchDiscrimination
@@ -31,10 +33,10 @@ from .squeeze import Split, Squeeze
 from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
 __all__ = [
-    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "CriticStep",
-    "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d", "DownShiftedConv2d",
-    "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty",
-    "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination",
-    "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift",
-    "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
+    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "ContextualLoss",
+    "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
+    "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
+    "GradientPenalty", "GramLoss", "GramMatrix", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d",
+    "MaskedConv3d", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential",
+    "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

@@ -5,10 +5,12 @@ from .actnorm import actnorm
 from .affine_coupling import affine_coupling
 from .bias_act import bias_act
 from .categorical_nll import categorical_nll
+from .contextual_similarity import contextual_similarity
 from .diagonal_gaussian import DiagonalGaussian, diagonal_gaussian, diagonal_gaussian_kl
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
+from .gram_matrix import gram_matrix, style_loss
 from .interpolate import interpolate
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .linear import linear, linear_input, linear_weight
@@ -26,11 +28,12 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 
 __all__ = [
     "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits", "apply_bits_",
-    "bias_act", "categorical_nll", "critic_step", "CriticLoss", "diagonal_gaussian",
-    "diagonal_gaussian_kl", "DiagonalGaussian", "diagonal_lstm", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "interpolate",
-    "invertible_conv1x1", "kernel_distance", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_weight",
-    "masked_conv1d", "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "mmd",
+    "bias_act", "categorical_nll", "contextual_similarity", "critic_step", "CriticLoss", "diagonal_gaussian",
+    "diagonal_gaussian_kl", "diagonal_lstm", "DiagonalGaussian", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "gram_matrix",
+    "interpolate", "invertible_conv1x1", "kernel_distance", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input",
+    "linear_weight", "masked_conv1d", "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "mmd",
     "modulated_conv2d", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm",
-    "sample_norm", "setup_filter", "spectral_norm", "squeeze", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
+    "sample_norm", "setup_filter", "spectral_norm", "squeeze", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d",
+    "wae_scales",
 ]  # fmt: skip

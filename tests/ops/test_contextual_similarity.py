@@ -1,0 +1,358 @@
+"""contextual_similarity: both published conventions, presets, the bilateral form, degenerate features, any order of
+derivatives, threads, memory, errors, the module."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from genfast import nn as gnn
+from genfast import ops
+from genfast._registry import OPS
+
+OP = OPS["contextual_similarity"]
+
+
+def maps(*shapes, dtype=torch.float64):
+    return [torch.randn(s, dtype=dtype) for s in shapes]
+
+
+def written_out(x, y, h=0.5, eps=1e-5, center="batch", distance="cosine", over="sources", prior=None, w=0.0):
+    """One sample and one source at a time, from the paper's equations."""
+    found = []
+    mean = y.mean((0, *range(2, y.dim())))
+    for xb, yb in zip(x, y):
+        xs, ys = xb.flatten(1).T, yb.flatten(1).T
+        if center == "sample":
+            mean = ys.mean(0)
+        if center == "channel":
+            level = ys.mean(1, keepdim=True)
+            xs, ys = xs - level, ys - level
+        elif center:
+            xs, ys = xs - mean, ys - mean
+        rows = []
+        for i, xi in enumerate(xs):
+            if distance == "cosine":
+                d = 1 - (ys @ xi) / (ys.norm(dim=1) * xi.norm())
+            else:
+                d = (ys - xi).square().sum(1) if distance == "l2" else (ys - xi).abs().sum(1)
+            weights = torch.exp((1 - d / (d.min() + eps)) / h)
+            row = weights / weights.sum()
+            rows.append(row if prior is None else (1 - w) * row + w * prior[i])
+        a = torch.stack(rows)
+        found.append(a.amax(0 if over == "sources" else 1).mean())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("over", ["sources", "targets"])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
+@pytest.mark.parametrize("center", [False, "batch", "sample", "channel"])
+def test_equals_the_paper_in_both_conventions(over, distance, center):
+    other = (3, 5, 6, 7) if center == "channel" else (3, 5, 4, 9)
+    x, y = maps((3, 5, 6, 7), other)
+    x.requires_grad_(), y.requires_grad_()
+    options = {"eps": 1e-3, "center": center, "distance": distance, "over": over}
+    found = ops.contextual_similarity(x, y, bandwidth=0.4, **options, reduction="none")
+    expected = written_out(x, y, 0.4, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    weights = torch.rand(3, dtype=torch.float64)
+    for f, e in zip(torch.autograd.grad(found, (x, y), weights), torch.autograd.grad(expected, (x, y), weights)):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(ops.contextual_similarity(x, y, bandwidth=0.4, **options), found.mean())
+
+
+def test_equals_the_published_port_in_float64():
+    """Values of S-aiueo32's code, on pairs drawn one after another."""
+    cases = (
+        ((6, 7), 16, 0.5, 1.8655903271075156),
+        ((8, 8), 32, 0.1, 1.0268530825405389),
+        ((12, 12), 64, 0.5, 4.019434801956222),
+    )
+    for size, c, h, expected in cases:
+        x, y = maps((1, c, *size), (1, c, *size))
+        found = gnn.ContextualLoss("s-aiueo32", bandwidth=h)(x, y)
+        assert float(found) == pytest.approx(expected, abs=1e-13)
+
+
+def test_presets_are_the_published_formulas():
+    x, y = maps((2, 6, 5, 5), (2, 6, 5, 5))
+
+    def published(h, kappa, eps, center, axis, log_eps=0.0):
+        mean = y.mean((0, 2, 3), keepdim=True) if center == "batch" else y.mean((2, 3), keepdim=True)
+        xh, yh = (F.normalize(t - mean, dim=1).flatten(2) for t in (x, y))
+        d = kappa * (1 - xh.mT @ yh)
+        weights = torch.exp((1 - d / (d.amin(2, keepdim=True) + eps)) / h)
+        a = weights / weights.sum(2, keepdim=True)
+        return -(a.amax(axis).mean(1) + log_eps).log()
+
+    expected = {
+        "official": published(0.5, 0.5, 1e-5, "batch", 1),
+        "s-aiueo32": published(0.5, 1, 1e-5, "batch", 1, 1e-5),
+        "cocosnet": published(0.1, 1, 1e-5, "sample", 1),
+        "cocosnet-forward": published(0.1, 1, 1e-3, "sample", 2),
+        "zoom": published(0.5, 0.5, 1e-3, "batch", 1),
+        "adgan": published(0.1, 0.5, 1e-5, "batch", 1),
+    }
+    for name, loss in expected.items():
+        options = {"spatial_weight": 0.0} if name == "zoom" else {}
+        torch.testing.assert_close(gnn.ContextualLoss(name, reduction="none", **options)(x, y), loss)
+        torch.testing.assert_close(gnn.ContextualLoss(name, **options)(x, y), loss.mean())
+
+
+def grid_similarity(sizes, others, h, eps, scale):
+    """P as the codes have it: contextual similarity of coordinates at squared distance, written out over all pairs."""
+
+    def points(size):
+        return torch.tensor(
+            [[i * scale / size[0], j * scale / size[1]] for i in range(size[0]) for j in range(size[1])], dtype=torch.float64
+        )
+
+    d = (points(sizes).unsqueeze(1) - points(others)).square().sum(2)
+    weights = torch.exp(-d / (d.amin(1, keepdim=True) + eps) / h)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("over", ["sources", "targets"])
+@pytest.mark.parametrize("other", [(4, 6), (5, 3)])
+def test_the_bilateral_form_on_equal_and_different_grids(over, other):
+    x, y = maps((2, 5, 4, 6), (2, 5, *other))
+    x.requires_grad_(), y.requires_grad_()
+    prior = grid_similarity((4, 6), other, 0.7, 0.05, 2.0)
+    found = ops.contextual_similarity(
+        x, y, eps=1e-3, over=over, spatial_weight=0.4, spatial_bandwidth=0.7, spatial_eps=0.05, spatial_scale=2.0,
+        reduction="none",
+    )  # fmt: skip
+    expected = written_out(x, y, 0.5, 1e-3, over=over, prior=prior, w=0.4)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for f, e in zip(torch.autograd.grad(found.sum(), (x, y)), torch.autograd.grad(expected.sum(), (x, y))):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-11)
+
+
+def test_the_bilateral_form_of_sequences_and_of_zoom():
+    x, y = maps((2, 5, 9), (2, 5, 9))
+    prior = grid_similarity((1, 9), (1, 9), 0.5, 1e-5, 1.0)
+    found = ops.contextual_similarity(x, y, spatial_weight=0.1, reduction="none")
+    torch.testing.assert_close(found, written_out(x, y, prior=prior, w=0.1))
+    x, y = maps((1, 5, 6, 6), (1, 5, 6, 6))
+    options = gnn.ContextualLoss("zoom").options
+    prior = grid_similarity((6, 6), (6, 6), 0.5, 1e-3, options["spatial_scale"])
+    expected = -written_out(x, y, 0.5, 2e-3, prior=prior, w=0.1).log().mean()
+    torch.testing.assert_close(gnn.ContextualLoss("zoom")(x, y), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_identical_features_are_wholly_similar(dtype):
+    x = torch.randn(2, 32, 9, 8, dtype=dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-3
+    for h, center in itertools.product((0.1, 0.5), (True, "sample", False)):
+        y = x.clone().requires_grad_()
+        found = ops.contextual_similarity(y, x, bandwidth=h, center=center)
+        assert found.dtype == (dtype if dtype.itemsize >= 4 else torch.float32)
+        assert float(found.detach()) == pytest.approx(1, abs=tolerance)
+        (g,) = torch.autograd.grad(found, y)
+        assert g.dtype == dtype
+        assert bool(g.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0, 0.7, -123.0])
+def test_constant_features_are_similar_to_all_alike(dtype, value):
+    x, y = torch.full((2, 6, 3, 5), value, dtype=dtype, requires_grad=True), torch.full((2, 6, 4, 4), value, dtype=dtype)
+    y.requires_grad_()
+    for over, center in itertools.product(("sources", "targets"), (True, "sample")):
+        found = ops.contextual_similarity(x, y, over=over, center=center)
+        assert float(found) == pytest.approx(1 / 16, rel=1e-6)
+        for g in torch.autograd.grad(found, (x, y)):
+            assert not g.count_nonzero()
+    assert float(gnn.ContextualLoss("s-aiueo32")(x, y)) == pytest.approx(2.7724287509918213, abs=2e-6)
+    for distance in ("cosine", "l2", "l1"):
+        found = ops.contextual_similarity(x, y, distance=distance, center=False)
+        assert float(found) == pytest.approx(1 / 16, rel=0.05)
+        for g in torch.autograd.grad(found, (x, y)):
+            assert bool(g.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_source_at_the_mean_and_zero_vectors_have_zero_gradients(dtype):
+    x, y = maps((1, 7, 5, 5), (1, 7, 5, 5), dtype=dtype)
+    x[0, :, 2, 3] = y.mean((0, 2, 3))
+    x.requires_grad_()
+    found = ops.contextual_similarity(x, y)
+    (g,) = torch.autograd.grad(found, x)
+    assert bool(found.isfinite())
+    assert bool(g.isfinite().all())
+    assert float(g.abs().max()) < 1
+    assert not g[0, :, 2, 3].count_nonzero()
+    x, y = maps((1, 7, 5, 5), (1, 7, 5, 5), dtype=dtype)
+    x[0, :, 0], y[0, :, 1] = 0, 0
+    x.requires_grad_(), y.requires_grad_()
+    found = ops.contextual_similarity(x, y, center=False)
+    gx, gy = torch.autograd.grad(found, (x, y))
+    assert bool(found.isfinite() & gx.isfinite().all() & gy.isfinite().all())
+    assert not gx[0, :, 0].count_nonzero()
+    assert not gy[0, :, 1].count_nonzero()
+
+
+@pytest.mark.parametrize("over", ["sources", "targets"])
+def test_one_source_and_one_target(over):
+    x, y = maps((2, 5, 1, 1), (2, 5, 3, 4))
+    one = gnn.ContextualLoss(reduction="none")(x, y)
+    torch.testing.assert_close(one, torch.full((2,), math.log(12), dtype=torch.float64))  # a row sums to 1
+    x, y = maps((2, 5, 3, 4), (2, 5, 1, 1))
+    x.requires_grad_()
+    found = ops.contextual_similarity(x, y, over=over, reduction="none")
+    assert bool((found == 1).all())
+    (g,) = torch.autograd.grad(found.sum(), x)
+    assert float(g.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("over", ["sources", "targets"])
+def test_a_bandwidth_near_zero(dtype, over):
+    x, y = maps((2, 16, 6, 6), (2, 16, 5, 7), dtype=dtype)
+    x[0, :, 1, 1] = y[0, :, 2, 2]
+    x.requires_grad_(), y.requires_grad_()
+    found = ops.contextual_similarity(x, y, bandwidth=1e-6, over=over, reduction="none")
+    for b in range(2):  # each source chooses one target wholly
+        mean = y.detach().mean((0, 2, 3))
+        xs, ys = (F.normalize(t[b].detach().flatten(1).T - mean) for t in (x, y))
+        chosen = (xs @ ys.T).argmax(1).unique().numel() / 35
+        assert float(found[b]) == pytest.approx(chosen if over == "sources" else 1, rel=1e-5)
+    for g in torch.autograd.grad(found.sum(), (x, y)):
+        assert bool(g.isfinite().all())
+
+
+def test_half_precision_is_that_of_its_values():
+    x, y = maps((2, 32, 8, 8), (2, 32, 8, 8))
+    for dtype in (torch.bfloat16, torch.float16):
+        xs, ys = x.to(dtype).requires_grad_(), y.to(dtype)
+        found = gnn.ContextualLoss("official")(xs, ys)
+        exact = xs.detach().double().requires_grad_()
+        expected = gnn.ContextualLoss("official")(exact, ys.double())
+        assert float(found) == pytest.approx(float(expected), rel=2e-6)
+        g, e = torch.autograd.grad(found, xs)[0].double(), torch.autograd.grad(expected, exact)[0]
+        assert float((g - e).norm() / e.norm()) < 4e-3 * (1 if dtype == torch.float16 else 4)  # the gradient's own rounding
+
+
+def test_near_duplicates_stay_finite_and_right():
+    """Where rounding makes 1 - cos negative, an unclamped minimum changes the exponent's sign."""
+    for c in (3, 64, 256):
+        y = torch.randn(1, c, 16, 16)
+        x = y.flip(3).clone()
+        x[..., :8] = torch.randn(1, c, 16, 8)
+        found = gnn.ContextualLoss(bandwidth=0.1)(x.requires_grad_(), y)
+        expected = gnn.ContextualLoss(bandwidth=0.1)(x.detach().double(), y.double())
+        assert float(found) == pytest.approx(float(expected), abs=2e-3)
+        assert bool(torch.autograd.grad(found, x)[0].isfinite().all())
+
+
+def test_invariances_and_bounds():
+    x, y = maps((1, 6, 7, 7), (1, 6, 5, 9))
+    found = ops.contextual_similarity(x, y)
+    assert 1 / 45 <= float(found) <= 1
+    torch.testing.assert_close(ops.contextual_similarity(3 * x + 2, 3 * y + 2), found)
+    mixed = x.flatten(2)[..., torch.randperm(49)].reshape(x.shape), y.flatten(2)[..., torch.randperm(45)].reshape(y.shape)
+    torch.testing.assert_close(ops.contextual_similarity(*mixed), found)
+
+
+def test_symmetric_is_the_mean_of_both():
+    x, y = maps((2, 6, 4, 4), (2, 6, 4, 4))
+    loss, both = gnn.ContextualLoss("official"), gnn.ContextualLoss("official", symmetric=True)
+    torch.testing.assert_close(both(x, y), (loss(x, y) + loss(y, x)) / 2)
+
+
+def rows_of(n, m, c, batch=2, dtype=torch.float64):
+    return [F.normalize(torch.randn(batch, k, c, dtype=dtype), dim=2) for k in (n, m)]
+
+
+@pytest.mark.parametrize("keep_mean", [False, True])
+def test_rows_that_win_nothing_have_exactly_zero_gradient(keep_mean):
+    x, y = rows_of(70, 40, 12)
+    value, winner, *_ = OP(x.requires_grad_(), y, None, None, 0.0, 0.2, 1e-4, "cosine", "sources", keep_mean)
+    (g,) = torch.autograd.grad(value.sum(), x)
+    for b in range(2):
+        idle = torch.ones(70, dtype=torch.bool)
+        idle[winner[b]] = False
+        assert 0 < int(idle.sum()) < 70
+        assert not g[b, idle].count_nonzero()
+        assert bool((g[b, ~idle].abs().amax(1) > 0).all())
+
+
+def test_ties_go_to_the_lowest_index():
+    x, y = (torch.randint(0, 2, (1, k, 4)) - 0.5 for k in (9, 7))  # unit rows, whose products are exact
+    x, y = torch.cat((x, x), 1), torch.cat((y, y), 1)
+    for over in ("sources", "targets"):
+        _, winner, _, nearest, _ = OP(x, y, None, None, 0.0, 0.5, 1e-3, "cosine", over, False)
+        assert int(nearest.max()) < 7
+        assert int(winner.max()) < (9 if over == "sources" else 7)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
+@pytest.mark.parametrize("over", ["sources", "targets"])
+def test_derivatives_of_any_order(distance, over):
+    x, y = maps((1, 3, 4), (1, 3, 5))
+    x.requires_grad_(), y.requires_grad_()
+
+    def similarity(a, b):
+        return ops.contextual_similarity(a, b, eps=1e-2, distance=distance, over=over)
+
+    assert torch.autograd.gradcheck(similarity, (x, y))
+    assert torch.autograd.gradgradcheck(similarity, (x, y))
+
+    def second(a):
+        (g,) = torch.autograd.grad(similarity(a, y), a, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), a, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(second, (x,), rtol=1e-2, atol=1e-4)
+
+
+def test_errors_name_the_argument():
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    wrong = (
+        ((x.long(), y), {}, TypeError, "x has dtype torch.int64"),
+        ((x[0, 0], y), {}, ValueError, r"x has shape \(4, 4\), expected \(batch, channels"),
+        ((x, y[:, :2]), {}, ValueError, r"y has shape \(2, 2, 4, 4\), expected \(2, 3, 4, 4\)"),
+        ((x, y[..., :0]), {}, ValueError, "y has shape .* at least one channel and position"),
+        ((x, y.double()), {}, TypeError, "y has dtype torch.float64 and x torch.float32"),
+        ((x, y), {"bandwidth": 0.0}, ValueError, "bandwidth=0.0, expected a positive"),
+        ((x, y), {"bandwidth": math.nan}, ValueError, "bandwidth=nan"),
+        ((x, y), {"eps": 0.0}, ValueError, "eps=0.0"),
+        ((x, y), {"distance": "cos"}, ValueError, "distance='cos', expected one of 'cosine'"),
+        ((x, y), {"over": "rows"}, ValueError, "over='rows'"),
+        ((x, y), {"center": "y"}, ValueError, "center='y'"),
+        ((x, y[..., :2]), {"center": "channel"}, ValueError, "center='channel' takes"),
+        ((x, y), {"spatial_weight": 1.0}, ValueError, "spatial_weight=1.0"),
+        ((x, y), {"spatial_weight": 0.5, "spatial_eps": 0.0}, ValueError, "spatial_eps=0.0"),
+        ((x[:, :, None], y[:, :, None]), {"spatial_weight": 0.5}, ValueError, "one or two spatial axes"),
+        ((x, y), {"reduction": "sum"}, ValueError, "reduction='sum'"),
+    )
+    for args, options, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            ops.contextual_similarity(*args, **options)
+    rows = x.flatten(2).mT
+    with pytest.raises(ValueError, match="of prior_rows and prior_columns one is None"):
+        OP(rows, rows, torch.ones(16, 4), None, 0.1, 0.5, 1e-5, "cosine", "sources", False)
+    with pytest.raises(ValueError, match=r"prior is of 4 x 3 targets, expected 16"):
+        OP(rows, rows, torch.ones(16, 4), torch.ones(16, 3), 0.1, 0.5, 1e-5, "cosine", "sources", False)
+    with pytest.raises(ValueError, match="keep_mean=True with distance='l1'"):
+        OP(rows, rows, None, None, 0.0, 0.5, 1e-5, "l1", "sources", True)
+    with pytest.raises(ValueError, match="preset='paper', expected None or one of 'official'"):
+        gnn.ContextualLoss("paper")
+    with pytest.raises(TypeError, match="unknown option 'sigma', expected one of bandwidth"):
+        gnn.ContextualLoss(sigma=1)
+    with pytest.raises(ValueError, match="ContextualLoss: reduction='sum'"):
+        gnn.ContextualLoss(reduction="sum")
+    assert "'cocosnet', bandwidth=0.1, center='sample'" in repr(gnn.ContextualLoss("cocosnet"))
+
+
+def test_compiles_whole():
+    x, y = maps((1, 8, 5, 5), (1, 8, 5, 5), dtype=torch.float32)
+    loss = gnn.ContextualLoss("zoom")
+    x.requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for f, e in zip(torch.autograd.grad(compiled(x, y), x), torch.autograd.grad(loss(x, y), x)):
+        torch.testing.assert_close(f, e)
