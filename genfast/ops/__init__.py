@@ -9,6 +9,7 @@ from .contextual_similarity import contextual_similarity
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
+from .gram_matrix import gram_matrix, style_loss
 from .interpolate import interpolate
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .linear import linear, linear_input, linear_weight
@@ -28,8 +29,11 @@ __all__ = [
     "bias_act", "categorical_nll", "contextual_similarity", "critic_step", "CriticLoss",
     "diagonal_lstm", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "interpolate",
+    "bias_act", "categorical_nll", "critic_step", "CriticLoss", "diagonal_lstm", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "gram_matrix",
+    "interpolate",
     "invertible_conv1x1", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_weight", "masked_conv1d",
     "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "modulated_conv2d",
     "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze",
-    "unsqueeze", "upfirdn2d", "upsample2d",
+    "style_loss", "unsqueeze", "upfirdn2d", "upsample2d",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from .discretized_logistic_mixture import (
 )
 from .gated_activation import gated_activation, gated_activation_backward
 from .gradient_penalty import gradient_penalty, penalty_of_norms, penalty_points
+from .gram_matrix import gram_matrix, gram_matrix_backward, style_loss, style_loss_backward
 from .interpolate import interpolate, interpolate_backward
 from .invertible_conv1x1 import channel_mix, channel_mix_backward, plu_inverse, plu_matrix, plu_weight, plu_weight_backward
 from .linear import linear, linear_input, linear_weight
@@ -39,11 +40,11 @@ __all__ = [
     "channel_scale_backward", "colour_group", "contextual_distance", "contextual_similarity",
     "contextual_similarity_backward", "conv_mask", "CRITIC_LOSSES", "diagonal_lstm", "diagonal_lstm_backward",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
-    "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "interpolate",
-    "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight", "masked_conv",
-    "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward", "modulated_conv2d",
+    "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "gram_matrix",
+    "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input",
+    "linear_weight", "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward", "modulated_conv2d",
     "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward", "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms",
     "penalty_points", "pixel_norm", "pixel_norm_backward", "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight",
     "plu_weight_backward", "positions", "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES",
-    "spectral_norm", "spectral_norm_backward", "squeeze", "tap_energy", "upfirdn2d",
+    "spectral_norm", "spectral_norm_backward", "squeeze", "style_loss", "style_loss_backward", "tap_energy", "upfirdn2d",
 ]  # fmt: skip

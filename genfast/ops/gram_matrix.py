@@ -1,0 +1,280 @@
+"""ops.gram_matrix and ops.style_loss: one triangle of each Gram matrix computed, the rest its mirror."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from .._registry import Op, Sample
+from . import _check, _layout
+
+_DTYPES = dict(_backend.DTYPES)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def _check_features(op: str, features: Tensor) -> None:
+    if features.dim() < 3:
+        raise ValueError(f"{op}: features has shape {tuple(features.shape)}, expected (N, C, L) or (N, C, H, W)")
+
+
+def _check_matrix(op: str, name: str, matrix: Tensor, features: Tensor, may_broadcast: bool = False) -> None:
+    n, c = features.shape[:2]
+    if tuple(matrix.shape) != (n, c, c) and not (may_broadcast and tuple(matrix.shape) == (1, c, c)):
+        batch = f"{n} or 1" if may_broadcast else n
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(matrix.shape)}, expected ({batch}, {c}, {c}) for features of shape "
+            f"{tuple(features.shape)}"
+        )
+
+
+def _check_gram(features: Tensor, scale: float, shift: float) -> None:
+    _check.floating("gram_matrix", features=features)
+    _check_features("gram_matrix", features)
+
+
+def _check_gram_backward(features: Tensor, grad: Tensor, scale: float, shift: float) -> None:
+    _check.floating("gram_matrix_backward", features=features, grad=grad)
+    _check_features("gram_matrix_backward", features)
+    _check_matrix("gram_matrix_backward", "grad", grad, features)
+
+
+def _check_style(features: Tensor, target: Tensor, scale: float, shift: float, factor: float) -> None:
+    _check.floating("style_loss", features=features, target=target)
+    _check_features("style_loss", features)
+    _check_matrix("style_loss", "target", target, features, True)
+
+
+def _check_style_backward(
+    features: Tensor, grad: Tensor, difference: Tensor, scale: float, shift: float, factor: float
+) -> None:
+    _check.floating("style_loss_backward", features=features, grad=grad, difference=difference)
+    _check_features("style_loss_backward", features)
+    _check_matrix("style_loss_backward", "difference", difference, features)
+    _check.shape("style_loss_backward", "grad", grad, (features.shape[0],), "one a sample")
+
+
+def _fake_gram(features: Tensor, scale: float, shift: float) -> Tensor:
+    n, c = features.shape[:2]
+    return features.new_empty((n, c, c), dtype=_wide(features.dtype))
+
+
+def _fake_like(features: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(features, memory_format=_layout.memory_format(features))
+
+
+def _fake_style(features: Tensor, target: Tensor, scale: float, shift: float, factor: float) -> tuple[Tensor, Tensor]:
+    difference = _fake_gram(features, scale, shift)
+    return difference.new_empty(features.shape[:1]), difference
+
+
+def _setup_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, ctx.scale, ctx.shift = inputs
+    ctx.save_for_backward(features)
+
+
+def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _OP_BACKWARD(*ctx.saved_tensors, grad, ctx.scale, ctx.shift), None, None
+
+
+def _setup_style(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, target, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    # The target itself is needed for its own gradient only: the difference does for that of the features.
+    ctx.save_for_backward(features, output[1], target if ctx.needs_input_grad[1] else None)
+    ctx.target = target.shape, target.dtype
+
+
+def _backward_style(ctx: Any, grad: Tensor | None, grad_difference: Tensor | None) -> tuple[Any, ...]:
+    features, difference, target = ctx.saved_tensors
+    scale, shift, factor = ctx.options
+    of_features = of_target = None
+    if ctx.needs_input_grad[0]:
+        if grad is not None:
+            of_features = OP_STYLE_BACKWARD(features, grad, difference, scale, shift, factor)
+        if grad_difference is not None:  # of a second derivative
+            more = _OP_BACKWARD(features, grad_difference, scale, shift)
+            of_features = more if of_features is None else of_features + more
+    if ctx.needs_input_grad[1]:
+        shape, dtype = ctx.target
+        a = target.to(difference.dtype)
+        of_target = torch.zeros_like(difference)
+        if grad is not None:  # G - A, and not its symmetric part, which is kept
+            of_target = -2 * factor * grad[:, None, None] * (difference + (a.mT - a) / 2)
+        if grad_difference is not None:
+            of_target = of_target - (grad_difference + grad_difference.mT) / 2
+        of_target = of_target.sum_to_size(shape).to(dtype)
+    return of_features, of_target, None, None, None
+
+
+def _samples_gram(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape, scale, shift in (
+        ("images", (2, 5, 4, 3), 1 / 60, 0.0), ("shifted", (2, 7, 3, 3), 0.3, -1.5), ("sequence", (3, 4, 9), 1.0, 0.0),
+        ("volume", (1, 3, 2, 3, 2), 1.0, 0.5), ("one channel", (2, 1, 3, 4), 1.0, 0.0),
+        ("one position", (2, 6, 1, 1), 1.0, 0.0), ("whole and broken tiles", (1, 67, 5, 3), 1 / 64, 0.0),
+    ):  # fmt: skip
+        yield Sample(label, (torch.randn(shape, generator=generator, dtype=torch.float64), scale, shift))
+
+
+def _samples_style(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape, batch, shift in (
+        ("images", (2, 5, 4, 3), 2, 0.0), ("one target for all, shifted", (3, 4, 3, 3), 1, 0.7),
+        ("sequence", (2, 3, 9), 2, 0.0), ("whole and broken tiles", (1, 67, 5, 3), 1, 0.0),
+    ):  # fmt: skip
+        c = shape[1]
+        features = torch.randn(shape, generator=generator, dtype=torch.float64)
+        target = torch.randn((batch, c, c), generator=generator, dtype=torch.float64)  # of no symmetry
+        yield Sample(label, (features, target, 0.25, shift, 1 / c))
+
+
+_OP_BACKWARD = Op(
+    "gram_matrix_backward(Tensor features, Tensor grad, float scale, float shift) -> Tensor",
+    reference=reference.gram_matrix_backward,
+    check=_check_gram_backward,
+    fake=_fake_like,
+    kernels={},
+    dtypes=_DTYPES,
+)
+
+OP = Op(
+    "gram_matrix(Tensor features, float scale, float shift) -> Tensor",
+    reference=reference.gram_matrix,
+    check=_check_gram,
+    fake=_fake_gram,
+    kernels={},
+    setup_context=_setup_gram,
+    backward=_backward_gram,
+    samples=_samples_gram,
+    dtypes=_DTYPES,
+)
+
+OP_STYLE_BACKWARD = Op(
+    "style_loss_backward(Tensor features, Tensor grad, Tensor difference, float scale, float shift, float factor) -> Tensor",
+    reference=reference.style_loss_backward,
+    check=_check_style_backward,
+    fake=_fake_like,
+    kernels={},
+    dtypes=_DTYPES,
+)
+
+OP_STYLE = Op(
+    "style_loss(Tensor features, Tensor target, float scale, float shift, float factor) -> (Tensor, Tensor)",
+    reference=reference.style_loss,
+    check=_check_style,
+    fake=_fake_style,
+    kernels={},
+    setup_context=_setup_style,
+    backward=_backward_style,
+    samples=_samples_style,
+    dtypes=_DTYPES,
+)
+
+
+def _scale(features: Tensor, normalize: bool) -> float:
+    return 1.0 / max(1, math.prod(features.shape[1:])) if normalize else 1.0
+
+
+def gram_matrix(features: Tensor, *, normalize: bool = True, shift: float = 0.0) -> Tensor:
+    """Gram matrices of a batch of feature maps: G = (F + shift)(F + shift)^T, F the C rows of positions of a sample.
+
+    One triangle is computed and mirrored, so that G is symmetric to the bit; it is scaled before it is rounded, so half types
+    do not overflow. Differentiable to any order; the first derivative, (dG + dG^T)(F + shift), is one product.
+
+    Args:
+        features: (N, C, H, W) or (N, C, L), floating point, one or more axes of positions, any strides.
+        normalize: divides by C * H * W, as Johnson et al. do; without, G is the plain sum.
+        shift: added to each feature first (Novak & Nikulin, arXiv:1605.04603, who use -1).
+
+    Returns:
+        (N, C, C): float32 for half types, else the dtype of features.
+
+    Raises:
+        TypeError, ValueError: features that are not floating point, or have fewer than three axes.
+
+    Source: Gatys et al. (arXiv:1508.06576, section 2); Johnson et al. (arXiv:1603.08155, section 3.2).
+
+    Example:
+        >>> import torch, genfast
+        >>> genfast.ops.gram_matrix(torch.ones(1, 2, 4, 4))
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
+    """
+    _check_gram(features, 1.0, shift)
+    result: Tensor = OP(features, _scale(features, normalize), shift)
+    return result
+
+
+def style_loss(
+    features: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], weights: Sequence[float] | None = None, *,
+    normalize: bool = True, shift: float = 0.0, targets_are: str = "gram", reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The style loss: sum over layers of weight times the mean of (G - A)^2 over the C x C entries and the batch.
+
+    The difference and its square are taken where the Gram matrix is mirrored, and the derivative of a layer is one product.
+    A target's Gram matrix is computed once, by :func:`gram_matrix` with the same ``normalize`` and ``shift``, and kept.
+
+    The published variants, with G and A plain sums (``normalize=False``) unless told, for N maps of M positions:
+
+    - piq.StyleLoss: the default weights, ``normalize=False``.
+    - Gatys et al., 1 / (4 N^2 M^2) sum of squares: ``normalize=False`` and weight 1 / (4 M^2), as the mean divides by N^2; the
+      same is ``normalize=True`` and weight N^2 / 4.
+    - Johnson et al., squared Frobenius norm of matrices divided by C H W: ``normalize=True`` and weight C^2.
+    - PyTorch's fast_neural_style: ``normalize=True``, and its style weight.
+
+    Args:
+        features: (N, C, H, W) or (N, C, L), or a sequence of them, one a layer.
+        targets: for each layer (N, C, C) or (1, C, C), Gram matrices; with ``targets_are="features"`` feature maps of N or 1
+            samples and any size. Gradients flow to targets that require them.
+        weights: one a layer; None for 1 each.
+        normalize, shift: as in :func:`gram_matrix`.
+        targets_are: "gram" or "features".
+        reduction: "mean" over the batch, or "none" for one value a sample.
+
+    Returns:
+        A scalar, or (N,) without reduction; float32 for half types. An empty batch has loss 0.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, by name.
+
+    Source: Gatys et al. (arXiv:1508.06576, section 2).
+
+    Example:
+        >>> import torch, genfast
+        >>> target = genfast.ops.gram_matrix(torch.ones(1, 2, 4, 4))
+        >>> genfast.ops.style_loss(torch.zeros(1, 2, 8, 8), target)
+        tensor(0.2500)
+    """
+    _check.choice("style_loss", "targets_are", targets_are, ("gram", "features"))
+    _check.choice("style_loss", "reduction", reduction, ("mean", "none"))
+    layers = [features] if isinstance(features, Tensor) else list(features)
+    given = [targets] if isinstance(targets, Tensor) else list(targets)
+    if not layers:
+        raise ValueError("style_loss: features is an empty sequence, expected a tensor a layer")
+    if len(given) != len(layers):
+        raise ValueError(f"style_loss: {len(given)} targets for {len(layers)} layers of features; expected one each")
+    if weights is not None and len(weights) != len(layers):
+        raise ValueError(f"style_loss: {len(weights)} weights for {len(layers)} layers of features; expected one each")
+    total: Tensor | None = None
+    for i, (f, a) in enumerate(zip(layers, given)):
+        _check.floating("style_loss", features=f, targets=a)
+        _check_features("style_loss", f)
+        if targets_are == "features":
+            _check_features("style_loss", a)
+            a = gram_matrix(a, normalize=normalize, shift=shift)
+        n, c = f.shape[:2]
+        factor = (1.0 if weights is None else weights[i]) / max(1, c * c)
+        if reduction == "mean":
+            factor /= max(1, n)
+        value: Tensor = OP_STYLE(f, a, _scale(f, normalize), shift, factor)[0]
+        if total is not None and value.shape != total.shape:
+            raise ValueError(f"style_loss: features have batches of {total.shape[0]} and {n}; expected the same in each layer")
+        total = value if total is None else total + value
+    assert total is not None
+    return total.sum() if reduction == "mean" else total
