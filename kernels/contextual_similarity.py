@@ -263,7 +263,7 @@ def _attend(
     of_mass = tl.zeros((BLOCK_O,), dtype=tl.float32)
     of_moment = tl.zeros((BLOCK_O,), dtype=tl.float32)
     if not COLUMNS:
-        least = tl.load(statistics + o, mask=o_in, other=0)[:, None]
+        least = tl.load(statistics + o, mask=o_in, other=1)[:, None]
     if WHOLE:
         mine = _load(own, o, o_in, c, C, WIDE)
     if SUM and DISTANCE == "l1":
@@ -285,20 +285,22 @@ def _attend(
                 BLOCK_S, BLOCK_K,
             )  # fmt: skip
         if COLUMNS:
-            least = tl.load(statistics + s, mask=s_in, other=0)[None, :]
+            least = tl.load(statistics + s, mask=s_in, other=1)[None, :]
         inside = o_in[:, None] & s_in[None, :]
         d = tl.maximum(raw, 0.0)
         e = tl.where(inside, exp((least - d) * (scale / (least + eps))), 0.0)
         if BACKWARD and DISTANCE != "l1":
-            dead = inside & (raw <= 0)
-            e = tl.where(dead, 0.0, e)
-            if COLUMNS == SOURCES:
-                won = tl.load(winner + o, mask=o_in, other=-1).to(tl.int32)[:, None] == s[None, :]
-                to = pull + o[:, None] + tl.zeros_like(s)[None, :]
-            else:
-                won = tl.load(winner + s, mask=s_in, other=-1).to(tl.int32)[None, :] == o[:, None]
-                to = pull + s[None, :] + tl.zeros_like(o)[:, None]
-            tl.store(to, tl.zeros_like(raw), mask=dead & won)
+            if tl.min(least) == 0:  # else no distance here is zero
+                dead = inside & (raw <= 0)
+                e = tl.where(dead, 0.0, e)
+                if COLUMNS == SOURCES:
+                    won = tl.load(winner + o, mask=o_in, other=-1).to(tl.int32)[:, None] == s[None, :]
+                    lost = tl.max(tl.where(dead & won, 1, 0), axis=1)
+                    tl.store(pull + o, o * 0.0, mask=o_in & (lost > 0))
+                else:
+                    won = tl.load(winner + s, mask=s_in, other=-1).to(tl.int32)[None, :] == o[:, None]
+                    lost = tl.max(tl.where(dead & won, 1, 0), axis=0)
+                    tl.store(pull + s, s * 0.0, mask=s_in & (lost > 0))
         if COLUMNS:
             e = e * (tl.load(rate + s, mask=s_in, other=0) * unit)[None, :]
         of_mass += tl.sum(e, axis=1)
@@ -510,27 +512,28 @@ def _depth(c: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(c)))
 
 
-def _best_tile(how: str, half: bool, distance: str, c: int, more: bool = False) -> Tile:
-    """``more``: each element of the product costs registers beyond those of a minimum."""
+def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least") -> Tile:
+    """``score``: "least", "greatest" or "prior", each of which needs more registers for an element of the product."""
     if distance == "l1":
         return Tile(32, 32, 16, 16, False, 4, 2)
     if half or how == "tf32":
-        return Tile(128, 64 if more else 128, _depth(c, 64 if half else 32), 16, False, 8, 3)
-    return Tile(64, 64, 16, 16, False, 4, 2, 224)
+        owners, streamed = (64, 64) if score == "prior" else (128, 128 if score == "least" and distance == "cosine" else 64)
+        return Tile(owners, streamed, _depth(c, 64 if half else 32), 16, False, 8, 3)
+    return Tile(64, 64, 16, 16, False, 8 if score == "prior" else 4, 2, 224)
 
 
 def _attend_tile(how: str, half: bool, distance: str, c: int, sums: bool, backward: bool) -> Tile:
     if distance == "l1":
         return Tile(16, 16, 16, FEATURES, False, 4, 2) if sums else Tile(32, 32, 16, 16, False, 4, 2)
     if not sums:
-        return _best_tile(how, half, distance, c, True)
+        return _best_tile(how, half, distance, c, "greatest")
     if half:
         channels = _depth(c, 256)
         streamed = 32 if backward and channels > 128 else 64
-        return Tile(64, streamed, _depth(c, 64), channels, c <= WHOLE, 4 if channels <= 128 else 8, 2)
+        return Tile(64, streamed, _depth(c, 64), channels, c <= WHOLE, 8 if backward or channels > 128 else 4, 2)
     if how == "tf32":
-        return Tile(64, 64, _depth(c, 32), _depth(c, 128), False, 8, 2)
-    return Tile(64, 32, 16, _depth(c, 64), False, 4, 2, 224)
+        return Tile(64, 32 if backward else 64, _depth(c, 32), _depth(c, 128), False, 8, 2)
+    return Tile(64, 32, 16, _depth(c, 64), False, 8 if backward else 4, 2, 224)
 
 
 def _splits(owners: int, streamed: int, batch: int, tile: Tile) -> int:
@@ -599,7 +602,7 @@ def _extreme(
     """_best and its join."""
     b, n, m, c = rows.sizes
     with_prior = prior.there and not nearest
-    tile = _best_tile(rows.how, rows.half, rows.distance, c, with_prior)
+    tile = _best_tile(rows.how, rows.half, rows.distance, c, "least" if nearest else "prior" if with_prior else "greatest")
     owners, streamed = (m, n) if columns else (n, m)
     splits = _splits(owners, streamed, b, tile)
     part = torch.empty((b, splits, owners), dtype=torch.float32, device=rows.x.device)
@@ -751,15 +754,15 @@ def _variants() -> list[Aot]:
         half = kind != "fp32"
         for how in ("ieee",) if half else ("ieee", "tf32"):
             for distance in DISTANCES:
-                for c in (64, 256, 512) if distance == "cosine" else (256,):
-                    if (kind == "fp16" and c != 256) or (distance == "l1" and how == "tf32"):
-                        continue
+                if (distance == "l1" and how == "tf32") or (distance != "cosine" and kind == "fp16"):
+                    continue
+                for c in (64, 256, 512) if distance == "cosine" and kind == "bf16" else (256,):
                     base = dict(C=c, DISTANCE=distance, PRECISION=how, WIDE=False)
                     about = f"{distance} {c} {how}"
                     for nearest, columns, prior in ((1, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1)):
                         if prior and c != 256:
                             continue
-                        t = _best_tile(how, half, distance, c, bool(prior))
+                        t = _best_tile(how, half, distance, c, "least" if nearest else "prior" if prior else "greatest")
                         blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth)
                         what = "least" if nearest else f"greatest{' by column' * columns}{', prior' * prior}"
                         ends = dict(NEAREST=bool(nearest), COLUMNS=bool(columns), PRIOR=bool(prior))
@@ -772,7 +775,7 @@ def _variants() -> list[Aot]:
                         ends = dict(COLUMNS=bool(columns), BACKWARD=bool(backward), SUM=bool(sums), SOURCES=True)
                         what = f"{'columns' if columns else 'rows'}{' back' * backward}{' sums' * sums}"
                         add(f"{what} {about}", _attend, kind, t.options, None, **base, **ends, **blocks)
-        for distance in DISTANCES:
+        for distance in DISTANCES if kind == "fp32" else ("cosine",):
             for columns in (False, True):
                 ends = dict(C=256, DISTANCE=distance, COLUMNS=columns, LISTED=not columns, MEAN=not columns and distance != "l1")
                 block = 64 if distance == "l1" else 256
