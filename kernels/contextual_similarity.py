@@ -52,7 +52,8 @@ from ._math import exp
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer owners, and the stream is split
 WHOLE = 256  # channels up to which half types keep whole rows
 ROWS = 32  # rows of a program that joins parts
-ENTRIES = 32  # winners that a row's program takes at a time
+ENTRIES = 4  # winners of each row that a program takes at a time
+OWNERS = 4  # rows whose gradient a program joins
 DISTANCES = ("cosine", "l2", "l1")
 FEATURES = 16  # of an l1 gradient's program
 
@@ -366,125 +367,131 @@ def _finish(
 @triton.jit
 def _share(
     grad, value, winner, order, starts, prior_rows, prior_columns, statistics, rate, swept_rate, pull, toward, N, M, high, across,
-    scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, ENTRIES: tl.constexpr,
+    scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Of row i: what each that it wins pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; and -q_i toward the nearest."""
+    """Of rows i: what each that they win pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; -q_i toward the nearest."""
     b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0)
+    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    known = i < N
     won = M if SOURCES else N
-    least = tl.load(statistics + b * 3 * N + i)
-    of_log = tl.load(statistics + b * 3 * N + N + i)
-    of_t = tl.load(statistics + b * 3 * N + 2 * N + i)
+    least = tl.load(statistics + b * 3 * N + i, mask=known, other=1)
+    of_log = tl.load(statistics + b * 3 * N + N + i, mask=known, other=0)
+    of_t = tl.load(statistics + b * 3 * N + 2 * N + i, mask=known, other=0)
     r = least + eps
     if SOURCES:
-        first = tl.load(starts + b * (N + 1) + i).to(tl.int32)
-        last = tl.load(starts + b * (N + 1) + i + 1).to(tl.int32)
+        first = tl.load(starts + b * (N + 1) + i, mask=known, other=0).to(tl.int32)
+        last = tl.load(starts + b * (N + 1) + i + 1, mask=known, other=0).to(tl.int32)
     else:
         first = i
-        last = i + 1
-    all_u = tl.zeros((ENTRIES,), dtype=tl.float32)
-    all_ut = tl.zeros((ENTRIES,), dtype=tl.float32)
-    for start in range(first, last, ENTRIES):
-        k = start + tl.arange(0, ENTRIES)
-        there = k < last
+        last = tl.where(known, i + 1, i)
+    of_u = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    of_ut = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for start in range(0, tl.max(last - first), BLOCK_E):
+        k = first[:, None] + (start + tl.arange(0, BLOCK_E))[None, :]
+        there = k < last[:, None]
         at = tl.load(order + b * M + k, mask=there, other=0).to(tl.int32) if SOURCES else k
         a = tl.load(value + b * won + at, mask=there, other=0)
         if PRIOR:
             j = at if SOURCES else tl.load(winner + b * N + at, mask=there, other=0).to(tl.int32)
-            spatial = _prior(prior_rows, prior_columns, tl.zeros_like(j) + i, j, there, high, across)
+            spatial = _prior(prior_rows, prior_columns, j * 0 + i[:, None], j, there, high, across)
             a = tl.maximum((a - weight * spatial) / (1.0 - weight), 0.0)
         u = tl.load(grad + b * won + at, mask=there, other=0).to(tl.float32) * a
         if PRIOR:
             u *= 1.0 - weight
-        t = 1.0 - (tl.log(tl.maximum(a, 1e-38)) + of_log) / scale
-        t = tl.maximum(t, least / r)
-        all_u += u
-        all_ut += u * t
-        tl.store(pull + b * won + at, u * (scale / r), mask=there)
-    of_u = tl.sum(all_u, axis=0)
-    of_ut = tl.sum(all_ut, axis=0)
-    tl.store(rate + b * N + i, of_u * (scale / r))
-    tl.store(swept_rate + b * N + i, of_u * (scale / r) * exp((1.0 - least / r) * scale - of_log))
-    tl.store(toward + b * N + i, tl.where(least > 0, (of_u * of_t - of_ut) * (scale / r), 0.0))
+        t = 1.0 - (tl.log(tl.maximum(a, 1e-38)) + of_log[:, None]) / scale
+        t = tl.maximum(t, (least / r)[:, None])
+        of_u += tl.sum(u, axis=1)
+        of_ut += tl.sum(u * t, axis=1)
+        tl.store(pull + b * won + at, u * (scale / r)[:, None], mask=there)
+    by = of_u * (scale / r)
+    tl.store(rate + b * N + i, by, mask=known)
+    tl.store(swept_rate + b * N + i, by * exp((1.0 - least / r) * scale - of_log), mask=known)
+    tl.store(toward + b * N + i, tl.where(least > 0, (of_u * of_t - of_ut) * (scale / r), 0.0), mask=known)
 
 
 @triton.jit
 def _along(
-    own, other, order, starts, index, pulls, o, c, here, others, b, owners, C: tl.constexpr, L1: tl.constexpr,
-    LISTED: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_C: tl.constexpr,
+    other, order, starts, index, pulls, o, known, c, here, others, b, owners, C: tl.constexpr, L1: tl.constexpr,
+    LISTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of pulls, and of pulls times other rows: those that ``order`` lists for this owner or the one at ``index``."""
-    total = tl.zeros((ENTRIES, BLOCK_C), dtype=tl.float32)
-    all_pulls = tl.zeros((ENTRIES,), dtype=tl.float32)
+    """Sums of pulls, and of pulls times other rows: those that ``order`` lists for each owner or the one at ``index``."""
+    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    of_pulls = tl.zeros((BLOCK_R,), dtype=tl.float32)
     if LISTED:
-        first = tl.load(starts + b * (owners + 1) + o).to(tl.int32)
-        last = tl.load(starts + b * (owners + 1) + o + 1).to(tl.int32)
+        first = tl.load(starts + b * (owners + 1) + o, mask=known, other=0).to(tl.int32)
+        last = tl.load(starts + b * (owners + 1) + o + 1, mask=known, other=0).to(tl.int32)
     else:
         first = o
-        last = o + 1
-    for start in range(first, last, ENTRIES):
-        k = start + tl.arange(0, ENTRIES)
-        there = k < last
+        last = tl.where(known, o + 1, o)
+    for start in range(0, tl.max(last - first), BLOCK_E):
+        k = first[:, None] + (start + tl.arange(0, BLOCK_E))[None, :]
+        there = k < last[:, None]
         if LISTED:
-            z = tl.load(order + b * others + k, mask=there, other=0).to(tl.int32)
+            z = tl.load(order + b * others + k, mask=there, other=0)
             pull = tl.load(pulls + b * others + z, mask=there, other=0)
         else:
-            z = tl.load(index + b * owners + k, mask=there, other=0).to(tl.int32)
+            z = tl.load(index + b * owners + k, mask=there, other=0)
             pull = tl.load(pulls + b * owners + k, mask=there, other=0)
-        row = _load(other, z, there, c, C, True)
+        inside = there[:, :, None] & (c < C)[None, None, :]
+        row = tl.load(other + z[:, :, None] * C + c[None, None, :], mask=inside, other=0).to(tl.float32)
         if L1:
-            difference = row - here[None, :]
+            difference = row - here[:, None, :]
             row = tl.where(difference > 0, 1.0, 0.0) - tl.where(difference < 0, 1.0, 0.0)
-        total += row * pull[:, None]
-        all_pulls += pull
-    return tl.sum(total, axis=0), tl.sum(all_pulls, axis=0)
+        total += tl.sum(row * pull[:, :, None], axis=1)
+        of_pulls += tl.sum(pull, axis=1)
+    return total, of_pulls
 
 
 @triton.jit
 def _gradient(
     own, other, grad, order, starts, index, pull, near_order, near_starts, nearest, toward, rate, swept_rate, rate_top, swept,
     mass, out, mean, owners, others, splits, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr,
-    LISTED: tl.constexpr, MEAN: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_C: tl.constexpr,
+    LISTED: tl.constexpr, MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one row (or column): its winners, less the sweep's sum or the mean that was kept, and the nearest."""
+    """The gradient of some rows (or columns): winners, less the sweep's sum or the mean that was kept, and the nearest."""
     b = tl.program_id(1).to(tl.int64)
-    o = tl.program_id(0)
+    o = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = o < owners
     own += b * owners * C
     other += b * others * C
     L1: tl.constexpr = DISTANCE == "l1"
-    here = tl.load(own + o.to(tl.int64) * C + c, mask=c < C, other=0).to(tl.float32)
+    here = _load(own, o, known, c, C, True)
     total, pulls = _along(
-        own, other, order, starts, index, pull, o, c, here, others, b, owners, C, L1, LISTED, 8 if LISTED else 1, BLOCK_C
-    )
+        other, order, starts, index, pull, o, known, c, here, others, b, owners, C, L1, LISTED, BLOCK_R,
+        BLOCK_E if LISTED else 1, BLOCK_C,
+    )  # fmt: skip
     near, near_pulls = _along(
-        own, other, near_order, near_starts, nearest, toward, o, c, here, others, b, owners, C, L1, COLUMNS,
-        8 if COLUMNS else 1, BLOCK_C,
+        other, near_order, near_starts, nearest, toward, o, known, c, here, others, b, owners, C, L1, COLUMNS, BLOCK_R,
+        BLOCK_E if COLUMNS else 1, BLOCK_C,
     )  # fmt: skip
     total += near
     pulls += near_pulls
-    sweep = True
+    use = known
     if COLUMNS:
-        by = tl.load(rate_top)
+        by = tl.zeros((BLOCK_R,), dtype=tl.float32) + tl.load(rate_top)
     else:
-        by = tl.load(swept_rate + b * owners + o)
-        sweep = tl.load(swept + b * owners + o) != 0
-    if sweep:
-        at = b * splits * owners + o
-        row = tl.zeros((BLOCK_C,), dtype=tl.float32)
-        of_mass = 0.0
-        for k in range(splits):
-            row += tl.load(out + (at + k * owners) * C + c, mask=c < C, other=0)
-            of_mass += tl.load(mass + at + k * owners)
-        total -= by * row
-        pulls -= by * of_mass
-    elif MEAN:
-        by = tl.load(rate + b * owners + o)
-        total -= by * tl.load(mean + (b * owners + o) * C + c, mask=c < C, other=0)
+        by = tl.load(swept_rate + b * owners + o, mask=known, other=0)
+        use = tl.load(swept + b * owners + o, mask=known, other=0) != 0
+    at = b * splits * owners + o
+    row = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    of_mass = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for k in range(splits):
+        inside = use[:, None] & (c < C)[None, :]
+        row += tl.load(out + (at + k * owners)[:, None] * C + c[None, :], mask=inside, other=0)
+        of_mass += tl.load(mass + at + k * owners, mask=use, other=0)
+    total -= by[:, None] * row
+    pulls -= by * of_mass
+    if MEAN:
+        kept = known & (use == 0)
+        by = tl.load(rate + b * owners + o, mask=kept, other=0)
+        inside = kept[:, None] & (c < C)[None, :]
+        total -= by[:, None] * tl.load(mean + (b * owners + o)[:, None] * C + c[None, :], mask=inside, other=0)
         pulls -= by
     if DISTANCE == "l2":
-        total = 2.0 * (total - here * pulls)
-    tl.store(grad + (b * owners + o) * C + c, total.to(grad.dtype.element_ty), mask=c < C)
+        total = 2.0 * (total - here * pulls[:, None])
+    to = grad + (b * owners + o)[:, None] * C + c[None, :]
+    tl.store(to, total.to(grad.dtype.element_ty), mask=known[:, None] & (c < C)[None, :])
 
 
 # ---- launches ----
@@ -705,9 +712,10 @@ def contextual_similarity_backward(
     order, starts = _grouped(winner, n if sources else m) if sources or need_y else (winner, winner)
     pull = torch.empty_like(value)
     rate, swept_rate, toward = (torch.empty((b, n), dtype=torch.float32, device=x.device) for _ in range(3))
-    _share[(n, b)](
+    _share[(cdiv(n, ROWS), b)](
         grad, value, winner, order, starts, prior.rows, prior.columns, statistics, rate, swept_rate, pull, toward, n, m,
-        *prior.sizes, scale, eps, prior.weight, SOURCES=sources, PRIOR=prior.there, ENTRIES=ENTRIES if sources else 1, num_warps=1,
+        *prior.sizes, scale, eps, prior.weight, SOURCES=sources, PRIOR=prior.there, BLOCK_R=ROWS,
+        BLOCK_E=ENTRIES if sources else 1, num_warps=4,
     )  # fmt: skip
     active = rate != 0
     kept = mean.numel() > 0
@@ -724,10 +732,11 @@ def contextual_similarity_backward(
         )
         near = _grouped(nearest, m) if columns else (nearest, nearest)
         own, other = (rows.y, rows.x) if columns else (rows.x, rows.y)
-        _gradient[(own.shape[1], b, grid)](
+        _gradient[(cdiv(own.shape[1], OWNERS), b, grid)](
             own, other, gradient, order, starts, winner, pulls, *near, nearest, toward, rate, swept_rate, top,
             swept.to(torch.int32), mass, out, mean, own.shape[1], other.shape[1], splits, C=c, DISTANCE=distance,
-            COLUMNS=columns, LISTED=columns != sources, MEAN=kept, ENTRIES=8, BLOCK_C=block, num_warps=2,
+            COLUMNS=columns, LISTED=columns != sources, MEAN=kept and not columns, BLOCK_R=OWNERS, BLOCK_E=ENTRIES, BLOCK_C=block,
+            num_warps=4,
         )  # fmt: skip
 
     if need_x:
@@ -781,15 +790,15 @@ def _variants() -> list[Aot]:
                 block = 64 if distance == "l1" else 256
                 about = f"{distance} of {'y' if columns else 'x'}"
                 types = {"grad": f"*{kind}"}
-                add(about, _gradient, kind, {"num_warps": 2}, types, **ends, ENTRIES=8, BLOCK_C=block)
+                add(about, _gradient, kind, {"num_warps": 4}, types, **ends, BLOCK_R=OWNERS, BLOCK_E=ENTRIES, BLOCK_C=block)
         add("norms", _norms, kind, {"num_warps": 4}, None, C=256, BLOCK_R=ROWS, BLOCK_K=64)
     for nearest in (False, True):
         add("nearest" if nearest else "winner", _pick, "fp32", {"num_warps": 4}, None, NEAREST=nearest, LOG=True, BLOCK=128)
     for targets in (False, True):
         ends = dict(C=256, TARGETS=targets, MEAN=True, BLOCK_R=ROWS, BLOCK_C=64)
         add("targets" if targets else "sources", _finish, "fp32", {"num_warps": 4}, None, **ends)
-        ends = dict(SOURCES=not targets, PRIOR=True, ENTRIES=1 if targets else ENTRIES)
-        add("targets" if targets else "sources", _share, "fp32", {"num_warps": 1}, {"grad": "*fp32"}, **ends)
+        ends = dict(SOURCES=not targets, PRIOR=True, BLOCK_R=ROWS, BLOCK_E=1 if targets else ENTRIES)
+        add("targets" if targets else "sources", _share, "fp32", {"num_warps": 4}, {"grad": "*fp32"}, **ends)
     return found
 
 
