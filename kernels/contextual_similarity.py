@@ -168,7 +168,7 @@ def _best(
             own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C, DISTANCE, PRECISION, WIDE, BLOCK_O, BLOCK_S,
             BLOCK_K,
         )  # fmt: skip
-        score = -tl.maximum(raw, 0.0)
+        score = tl.where(raw < 0, 0.0, -raw)  # keeps NaN
         if not NEAREST:
             if COLUMNS:
                 least = tl.load(statistics + s, mask=s_in, other=0)[None, :]
@@ -288,7 +288,7 @@ def _attend(
         if COLUMNS:
             least = tl.load(statistics + s, mask=s_in, other=1)[None, :]
         inside = o_in[:, None] & s_in[None, :]
-        d = tl.maximum(raw, 0.0)
+        d = tl.where(raw < 0, 0.0, raw)
         e = tl.where(inside, exp((least - d) * (scale / (least + eps))), 0.0)
         if BACKWARD and DISTANCE != "l1":
             if tl.min(least) == 0:  # else no distance here is zero
@@ -537,7 +537,8 @@ def _attend_tile(how: str, half: bool, distance: str, c: int, sums: bool, backwa
     if half:
         channels = _depth(c, 256)
         streamed = 32 if backward and channels > 128 else 64
-        return Tile(64, streamed, _depth(c, 64), channels, c <= WHOLE, 8 if backward or channels > 128 else 4, 2)
+        depth = _depth(c, 32 if backward else 64)
+        return Tile(64, streamed, depth, channels, c <= WHOLE, 8 if backward or channels > 128 else 4, 2)
     if how == "tf32":
         return Tile(64, 32 if backward else 64, _depth(c, 32), _depth(c, 128), False, 8, 2)
     return Tile(64, 32, 16, _depth(c, 64), False, 8 if backward else 4, 2, 224)

@@ -173,25 +173,36 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int = 0  # at most, where the assembler's own choice spills
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
-def _gram_tile(how: str, half: bool, c: int, n: int, widened: bool) -> Tile:
+def _odd(v: View) -> bool:
+    """Whether neither channels nor positions lie together, or offsets need 64 bits: addresses then take registers."""
+    return v.far or 1 not in (v.c_stride, v.s_stride)
+
+
+def _gram_tile(how: str, half: bool, c: int, odd: bool, widened: bool) -> Tile:
     """``widened``: operands of half types that are multiplied as float32."""
+    if odd:
+        return Tile(64, 64, 16, 8, 2, 224)
     if how == "ieee" and not half:
-        return Tile(64, 64, 16, 4, 2)
+        return Tile(64, 64, 16, 4, 2, 168)
     depth = 64 if half and not widened else 32
     if c >= LARGE_FROM and not widened:
         return Tile(128, 128, depth, 8, 3)
     return Tile(64, 64, depth, 4, 4)
 
 
-def _product_tile(how: str, half: bool, c: int) -> Tile:
+def _product_tile(how: str, half: bool, c: int, odd: bool) -> Tile:
+    if odd:
+        return Tile(64, 64, 16, 8, 2, 224)
     if how == "ieee" and not half:
-        return Tile(64, 64, 16, 4, 2)
+        return Tile(64, 64, 16, 4, 2, 168)
     return Tile(128 if c > 64 else 64, 128, 64 if half else 32, 8 if c > 64 else 4, 3)
 
 
@@ -221,7 +232,7 @@ def _triangle(features: Tensor, scale: float, shift: float, direct: bool, out: T
     """_gram: into ``out`` where one part is all there is and ``direct``, else parts."""
     v = view(features)
     how, half, widened = _arithmetic(features, shift)
-    tile = _gram_tile(how, half, v.c, v.n, widened)
+    tile = _gram_tile(how, half, v.c, _odd(v), widened)
     parts = _parts(v, tile)
     direct = direct and parts.splits == 1
     if not direct:
@@ -292,7 +303,7 @@ def _times(features: Tensor, matrix: Tensor, by: Tensor | None, scale: float, sh
         matrix = matrix.to(features.dtype)
     v, to = view(features), view(out)
     how = precision(features)
-    tile = _product_tile(how, features.dtype is not torch.float32, v.c)
+    tile = _product_tile(how, features.dtype is not torch.float32, v.c, _odd(v) or _odd(to))
     c_tiles = cdiv(v.c, tile.channels)
     _product[(c_tiles * cdiv(v.s, tile.positions), v.n)](
         matrix.contiguous(), v.data, matrix if by is None else by.contiguous(), out, v.c, v.s, *v.strides, *to.strides, c_tiles,
@@ -332,22 +343,22 @@ def _variants() -> list[Aot]:
         for how in ("ieee",) if half else ("ieee", "tf32"):
             for form, ones in (("", rows), (" channels_last", last), (" any strides", None)):
                 for c in (64, 512):
-                    if kind == "fp16" and (form or c == 64):
+                    if c == 64 and (how == "ieee" and not half or ones is None) or kind == "fp16" and (form or c == 64):
                         continue
                     base = dict(LAST=ones is last, OUT_LAST=ones is last, SHIFT=False, PRECISION=how, WIDE=False)
-                    t = _gram_tile(how, half, c, 1, False)
+                    t = _gram_tile(how, half, c, ones is None, False)
                     for direct in (False, True):
                         label = f"{'entries' if direct else 'part'} {c} {how}{form}"
                         blocks = dict(BLOCK_C=t.channels, BLOCK_K=t.depth)
                         add(label, _gram, kind, ones, t.options, DIRECT=direct, **base, **blocks)
-                    t = _product_tile(how, half, c)
+                    t = _product_tile(how, half, c, ones is None)
                     blocks = dict(BLOCK_C=t.channels, BLOCK_P=t.positions, BLOCK_K=t.depth, BY=True)
                     add(f"{c} {how}{form}", _product, kind, ones, t.options, **base, **blocks)
         how = "tf32" if half else "ieee"
-        t = _gram_tile(how, half, 64, 1, half)
+        t = _gram_tile(how, half, 64, False, half)
         base = dict(LAST=False, OUT_LAST=False, SHIFT=True, WIDE=half, DIRECT=False, BLOCK_C=t.channels, BLOCK_K=t.depth)
         add("part, shift", _gram, kind, rows, t.options, PRECISION=how, **base)
-        t = _product_tile("ieee", half, 256)
+        t = _product_tile("ieee", half, 256, False)
         base |= dict(BLOCK_C=t.channels, BLOCK_P=t.positions, BLOCK_K=t.depth, BY=False, WIDE=False)
         add("shift", _product, kind, rows, t.options, PRECISION="ieee", **base)
     for style in (False, True):
