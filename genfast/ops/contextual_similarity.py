@@ -186,7 +186,7 @@ _OP_BACKWARD = Op(
     "Tensor nearest, Tensor mean, bool need_x, bool need_y) -> (Tensor, Tensor)",
     reference=reference.contextual_similarity_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -195,7 +195,7 @@ OP = Op(
     reference=reference.contextual_similarity,
     check=_check_rows,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_rows)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,

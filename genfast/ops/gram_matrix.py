@@ -193,7 +193,10 @@ _OP_BACKWARD = Op(
     reference=reference.gram_matrix_backward,
     check=_check_gram_backward,
     fake=_fake_like,
-    kernels={"cpu": _cpu_gram_backward},
+    kernels={
+        "cpu": _cpu_gram_backward,
+        "triton": _backend.triton_kernel("gram_matrix", "gram_matrix_backward", _check_gram_backward),
+    },
     dtypes=_DTYPES,
 )
 
@@ -202,7 +205,7 @@ OP = Op(
     reference=reference.gram_matrix,
     check=_check_gram,
     fake=_fake_gram,
-    kernels={"cpu": _cpu_gram},
+    kernels={"cpu": _cpu_gram, "triton": _backend.triton_kernel("gram_matrix", "gram_matrix", _check_gram)},
     setup_context=_setup_gram,
     backward=_backward_gram,
     samples=_samples_gram,
@@ -214,7 +217,10 @@ OP_STYLE_BACKWARD = Op(
     reference=reference.style_loss_backward,
     check=_check_style_backward,
     fake=_fake_like,
-    kernels={"cpu": _cpu_style_backward},
+    kernels={
+        "cpu": _cpu_style_backward,
+        "triton": _backend.triton_kernel("gram_matrix", "style_loss_backward", _check_style_backward),
+    },
     dtypes=_DTYPES,
 )
 
@@ -223,7 +229,7 @@ OP_STYLE = Op(
     reference=reference.style_loss,
     check=_check_style,
     fake=_fake_style,
-    kernels={"cpu": _cpu_style},
+    kernels={"cpu": _cpu_style, "triton": _backend.triton_kernel("gram_matrix", "style_loss", _check_style)},
     setup_context=_setup_style,
     backward=_backward_style,
     samples=_samples_style,

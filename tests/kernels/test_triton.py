@@ -31,6 +31,8 @@ RUNS = [
     ("activation", "interpreted_activation"),
     *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
     ("", "interpreted_upfirdn2d"),
+    *((f, "interpreted_features") for f in ("gram", "contextual")),
+    ("gram or style or contextual", "interpreted"),
     *((f, "interpreted_penalty") for f in PENALTY),
     ("", "interpreted_diagonal_gaussian"),
 ]

@@ -1,0 +1,371 @@
+"""Gram matrices and the style loss (Gatys et al. 1508.06576, section 2) of features F (N, C, S), with F' = F + shift:
+
+    G = scale F' F'^T                            dF = scale (dG + dG^T) F'
+    L_n = factor sum_ij (G_nij - A_nij)^2        dF_n = 4 factor scale dL_n D_n F'_n,  D = G - (A + A^T) / 2
+
+Only tiles of the lower triangle are computed. A style layer has few channels and many positions, so its tiles are too few to
+fill a device: the positions are split (by the shape alone), and a second kernel adds the parts in order, scales, and writes the
+entry and its mirror, so that G is symmetric to the bit; for the style loss it takes the difference and its square there, so
+that G itself is never written. Without a split the product's own epilogue scales and mirrors. The backward is one product by a
+symmetric matrix, with the scale and the gradient of the loss in its epilogue.
+
+FLOPs: C (C + BLOCK) S a sample forward, 2 C^2 S backward. Bytes: F once forward (its rows are read again by the tiles beside
+them, from L2), F and dF once backward; C^2 floats a part between the two kernels, at most about 600 tiles of 16 KB in all.
+In bfloat16 C FLOPs a byte, where an H200's tensor cores balance at 206: layers of 64 and 128 channels are bound by memory,
+where the triangle saves nothing and one read of F is all, 256 is balanced, 512 is bound by arithmetic with 36 of 64 tiles of 64
+(10 of 16 of 128). In float32 on FMA units, which balance at 14 FLOPs a byte, all are bound by arithmetic, so the triangle is
+worth up to 1.8 times. No GPU was at hand: none of this is measured.
+
+Tiles (sm_90): 64 x 64 by 64 positions, four warps and four stages (64 KB), three programs a multiprocessor, since the number of
+programs is what is short; 128 x 128 from 512 channels on in half types and TF32, which halves the reads from L2, if there are
+enough of them. FMA units: 64 x 64 by 16. Products of the backward 128 x 128 by 64 (96 KB).
+Half types multiply on the tensor cores and add in float32; a shift is added in float32 and then multiplied as TF32. For float16
+the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means are below its range.
+float32 follows torch.backends.cuda.matmul.allow_tf32. Features are read where they lie, also in channels_last.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import Aot, View, cdiv, output, precision, variant, view, wide
+
+PROGRAMS = 528  # four for each multiprocessor of an H100 or H200: fewer tiles, and the positions are split
+LARGE_FROM = 512  # channels from which tiles of 128 pay
+STEPS = 8  # at least so many steps of a product for each part
+
+
+@triton.jit
+def _corner(tile):
+    """Row and column of a tile of the lower triangle, counted by rows."""
+    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
+    return row, tile - row * (row + 1) // 2
+
+
+@triton.jit
+def _features(
+    f, c, k, C, S, fc, fs, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Channels c by positions k, read along what lies together."""
+    if LAST:
+        inside = (k < S)[:, None] & (c < C)[None, :]
+        value = tl.load(f + (k.to(tl.int64) * fs)[:, None] + (c * fc)[None, :], mask=inside, other=0)
+    else:
+        inside = (c < C)[:, None] & (k < S)[None, :]
+        value = tl.load(f + (c.to(tl.int64) * fc)[:, None] + (k * fs)[None, :], mask=inside, other=0)
+    if WIDE:
+        value = value.to(tl.float32)
+    if SHIFT:
+        value = tl.where(inside, value.to(tl.float32) + shift, 0.0).to(value.dtype)
+    return tl.trans(value) if LAST else value
+
+
+@triton.jit
+def _gram(
+    f, out, C, S, fn, fc, fs, tiles, splits, steps, scale, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile over ``steps`` blocks of positions: a part of its own, or with DIRECT the entries of G and their mirror."""
+    n = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    row, column = _corner(tile)
+    i = row * BLOCK_C + tl.arange(0, BLOCK_C)
+    j = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    f += n * fn
+    total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
+    for step in range(split * steps, tl.minimum(split * steps + steps, tl.cdiv(S, BLOCK_K))):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = _features(f, i, k, C, S, fc, fs, shift, LAST, SHIFT, WIDE)
+        b = _features(f, j, k, C, S, fc, fs, shift, LAST, SHIFT, WIDE)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    if DIRECT:
+        total *= scale
+        lower = (i[:, None] < C) & (j[None, :] <= i[:, None])
+        to = out + n * C * C
+        tl.store(to + i[:, None] * C + j[None, :], total, mask=lower)
+        mirrored = (i[None, :] < C) & (j[:, None] < i[None, :])
+        tl.store(to + j[:, None] * C + i[None, :], tl.trans(total), mask=mirrored)
+    else:
+        e = tl.arange(0, BLOCK_C)
+        to = out + ((n * tiles + tile) * splits + split) * (BLOCK_C * BLOCK_C)
+        tl.store(to + e[:, None] * BLOCK_C + e[None, :], total)
+
+
+@triton.jit
+def _join(
+    part, target, out, loss, C, target_stride, tiles, splits, scale, STYLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's parts in order; writes G or, with STYLE, D and the sum of (G - A)^2 over this program's entries."""
+    PIECES: tl.constexpr = BLOCK_C * BLOCK_C // BLOCK_E
+    n = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0) // PIECES
+    e = (tl.program_id(0) % PIECES) * BLOCK_E + tl.arange(0, BLOCK_E)
+    row, column = _corner(tile)
+    i = row * BLOCK_C + e // BLOCK_C
+    j = column * BLOCK_C + e % BLOCK_C
+    there = (i < C) & (j <= i)
+    at = part + (n * tiles + tile) * splits * (BLOCK_C * BLOCK_C)
+    total = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    for first in range(0, splits, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        inside = (r < splits)[:, None] & there[None, :]
+        total += tl.sum(tl.load(at + r[:, None] * (BLOCK_C * BLOCK_C) + e[None, :], mask=inside, other=0), axis=0)
+    total *= scale
+    below, above = i * C + j, j * C + i
+    if STYLE:
+        a = tl.load(target + n * target_stride + below, mask=there, other=0).to(tl.float32)
+        b = tl.load(target + n * target_stride + above, mask=there, other=0).to(tl.float32)
+        squares = (total - a) * (total - a) + tl.where(i == j, 0.0, (total - b) * (total - b))
+        tl.store(loss + n * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(there, squares, 0.0), axis=0))
+        total -= (a + b) * 0.5
+    tl.store(out + n * C * C + below, total, mask=there)
+    tl.store(out + n * C * C + above, total, mask=there)
+
+
+@triton.jit
+def _product(
+    h, f, by, out, C, S, fn, fc, fs, on, oc, os, c_tiles, scale, shift, LAST: tl.constexpr, OUT_LAST: tl.constexpr,
+    SHIFT: tl.constexpr, BY: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """scale by_n H_n F'_n of symmetric H (N, C, C)."""
+    n = tl.program_id(1).to(tl.int64)
+    c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = (tl.program_id(0) // c_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    h += n * C * C
+    f += n * fn
+    total = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    for first in range(0, C, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        a = tl.load(h + c[:, None] * C + k[None, :], mask=(c < C)[:, None] & (k < C)[None, :], other=0)
+        b = _features(f, k, p, C, S, fc, fs, shift, LAST, SHIFT, WIDE)
+        total = tl.dot(a.to(b.dtype), b, total, input_precision=PRECISION)
+    total *= scale
+    if BY:
+        total *= tl.load(by + n)
+    found = total.to(out.dtype.element_ty)
+    out += n * on
+    if OUT_LAST:
+        to = out + (p.to(tl.int64) * os)[:, None] + (c * oc)[None, :]
+        tl.store(to, tl.trans(found), mask=(p < S)[:, None] & (c < C)[None, :])
+    else:
+        to = out + (c.to(tl.int64) * oc)[:, None] + (p * os)[None, :]
+        tl.store(to, found, mask=(c < C)[:, None] & (p < S)[None, :])
+
+
+# ---- launches ----
+
+
+class Tile(NamedTuple):
+    """Channels (rows, and columns of the forward), positions of an output and depth of a step."""
+
+    channels: int
+    positions: int
+    depth: int
+    warps: int
+    stages: int
+    registers: int = 0  # at most, where the assembler's own choice spills
+
+    @property
+    def options(self) -> dict[str, int]:
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+
+
+def _odd(v: View) -> bool:
+    """Whether neither channels nor positions lie together, or offsets need 64 bits: addresses then take registers."""
+    return v.far or 1 not in (v.c_stride, v.s_stride)
+
+
+def _gram_tile(how: str, half: bool, c: int, odd: bool, widened: bool) -> Tile:
+    """``widened``: operands of half types that are multiplied as float32."""
+    if odd:
+        return Tile(64, 64, 16, 8, 2, 224)
+    if how == "ieee" and not half:
+        return Tile(64, 64, 16, 4, 2, 168)
+    depth = 64 if half and not widened else 32
+    if c >= LARGE_FROM and not widened:
+        return Tile(128, 128, depth, 8, 3)
+    return Tile(64, 64, depth, 4, 4)
+
+
+def _product_tile(how: str, half: bool, c: int, odd: bool) -> Tile:
+    if odd:
+        return Tile(64, 64, 16, 8, 2, 224)
+    if how == "ieee" and not half:
+        return Tile(64, 64, 16, 4, 2, 168)
+    return Tile(128 if c > 64 else 64, 128, 64 if half else 32, 8 if c > 64 else 4, 3)
+
+
+class _Parts(NamedTuple):
+    tiles: int
+    splits: int
+    steps: int  # of each split
+
+
+def _parts(v: View, tile: Tile) -> _Parts:
+    rows = cdiv(v.c, tile.channels)
+    tiles = rows * (rows + 1) // 2
+    blocks = max(1, cdiv(v.s, tile.depth))
+    splits = max(1, min(cdiv(PROGRAMS, tiles * v.n), blocks // STEPS))
+    steps = cdiv(blocks, splits)
+    return _Parts(tiles, cdiv(blocks, steps), steps)
+
+
+def _arithmetic(x: Tensor, shift: float) -> tuple[str, bool, bool]:
+    """How products of the forward are taken, whether x is of a half type, and whether its operands are widened."""
+    half = x.dtype is not torch.float32
+    widened = half and shift != 0
+    return "tf32" if widened else precision(x), half, widened
+
+
+def _triangle(features: Tensor, scale: float, shift: float, direct: bool, out: Tensor) -> tuple[Tensor, _Parts, Tile]:
+    """_gram: into ``out`` where one part is all there is and ``direct``, else parts."""
+    v = view(features)
+    how, half, widened = _arithmetic(features, shift)
+    tile = _gram_tile(how, half, v.c, _odd(v), widened)
+    parts = _parts(v, tile)
+    direct = direct and parts.splits == 1
+    if not direct:
+        out = out.new_empty((v.n, parts.tiles, parts.splits, tile.channels, tile.channels))
+    _gram[(parts.tiles * parts.splits, v.n)](
+        v.data, out, v.c, v.s, *v.strides, *parts, scale, shift, LAST=v.walks_channels, SHIFT=shift != 0, DIRECT=direct,
+        PRECISION=how, WIDE=widened or wide(features), BLOCK_C=tile.channels, BLOCK_K=tile.depth, **tile.options,
+    )  # fmt: skip
+    return out, parts, tile
+
+
+def _joined(
+    part: Tensor, parts: _Parts, tile: Tile, scale: float, out: Tensor, target: Tensor | None
+) -> Tensor:  # fmt: skip
+    """_join into ``out``; the sums of squares of each program, with a target."""
+    n, c, _ = out.shape
+    together = min(32, triton.next_power_of_2(parts.splits))
+    entries = min(1024, 4096 // together)
+    programs = parts.tiles * (tile.channels**2 // entries)
+    loss = torch.empty((n, programs), dtype=torch.float32, device=out.device) if target is not None else part
+    a = part if target is None else target.contiguous()
+    stride = c * c if target is not None and target.shape[0] > 1 else 0
+    _join[(programs, n)](
+        part, a, out, loss, c, stride, parts.tiles, parts.splits, scale, STYLE=target is not None, BLOCK_C=tile.channels,
+        BLOCK_E=entries, BLOCK_R=together, num_warps=4,
+    )  # fmt: skip
+    return loss
+
+
+def gram_matrix(features: Tensor, scale: float, shift: float) -> Tensor:
+    """G of genfast::gram_matrix."""
+    n, c = features.shape[:2]
+    out = torch.empty((n, c, c), dtype=torch.float32, device=features.device)
+    if not out.numel():
+        return out
+    if not features.numel():
+        return out.zero_()
+    found, parts, tile = _triangle(features, scale, shift, True, out)
+    if found is not out:
+        _joined(found, parts, tile, scale, out, None)
+    return out
+
+
+def style_loss(features: Tensor, target: Tensor, scale: float, shift: float, factor: float) -> tuple[Tensor, Tensor]:
+    """(L, D) of genfast::style_loss."""
+    n, c = features.shape[:2]
+    out = torch.empty((n, c, c), dtype=torch.float32, device=features.device)
+    if not out.numel():
+        return out.new_zeros(n), out
+    if not features.numel():
+        a = target.float()
+        out.copy_((a + a.mT) * -0.5)
+        return (factor * a.square().sum((1, 2))).expand(n).contiguous(), out
+    part, parts, tile = _triangle(features, scale, shift, False, out)
+    return factor * _joined(part, parts, tile, scale, out, target).sum(1), out
+
+
+def _times(features: Tensor, matrix: Tensor, by: Tensor | None, scale: float, shift: float) -> Tensor:
+    """scale by_n matrix_n (F_n + shift), with a symmetric matrix in float32."""
+    out = output(features)
+    if not out.numel():
+        return out
+    if features.dtype is torch.float16:
+        top = matrix.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+        matrix = matrix / top[:, None, None]
+        by = top if by is None else by * top
+    if features.dtype is not torch.float32 and not wide(features):
+        matrix = matrix.to(features.dtype)
+    v, to = view(features), view(out)
+    how = precision(features)
+    tile = _product_tile(how, features.dtype is not torch.float32, v.c, _odd(v) or _odd(to))
+    c_tiles = cdiv(v.c, tile.channels)
+    _product[(c_tiles * cdiv(v.s, tile.positions), v.n)](
+        matrix.contiguous(), v.data, matrix if by is None else by.contiguous(), out, v.c, v.s, *v.strides, *to.strides, c_tiles,
+        scale, shift, LAST=v.walks_channels, OUT_LAST=to.walks_channels, SHIFT=shift != 0, BY=by is not None, PRECISION=how,
+        WIDE=wide(features), BLOCK_C=tile.channels, BLOCK_P=tile.positions, BLOCK_K=tile.depth, **tile.options,
+    )  # fmt: skip
+    return out
+
+
+def gram_matrix_backward(features: Tensor, grad: Tensor, scale: float, shift: float) -> Tensor:
+    """dF of genfast::gram_matrix_backward."""
+    g = grad.float()
+    return _times(features, g + g.mT, None, scale, shift)
+
+
+def style_loss_backward(
+    features: Tensor, grad: Tensor, difference: Tensor, scale: float, shift: float, factor: float
+) -> Tensor:  # fmt: skip
+    """dF of genfast::style_loss_backward."""
+    return _times(features, difference.float(), grad.float(), 4.0 * factor * scale, shift)
+
+
+def _variants() -> list[Aot]:
+    found = []
+    rows, last = ("fs", "os"), ("fc", "oc")
+
+    def add(label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any) -> None:
+        known = dict.fromkeys(("f", "h"), f"*{kind}") | dict.fromkeys(("scale", "shift"), "fp32")
+        known |= dict.fromkeys(("part", "loss", "by", "target"), "*fp32")
+        known |= {"out": f"*{kind}" if kernel is _product else "*fp32"}
+        types = {name: known[name] for name in kernel.arg_names if name in known}
+        base = {name: value for name, value in base.items() if name in kernel.arg_names}
+        found.append(variant(f"{label} {kind}", kernel, types, base, ones, **launch))
+
+    for kind in ("fp32", "bf16", "fp16"):
+        half = kind != "fp32"
+        for how in ("ieee",) if half else ("ieee", "tf32"):
+            for form, ones in (("", rows), (" channels_last", last), (" any strides", None)):
+                for c in (64, 512):
+                    if c == 64 and (how == "ieee" and not half or ones is None) or kind == "fp16" and (form or c == 64):
+                        continue
+                    base = dict(LAST=ones is last, OUT_LAST=ones is last, SHIFT=False, PRECISION=how, WIDE=False)
+                    t = _gram_tile(how, half, c, ones is None, False)
+                    for direct in (False, True):
+                        label = f"{'entries' if direct else 'part'} {c} {how}{form}"
+                        blocks = dict(BLOCK_C=t.channels, BLOCK_K=t.depth)
+                        add(label, _gram, kind, ones, t.options, DIRECT=direct, **base, **blocks)
+                    t = _product_tile(how, half, c, ones is None)
+                    blocks = dict(BLOCK_C=t.channels, BLOCK_P=t.positions, BLOCK_K=t.depth, BY=True)
+                    add(f"{c} {how}{form}", _product, kind, ones, t.options, **base, **blocks)
+        how = "tf32" if half else "ieee"
+        t = _gram_tile(how, half, 64, False, half)
+        base = dict(LAST=False, OUT_LAST=False, SHIFT=True, WIDE=half, DIRECT=False, BLOCK_C=t.channels, BLOCK_K=t.depth)
+        add("part, shift", _gram, kind, rows, t.options, PRECISION=how, **base)
+        t = _product_tile("ieee", half, 256, False)
+        base |= dict(BLOCK_C=t.channels, BLOCK_P=t.positions, BLOCK_K=t.depth, BY=False, WIDE=False)
+        add("shift", _product, kind, rows, t.options, PRECISION="ieee", **base)
+    for style in (False, True):
+        for entries, together in ((1024, 1), (128, 32)):
+            base = dict(STYLE=style, BLOCK_C=64, BLOCK_E=entries, BLOCK_R=together)
+            add(f"{'style' if style else 'gram'} of {together}", _join, "fp32", (), {"num_warps": 4}, **base)
+    return found
+
+
+AOT = _variants()
