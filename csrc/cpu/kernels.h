@@ -265,6 +265,22 @@ struct PairwiseL1Args {
   int threads;
 };
 
+struct PairwiseArgs {
+  enum Mode { kSums, kGradient, kNearest };
+  enum Function { kRbf, kImq, kPolynomial };
+  bool is_double, exclude_diagonal;
+  int mode, kernel;
+  const void *x, *y;            // dense (b, n, c), (b, m, c); y null: x itself, m = n
+  const void *x_grad, *y_grad;  // gradient only: (b, n), (b, m), whose sum weighs a pair; null counts zero
+  void* out;                    // sums (b, n), gradient (b, n, c), squared distances (b, n, k)
+  int64_t* index;               // nearest only: (b, n, k)
+  const double* scales;
+  int64_t count, degree, k;
+  double offset;
+  int64_t b, n, m, c;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -305,6 +321,7 @@ struct PairwiseL1Args {
   void spectral_norm(const SpectralNormArgs&);              \
   void spectral_norm_backward(const SpectralNormArgs&);     \
   void pairwise_l1(const PairwiseL1Args&);                  \
+  void pairwise(const PairwiseArgs&);                       \
   }
 
 GENFAST_DECLARE(base)

@@ -32,6 +32,7 @@ RUNS = [
     *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
     ("", "interpreted_upfirdn2d"),
     *((f, "interpreted_penalty") for f in PENALTY),
+    ("pairwise", "interpreted_pairwise"),
 ]
 
 
