@@ -88,6 +88,8 @@ def _call(
     if not m:
         out.zero_()
         return
+    if not c:  # one feature of zeros has the same products and distances
+        x, y, c = x.new_zeros(b, n, 1), None if y is None else y.new_zeros(b, m, 1), 1
     _CPU.pairwise(
         x.dtype is torch.float64, exclude, mode, KERNELS.index(kernel), scales, degree, offset, x.data_ptr(), _address(y),
         _address(x_grad), _address(y_grad), out.data_ptr(), _address(index), k, b, n, m, c, torch.get_num_threads(),

@@ -312,7 +312,7 @@ def test_nearest_of_rows_that_are_not_finite():
             lambda: ops.mmd(torch.ones(4, 2), torch.ones(4, 2), kernel="polynomial", bandwidths=1.0), ValueError,
             "a polynomial has gamma",
         ),
-        (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(5, 2), subsets=2), ValueError, "subset_size=1000, expected 2"),
+        (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(5, 2), subsets=2), ValueError, "subset_size=1000"),
         (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(5, 2), subsets=0, subset_size=2), ValueError, "subsets=0"),
         (lambda: ops.kernel_distance(torch.ones(1, 4, 2), torch.ones(1, 5, 2), subsets=2), ValueError, r"expected \(N, C\)"),
         (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(4, 2), degree=0), ValueError, "degree=0"),
