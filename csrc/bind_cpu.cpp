@@ -1,11 +1,13 @@
 // The pybind11 module genfast._cpu: raw pointers in, raw pointers out, the instruction set chosen once at import.
 // genfast/ops checks every argument before it calls here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -631,6 +633,19 @@ void bind_gram_matrix(py::module_& m) {
   });
 }
 
+void bind_pairwise(py::module_& m) {
+  m.def("pairwise", [](bool is_double, bool exclude_diagonal, int mode, int kernel, const std::vector<double>& scales,
+                       int64_t degree, double offset, Address x, Address y, Address x_grad, Address y_grad, Address out,
+                       Address index, int64_t k, int64_t b, int64_t n, int64_t rows, int64_t c, int threads) {
+    PairwiseArgs a{};
+    a.is_double = is_double, a.exclude_diagonal = exclude_diagonal, a.mode = mode, a.kernel = kernel;
+    a.x = ptr<>(x), a.y = ptr<>(y), a.x_grad = ptr<>(x_grad), a.y_grad = ptr<>(y_grad), a.out = ptr<>(out);
+    a.index = ptr<int64_t>(index), a.scales = scales.data(), a.count = int64_t(scales.size());
+    a.degree = degree, a.offset = offset, a.k = k, a.b = b, a.n = n, a.m = rows, a.c = c, a.threads = threads;
+    GENFAST_CALL(pairwise, a);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -659,4 +674,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_diagonal_gaussian(m);
   bind_contextual_similarity(m);
   bind_gram_matrix(m);
+  bind_pairwise(m);
 }

@@ -22,8 +22,8 @@ nearest. The backward sweeps only rows that won something (listed on the device:
 where the mean sum_j A_ij y_j was kept, except for rows that touch a target, where the mean counts what must not flow. Sums
 over the columns that a row won run over a stable sort of the winners, again in order.
 
-FLOPs: 2 N M C a sweep and one more product for the mean: 6 N M C forward, 8 with the mean; 4 R M C for dx and 4 R M C for dy of R
-active rows (0.4 to 0.7 N on features of networks). Bytes: each operand once, N C + M C, then N M C / BLOCK from L2: at
+FLOPs: 2 N M C a sweep and one more product for the mean: 6 N M C forward, 8 with the mean; 4 R M C for dx and 4 R M C for dy of
+R active rows (0.4 to 0.7 N on features of networks). Bytes: each operand once, N C + M C, then N M C / BLOCK from L2: at
 N = M = 4096, C = 256 in bfloat16 4 MB from memory for 26 GFLOP, 6500 FLOPs a byte where an H200's tensor cores balance at 206;
 so bound by arithmetic, where eager moves 61 arrays of N x M (4.1 GB). N M exponentials a sweep of _attend: 1 for 2 C FLOPs,
 hidden below the product from C = 64 on.

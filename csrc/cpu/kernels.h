@@ -319,6 +319,22 @@ struct GramBackwardArgs {  // out = scale grad_n M (x + shift), M the matrix, or
   int threads;
 };
 
+struct PairwiseArgs {
+  enum Mode { kSums, kGradient, kNearest };
+  enum Function { kRbf, kImq, kPolynomial };
+  bool is_double, exclude_diagonal;
+  int mode, kernel;
+  const void *x, *y;            // dense (b, n, c), (b, m, c); y null: x itself, m = n
+  const void *x_grad, *y_grad;  // gradient only: (b, n), (b, m), whose sum weighs a pair; null counts zero
+  void* out;                    // sums (b, n), gradient (b, n, c), squared distances (b, n, k)
+  int64_t* index;               // nearest only: (b, n, k)
+  const double* scales;
+  int64_t count, degree, k;
+  double offset;
+  int64_t b, n, m, c;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -365,6 +381,7 @@ struct GramBackwardArgs {  // out = scale grad_n M (x + shift), M the matrix, or
   void contextual_similarity_backward(const ContextualArgs&); \
   void gram_matrix(const GramArgs&);                        \
   void gram_matrix_backward(const GramBackwardArgs&);       \
+  void pairwise(const PairwiseArgs&);                       \
   }
 
 GENFAST_DECLARE(base)

@@ -17,6 +17,7 @@ _SUM = "pairwise_kernel_sum"
 _NEAREST = "nearest_rows"
 _FAMILY = "pairwise"
 _CPU: Any = _backend.extension("_cpu")[0]
+_DTYPES = {**_backend.DTYPES, "cpu": _backend.DTYPES["reference"]}  # half types are converted: the copy is of rows, not pairs
 _MEDIAN_ROWS = 1024  # at most so many rows decide a median distance
 _AT_ONCE = 1 << 25  # elements of the subsets that kernel_distance gathers at once
 WAE_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -72,6 +73,66 @@ def _fake_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) ->
 def _fake_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:2], k)
     return x.new_empty(shape, dtype=_sums_dtype(x)), x.new_empty(shape, dtype=torch.int64)
+
+
+def _call(
+    mode: int, x: Tensor, y: Tensor | None, options: tuple[Any, ...], out: Tensor, x_grad: Tensor | None = None,
+    y_grad: Tensor | None = None, index: Tensor | None = None, k: int = 0,
+) -> None:  # fmt: skip
+    """x, y, grads dense in one of float32 and float64."""
+    kernel, scales, degree, offset, exclude = options
+    b, n, c = x.shape
+    m = n if y is None else y.shape[1]
+    if not out.numel():
+        return
+    if not m:
+        out.zero_()
+        return
+    if not c:  # one feature of zeros has the same products and distances
+        x, y, c = x.new_zeros(b, n, 1), None if y is None else y.new_zeros(b, m, 1), 1
+    _CPU.pairwise(
+        x.dtype is torch.float64, exclude, mode, KERNELS.index(kernel), scales, degree, offset, x.data_ptr(), _address(y),
+        _address(x_grad), _address(y_grad), out.data_ptr(), _address(index), k, b, n, m, c, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).contiguous()
+
+
+def _cpu_sum(x: Tensor, y: Tensor | None, *options: Any) -> Tensor:
+    _check_sum(x, y, *options)
+    dtype = _sums_dtype(x)
+    out = x.new_empty(x.shape[:2], dtype=dtype)
+    _call(0, _dense(x, dtype), None if y is None else _dense(y, dtype), options, out)
+    return out
+
+
+def _cpu_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    *options, need_x, need_y = rest
+    dtype = _sums_dtype(x)
+    g, rows, others = _dense(grad, dtype), _dense(x, dtype), None if y is None else _dense(y, dtype)
+    dx = dy = x.new_empty(0)
+    if need_x:
+        dx = torch.empty_like(rows)
+        _call(1, rows, others, tuple(options), dx, g, g if others is None else None)
+    if need_y and others is not None:  # the same sum with the sides exchanged
+        dy = torch.empty_like(others)
+        _call(1, others, rows, tuple(options), dy, None, g)
+    return dx.to(x.dtype), dy.to(x.dtype)
+
+
+def _cpu_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+    _check_nearest(x, y, k, exclude_self)
+    dtype = _sums_dtype(x)
+    distance, index = _fake_nearest(x, y, k, exclude_self)
+    rows = _dense(x, dtype)
+    _call(2, rows, None if y is None else _dense(y, dtype), ("rbf", [], 1, 0.0, exclude_self), distance, index=index, k=k)
+    return distance, index
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,7 +209,8 @@ _OP_BACKWARD = Op(
     f"{_SUM}_backward(Tensor grad, Tensor x, Tensor? y, {_OPTIONS}, bool need_x, bool need_y) -> (Tensor, Tensor)",
     reference=reference.pairwise_kernel_sum_backward,
     fake=_fake_sum_backward,
-    kernels={},
+    kernels={"cpu": _cpu_sum_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_SUM}_backward")},
+    dtypes=_DTYPES,
 )
 
 OP = Op(
@@ -156,7 +218,8 @@ OP = Op(
     reference=reference.pairwise_kernel_sum,
     check=_check_sum,
     fake=_fake_sum,
-    kernels={},
+    kernels={"cpu": _cpu_sum, "triton": _backend.triton_kernel(_FAMILY, _SUM, _check_sum)},
+    dtypes=_DTYPES,
     setup_context=_setup_sum,
     backward=_sum_backward,
     samples=_sum_samples,
@@ -167,7 +230,8 @@ OP_NEAREST = Op(
     reference=reference.nearest_rows,
     check=_check_nearest,
     fake=_fake_nearest,
-    kernels={},
+    kernels={"cpu": _cpu_nearest, "triton": _backend.triton_kernel(_FAMILY, _NEAREST, _check_nearest)},
+    dtypes=_DTYPES,
     setup_context=_setup_nearest,
     backward=_nearest_backward,
     samples=_nearest_samples,

@@ -35,6 +35,7 @@ RUNS = [
     ("gram or style or contextual", "interpreted"),
     *((f, "interpreted_penalty") for f in PENALTY),
     ("", "interpreted_diagonal_gaussian"),
+    ("pairwise", "interpreted_pairwise"),
 ]
 
 
