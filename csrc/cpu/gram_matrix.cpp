@@ -3,7 +3,7 @@
 //
 // Only tiles at and below the diagonal are computed, C^2 S FLOPs and what tiles on the diagonal waste; F is packed once, for both
 // sides. The mirror pass writes both halves, and there scales, takes the difference from A, and its square: G is never written
-// for the loss. x is read once, C^2 elements are written. Bound by the FMA rate; at C = 64 half by memory.
+// for the loss. x is read once, C^2 elements are written. Bound by the FMA rate; at C = 64 a third of the time is reading and packing.
 // Long S with few channels is cut into groups, summed apart and added in order. Groups and order depend on the sizes alone.
 //
 // The backward, scale M (F + shift) with M = dG + dG^T or the kept difference, is one product of gemm.h: 2 C^2 S FLOPs.
