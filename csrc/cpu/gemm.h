@@ -372,7 +372,7 @@ static inline void pack_panel(const Panels<T>& panels, int64_t p, const Strided<
 }
 
 template <class T>
-struct Onto {  // a tile of accumulators that go on from what the sums hold
+struct Onto {  // a tile of accumulators from zero, added to what the sums hold: long sums of one sign lose little so
   T* sums;
   int64_t ld;
   bool first;
@@ -380,13 +380,16 @@ struct Onto {  // a tile of accumulators that go on from what the sums hold
   template <int MR, int NV>
   GENFAST_INLINE_MEMBER void begin(Vec<T> (&acc)[MR][NV]) const {
     for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) acc[m][v] = first ? Vec<T>{} : load(sums + m * ld + v * lanes<T>());
+      for (int v = 0; v < NV; ++v) acc[m][v] = Vec<T>{};
   }
 
   template <int MR, int NV>
   GENFAST_INLINE_MEMBER void end(Vec<T> (&acc)[MR][NV]) const {
     for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) store(sums + m * ld + v * lanes<T>(), acc[m][v]);
+      for (int v = 0; v < NV; ++v) {
+        T* at = sums + m * ld + v * lanes<T>();
+        store(at, first ? acc[m][v] : load(at) + acc[m][v]);
+      }
   }
 };
 

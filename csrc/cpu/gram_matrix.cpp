@@ -3,7 +3,7 @@
 //
 // Only tiles at and below the diagonal are computed, C^2 S FLOPs and what tiles on the diagonal waste; F is packed once, for both
 // sides. The mirror pass writes both halves, and there scales, takes the difference from A, and its square: G is never written
-// for the loss. x is read once, C^2 elements are written. Bound by the FMA rate; at C = 64 half by memory.
+// for the loss. x is read once, C^2 elements are written. Bound by the FMA rate; at C = 64 a third of the time is reading and packing.
 // Long S with few channels is cut into groups, summed apart and added in order. Groups and order depend on the sizes alone.
 //
 // The backward, scale M (F + shift) with M = dG + dG^T or the kept difference, is one product of gemm.h: 2 C^2 S FLOPs.
@@ -15,6 +15,7 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kEdge = 16;                  // of a block of the mirror pass
+constexpr int64_t kTerms = 256;                // of a run, after which a sum is added to the sums before
 constexpr int64_t kGroup = 2048;               // positions that are worth a sum of their own
 constexpr int64_t kMaxGroups = 16;
 constexpr int64_t kGroupCache = 256 << 10;     // bytes of sums up to which groups are made: they stay in the second-level cache
@@ -52,7 +53,7 @@ class Gram {
   }
 
   static int64_t longest(int64_t s, int64_t groups) {
-    const int64_t most = (s + groups - 1) / groups, runs = inner_runs(most);
+    const int64_t most = (s + groups - 1) / groups, runs = std::max<int64_t>(1, (most + kTerms - 1) / kTerms);
     return std::max<int64_t>(1, (most + runs - 1) / runs);
   }
 
