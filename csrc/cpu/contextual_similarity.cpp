@@ -20,8 +20,7 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kStrip = 4 * kMaxRows;
-constexpr int64_t kRowsAtOnce = 16 * kStrip;  // rows whose W is held for the product of dy: within one run of its sum
-static_assert(kRowsAtOnce <= kInner, "one run");
+constexpr int64_t kRowsAtOnce = 16 * kStrip;  // rows whose W is held for dy: a block of columns of it lies in a cache
 
 using Args = ContextualArgs;
 
