@@ -74,7 +74,7 @@ void forward(const DiagonalGaussianArgs& a) {
       const T *mean = row<T>(a.mean, n), *log_variance = row<T>(a.log_variance, n), *noise = row<T>(a.noise, n);
       const T *prior_mean = row<T>(a.prior_mean, n), *prior_log_variance = row<T>(a.prior_log_variance, n);
       T* z = row<T>(a.z, n, a.d);
-      Vec<T> part[4] = {};
+      Vec<T> part[2] = {};
       const auto step = [&](int64_t i, int count, Vec<T>& total) __attribute__((always_inline)) {
         const Vec<T> m = take(mean, i, count), v = take(log_variance, i, count);
         if (kNoise) put(z, i, m + exp<T>(v * T(0.5)) * take(noise, i, count), count);
@@ -92,12 +92,12 @@ void forward(const DiagonalGaussianArgs& a) {
         if (column) put(column, i, n == first ? kl : take<T>(column, i, count) + kl, count);
       };
       int64_t i = from;
-      for (; i + 4 * width <= to; i += 4 * width) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) step(i + k * width, width, part[k]);
+      for (; i + 2 * width <= to; i += 2 * width) {
+        step(i, width, part[0]);
+        step(i + width, width, part[1]);
       }
       for (; i < to; i += width) step(i, to - i < width ? int(to - i) : width, part[0]);
-      sums[n * chunks + item % chunks] = double(sum<T>((part[0] + part[1]) + (part[2] + part[3])));
+      sums[n * chunks + item % chunks] = double(sum<T>(part[0] + part[1]));
     }
   }
   for (int64_t n = 0; n < a.n; ++n) {

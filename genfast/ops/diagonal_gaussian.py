@@ -201,7 +201,7 @@ def _reduced(
         mean = mean.sum()
     elif groups == "channel" and mean.dim() > 1:
         mean = mean.flatten(1).sum(1)
-    floored = torch.where(mean > free_bits, mean, free_bits).sum()
+    floored = torch.where(mean <= free_bits, free_bits, mean).sum()  # so that NaN stays NaN
     return floored if reduction == "mean" else n * floored
 
 
@@ -234,8 +234,8 @@ def diagonal_gaussian(
 ) -> DiagonalGaussian:  # fmt: skip
     """Samples q(z|x) = N(mean, e^log_variance) by z = mean + e^(log_variance / 2) noise, and its KL(q || p), in one pass.
 
-    One pass forward and one backward, whichever of z, the KLs and both have a gradient. The KL is exact near the prior, where
-    e^v - 1 - v cancels in the usual formula: it is never negative. Sums over samples do not depend on the number of threads.
+    One pass forward and one backward, whichever of z, the KLs and both have a gradient. The kernels' KL is right near the prior
+    too, where e^v - 1 - v cancels in the usual formula, and never negative. No sum depends on the number of threads.
 
     Args:
         mean, log_variance: (N, ...) floating point, such as the two halves of an encoder's output, which need not be copied.

@@ -138,7 +138,9 @@ def test_extreme_variances_are_finite_or_infinite_as_they_should_be():
     assert not by_kl.isnan().any()
     (by_z,) = torch.autograd.grad(z[:5].sum(), log_variance)
     assert by_z[:5].isfinite().all()  # an infinite KL that nothing asked for does not enter
-    assert ops.diagonal_gaussian_kl(torch.full((1, 1), float("nan")), torch.zeros(1, 1)).isnan().all()
+    nan = torch.full((1, 1), float("nan"))
+    assert ops.diagonal_gaussian_kl(nan, torch.zeros(1, 1)).isnan().all()
+    assert ops.diagonal_gaussian_kl(nan, torch.zeros(1, 1), free_bits=1.0, reduction="mean").isnan()
 
 
 def test_third_derivatives():
