@@ -569,6 +569,9 @@ void bind_contextual_similarity(py::module_& m) {
     else
       GENFAST_CALL(contextual_similarity, a);
     return bytes;
+  });
+}
+
 void bind_gram_matrix(py::module_& m) {
   m.def("gram_matrix", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, Address target, int64_t target_stride,
                           Address out, Address value, double scale, double shift, double factor, int64_t n, int64_t c, int64_t s,

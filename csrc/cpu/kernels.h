@@ -279,6 +279,9 @@ struct ContextualArgs {
   int64_t* bytes;                              // not null: how much memory to bring as work, and nothing else
   double prior_weight, bandwidth, eps;
   int64_t b, n, m, c, prior_height, prior_width;
+  int threads;
+};
+
 struct GramArgs {
   bool is_double, channels_last;
   View x;
