@@ -27,7 +27,6 @@ from ._common import Aot, cdiv, precision, variant, wide
 from ._math import exp
 
 BLOCK, FEATURES = 64, 32  # rows and columns of a tile, features of a step
-REGISTERS = 168  # of a thread of the nearest rows, which the assembler does not grant of itself
 PANEL = 1 << 24  # weights that are written at once
 KERNELS = {"rbf": 0, "imq": 1, "polynomial": 2}
 
@@ -273,7 +272,7 @@ def nearest_rows(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tup
         for t in range(k):
             _nearest[(b * i_tiles,)](
                 rows, other, xn, yn, value[max(0, t - 1)], index[max(0, t - 1)], value[t], index[t], n, m, c, i_tiles,
-                cdiv(m, BLOCK), AGAIN=t > 0, EXCLUDE=exclude_self, BLOCK=BLOCK, FEATURES=FEATURES, maxnreg=REGISTERS,
+                cdiv(m, BLOCK), AGAIN=t > 0, EXCLUDE=exclude_self, BLOCK=BLOCK, FEATURES=FEATURES // 2,
                 **_launch(rows),
             )  # fmt: skip
     chosen = index.permute(1, 2, 0).long().sort(2).values  # ascending, so that equal distances stay so
@@ -319,10 +318,10 @@ def _variants() -> list[Aot]:
             for again in (False, True):
                 types = dict.fromkeys(("x", "y", "xn", "yn", "last", "out"), "*fp32")
                 types |= {"last_index": "*i32", "out_index": "*i32"}
-                constants = {"AGAIN": again, "EXCLUDE": again, "BLOCK": BLOCK, "FEATURES": FEATURES}
+                constants = {"AGAIN": again, "EXCLUDE": again, "BLOCK": BLOCK, "FEATURES": FEATURES // 2}
                 constants |= {"PRECISION": form, "WIDE": False}
                 about = f"{'next' if again else 'first'}, {form}, {label}"
-                found.append(variant(about, _nearest, types, constants, ones, num_warps=_warps("fp32"), maxnreg=REGISTERS))
+                found.append(variant(about, _nearest, types, constants, ones, num_warps=_warps("fp32")))
     return found
 
 
