@@ -41,7 +41,7 @@ def _argument(
     rows = x + i.to(tl.int64)[:, None] * C
     columns = y + j.to(tl.int64)[None, :] * C
     for first in range(0, C, FEATURES):
-        c = first + tl.arange(0, FEATURES)
+        c = (first + tl.arange(0, FEATURES)).to(tl.int32)
         a = tl.load(rows + c[None, :], mask=(i[:, None] < N) & (c[None, :] < C), other=0)
         b = tl.load(columns + c[:, None], mask=(c[:, None] < C) & (j[None, :] < M), other=0)
         if WIDE:
@@ -92,8 +92,8 @@ def _sums(
     j_tile = pid % j_tiles
     if SAME and j_tile < i_tile:
         return
-    i = i_tile * BLOCK + tl.arange(0, BLOCK)
-    j = j_tile * BLOCK + tl.arange(0, BLOCK)
+    i = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
+    j = (j_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
     d = _argument(
         x + b * N * C, y + b * M * C, xn + b * N, yn + b * M, i, j, N, M, C, KERNEL == 2, BLOCK, FEATURES, PRECISION, WIDE
     )
@@ -115,9 +115,9 @@ def _weights(
     """Of ``rows`` rows from ``first`` on: (B, rows, M)."""
     pid = tl.program_id(0)
     b = (pid // (i_tiles * j_tiles)).to(tl.int64)
-    at = (pid // j_tiles % i_tiles) * BLOCK + tl.arange(0, BLOCK)
-    i = first + at
-    j = (pid % j_tiles) * BLOCK + tl.arange(0, BLOCK)
+    at = ((pid // j_tiles % i_tiles) * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
+    i = (first + at).to(tl.int32)
+    j = ((pid % j_tiles) * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
     d = _argument(
         x + b * N * C, y + b * M * C, xn + b * N, yn + b * M, i, j, N, M, C, KERNEL == 2, BLOCK, FEATURES, PRECISION, WIDE
     )
@@ -140,14 +140,14 @@ def _nearest(
 ):  # fmt: skip
     """The least (distance, j) of each row; with AGAIN, of those that come after (last, last_index)."""
     b = (tl.program_id(0) // i_tiles).to(tl.int64)
-    i = (tl.program_id(0) % i_tiles) * BLOCK + tl.arange(0, BLOCK)
+    i = ((tl.program_id(0) % i_tiles) * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
     best = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
     chosen = tl.zeros((BLOCK,), dtype=tl.int32)
     if AGAIN:
         before = tl.load(last + b * N + i, mask=i < N, other=0)[:, None]
         before_index = tl.load(last_index + b * N + i, mask=i < N, other=0)[:, None]
     for j_tile in range(j_tiles):
-        j = j_tile * BLOCK + tl.arange(0, BLOCK)
+        j = (j_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
         d = _argument(
             x + b * N * C, y + b * M * C, xn + b * N, yn + b * M, i, j, N, M, C, False, BLOCK, FEATURES, PRECISION, WIDE
         )
@@ -164,6 +164,16 @@ def _nearest(
         chosen = tl.where(better, where, chosen)
     tl.store(out + b * N + i, best, mask=i < N)
     tl.store(out_index + b * N + i, chosen, mask=i < N)
+
+
+def _warps(kind: str) -> int:
+    """Four warps would spill what a tile of float32 operands keeps in registers."""
+    return 8 if kind == "fp32" else 4
+
+
+def _launch(rows: Tensor) -> dict[str, Any]:
+    kind = "fp32" if rows.dtype is torch.float32 else "half"
+    return {"PRECISION": precision(rows), "WIDE": wide(rows), "num_warps": _warps(kind)}
 
 
 @functools.lru_cache(256)
@@ -200,7 +210,7 @@ def pairwise_kernel_sum(
     _sums[(b * i_tiles * j_tiles,)](
         rows, other, xn, yn, _on_device(tuple(scales), x.device), partial, offset, b, n, m, c, i_tiles, j_tiles,
         COUNT=len(scales), DEGREE=degree, KERNEL=KERNELS[kernel], SAME=y is None, EXCLUDE=exclude_diagonal, BLOCK=BLOCK,
-        FEATURES=FEATURES, PRECISION=precision(rows), WIDE=wide(rows), num_warps=4,
+        FEATURES=FEATURES, **_launch(rows),
     )  # fmt: skip
     return partial.sum(0)
 
@@ -229,7 +239,7 @@ def _gradient(
             rows, other, xn, yn, _on_device(tuple(scales), x.device), given if g is None else g, given if h is None else h,
             weights, offset, n, m, c, first, count, i_tiles, j_tiles, COUNT=len(scales), DEGREE=degree,
             KERNEL=KERNELS[kernel], ROWS=g is not None, COLUMNS=h is not None, EXCLUDE=exclude, BLOCK=BLOCK,
-            FEATURES=FEATURES, PRECISION=precision(rows), WIDE=wide(rows), num_warps=4,
+            FEATURES=FEATURES, **_launch(rows),
         )  # fmt: skip
         total = weights @ right
         if not product:
@@ -262,8 +272,8 @@ def nearest_rows(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tup
         for t in range(k):
             _nearest[(b * i_tiles,)](
                 rows, other, xn, yn, value[max(0, t - 1)], index[max(0, t - 1)], value[t], index[t], n, m, c, i_tiles,
-                cdiv(m, BLOCK), AGAIN=t > 0, EXCLUDE=exclude_self, BLOCK=BLOCK, FEATURES=FEATURES, PRECISION=precision(rows),
-                WIDE=False, num_warps=4,
+                cdiv(m, BLOCK), AGAIN=t > 0, EXCLUDE=exclude_self, BLOCK=BLOCK, FEATURES=FEATURES // 2,
+                **_launch(rows),
             )  # fmt: skip
     chosen = index.permute(1, 2, 0).long().sort(2).values  # ascending, so that equal distances stay so
     side = x if y is None else y
@@ -278,7 +288,7 @@ def _variants() -> list[Aot]:
     for ones, label in (((), "32-bit sizes"), (None, "64-bit sizes")):
         for name, kernel in KERNELS.items():
             for kind, form in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")):
-                if kind != "fp32" and name != "polynomial":  # distances are those of float32 rows
+                if kind != "fp32" and (name != "polynomial" or ones is None):  # distances are those of float32 rows
                     continue
                 types = dict.fromkeys(names, "*fp32") | {"x": f"*{kind}", "y": f"*{kind}", "offset": "fp32"}
                 if name == "polynomial":
@@ -286,23 +296,32 @@ def _variants() -> list[Aot]:
                 common: dict[str, Any] = {"KERNEL": kernel, "COUNT": 1 if kernel == 2 else 7, "DEGREE": 3, "BLOCK": BLOCK}
                 common |= {"FEATURES": FEATURES, "PRECISION": form, "WIDE": False}
                 about = f"{name} {kind} {form}, {label}"
-                for same in (False, True):
+                for same in (False, True) if ones is not None else (True,):
                     own = {n: t for n, t in types.items() if n in _sums.arg_names}
                     constants = common | {"SAME": same, "EXCLUDE": same}
-                    found.append(variant(f"{'itself' if same else 'two'}, {about}", _sums, own, constants, ones, num_warps=4))
+                    found.append(
+                        variant(f"{'itself' if same else 'two'}, {about}", _sums, own, constants, ones, num_warps=_warps(kind))
+                    )
                     own = {n: t for n, t in types.items() if n in _weights.arg_names}
                     constants = common | {"ROWS": True, "COLUMNS": same, "EXCLUDE": same}
                     found.append(
-                        variant(f"{'itself' if same else 'two'}, {about}", _weights, own, constants, ones, num_warps=4)
+                        variant(
+                            f"{'itself' if same else 'two'}, {about}",
+                            _weights,
+                            own,
+                            constants,
+                            ones,
+                            num_warps=_warps(kind),
+                        )
                     )
         for form in ("ieee", "tf32"):
             for again in (False, True):
                 types = dict.fromkeys(("x", "y", "xn", "yn", "last", "out"), "*fp32")
                 types |= {"last_index": "*i32", "out_index": "*i32"}
-                constants = {"AGAIN": again, "EXCLUDE": again, "BLOCK": BLOCK, "FEATURES": FEATURES}
+                constants = {"AGAIN": again, "EXCLUDE": again, "BLOCK": BLOCK, "FEATURES": FEATURES // 2}
                 constants |= {"PRECISION": form, "WIDE": False}
                 about = f"{'next' if again else 'first'}, {form}, {label}"
-                found.append(variant(about, _nearest, types, constants, ones, num_warps=4))
+                found.append(variant(about, _nearest, types, constants, ones, num_warps=_warps("fp32")))
     return found
 
 

@@ -168,7 +168,7 @@ def _nearest_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """(B, M, C) and (B, N, k) to (B, N, k, C)."""
     flat = index.flatten(1).unsqueeze(2).expand(-1, -1, rows.shape[2])
-    return rows.gather(1, flat).unflatten(1, index.shape[1:])
+    return rows.gather(1, flat).view(*index.shape, rows.shape[2])
 
 
 def _scatter(values: Tensor, index: Tensor, rows: int) -> Tensor:
