@@ -707,9 +707,7 @@ def contextual_similarity_backward(
     rows, scale, sources = _rows(x, y, distance), 1.0 / bandwidth, over == "sources"
     b, n, m, c = rows.sizes
     prior = _prior_of(prior_rows, prior_columns, prior_weight, rows.x)
-    grad, value, winner, statistics, nearest, mean = (
-        t.contiguous() for t in (grad, value, winner, statistics, nearest, mean)
-    )
+    grad, value, winner, statistics, nearest, mean = (t.contiguous() for t in (grad, value, winner, statistics, nearest, mean))
     order, starts = _grouped(winner, n if sources else m) if sources or need_y else (winner, winner)
     pull = torch.empty_like(value)
     rate, swept_rate, toward = (torch.empty((b, n), dtype=torch.float32, device=x.device) for _ in range(3))
@@ -749,13 +747,19 @@ def contextual_similarity_backward(
 
 def _variants() -> list[Aot]:
     found = []
-    floats = dict.fromkeys(("x_norm", "y_norm", "prior_rows", "prior_columns", "statistics", "log_sum", "value", "poison"), "*fp32")
-    floats |= dict.fromkeys(("part", "rate", "rate_top", "swept_rate", "toward", "pull", "mass", "moment", "out", "mean"), "*fp32")
+    floats = dict.fromkeys(
+        ("x_norm", "y_norm", "prior_rows", "prior_columns", "statistics", "log_sum", "value", "poison"), "*fp32"
+    )
+    floats |= dict.fromkeys(
+        ("part", "rate", "rate_top", "swept_rate", "toward", "pull", "mass", "moment", "out", "mean"), "*fp32"
+    )
     floats |= {"norm": "*fp32"} | dict.fromkeys(("scale", "eps", "weight"), "fp32")
     ints = dict.fromkeys(("rows", "count", "winner", "order", "starts", "near_order", "near_starts", "nearest"), "*i64")
     ints |= {"index": "*i64", "part_index": "*i32", "swept": "*i32"}
 
-    def add(label: str, kernel: Any, kind: str, launch: dict[str, int], types: dict[str, str] | None = None, **base: Any) -> None:
+    def add(
+        label: str, kernel: Any, kind: str, launch: dict[str, int], types: dict[str, str] | None = None, **base: Any
+    ) -> None:
         known = floats | ints | dict.fromkeys(("x", "y", "x_rows", "y_rows", "own", "other"), f"*{kind}") | (types or {})
         own = {name: known[name] for name in kernel.arg_names if name in known}
         found.append(variant(f"{label} {kind}", kernel, own, base, ("splits",), **launch))
@@ -787,7 +791,9 @@ def _variants() -> list[Aot]:
                         add(f"{what} {about}", _attend, kind, t.options, None, **base, **ends, **blocks)
         for distance in DISTANCES if kind == "fp32" else ("cosine",):
             for columns in (False, True):
-                ends = dict(C=256, DISTANCE=distance, COLUMNS=columns, LISTED=not columns, MEAN=not columns and distance != "l1")
+                ends = dict(
+                    C=256, DISTANCE=distance, COLUMNS=columns, LISTED=not columns, MEAN=not columns and distance != "l1"
+                )
                 block = 64 if distance == "l1" else 256
                 about = f"{distance} of {'y' if columns else 'x'}"
                 types = {"grad": f"*{kind}"}

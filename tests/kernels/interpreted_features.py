@@ -64,7 +64,9 @@ def test_gram_parts_of_the_positions(dtype, monkeypatch):
     monkeypatch.setattr(gram_kernels, "PROGRAMS", 9)
     for n, c, shift in ((1, 67, 0.0), (2, 3, -1.0)):
         features = torch.randn(n, c, 150).to(dtype)
-        assert gram_kernels._parts(gram_kernels.view(features), gram_kernels._gram_tile("ieee", True, c, False, False)).splits == 3
+        assert (
+            gram_kernels._parts(gram_kernels.view(features), gram_kernels._gram_tile("ieee", True, c, False, False)).splits == 3
+        )
         check_gram(features, shift=shift)
         check_style(features, torch.randn(1, c, c), shift=shift)
 
@@ -197,7 +199,9 @@ def test_contextual_ties_go_to_the_lowest_index(distance, monkeypatch):
     y = rows(6, 4, distance).repeat(1, 12, 1)
     x = rows(5, 4, distance).repeat(1, 14, 1)
     for over in ("sources", "targets"):
-        value, winner, _, nearest, _ = run(OPS["contextual_similarity"], (x, y, None, None, 0.0, 0.5, 1e-2, distance, over, False))
+        value, winner, _, nearest, _ = run(
+            OPS["contextual_similarity"], (x, y, None, None, 0.0, 0.5, 1e-2, distance, over, False)
+        )
         assert int(nearest.max()) < 6
         assert int(winner.max()) < (5 if over == "sources" else 6)
         assert bool(value.isfinite().all())
@@ -233,7 +237,8 @@ def test_contextual_strided_gradient():
     found = run(OPS["contextual_similarity"], args)
     wide = torch.ones(()).expand(1, 7)
     dense, strides = (
-        run(OPS["contextual_similarity_backward"], (g, x, y, *args[2:-1], *found, True, True)) for g in (wide.contiguous(), wide)
+        run(OPS["contextual_similarity_backward"], (g, x, y, *args[2:-1], *found, True, True))
+        for g in (wide.contiguous(), wide)
     )
     assert torch.equal(dense[0], strides[0])
     assert torch.equal(dense[1], strides[1])
