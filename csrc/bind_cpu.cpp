@@ -547,6 +547,31 @@ void bind_minibatch_discrimination(py::module_& m) {
   });
 }
 
+void bind_gram_matrix(py::module_& m) {
+  m.def("gram_matrix", [](bool is_double, Address x, int64_t xn, int64_t xc, int64_t xs, Address target, int64_t target_stride,
+                          Address out, Address value, double scale, double shift, double factor, int64_t n, int64_t c, int64_t s,
+                          bool channels_last, int threads) {
+    GramArgs a{};
+    a.is_double = is_double, a.channels_last = channels_last, a.threads = threads;
+    a.x = view(x, xn, xc, xs);
+    a.target = ptr<>(target), a.target_stride = target_stride, a.out = ptr<>(out), a.value = ptr<>(value);
+    a.scale = scale, a.shift = shift, a.factor = factor;
+    a.n = n, a.c = c, a.s = s;
+    GENFAST_CALL(gram_matrix, a);
+  });
+  m.def("gram_matrix_backward", [](bool is_double, bool symmetrize, Address x, int64_t xn, int64_t xc, int64_t xs, Address matrix,
+                                   Address grad, Address out, double scale, double shift, int64_t n, int64_t c, int64_t s,
+                                   bool channels_last, int threads) {
+    GramBackwardArgs a{};
+    a.is_double = is_double, a.channels_last = channels_last, a.symmetrize = symmetrize, a.threads = threads;
+    a.x = view(x, xn, xc, xs);
+    a.matrix = ptr<>(matrix), a.grad = ptr<>(grad), a.out = ptr<>(out);
+    a.scale = scale, a.shift = shift;
+    a.n = n, a.c = c, a.s = s;
+    GENFAST_CALL(gram_matrix_backward, a);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -572,4 +597,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_sample_norm(m);
   bind_spectral_norm(m);
   bind_minibatch_discrimination(m);
+  bind_gram_matrix(m);
 }

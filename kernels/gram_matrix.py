@@ -20,7 +20,8 @@ Tiles (sm_90): 64 x 64 by 64 positions, four warps and three stages (48 KB), fou
 programs is what is short; 128 x 128 from 512 channels on in half types and TF32, which halves the reads from L2, if there are
 enough of them. FMA units: 64 x 64 by 16, eight warps. Products of the backward 128 x 128 by 64 (96 KB).
 Half types multiply on the tensor cores and add in float32; a shift is added in float32 and then multiplied as TF32. For float16
-the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means are below its range.
+the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means are below its
+range.
 float32 follows torch.backends.cuda.matmul.allow_tf32. Features are read where they lie, also in channels_last.
 """
 

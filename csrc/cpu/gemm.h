@@ -338,5 +338,75 @@ void product(int64_t rows, int64_t columns, int64_t inner, const Strided<T>& a, 
     product_by_columns(rows, columns, inner, a, b, out, ld, threads, end);
 }
 
+// ---- a matrix times its own transpose: the lower triangle of  sum over k of f[i, k] f[j, k], f (rows, inner) ----
+
+// Panels of block_columns() rows of f, each (k, row): one packing serves both sides.
+template <class T>
+struct Panels {
+  T* data;
+  int64_t rows, longest;  // terms that there is room for
+
+  int64_t count() const { return (rows + block_columns<T>() - 1) / block_columns<T>(); }
+  int64_t width(int64_t p) const { return std::min(block_columns<T>(), padded<T>(rows - p * block_columns<T>())); }
+  int64_t live(int64_t p) const { return std::min(block_columns<T>(), rows - p * block_columns<T>()); }
+  T* at(int64_t p) const { return data + p * block_columns<T>() * longest; }
+  static int64_t elements(int64_t rows, int64_t longest) { return padded<T>(rows) * longest; }
+};
+
+// f[first .. , k0 .. k0 + count) of panel p, `shift` added. Rows of f are read a vector of them at a time, since more would be
+// more streams than the processor fetches ahead.
+template <class T>
+static inline void pack_panel(const Panels<T>& panels, int64_t p, const Strided<T>& f, int64_t k0, int64_t count, T shift) {
+  const int64_t first = p * block_columns<T>(), width = panels.width(p), live = panels.live(p);
+  T* to = panels.at(p);
+  if (f.row == 1) {
+    pack_columns<T>({f.data, f.column, 1}, k0, count, first, panels.rows, width, to);
+  } else {
+    for (int64_t k = 0; live < width && k < count; ++k)
+      for (int64_t j = live; j < width; ++j) to[k * width + j] = T(0);
+    for (int64_t r = 0; r < live; r += lanes<T>())
+      transpose(f.data + (first + r) * f.row + k0, f.row, std::min<int64_t>(lanes<T>(), live - r), count, to + r, width);
+  }
+  if (shift != T(0))
+    for (int64_t i = 0; i < count * width; i += lanes<T>()) store(to + i, load(to + i) + shift);
+}
+
+template <class T>
+struct Onto {  // a tile of accumulators from zero, added to what the sums hold: long sums of one sign lose little so
+  T* sums;
+  int64_t ld;
+  bool first;
+
+  template <int MR, int NV>
+  GENFAST_INLINE_MEMBER void begin(Vec<T> (&acc)[MR][NV]) const {
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[m][v] = Vec<T>{};
+  }
+
+  template <int MR, int NV>
+  GENFAST_INLINE_MEMBER void end(Vec<T> (&acc)[MR][NV]) const {
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) {
+        T* at = sums + m * ld + v * lanes<T>();
+        store(at, first ? acc[m][v] : load(at) + acc[m][v]);
+      }
+  }
+};
+
+// Tiles [from, to) of the rows of panel q against panel p <= q, added to the sums (rows, ld = padded rows). On the diagonal a tile
+// is as many vectors wide as its last row needs; what it computes above the diagonal is not to be used.
+template <class T>
+static __attribute__((noinline)) void triangle_tiles(const Panels<T>& panels, int64_t q, int64_t p, int64_t from, int64_t to,
+                                                     int64_t count, T* sums, int64_t ld, bool first) {
+  const Segment segment{0, 0, count};
+  const int64_t live = panels.live(q), step = panels.width(q), start = q * block_columns<T>();
+  for (int64_t tile = from; tile < to; ++tile) {
+    const int64_t row = tile_start(live, tile), height = tile_start(live, tile + 1) - row;
+    const int64_t nv = p < q ? kMaxVectors : vectors<T>(row + height);
+    run<T>(height, nv, Onto<T>{sums + (start + row) * ld + p * block_columns<T>(), ld, first}, panels.at(q) + row, 1, step, &segment,
+           1, panels.at(p), panels.width(p));
+  }
+}
+
 }  // namespace GENFAST_ISA
 }  // namespace genfast

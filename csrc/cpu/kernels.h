@@ -265,6 +265,27 @@ struct PairwiseL1Args {
   int threads;
 };
 
+struct GramArgs {
+  bool is_double, channels_last;
+  View x;
+  const void* target;     // (n, c, c) or, with target_stride 0, (c, c); null: the Gram matrix itself
+  int64_t target_stride;
+  void *out, *value;      // (n, c, c): G, or the symmetric part of G - target; (n,), with a target only
+  double scale, shift, factor;
+  int64_t n, c, s;
+  int threads;
+};
+
+struct GramBackwardArgs {  // out = scale grad_n M (x + shift), M the matrix, or with symmetrize the matrix plus its transpose
+  bool is_double, channels_last, symmetrize;
+  View x;
+  const void *matrix, *grad;  // (n, c, c); (n,) or null
+  void* out;                  // dense in x's order
+  double scale, shift;
+  int64_t n, c, s;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -305,6 +326,8 @@ struct PairwiseL1Args {
   void spectral_norm(const SpectralNormArgs&);              \
   void spectral_norm_backward(const SpectralNormArgs&);     \
   void pairwise_l1(const PairwiseL1Args&);                  \
+  void gram_matrix(const GramArgs&);                        \
+  void gram_matrix_backward(const GramBackwardArgs&);       \
   }
 
 GENFAST_DECLARE(base)

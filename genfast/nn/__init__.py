@@ -19,6 +19,7 @@ from .bijection import Bijection, FlowSequential
 from .contextual_similarity import ContextualLoss
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .gradient_penalty import CriticStep, GradientPenalty
+from .gram_matrix import GramLoss, GramMatrix
 from .invertible_conv1x1 import InvertibleConv1x1
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .minibatch_discrimination import MinibatchDiscrimination
@@ -36,6 +37,11 @@ __all__ = [
     "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
     "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
     "GradientPenalty", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination",
+    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "CriticStep",
+    "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d", "DownShiftedConv2d",
+    "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty",
+    "GramLoss", "GramMatrix",
+    "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination",
     "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift",
     "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check, _layout
 
-_DTYPES = dict(_backend.DTYPES)
+_CPU: Any = _backend.extension("_cpu")[0]
+_DTYPES = {**_backend.DTYPES, "cpu": _backend.DTYPES["reference"]}  # half types are converted for the C++ kernels
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -73,6 +74,59 @@ def _fake_like(features: Tensor, *_: Any) -> Tensor:
 def _fake_style(features: Tensor, target: Tensor, scale: float, shift: float, factor: float) -> tuple[Tensor, Tensor]:
     difference = _fake_gram(features, scale, shift)
     return difference.new_empty(features.shape[:1]), difference
+
+
+def _forward(
+    features: Tensor, target: Tensor | None, scale: float, shift: float, factor: float
+) -> tuple[Tensor | None, Tensor]:
+    x, at = _layout.laid_out(features.to(_wide(features.dtype)))
+    c = at.c
+    a = None if target is None else target.to(x.dtype).contiguous()
+    value = None if a is None else x.new_empty(at.n)
+    out = _pool.empty_strided((at.n, c, c), (c * c, c, 1), x.dtype)
+    _CPU.gram_matrix(
+        x.dtype is torch.float64, x.data_ptr(), at.n_stride, at.c_stride, at.s_stride, 0 if a is None else a.data_ptr(),
+        0 if a is None or a.shape[0] == 1 else c * c, out.data_ptr(), 0 if value is None else value.data_ptr(), scale, shift,
+        factor, at.n, c, at.s, at.walks_channels, torch.get_num_threads(),
+    )  # fmt: skip
+    return value, out
+
+
+def _product(features: Tensor, matrix: Tensor, grad: Tensor | None, symmetrize: bool, scale: float, shift: float) -> Tensor:
+    x, at = _layout.laid_out(features.to(_wide(features.dtype)))
+    m, g = matrix.to(x.dtype).contiguous(), None if grad is None else grad.to(x.dtype).contiguous()
+    out = at.empty_like(x)
+    if out.numel():
+        _CPU.gram_matrix_backward(
+            x.dtype is torch.float64, symmetrize, x.data_ptr(), at.n_stride, at.c_stride, at.s_stride, m.data_ptr(),
+            0 if g is None else g.data_ptr(), out.data_ptr(), scale, shift, at.n, at.c, at.s, at.walks_channels,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return out.to(features.dtype)
+
+
+def _cpu_gram(features: Tensor, scale: float, shift: float) -> Tensor:
+    _check_gram(features, scale, shift)
+    return _forward(features, None, scale, shift, 1.0)[1]
+
+
+def _cpu_gram_backward(features: Tensor, grad: Tensor, scale: float, shift: float) -> Tensor:
+    _check_gram_backward(features, grad, scale, shift)
+    return _product(features, grad, None, True, scale, shift)
+
+
+def _cpu_style(features: Tensor, target: Tensor, scale: float, shift: float, factor: float) -> tuple[Tensor, Tensor]:
+    _check_style(features, target, scale, shift, factor)
+    value, difference = _forward(features, target, scale, shift, factor)
+    assert value is not None
+    return value, difference
+
+
+def _cpu_style_backward(
+    features: Tensor, grad: Tensor, difference: Tensor, scale: float, shift: float, factor: float
+) -> Tensor:
+    _check_style_backward(features, grad, difference, scale, shift, factor)
+    return _product(features, difference, grad, False, 4 * factor * scale, shift)
 
 
 def _setup_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -139,7 +193,10 @@ _OP_BACKWARD = Op(
     reference=reference.gram_matrix_backward,
     check=_check_gram_backward,
     fake=_fake_like,
-    kernels={"triton": _backend.triton_kernel("gram_matrix", "gram_matrix_backward", _check_gram_backward)},
+    kernels={
+        "cpu": _cpu_gram_backward,
+        "triton": _backend.triton_kernel("gram_matrix", "gram_matrix_backward", _check_gram_backward),
+    },
     dtypes=_DTYPES,
 )
 
@@ -148,7 +205,7 @@ OP = Op(
     reference=reference.gram_matrix,
     check=_check_gram,
     fake=_fake_gram,
-    kernels={"triton": _backend.triton_kernel("gram_matrix", "gram_matrix", _check_gram)},
+    kernels={"cpu": _cpu_gram, "triton": _backend.triton_kernel("gram_matrix", "gram_matrix", _check_gram)},
     setup_context=_setup_gram,
     backward=_backward_gram,
     samples=_samples_gram,
@@ -160,7 +217,10 @@ OP_STYLE_BACKWARD = Op(
     reference=reference.style_loss_backward,
     check=_check_style_backward,
     fake=_fake_like,
-    kernels={"triton": _backend.triton_kernel("gram_matrix", "style_loss_backward", _check_style_backward)},
+    kernels={
+        "cpu": _cpu_style_backward,
+        "triton": _backend.triton_kernel("gram_matrix", "style_loss_backward", _check_style_backward),
+    },
     dtypes=_DTYPES,
 )
 
@@ -169,7 +229,7 @@ OP_STYLE = Op(
     reference=reference.style_loss,
     check=_check_style,
     fake=_fake_style,
-    kernels={"triton": _backend.triton_kernel("gram_matrix", "style_loss", _check_style)},
+    kernels={"cpu": _cpu_style, "triton": _backend.triton_kernel("gram_matrix", "style_loss", _check_style)},
     setup_context=_setup_style,
     backward=_backward_style,
     samples=_samples_style,

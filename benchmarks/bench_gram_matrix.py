@@ -1,0 +1,101 @@
+"""Gram matrices, forward and backward; the style loss of five VGG19 layers to cached targets; and the plain product beneath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import genfast
+from benchmarks import _ceilings
+from benchmarks._case import Case, Work, gradients
+
+LAYERS = ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16))  # relu1_1 to relu5_1 of VGG19 at 256 x 256
+BLOCK = 128
+
+
+def eager(x: Tensor) -> Tensor:
+    """pytorch/examples, fast_neural_style/neural_style/utils.py."""
+    n, c, h, w = x.shape
+    f = x.view(n, c, h * w)
+    return f.bmm(f.transpose(1, 2)) / (c * h * w)
+
+
+def trick(x: Tensor) -> Tensor:
+    """The library's products of the blocks at and below the diagonal, mirrored."""
+    n, c = x.shape[:2]
+    f = x.flatten(2)
+    g = x.new_empty(n, c, c)
+    for i in range(0, c, BLOCK):
+        stop = min(c, i + BLOCK)
+        below = torch.bmm(f[:, i:stop], f[:, :stop].mT)
+        g[:, i:stop, :stop] = below
+        g[:, :i, i:stop] = below[:, :, :i].mT
+    return g.mul_(1 / x[0].numel())
+
+
+def _forward(shape: tuple[int, int, int, int], quick: bool) -> Case:
+    n, c, h, w = shape
+
+    def work(function: Callable[[Tensor], Tensor]) -> Work:
+        torch.manual_seed(0)
+        x = torch.randn(shape, device=_ceilings.DEVICE)
+        return lambda: [function(x)]
+
+    providers = {
+        "reference": lambda: work(eager), "compile": lambda: work(torch.compile(eager, dynamic=False)),
+        "trick": lambda: work(trick), "genfast": lambda: work(genfast.ops.gram_matrix),
+    }  # fmt: skip
+    if c <= BLOCK:
+        del providers["trick"]  # one block is the whole product
+    moved = 4 * n * c * (h * w + c)
+    # The symmetric half is all that must be multiplied.
+    return Case(f"gram_matrix {shape}", providers, bytes=moved, flops=n * c * (c + 1) * h * w, quick=quick)
+
+
+def eager_loss(xs: list[Tensor], targets: list[Tensor]) -> Tensor:
+    return torch.stack([F.mse_loss(eager(x), a) for x, a in zip(xs, targets)]).sum()
+
+
+def _style(batch: int, quick: bool) -> Case:
+    def work(function: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Work:
+        torch.manual_seed(0)
+        xs = [torch.randn(batch, c, s, s, device=_ceilings.DEVICE, requires_grad=True) for c, s in LAYERS]
+        targets = [eager(0.9 * torch.randn(1, c, s, s, device=_ceilings.DEVICE)).expand(batch, c, c) for c, s in LAYERS]
+        one = torch.ones((), device=_ceilings.DEVICE)
+        return lambda: gradients((function(xs, targets),), xs, (one,))
+
+    providers = {
+        "reference": lambda: work(eager_loss), "compile": lambda: work(torch.compile(eager_loss, dynamic=False)),
+        "genfast": lambda: work(genfast.ops.style_loss),
+    }  # fmt: skip
+    moved = sum(12 * batch * c * s * s for c, s in LAYERS)
+    flops = sum(3 * batch * c * c * s * s for c, s in LAYERS)
+    return Case(f"style_loss VGG19 256 x 256 batch {batch}", providers, bytes=moved, flops=flops, quick=quick)
+
+
+def _plain(size: int) -> Case:
+    """The product of two matrices, ours beside torch's and numpy's, as a share of the measured multiply-add rate."""
+
+    def work(function: Callable[[Tensor, Tensor], Tensor]) -> Work:
+        torch.manual_seed(0)
+        a, b = torch.randn(2, size, size).unbind()
+        return lambda: [function(a, b)]
+
+    def numpy(a: Tensor, b: Tensor) -> Tensor:
+        return torch.from_numpy(a.numpy() @ b.numpy())
+
+    providers = {
+        "reference": lambda: work(torch.mm), "peer": lambda: work(numpy), "genfast": lambda: work(genfast.ops.linear_input),
+    }  # fmt: skip
+    return Case(
+        f"linear plain product {size} x {size} x {size}", providers, flops=2 * size**3, quick=False, notes={"peer": "numpy"}
+    )
+
+
+CASES = [
+    _forward((4, 512, 64, 64), True), _forward((1, 64, 256, 256), False), _forward((1, 256, 64, 64), False), _style(1, True),
+    _style(4, False), *([_plain(2048)] if _ceilings.DEVICE == "cpu" else []),
+]  # fmt: skip
