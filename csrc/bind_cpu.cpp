@@ -569,6 +569,28 @@ void bind_gram_matrix(py::module_& m) {
     a.scale = scale, a.shift = shift;
     a.n = n, a.c = c, a.s = s;
     GENFAST_CALL(gram_matrix_backward, a);
+void bind_contextual_similarity(py::module_& m) {
+  // Without memory to work in, how many bytes of it to bring.
+  m.def("contextual_similarity", [](bool backward, bool is_double, bool over_targets, int distance, Address x, Address y,
+                                    Address prior_rows, Address prior_columns, Address value, Address winner,
+                                    Address statistics, Address nearest, Address mean, Address grad, Address dx, Address dy,
+                                    Address work, double prior_weight, double bandwidth, double eps, int64_t b, int64_t n,
+                                    int64_t rows_y, int64_t c, int64_t height, int64_t width, int threads) -> int64_t {
+    ContextualArgs a{};
+    int64_t bytes = 0;
+    a.is_double = is_double, a.over_targets = over_targets, a.distance = distance;
+    a.x = ptr<>(x), a.y = ptr<>(y), a.prior_rows = ptr<>(prior_rows), a.prior_columns = ptr<>(prior_columns);
+    a.value = ptr<>(value), a.statistics = ptr<>(statistics), a.mean = ptr<>(mean);
+    a.winner = ptr<int64_t>(winner), a.nearest = ptr<int64_t>(nearest);
+    a.grad = ptr<>(grad), a.dx = ptr<>(dx), a.dy = ptr<>(dy);
+    a.work = ptr<>(work), a.bytes = work ? nullptr : &bytes;
+    a.prior_weight = prior_weight, a.bandwidth = bandwidth, a.eps = eps;
+    a.b = b, a.n = n, a.m = rows_y, a.c = c, a.prior_height = height, a.prior_width = width, a.threads = threads;
+    if (backward)
+      GENFAST_CALL(contextual_similarity_backward, a);
+    else
+      GENFAST_CALL(contextual_similarity, a);
+    return bytes;
   });
 }
 
@@ -598,4 +620,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_spectral_norm(m);
   bind_minibatch_discrimination(m);
   bind_gram_matrix(m);
+  bind_contextual_similarity(m);
 }

@@ -32,11 +32,12 @@ Tiles (sm_90): _best 128 x 128 by 64 channels in half types (96 KB for three sta
 128 FLOPs a byte from L2), 32 channels in TF32, and 128 x 64 where an element of the product costs more registers than a
 minimum; 64 x 64 by 16 on the FMA units. _attend holds whole rows up to 256 channels in half types, so that the streamed tile is
 loaded once and is the operand of both products, with 64 x 64 (backward 64 x 32) accumulators of e; wider rows, and float32, run
-over channels in steps and write 64 to 256 channels of the sum a program, each of which computes e again. l1 has no product: 32 x
-32 tiles, a feature at a time, and gradients 16 features at a time, 3 N M C and 10 N M C FLOPs. None of it was measured on a
-GPU. Half types take products on tensor cores and keep all sums, statistics and logarithms in float32; e in [0, 1] alone is
-rounded to the type for its product. float32 follows torch.backends.cuda.matmul.allow_tf32; with d clamped at zero TF32 stays
-finite."""
+over channels in steps and write 64 to 256 channels of the sum a program, each of which computes e again. l1 has no product:
+32 x 32 tiles, a feature at a time, and gradients 16 features at a time, 3 N M C and 10 N M C FLOPs.
+Half types take products on tensor cores and keep all sums, statistics and logarithms in float32; e in [0, 1] alone is rounded
+to the type for its product. float32 follows torch.backends.cuda.matmul.allow_tf32; with d clamped at zero TF32 stays finite.
+None of it was measured on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -225,11 +226,11 @@ def _attend(
     SUM: tl.constexpr, SOURCES: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums along the stream of e_ij (``mass``), e_ij d_ij (``moment``, forward alone) and, with SUM, e_ij times the streamed
-    row.
-        BACKWARD: over the first ``count`` of ``rows``, with no e where d is zero, and what ``pull`` holds of winners there is set
-        to zero. COLUMNS: owners are columns, and e_ij is weighed by rate_i / rate_top. l1 sums e_ij sign(streamed - owner), and
-        takes distances from x and y with their positions innermost, which other distances have as x_rows and y_rows.
+    """Sums along the stream of e_ij (``mass``), e_ij d_ij (``moment``, forward alone) and, with SUM, e_ij times its row.
+
+    BACKWARD: over the first ``count`` of ``rows``, with no e where d is zero, and what ``pull`` holds of winners there is set
+    to zero. COLUMNS: owners are columns, and e_ij is weighed by rate_i / rate_top. l1 sums e_ij sign(streamed - owner), and
+    takes distances from x and y with their positions innermost; x_rows and y_rows are the same as rows.
     """
     b = tl.program_id(1).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -642,9 +643,9 @@ def _sweep(
     rate, top, listed, count, winner, pull = backward or (mass,) * 6
     _attend[(cdiv(owners, tile.owners) * splits, b, max(1, cdiv(c, tile.channels)) if sums else 1)](
         rows.x_sweep, rows.y_sweep, rows.x, rows.y, rows.x_norm, rows.y_norm, statistics, rate, top, listed, count, winner,
-        pull, mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns, BACKWARD=backward is not
-        None, SUM=sums, SOURCES=sources, WHOLE=tile.whole, PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners,
-        BLOCK_S=tile.streamed, BLOCK_K=tile.depth, BLOCK_C=tile.channels, **tile.options,
+        pull, mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns,
+        BACKWARD=backward is not None, SUM=sums, SOURCES=sources, WHOLE=tile.whole, PRECISION=rows.how, WIDE=rows.wide,
+        BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth, BLOCK_C=tile.channels, **tile.options,
     )  # fmt: skip
     return mass, moment, out, splits
 

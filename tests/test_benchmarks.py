@@ -23,7 +23,7 @@ def test_every_family_of_ops_has_a_case():
         "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
         "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step", "bias_act", "pixel_norm", "minibatch_stddev",
         "upfirdn2d", "modulated_conv2d", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm", "linear",
-        "activation", "gram_matrix", "style_loss",
+        "activation", "gram_matrix", "style_loss", "contextual_similarity",
     ):  # fmt: skip
         assert family in names
     for case in cases():

@@ -283,6 +283,20 @@ struct GramBackwardArgs {  // out = scale grad_n M (x + shift), M the matrix, or
   void* out;                  // dense in x's order
   double scale, shift;
   int64_t n, c, s;
+struct ContextualArgs {
+  enum Distance { kCosine, kL2, kL1 };
+  bool is_double, over_targets;
+  int distance;
+  const void *x, *y;                           // (b, n, c), (b, m, c), dense
+  const void *prior_rows, *prior_columns;      // (n, prior_height), (n, prior_width), or null
+  void *value, *statistics, *mean;             // (b, n) over targets, else (b, m); (b, 3, n); (b, n, c) or null
+  int64_t *winner, *nearest;                   // value's shape; (b, n)
+  const void* grad;                            // backward only: value's shape
+  void *dx, *dy;                               // backward only: x's and y's shapes, or null
+  void* work;                                  // of *bytes
+  int64_t* bytes;                              // not null: how much memory to bring as work, and nothing else
+  double prior_weight, bandwidth, eps;
+  int64_t b, n, m, c, prior_height, prior_width;
   int threads;
 };
 
@@ -328,6 +342,8 @@ struct GramBackwardArgs {  // out = scale grad_n M (x + shift), M the matrix, or
   void pairwise_l1(const PairwiseL1Args&);                  \
   void gram_matrix(const GramArgs&);                        \
   void gram_matrix_backward(const GramBackwardArgs&);       \
+  void contextual_similarity(const ContextualArgs&);        \
+  void contextual_similarity_backward(const ContextualArgs&); \
   }
 
 GENFAST_DECLARE(base)

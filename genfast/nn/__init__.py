@@ -42,6 +42,8 @@ __all__ = [
     "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty",
     "GramLoss", "GramMatrix",
     "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MinibatchDiscrimination",
+    "GradientPenalty", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
+    "MinibatchDiscrimination",
     "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift",
     "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

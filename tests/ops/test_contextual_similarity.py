@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from genfast import nn as gnn
 from genfast import ops
+from genfast._memory import peak_bytes
 from genfast._registry import OPS
 
 OP = OPS["contextual_similarity"]
@@ -75,7 +76,7 @@ def test_equals_the_published_port_in_float64():
     for size, c, h, expected in cases:
         x, y = maps((1, c, *size), (1, c, *size))
         found = gnn.ContextualLoss("s-aiueo32", bandwidth=h)(x, y)
-        assert float(found) == pytest.approx(expected, abs=1e-13)
+        assert found.item() == pytest.approx(expected, abs=1e-13)
 
 
 def test_presets_are_the_published_formulas():
@@ -152,7 +153,7 @@ def test_identical_features_are_wholly_similar(dtype):
         y = x.clone().requires_grad_()
         found = ops.contextual_similarity(y, x, bandwidth=h, center=center)
         assert found.dtype == (dtype if dtype.itemsize >= 4 else torch.float32)
-        assert float(found.detach()) == pytest.approx(1, abs=tolerance)
+        assert found.item() == pytest.approx(1, abs=tolerance)
         (g,) = torch.autograd.grad(found, y)
         assert g.dtype == dtype
         assert bool(g.isfinite().all())
@@ -165,13 +166,13 @@ def test_constant_features_are_similar_to_all_alike(dtype, value):
     y.requires_grad_()
     for over, center in itertools.product(("sources", "targets"), (True, "sample")):
         found = ops.contextual_similarity(x, y, over=over, center=center)
-        assert float(found) == pytest.approx(1 / 16, rel=1e-6)
+        assert found.item() == pytest.approx(1 / 16, rel=1e-6)
         for g in torch.autograd.grad(found, (x, y)):
             assert not g.count_nonzero()
     assert float(gnn.ContextualLoss("s-aiueo32")(x, y)) == pytest.approx(2.7724287509918213, abs=2e-6)
     for distance in ("cosine", "l2", "l1"):
         found = ops.contextual_similarity(x, y, distance=distance, center=False)
-        assert float(found) == pytest.approx(1 / 16, rel=0.05)
+        assert found.item() == pytest.approx(1 / 16, rel=0.05)
         for g in torch.autograd.grad(found, (x, y)):
             assert bool(g.isfinite().all())
 
@@ -233,7 +234,7 @@ def test_half_precision_is_that_of_its_values():
         found = gnn.ContextualLoss("official")(xs, ys)
         exact = xs.detach().double().requires_grad_()
         expected = gnn.ContextualLoss("official")(exact, ys.double())
-        assert float(found) == pytest.approx(float(expected), rel=2e-6)
+        assert found.item() == pytest.approx(float(expected), rel=2e-6)
         g, e = torch.autograd.grad(found, xs)[0].double(), torch.autograd.grad(expected, exact)[0]
         assert float((g - e).norm() / e.norm()) < 4e-3 * (1 if dtype == torch.float16 else 4)  # the gradient's own rounding
 
@@ -246,7 +247,7 @@ def test_near_duplicates_stay_finite_and_right():
         x[..., :8] = torch.randn(1, c, 16, 8)
         found = gnn.ContextualLoss(bandwidth=0.1)(x.requires_grad_(), y)
         expected = gnn.ContextualLoss(bandwidth=0.1)(x.detach().double(), y.double())
-        assert float(found) == pytest.approx(float(expected), abs=2e-3)
+        assert found.item() == pytest.approx(float(expected), abs=2e-3)
         assert bool(torch.autograd.grad(found, x)[0].isfinite().all())
 
 
@@ -356,3 +357,107 @@ def test_compiles_whole():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for f, e in zip(torch.autograd.grad(compiled(x, y), x), torch.autograd.grad(loss(x, y), x)):
         torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("over", ["sources", "targets"])
+def test_the_kept_mean_gives_the_gradient_that_a_second_look_gives(distance, over):
+    x, y = rows_of(61, 83, 19)
+    grads = []
+    for keep_mean in (False, True):
+        leaf = x.clone().requires_grad_()
+        value, *_ = OP(leaf, y, None, None, 0.0, 0.2, 1e-3, distance, over, keep_mean)
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(value, leaf, torch.randn_like(value))[0])
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+def test_clamped_distances_carry_nothing_with_the_mean_and_without():
+    y = rows_of(1, 40, 6, 1, torch.float32)[1]
+    x = torch.cat((y * (1 + 1e-6), rows_of(9, 1, 6, 1, torch.float32)[0]), 1)  # products that round above 1
+    wide = x.double().requires_grad_()
+    expected = OP.reference(wide, y.double(), None, None, 0.0, 0.5, 1e-2, "cosine", "sources", False)[0]
+    (e,) = torch.autograd.grad(expected.sum(), wide)
+    assert (
+        int((OP.reference(wide, y.double(), None, None, 0.0, 0.5, 1e-2, "cosine", "sources", False)[2][:, 0] == 0).sum()) > 20
+    )
+    for keep_mean in (False, True):
+        leaf = x.clone().requires_grad_()
+        value = OP(leaf, y, None, None, 0.0, 0.5, 1e-2, "cosine", "sources", keep_mean)[0]
+        (g,) = torch.autograd.grad(value.sum(), leaf)
+        assert float((g - e).norm() / e.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"distance": "l2"}, {"distance": "l1"}, {"spatial_weight": 0.2}, {"over": "targets"}])
+def test_the_thread_count_does_not_change_the_bits(options):
+    x, y = maps((2, 33, 23, 17), (2, 33, 23, 19), dtype=torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+            rows, targets = (t.flatten(2).mT.contiguous() for t in (a, b))
+            torch.manual_seed(0)
+            prior = (torch.rand(391, 23), torch.rand(391, 19)) if "spatial_weight" in options else (None, None)
+            rest = (
+                options.get("spatial_weight", 0.0),
+                0.5,
+                1e-3,
+                options.get("distance", "l2"),
+                options.get("over", "sources"),
+            )
+            out = OP(rows, targets, *prior, *rest, False)
+            results.append([*out, *torch.autograd.grad(out[0].square().sum(), (a, b))])
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert all(torch.equal(f, e) for f, e in zip(found, results[0]))
+
+
+@pytest.mark.parametrize("where", ["source", "target"])
+def test_a_nan_is_seen(where):
+    x, y = rows_of(30, 90, 8, dtype=torch.float32)
+    (x if where == "source" else y)[1, 17, 3] = math.nan
+    value, *_ = OP(x, y, None, None, 0.0, 0.5, 1e-3, "cosine", "sources", False)
+    assert bool(value[0].isfinite().all())
+    assert bool(value[1].isnan().all())
+
+
+def test_memory_grows_with_the_number_of_features_not_its_square():
+    def peak(side):
+        x, y = maps((1, 32, side, side), (1, 32, side, side), dtype=torch.float32)
+        x.requires_grad_()
+        return peak_bytes(lambda: torch.autograd.grad(ops.contextual_similarity(x, y), x))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        small, large = peak(48), peak(96)
+    finally:
+        torch.set_num_threads(before)
+    assert large < 5 * small  # four times the features
+    assert large < 96**4 / 10  # a fortieth of one array of N x M in float32; the eager form holds five
+
+
+@pytest.mark.slow
+def test_65536_features_on_rows_checked_in_float64():
+    """Where the eager form's arrays take 86 GB. The statistics of some rows, and the maxima of some columns."""
+    x, y = maps((1, 64, 256, 256), (1, 64, 256, 256), dtype=torch.float32)
+    rows, targets = (F.normalize(t - y.mean((0, 2, 3), keepdim=True), dim=1).flatten(2).mT.contiguous() for t in (x, y))
+    found = []
+    arguments = (rows, targets, None, None, 0.0, 0.5, 1e-5, "cosine", "sources", False)
+    assert peak_bytes(lambda: found.append(OP(*arguments))) < 1 << 30
+    value, winner, statistics, nearest, _ = (t[0] for t in found[0])
+    columns = torch.randint(0, 65536, (32,))
+    chosen = torch.cat((torch.randint(0, 65536, (32,)), winner[columns]))
+    d = 1 - rows[0, chosen].double() @ targets[0].double().T
+    m = d.amin(1)
+    t = d / (m + 1e-5).unsqueeze(1)
+    a = ((1 - t) / 0.5).softmax(1)
+    torch.testing.assert_close(statistics[0, chosen].double(), m, rtol=1e-6, atol=0)
+    torch.testing.assert_close(statistics[1, chosen].double(), ((1 - t) / 0.5).logsumexp(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(statistics[2, chosen].double(), (a * t).sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(d.gather(1, nearest[chosen].unsqueeze(1)).squeeze(1), m, rtol=1e-6, atol=0)
+    torch.testing.assert_close(value[columns].double(), a[32:].gather(1, columns.unsqueeze(1)).squeeze(1), rtol=1e-5, atol=0)
+    assert bool((a <= value.double() * (1 + 1e-5)).all())

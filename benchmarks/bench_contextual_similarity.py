@@ -1,0 +1,89 @@
+"""The contextual loss of two feature maps, with its gradients, beside the one product that it contains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import genfast
+from benchmarks import _ceilings
+from benchmarks._case import Case, Work
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+BANDWIDTH = 0.5
+
+
+def rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    mean = y.mean((0, 2, 3), keepdim=True)
+    first, second = (F.normalize(t - mean, dim=1).flatten(2) for t in (x, y))
+    return first, second
+
+
+def eager(x: Tensor, y: Tensor) -> Tensor:
+    """The common port's code, S-aiueo32's: a dozen arrays of N x M."""
+    first, second = rows(x, y)
+    distance = 1 - torch.bmm(first.mT, second)
+    relative = distance / (distance.min(2, keepdim=True)[0] + 1e-5)
+    weight = torch.exp((1 - relative) / BANDWIDTH)
+    similarity = weight / weight.sum(2, keepdim=True)
+    return -torch.log(similarity.max(1)[0].mean(1) + 1e-5).mean()
+
+
+def panel(first: Tensor, second: Tensor) -> Tensor:
+    distance = 1 - first @ second
+    r = distance.min(1, keepdim=True)[0] + 1e-5
+    return torch.softmax(distance * (-1 / (BANDWIDTH * r)), 1).max(0)[0]
+
+
+def chunked(x: Tensor, y: Tensor) -> Tensor:
+    """A loop over panels of rows, each made again in the backward: two products, and no array of N x M."""
+    first, second = rows(x, y)
+    losses = []
+    for a, b in zip(first.mT, second):
+        found = [checkpoint(panel, part, b, use_reentrant=False) for part in a.split(256)]
+        losses.append(torch.stack(found).max(0)[0].mean())
+    return -torch.log(torch.stack(losses) + 1e-5).mean()
+
+
+def _case(shape: tuple[int, int, int, int], wanted: str, quick: bool) -> Case:
+    def maps() -> list[Tensor]:
+        torch.manual_seed(0)
+        return [torch.randn(shape, device=_ceilings.DEVICE) for _ in range(2)]
+
+    def work(loss: Loss) -> Work:
+        x, y = maps()
+        inputs = {"forward": (), "x": (x,), "both": (x, y)}[wanted]
+        for t in inputs:
+            t.requires_grad_()
+
+        def run() -> list[Tensor]:
+            value = loss(x, y)
+            return [value, *torch.autograd.grad(value, inputs)] if inputs else [value]
+
+        return run
+
+    def product() -> Work:
+        first, second = rows(*maps())
+        return lambda: torch.bmm(first.mT, second)
+
+    providers: dict[str, Callable[[], Work]] = {
+        "reference": lambda: work(eager),
+        "compile": lambda: work(torch.compile(eager, dynamic=False)),
+        "trick": lambda: work(chunked),
+        "floor": product,
+        "genfast": lambda: work(genfast.nn.ContextualLoss("s-aiueo32", bandwidth=BANDWIDTH)),
+    }
+    b, c, h, w = shape
+    flops = 2 * b * (h * w) ** 2 * c * {"forward": 1, "x": 2, "both": 3}[wanted]
+    title = {"forward": "forward", "x": "forward and backward to x", "both": "forward and backward to both"}[wanted]
+    return Case(f"contextual_similarity {shape} {title}", providers, flops=flops, quick=quick)
+
+
+CASES = [
+    _case((1, 256, 32, 32), "x", True), _case((1, 256, 64, 64), "forward", False), _case((1, 256, 64, 64), "x", False),
+    _case((1, 256, 64, 64), "both", False), _case((1, 256, 128, 128), "x", False),
+]  # fmt: skip
