@@ -26,14 +26,11 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 
 __all__ = [
     "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits", "apply_bits_",
-    "bias_act", "categorical_nll", "contextual_similarity", "critic_step", "CriticLoss",
-    "diagonal_lstm", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "interpolate",
-    "bias_act", "categorical_nll", "critic_step", "CriticLoss", "diagonal_lstm", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "gram_matrix",
-    "interpolate",
-    "invertible_conv1x1", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_weight", "masked_conv1d",
-    "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "modulated_conv2d",
-    "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze",
-    "style_loss", "unsqueeze", "upfirdn2d", "upsample2d",
+    "bias_act", "categorical_nll", "contextual_similarity", "critic_step", "CriticLoss", "diagonal_lstm",
+    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "downsample2d", "filter2d",
+    "gated_activation", "gradient_penalty", "interpolate", "gram_matrix", "invertible_conv1x1", "leaky_relu_bits",
+    "leaky_relu_bits_", "linear", "linear_input", "linear_weight", "masked_conv1d", "masked_conv2d", "masked_conv3d",
+    "minibatch_discrimination", "minibatch_stddev", "modulated_conv2d", "pairwise_l1_kernel_sum", "pixel_norm", "PLU",
+    "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "style_loss", "unsqueeze", "upfirdn2d",
+    "upsample2d",
 ]  # fmt: skip
