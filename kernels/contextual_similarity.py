@@ -22,19 +22,21 @@ nearest. The backward sweeps only rows that won something (listed on the device:
 where the mean sum_j A_ij y_j was kept, except for rows that touch a target, where the mean counts what must not flow. Sums
 over the columns that a row won run over a stable sort of the winners, again in order.
 
-FLOPs: 2 N M C a sweep and one more product for the mean: 6 N M C forward, 8 with the mean; 4 R M C for dx and 4 R M C for dy of
-R active rows (0.4 to 0.7 N on features of networks). Bytes: each operand once, N C + M C, then N M C / BLOCK from L2: at
+FLOPs: 2 N M C a sweep and one more product for the mean: 6 N M C forward, 8 with the mean; 4 R M C for dx and 4 R M C for dy
+of R active rows (0.4 to 0.7 N on features of networks). Bytes: each operand once, N C + M C, then N M C / BLOCK from L2: at
 N = M = 4096, C = 256 in bfloat16 4 MB from memory for 26 GFLOP, 6500 FLOPs a byte where an H200's tensor cores balance at 206;
 so bound by arithmetic, where eager moves 61 arrays of N x M (4.1 GB). N M exponentials a sweep of _attend: 1 for 2 C FLOPs,
 hidden below the product from C = 64 on.
 
 Tiles (sm_90): _best 128 x 128 by 64 channels in half types (96 KB for three stages, of the 99 KB that a consumer card has too;
-128 FLOPs a byte from L2), 32 channels in TF32; 64 x 64 by 16 on the FMA units. _attend holds whole rows up to 256 channels in
-half types, so that the streamed tile is loaded once and is the operand of both products, and 64 x 64 accumulators of e; wider
-rows, and float32, run over channels in steps and write 64 to 256 channels of the sum a program. l1 has no product: 32 x 32 tiles, a
-feature at a time, and gradients 16 features at a time, 3 N M C and 10 N M C FLOPs.
+128 FLOPs a byte from L2), 32 channels in TF32, and 128 x 64 where an element of the product costs more registers than a
+minimum; 64 x 64 by 16 on the FMA units. _attend holds whole rows up to 256 channels in half types, so that the streamed tile is
+loaded once and is the operand of both products, with 64 x 64 (backward 64 x 32) accumulators of e; wider rows, and float32, run
+over channels in steps and write 64 to 256 channels of the sum a program, each of which computes e again. l1 has no product:
+32 x 32 tiles, a feature at a time, and gradients 16 features at a time, 3 N M C and 10 N M C FLOPs.
 Half types take products on tensor cores and keep all sums, statistics and logarithms in float32; e in [0, 1] alone is rounded
 to the type for its product. float32 follows torch.backends.cuda.matmul.allow_tf32; with d clamped at zero TF32 stays finite.
+None of it was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -219,16 +221,16 @@ def _pick(
 
 @triton.jit
 def _attend(
-    x, y, x_rows, y_rows, x_norm, y_norm, statistics, rate, rate_top, rows, count, winner, pull, mass, moment, out, N, M, splits,
-    scale, eps, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr, SUM: tl.constexpr,
-    SOURCES: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, y, x_rows, y_rows, x_norm, y_norm, statistics, rate, rate_top, rows, count, winner, pull, mass, moment, out, N, M,
+    splits, scale, eps, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
+    SUM: tl.constexpr, SOURCES: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums along the stream of e_ij (``mass``), e_ij d_ij (``moment``, forward alone) and, with SUM, e_ij times the streamed row.
+    """Sums along the stream of e_ij (``mass``), e_ij d_ij (``moment``, forward alone) and, with SUM, e_ij times its row.
 
-    BACKWARD: over the first ``count`` of ``rows``, with no e where d is zero, and what ``pull`` holds of winners there is set to
-    zero. COLUMNS: owners are columns, and e_ij is weighed by rate_i / rate_top. l1 sums e_ij sign(streamed - owner), and takes
-    distances from x and y with their positions innermost, which other distances have as x_rows and y_rows.
+    BACKWARD: over the first ``count`` of ``rows``, with no e where d is zero, and what ``pull`` holds of winners there is set
+    to zero. COLUMNS: owners are columns, and e_ij is weighed by rate_i / rate_top. l1 sums e_ij sign(streamed - owner), and
+    takes distances from x and y with their positions innermost; x_rows and y_rows are the same as rows.
     """
     b = tl.program_id(1).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -290,7 +292,7 @@ def _attend(
         inside = o_in[:, None] & s_in[None, :]
         d = tl.where(raw < 0, 0.0, raw)
         e = tl.where(inside, exp((least - d) * (scale / (least + eps))), 0.0)
-        if BACKWARD and DISTANCE != "l1":
+        if BACKWARD and DISTANCE != "l1":  # noqa: SIM102
             if tl.min(least) == 0:  # else no distance here is zero
                 dead = inside & (raw <= 0)
                 e = tl.where(dead, 0.0, e)
@@ -366,8 +368,8 @@ def _finish(
 
 @triton.jit
 def _share(
-    grad, value, winner, order, starts, prior_rows, prior_columns, statistics, rate, swept_rate, pull, toward, N, M, high, across,
-    scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    grad, value, winner, order, starts, prior_rows, prior_columns, statistics, rate, swept_rate, pull, toward, N, M, high,
+    across, scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Of rows i: what each that they win pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; -q_i toward the nearest."""
     b = tl.program_id(1).to(tl.int64)
@@ -640,10 +642,10 @@ def _sweep(
     out = torch.empty((b, splits, owners, c), dtype=torch.float32, device=rows.x.device) if sums else mass
     rate, top, listed, count, winner, pull = backward or (mass,) * 6
     _attend[(cdiv(owners, tile.owners) * splits, b, max(1, cdiv(c, tile.channels)) if sums else 1)](
-        rows.x_sweep, rows.y_sweep, rows.x, rows.y, rows.x_norm, rows.y_norm, statistics, rate, top, listed, count, winner, pull,
-        mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns, BACKWARD=backward is not None,
-        SUM=sums, SOURCES=sources, WHOLE=tile.whole, PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners,
-        BLOCK_S=tile.streamed, BLOCK_K=tile.depth, BLOCK_C=tile.channels, **tile.options,
+        rows.x_sweep, rows.y_sweep, rows.x, rows.y, rows.x_norm, rows.y_norm, statistics, rate, top, listed, count, winner,
+        pull, mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns,
+        BACKWARD=backward is not None, SUM=sums, SOURCES=sources, WHOLE=tile.whole, PRECISION=rows.how, WIDE=rows.wide,
+        BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth, BLOCK_C=tile.channels, **tile.options,
     )  # fmt: skip
     return mass, moment, out, splits
 
@@ -734,8 +736,8 @@ def contextual_similarity_backward(
         _gradient[(cdiv(own.shape[1], OWNERS), b, grid)](
             own, other, gradient, order, starts, winner, pulls, *near, nearest, toward, rate, swept_rate, top,
             swept.to(torch.int32), mass, out, mean, own.shape[1], other.shape[1], splits, C=c, DISTANCE=distance,
-            COLUMNS=columns, LISTED=columns != sources, MEAN=kept and not columns, BLOCK_R=OWNERS, BLOCK_E=ENTRIES, BLOCK_C=block,
-            num_warps=4,
+            COLUMNS=columns, LISTED=columns != sources, MEAN=kept and not columns, BLOCK_R=OWNERS, BLOCK_E=ENTRIES,
+            BLOCK_C=block, num_warps=4,
         )  # fmt: skip
 
     if need_x:

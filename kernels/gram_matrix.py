@@ -16,11 +16,12 @@ where the triangle saves nothing and one read of F is all, 256 is balanced, 512 
 (10 of 16 of 128). In float32 on FMA units, which balance at 14 FLOPs a byte, all are bound by arithmetic, so the triangle is
 worth up to 1.8 times. No GPU was at hand: none of this is measured.
 
-Tiles (sm_90): 64 x 64 by 64 positions, four warps and four stages (64 KB), three programs a multiprocessor, since the number of
+Tiles (sm_90): 64 x 64 by 64 positions, four warps and three stages (48 KB), four programs a multiprocessor, since the number of
 programs is what is short; 128 x 128 from 512 channels on in half types and TF32, which halves the reads from L2, if there are
-enough of them. FMA units: 64 x 64 by 16. Products of the backward 128 x 128 by 64 (96 KB).
+enough of them. FMA units: 64 x 64 by 16, eight warps. Products of the backward 128 x 128 by 64 (96 KB).
 Half types multiply on the tensor cores and add in float32; a shift is added in float32 and then multiplied as TF32. For float16
-the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means are below its range.
+the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means are below its
+range.
 float32 follows torch.backends.cuda.matmul.allow_tf32. Features are read where they lie, also in channels_last.
 """
 
@@ -91,8 +92,7 @@ def _gram(
         lower = (i[:, None] < C) & (j[None, :] <= i[:, None])
         to = out + n * C * C
         tl.store(to + i[:, None] * C + j[None, :], total, mask=lower)
-        mirrored = (i[None, :] < C) & (j[:, None] < i[None, :])
-        tl.store(to + j[:, None] * C + i[None, :], tl.trans(total), mask=mirrored)
+        tl.store(to + j[None, :] * C + i[:, None], total, mask=lower)
     else:
         e = tl.arange(0, BLOCK_C)
         to = out + ((n * tiles + tile) * splits + split) * (BLOCK_C * BLOCK_C)
@@ -191,18 +191,18 @@ def _gram_tile(how: str, half: bool, c: int, odd: bool, widened: bool) -> Tile:
     if odd:
         return Tile(64, 64, 16, 8, 2, 224)
     if how == "ieee" and not half:
-        return Tile(64, 64, 16, 4, 2, 168)
+        return Tile(64, 64, 16, 8, 2, 224)
     depth = 64 if half and not widened else 32
     if c >= LARGE_FROM and not widened:
         return Tile(128, 128, depth, 8, 3)
-    return Tile(64, 64, depth, 4, 4)
+    return Tile(64, 64, depth, 4, 3)
 
 
 def _product_tile(how: str, half: bool, c: int, odd: bool) -> Tile:
     if odd:
         return Tile(64, 64, 16, 8, 2, 224)
     if how == "ieee" and not half:
-        return Tile(64, 64, 16, 4, 2, 168)
+        return Tile(64, 64, 16, 8, 2, 224)
     return Tile(128 if c > 64 else 64, 128, 64 if half else 32, 8 if c > 64 else 4, 3)
 
 
