@@ -69,8 +69,6 @@ T* ptr(Address address) {
 }
 
 View view(Address data, int64_t n, int64_t c, int64_t s) { return {ptr<>(data), n, c, s}; }
-  });
-}
 
 void bind_affine_coupling(py::module_& m) {
   m.def("affine_coupling", [](Address x, Address params, Address y, Address logdet, Address alpha, Address mask, int threads,
