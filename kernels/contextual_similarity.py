@@ -537,8 +537,8 @@ def _attend_tile(how: str, half: bool, distance: str, c: int, sums: bool, backwa
     if not sums:
         return _best_tile(how, half, distance, c, "greatest")
     if half:
-        channels = _depth(c, 256)
-        streamed = 32 if backward and channels > 128 else 64
+        channels = _depth(c, 128 if backward and c > WHOLE else 256)
+        streamed = 32 if backward and c > 128 else 64
         depth = _depth(c, 32 if backward else 64)
         return Tile(64, streamed, depth, channels, c <= WHOLE, 8 if backward or channels > 128 else 4, 2)
     if how == "tf32":
