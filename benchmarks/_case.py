@@ -70,11 +70,12 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
     }
     copy = case.bytes / statistics.median(copies) if copies else 0.0
     rate = _ceilings.matrix_rate() if case.flops else 0.0
+    peak_rate = _ceilings.fma_rate() if case.flops else 0.0
     ours = statistics.median(times["genfast"])
     floor = statistics.median(times["floor"]) if "floor" in times else 0.0
     found: dict[str, Any] = {
         "case": case.name, "bytes": case.bytes, "flops": case.flops, "copy_bandwidth": copy, "matrix_rate": rate,
-        "notes": case.notes, "providers": {},
+        "fma_rate": peak_rate, "notes": case.notes, "providers": {},
     }  # fmt: skip
     for name, values in times.items():
         median = statistics.median(values)
@@ -84,6 +85,7 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
             "peak_bytes": peaks[name], "times_genfast": median / ours,
             "share_of_copy": case.bytes / median / copy if copy else None,
             "share_of_matrix_rate": case.flops / median / rate if rate else None,
+            "share_of_fma_rate": case.flops / median / peak_rate if peak_rate else None,
             "share_of_floor": floor / median if floor else None,
         }  # fmt: skip
     return found

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured in the same run: copying, and multiplying matrices."""
+"""What this machine can do at best, measured in the same run: copying, multiplying matrices, and multiply-adds in registers."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def matrix_rate() -> float:
     """FLOPs per second of float32 products of 1024 x 1024; best of 20."""
     a = torch.randn(1024, 1024, device=DEVICE)
     return 2 * 1024**3 / _best(lambda: a @ a, 20)
+
+
+@functools.cache
+def fma_rate() -> float:
+    """FLOPs per second of float32 multiply-adds that touch no memory, on all threads; best of 20. 0 where it is not known."""
+    if DEVICE != "cpu":
+        return 0.0
+    from genfast import _cpu
+
+    threads, rounds = torch.get_num_threads(), 1 << 20
+    out = torch.empty(16 * threads)
+    flops: float = _cpu.fma_rate(False, out.data_ptr(), 1, threads) * rounds
+    return flops / _best(lambda: _cpu.fma_rate(False, out.data_ptr(), rounds, threads), 20)

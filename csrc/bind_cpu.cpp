@@ -644,6 +644,15 @@ void bind_pairwise(py::module_& m) {
   });
 }
 
+void bind_fma_rate(py::module_& m) {
+  m.def("fma_rate", [](bool is_double, Address out, int64_t rounds, int threads) {
+    double flops = 0;
+    FmaRateArgs a{is_double, ptr<>(out), &flops, rounds, threads};
+    GENFAST_CALL(fma_rate, a);
+    return flops;
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -673,4 +682,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_contextual_similarity(m);
   bind_gram_matrix(m);
   bind_pairwise(m);
+  bind_fma_rate(m);
 }

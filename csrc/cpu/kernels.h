@@ -335,6 +335,14 @@ struct PairwiseArgs {
   int threads;
 };
 
+struct FmaRateArgs {
+  bool is_double;
+  void* out;      // 64 bytes a thread
+  double* flops;  // written: of all threads together
+  int64_t rounds;
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -382,6 +390,7 @@ struct PairwiseArgs {
   void gram_matrix(const GramArgs&);                        \
   void gram_matrix_backward(const GramBackwardArgs&);       \
   void pairwise(const PairwiseArgs&);                       \
+  void fma_rate(const FmaRateArgs&);                        \
   }
 
 GENFAST_DECLARE(base)
