@@ -10,7 +10,8 @@ that G itself is never written. Without a split the product's own epilogue scale
 symmetric matrix, with the scale and the gradient of the loss in its epilogue. The layers of a style loss share one launch of
 each forward kernel (two of the first where some lie in channels_last and some do not): pointers, sizes and strides are passed
 as tuples of arguments, so that nothing is copied to the device and a CUDA graph can hold the call, and a program finds its
-layer by its number. There the positions are split such that all programs of all layers have about the same number of steps.
+layer by its number. There the positions are split such that all programs of all layers have about the same number of steps,
+and all have the tile of the layer with the fewest channels.
 
 FLOPs: C (C + BLOCK) S a sample forward, 2 C^2 S backward. Bytes: F once forward (its rows are read again by the tiles beside
 them, from L2), F and dF once backward; C^2 floats a part between the two kernels, at most about 600 tiles of 16 KB in all.

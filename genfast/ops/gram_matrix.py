@@ -427,7 +427,6 @@ def style_loss(
             _check_features("style_loss", a)
             given[i] = gram_matrix(a, normalize=normalize, shift=shift)
         n, c = f.shape[:2]
-        _check_matrix("style_loss", "target", given[i], f, True)
         if batch not in (None, n):
             raise ValueError(f"style_loss: features have batches of {batch} and {n}; expected the same in each layer")
         batch = n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -312,6 +313,26 @@ def test_layers_together_compile_with_dynamic_shapes():
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for f, e in zip(torch.autograd.grad(compiled(xs, targets), xs), torch.autograd.grad(loss(xs, targets), xs)):
         torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_is_the_same_with_layers_together(reduction, monkeypatch):
+    """As on a GPU, eager and compiled."""
+    xs, targets, *_ = layered()
+
+    def loss(xs, targets):
+        return ops.style_loss(xs, targets, [0.5, 2.0, 1.0], shift=-1, reduction=reduction).sum()
+
+    expected = [loss(xs, targets), *torch.autograd.grad(loss(xs, targets), [*xs, *targets])]
+    monkeypatch.setattr(sys.modules["genfast.ops.gram_matrix"], "_together", lambda layers: True)
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        found = function(xs, targets)
+        torch.testing.assert_close([found, *torch.autograd.grad(found, [*xs, *targets])], expected)
+    with pytest.raises(ValueError, match=r"style_loss: target has shape \(1, 3, 3\), expected \(2 or 1, 2, 2\)"):
+        ops.style_loss([xs[2], xs[0]], [targets[0], targets[2]])
+    with pytest.raises(ValueError, match="batches of 2 and 1"):
+        ops.style_loss([xs[0], xs[1][:1]], targets[:2])
 
 
 def test_the_target_has_a_gradient_too():
