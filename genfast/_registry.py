@@ -3,7 +3,8 @@
 Every op, forward or backward, is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments,
 ``check`` (raises before anything runs), ``fake`` (shapes only), ``kernels`` by backend (each checks its arguments itself,
 so that it can do so from a cached plan), and its derivative. An op without a ``backward`` of its own is differentiated
-through its reference, to any order, so nothing ever returns a missing or a wrong derivative.
+through its reference, to any order, so nothing ever returns a missing or a wrong derivative. An op that takes lists of
+tensors needs a ``backward`` of its own, and always dispatches.
 
 ``torch.library.Library`` rather than ``@custom_op``, whose call costs tens of microseconds. The dispatcher and
 ``register_autograd`` still cost 5 and 60 microseconds a call, so a plain eager call that nothing watches (no compiler,
@@ -131,6 +132,8 @@ class Op:
         if _backend.forced is None:
             kernel, dtypes = self.preferred[device_type]
             first = args[self.decides]
+            if isinstance(first, (list, tuple)):
+                first = first[0]
             if first is not None and first.dtype in dtypes:
                 return kernel(*args)
         return self._select(device_type, args)(*args)
@@ -229,8 +232,9 @@ def _save_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
 
 
-def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
+    """All of them, those in lists too."""
+    return [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._registry import OPS, Op, Sample
+from ._registry import OPS, Op, Sample, _tensors
 
 # Relative errors ||out - reference|| / ||reference|| allowed: forward, gradients.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -47,16 +47,18 @@ class Row:
 
 def _prepared(sample: Sample, dtype: torch.dtype, device: str, rounded: torch.dtype | None = None) -> list[Any]:
     """The sample's arguments as fresh leaves; ``rounded`` first rounds the values to that dtype."""
-    args: list[Any] = []
-    for i, a in enumerate(sample.args):
+
+    def prepared(a: Any, differentiated: bool) -> Any:
+        if isinstance(a, list):
+            return [prepared(element, differentiated) for element in a]
         if not isinstance(a, Tensor):
-            args.append(a)
-        elif not a.is_floating_point():
-            args.append(a.to(device))
-        else:
-            value = a if rounded is None else a.to(rounded)
-            args.append(value.to(device=device, dtype=dtype, copy=True).requires_grad_(i not in sample.constant))
-    return args
+            return a
+        if not a.is_floating_point():
+            return a.to(device)
+        value = a if rounded is None else a.to(rounded)
+        return value.to(device=device, dtype=dtype, copy=True).requires_grad_(differentiated)
+
+    return [prepared(a, i not in sample.constant) for i, a in enumerate(sample.args)]
 
 
 def _outputs(result: Any) -> list[Tensor]:
@@ -86,7 +88,7 @@ def errors(op: Op, sample: Sample, dtype: torch.dtype, device: str, backend: str
         found = _outputs(op(*args))
         forward = max(relative_error(f, e) for f, e in zip(found, expected))
         weights = [torch.randn_like(e) for e in expected]
-        leaves, exact_leaves = ([a for a in s if isinstance(a, Tensor) and a.requires_grad] for s in (args, exact))
+        leaves, exact_leaves = ([a for a in _tensors(s) if a.requires_grad] for s in (args, exact))
         live = [i for i, e in enumerate(expected) if e.requires_grad]
         if not live:
             return forward, 0.0

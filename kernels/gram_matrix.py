@@ -7,7 +7,11 @@ Only tiles of the lower triangle are computed. A style layer has few channels an
 fill a device: the positions are split (by the shape alone), and a second kernel adds the parts in order, scales, and writes the
 entry and its mirror, so that G is symmetric to the bit; for the style loss it takes the difference and its square there, so
 that G itself is never written. Without a split the product's own epilogue scales and mirrors. The backward is one product by a
-symmetric matrix, with the scale and the gradient of the loss in its epilogue.
+symmetric matrix, with the scale and the gradient of the loss in its epilogue. The layers of a style loss share one launch of
+each forward kernel (two of the first where some lie in channels_last and some do not): pointers, sizes and strides are passed
+as tuples of arguments, so that nothing is copied to the device and a CUDA graph can hold the call, and a program finds its
+layer by its number. There the positions are split such that all programs of all layers have about the same number of steps,
+and all have the tile of the layer with the fewest channels.
 
 FLOPs: C (C + BLOCK) S a sample forward, 2 C^2 S backward. Bytes: F once forward (its rows are read again by the tiles beside
 them, from L2), F and dF once backward; C^2 floats a part between the two kernels, at most about 600 tiles of 16 KB in all.
@@ -27,6 +31,9 @@ float32 follows torch.backends.cuda.matmul.allow_tf32. Features are read where t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +45,7 @@ from ._common import Aot, View, cdiv, output, precision, variant, view, wide
 
 PROGRAMS = 528  # four for each multiprocessor of an H100 or H200: fewer tiles, and the positions are split
 LARGE_FROM = 512  # channels from which tiles of 128 pay
+LAYERS = 32  # at most so many in a launch, whose arguments have 4 KB
 STEPS = 8  # at least so many steps of a product for each part
 
 
@@ -69,6 +77,21 @@ def _features(
 
 
 @triton.jit
+def _tile(
+    f, i, j, first, last, C, S, fc, fs, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products of channels i and j over the blocks of positions from ``first`` to ``last``."""
+    total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
+    for step in range(first, tl.minimum(last, tl.cdiv(S, BLOCK_K))):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = _features(f, i, k, C, S, fc, fs, shift, LAST, SHIFT, WIDE)
+        b = _features(f, j, k, C, S, fc, fs, shift, LAST, SHIFT, WIDE)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _gram(
     f, out, C, S, fn, fc, fs, tiles, splits, steps, scale, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, DIRECT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -80,13 +103,10 @@ def _gram(
     row, column = _corner(tile)
     i = row * BLOCK_C + tl.arange(0, BLOCK_C)
     j = column * BLOCK_C + tl.arange(0, BLOCK_C)
-    f += n * fn
-    total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
-    for step in range(split * steps, tl.minimum(split * steps + steps, tl.cdiv(S, BLOCK_K))):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        a = _features(f, i, k, C, S, fc, fs, shift, LAST, SHIFT, WIDE)
-        b = _features(f, j, k, C, S, fc, fs, shift, LAST, SHIFT, WIDE)
-        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    total = _tile(
+        f + n * fn, i, j, split * steps, split * steps + steps, C, S, fc, fs, shift, LAST, SHIFT, PRECISION, WIDE, BLOCK_C,
+        BLOCK_K,
+    )  # fmt: skip
     if DIRECT:
         total *= scale
         lower = (i[:, None] < C) & (j[None, :] <= i[:, None])
@@ -100,35 +120,132 @@ def _gram(
 
 
 @triton.jit
-def _join(
-    part, target, out, loss, C, target_stride, tiles, splits, scale, STYLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+def _entries(
+    part, target, out, C, tile, piece, splits, scale, STYLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's parts in order; writes G or, with STYLE, D and the sum of (G - A)^2 over this program's entries."""
-    PIECES: tl.constexpr = BLOCK_C * BLOCK_C // BLOCK_E
-    n = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0) // PIECES
-    e = (tl.program_id(0) % PIECES) * BLOCK_E + tl.arange(0, BLOCK_E)
+    """Adds a tile's parts in order; writes G or, with STYLE, D, and gives the sum of (G - A)^2 over a piece of the tile."""
+    e = piece * BLOCK_E + tl.arange(0, BLOCK_E)
     row, column = _corner(tile)
     i = row * BLOCK_C + e // BLOCK_C
     j = column * BLOCK_C + e % BLOCK_C
     there = (i < C) & (j <= i)
-    at = part + (n * tiles + tile) * splits * (BLOCK_C * BLOCK_C)
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
     for first in range(0, splits, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         inside = (r < splits)[:, None] & there[None, :]
-        total += tl.sum(tl.load(at + r[:, None] * (BLOCK_C * BLOCK_C) + e[None, :], mask=inside, other=0), axis=0)
+        total += tl.sum(tl.load(part + r[:, None] * (BLOCK_C * BLOCK_C) + e[None, :], mask=inside, other=0), axis=0)
     total *= scale
     below, above = i * C + j, j * C + i
+    squares = tl.zeros((BLOCK_E,), dtype=tl.float32)
     if STYLE:
-        a = tl.load(target + n * target_stride + below, mask=there, other=0).to(tl.float32)
-        b = tl.load(target + n * target_stride + above, mask=there, other=0).to(tl.float32)
+        a = tl.load(target + below, mask=there, other=0).to(tl.float32)
+        b = tl.load(target + above, mask=there, other=0).to(tl.float32)
         squares = (total - a) * (total - a) + tl.where(i == j, 0.0, (total - b) * (total - b))
-        tl.store(loss + n * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(there, squares, 0.0), axis=0))
         total -= (a + b) * 0.5
-    tl.store(out + n * C * C + below, total, mask=there)
-    tl.store(out + n * C * C + above, total, mask=there)
+    tl.store(out + below, total, mask=there)
+    tl.store(out + above, total, mask=there)
+    return tl.sum(tl.where(there, squares, 0.0), axis=0)
+
+
+@triton.jit
+def _join(
+    part, target, out, loss, C, target_stride, tiles, splits, scale, STYLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Parts to G or, with STYLE, to D and the sum of (G - A)^2 over this program's entries."""
+    PIECES: tl.constexpr = BLOCK_C * BLOCK_C // BLOCK_E
+    n = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0) // PIECES
+    at = part + (n * tiles + tile) * splits * (BLOCK_C * BLOCK_C)
+    squares = _entries(
+        at, target + n * target_stride, out + n * C * C, C, tile, tl.program_id(0) % PIECES, splits, scale, STYLE, BLOCK_C,
+        BLOCK_E, BLOCK_R,
+    )  # fmt: skip
+    if STYLE:
+        tl.store(loss + n * tl.num_programs(0) + tl.program_id(0), squares)
+
+
+@triton.jit
+def _of(values, starts, LAYERS: tl.constexpr):
+    """The value for this program's layer; a layer's programs follow its start, which is coded as ``_coded`` says."""
+    program = tl.program_id(0) * 2 + 3
+    found = values[0]
+    for layer in tl.static_range(1, LAYERS):
+        found = tl.where(program >= starts[layer], values[layer], found)
+    return found
+
+
+@triton.jit
+def _number(values, starts, LAYERS: tl.constexpr):
+    """As _of, of numbers that ``_coded`` made."""
+    return (_of(values, starts, LAYERS) - 3) >> 1
+
+
+@triton.jit
+def _gram_layers(
+    f, starts, channels, positions, n_strides, strides, tiles, splits, steps, at, out, shift, LAYERS: tl.constexpr,
+    LAST: tl.constexpr, SHIFT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One part of a tile of a layer. ALIGNED divides all strides and the extent of the axis whose stride is 1."""
+    n = tl.program_id(1).to(tl.int64)
+    x = _of(f, starts, LAYERS)
+    C = _number(channels, starts, LAYERS)
+    S = _number(positions, starts, LAYERS)
+    n_stride = _number(n_strides, starts, LAYERS)
+    stride = _number(strides, starts, LAYERS)
+    parts = _number(splits, starts, LAYERS)
+    length = _number(steps, starts, LAYERS)
+    if ALIGNED > 1:
+        x = tl.multiple_of(x, 16)
+        n_stride = tl.multiple_of(n_stride, ALIGNED)
+        stride = tl.multiple_of(stride, ALIGNED)
+        if LAST:
+            C = tl.multiple_of(C, ALIGNED)
+        else:
+            S = tl.multiple_of(S, ALIGNED)
+    x += n * n_stride
+    rest = tl.program_id(0) - _number(starts, starts, LAYERS)
+    tile = rest // parts
+    split = rest % parts
+    row, column = _corner(tile)
+    i = row * BLOCK_C + tl.arange(0, BLOCK_C)
+    j = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = split * length
+    if LAST:
+        total = _tile(x, i, j, first, first + length, C, S, 1, stride, shift, LAST, SHIFT, PRECISION, WIDE, BLOCK_C, BLOCK_K)
+    else:
+        total = _tile(x, i, j, first, first + length, C, S, stride, 1, shift, LAST, SHIFT, PRECISION, WIDE, BLOCK_C, BLOCK_K)
+    e = tl.arange(0, BLOCK_C)
+    part = _number(at, starts, LAYERS) + (n * _number(tiles, starts, LAYERS) + tile) * parts + split
+    tl.store(out + part * (BLOCK_C * BLOCK_C) + e[:, None] * BLOCK_C + e[None, :], total)
+
+
+@triton.jit
+def _join_layers(
+    part, target, out, loss, starts, channels, target_strides, tiles, splits, at, to, scales, factors, width,
+    LAYERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Parts to D, and factor times the sum of (G - A)^2 over this program's entries of a layer."""
+    PIECES: tl.constexpr = BLOCK_C * BLOCK_C // BLOCK_E
+    n = tl.program_id(1).to(tl.int64)
+    C = _number(channels, starts, LAYERS)
+    parts = _number(splits, starts, LAYERS)
+    layer = 0
+    for other in tl.static_range(1, LAYERS):
+        layer += (tl.program_id(0) * 2 + 3 >= starts[other]).to(tl.int32)
+    rest = tl.program_id(0) - _number(starts, starts, LAYERS)
+    tile = rest // PIECES
+    first = _number(at, starts, LAYERS) + (n * _number(tiles, starts, LAYERS) + tile) * parts
+    squares = _entries(
+        part + first * (BLOCK_C * BLOCK_C),
+        _of(target, starts, LAYERS) + n * _number(target_strides, starts, LAYERS),
+        out + _number(to, starts, LAYERS) + n * C * C, C, tile, rest % PIECES, parts,
+        _of(scales, starts, LAYERS), True, BLOCK_C, BLOCK_E, BLOCK_R,
+    )  # fmt: skip
+    squares *= _of(factors, starts, LAYERS)
+    tl.store(loss + (layer * tl.num_programs(1) + n) * width + rest, squares)
 
 
 @triton.jit
@@ -290,6 +407,85 @@ def style_loss(features: Tensor, target: Tensor, scale: float, shift: float, fac
     return factor * _joined(part, parts, tile, scale, out, target).sum(1), out
 
 
+def _far_apart(features: Sequence[Tensor], views: Sequence[View]) -> bool:
+    """Whether layers cannot share a launch: an empty one, one without a stride of 1, or too many for the arguments."""
+    return len(views) > LAYERS or any(_odd(v) or not f.numel() for f, v in zip(features, views))
+
+
+def _layer_parts(views: Sequence[View], tile: Tile) -> list[_Parts]:
+    """As _parts, with the programs of all layers alike in length."""
+    rows = [cdiv(v.c, tile.channels) for v in views]
+    tiles = [r * (r + 1) // 2 for r in rows]
+    blocks = [cdiv(v.s, tile.depth) for v in views]
+    share = cdiv(sum(v.n * t * b for v, t, b in zip(views, tiles, blocks)), PROGRAMS)
+    steps = [cdiv(b, max(1, min(cdiv(b, share), b // STEPS))) for b in blocks]
+    return [_Parts(t, cdiv(b, s), s) for t, b, s in zip(tiles, blocks, steps)]
+
+
+def _layer_options(tile: Tile, aligned: int, shifted: bool) -> dict[str, int]:
+    """Single loads, and shifts under TF32, take more registers than the assembler grants of itself."""
+    return (tile._replace(registers=224) if aligned == 1 or shifted else tile).options
+
+
+def _sums(sizes: Sequence[int]) -> list[int]:
+    """Where each begins, laid end to end."""
+    return list(accumulate(sizes, initial=0))[:-1]
+
+
+def _coded(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Odd and not 1: on ones and multiples of 16 a kernel is specialised, and so compiled anew for every size of image."""
+    return tuple(2 * number + 3 for number in numbers)
+
+
+def style_loss_layers(
+    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(L, D) of genfast::style_loss_layers."""
+    views = [view(f) for f in features]
+    if _far_apart(features, views):
+        found = [style_loss(f, a, s, shift, k) for f, a, s, k in zip(features, targets, scales, factors)]
+        return torch.stack([value for value, _ in found]), torch.cat([difference.flatten() for _, difference in found])
+    first = features[0]
+    n, layers = len(first), len(views)
+    how, half, widened = _arithmetic(first, shift)
+    tile = _gram_tile(how, half, min(v.c for v in views), False, widened)
+    parts = _layer_parts(views, tile)
+    counts = [n * p.tiles * p.splits for p in parts]
+    at = _sums(counts)
+    out = torch.empty(sum(n * v.c * v.c for v in views), dtype=torch.float32, device=first.device)
+    part = out.new_empty((sum(counts), tile.channels, tile.channels))
+    for last in (False, True):
+        chosen = [i for i in range(layers) if (views[i].s_stride != 1) == last]
+        if not chosen:
+            continue
+        mine = [views[i] for i in chosen]
+        programs = [parts[i].tiles * parts[i].splits for i in chosen]
+        outer = [v.s_stride if last else v.c_stride for v in mine]
+        aligned = math.gcd(16, *outer, *(v.n_stride for v in mine), *(v.c if last else v.s for v in mine))
+        if any(v.data.data_ptr() % 16 for v in mine):
+            aligned = 1
+        _gram_layers[(sum(programs), n)](
+            tuple(v.data for v in mine), *map(_coded, (
+                _sums(programs), [v.c for v in mine], [v.s for v in mine], [v.n_stride for v in mine], outer,
+                *zip(*(parts[i] for i in chosen)), [at[i] for i in chosen],
+            )), part, shift, LAYERS=len(chosen), LAST=last, SHIFT=shift != 0, ALIGNED=aligned, PRECISION=how,
+            WIDE=widened or wide(first), BLOCK_C=tile.channels, BLOCK_K=tile.depth,
+            **_layer_options(tile, aligned, shift != 0),
+        )  # fmt: skip
+    together = min(32, triton.next_power_of_2(max(p.splits for p in parts)))
+    entries = min(1024, 4096 // together)
+    programs = [p.tiles * (tile.channels**2 // entries) for p in parts]
+    loss = out.new_zeros((layers, n, max(programs)))
+    _join_layers[(sum(programs), n)](
+        part, tuple(a.float().contiguous() for a in targets), out, loss, *map(_coded, (
+            _sums(programs), [v.c for v in views], [v.c**2 if len(a) > 1 else 0 for a, v in zip(targets, views)],
+            [p.tiles for p in parts], [p.splits for p in parts], at, _sums([n * v.c**2 for v in views]),
+        )), tuple(scales), tuple(factors), loss.shape[2], LAYERS=layers, BLOCK_C=tile.channels, BLOCK_E=entries,
+        BLOCK_R=together, num_warps=4,
+    )  # fmt: skip
+    return loss.sum(2), out
+
+
 def _times(features: Tensor, matrix: Tensor, by: Tensor | None, scale: float, shift: float) -> Tensor:
     """scale by_n matrix_n (F_n + shift), with a symmetric matrix in float32."""
     out = output(features)
@@ -365,6 +561,40 @@ def _variants() -> list[Aot]:
         for entries, together in ((1024, 1), (128, 32)):
             base = dict(STYLE=style, BLOCK_C=64, BLOCK_E=entries, BLOCK_R=together)
             add(f"{'style' if style else 'gram'} of {together}", _join, "fp32", (), {"num_warps": 4}, **base)
+    return found + _layer_variants()
+
+
+def _layer_variants() -> list[Aot]:
+    """Of five layers, as of VGG."""
+    found = []
+
+    def add(label: str, kernel: Any, kind: str, launch: dict[str, int], **base: Any) -> None:
+        base["LAYERS"] = 5
+        types: dict[str, Any] = dict.fromkeys(kernel.arg_names, ("i32",) * 5) | dict.fromkeys(base, "constexpr")
+        types |= {"f": (f"*{kind}",) * 5, "target": ("*fp32",) * 5} | dict.fromkeys(("out", "part", "loss"), "*fp32")
+        types |= dict.fromkeys(("scales", "factors"), ("fp32",) * 5) | {"width": "i32", "shift": "fp32"}
+        signature = {name: types[name] for name in kernel.arg_names}
+        aligned = tuple(name for name in ("out", "part", "loss") if name in signature)
+        found.append(Aot(label, kernel, signature, base, launch, aligned))
+
+    for kind, how in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")):
+        half = kind != "fp32"
+        for form, c, aligned, shifted in (
+            ("", 64, 16, False), ("", 64, 1, False), (" channels_last", 64, 16, False), ("", 512, 16, False),
+            (" shift", 64, 16, True),
+        ):  # fmt: skip
+            if kind == "fp16" and (form or aligned == 1) or c == 512 and _gram_tile(how, half, c, False, False).channels == 64:
+                continue
+            widened = half and shifted
+            t = _gram_tile(how, half, c, False, widened)
+            base = dict(LAST=form == " channels_last", SHIFT=shifted, ALIGNED=aligned, PRECISION="tf32" if widened else how)
+            options = _layer_options(t, aligned, shifted)
+            blocks = dict(WIDE=widened, BLOCK_C=t.channels, BLOCK_K=t.depth)
+            add(f"layers {c} {how}{form} by {aligned} {kind}", _gram_layers, kind, options, **base, **blocks)
+    for c in (64, 128):
+        for entries, together in ((1024, 1), (128, 32)):
+            base = dict(BLOCK_C=c, BLOCK_E=entries, BLOCK_R=together)
+            add(f"layers, {c} by {c} of {together}", _join_layers, "fp32", {"num_warps": 4}, **base)
     return found
 
 

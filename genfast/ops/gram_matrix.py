@@ -53,6 +53,21 @@ def _check_style(features: Tensor, target: Tensor, scale: float, shift: float, f
     _check_matrix("style_loss", "target", target, features, True)
 
 
+def _check_layers(
+    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
+) -> None:
+    counts = [len(features), len(targets), len(scales), len(factors)]
+    if not features or len(set(counts)) > 1:
+        raise ValueError(f"style_loss_layers: {counts} features, targets, scales and factors; expected one of each a layer")
+    for f, a, scale, factor in zip(features, targets, scales, factors):
+        _check_style(f, a, scale, shift, factor)
+        if f.dtype != features[0].dtype or f.device != features[0].device or f.shape[0] != features[0].shape[0]:
+            raise ValueError(
+                f"style_loss_layers: features have {f.dtype} on {f.device} in batches of {f.shape[0]} and {features[0].dtype} "
+                f"on {features[0].device} in batches of {features[0].shape[0]}; expected the same in each layer"
+            )
+
+
 def _check_style_backward(
     features: Tensor, grad: Tensor, difference: Tensor, scale: float, shift: float, factor: float
 ) -> None:
@@ -74,6 +89,14 @@ def _fake_like(features: Tensor, *_: Any) -> Tensor:
 def _fake_style(features: Tensor, target: Tensor, scale: float, shift: float, factor: float) -> tuple[Tensor, Tensor]:
     difference = _fake_gram(features, scale, shift)
     return difference.new_empty(features.shape[:1]), difference
+
+
+def _fake_layers(
+    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    n, dtype = features[0].shape[0], _wide(features[0].dtype)
+    entries = sum(n * f.shape[1] * f.shape[1] for f in features)
+    return features[0].new_empty((len(features), n), dtype=dtype), features[0].new_empty(entries, dtype=dtype)
 
 
 def _forward(
@@ -148,16 +171,28 @@ def _setup_style(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _backward_style(ctx: Any, grad: Tensor | None, grad_difference: Tensor | None) -> tuple[Any, ...]:
     features, difference, target = ctx.saved_tensors
-    scale, shift, factor = ctx.options
+    found = _gradients(
+        features, difference, target, grad, grad_difference, ctx.options, ctx.target, ctx.needs_input_grad[:2]
+    )  # fmt: skip
+    return *found, None, None, None
+
+
+def _gradients(
+    features: Tensor, difference: Tensor, target: Tensor | None, grad: Tensor | None, grad_difference: Tensor | None,
+    options: Sequence[float], kind: tuple[torch.Size, torch.dtype], needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Of a layer's features and target, the latter of shape and dtype ``kind``."""
+    scale, shift, factor = options
     of_features = of_target = None
-    if ctx.needs_input_grad[0]:
+    if needs[0]:
         if grad is not None:
             of_features = OP_STYLE_BACKWARD(features, grad, difference, scale, shift, factor)
         if grad_difference is not None:  # of a second derivative
             more = _OP_BACKWARD(features, grad_difference, scale, shift)
             of_features = more if of_features is None else of_features + more
-    if ctx.needs_input_grad[1]:
-        shape, dtype = ctx.target
+    if needs[1]:
+        assert target is not None
+        shape, dtype = kind
         a = target.to(difference.dtype)
         of_target = torch.zeros_like(difference)
         if grad is not None:  # G - A, and not its symmetric part, which is kept
@@ -165,7 +200,36 @@ def _backward_style(ctx: Any, grad: Tensor | None, grad_difference: Tensor | Non
         if grad_difference is not None:
             of_target = of_target - (grad_difference + grad_difference.mT) / 2
         of_target = of_target.sum_to_size(shape).to(dtype)
-    return of_features, of_target, None, None, None
+    return of_features, of_target
+
+
+def _setup_layers(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, targets, ctx.scales, ctx.shift, ctx.factors = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *features, *(a if a.requires_grad else None for a in targets))
+    ctx.targets = [(a.shape, a.dtype) for a in targets]
+
+
+def _backward_layers(ctx: Any, grad: Tensor | None, grad_differences: Tensor | None) -> tuple[Any, ...]:
+    count = len(ctx.scales)
+    differences, *rest = ctx.saved_tensors
+    features, targets = rest[:count], rest[count:]
+    shapes = [(f.shape[0], f.shape[1], f.shape[1]) for f in features]
+
+    def by_layer(flat: Tensor | None) -> list[Any]:
+        if flat is None:
+            return [None] * count
+        return [t.reshape(s) for t, s in zip(flat.split([math.prod(s) for s in shapes]), shapes)]
+
+    grads = [None] * count if grad is None else grad.contiguous().unbind()
+    found = [
+        _gradients(f, d, a, g, more, (scale, ctx.shift, factor), kind, needs)
+        for f, d, a, g, more, scale, factor, kind, needs in zip(
+            features, by_layer(differences), targets, grads, by_layer(grad_differences), ctx.scales, ctx.factors, ctx.targets,
+            zip(*ctx.needs_input_grad[:2]),
+        )
+    ]  # fmt: skip
+    return [f for f, _ in found], [a for _, a in found], None, None, None
 
 
 def _samples_gram(generator: torch.Generator) -> Iterator[Sample]:
@@ -186,6 +250,17 @@ def _samples_style(generator: torch.Generator) -> Iterator[Sample]:
         features = torch.randn(shape, generator=generator, dtype=torch.float64)
         target = torch.randn((batch, c, c), generator=generator, dtype=torch.float64)  # of no symmetry
         yield Sample(label, (features, target, 0.25, shift, 1 / c))
+
+
+def _samples_layers(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shapes, batch, shift in (
+        ("images", ((2, 5, 4, 3), (2, 3, 6, 5)), 2, 0.0),
+        ("one channel, one target for all, shifted", ((2, 1, 3), (2, 4, 3, 3)), 1, 0.7),
+        ("whole and broken tiles", ((1, 67, 5, 3), (1, 2, 40, 5), (1, 3, 2, 2)), 1, 0.0),
+    ):  # fmt: skip
+        features = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        targets = [torch.randn((batch, s[1], s[1]), generator=generator, dtype=torch.float64) for s in shapes]
+        yield Sample(label, (features, targets, [1 / s[1] for s in shapes], shift, [0.25 + 0.5 * s[1] for s in shapes]))
 
 
 _OP_BACKWARD = Op(
@@ -236,6 +311,28 @@ OP_STYLE = Op(
     dtypes=_DTYPES,
 )
 
+# No kernel for the CPU, where a launch costs nothing to share.
+OP_LAYERS = Op(
+    "style_loss_layers(Tensor[] features, Tensor[] targets, float[] scales, float shift, float[] factors) -> (Tensor, Tensor)",
+    reference=reference.style_loss_layers,
+    check=_check_layers,
+    fake=_fake_layers,
+    kernels={"triton": _backend.triton_kernel("gram_matrix", "style_loss_layers", _check_layers)},
+    setup_context=_setup_layers,
+    backward=_backward_layers,
+    samples=_samples_layers,
+)
+
+
+def _together(layers: Sequence[Tensor]) -> bool:
+    """Whether these layers, of one batch, are to share their launches."""
+    first = layers[0]
+    if len(layers) < 2 or first.dtype is torch.float64 or _backend.forced not in (None, "triton"):
+        return False
+    return (first.is_cuda or _backend.forced is not None) and all(
+        f.dtype == first.dtype and f.device == first.device for f in layers
+    )
+
 
 def _scale(features: Tensor, normalize: bool) -> float:
     return 1.0 / max(1, math.prod(features.shape[1:])) if normalize else 1.0
@@ -278,6 +375,7 @@ def style_loss(
     """The style loss: sum over layers of weight times the mean of (G - A)^2 over the C x C entries and the batch.
 
     The difference and its square are taken where the Gram matrix is mirrored, and the derivative of a layer is one product.
+    On a GPU layers of one dtype, half or float32, share the forward's two kernel launches.
     A target's Gram matrix is computed once, by :func:`gram_matrix` with the same ``normalize`` and ``shift``, and kept.
 
     The published variants, with G and A plain sums (``normalize=False``) unless told, for N maps of M positions:
@@ -321,20 +419,26 @@ def style_loss(
         raise ValueError(f"style_loss: {len(given)} targets for {len(layers)} layers of features; expected one each")
     if weights is not None and len(weights) != len(layers):
         raise ValueError(f"style_loss: {len(weights)} weights for {len(layers)} layers of features; expected one each")
-    total: Tensor | None = None
+    batch, scales, factors = None, [], []
     for i, (f, a) in enumerate(zip(layers, given)):
         _check.floating("style_loss", features=f, targets=a)
         _check_features("style_loss", f)
         if targets_are == "features":
             _check_features("style_loss", a)
-            a = gram_matrix(a, normalize=normalize, shift=shift)
+            given[i] = gram_matrix(a, normalize=normalize, shift=shift)
         n, c = f.shape[:2]
+        if batch not in (None, n):
+            raise ValueError(f"style_loss: features have batches of {batch} and {n}; expected the same in each layer")
+        batch = n
         factor = (1.0 if weights is None else weights[i]) / max(1, c * c)
-        if reduction == "mean":
-            factor /= max(1, n)
-        value: Tensor = OP_STYLE(f, a, _scale(f, normalize), shift, factor)[0]
-        if total is not None and value.shape != total.shape:
-            raise ValueError(f"style_loss: features have batches of {total.shape[0]} and {n}; expected the same in each layer")
+        factors.append(factor / max(1, n) if reduction == "mean" else factor)
+        scales.append(_scale(f, normalize))
+    if _together(layers):
+        values: Tensor = OP_LAYERS(layers, given, scales, shift, factors)[0]
+        return values.sum() if reduction == "mean" else values.sum(0)
+    total: Tensor | None = None
+    for f, a, scale, factor in zip(layers, given, scales, factors):
+        value: Tensor = OP_STYLE(f, a, scale, shift, factor)[0]
         total = value if total is None else total + value
     assert total is not None
     return total.sum() if reduction == "mean" else total

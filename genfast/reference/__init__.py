@@ -15,7 +15,7 @@ from .discretized_logistic_mixture import (
 )
 from .gated_activation import gated_activation, gated_activation_backward
 from .gradient_penalty import gradient_penalty, penalty_of_norms, penalty_points
-from .gram_matrix import gram_matrix, gram_matrix_backward, style_loss, style_loss_backward
+from .gram_matrix import gram_matrix, gram_matrix_backward, style_loss, style_loss_backward, style_loss_layers
 from .interpolate import interpolate, interpolate_backward
 from .invertible_conv1x1 import channel_mix, channel_mix_backward, plu_inverse, plu_matrix, plu_weight, plu_weight_backward
 from .linear import linear, linear_input, linear_weight
@@ -50,5 +50,5 @@ __all__ = [
     "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms", "penalty_points", "pixel_norm", "pixel_norm_backward",
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "row_lstm",
     "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm", "spectral_norm_backward", "squeeze",
-    "style_loss", "style_loss_backward", "tap_energy", "upfirdn2d",
+    "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,14 @@ def style_loss(
     matrix A and of which dL/dF is 4 factor scale D (F + shift) for any A."""
     g, a = gram_matrix(features, scale, shift), _wide(target)
     return factor * (g - a).square().sum((1, 2)), g - (a + a.mT) / 2
+
+
+def style_loss_layers(
+    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """style_loss of each layer: L (layers, N), and every D, one after the other, as one vector."""
+    found = [style_loss(f, a, scale, shift, k) for f, a, scale, k in zip(features, targets, scales, factors)]
+    return torch.stack([value for value, _ in found]), torch.cat([difference.flatten() for _, difference in found])
 
 
 def style_loss_backward(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import genfast
 from genfast._registry import OPS, Op
@@ -40,8 +41,9 @@ def outputs(result: Any) -> list[Tensor]:
 
 def exact(args: tuple[Any, ...]) -> list[Any]:
     """The arguments in float64 on the CPU, with the same values."""
-    moved = [a.detach().cpu() if isinstance(a, Tensor) else a for a in args]
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in moved]
+    moved = tree_map_only(Tensor, lambda a: a.detach().cpu(), list(args))
+    exact: list[Any] = tree_map_only(Tensor, lambda a: a.double() if a.is_floating_point() else a, moved)
+    return exact
 
 
 def run(op: Op, args: tuple[Any, ...]) -> list[Tensor]:

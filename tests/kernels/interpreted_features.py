@@ -10,6 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
 
+import genfast
 from genfast._registry import OPS
 from genfast._verify import relative_error
 from genfast.kernels import contextual_similarity as contextual_kernels
@@ -109,6 +110,113 @@ def test_gram_of_large_activations_in_float16():
 def test_gram_under_tf32():
     check_gram(torch.randn(1, 70, 40))
     check_style(torch.randn(2, 5, 40), torch.randn(1, 5, 5))
+
+
+def check_layers(shapes, dtype=torch.float32, shift=0.0, forms=()):
+    features = [torch.randn(s).to(dtype) for s in shapes]
+    for i in forms:
+        features[i] = features[i].contiguous(memory_format=torch.channels_last)
+    targets = [torch.randn(s[0] if i % 2 else 1, s[1], s[1]) for i, s in enumerate(shapes)]
+    scales = [0.3 / (i + 1) for i in range(len(shapes))]
+    args = (features, targets, scales, shift, [1.5 / s[1] for s in shapes])
+    values, flat = compare(OPS["style_loss_layers"], args, FORWARD[dtype])
+    differences = [d.view(s[0], s[1], s[1]) for d, s in zip(flat.split([s[0] * s[1] ** 2 for s in shapes]), shapes)]
+    assert all(torch.equal(d, d.mT) for d in differences)
+    return args, values, differences
+
+
+def count_launches(monkeypatch):
+    """The grids of the kernels that layers share, as they are launched."""
+    grids = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append((self.kernel.fn.__name__, grid))
+            return self.kernel[grid]
+
+    for name in ("_gram_layers", "_join_layers"):
+        monkeypatch.setattr(gram_kernels, name, Counted(getattr(gram_kernels, name)))
+    return grids
+
+
+@each_dtype
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_gram_layers_with_and_without_parts(dtype, shift, monkeypatch):
+    monkeypatch.setattr(gram_kernels, "STEPS", 1)
+    grids = count_launches(monkeypatch)
+    check_layers([(1, 67, 3, 5), (1, 1, 8, 12), (1, 3, 1, 1)], dtype, shift)
+    check_layers([(2, 2, 9, 8), (2, 5, 4, 4)], dtype, shift)
+    assert [name for name, _ in grids] == ["_gram_layers", "_join_layers"] * 2
+    assert grids[0][1][0] > 3 + 1 + 1  # tiles
+
+
+def test_gram_layers_in_both_orders_share_the_second_kernel(monkeypatch):
+    grids = count_launches(monkeypatch)
+    check_layers([(2, 3, 5, 4), (2, 70, 4, 4), (2, 1, 6, 7), (2, 8, 4, 3)], forms=(1, 3))
+    assert [name for name, _ in grids] == ["_gram_layers", "_gram_layers", "_join_layers"]
+    check_layers([(2, 16, 4, 8), (2, 32, 4, 4)], torch.bfloat16, forms=(0, 1))
+    assert len(grids) == 5
+
+
+def test_gram_layers_equal_the_layers_by_themselves(monkeypatch):
+    """To the bit where the positions are split alike; the squares are added in another order."""
+    monkeypatch.setattr(gram_kernels, "STEPS", 1 << 20)
+    args, values, differences = check_layers([(2, 70, 5, 4), (2, 3, 9, 9)], shift=0.5)
+    for f, a, scale, factor, value, difference in zip(*args[:3], args[4], values, differences):
+        alone, d = run(OPS["style_loss"], (f, a, scale, 0.5, factor))
+        assert torch.equal(difference, d)
+        torch.testing.assert_close(value, alone, rtol=1e-6, atol=0)
+
+
+def test_gram_layers_that_do_not_lie_together(monkeypatch):
+    """Strides without a 1, no positions and no samples go layer by layer; a slice off the vectors' grid does not."""
+    grids = count_launches(monkeypatch)
+    wide = torch.randn(2, 3, 8, 6)
+    features, targets = [wide[..., ::2], torch.randn(2, 4, 7)], [torch.randn(1, 3, 3), torch.randn(1, 4, 4)]
+    compare(OPS["style_loss_layers"], (features, targets, [1.0, 2.0], 0.0, [0.5, 0.25]), FORWARD[torch.float32])
+    check_layers([(2, 3, 0, 4), (2, 2, 3, 3)])
+    check_layers([(0, 3, 2, 4), (0, 2, 3, 3)])
+    assert not grids
+    features[0] = torch.randn(2 * 3 * 16 + 1)[1:].view(2, 3, 16)
+    compare(OPS["style_loss_layers"], (features, targets, [1.0, 2.0], 0.0, [0.5, 0.25]), FORWARD[torch.float32])
+    assert len(grids) == 2
+
+
+@pytest.mark.usefixtures("tf32")
+def test_gram_layers_under_tf32(monkeypatch):
+    monkeypatch.setattr(gram_kernels, "LARGE_FROM", 2)
+    check_layers([(1, 130, 4, 5), (1, 3, 8, 8)])
+
+
+def test_style_loss_of_layers_shares_launches_and_has_their_gradient(monkeypatch):
+    grids = count_launches(monkeypatch)
+    xs = [torch.randn(2, c, s, s, requires_grad=True) for c, s in ((3, 8), (66, 4), (1, 5))]
+    targets = [torch.randn(1, c, c, requires_grad=True) for c in (3, 66, 1)]
+    weights = [0.5, 2.0, 1.0]
+    for reduction in ("mean", "none"):
+        grids.clear()
+        with genfast.backend("triton"):
+            loss = genfast.ops.style_loss(xs, targets, weights, shift=0.25, reduction=reduction)
+            found = [loss, *torch.autograd.grad(loss.sum(), [*xs, *targets])]
+        assert [name for name, _ in grids] == ["_gram_layers", "_join_layers"]
+        exactly = [t.detach().double().requires_grad_() for t in (*xs, *targets)]
+        loss = genfast.ops.style_loss(exactly[:3], exactly[3:], weights, shift=0.25, reduction=reduction)
+        expected = [loss, *torch.autograd.grad(loss.sum(), exactly)]
+        assert [name for name, _ in grids] == ["_gram_layers", "_join_layers"]
+        for f, e in zip(found, expected):
+            assert relative_error(f, e) <= GRADIENT[torch.float32]
+
+
+def test_style_loss_of_mixed_dtypes_goes_layer_by_layer(monkeypatch):
+    grids = count_launches(monkeypatch)
+    xs, targets = [torch.randn(1, 3, 9), torch.randn(1, 4, 9).half()], [torch.randn(1, 3, 3), torch.randn(1, 4, 4)]
+    with genfast.backend("triton"):
+        genfast.ops.style_loss(xs, targets)
+        genfast.ops.style_loss(xs[:1], targets[:1])
+    assert not grids
 
 
 # ---- contextual_similarity ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -264,6 +265,76 @@ def test_layers_weights_and_targets():
         torch.testing.assert_close(f, e)
 
 
+def layered():
+    xs = [torch.randn(2, c, s, dtype=torch.float64, requires_grad=True) for c, s in ((3, 4), (1, 5), (2, 3))]
+    targets = [torch.randn(n, c, c, dtype=torch.float64, requires_grad=True) for n, c in ((1, 3), (2, 1), (1, 2))]
+    return xs, targets, [0.5, 1.0, 0.25], 0.1, [1.0, 2.0, 0.5]
+
+
+def test_layers_together_are_the_layers_by_themselves():
+    xs, targets, scales, shift, factors = layered()
+    values, flat = OPS["style_loss_layers"](xs, targets, scales, shift, factors)
+    grads = torch.autograd.grad(values.sin().sum() + flat.square().sum(), [*xs, *targets])
+    alone = [OPS["style_loss"](x, a, s, shift, k) for x, a, s, k in zip(xs, targets, scales, factors)]
+    torch.testing.assert_close(values, torch.stack([v for v, _ in alone]))
+    torch.testing.assert_close(flat, torch.cat([d.flatten() for _, d in alone]))
+    expected = torch.autograd.grad(sum(v.sin().sum() + d.square().sum() for v, d in alone), [*xs, *targets])
+    torch.testing.assert_close(grads, expected)
+
+
+def test_layers_together_differentiate_what_needs_it_alone():
+    xs, targets, *options = layered()
+    for t in (xs[0], targets[1], targets[2]):
+        t.requires_grad_(False)
+    leaves = [xs[1], xs[2], targets[0]]
+    values, _ = OPS["style_loss_layers"](xs, targets, *options)
+    assert all(bool(g.count_nonzero()) for g in torch.autograd.grad(values.sum(), leaves, create_graph=True))
+    (flat,) = torch.autograd.grad(OPS["style_loss_layers"](xs, targets, *options)[1].sum(), [leaves[0]])
+    assert flat.shape == xs[1].shape
+
+
+def test_third_derivatives_of_layers_together():
+    xs, targets, *options = layered()
+
+    def second(x):
+        values = OPS["style_loss_layers"]([x, *xs[1:]], targets, *options)[0]
+        (first,) = torch.autograd.grad(values.sum(), x, create_graph=True)
+        return torch.autograd.grad(first.sin().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(second, (xs[0],))
+
+
+def test_layers_together_compile_with_dynamic_shapes():
+    def loss(xs, targets):
+        return OPS["style_loss_layers"](xs, targets, [0.5] * 3, 0.1, [1.0] * 3)[0].sum()
+
+    xs, targets, *_ = layered()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for f, e in zip(torch.autograd.grad(compiled(xs, targets), xs), torch.autograd.grad(loss(xs, targets), xs)):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_is_the_same_with_layers_together(reduction, monkeypatch):
+    """As on a GPU, eager and compiled."""
+    xs, targets, *_ = layered()
+
+    def loss(xs, targets):
+        return ops.style_loss(xs, targets, [0.5, 2.0, 1.0], shift=-1, reduction=reduction).sum()
+
+    expected = [loss(xs, targets), *torch.autograd.grad(loss(xs, targets), [*xs, *targets])]
+    monkeypatch.setattr(sys.modules["genfast.ops.gram_matrix"], "_together", lambda layers: True)
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        found = function(xs, targets)
+        torch.testing.assert_close([found, *torch.autograd.grad(found, [*xs, *targets])], expected)
+    with pytest.raises(ValueError, match=r"style_loss: target has shape \(1, 3, 3\), expected \(2 or 1, 2, 2\)"):
+        ops.style_loss([xs[2], xs[0]], [targets[0], targets[2]])
+    with pytest.raises(ValueError, match="batches of 2 and 1"):
+        ops.style_loss([xs[0], xs[1][:1]], targets[:2])
+
+
 def test_the_target_has_a_gradient_too():
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     a = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -314,6 +385,17 @@ def test_under_autocast():
             ValueError, "batches of 2 and 1",
         ),
         (lambda: OPS["gram_matrix_backward"](torch.ones(2, 3, 4), torch.ones(1, 3, 3), 1.0, 0.0), ValueError, "grad has shape"),
+        (
+            lambda: OPS["style_loss_layers"]([torch.ones(2, 3, 4)], [torch.ones(1, 3, 3)] * 2, [1.0], 0.0, [1.0]), ValueError,
+            r"\[1, 2, 1, 1\] features, targets, scales and factors",
+        ),
+        (lambda: OPS["style_loss_layers"]([], [], [], 0.0, []), ValueError, "expected one of each a layer"),
+        (
+            lambda: OPS["style_loss_layers"](
+                [torch.ones(2, 3, 4), torch.ones(1, 3, 4)], [torch.ones(1, 3, 3)] * 2, [1.0] * 2, 0.0, [1.0] * 2
+            ),
+            ValueError, "in batches of 1 and torch.float32 on cpu in batches of 2",
+        ),
         (
             lambda: OPS["style_loss_backward"](torch.ones(2, 3, 4), torch.ones(1), torch.ones(2, 3, 3), 1.0, 0.0, 1.0),
             ValueError, r"grad has shape \(1,\), expected \(2,\)",
