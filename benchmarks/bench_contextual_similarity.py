@@ -80,7 +80,9 @@ def _case(shape: tuple[int, int, int, int], wanted: str, quick: bool) -> Case:
     b, c, h, w = shape
     flops = 2 * b * (h * w) ** 2 * c * {"forward": 1, "x": 2, "both": 3}[wanted]
     title = {"forward": "forward", "x": "forward and backward to x", "both": "forward and backward to both"}[wanted]
-    return Case(f"contextual_similarity {shape} {title}", providers, flops=flops, quick=quick)
+    # Among so many columns a few have two rows within rounding of their maximum: which one has the gradient then differs.
+    tolerance = 2e-2 if h * w > 4096 else 1e-3
+    return Case(f"contextual_similarity {shape} {title}", providers, flops=flops, quick=quick, tolerance=tolerance)
 
 
 CASES = [

@@ -15,7 +15,7 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kEdge = 16;                  // of a block of the mirror pass
-constexpr int64_t kTerms = 256;                // of a run, after which a sum is added to the sums before
+constexpr int64_t kTerms = 512;                // of a run, after which a sum is added to the sums before
 constexpr int64_t kGroup = 2048;               // positions that are worth a sum of their own
 constexpr int64_t kMaxGroups = 16;
 constexpr int64_t kGroupCache = 256 << 10;     // bytes of sums up to which groups are made: they stay in the second-level cache
