@@ -28,6 +28,7 @@ class Case:
     bytes, flops: what the work cannot do without; 0 where that is not a useful figure.
     quick: whether it runs under --quick.
     once: providers that take minutes: timed at one call, the one whose result is compared, and without their memory.
+    pause: seconds before each timed call, where a provider's threads spin on after it in a pool of their own (numpy's).
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     tolerance: float = 1e-3
     notes: dict[str, str] = field(default_factory=dict)
     once: tuple[str, ...] = ()
+    pause: float = 0.0
 
 
 def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
     while len(times["genfast"]) < rounds and (len(times["genfast"]) < 5 or time.perf_counter() - start < budget):
         for name, work in works.items():
             if name not in case.once:
+                time.sleep(case.pause)
                 times[name].append(_timed(work))
         if copying is not None:  # the ceiling takes its turn too, and meets the caches in the state that the others do
             copies.append(_timed(copying))

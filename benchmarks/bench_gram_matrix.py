@@ -91,8 +91,9 @@ def _plain(size: int) -> Case:
         "reference": lambda: work(torch.mm), "peer": lambda: work(numpy), "genfast": lambda: work(genfast.ops.linear_input),
     }  # fmt: skip
     return Case(
-        f"linear plain product {size} x {size} x {size}", providers, flops=2 * size**3, quick=False, notes={"peer": "numpy"}
-    )
+        f"linear plain product {size} x {size} x {size}", providers, flops=2 * size**3, quick=False, notes={"peer": "numpy"},
+        pause=0.2,
+    )  # fmt: skip
 
 
 CASES = [

@@ -25,6 +25,7 @@ constexpr int64_t kGradientRows = 48;  // whose weights, by kWeights columns, fi
 constexpr int64_t kChunk = 16;         // panels between two additions in float64
 constexpr int64_t kGroups = 64;        // of blocks of x with itself, each with sums of its own
 constexpr int64_t kSmall = 1 << 18;    // products of a batch entry that one thread takes whole
+constexpr int64_t kSmallRows = 1 << 17;  // elements of x and y that one thread prepares before others would wake
 
 enum Form { kDifferences, kNorms, kProducts };
 
@@ -183,7 +184,9 @@ void sum_block(const Problem<T>& p, const K& kernel, int64_t first, int64_t last
 template <class T, int kForm, class K>
 void sums(const Problem<T>& p, const K& kernel, T* out, int threads) {
   const int64_t blocks = (p.n + kSumRows - 1) / kSumRows, groups = p.same ? std::min(blocks, kGroups) : blocks;
-  std::vector<double> rows(size_t(p.n)), columns(size_t(p.same ? groups * p.n : 0));
+  static thread_local Scratch scratch;
+  double *const rows = scratch.get<double>((p.same ? groups + 1 : 1) * p.n), *const columns = rows + p.n;
+  std::fill(rows, columns + (p.same ? groups * p.n : 0), 0.0);
 #pragma omp parallel num_threads(threads)
   {
     // The first blocks have the longest rows: each group takes them from both ends in turn.
@@ -192,16 +195,15 @@ void sums(const Problem<T>& p, const K& kernel, T* out, int threads) {
       for (int64_t base = 0, turn = 0; base < blocks; base += groups, ++turn) {
         const int64_t b = base + (turn % 2 ? groups - 1 - g : g);
         if (b < blocks)
-          sum_block<T, kForm>(p, kernel, b * kSumRows, std::min(p.n, (b + 1) * kSumRows), rows.data(),
-                              p.same ? columns.data() + g * p.n : nullptr);
+          sum_block<T, kForm>(p, kernel, b * kSumRows, std::min(p.n, (b + 1) * kSumRows), rows,
+                              p.same ? columns + g * p.n : nullptr);
       }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < p.n; ++i) {
-      double total = rows[size_t(i)];
-      if (p.same)
-        for (int64_t g = 0; g < groups; ++g) total += columns[size_t(g * p.n + i)];
-      out[i] = T(total);
-    }
+  }
+  for (int64_t i = 0; i < p.n; ++i) {  // small beside the pairs: another barrier would cost more
+    double total = rows[i];
+    if (p.same)
+      for (int64_t g = 0; g < groups; ++g) total += columns[g * p.n + i];
+    out[i] = T(total);
   }
 }
 
@@ -406,6 +408,7 @@ void prepare(const PairwiseArgs& a, int64_t b, int threads, const Then& then) {
   T* const rows = panels + padded_m * a.c;
   T *const xn = rows + copied, *const yn = xn + norms, *const h = yn + padded_m, *const mean = h + padded_m;
   Problem<T> p{x, y, panels, xn, yn, a.n, a.m, a.c, a.c, a.c, !a.y, a.exclude_diagonal};
+  if ((a.n + a.m) * a.c < kSmallRows) threads = 1;
   if (copies) {
     for (int64_t k = 0; k < a.c; ++k) mean[k] = T(0);
     if (kForm != kProducts) common_mean(x, a.n, y, a.y ? a.m : 0, a.c, mean, threads);
