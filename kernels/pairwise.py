@@ -171,6 +171,9 @@ def _warps(kind: str) -> int:
     return 8 if kind == "fp32" else 4
 
 
+REGISTERS = 168  # of the sums and of the nearest rows: more than the assembler grants of itself, which spills
+
+
 def _launch(rows: Tensor) -> dict[str, Any]:
     kind = "fp32" if rows.dtype is torch.float32 else "half"
     return {"PRECISION": precision(rows), "WIDE": wide(rows), "num_warps": _warps(kind)}
@@ -210,7 +213,7 @@ def pairwise_kernel_sum(
     _sums[(b * i_tiles * j_tiles,)](
         rows, other, xn, yn, _on_device(tuple(scales), x.device), partial, offset, b, n, m, c, i_tiles, j_tiles,
         COUNT=len(scales), DEGREE=degree, KERNEL=KERNELS[kernel], SAME=y is None, EXCLUDE=exclude_diagonal, BLOCK=BLOCK,
-        FEATURES=FEATURES, **_launch(rows),
+        FEATURES=FEATURES, maxnreg=REGISTERS, **_launch(rows),
     )  # fmt: skip
     return partial.sum(0)
 
@@ -273,7 +276,7 @@ def nearest_rows(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tup
             _nearest[(b * i_tiles,)](
                 rows, other, xn, yn, value[max(0, t - 1)], index[max(0, t - 1)], value[t], index[t], n, m, c, i_tiles,
                 cdiv(m, BLOCK), AGAIN=t > 0, EXCLUDE=exclude_self, BLOCK=BLOCK, FEATURES=FEATURES // 2,
-                **_launch(rows),
+                maxnreg=REGISTERS, **_launch(rows),
             )  # fmt: skip
     chosen = index.permute(1, 2, 0).long().sort(2).values  # ascending, so that equal distances stay so
     side = x if y is None else y
@@ -283,45 +286,43 @@ def nearest_rows(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tup
 
 
 def _variants() -> list[Aot]:
+    """Sizes of 32 bits alone: more rows than that have too many pairs to wait for."""
     found = []
     names = ("x", "y", "xn", "yn", "scales", "partial", "g", "h", "out", "last")
-    for ones, label in (((), "32-bit sizes"), (None, "64-bit sizes")):
-        for name, kernel in KERNELS.items():
-            for kind, form in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")):
-                if kind != "fp32" and (name != "polynomial" or ones is None):  # distances are those of float32 rows
-                    continue
-                types = dict.fromkeys(names, "*fp32") | {"x": f"*{kind}", "y": f"*{kind}", "offset": "fp32"}
-                if name == "polynomial":
-                    types |= {"xn": f"*{kind}", "yn": f"*{kind}"}
-                common: dict[str, Any] = {"KERNEL": kernel, "COUNT": 1 if kernel == 2 else 7, "DEGREE": 3, "BLOCK": BLOCK}
-                common |= {"FEATURES": FEATURES, "PRECISION": form, "WIDE": False}
-                about = f"{name} {kind} {form}, {label}"
-                for same in (False, True) if ones is not None else (True,):
-                    own = {n: t for n, t in types.items() if n in _sums.arg_names}
-                    constants = common | {"SAME": same, "EXCLUDE": same}
-                    found.append(
-                        variant(f"{'itself' if same else 'two'}, {about}", _sums, own, constants, ones, num_warps=_warps(kind))
-                    )
-                    own = {n: t for n, t in types.items() if n in _weights.arg_names}
-                    constants = common | {"ROWS": True, "COLUMNS": same, "EXCLUDE": same}
-                    found.append(
-                        variant(
-                            f"{'itself' if same else 'two'}, {about}",
-                            _weights,
-                            own,
-                            constants,
-                            ones,
-                            num_warps=_warps(kind),
-                        )
-                    )
-        for form in ("ieee", "tf32"):
-            for again in (False, True):
-                types = dict.fromkeys(("x", "y", "xn", "yn", "last", "out"), "*fp32")
-                types |= {"last_index": "*i32", "out_index": "*i32"}
-                constants = {"AGAIN": again, "EXCLUDE": again, "BLOCK": BLOCK, "FEATURES": FEATURES // 2}
-                constants |= {"PRECISION": form, "WIDE": False}
-                about = f"{'next' if again else 'first'}, {form}, {label}"
-                found.append(variant(about, _nearest, types, constants, ones, num_warps=_warps("fp32")))
+    for name, kernel in KERNELS.items():
+        for kind, form in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")):
+            if kind != "fp32" and name != "polynomial":  # distances are those of float32 rows
+                continue
+            types = dict.fromkeys(names, "*fp32") | {"x": f"*{kind}", "y": f"*{kind}", "offset": "fp32"}
+            if name == "polynomial":
+                types |= {"xn": f"*{kind}", "yn": f"*{kind}"}
+            common: dict[str, Any] = {"KERNEL": kernel, "COUNT": 1 if kernel == 2 else 7, "DEGREE": 3, "BLOCK": BLOCK}
+            common |= {"FEATURES": FEATURES, "PRECISION": form, "WIDE": False}
+            for same in (False, True):
+                label, warps = f"{'itself' if same else 'two'}, {name} {kind} {form}", _warps(kind)
+                own = {n: t for n, t in types.items() if n in _sums.arg_names}
+                constants = common | {"SAME": same, "EXCLUDE": same}
+                found.append(variant(label, _sums, own, constants, (), num_warps=warps, maxnreg=REGISTERS))
+                own = {n: t for n, t in types.items() if n in _weights.arg_names}
+                constants = common | {"ROWS": True, "COLUMNS": same, "EXCLUDE": same}
+                found.append(variant(label, _weights, own, constants, (), num_warps=warps))
+    for form in ("ieee", "tf32"):
+        for again in (False, True):
+            types = dict.fromkeys(("x", "y", "xn", "yn", "last", "out"), "*fp32")
+            types |= {"last_index": "*i32", "out_index": "*i32"}
+            constants = {"AGAIN": again, "EXCLUDE": again, "BLOCK": BLOCK, "FEATURES": FEATURES // 2}
+            constants |= {"PRECISION": form, "WIDE": False}
+            found.append(
+                variant(
+                    f"{'next' if again else 'first'}, {form}",
+                    _nearest,
+                    types,
+                    constants,
+                    (),
+                    num_warps=_warps("fp32"),
+                    maxnreg=REGISTERS,
+                )
+            )
     return found
 
 

@@ -171,7 +171,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         x, y = rows(11, 8, "cosine"), rows(6, 8, "cosine")
         tables = prior(11, 2), prior(11, 3)
         yield Sample(f"spatial, over {over}", (x, y, *tables, 0.3, 0.5, 1e-2, "cosine", over, False), (2, 3))
-    x, y = rows(150, 6, "cosine", 1), rows(140, 6, "cosine", 1)
+    x, y = rows(75, 6, "cosine", 1), rows(70, 6, "cosine", 1)
     yield Sample("several panels", (x, y, None, None, 0.0, 0.3, 1e-2, "cosine", "sources", True))
     yield Sample("several panels, kept", (x, y, None, None, 0.0, 0.3, 1e-2, "cosine", "sources", False))
     yield Sample("one target", (rows(4, 3, "l2"), rows(1, 3, "l2"), None, None, 0.0, 0.5, 1e-2, "l2", "sources", False))
