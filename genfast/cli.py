@@ -103,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
     style.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs")
     style.add_argument("--loss", choices=("gram", "contextual"), default="gram", help="of the style")
     style.add_argument(
-        "--style-weight", type=float, metavar="W", help="default 100, of the contextual loss 1; the content's is 1"
+        "--style-weight",
+        type=float,
+        metavar="W",
+        help="default 100, with the random network 10, of the contextual loss 1; the content's is 1",
     )
     style.add_argument(
         "--tv-weight", type=float, default=0.0, metavar="W", help="of the total variation, for smoother pictures"
@@ -117,7 +120,10 @@ def parser() -> argparse.ArgumentParser:
     style.add_argument(
         "--normalization", choices=("imagenet", "none"), help="of a FUNCTION's network, which takes colours in [0, 1] with none"
     )
-    style.add_argument("--content-layers", metavar="NAMES", help="with commas (default relu4_2)")
+    style.add_argument(
+        "--content-layers", metavar="NAMES",
+        help="with commas (default relu4_2; of the random network, whose deep layers keep little of a picture, relu2_1)",
+    )  # fmt: skip
     style.add_argument(
         "--style-layers", metavar="NAMES", help="default relu1_1 to relu5_1, of the contextual loss relu3_2,relu4_2"
     )
@@ -291,8 +297,10 @@ def _style(a: argparse.Namespace) -> int:
     chosen: dict[str, Any] = {"style_weight": a.style_weight}
     for name in ("content_layers", "style_layers"):
         chosen[name] = None if getattr(a, name) is None else getattr(a, name).split(",")
-    if a.loss == "contextual":
-        chosen["style_weight"] = 1.0 if a.style_weight is None else a.style_weight
+    if a.network == "random" and a.content_layers is None:
+        chosen["content_layers"] = ["relu2_1"]
+    if a.style_weight is None and (a.network == "random" or a.loss == "contextual"):
+        chosen["style_weight"] = 1.0 if a.loss == "contextual" else 10.0
     result = models.style_transfer(
         content, style, network.to(a.device), normalization=normalization, steps=a.steps, optimizer=a.optimizer, loss=a.loss,
         tv_weight=a.tv_weight, init=a.init, seed=a.seed, progress=True, **{k: v for k, v in chosen.items() if v is not None},
