@@ -140,6 +140,11 @@ class Aot(NamedTuple):
     aligned: tuple[str, ...]
 
 
+def tile_options(warps: int, stages: int, registers: int = 0) -> dict[str, int]:
+    """Launch options of a product's tile; ``registers`` a thread where the assembler's own choice spills."""
+    return {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+
+
 def variant(
     label: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], ones: Iterable[str] | None = None,
     **launch: int,

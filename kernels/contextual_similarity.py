@@ -48,7 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, precision, variant, wide
+from ._common import Aot, cdiv, precision, tile_options, variant, wide
 from ._math import exp
 
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer owners, and the stream is split
@@ -513,8 +513,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        limit = {"maxnreg": self.registers} if self.registers else {}
-        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+        return tile_options(self.warps, self.stages, self.registers)
 
 
 def _depth(c: int, most: int) -> int:

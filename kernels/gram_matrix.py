@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, output, precision, variant, view, wide
+from ._common import Aot, View, cdiv, output, precision, tile_options, variant, view, wide
 
 PROGRAMS = 528  # four for each multiprocessor of an H100 or H200: fewer tiles, and the positions are split
 LARGE_FROM = 512  # channels from which tiles of 128 pay
@@ -294,8 +294,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        limit = {"maxnreg": self.registers} if self.registers else {}
-        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+        return tile_options(self.warps, self.stages, self.registers)
 
 
 def _odd(v: View) -> bool:

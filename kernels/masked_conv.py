@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, options, output, precision, tile, variant, view, wide
+from ._common import Aot, cdiv, options, output, precision, tile, tile_options, variant, view, wide
 
 MULTIPROCESSORS = 132  # of an H100 or H200: fewer tiles than these, and smaller tiles pay
 PACKED_BELOW = 9  # channels up to which a step of the product runs over taps and channels alike
@@ -427,8 +427,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        limit = {"maxnreg": self.registers} if self.registers else {}
-        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+        return tile_options(self.warps, self.stages, self.registers)
 
 
 def _covering(size: int, largest: int) -> int:

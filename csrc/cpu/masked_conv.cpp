@@ -241,27 +241,6 @@ void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>&
   }
 }
 
-template <class T>
-struct Sum {  // a tile of the weight gradient: added to what is there
-  T* out;
-  int64_t ld;
-
-  template <int MR, int NV>
-  GENFAST_INLINE_MEMBER void begin(Vec<T> (&acc)[MR][NV]) const {
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) acc[m][v] = Vec<T>{};
-  }
-
-  template <int MR, int NV>
-  GENFAST_INLINE_MEMBER void end(Vec<T> (&acc)[MR][NV]) const {
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) {
-        T* p = out + m * ld + v * lanes<T>();
-        store(p, load(p) + acc[m][v]);
-      }
-  }
-};
-
 // x with its border and d without, whole, as (sample, slice, row, column, channel); then tile after tile of the gradient.
 template <class T>
 void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, const Source<T>& x_source, const T* d) {
@@ -316,7 +295,7 @@ void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, cons
               if (z + item.z < 0 || z + item.z >= a.d) continue;
               const int64_t from = std::max(y0, -item.y), to = std::min(y1, a.h - item.y);  // rows that meet x
               if (from >= to) continue;
-              run<T>(item.height, item.nv, Sum<T>{sums.get() + item.out, wide}, base + item.a, 1, a.cin,
+              run<T>(item.height, item.nv, Onto<T>{sums.get() + item.out, wide, false}, base + item.a, 1, a.cin,
                      segments.data() + (from - y0), to - from, d + item.d, a.cout);
             }
           }
