@@ -208,7 +208,7 @@ void sums(const Problem<T>& p, const K& kernel, T* out, int threads) {
 }
 
 template <class T>
-struct Onto {  // a tile of accumulators added to what `out` holds
+struct Continued {  // a tile of accumulators that begins with what `out` holds
   T* out;
   int64_t ld;
 
@@ -233,7 +233,7 @@ __attribute__((noinline)) void add_product(int64_t height, int64_t count, const 
   for (int64_t k = 0; k < c; k += block_columns<T>()) {
     const int64_t nv = vectors<T>(std::min(block_columns<T>(), c - k));
     for (int64_t m = 0; m < height; m += kMaxRows)
-      run<T>(std::min<int64_t>(kMaxRows, height - m), nv, Onto<T>{out + m * ld + k, ld}, weights + m * wide, wide, 1, &segment, 1,
+      run<T>(std::min<int64_t>(kMaxRows, height - m), nv, Continued<T>{out + m * ld + k, ld}, weights + m * wide, wide, 1, &segment, 1,
              y + k, ys);
   }
 }
