@@ -132,7 +132,7 @@ def _univariate(
     plan: LevelItems, z: Tensor, values: Tensor, grad_logdet: Tensor, transform: str, options: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the sorted inputs: dx/dz, dx/dparams, and what grad_logdet adds to the cotangents of z and of the parameters."""
-    params = values[:, plan.parameters :].reshape(len(z), plan.inputs, plan.width).requires_grad_()
+    params = values[:, plan.parameters : plan.parameters + plan.inputs * plan.width].reshape(len(z), plan.inputs, plan.width).requires_grad_()
     z = z.index_select(1, plan.sorted).requires_grad_()
     with torch.enable_grad():
         x, logdet = autoregressive_univariate(z, params, transform, options)
