@@ -98,9 +98,7 @@ def _point(plan: LevelItems, layer: Layer) -> Tensor:
     return plan.tables[layer.sources : layer.sources + layer.units].long()
 
 
-def _values(
-    plan: LevelItems, x: Tensor, packed: Tensor, transposed: Tensor, statics: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _values(plan: LevelItems, x: Tensor, packed: Tensor, transposed: Tensor, statics: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, U): all units, and what each one's activation and gate multiply its cotangent by."""
     values, slopes = x.new_empty(len(x), plan.units), x.new_empty(len(x), plan.units)
     values[:, : plan.inputs] = x.index_select(1, plan.sorted)
@@ -132,16 +130,16 @@ def _univariate(
     plan: LevelItems, z: Tensor, values: Tensor, grad_logdet: Tensor, transform: str, options: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the sorted inputs: dx/dz, dx/dparams, and what grad_logdet adds to the cotangents of z and of the parameters."""
-    params = values[:, plan.parameters : plan.parameters + plan.inputs * plan.width].reshape(len(z), plan.inputs, plan.width).requires_grad_()
+    flat = values[:, plan.parameters : plan.parameters + plan.inputs * plan.width]
+    params = flat.reshape(len(z), plan.inputs, plan.width).requires_grad_()
     z = z.index_select(1, plan.sorted).requires_grad_()
     with torch.enable_grad():
         x, logdet = autoregressive_univariate(z, params, transform, options)
         found = torch.autograd.grad(x.sum(), (z, params), retain_graph=True)
+        constants: Sequence[Tensor | None] = (None, None)
         if logdet.requires_grad:
             wanted = grad_logdet[:, None].expand_as(logdet)
             constants = torch.autograd.grad(logdet, (z, params), wanted, allow_unused=True)
-        else:
-            constants = (None, None)
     z_constant, constant = (torch.zeros_like(t) if c is None else c for c, t in zip(constants, (z, params)))
     return found[0], found[1].contiguous(), z_constant, constant.contiguous()
 

@@ -45,9 +45,9 @@ class Layer:
     gate: int
     sources: int
     residual: int
-    groups: list[tuple[int, int, int]] = field(default_factory=list)  # level, first row, rows
-    base: int = -1  # where the transposed weights begin
-    stride: int = 0  # of those, (source_units, stride)
+    groups: list[tuple[int, int, int]] = field(default_factory=list, init=False)  # level, first row, rows
+    base: int = field(default=-1, init=False)  # where the transposed weights begin
+    stride: int = field(default=0, init=False)  # of those, (source_units, stride)
 
     def start(self, level: int) -> int:
         """The first row of at least this level."""
@@ -71,6 +71,7 @@ class LevelItems:
     """What follows from the program's ``code`` alone, on one device."""
 
     def __init__(self, code: Tensor, device: torch.device) -> None:
+        code = code.cpu()
         numbers: list[int] = code.tolist()
         self.inputs, self.width, levels, count, groups, self.units, self.statics, self.size, self.parameters = numbers[:HEADER]
         at = HEADER + self.inputs
@@ -98,7 +99,7 @@ class LevelItems:
         self.items = self._forward(local)
         self._backward: tuple[Tensor, Tensor] | None = None
 
-    def _put(self, numbers: list[int]) -> Tensor:
+    def _put(self, numbers: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self._device)
 
     def _forward(self, local: int) -> Tensor:
@@ -111,14 +112,13 @@ class LevelItems:
                 _, number, row, rows, live, weight, stride = group
                 layer = self.layers[number]
                 last = layer is self.layers[-1]
-                found.append(
-                    _item(
-                        _PRODUCT if layer.kind == PRODUCT else _POINT, activation=layer.activation, first=row, rows=rows,
-                        count=live, source=layer.source, out=local + row - begin * self.width if last else layer.first + row,
-                        weight=weight, stride=stride, bias=layer.bias, context=layer.context, gate=layer.gate,
-                        sources=layer.sources, residual=layer.residual, level=level,
-                    )  # fmt: skip
-                )
+                item = _item(
+                    _PRODUCT if layer.kind == PRODUCT else _POINT, activation=layer.activation, first=row, rows=rows,
+                    count=live, source=layer.source, out=local + row - begin * self.width if last else layer.first + row,
+                    weight=weight, stride=stride, bias=layer.bias, context=layer.context, gate=layer.gate,
+                    sources=layer.sources, residual=layer.residual, level=level,
+                )  # fmt: skip
+                found.append(item)
                 group = next(groups)
             found.append(_item(_SOLVE, first=begin, rows=end - begin, source=local, level=level))
             begin = end
@@ -177,10 +177,10 @@ class LevelItems:
             for layer in self.layers:
                 if layer.kind == PRODUCT and layer.source == first and layer.start(level) < layer.units:
                     start = layer.start(level) // _UNIT * _UNIT
+                    weight = layer.base + row * layer.stride + start
                     products.append(
-                        dict(source=layer.first + start, count=layer.units - start, stride=layer.stride,
-                             weight=layer.base + row * layer.stride + start)
-                    )  # fmt: skip
+                        dict(source=layer.first + start, count=layer.units - start, stride=layer.stride, weight=weight)
+                    )
             pairs = [links.get(first, [])[i : i + 2] for i in range(0, len(links.get(first, [])), 2)]
             steps = max(len(products), len(pairs))
             for i in range(steps):
@@ -188,12 +188,11 @@ class LevelItems:
                 flags = _ACCUMULATES if i or accumulates else 0
                 flags |= sum(flag for (_, by), flag in zip(pair, (_FIRST_SLOPED, _SECOND_SLOPED)) if by)
                 tables_ = [table for table, _ in pair] + [-1] * (2 - len(pair))
-                found.append(
-                    _item(
-                        _SWEEP, first=row, rows=rows, out=first + row, sources=tables_[0], residual=tables_[1], flags=flags,
-                        gate=0 if sloped and i == steps - 1 else -1, level=level, **(products[i] if i < len(products) else {}),
-                    )  # fmt: skip
-                )
+                item = _item(
+                    _SWEEP, first=row, rows=rows, out=first + row, sources=tables_[0], residual=tables_[1], flags=flags,
+                    gate=0 if sloped and i == steps - 1 else -1, level=level, **(products[i] if i < len(products) else {}),
+                )  # fmt: skip
+                found.append(item)
 
         for level in reversed(range(len(self._ends))):
             begin, end = self._ends[level - 1] if level else 0, self._ends[level]
@@ -204,9 +203,8 @@ class LevelItems:
             for layer in reversed(self.layers[:-1]):
                 for at, row, rows in layer.groups:
                     if at == level:
-                        gather(
-                            layer.first, row, rows, level, False, layer.kind == PRODUCT and layer.activation != _NONE
-                        )
+                        has_slope = layer.kind == PRODUCT and layer.activation != _NONE
+                        gather(layer.first, row, rows, level, False, has_slope)
         return self._put(found).view(-1, 16), self._put(tables or [-1])
 
 
