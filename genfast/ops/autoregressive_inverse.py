@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,21 @@ def _width(transform: str) -> int:
     return 1 if transform in ("affine:additive", "bernoulli") else 2
 
 
+_headers: dict[int, tuple[weakref.ref[Tensor], list[int]]] = {}
+
+
+def _header(code: Tensor) -> list[int]:
+    """The first numbers of a program, which no one changes; kept, since reading a tensor takes as long as a small kernel."""
+    kept = _headers.get(id(code))
+    if kept is not None and kept[0]() is code:
+        return kept[1]
+    numbers: list[int] = code[: reference.PROGRAM_HEADER].tolist()
+    if len(_headers) > 256:
+        _headers.clear()
+    _headers[id(code)] = weakref.ref(code), numbers
+    return numbers
+
+
 def _check_forward(
     z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
 ) -> None:
@@ -36,7 +52,7 @@ def _check_forward(
         raise ValueError(f"{_NAME}: code is {code.dtype} of shape {tuple(code.shape)}, expected a DegreeProgram's int64 vector")
     if type(code) is not Tensor:  # under a tracer numbers are not to be had
         return
-    inputs, width, *_, columns, size, _ = code[: reference.PROGRAM_HEADER].tolist()
+    inputs, width, *_, columns, size, _ = _header(code)
     if z.dim() != 2 or z.shape[1] != inputs:
         raise ValueError(f"{_NAME}: z has shape {tuple(z.shape)}, expected (N, {inputs}): the program's inputs")
     if width != _width(transform):
@@ -82,7 +98,7 @@ def _cpu(
     z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     _check_forward(z, packed, statics, code, transform, options)
-    z, packed, statics = z.contiguous(), packed.to(z.dtype).contiguous(), _like(statics, z)
+    z, packed, statics, code = z.contiguous(), packed.to(z.dtype).contiguous(), _like(statics, z), code.contiguous()
     x, logdet = torch.empty_like(z), z.new_empty(len(z))
     if len(z):
         _CPU.autoregressive_inverse(
@@ -98,14 +114,16 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, double = len(z), z.dtype is torch.float64
     packed, statics, x, grad_x, grad_logdet = (_like(t, z) for t in (packed, statics, x, grad_x, grad_logdet))
-    assert packed is not None and x is not None
+    assert packed is not None
+    assert x is not None
+    code = code.contiguous()
     dz = torch.empty_like(x)
     dpacked = packed.new_zeros(packed.shape if weights else 0)
     dstatics = z.new_zeros(0 if statics is None else statics.shape)
     if not n:
         return dz, dpacked, dstatics
     stride = _stride(n)
-    units, deltas = (_pool.empty_strided((int(code[5]), stride), (stride, 1), z.dtype) for _ in range(2))
+    units, deltas = (_pool.empty_strided((_header(code)[5], stride), (stride, 1), z.dtype) for _ in range(2))
     threads, kind = torch.get_num_threads(), TRANSFORMS.index(transform)
     _CPU.autoregressive_inverse(
         double, code.data_ptr(), packed.data_ptr(), _address(statics), 0, x.data_ptr(), 0, units.data_ptr(), stride, kind,
@@ -143,7 +161,9 @@ def _static_gradients(code: list[int], units: Tensor, deltas: Tensor, out: Tenso
             out[:, context : context + count] = deltas[first : first + count].t()
         if gate >= 0:
             argument = units[code[sources : sources + count]]
-            out[:, gate : gate + count] = (deltas[first : first + count] * reference.program_activation(activation, argument)).t()
+            out[:, gate : gate + count] = (
+                deltas[first : first + count] * reference.program_activation(activation, argument)
+            ).t()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -186,7 +206,42 @@ def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
-    yield from ()
+    from ..sampling.degree_ordered import DegreeProgram, Layer
+
+    def rand(*shape: int, scale: float = 0.5) -> Tensor:
+        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def layer(read: Tensor, made: Tensor, bias: bool = True, **more: Any) -> Layer:
+        return Layer(rand(len(made), len(read)), rand(len(made)) if bias else None, made[:, None] >= read, **more)
+
+    def sample(label: str, n: int, layers: list[Layer], transform: str, *options: float) -> Sample:
+        program = DegreeProgram.build(layers)
+        z = torch.rand((n, program.inputs), generator=generator, dtype=torch.float64)
+        return Sample(label, (z, program.packed(), program.statics(z.dtype), program.code, transform, list(options)))
+
+    def degrees(inputs: int, *hidden: int) -> list[Tensor]:
+        """Of the inputs, of hidden units and of two parameters an input."""
+        rest = [torch.arange(h) % max(1, inputs - 1) for h in hidden]
+        return [torch.arange(inputs), *rest, torch.arange(inputs).repeat_interleave(2) - 1]
+
+    x, h, k, out = degrees(5, 19, 23)
+    layers = [layer(x, h, after="relu"), layer(h, k, after="relu"), layer(k, out)]
+    yield sample("two hidden layers", 21, layers, "affine:softclamp", 0, 0, math.log(1e-3))
+    yield sample("few samples", 3, layers, "affine:exp", 1, 1, 0)
+    x, h, k, out = degrees(4, 9, 9)
+    static = [rand(9, 9), rand(9, 9)]
+    layers = [
+        layer(x, h, context=static[0]), layer(h, h, before="tanh", after="silu", bias=False),
+        layer(h, h, after="gelu", residual=1, gate=static[1]), layer(h, out, before="elu"),
+    ]  # fmt: skip
+    yield sample("residual, context and gate", 9, layers, "affine:sigmoid2", 0, 1, 1e-3)
+    x, h, out = torch.arange(6) % 2, torch.zeros(7, dtype=torch.int64), (torch.arange(6) % 2).repeat_interleave(2) - 1
+    layers = [layer(x, h, after="softplus"), layer(h, out, after="leaky_relu")]
+    yield sample("coupling", 18, layers, "affine:softplus", 1, 0, 1e-3)
+    dense = torch.rand((7, 7), generator=generator).lt(0.4).tril(-1)
+    shuffled = torch.randperm(7, generator=generator)
+    layers = [Layer(rand(7, 7), rand(7), dense[shuffled][:, shuffled])]
+    yield sample("any acyclic mask, shift alone", 33, layers, "affine:additive", 0, 0, 0)
 
 
 OP_BACKWARD = Op(
@@ -237,8 +292,8 @@ def autoregressive_inverse(
         z: (N, D) floating point; half types are computed in float32.
         program: the network, a :class:`genfast.sampling.DegreeProgram`, with this batch's contexts and gates.
         transform: "affine:exp" s = exp(a); "affine:softclamp" log s = a / (1 + |a / log slope|), zuko's; "affine:sigmoid2"
-            s = sigmoid(a + 2) + eps, normflows'; "affine:softplus" s = softplus(a) + eps, nflows'; "affine:additive" s = 1, where
-            theta has the shift alone. "bernoulli": x_i = 1 where z_i, a uniform number, is below sigmoid(theta_i), else 0;
+            s = sigmoid(a + 2) + eps, normflows'; "affine:softplus" s = softplus(a) + eps, nflows'; "affine:additive" s = 1,
+            theta the shift alone. "bernoulli": x_i = 1 where z_i, a uniform number, is below sigmoid(theta_i), else 0;
             not differentiable, its logdet 0.
         flip: x = s z + t, the other way round; else z = s x + t, x = (z - t) / s.
         scale_first: theta_i is (a, t); else (t, a).
