@@ -12,10 +12,12 @@
 //
 // Backward: the activations are computed again from x; one sweep in reverse order pushes each unit's cotangent, once it is
 // complete, to what the unit read; products over samples then give the weights' gradient. 2 + 2 FLOPs more a weight.
+#include <cmath>
 #include <vector>
 
 #include "gemm.h"
 #include "kernels.h"
+#include "spline.h"
 #include "vec.h"
 
 namespace genfast {
@@ -28,7 +30,7 @@ constexpr int kPushed = GENFAST_VECTOR_BYTES == 64 ? 8 : 3;
 constexpr int64_t kSerial = 1 << 16;  // multiply-adds below which threads do not pay
 
 enum Activation { kNone, kRelu, kLeakyRelu, kElu, kTanh, kSigmoid, kSoftplus, kSilu, kGelu };
-enum Transform { kExp, kSoftclamp, kSigmoid2, kSoftplusScale, kAdditive, kBernoulli };
+enum Transform { kExp, kSoftclamp, kSigmoid2, kSoftplusScale, kAdditive, kBernoulli, kSpline };
 
 struct Layer {
   int64_t kind, activation, source, source_units, first, units, bias, context, gate, sources, residual;
@@ -138,6 +140,7 @@ struct Univariate {
   int transform;
   bool flip, scale_first;
   T constant;
+  SplineOptions<T> spline;
 
   // log s and its derivative by a.
   GENFAST_INLINE_MEMBER void scale(Vec<T> a, Vec<T>& s, Vec<T>& log_s, Vec<T>& slope) const {
@@ -170,6 +173,7 @@ struct Univariate {
   GENFAST_INLINE_MEMBER Vec<T> solve(Vec<T> z, const T* params, int64_t apart, Vec<T>& logdet) const {
     if (transform == kBernoulli) return z < logistic<T>(load(params)) ? splat(T(1)) : Vec<T>{};
     if (transform == kAdditive) return flip ? z + load(params) : z - load(params);
+    if (transform == kSpline) return bend(z, params, apart, logdet);
     Vec<T> a, t, s, log_s, unused;
     split(params, apart, a, t);
     scale(a, s, log_s, unused);
@@ -177,8 +181,27 @@ struct Univariate {
     return flip ? s * z + t : (z - t) / s;
   }
 
+  __attribute__((noinline)) Vec<T> bend(Vec<T> z, const T* params, int64_t apart, Vec<T>& logdet) const {
+    Vec<T> p[3 * kSplineBins + 1], x, l;
+    for (int i = 0; i < spline.params(); ++i) p[i] = load(params + i * apart);
+    genfast::GENFAST_ISA::spline<T>(spline, p, z, !flip, x, l);
+    logdet += l;
+    return x;
+  }
+
+  __attribute__((noinline)) Vec<T> pull_bend(Vec<T> gx, Vec<T> gl, Vec<T> z, const T* params, int64_t apart, T* g,
+                                             int64_t g_apart) const {
+    Vec<T> p[3 * kSplineBins + 1], d[3 * kSplineBins + 1], dz;
+    for (int i = 0; i < spline.params(); ++i) p[i] = load(params + i * apart);
+    spline_backward<T>(spline, p, z, !flip, gx, gl, dz, d);
+    for (int i = 0; i < spline.params(); ++i) store(g + i * g_apart, d[i]);
+    return dz;
+  }
+
   // From the cotangents gx and gl of x and of log |dx/dz| those of z and of the parameters.
-  GENFAST_INLINE_MEMBER Vec<T> pull(Vec<T> gx, Vec<T> gl, Vec<T> x, const T* params, int64_t apart, T* g, int64_t g_apart) const {
+  GENFAST_INLINE_MEMBER Vec<T> pull(Vec<T> gx, Vec<T> gl, const T* z, Vec<T> x, const T* params, int64_t apart, T* g,
+                                    int64_t g_apart) const {
+    if (transform == kSpline) return pull_bend(gx, gl, load(z), params, apart, g, g_apart);
     if (transform == kAdditive) {
       store(g, flip ? gx : -gx);
       return gx;
@@ -195,8 +218,13 @@ struct Univariate {
 
 template <class T>
 Univariate<T> univariate(const DegreeOrderedArgs& a) {
-  Univariate<T> u{a.transform, false, false, T(0)};
-  if (a.option_count == 3) u.flip = a.options[0] != 0, u.scale_first = a.options[1] != 0, u.constant = T(a.options[2]);
+  Univariate<T> u{a.transform, false, false, T(0), {}};
+  const double* o = a.options;
+  if (a.option_count) u.flip = o[0] != 0;
+  if (a.transform == kSpline)
+    u.spline = {int(o[1]), int(o[2]), o[3] != 0, T(o[4]), T(o[5]), T(o[6]), T(o[7]), T(o[8]), T(o[9]), T(o[10]), T(std::log(o[11])), T(o[12])};
+  else if (a.option_count)
+    u.scale_first = o[1] != 0, u.constant = T(o[2]);
   return u;
 }
 
@@ -544,7 +572,7 @@ GENFAST_INLINE void push_any(int64_t rows, const T* w, int64_t stride, const T* 
 template <class T, int V>
 void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<T>& u, int64_t first, int64_t live, T* scratch) {
   constexpr int n = lanes<T>(), wide = V * n;
-  T *g = scratch, *statics = g + p.units * wide, *rows = statics + p.statics * wide;
+  T *g = scratch, *statics = g + p.units * wide, *rows = statics + p.statics * wide, *z = rows + p.inputs * wide;
   const T *packed = static_cast<const T*>(a.packed), *units = static_cast<const T*>(a.units) + first;
   T* deltas = static_cast<T*>(a.deltas) + first;
   memset(g, 0, size_t(p.units * wide) * sizeof(T));
@@ -553,6 +581,7 @@ void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<
     gather_samples(static_cast<const T*>(a.grad_x) + first * p.inputs, p.inputs, live, wide, rows);
     for (int64_t j = 0; j < p.inputs; ++j) memcpy(g + j * wide, rows + p.order[j] * wide, wide * sizeof(T));
   }
+  gather_samples(static_cast<const T*>(a.z) + first * p.inputs, p.inputs, live, wide, z);
   T grad_logdet[wide] = {};
   if (a.grad_logdet) memcpy(grad_logdet, static_cast<const T*>(a.grad_logdet) + first, size_t(live) * sizeof(T));
   const Group* group = p.groups + p.group_count;
@@ -560,8 +589,9 @@ void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<
     for (int64_t j = level ? p.ends[level - 1] : 0; j < p.ends[level]; ++j) {
       const int64_t at = p.parameters + j * p.width;
       for (int v = 0; v < V; ++v) {
-        const Vec<T> dz = u.pull(load(g + j * wide + v * n), load(grad_logdet + v * n), load(units + j * a.stride + v * n),
-                                 units + at * a.stride + v * n, a.stride, g + at * wide + v * n, wide);
+        const Vec<T> dz = u.pull(load(g + j * wide + v * n), load(grad_logdet + v * n), z + p.order[j] * wide + v * n,
+                                 load(units + j * a.stride + v * n), units + at * a.stride + v * n, a.stride,
+                                 g + at * wide + v * n, wide);
         store(rows + p.order[j] * wide + v * n, dz);
       }
     }
@@ -601,7 +631,7 @@ void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<
 
 template <class T>
 int64_t scratch_elements(const Program& p, int64_t vectors) {
-  return (p.units + p.statics + p.inputs) * vectors * lanes<T>();
+  return (p.units + p.statics + 2 * p.inputs) * vectors * lanes<T>();
 }
 
 // Blocks of samples, as equal as may be, of at most kVectors vectors.
