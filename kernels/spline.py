@@ -24,7 +24,9 @@ float32 within, whatever the data. Deterministic: every element has one writer.
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,26 +72,61 @@ def _clip(logits, at, known, scale, limit, ZUKO: tl.constexpr):
 
 
 @triton.jit
-def _shares(logits, at, known, live, scale, limit, ZUKO: tl.constexpr):
-    """Softmax over the bins, which are axis 0; 0 beyond the last."""
+def _weights(logits, at, known, live, scale, limit, ZUKO: tl.constexpr):
+    """e^(logit - largest), 0 beyond the last bin: bins are axis 0."""
     raw, _ = _clip(logits, at, known, scale, limit, ZUKO)
     raw = tl.where(live, raw, -float("inf"))
-    e = _exp_below(raw - tl.max(raw, axis=0)[None, :])
-    return e * (1.0 / tl.sum(e, axis=0))[None, :]
+    return _exp_below(raw - tl.max(raw, axis=0)[None, :])
 
 
 @triton.jit
-def _sums(p, j, k):
-    """Of the shares of the bins before bin k, and of its own."""
-    return tl.sum(tl.where(j < k[None, :], p, 0.0), axis=0), tl.sum(tl.where(j == k[None, :], p, 0.0), axis=0)
+def _sums(e, j, k):
+    """Of the weights of the bins before bin k, and of its own."""
+    return tl.sum(tl.where(j < k[None, :], e, 0.0), axis=0), tl.sum(tl.where(j == k[None, :], e, 0.0), axis=0)
 
 
 @triton.jit
-def _search(x, p, j, low, size, least, BINS: tl.constexpr, ZUKO: tl.constexpr):
-    """The bin of x; a knot belongs to the bin on its right, zuko: on its left."""
-    starts = low + size * (least * j + (1.0 - least * BINS) * (tl.cumsum(p, axis=0) - p))
+def _two_sum(a, b):
+    """a + b, and what its rounding lost."""
+    total = a + b
+    t = total - a
+    return total, (a - (total - t)) + (b - t)
+
+
+@triton.jit
+def _part(
+    x, e, j, low, low_rest, least, least_rest, free, free_rest, BINS: tl.constexpr, ZUKO: tl.constexpr
+):  # fmt: skip
+    """The bin k of x, its place in it from 0 to 1, all weights, those before k, its own.
+
+    Bin i is (least + free e_i / S) long. The place is a difference of near numbers over a length that may be small, so it is
+    taken of sums that are exact: weights are split at 2^-16, where 64 of the upper parts add up without rounding. A knot
+    belongs to the bin on its right, zuko: on its left.
+    """
+    upper = (e + 192.0) - 192.0
+    lower = e - upper
+    all_upper = tl.sum(upper, axis=0)
+    all_lower = tl.sum(lower, axis=0)
+    total = all_upper + all_lower
+    starts = low + (least * j + (free / total)[None, :] * (tl.cumsum(e, axis=0) - e))
     above = x[None, :] > starts if ZUKO else x[None, :] >= starts
-    return tl.sum((above & (j > 0) & (j < BINS)).to(tl.int32), axis=0)
+    k = tl.sum((above & (j > 0) & (j < BINS)).to(tl.int32), axis=0)
+    own = tl.sum(tl.where(j == k[None, :], e, 0.0), axis=0)
+    before = tl.sum(tl.where(j < k[None, :], upper, 0.0), axis=0)
+    before_lower = tl.sum(tl.where(j < k[None, :], lower, 0.0), axis=0)
+    # (x - low - k least) S - free (sum of e before k), in pairs of a number and what its rounding lost
+    n = k.to(tl.float32)
+    shift = n * least
+    shift_rest = tl.fma(n, least, -shift) + n * least_rest
+    y, y_rest = _two_sum(x, tl.zeros_like(x) - low)
+    y, more = _two_sum(y, -shift)
+    y_rest += (more - low_rest) - shift_rest
+    one = y * all_upper
+    one_rest = tl.fma(y, all_upper, -one) + (y * all_lower + y_rest * all_upper)
+    two = free * before
+    two_rest = tl.fma(before, free, -two) + (free * before_lower + free_rest * before)
+    place = ((one - two) + (one_rest - two_rest)) / (least * total + free * own)
+    return k, _unit(place), total, before + before_lower, own
 
 
 @triton.jit
@@ -124,124 +161,127 @@ def _outside(x, low, high, ZUKO: tl.constexpr):
 
 
 @triton.jit
-def _theta(x, at, extent, s, d0, d1, INVERSE: tl.constexpr):
-    """The place of x in its bin, or of the x whose image it is."""
-    part = _unit((x - at) / extent)
+def _theta(part, s, d0, d1, INVERSE: tl.constexpr):
+    """The place of x in its bin, or of the x whose image lies there: a root made of positive terms alone."""
     if INVERSE:
-        a = part * (d0 + d1 - 2.0 * s) + (s - d0)
-        b = d0 - part * (d0 + d1 - 2.0 * s)
-        return _unit(2.0 * s * part / (b + tl.sqrt(b * b + 4.0 * a * s * part)))
+        near = 2.0 * s * part
+        far = 2.0 * s * (1.0 - part)
+        u = d1 * part - d0 * (1.0 - part)
+        r = tl.abs(u) + tl.sqrt(u * u + near * far)
+        return tl.where(u > 0.0, r, near) / (r + tl.where(u > 0.0, far, near))
     else:
         return part
 
 
 @triton.jit(do_not_specialize=["step"])
 def _forward(
-    x, first, second, derivatives, y, logdet, first_row, second_row, derivatives_row, step, N, first_low, first_high, second_low,
-    second_high, first_least, second_least, least, limit, scale, BINS: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr,
-    INVERSE: tl.constexpr, FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    x, first, second, derivatives, y, logdet, first_row, second_row, derivatives_row, step, N, low, low_rest, high, first_least,
+    first_least_rest, first_free, first_free_rest, second_low, second_least, second_free, least, limit, scale,
+    BINS: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr, INVERSE: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``first`` are the logits of the axis on which x lies: widths, or for the inverse heights."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if FAR:
-        e = e.to(tl.int64)
+        i = i.to(tl.int64)
     j = tl.arange(0, BLOCK_K)[:, None]
-    there = e < N
+    there = i < N
     known = (j < BINS) & there[None, :]
-    value = tl.load(x + e, mask=there, other=0).to(tl.float32)
-    p = _shares(first, (e * first_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
-    k = _search(value, p, j, first_low, first_high - first_low, first_least, BINS, ZUKO)
-    before, own = _sums(p, j, k)
-    p = _shares(second, (e * second_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
-    second_before, second_own = _sums(p, j, k)
-    d0, _ = _slope(derivatives, e * derivatives_row, k, there, least, limit, BINS, TAILS, ZUKO)
-    d1, _ = _slope(derivatives, e * derivatives_row, k + 1, there, least, limit, BINS, TAILS, ZUKO)
-    at = first_low + (first_high - first_low) * (first_least * k + (1.0 - first_least * BINS) * before)
-    extent = (first_high - first_low) * (first_least + (1.0 - first_least * BINS) * own)
-    to = second_low + (second_high - second_low) * (second_least * k + (1.0 - second_least * BINS) * second_before)
-    reach = (second_high - second_low) * (second_least + (1.0 - second_least * BINS) * second_own)
+    value = tl.load(x + i, mask=there, other=0).to(tl.float32)
+    e = _weights(first, (i * first_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    k, part, total, _, own = _part(
+        value, e, j, low, low_rest, first_least, first_least_rest, first_free, first_free_rest, BINS, ZUKO
+    )
+    extent = first_least + first_free * own / total
+    e = _weights(second, (i * second_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    second_free = second_free / tl.sum(e, axis=0)
+    before, own = _sums(e, j, k)
+    to = second_low + (second_least * k + second_free * before)
+    reach = second_least + second_free * own
+    d0, _ = _slope(derivatives, i * derivatives_row, k, there, least, limit, BINS, TAILS, ZUKO)
+    d1, _ = _slope(derivatives, i * derivatives_row, k + 1, there, least, limit, BINS, TAILS, ZUKO)
     s = extent / reach if INVERSE else reach / extent
-    theta = _theta(value, at, extent, s, d0, d1, INVERSE)
-    t = theta * (1.0 - theta)
-    steep = s / (s + (d0 + d1 - 2.0 * s) * t)
-    q = d1 * theta * theta + 2.0 * s * t + d0 * (1.0 - theta) * (1.0 - theta)
-    rise = tl.log(q * steep * steep)
+    theta = _theta(part, s, d0, d1, INVERSE)
+    rest = 1.0 - theta
+    t = theta * rest
+    by_e = 1.0 / (s * (1.0 - 2.0 * t) + (d0 + d1) * t)
+    q = d1 * theta * theta + 2.0 * s * t + d0 * rest * rest
+    rise = tl.log(q * (s * by_e) * (s * by_e))
     if INVERSE:
         out = to + reach * theta
         rise = -rise
     else:
-        out = to + reach * (steep * (theta * theta + d0 * t / s))
-    outside = _outside(value, first_low, first_high, ZUKO)
+        out = to + reach * ((s * theta * theta + d0 * t) * by_e)
+    outside = _outside(value, low, high, ZUKO)
     if TAILS == "none":
         out = tl.where(outside, float("nan"), out)
         rise = tl.where(outside, float("nan"), rise)
     else:
         out = tl.where(outside, value, out)
         rise = tl.where(outside, 0.0, rise)
-    tl.store(y + e, out.to(y.dtype.element_ty), mask=there)
-    tl.store(logdet + e, rise, mask=there)
+    tl.store(y + i, out.to(y.dtype.element_ty), mask=there)
+    tl.store(logdet + i, rise, mask=there)
 
 
 @triton.jit
 def _logit_grad(
-    grad, logits, p, row, grad_row, e, j, k, step, known, before, own, at_start, at_own, spread, outside, scale, limit,
+    grad, logits, e, total, row, grad_row, i, j, k, step, known, before, own, by_start, by_size, free, outside, scale, limit,
     ZUKO: tl.constexpr,
 ):  # fmt: skip
     """Back from the start and the size of bin k to the logits."""
-    mean = before * at_start + own * at_own
-    g = tl.where(j < k[None, :], at_start[None, :], tl.where(j == k[None, :], at_own[None, :], 0.0)) - mean[None, :]
+    mean = (before * by_start + own * by_size) / total
+    g = tl.where(j < k[None, :], by_start[None, :], tl.where(j == k[None, :], by_size[None, :], 0.0)) - mean[None, :]
     by_logit = scale
     if ZUKO:
-        _, by_logit = _clip(logits, (e * row)[None, :] + j * step, known, scale, limit, ZUKO)
-    g = tl.where(outside[None, :], 0.0, p * g * (spread * by_logit))
-    tl.store(grad + (e * grad_row)[None, :] + j, g.to(grad.dtype.element_ty), mask=known)
+        _, by_logit = _clip(logits, (i * row)[None, :] + j * step, known, scale, limit, ZUKO)
+    g = tl.where(outside[None, :], 0.0, e * g * ((free / total)[None, :] * by_logit))
+    tl.store(grad + (i * grad_row)[None, :] + j, g.to(grad.dtype.element_ty), mask=known)
 
 
 @triton.jit(do_not_specialize=["step"])
 def _backward(
     grad_y, grad_logdet, x, first, second, derivatives, dx, dfirst, dsecond, dderivatives, first_row, second_row,
-    derivatives_row, dfirst_row, dsecond_row, dderivatives_row, step, N, first_low, first_high, second_low, second_high,
-    first_least, second_least, least, limit, scale, BINS: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr,
-    INVERSE: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr, FAR: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    derivatives_row, dfirst_row, dsecond_row, dderivatives_row, step, N, low, low_rest, high, first_least,
+    first_least_rest, first_free, first_free_rest, second_least, second_free, least, limit, scale, BINS: tl.constexpr,
+    TAILS: tl.constexpr, ZUKO: tl.constexpr, INVERSE: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr,
+    FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if FAR:
-        e = e.to(tl.int64)
+        i = i.to(tl.int64)
     j = tl.arange(0, BLOCK_K)[:, None]
-    there = e < N
-    live = j < BINS
-    known = live & there[None, :]
-    value = tl.load(x + e, mask=there, other=0).to(tl.float32)
+    there = i < N
+    known = (j < BINS) & there[None, :]
+    value = tl.load(x + i, mask=there, other=0).to(tl.float32)
     gy = tl.zeros((BLOCK,), tl.float32)
     gl = gy
     if HAS_Y:
-        gy = tl.load(grad_y + e, mask=there, other=0).to(tl.float32)
+        gy = tl.load(grad_y + i, mask=there, other=0).to(tl.float32)
     if HAS_LOGDET:
-        gl = tl.load(grad_logdet + e, mask=there, other=0).to(tl.float32)
-    outside = _outside(value, first_low, first_high, ZUKO)
-    p = _shares(first, (e * first_row)[None, :] + j * step, known, live, scale, limit, ZUKO)
-    k = _search(value, p, j, first_low, first_high - first_low, first_least, BINS, ZUKO)
-    before, own = _sums(p, j, k)
-    r = _shares(second, (e * second_row)[None, :] + j * step, known, live, scale, limit, ZUKO)
-    second_before, second_own = _sums(r, j, k)
-    d0, d0_by_logit = _slope(derivatives, e * derivatives_row, k, there, least, limit, BINS, TAILS, ZUKO)
-    d1, d1_by_logit = _slope(derivatives, e * derivatives_row, k + 1, there, least, limit, BINS, TAILS, ZUKO)
-    first_spread = (first_high - first_low) * (1.0 - first_least * BINS)
-    second_spread = (second_high - second_low) * (1.0 - second_least * BINS)
-    at = first_low + (first_high - first_low) * first_least * k + first_spread * before
-    extent = (first_high - first_low) * first_least + first_spread * own
-    reach = (second_high - second_low) * second_least + second_spread * second_own
+        gl = tl.load(grad_logdet + i, mask=there, other=0).to(tl.float32)
+    outside = _outside(value, low, high, ZUKO)
+    e = _weights(first, (i * first_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    k, part, total, before, own = _part(
+        value, e, j, low, low_rest, first_least, first_least_rest, first_free, first_free_rest, BINS, ZUKO
+    )
+    f = _weights(second, (i * second_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    second_total = tl.sum(f, axis=0)
+    second_before, second_own = _sums(f, j, k)
+    extent = first_least + first_free * own / total
+    reach = second_least + second_free * second_own / second_total
+    d0, d0_by_logit = _slope(derivatives, i * derivatives_row, k, there, least, limit, BINS, TAILS, ZUKO)
+    d1, d1_by_logit = _slope(derivatives, i * derivatives_row, k + 1, there, least, limit, BINS, TAILS, ZUKO)
     w = reach if INVERSE else extent
     h = extent if INVERSE else reach
     s = h / w
-    theta = _theta(value, at, extent, s, d0, d1, INVERSE)
+    theta = _theta(part, s, d0, d1, INVERSE)
     rest = 1.0 - theta
     t = theta * rest
-    by_e = 1.0 / (s + (d0 + d1 - 2.0 * s) * t)
+    by_e = 1.0 / (s * (1.0 - 2.0 * t) + (d0 + d1) * t)
     q = d1 * theta * theta + 2.0 * s * t + d0 * rest * rest
     by_q = 1.0 / q
     part = (s * theta * theta + d0 * t) * by_e
+    above = (s * rest * rest + d1 * t) * by_e  # 1 - part
     part_theta = s * q * by_e * by_e
     log_theta = 2.0 * (d1 * theta + s * (rest - theta) - d0 * rest) * by_q
     log_theta -= 2.0 * (d0 + d1 - 2.0 * s) * (rest - theta) * by_e
@@ -254,23 +294,23 @@ def _backward(
         g = gy * h
         out = (g * part_theta + gl * log_theta) / w
         g_x0, g_w, g_y0, g_h = -out, -out * theta, gy, gy * part
-    g_s = g * (theta * theta - part * (1.0 - 2.0 * t)) * by_e + gl * 2.0 * (1.0 / s + t * by_q - (1.0 - 2.0 * t) * by_e)
+    g_s = g * t * (d1 * theta * theta - d0 * rest * rest) * by_e * by_e + gl * 2.0 * t * (by_q + (d0 + d1) / s * by_e)
     g_w -= g_s * s / w
     g_h += g_s / w
-    g_d0 = g * t * by_e * (1.0 - part) + gl * (rest * rest * by_q - 2.0 * t * by_e)
+    g_d0 = g * t * by_e * above + gl * (rest * rest * by_q - 2.0 * t * by_e)
     g_d1 = gl * (theta * theta * by_q - 2.0 * t * by_e) - g * t * by_e * part
     if TAILS == "none":
         out = tl.where(outside, 0.0, out)
     else:
         out = tl.where(outside, gy, out)
-    tl.store(dx + e, out.to(dx.dtype.element_ty), mask=there)
+    tl.store(dx + i, out.to(dx.dtype.element_ty), mask=there)
     _logit_grad(
-        dsecond, second, r, second_row, dsecond_row, e, j, k, step, known, second_before, second_own,
-        g_x0 if INVERSE else g_y0, g_w if INVERSE else g_h, second_spread, outside, scale, limit, ZUKO,
+        dsecond, second, f, second_total, second_row, dsecond_row, i, j, k, step, known, second_before, second_own,
+        g_x0 if INVERSE else g_y0, g_w if INVERSE else g_h, second_free, outside, scale, limit, ZUKO,
     )  # fmt: skip
     _logit_grad(
-        dfirst, first, p, first_row, dfirst_row, e, j, k, step, known, before, own, g_y0 if INVERSE else g_x0,
-        g_h if INVERSE else g_w, first_spread, outside, scale, limit, ZUKO,
+        dfirst, first, e, total, first_row, dfirst_row, i, j, k, step, known, before, own, g_y0 if INVERSE else g_x0,
+        g_h if INVERSE else g_w, first_free, outside, scale, limit, ZUKO,
     )  # fmt: skip
     column = tl.arange(0, BLOCK_D)[:, None]
     left = k - 1 if TAILS == "linear" else k
@@ -281,7 +321,7 @@ def _backward(
     g_d0 = tl.where(outside, 0.0, g_d0 * d0_by_logit)
     g_d1 = tl.where(outside, 0.0, g_d1 * d1_by_logit)
     g = tl.where(column == left[None, :], g_d0[None, :], tl.where(column == right[None, :], g_d1[None, :], 0.0))
-    target = dderivatives + (e * dderivatives_row)[None, :] + column
+    target = dderivatives + (i * dderivatives_row)[None, :] + column
     tl.store(target, g.to(dderivatives.dtype.element_ty), mask=(column < count) & there[None, :])
 
 
@@ -311,16 +351,26 @@ def _block(bins: int) -> tuple[int, int]:
     return 32 * HELD // triton.next_power_of_2(bins), 1
 
 
-def _scalars(convention: str, inverse: bool, options: Sequence[float]) -> tuple[float, ...]:
-    """The intervals of the searched axis and of the other, their least bins, the least slope, zuko's limit, the scale."""
-    left, right, bottom, top, *least, slope, scale = options
-    if convention == "zuko":
-        least = [0.0, 0.0, 0.0]
-    width, height, derivative = least
-    limit = 1 / abs(math.log(slope)) if convention == "zuko" else 0.0
-    if inverse:
-        return bottom, top, left, right, height, width, derivative, limit, scale
-    return left, right, bottom, top, width, height, derivative, limit, scale
+def _pair(v: float) -> tuple[float, float]:
+    """v in float32, and what that lost."""
+    high = struct.unpack("f", struct.pack("f", v))[0]
+    return high, v - high
+
+
+@functools.lru_cache(1024)
+def _scalars(
+    bins: int, zuko: bool, inverse: bool, options: tuple[float, ...]
+) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+    """Of the searched axis: start, end, least size of a bin and what is free beyond it, in pairs; start of the other
+    axis; its least and its free size, the least slope, zuko's limit, the scale."""
+    left, right, bottom, top, width, height, derivative, slope, scale = options
+    if zuko:
+        width = height = derivative = 0.0
+    axes = (bottom, top, height), (left, right, width)
+    (low, high, least), (low_2, high_2, least_2) = axes if inverse else axes[::-1]
+    first = (*_pair(low), high, *_pair((high - low) * least), *_pair((high - low) * (1 - bins * least)))
+    second = ((high_2 - low_2) * least_2, (high_2 - low_2) * (1 - bins * least_2))
+    return first, low_2, (*second, derivative, 1 / abs(math.log(slope)) if zuko else 0.0, scale)
 
 
 def _constants(bins: int, tails: str, convention: str, inverse: bool, n: int, steps: Sequence[int]) -> dict[str, Any]:
@@ -342,9 +392,8 @@ def rational_quadratic_spline(
     if n:
         logits, steps = zip(*map(_rows, (heights, widths, derivatives) if inverse else (widths, heights, derivatives)))
         constants = _constants(bins, tails, convention, inverse, n, steps)
-        _forward[(cdiv(n, constants["BLOCK"]),)](
-            _flat(x), *logits, y, logdet, *steps, 1, n, *_scalars(convention, inverse, options), **constants
-        )
+        first, low, rest = _scalars(bins, convention == "zuko", inverse, tuple(options))
+        _forward[(cdiv(n, constants["BLOCK"]),)](_flat(x), *logits, y, logdet, *steps, 1, n, *first, low, *rest, **constants)
     return y, logdet
 
 
@@ -366,9 +415,10 @@ def _launch_backward(
         logits, steps = zip(*(_rows(parameters[i]) for i in order))
         into, grad_steps = zip(*(_rows(grads[i]) for i in order))
         constants = _constants(bins, tails, convention, inverse, n, (*steps, *grad_steps))
+        first, _, rest = _scalars(bins, convention == "zuko", inverse, tuple(options))
         _backward[(cdiv(n, constants["BLOCK"]),)](
             x if grad_y is None else _flat(grad_y), x if grad_logdet is None else _flat(grad_logdet), x, *logits, dx, *into,
-            *steps, *grad_steps, 1, n, *_scalars(convention, inverse, options), HAS_Y=grad_y is not None,
+            *steps, *grad_steps, 1, n, *first, *rest, HAS_Y=grad_y is not None,
             HAS_LOGDET=grad_logdet is not None, BLOCK_D=triton.next_power_of_2(parameters[2].shape[-1]), **constants,
         )  # fmt: skip
     return dx
@@ -396,9 +446,6 @@ def rational_quadratic_spline_packed_backward(
 
 def _variants() -> list[Aot]:
     found = []
-    floats = (
-        "first_low", "first_high", "second_low", "second_high", "first_least", "second_least", "least", "limit", "scale",
-    )  # fmt: skip
 
     def add(label: str, kind: str, bins: int, tails: str, zuko: bool, inverse: bool, far: bool = False) -> None:
         block, warps = _block(bins)
@@ -411,6 +458,7 @@ def _variants() -> list[Aot]:
             sizes = [name for name in kernel.arg_names if name.endswith("_row") or name == "step"]
             types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("first_row")], f"*{kind}")
             types |= dict.fromkeys([name for name in types if name.endswith("logdet")], "*fp32")
+            floats = kernel.arg_names[kernel.arg_names.index("low") : kernel.arg_names.index("BINS")]
             types |= dict.fromkeys(floats, "fp32") | dict.fromkeys(sizes, "i64" if far else "i32")
             found.append(variant(f"{label} {kind}", kernel, types, constants, None if far else (), num_warps=warps))
 
