@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _backend, reference
 from .._registry import Op, Sample
 from . import _check
 
@@ -170,7 +170,7 @@ _OP_BACKWARD = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.masked_linear_backward,
     fake=_fake_backward,
-    kernels={},
+    kernels={"triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -178,7 +178,7 @@ OP = Op(
     reference=reference.masked_linear,
     check=_check_forward,
     fake=_fake,
-    kernels={},
+    kernels={"triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
