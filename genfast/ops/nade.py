@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
 
@@ -121,12 +121,73 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("longer than a block", (rand(2, 37), *weights(37, 2, 3), None, "sigmoid"))
 
 
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [t if t is None else t.to(dtype).contiguous() for t in tensors]
+
+
+def _cpu(
+    x: Tensor, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str
+) -> Tensor:
+    _check_forward(x, weight, readout, bias, hidden_bias, rescale, activation)
+    (n, d), (_, p, h), dtype = x.shape, readout.shape, x.dtype
+    x, weight, readout, bias, hidden_bias, rescale = _dense(dtype, x, weight, readout, bias, hidden_bias, rescale)
+    out = _pool.empty_strided((n, d, p), (d * p, p, 1), dtype)
+    _CPU.nade(
+        dtype is torch.float64, ACTIVATIONS.index(activation), x.data_ptr(), weight.data_ptr(), readout.data_ptr(),
+        hidden_bias.data_ptr(), _address(rescale), n, d, p, h, torch.get_num_threads(), bias.data_ptr(), 0, 0, 0, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _cpu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, readout: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str,
+    need_x: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (n, d), (_, p, h), dtype = x.shape, readout.shape, x.dtype
+    w, v, c, rho = _dense(dtype, weight, readout, hidden_bias, rescale)
+    g, steps = grad.to(dtype).transpose(0, 1).contiguous(), x.t().contiguous()
+    dx = torch.empty_like(steps) if need_x else None
+    dw, dv, db, dc = torch.empty_like(w), torch.empty_like(v), v.new_empty((d, p)), torch.empty_like(c)
+    drho = None if rho is None else torch.empty_like(rho)
+    _CPU.nade_backward(
+        dtype is torch.float64, ACTIVATIONS.index(activation), steps.data_ptr(), w.data_ptr(), v.data_ptr(), c.data_ptr(),
+        _address(rho), n, d, p, h, torch.get_num_threads(), g.data_ptr(), _address(dx), dw.data_ptr(), dv.data_ptr(),
+        db.data_ptr(), dc.data_ptr(), _address(drho),
+    )  # fmt: skip
+    return (
+        x.new_empty(0) if dx is None else dx.t().contiguous(),
+        dw.to(weight.dtype), dv.to(readout.dtype), db.to(readout.dtype), dc.to(hidden_bias.dtype),
+        x.new_empty(0) if rescale is None or drho is None else drho.to(rescale.dtype),
+    )  # fmt: skip
+
+
+def _cpu_sample(
+    uniforms: Tensor, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None,
+    given: Tensor | None, known: Tensor | None, activation: str, kind: str,
+) -> Tensor:  # fmt: skip
+    _check_sample(uniforms, weight, readout, bias, hidden_bias, rescale, given, known, activation, kind)
+    (n, d, _), (_, p, h), dtype = uniforms.shape, readout.shape, uniforms.dtype
+    u, w, v, b, c, rho, values = _dense(dtype, uniforms, weight, readout, bias, hidden_bias, rescale, given)
+    mask = None if known is None else known.contiguous()
+    out = uniforms.new_empty((n, d))
+    _CPU.nade(
+        dtype is torch.float64, ACTIVATIONS.index(activation), _address(values), w.data_ptr(), v.data_ptr(), c.data_ptr(),
+        _address(rho), n, d, p, h, torch.get_num_threads(), b.data_ptr(), 1 + KINDS.index(kind), u.data_ptr(), _address(mask),
+        out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 _OP_BACKWARD = Op(
     "nade_backward(Tensor grad, Tensor x, Tensor weight, Tensor readout, Tensor hidden_bias, Tensor? rescale, "
     "str activation, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.nade_backward,
     fake=_fake_backward,
-    kernels={},
+    kernels={"cpu": _cpu_backward},
 )
 
 OP = Op(
@@ -134,7 +195,7 @@ OP = Op(
     reference=reference.nade,
     check=_check_forward,
     fake=_fake,
-    kernels={},
+    kernels={"cpu": _cpu},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
@@ -146,7 +207,7 @@ OP_SAMPLE = Op(
     reference=reference.nade_sample,
     check=_check_sample,
     fake=_fake_sample,
-    kernels={},
+    kernels={"cpu": _cpu_sample},
 )
 
 
