@@ -6,8 +6,9 @@
 // x (N, D), W (D, H), V (D, P, H), p (N, D, P). O(N D H) time, O(H) memory a sample: no array of N x D x H.
 // Forward and sampling: lanes over hidden units, threads over blocks of samples, weights streamed once a block.
 // Backward: lanes and threads over hidden units, of which everything but dx and drho is independent, so that the weights'
-// gradients have one owner each and need no partial sums. a comes back by subtraction: 32 steps at most from a checkpoint that
-// the block's own forward sweep left, since over all D steps the rounding grows past 1e-5 of the gradients.
+// gradients have one owner each and need no partial sums. a comes back as it was, swept again over 32 steps from a checkpoint
+// of the block's own first sweep. Subtracting W_d x_d instead would do for small x (measured over 12288 steps: at most 1.5 times
+// the error in the gradients), but behind one x_d of 1e4 the bits of the earlier a are gone.
 // Where x_d = 0 and there is no rho, a and h stay what they are: binary data pay an activation for their ones alone.
 // 2 P + 2 FLOPs and an activation (some 20 instructions) a hidden unit and step: bound by arithmetic.
 #include "gemm.h"
@@ -307,13 +308,14 @@ struct Units {
   const NadeArgs& a;
   int64_t first, live;             // hidden units
   T *w, *v, *dw, *dv, *c, *dc;     // (D, width), (D, P, width), gradients likewise; (width)
-  T *state, *e, *h, *slope, *dh;   // (kSamples, width)
-  T* check;                        // (D / kCheckpoint, kSamples, width): a_d, d = kCheckpoint, 2 kCheckpoint, ...
+  T *e, *h, *slope, *dh;           // (kSamples, width)
+  T *states, *check;               // (kCheckpoint, kSamples, width): a_d of one run of steps; a_d at the start of each run
   T* dx;                           // (D, N), the block's part; null where it is not wanted
   T* drho;                         // (D), likewise
 
+  static int64_t runs(const NadeArgs& a) { return (a.d + kCheckpoint - 1) / kCheckpoint; }
   static int64_t elements(const NadeArgs& a) {
-    return width * (2 * a.d * (1 + a.p) + 2 + kSamples * (5 + a.d / kCheckpoint));
+    return width * (2 * a.d * (1 + a.p) + 2 + kSamples * (4 + kCheckpoint + runs(a)));
   }
 
   Units(const NadeArgs& args, int64_t block, T* memory, T* dx_part, T* drho_part)
@@ -324,8 +326,8 @@ struct Units {
       return at;
     };
     w = take(a.d), v = take(a.d * a.p), dw = take(a.d), dv = take(a.d * a.p), c = take(1), dc = take(1);
-    state = take(kSamples), e = take(kSamples), h = take(kSamples), slope = take(kSamples), dh = take(kSamples);
-    check = take(kSamples * (a.d / kCheckpoint));
+    e = take(kSamples), h = take(kSamples), slope = take(kSamples), dh = take(kSamples);
+    states = take(kSamples * kCheckpoint), check = take(kSamples * runs(a));
     copy_in(static_cast<const T*>(a.weight), a.d, w);
     copy_in(static_cast<const T*>(a.readout), a.d * a.p, v);
     copy_in(static_cast<const T*>(a.hidden_bias), 1, c);
@@ -345,16 +347,22 @@ struct Units {
     for (int64_t i = 0; i < rows; ++i) memcpy(to + i * a.h, from + i * width, size_t(live) * sizeof(T));
   }
 
-  // a_{D+1} of K samples, with checkpoints on the way; x is (D, N).
+  // Steps [from, to) of K samples: a_d at every `every`-th of them, x is (D, N).
   template <int K>
-  void sweep(const T* x, int64_t s) const {
+  void sweep(const T* x, int64_t s, int64_t from, int64_t to, const T* begin, T* kept, int64_t every) const {
     Vec<T> z[K][KV];
+#pragma GCC unroll 4
     for (int i = 0; i < K; ++i)
-      for (int k = 0; k < KV; ++k) z[i][k] = load(c + k * n);
-    for (int64_t d = 0; d < a.d; ++d) {
-      if (d && d % kCheckpoint == 0)
+#pragma GCC unroll 4
+      for (int k = 0; k < KV; ++k) z[i][k] = load(begin + (from ? (s + i) * width : 0) + k * n);
+    for (int64_t d = from; d < to; ++d) {
+      if ((d - from) % every == 0) {
+        T* at = kept + ((d - from) / every * kSamples + s) * width;
+#pragma GCC unroll 4
         for (int i = 0; i < K; ++i)
-          for (int k = 0; k < KV; ++k) store(check + ((d / kCheckpoint - 1) * kSamples + s + i) * width + k * n, z[i][k]);
+#pragma GCC unroll 4
+          for (int k = 0; k < KV; ++k) store(at + i * width + k * n, z[i][k]);
+      }
 #pragma GCC unroll 4
       for (int k = 0; k < KV; ++k) {
         const Vec<T> row = load(w + d * width + k * n);
@@ -362,19 +370,19 @@ struct Units {
         for (int i = 0; i < K; ++i) z[i][k] += row * x[d * a.n + s + i];
       }
     }
-    for (int i = 0; i < K; ++i)
-      for (int k = 0; k < KV; ++k) store(state + (s + i) * width + k * n, z[i][k]);
+  }
+
+  void sweep_all(const T* x, int64_t count, int64_t from, int64_t to, const T* begin, T* kept, int64_t every) const {
+    int64_t s = 0;
+    for (; s + 4 <= count; s += 4) sweep<4>(x, s, from, to, begin, kept, every);
+    for (; s < count; ++s) sweep<1>(x, s, from, to, begin, kept, every);
   }
 
   // Step d of `count` samples. One is (D, N), the other (D, N, P).
   void step(int64_t d, const T* x, const T* g, int64_t count, T rho, bool whole, T* dx_row) const {
     const T *row = w + d * width, *out = v + d * a.p * width;
     if (dx_row) back_to_x(row, count, dx_row);
-    if (d && d % kCheckpoint == 0)  // what stands at a checkpoint needs no subtraction
-      memcpy(state, check + (d / kCheckpoint - 1) * kSamples * width, size_t(count * width) * sizeof(T));
-    const bool subtract = d == 0 ? false : d % kCheckpoint != 0;
-    if (!d)
-      for (int64_t s = 0; s < count; ++s) memcpy(state + s * width, c, size_t(width) * sizeof(T));
+    const T* state = states + d % kCheckpoint * kSamples * width;
     int32_t listed[kSamples];
     int moved = 0;
     for (int64_t s = 0; s < count; ++s) {
@@ -390,21 +398,17 @@ struct Units {
 #pragma GCC unroll 4
       for (int k = 0; k < KV; ++k) {
         sums[k] += load(e + at + k * n) * value;
-        Vec<T> z = load(state + at + k * n), rise;
-        if (subtract) {
-          z -= load(row + k * n) * value;
-          store(state + at + k * n, z);
-        }
-        store(h + at + k * n, activate<T, kAct, true>(z * rho, rise));
+        Vec<T> rise;
+        store(h + at + k * n, activate<T, kAct, true>(load(state + at + k * n) * rho, rise));
         store(slope + at + k * n, rise);
       }
     }
 #pragma GCC unroll 4
     for (int k = 0; k < KV; ++k) store(dw + d * width + k * n, sums[k]);
-    a.p == 1 ? one_output(d, out, g, count, rho) : outputs(d, out, g, count, rho);
+    a.p == 1 ? one_output(d, state, out, g, count, rho) : outputs(d, state, out, g, count, rho);
   }
 
-  void one_output(int64_t d, const T* out, const T* g, int64_t count, T rho) const {
+  void one_output(int64_t d, const T* state, const T* out, const T* g, int64_t count, T rho) const {
     Vec<T> sums[KV], own[KV], turn = splat(T(0));
 #pragma GCC unroll 4
     for (int k = 0; k < KV; ++k) sums[k] = load(dv + d * width + k * n), own[k] = load(out + k * n);
@@ -424,7 +428,7 @@ struct Units {
     if (drho) drho[d] += sum<T>(turn);
   }
 
-  void outputs(int64_t d, const T* out, const T* g, int64_t count, T rho) const {
+  void outputs(int64_t d, const T* state, const T* out, const T* g, int64_t count, T rho) const {
     small_product<T, KV>(count, a.p, g, a.p, 1, out, dh, false);
     small_product<T, KV>(a.p, count, g, 1, a.p, h, dv + d * a.p * width, true);
     Vec<T> turn = splat(T(0));
@@ -455,14 +459,16 @@ struct Units {
     const T *x = static_cast<const T*>(a.x), *g = static_cast<const T*>(a.grad), *rescale = static_cast<const T*>(a.rescale);
     for (int64_t from = 0; from < a.n; from += kSamples) {
       const int64_t count = std::min(kSamples, a.n - from);
-      int64_t s = 0;
-      for (; s + 4 <= count; s += 4) sweep<4>(x + from, s);
-      for (; s < count; ++s) sweep<1>(x + from, s);
+      sweep_all(x + from, count, 0, a.d, c, check, kCheckpoint);
       memset(e, 0, size_t(count * width) * sizeof(T));
-      for (int64_t d = a.d - 1; d >= 0; --d)
+      for (int64_t d = a.d - 1; d >= 0; --d) {
+        const int64_t start = d / kCheckpoint * kCheckpoint;
+        if (d + 1 == a.d || d + 1 == start + kCheckpoint)
+          sweep_all(x + from, count, start, d + 1, check + start / kCheckpoint * kSamples * width, states, 1);
         step(d, x + d * a.n + from, g + (d * a.n + from) * a.p, count, rescale ? rescale[d] : T(1), rescale || d == a.d - 1,
              dx ? dx + d * a.n + from : nullptr);
-      for (s = 0; s < count; ++s)
+      }
+      for (int64_t s = 0; s < count; ++s)
         for (int k = 0; k < KV; ++k) store(dc + k * n, load(dc + k * n) + load(e + s * width + k * n));
     }
     copy_out(dw, a.d, a.grad_weight);
