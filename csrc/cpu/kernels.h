@@ -360,6 +360,18 @@ struct NadeArgs {
   void *grad_x, *grad_rescale;                             // (D, N), (D), null where not wanted
   void *grad_weight, *grad_readout, *grad_bias, *grad_hidden_bias;
   int64_t n, d, p, h;
+struct DegreeOrderedArgs {
+  bool is_double;
+  const int64_t* code;  // as genfast/sampling/degree_ordered.py writes it
+  const void *packed, *statics, *z;            // (packed), (n, statics) or null, (n, inputs)
+  void *x, *logdet;                            // (n, inputs), (n,)
+  void *units, *deltas;                        // (units, stride): every unit, x given; the cotangents of products and points
+  int64_t stride;                              // at least n, in whole vectors
+  const void *grad_x, *grad_logdet;            // null where there is none
+  void *grad_z, *grad_packed;
+  int transform;
+  const double* options;
+  int64_t option_count, n;
   int threads;
 };
 
@@ -421,6 +433,9 @@ struct FmaRateArgs {
   void gram_matrix_backward(const GramBackwardArgs&);       \
   void pairwise(const PairwiseArgs&);                       \
   void nade(const NadeArgs&);                               \
+  void autoregressive_inverse(const DegreeOrderedArgs&);    \
+  void autoregressive_inverse_sweep(const DegreeOrderedArgs&); \
+  void autoregressive_inverse_weights(const DegreeOrderedArgs&); \
   void fma_rate(const FmaRateArgs&);                        \
   }
 
