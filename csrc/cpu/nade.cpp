@@ -215,8 +215,9 @@ void scan(const NadeArgs& a, int64_t first, int64_t count) {
     for (int64_t s = 0; s < count; ++s) {
       T *at = state + s * row, *to = h + s * row;
       if (!d) {
+        const T* begin = c + (a.own_hidden_bias ? (first + s) * hidden : 0);
         for (int64_t k = 0; k < row; k += n) {
-          const Vec<T> z = k + n <= hidden ? load(c + k) : load_part(c + k, tail.live);
+          const Vec<T> z = k + n <= hidden ? load(begin + k) : load_part(begin + k, tail.live);
           store(at + k, z);
           store(to + k, activate<T, kAct, false>(z * rho, unused));
         }
@@ -307,15 +308,15 @@ struct Units {
   static constexpr int64_t width = KV * n;
   const NadeArgs& a;
   int64_t first, live;             // hidden units
-  T *w, *v, *dw, *dv, *c, *dc;     // (D, width), (D, P, width), gradients likewise; (width)
-  T *e, *h, *slope, *dh;           // (kSamples, width)
+  T *w, *v, *dw, *dv, *dc;         // (D, width), (D, P, width), gradients likewise; (width)
+  T *c, *e, *h, *slope, *dh;           // (kSamples, width)
   T *states, *check;               // (kCheckpoint, kSamples, width): a_d of one run of steps; a_d at the start of each run
   T* dx;                           // (D, N), the block's part; null where it is not wanted
   T* drho;                         // (D), likewise
 
   static int64_t runs(const NadeArgs& a) { return (a.d + kCheckpoint - 1) / kCheckpoint; }
   static int64_t elements(const NadeArgs& a) {
-    return width * (2 * a.d * (1 + a.p) + 2 + kSamples * (4 + kCheckpoint + runs(a)));
+    return width * (2 * a.d * (1 + a.p) + 1 + kSamples * (5 + kCheckpoint + runs(a)));
   }
 
   Units(const NadeArgs& args, int64_t block, T* memory, T* dx_part, T* drho_part)
@@ -325,12 +326,11 @@ struct Units {
       memory += rows * width;
       return at;
     };
-    w = take(a.d), v = take(a.d * a.p), dw = take(a.d), dv = take(a.d * a.p), c = take(1), dc = take(1);
-    e = take(kSamples), h = take(kSamples), slope = take(kSamples), dh = take(kSamples);
+    w = take(a.d), v = take(a.d * a.p), dw = take(a.d), dv = take(a.d * a.p), dc = take(1);
+    c = take(kSamples), e = take(kSamples), h = take(kSamples), slope = take(kSamples), dh = take(kSamples);
     states = take(kSamples * kCheckpoint), check = take(kSamples * runs(a));
     copy_in(static_cast<const T*>(a.weight), a.d, w);
     copy_in(static_cast<const T*>(a.readout), a.d * a.p, v);
-    copy_in(static_cast<const T*>(a.hidden_bias), 1, c);
     memset(dw, 0, size_t(a.d * (1 + a.p) * width) * sizeof(T));
     memset(dc, 0, size_t(width) * sizeof(T));
   }
@@ -354,7 +354,7 @@ struct Units {
 #pragma GCC unroll 4
     for (int i = 0; i < K; ++i)
 #pragma GCC unroll 4
-      for (int k = 0; k < KV; ++k) z[i][k] = load(begin + (from ? (s + i) * width : 0) + k * n);
+      for (int k = 0; k < KV; ++k) z[i][k] = load(begin + (s + i) * width + k * n);
     for (int64_t d = from; d < to; ++d) {
       if ((d - from) % every == 0) {
         T* at = kept + ((d - from) / every * kSamples + s) * width;
@@ -459,6 +459,8 @@ struct Units {
     const T *x = static_cast<const T*>(a.x), *g = static_cast<const T*>(a.grad), *rescale = static_cast<const T*>(a.rescale);
     for (int64_t from = 0; from < a.n; from += kSamples) {
       const int64_t count = std::min(kSamples, a.n - from);
+      for (int64_t s = 0; s < count; ++s)
+        copy_in(static_cast<const T*>(a.hidden_bias) + (a.own_hidden_bias ? (from + s) * a.h : 0), 1, c + s * width);
       sweep_all(x + from, count, 0, a.d, c, check, kCheckpoint);
       memset(e, 0, size_t(count * width) * sizeof(T));
       for (int64_t d = a.d - 1; d >= 0; --d) {
@@ -468,12 +470,13 @@ struct Units {
         step(d, x + d * a.n + from, g + (d * a.n + from) * a.p, count, rescale ? rescale[d] : T(1), rescale || d == a.d - 1,
              dx ? dx + d * a.n + from : nullptr);
       }
+      if (a.own_hidden_bias) copy_out(e, count, static_cast<T*>(a.grad_hidden_bias) + from * a.h);
       for (int64_t s = 0; s < count; ++s)
         for (int k = 0; k < KV; ++k) store(dc + k * n, load(dc + k * n) + load(e + s * width + k * n));
     }
     copy_out(dw, a.d, a.grad_weight);
     copy_out(dv, a.d * a.p, a.grad_readout);
-    copy_out(dc, 1, a.grad_hidden_bias);
+    if (!a.own_hidden_bias) copy_out(dc, 1, a.grad_hidden_bias);
   }
 };
 

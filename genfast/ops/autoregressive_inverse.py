@@ -143,7 +143,9 @@ def _static_gradients(code: list[int], units: Tensor, deltas: Tensor, out: Tenso
             out[:, context : context + count] = deltas[first : first + count].t()
         if gate >= 0:
             argument = units[code[sources : sources + count]]
-            out[:, gate : gate + count] = (deltas[first : first + count] * reference.program_activation(activation, argument)).t()
+            out[:, gate : gate + count] = (
+                deltas[first : first + count] * reference.program_activation(activation, argument)
+            ).t()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -19,7 +19,7 @@ KINDS = ("bernoulli", "categorical", "gaussian_mixture")
 
 
 def _check_weights(
-    op: str, dims: int, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None,
+    op: str, rows: int, dims: int, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None,
     activation: str,
 ) -> None:  # fmt: skip
     if weight.dim() != 2 or weight.shape[0] != dims or not weight.shape[1]:
@@ -29,7 +29,8 @@ def _check_weights(
         raise ValueError(f"{op}: readout has shape {tuple(readout.shape)}, expected ({dims}, P, {hidden})")
     _check.shape(op, "readout", readout, (dims, readout.shape[1], hidden), "(D, P, H)")
     _check.shape(op, "bias", bias, (dims, readout.shape[1]), "(D, P)")
-    _check.shape(op, "hidden_bias", hidden_bias, (hidden,), "(H,)")
+    if tuple(hidden_bias.shape) not in ((hidden,), (rows, hidden)):
+        raise ValueError(f"{op}: hidden_bias has shape {tuple(hidden_bias.shape)}, expected {(hidden,)} or {(rows, hidden)}")
     if rescale is not None:
         _check.shape(op, "rescale", rescale, (dims,), "one per dimension")
     _check.choice(op, "activation", activation, ACTIVATIONS)
@@ -41,7 +42,7 @@ def _check_forward(
     _check.floating(_NAME, x=x, weight=weight, readout=readout, bias=bias, hidden_bias=hidden_bias, rescale=rescale)
     if x.dim() != 2 or not x.shape[1]:
         raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, D)")
-    _check_weights(_NAME, x.shape[1], weight, readout, bias, hidden_bias, rescale, activation)
+    _check_weights(_NAME, x.shape[0], x.shape[1], weight, readout, bias, hidden_bias, rescale, activation)
 
 
 def _check_sample(
@@ -56,7 +57,7 @@ def _check_sample(
     count = 2 if kind == "gaussian_mixture" else 1
     if uniforms.dim() != 3 or uniforms.shape[2] != count or not uniforms.shape[1]:
         raise ValueError(f"{op}: uniforms has shape {tuple(uniforms.shape)}, expected (N, D, {count}) for kind={kind!r}")
-    _check_weights(op, uniforms.shape[1], weight, readout, bias, hidden_bias, rescale, activation)
+    _check_weights(op, uniforms.shape[0], uniforms.shape[1], weight, readout, bias, hidden_bias, rescale, activation)
     size = readout.shape[1]
     if (kind == "bernoulli" and size != 1) or (kind == "gaussian_mixture" and size % 3) or (kind == "categorical" and size < 2):
         wanted = {"bernoulli": "1", "categorical": "at least 2 levels", "gaussian_mixture": "a multiple of 3"}[kind]
@@ -94,6 +95,23 @@ def _fake_sample(uniforms: Tensor, *_: Any) -> Tensor:
     return uniforms.new_empty(uniforms.shape[:2])
 
 
+# A program of the Triton kernels holds all hidden units of its samples in registers.
+_UNITS = 4096
+_TRITON = _backend.triton_kernel(_NAME, _NAME, _check_forward)
+_TRITON_SAMPLE = _backend.triton_kernel(_NAME, f"{_NAME}_sample", _check_sample)
+
+
+def _triton(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    found: Tensor = _TRITON(x, weight, *rest) if weight.shape[1] <= _UNITS else OP.checked_reference(x, weight, *rest)
+    return found
+
+
+def _triton_sample(uniforms: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    few = weight.shape[1] <= _UNITS
+    found: Tensor = (_TRITON_SAMPLE if few else OP_SAMPLE.checked_reference)(uniforms, weight, *rest)
+    return found
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, readout, bias, hidden_bias, rescale, ctx.activation = inputs
     ctx.bias_dtype = bias.dtype
@@ -118,6 +136,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     binary = (rand(5, 7) > 0).double()
     yield Sample("binary", (binary, *weights(7, 1, 19), None, "sigmoid"))
     yield Sample("real, rescaled", (rand(3, 5), *weights(5, 6, 33), rand(5, scale=0.3) + 0.7, "tanh"))
+    w, v, b, _ = weights(6, 1, 5)
+    yield Sample("a hidden bias a sample", (rand(4, 6), w, v, b, rand(4, 5), None, "relu"))
     yield Sample("longer than a block", (rand(2, 37), *weights(37, 2, 3), None, "sigmoid"))
 
 
@@ -138,7 +158,8 @@ def _cpu(
     out = _pool.empty_strided((n, d, p), (d * p, p, 1), dtype)
     _CPU.nade(
         dtype is torch.float64, ACTIVATIONS.index(activation), x.data_ptr(), weight.data_ptr(), readout.data_ptr(),
-        hidden_bias.data_ptr(), _address(rescale), n, d, p, h, torch.get_num_threads(), bias.data_ptr(), 0, 0, 0, out.data_ptr(),
+        hidden_bias.data_ptr(), hidden_bias.dim() == 2, _address(rescale), n, d, p, h, torch.get_num_threads(),
+        bias.data_ptr(), 0, 0, 0, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -155,8 +176,8 @@ def _cpu_backward(
     drho = None if rho is None else torch.empty_like(rho)
     _CPU.nade_backward(
         dtype is torch.float64, ACTIVATIONS.index(activation), steps.data_ptr(), w.data_ptr(), v.data_ptr(), c.data_ptr(),
-        _address(rho), n, d, p, h, torch.get_num_threads(), g.data_ptr(), _address(dx), dw.data_ptr(), dv.data_ptr(),
-        db.data_ptr(), dc.data_ptr(), _address(drho),
+        c.dim() == 2, _address(rho), n, d, p, h, torch.get_num_threads(), g.data_ptr(), _address(dx), dw.data_ptr(),
+        dv.data_ptr(), db.data_ptr(), dc.data_ptr(), _address(drho),
     )  # fmt: skip
     return (
         x.new_empty(0) if dx is None else dx.t().contiguous(),
@@ -176,8 +197,8 @@ def _cpu_sample(
     out = uniforms.new_empty((n, d))
     _CPU.nade(
         dtype is torch.float64, ACTIVATIONS.index(activation), _address(values), w.data_ptr(), v.data_ptr(), c.data_ptr(),
-        _address(rho), n, d, p, h, torch.get_num_threads(), b.data_ptr(), 1 + KINDS.index(kind), u.data_ptr(), _address(mask),
-        out.data_ptr(),
+        c.dim() == 2, _address(rho), n, d, p, h, torch.get_num_threads(), b.data_ptr(), 1 + KINDS.index(kind),
+        u.data_ptr(), _address(mask), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -187,7 +208,7 @@ _OP_BACKWARD = Op(
     "str activation, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.nade_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -195,7 +216,7 @@ OP = Op(
     reference=reference.nade,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "triton": _triton},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
@@ -207,7 +228,7 @@ OP_SAMPLE = Op(
     reference=reference.nade_sample,
     check=_check_sample,
     fake=_fake_sample,
-    kernels={"cpu": _cpu_sample},
+    kernels={"cpu": _cpu_sample, "triton": _triton_sample},
 )
 
 
@@ -223,7 +244,7 @@ def nade(
         x: (N, D) floating point: binary, grey levels in [0, 1], or real.
         weight: W, (D, H).
         readout: V, (D, P, H), and ``bias`` b, (D, P): P parameters of each p(x_d | x_<d), such as one logit.
-        hidden_bias: c, (H,).
+        hidden_bias: c, (H,), or (N, H): one for each sample, by which a condition enters.
         rescale: rho, (D,), as RNADE has it, or None for ones.
         activation: "sigmoid", "relu" or "tanh".
 
