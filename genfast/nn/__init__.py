@@ -27,6 +27,7 @@ from .masked_linear import MaskedLinear
 from .minibatch_discrimination import MinibatchDiscrimination
 from .minibatch_stddev import MinibatchStddev
 from .modulated_conv import ModulatedConv2d
+from .nade import NADE, DeepNADE
 from .pixel_norm import PixelNorm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
@@ -36,10 +37,10 @@ from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
 __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "ContextualLoss",
-    "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
+    "CriticStep", "DeepNADE", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
     "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
     "GradientPenalty", "GramLoss", "GramMatrix", "InvertibleConv1x1", "LevelEmbedding", "MADE", "MaskedConv1d", "MaskedConv2d",
-    "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "PixelNorm",
+    "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "NADE", "PixelNorm",
     "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d",
     "weight_norm",
 ]  # fmt: skip

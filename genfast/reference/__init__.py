@@ -31,6 +31,7 @@ from .minibatch_discrimination import (
 )
 from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
 from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
+from .nade import mixture_of_gaussians_log_prob, nade, nade_backward, nade_draw, nade_sample
 from .pairwise import mmd, nearest_rows, pairwise_kernel_sum, pairwise_kernel_sum_backward
 from .pixel_norm import pixel_norm, pixel_norm_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
@@ -57,9 +58,12 @@ __all__ = [
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
     "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "gram_matrix",
     "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight",
-    "masked_conv", "masked_conv_backward", "masked_linear", "masked_linear_backward", "minibatch_discrimination",
-    "minibatch_stddev", "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows", "pairwise_kernel_sum",
-    "pairwise_kernel_sum_backward", "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward",
+    "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward",
+    "mixture_of_gaussians_log_prob", "mmd", "modulated_conv2d", "nade", "nade_backward", "nade_draw", "nade_sample",
+    "nearest_rows", "pairwise_kernel_sum", "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits",
+    "linear", "linear_input", "linear_weight", "masked_conv", "masked_conv_backward", "masked_linear", "masked_linear_backward",
+    "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows",
+    "pairwise_kernel_sum", "pairwise_kernel_sum_backward", "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward",
     "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms", "penalty_points", "pixel_norm", "pixel_norm_backward",
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "program_activation", "PROGRAM_HEADER",
     "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
@@ -73,4 +77,7 @@ __all__ = [
     "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
     "linear_spline", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_backward",
     "rational_quadratic_spline_packed", "rational_quadratic_spline_packed_backward", "SPLINE_DEFAULTS",
+    "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "program_activation",
+    "PROGRAM_HEADER", "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
+    "spectral_norm_backward", "squeeze", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
 ]  # fmt: skip

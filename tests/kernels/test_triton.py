@@ -35,6 +35,8 @@ RUNS = [
     *((f, "interpreted_penalty") for f in PENALTY),
     ("", "interpreted_diagonal_gaussian"),
     ("pairwise", "interpreted_pairwise"),
+    ("", "interpreted_nade"),
+    ("nade", "interpreted"),
 ]
 
 
