@@ -21,7 +21,9 @@ from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .gradient_penalty import CriticStep, GradientPenalty
 from .gram_matrix import GramLoss, GramMatrix
 from .invertible_conv1x1 import InvertibleConv1x1
+from .made import MADE
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
+from .masked_linear import MaskedLinear
 from .minibatch_discrimination import MinibatchDiscrimination
 from .minibatch_stddev import MinibatchStddev
 from .modulated_conv import ModulatedConv2d
@@ -36,7 +38,8 @@ __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "ContextualLoss",
     "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
     "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
-    "GradientPenalty", "GramLoss", "GramMatrix", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d",
-    "MaskedConv3d", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential",
-    "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
+    "GradientPenalty", "GramLoss", "GramMatrix", "InvertibleConv1x1", "LevelEmbedding", "MADE", "MaskedConv1d", "MaskedConv2d",
+    "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "PixelNorm",
+    "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d",
+    "weight_norm",
 ]  # fmt: skip
