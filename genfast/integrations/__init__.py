@@ -143,7 +143,7 @@ def _accelerate_one(integration: ModuleType, module: nn.Module, path: str) -> En
             return Entry(path, name, "left", reason)
         swap(module, mixin)
     assert isinstance(module, Swapped)
-    return Entry(path, name, "swapped", module.what, module.mixin.falls_back(module))
+    return Entry(path, name, "swapped", module.mixin.does(module), module.mixin.falls_back(module))
 
 
 def _integration(peer: str) -> ModuleType:

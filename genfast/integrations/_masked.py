@@ -59,13 +59,13 @@ def layer_of(linear: Any, **fields: Any) -> Layer:
 
 
 def solve(
-    kept: dict[Any, Any], layers: Sequence[Layer], z: Tensor, transform: str, options: Sequence[float]
+    kept: dict[Any, Any], layers: Sequence[Layer], z: Tensor, transform: str, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """x (N, D) and log |det dx/dz| (N,) from z, through the engine; the program is made once for each set of masks."""
     layers = _frozen(kept, layers)
     program: DegreeProgram | None = kept.get("program")
     kept["program"] = program = DegreeProgram.build(layers) if program is None else program.update(layers)
-    found: tuple[Tensor, Tensor] = ops.autoregressive_inverse(z, program, transform, options)
+    found: tuple[Tensor, Tensor] = ops.autoregressive_inverse(z, program, transform, **options)
     return found
 
 

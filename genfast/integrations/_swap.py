@@ -41,6 +41,11 @@ class Swapped:
         return ""
 
     @classmethod
+    def does(cls, module: Any) -> str:
+        """What our kernels do in this module."""
+        return cls.what
+
+    @classmethod
     def falls_back(cls, module: Any) -> str:
         """Which calls of a swapped module the peer's own methods keep; empty where there are none."""
         return ""
@@ -89,6 +94,8 @@ def reason_to_leave(module: nn.Module, mixin: type[Swapped]) -> str:
     cls = type(module)
     if parametrize.is_parametrized(module):
         return "its tensors are parametrized"
+    if cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__:
+        return "it is pickled in a way of its own"
     changed = [name for name in mixin.stands_for if getattr(cls, name, None) is not getattr(mixin.peer, name)]
     changed += [name for name in mixin.stands_for if name in module.__dict__]
     if changed:

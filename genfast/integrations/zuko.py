@@ -43,10 +43,10 @@ class Univariate(NamedTuple):
     bound: float = 0.0
     slope: float = _SLOPE
 
-    def solved_by(self) -> tuple[str, list[float]] | None:
-        """The engine's transform and options."""
+    def solved_by(self) -> tuple[str, dict[str, Any]] | None:
+        """The engine's transform and its options."""
         if self.kind == "affine":
-            return "affine:softclamp", [0.0, 0.0, math.log(self.slope)]
+            return "affine:softclamp", {"slope": self.slope}
         return None
 
 
@@ -240,8 +240,8 @@ def _run(kept: dict[Any, Any], sequence: Any, x: Tensor) -> Any:
     return x
 
 
-def _layers(hyper: Any, features: int, context: Tensor | None) -> list[Layer] | None:
-    """The engine's layers; None where the network holds something else."""
+def _layers(hyper: Any, features: int, context: Tensor | None, lead: tuple[int, ...] = ()) -> list[Layer] | None:
+    """The engine's layers, for a batch of shape ``lead``; None where the network holds something else."""
     layers: list[Layer] = []
 
     def add(sequence: Any, at: int) -> int | None:
@@ -254,7 +254,8 @@ def _layers(hyper: Any, features: int, context: Tensor | None) -> list[Layer] | 
                     mask = child.mask
                     layer.weight, layer.mask = child.weight[:, :features], mask[:, :features]
                     if context is not None:
-                        layer.context = F.linear(context, mask[:, features:] * child.weight[:, features:])
+                        added = F.linear(context, mask[:, features:] * child.weight[:, features:])
+                        layer.context = added.expand(*lead, -1).reshape(-1, added.shape[-1])
                 layers.append(layer)
                 at, pending = len(layers), "none"
             elif type(child) is zuko.nn.Residual and plain_call(child) and pending == "none" and at:
@@ -276,8 +277,12 @@ def _layers(hyper: Any, features: int, context: Tensor | None) -> list[Layer] | 
 
 class MaskedAutoregressive(Swapped):
     peer = zuko.flows.MaskedAutoregressiveTransform
-    what = "inverse in the order of degrees, transform and log-determinant in one pass"
+    what = "transform and log-determinant in one pass"
     stands_for = ("forward", "meta")
+
+    @classmethod
+    def does(cls, module: Any) -> str:
+        return cls.what if cls.falls_back(module) else f"{cls.what}, inverse in the order of degrees"
 
     @classmethod
     def refuses(cls, module: Any) -> str:
@@ -288,12 +293,10 @@ class MaskedAutoregressive(Swapped):
     @classmethod
     def falls_back(cls, module: Any) -> str:
         univariate = univariate_of(module)
-        if univariate is None or not isinstance(module.hyper, zuko.nn.MaskedMLP):
-            return ""
-        if univariate.kind == "circular":
-            return "the inverse makes its passes, since the engine has no circular shift"
+        if univariate is None or univariate.solved_by() is None:
+            return "the inverse makes its passes: the engine does not have its univariate transform"
         if _layers(module.hyper, _features(module), None) is None:
-            return "the inverse makes its passes, since the engine does not have an activation of the network"
+            return "the inverse makes its passes: the engine does not have a layer of its network"
         return ""
 
     def meta(self: Any, c: Tensor | None, x: Tensor) -> Any:
@@ -318,15 +321,12 @@ class MaskedAutoregressive(Swapped):
             or y.shape[-1] != features
         ):
             return None
-        rows, shape, condition = y, y.shape, None
-        if c is not None:
-            shape = torch.broadcast_shapes(y.shape[:-1], c.shape[:-1]) + y.shape[-1:]
-            rows, condition = y.expand(shape), c.expand(*shape[:-1], c.shape[-1]).reshape(-1, c.shape[-1])
-        layers = _layers(self.hyper, features, condition)
+        lead = y.shape[:-1] if c is None else torch.broadcast_shapes(y.shape[:-1], c.shape[:-1])
+        layers = _layers(self.hyper, features, c, lead)
         if layers is None:
             return None
-        x, ladj = solve(self.kept(), layers, rows.reshape(-1, features), *way)
-        return x.reshape(shape), ladj.reshape(shape[:-1])
+        x, ladj = solve(self.kept(), layers, y.expand(*lead, features).reshape(-1, features), *way)
+        return x.reshape(*lead, features), ladj.reshape(lead)
 
 
 def _features(module: Any) -> int:
