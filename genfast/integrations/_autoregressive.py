@@ -149,7 +149,11 @@ def spline_refused(module: Any) -> str:
         return "its tails differ from feature to feature"
     if module.tails not in (None, "linear", "circular"):
         return f"it has unknown tails {module.tails!r}"
-    return "" if 2 <= module.num_bins <= 64 else f"it has {module.num_bins} bins, and the ops take 2 to 64"
+    return bins_refused(module.num_bins if hasattr(module, "num_bins") else module.unnormalized_widths.shape[-1])
+
+
+def bins_refused(bins: int) -> str:
+    return "" if 2 <= bins <= 64 else f"it has {bins} bins, and the ops take 2 to 64"
 
 
 def spline_options(module: Any) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from .. import ops
 from ..ops.invertible_conv1x1 import MIX
 from . import _autoregressive as shared
 from . import _linear
-from ._autoregressive import logit_scale, packed_spline, spline_options, spline_refused, within_unit
+from ._autoregressive import logit_scale, packed_spline, within_unit
 from ._swap import Swapped, covered, version
 
 TRANSFORMS = nt.Transform
-CONTAINERS = (nt.CompositeTransform, nt.InverseTransform, nt.MultiscaleCompositeTransform)
+CONTAINERS = (nt.CompositeTransform, nt.InverseTransform, nt.MultiscaleCompositeTransform, nt.Permutation)
 
 
 def why_left(module: nn.Module) -> str:
@@ -57,12 +57,11 @@ class MaskedSpline(shared.Autoregressive):
 
     @classmethod
     def refuses(cls, module: Any) -> str:
-        return spline_refused(module)
+        return _refused(module)
 
     @classmethod
-    def engine(cls, module: Any) -> tuple[str, dict[str, Any]]:
-        scale = logit_scale(module.autoregressive_net)
-        return "spline", {"bins": module.num_bins, "logit_scale": scale, **spline_options(module)}
+    def engine(cls, module: Any) -> str:
+        return "the engine does not have its spline"
 
     def inside(self: Any, inputs: Tensor) -> bool:
         return self.tails is not None or within_unit(inputs)
@@ -91,15 +90,25 @@ def _quadratic_spline(module: Any, x: Tensor, widths: Tensor, heights: Tensor, i
     )  # fmt: skip
 
 
-def _tails_refused(module: Any) -> str:
+def _refused(module: Any) -> str:
     tails = getattr(module, "tails", None)
-    return "" if tails in (None, "linear") else f"nflows has no tails {tails!r}"
+    if tails not in (None, "linear"):
+        return f"nflows has no tails {tails!r}"
+    if hasattr(module, "num_bins"):
+        return shared.bins_refused(module.num_bins)
+    logits = module.unnormalized_pdf if hasattr(module, "unnormalized_pdf") else module.unnormalized_widths
+    return shared.bins_refused(logits.shape[-1])
 
 
 class _MaskedOther(shared.Autoregressive):
     """Linear and quadratic splines: the network and the spline are served, the engine has neither spline."""
 
+    what = "splines in one pass"
     stands_for = (*shared.Autoregressive.stands_for, "_elementwise")
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return _refused(module)
 
     @classmethod
     def engine(cls, module: Any) -> str:
@@ -108,7 +117,6 @@ class _MaskedOther(shared.Autoregressive):
 
 class MaskedLinearSpline(_MaskedOther):
     peer = autoregressive.MaskedPiecewiseLinearAutoregressiveTransform
-    what = "splines in one pass"
 
     def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
         pdf = autoregressive_params.view(inputs.shape[0], self.features, self.num_bins)
@@ -120,11 +128,6 @@ class MaskedLinearSpline(_MaskedOther):
 
 class MaskedQuadraticSpline(_MaskedOther):
     peer = autoregressive.MaskedPiecewiseQuadraticAutoregressiveTransform
-    what = "splines in one pass"
-
-    @classmethod
-    def refuses(cls, module: Any) -> str:
-        return _tails_refused(module)
 
     def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
         params = autoregressive_params.view(inputs.shape[0], self.features, self._output_dim_multiplier())
@@ -154,13 +157,13 @@ class _SplineCoupling(Swapped):
     what = "splines in one pass"
     stands_for = ("_piecewise_cdf",)
 
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return _refused(module)
+
 
 class LinearSplineCoupling(_SplineCoupling):
     peer = coupling.PiecewiseLinearCouplingTransform
-
-    @classmethod
-    def refuses(cls, module: Any) -> str:
-        return _tails_refused(module)
 
     def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
         found = _linear_spline(self, inputs, transform_params, inverse)
@@ -169,10 +172,6 @@ class LinearSplineCoupling(_SplineCoupling):
 
 class QuadraticSplineCoupling(_SplineCoupling):
     peer = coupling.PiecewiseQuadraticCouplingTransform
-
-    @classmethod
-    def refuses(cls, module: Any) -> str:
-        return _tails_refused(module)
 
     def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
         widths, heights = transform_params[..., : self.num_bins], transform_params[..., self.num_bins :]
@@ -185,10 +184,6 @@ class QuadraticSplineCoupling(_SplineCoupling):
 
 class RationalQuadraticSplineCoupling(_SplineCoupling):
     peer = coupling.PiecewiseRationalQuadraticCouplingTransform
-
-    @classmethod
-    def refuses(cls, module: Any) -> str:
-        return _tails_refused(module) or spline_refused(module)
 
     def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
         found = packed_spline(self, inputs, transform_params, logit_scale(self.transform_net), inverse)
@@ -207,7 +202,7 @@ class _SplineCDF(Swapped):
 
     @classmethod
     def refuses(cls, module: Any) -> str:
-        return _tails_refused(module)
+        return _refused(module)
 
 
 def shared_by_batch(x: Tensor, *params: Tensor) -> list[Tensor]:

@@ -17,12 +17,12 @@ from .. import ops, reference
 from ..ops.invertible_conv1x1 import MIX, PLU_WEIGHT
 from . import _autoregressive as shared
 from . import _linear
-from ._autoregressive import logit_scale, packed_spline, spline_options, spline_refused, within_unit
+from ._autoregressive import logit_scale, packed_spline, spline_refused, within_unit
 from ._swap import Swapped, covered, plain_call, version
 
 TRANSFORMS = nf.flows.Flow
 CONTAINERS = (
-    nf.flows.Composite, nf.flows.Reverse, nf.flows.AffineCouplingBlock, nf.flows.Split, nf.flows.Merge, nf.flows.Squeeze,
+    nf.flows.Composite, nf.flows.Reverse, nf.flows.AffineCouplingBlock, nf.flows.GlowBlock, nf.flows.Split, nf.flows.Merge, nf.flows.Squeeze,
     nf.flows.LULinearPermute, nf.flows.CoupledRationalQuadraticSpline, nf.flows.CircularCoupledRationalQuadraticSpline,
     nf.flows.AutoregressiveRationalQuadraticSpline, nf.flows.CircularAutoregressiveRationalQuadraticSpline, nf.flows.Permute,
     _Permutation,
@@ -30,8 +30,6 @@ CONTAINERS = (
 
 
 def why_left(module: nn.Module) -> str:
-    if isinstance(module, nf.flows.GlowBlock):
-        return "its parts are served one by one"
     return "genfast has no kernel for it"
 
 
@@ -218,8 +216,7 @@ class MaskedSpline(shared.Autoregressive):
     def engine(cls, module: Any) -> tuple[str, dict[str, Any]] | str:
         if isinstance(module.tail_bound, Tensor):
             return "its bounds differ from feature to feature"
-        scale = logit_scale(module.autoregressive_net)
-        return "spline", {"bins": module.num_bins, "logit_scale": scale, **spline_options(module)}
+        return "the engine does not have its spline"
 
     def inside(self: Any, inputs: Tensor) -> bool:
         return self.tails is not None or within_unit(inputs)
