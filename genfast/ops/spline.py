@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _backend, reference
 from .._registry import Op, Sample
 from . import _check
 
@@ -188,7 +188,7 @@ _OP_BACKWARD = Op(
     "str tails, str convention, bool inverse, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_backward,
     fake=_fake_backward,
-    kernels={},
+    kernels={"triton": _backend.triton_kernel("spline", f"{_NAME}_backward")},
 )
 
 _OP_PACKED_BACKWARD = Op(
@@ -196,7 +196,7 @@ _OP_PACKED_BACKWARD = Op(
     "str convention, bool inverse, float[] options) -> (Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_packed_backward,
     fake=_fake_packed_backward,
-    kernels={},
+    kernels={"triton": _backend.triton_kernel("spline", f"{_NAME}_packed_backward")},
 )
 
 OP = Op(
@@ -205,7 +205,7 @@ OP = Op(
     reference=reference.rational_quadratic_spline,
     check=_check_forward,
     fake=_fake,
-    kernels={},
+    kernels={"triton": _backend.triton_kernel("spline", _NAME, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
@@ -217,7 +217,7 @@ OP_PACKED = Op(
     reference=reference.rational_quadratic_spline_packed,
     check=_check_packed,
     fake=_fake,
-    kernels={},
+    kernels={"triton": _backend.triton_kernel("spline", f"{_NAME}_packed", _check_packed)},
     setup_context=_setup_context,
     backward=_packed_backward,
     samples=_packed_samples,
