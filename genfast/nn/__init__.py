@@ -14,6 +14,7 @@ from ..reference.causal import (
 )
 from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
+from .batch_norm_flow import BatchNormFlow
 from .bias_act import BiasAct
 from .bijection import Bijection, FlowSequential
 from .contextual_similarity import ContextualLoss
@@ -21,10 +22,12 @@ from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .gradient_penalty import CriticStep, GradientPenalty
 from .gram_matrix import GramLoss, GramMatrix
 from .invertible_conv1x1 import InvertibleConv1x1
+from .linear_flows import Householder, LULinear
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
 from .minibatch_discrimination import MinibatchDiscrimination
 from .minibatch_stddev import MinibatchStddev
 from .modulated_conv import ModulatedConv2d
+from .permutation import CircularShift, Permutation
 from .pixel_norm import PixelNorm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
@@ -33,10 +36,11 @@ from .squeeze import Split, Squeeze
 from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
 __all__ = [
-    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "ContextualLoss",
-    "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
-    "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
-    "GradientPenalty", "GramLoss", "GramMatrix", "InvertibleConv1x1", "LevelEmbedding", "MaskedConv1d", "MaskedConv2d",
-    "MaskedConv3d", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "PixelNorm", "ReversibleSequential",
+    "ActNorm", "AffineCoupling", "AppendOnes", "BatchNormFlow", "BiasAct", "Bijection", "CircularShift", "ConcatELU",
+    "ConditionBias", "ContextualLoss", "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d",
+    "DownRightShiftedConvTranspose2d", "Downsample2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential",
+    "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "GramLoss", "GramMatrix", "Householder",
+    "InvertibleConv1x1", "LevelEmbedding", "LULinear", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
+    "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "Permutation", "PixelNorm", "ReversibleSequential",
     "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip
