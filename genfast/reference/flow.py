@@ -181,7 +181,9 @@ class Flow(FlowModel):
         try:
             mean = self.base.distribution.mean
         except (AttributeError, NotImplementedError):
-            raise ValueError(f"{name}.sample: temperature={temperature}, and the base density has no mean to scale about") from None
+            raise ValueError(
+                f"{name}.sample: temperature={temperature}, and the base density has no mean to scale about"
+            ) from None
         return mean + temperature * (z - mean)
 
     @property
