@@ -23,7 +23,9 @@ from .gradient_penalty import CriticStep, GradientPenalty
 from .gram_matrix import GramLoss, GramMatrix
 from .invertible_conv1x1 import InvertibleConv1x1
 from .linear_flows import Householder, LULinear
+from .made import MADE
 from .masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d, weight_norm
+from .masked_linear import MaskedLinear
 from .minibatch_discrimination import MinibatchDiscrimination
 from .minibatch_stddev import MinibatchStddev
 from .modulated_conv import ModulatedConv2d
@@ -43,4 +45,11 @@ __all__ = [
     "InvertibleConv1x1", "LevelEmbedding", "LULinear", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
     "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "Permutation", "PixelNorm", "ReversibleSequential",
     "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
+    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "ContextualLoss",
+    "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
+    "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
+    "GradientPenalty", "GramLoss", "GramMatrix", "InvertibleConv1x1", "LevelEmbedding", "MADE", "MaskedConv1d", "MaskedConv2d",
+    "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "PixelNorm",
+    "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d",
+    "weight_norm",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from .interpolate import interpolate
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
 from .linear import linear, linear_input, linear_weight
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
+from .masked_linear import Staircase, masked_linear, staircase, staircase_from_mask
 from .minibatch_discrimination import minibatch_discrimination, pairwise_l1_kernel_sum
 from .minibatch_stddev import minibatch_stddev
 from .modulated_conv import modulated_conv2d
@@ -32,8 +33,8 @@ __all__ = [
     "diagonal_gaussian_kl", "diagonal_lstm", "DiagonalGaussian", "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "gram_matrix",
     "interpolate", "invertible_conv1x1", "kernel_distance", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input",
-    "linear_weight", "masked_conv1d", "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "mmd",
-    "modulated_conv2d", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm",
-    "sample_norm", "setup_filter", "spectral_norm", "squeeze", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d",
-    "wae_scales",
+    "linear_weight", "masked_conv1d", "masked_conv2d", "masked_conv3d", "masked_linear", "minibatch_discrimination",
+    "minibatch_stddev", "mmd", "modulated_conv2d", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum",
+    "pixel_norm", "PLU", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "staircase", "Staircase",
+    "staircase_from_mask", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from .interpolate import interpolate, interpolate_backward
 from .invertible_conv1x1 import channel_mix, channel_mix_backward, plu_inverse, plu_matrix, plu_weight, plu_weight_backward
 from .linear import linear, linear_input, linear_weight
 from .masked_conv import colour_group, conv_mask, masked_conv, masked_conv_backward
+from .masked_linear import masked_linear, masked_linear_backward, staircase, staircase_mask
 from .minibatch_discrimination import (
     minibatch_discrimination,
     pairwise_l1_kernel_sum,
@@ -47,9 +48,12 @@ __all__ = [
     "gram_matrix_backward", "householder", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input",
     "linear_weight", "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev",
     "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows", "pairwise_kernel_sum",
+    "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight",
+    "masked_conv", "masked_conv_backward", "masked_linear", "masked_linear_backward", "minibatch_discrimination",
+    "minibatch_stddev", "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows", "pairwise_kernel_sum",
     "pairwise_kernel_sum_backward", "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward",
     "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms", "penalty_points", "pixel_norm", "pixel_norm_backward",
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "row_lstm",
     "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm", "spectral_norm_backward", "squeeze",
-    "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
+    "staircase", "staircase_mask", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
 ]  # fmt: skip
