@@ -14,6 +14,7 @@ from ..reference.causal import (
 )
 from .actnorm import ActNorm
 from .affine_coupling import AffineCoupling, GlowStep
+from .autoregressive import Inverse, MaskedAutoregressive
 from .batch_norm_flow import BatchNormFlow
 from .bias_act import BiasAct
 from .bijection import Bijection, FlowSequential
@@ -34,6 +35,7 @@ from .pixel_norm import PixelNorm
 from .pixel_rnn import DiagonalBiLSTM, RowLSTM
 from .reversible import ReversibleSequential
 from .spectral_norm import spectral_norm
+from .spline_coupling import Spline, SplineCoupling
 from .squeeze import Split, Squeeze
 from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 
@@ -41,15 +43,9 @@ __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "BatchNormFlow", "BiasAct", "Bijection", "CircularShift", "ConcatELU",
     "ConditionBias", "ContextualLoss", "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d",
     "DownRightShiftedConvTranspose2d", "Downsample2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential",
-    "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "GramLoss", "GramMatrix", "Householder",
-    "InvertibleConv1x1", "LevelEmbedding", "LULinear", "MaskedConv1d", "MaskedConv2d", "MaskedConv3d",
-    "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "Permutation", "PixelNorm", "ReversibleSequential",
-    "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
-    "ActNorm", "AffineCoupling", "AppendOnes", "BiasAct", "Bijection", "ConcatELU", "ConditionBias", "ContextualLoss",
-    "CriticStep", "DiagonalBiLSTM", "DownRightShiftedConv2d", "DownRightShiftedConvTranspose2d", "Downsample2d",
-    "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep",
-    "GradientPenalty", "GramLoss", "GramMatrix", "InvertibleConv1x1", "LevelEmbedding", "MADE", "MaskedConv1d", "MaskedConv2d",
-    "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "PixelNorm",
-    "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Split", "Squeeze", "Upfirdn2d", "Upsample2d",
-    "weight_norm",
+    "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "GramLoss", "GramMatrix", "Householder", "Inverse",
+    "InvertibleConv1x1", "LevelEmbedding", "LULinear", "MADE", "MaskedAutoregressive", "MaskedConv1d", "MaskedConv2d",
+    "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "Permutation",
+    "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Spline", "SplineCoupling",
+    "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip
