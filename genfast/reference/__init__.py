@@ -4,6 +4,8 @@ from .activation import SLOPES, activation_chain, activation_second, apply_bits,
 from .actnorm import actnorm, actnorm_backward, positions
 from .adversarial import CRITIC_LOSSES, GENERATOR_LOSSES
 from .affine_coupling import affine_coupling, affine_coupling_backward
+from .autoregressive_inverse import HEADER as PROGRAM_HEADER
+from .autoregressive_inverse import autoregressive_inverse, autoregressive_inverse_backward
 from .bias_act import bias_act, bias_act_backward, bias_act_second
 from .contextual_similarity import contextual_distance, contextual_similarity, contextual_similarity_backward
 from .diagonal_gaussian import diagonal_gaussian, diagonal_gaussian_backward
@@ -40,9 +42,10 @@ from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "activation_chain", "activation_second", "actnorm", "actnorm_backward", "affine_coupling", "affine_coupling_backward",
-    "apply_bits", "bias_act", "bias_act_backward", "bias_act_second", "channel_mix", "channel_mix_backward", "channel_scale",
-    "channel_scale_backward", "colour_group", "contextual_distance", "contextual_similarity", "contextual_similarity_backward",
-    "conv_mask", "CRITIC_LOSSES", "diagonal_gaussian", "diagonal_gaussian_backward", "diagonal_lstm", "diagonal_lstm_backward",
+    "apply_bits", "autoregressive_inverse", "autoregressive_inverse_backward", "bias_act", "bias_act_backward",
+    "bias_act_second", "channel_mix", "channel_mix_backward", "channel_scale", "channel_scale_backward", "colour_group",
+    "contextual_distance", "contextual_similarity", "contextual_similarity_backward", "conv_mask", "CRITIC_LOSSES",
+    "diagonal_gaussian", "diagonal_gaussian_backward", "diagonal_lstm", "diagonal_lstm_backward",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
     "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "gram_matrix",
     "gram_matrix_backward", "householder", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input",
@@ -56,4 +59,8 @@ __all__ = [
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "row_lstm",
     "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm", "spectral_norm_backward", "squeeze",
     "staircase", "staircase_mask", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
+    "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "PROGRAM_HEADER",
+    "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
+    "spectral_norm_backward", "squeeze", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy",
+    "upfirdn2d",
 ]  # fmt: skip
