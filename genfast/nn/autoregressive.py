@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .. import ops
 from ..reference import autoregressive_flows as plain
-from ..sampling import DegreeProgram
 from .bijection import Bijection
 from .univariate import Fast
+
+if TYPE_CHECKING:
+    from ..sampling import DegreeProgram
 
 _ENGINE_SCALES = {"exp": "exp", "softclamp": "softclamp", "sigmoid": "sigmoid2", "additive": "additive"}
 
@@ -54,6 +56,8 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
 
     def program(self, context: Tensor | None = None) -> DegreeProgram:
         """The network in the order of its degrees, lowered once."""
+        from ..sampling import DegreeProgram  # which knows our modules
+
         layers = self.network.layers(context)  # type: ignore[operator]
         self._program = DegreeProgram.build(layers) if self._program is None else self._program.update(layers)
         return self._program
