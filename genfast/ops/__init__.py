@@ -25,6 +25,7 @@ from .pixel_norm import pixel_norm
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .sample_norm import sample_norm
 from .spectral_norm import spectral_norm
+from .spline import linear_spline, quadratic_spline, rational_quadratic_spline, rational_quadratic_spline_packed
 from .squeeze import squeeze, unsqueeze
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
@@ -46,4 +47,8 @@ __all__ = [
     "minibatch_stddev", "mmd", "modulated_conv2d", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum",
     "pixel_norm", "PLU", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "style_loss", "unsqueeze",
     "upfirdn2d", "upsample2d", "wae_scales",
+    "linear_weight", "masked_conv1d", "masked_conv2d", "masked_conv3d", "minibatch_discrimination", "minibatch_stddev", "mmd",
+    "modulated_conv2d", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm",
+    "sample_norm", "setup_filter", "spectral_norm", "squeeze", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d",
+    "wae_scales", "linear_spline", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_packed",
 ]  # fmt: skip

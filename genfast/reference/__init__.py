@@ -37,6 +37,15 @@ from .pixel_norm import pixel_norm, pixel_norm_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
 from .sample_norm import sample_norm, sample_norm_backward
 from .spectral_norm import spectral_norm, spectral_norm_backward
+from .spline import (
+    SPLINE_DEFAULTS,
+    linear_spline,
+    quadratic_spline,
+    rational_quadratic_spline,
+    rational_quadratic_spline_backward,
+    rational_quadratic_spline_packed,
+    rational_quadratic_spline_packed_backward,
+)
 from .squeeze import squeeze
 from .upfirdn2d import upfirdn2d
 
@@ -63,4 +72,7 @@ __all__ = [
     "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
     "spectral_norm_backward", "squeeze", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy",
     "upfirdn2d",
+    "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
+    "linear_spline", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_backward",
+    "rational_quadratic_spline_packed", "rational_quadratic_spline_packed_backward", "SPLINE_DEFAULTS",
 ]  # fmt: skip

@@ -131,6 +131,8 @@ BATCHED = {
     "linear_input": (0, 2), "linear_weight": (0, 1), "masked_conv": (0,), "masked_linear": (0,), "minibatch_stddev": (0,), "nearest_rows": (0, 1),
     "pairwise_kernel_sum": (0, 1), "pairwise_l1_kernel_sum": (0,), "pixel_norm": (0,), "row_lstm": (0,), "sample_norm": (0,),
     "squeeze": (0,), "style_loss": (0, 1), "style_loss_layers": (0, 1), "tap_energy": (0,), "upfirdn2d": (0,),
+    "linear_spline": (0, 1), "quadratic_spline": (0, 1, 2), "rational_quadratic_spline": (0, 1, 2, 3),
+    "rational_quadratic_spline_packed": (0, 1),
 }  # fmt: skip
 
 
