@@ -17,7 +17,7 @@ from .models import PLAIN, FlowModel
 
 
 def _moved(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
-    """A distribution, or a list of its transforms, with every tensor inside replaced."""
+    """A distribution, or a list of its transforms, with every tensor inside replaced; it no longer validates."""
     if isinstance(value, Tensor):
         return by(value)
     if isinstance(value, list):
@@ -25,7 +25,7 @@ def _moved(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
     if not isinstance(value, Distribution | torch.distributions.Transform):
         return value
     value = copy.copy(value)
-    vars(value).update({k: _moved(v, by) for k, v in vars(value).items()})
+    vars(value).update({k: _moved(v, by) for k, v in vars(value).items()} | {"_validate_args": False})
     return value
 
 
@@ -37,6 +37,7 @@ class FixedBase(nn.Module):
 
     def __init__(self, distribution: Distribution) -> None:
         super().__init__()
+        distribution = _moved(distribution, lambda t: t)  # ours: what is outside its support is improbable, not an error
         batch = len(distribution.batch_shape)
         self.distribution = Independent(distribution, batch) if batch else distribution  # type: ignore[no-untyped-call]
         self.shape = tuple(self.distribution.event_shape)
@@ -51,6 +52,8 @@ class FixedBase(nn.Module):
         return bool(self.distribution.has_rsample)
 
     def log_prob(self, z: Tensor) -> Tensor:
+        if not len(z):  # Independent cannot sum nothing
+            return z.new_empty(0)
         density: Tensor = self.distribution.log_prob(z)  # type: ignore[no-untyped-call]
         return density
 
@@ -184,7 +187,8 @@ class Flow(FlowModel):
             raise ValueError(
                 f"{name}.sample: temperature={temperature}, and the base density has no mean to scale about"
             ) from None
-        return mean + temperature * (z - mean)
+        scaled: Tensor = mean + temperature * (z - mean)
+        return scaled
 
     @property
     def has_rsample(self) -> bool:
@@ -205,7 +209,8 @@ class Flow(FlowModel):
         """As :meth:`sample`, with gradients through the inverse and the base to all parameters and the context."""
         self._must_differentiate("rsample")
         lead, count, rows = self._rows(n, context)
-        return self.inverse(self._draw(count, temperature, generator), rows)[0].reshape(*lead, *self.shape)
+        x: Tensor = self.inverse(self._draw(count, temperature, generator), rows)[0]
+        return x.reshape(*lead, *self.shape)
 
     @torch.no_grad()
     def sample(  # type: ignore[override]

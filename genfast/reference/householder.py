@@ -19,4 +19,5 @@ def householder(vectors: Tensor) -> Tensor:
     v = v / norm
     half = 0.5 * torch.eye(len(v), dtype=v.dtype, device=v.device)
     solved = torch.linalg.solve_triangular((v @ v.T).tril(-1) + half, v, upper=False)
-    return torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - v.T @ solved
+    product: Tensor = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - v.T @ solved
+    return product
