@@ -165,7 +165,7 @@ def test_a_density_on_the_plane_integrates_to_one(name, config):
     model = getattr(models, name)(2, hidden=16, transforms=2, **config).double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
+            p.add_(0.1 * torch.randn_like(p))
     circular = config.get("tails") == "circular"
     side, points = (math.pi, 300) if circular else (8.0, 400)
     axis = (torch.arange(points, dtype=torch.float64) + 0.5) / points * 2 * side - side
