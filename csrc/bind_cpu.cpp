@@ -449,6 +449,36 @@ void bind_linear(py::module_& m) {
   });
 }
 
+void bind_masked_linear(py::module_& m) {
+  m.def("masked_linear", [](bool is_double, bool relu, Address rows, Address columns, Address counts, Address x, int64_t x_row,
+                            Address weight, int64_t weight_row, Address bias, Address out, int64_t n, int64_t outputs,
+                            int64_t inputs, int threads) {
+    bool fits = true;
+    MaskedLinearArgs a{};
+    a.is_double = is_double, a.relu = relu, a.fits = &fits;
+    a.rows = ptr<int64_t>(rows), a.columns = ptr<int64_t>(columns), a.counts = ptr<int64_t>(counts);
+    a.x = ptr<>(x), a.x_row = x_row, a.weight = ptr<>(weight), a.weight_row = weight_row;
+    a.bias = ptr<>(bias), a.out = ptr<>(out);
+    a.n = n, a.outputs = outputs, a.inputs = inputs, a.threads = threads;
+    GENFAST_CALL(masked_linear, a);
+    return fits;
+  });
+  m.def("masked_linear_backward", [](bool is_double, Address rows, Address columns, Address counts, Address grad, int64_t grad_row,
+                                     Address x, int64_t x_row, Address weight, int64_t weight_row, Address y, int64_t y_row,
+                                     Address dx, Address dw, Address db, int64_t n, int64_t outputs, int64_t inputs, int threads) {
+    bool fits = true;
+    MaskedLinearArgs a{};
+    a.is_double = is_double, a.fits = &fits;
+    a.rows = ptr<int64_t>(rows), a.columns = ptr<int64_t>(columns), a.counts = ptr<int64_t>(counts);
+    a.grad = ptr<>(grad), a.grad_row = grad_row, a.x = ptr<>(x), a.x_row = x_row;
+    a.weight = ptr<>(weight), a.weight_row = weight_row, a.y = ptr<>(y), a.y_row = y_row;
+    a.dx = ptr<>(dx), a.dw = ptr<>(dw), a.db = ptr<>(db);
+    a.n = n, a.outputs = outputs, a.inputs = inputs, a.threads = threads;
+    GENFAST_CALL(masked_linear_backward, a);
+    return fits;
+  });
+}
+
 void bind_activation(py::module_& m) {
   m.def("leaky_relu_bits", [](bool is_double, bool apply, Address x, Address y, Address bits, double slope, int64_t rows,
                               int64_t columns, int threads) {
@@ -668,6 +698,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_discretized_logistic_mixture(m);
   bind_pixel_rnn(m);
   bind_linear(m);
+  bind_masked_linear(m);
   bind_activation(m);
   bind_bias_act(m);
   bind_pixel_norm(m);

@@ -150,6 +150,17 @@ struct LinearArgs {  // out (rows, columns) = sum over k of a[row, k] b[k, colum
   int threads;
 };
 
+struct MaskedLinearArgs {
+  bool is_double, relu;
+  bool* fits;  // false where rows or columns are no permutations or counts no staircase, and nothing was done
+  const int64_t *rows, *columns, *counts;       // (outputs,), (inputs,), (outputs,)
+  const void *x, *weight, *bias, *grad, *y;     // bias (outputs,) or null; y of a relu, or null
+  int64_t x_row, weight_row, grad_row, y_row;   // strides; columns are contiguous
+  void *out, *dx, *dw, *db;                     // dense; those of the backward that are not null
+  int64_t n, outputs, inputs;
+  int threads;
+};
+
 struct LeakyReluArgs {
   bool is_double, apply;  // apply: the given bits instead of x's signs
   const void* x;
@@ -370,6 +381,8 @@ struct FmaRateArgs {
   void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
   void logistic_mixture_sample(const LogisticMixtureArgs&); \
   void linear(const LinearArgs&);                           \
+  void masked_linear(const MaskedLinearArgs&);              \
+  void masked_linear_backward(const MaskedLinearArgs&);     \
   void leaky_relu_bits(const LeakyReluArgs&);               \
   void activation(const ActivationArgs&);                   \
   void pixel_rnn(const PixelRnnArgs&);                      \
