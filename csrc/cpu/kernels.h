@@ -346,6 +346,21 @@ struct PairwiseArgs {
   int threads;
 };
 
+struct DegreeOrderedArgs {
+  bool is_double;
+  const int64_t* code;  // as genfast/sampling/degree_ordered.py writes it
+  const void *packed, *statics, *z;            // (packed), (n, statics) or null, (n, inputs)
+  void *x, *logdet;                            // (n, inputs), (n,)
+  void *units, *deltas;                        // (units, stride): every unit, x given; the cotangents of products and points
+  int64_t stride;                              // at least n, in whole vectors
+  const void *grad_x, *grad_logdet;            // null where there is none
+  void *grad_z, *grad_packed;
+  int transform;
+  const double* options;
+  int64_t option_count, n;
+  int threads;
+};
+
 struct FmaRateArgs {
   bool is_double;
   void* out;      // 64 bytes a thread
@@ -403,6 +418,9 @@ struct FmaRateArgs {
   void gram_matrix(const GramArgs&);                        \
   void gram_matrix_backward(const GramBackwardArgs&);       \
   void pairwise(const PairwiseArgs&);                       \
+  void autoregressive_inverse(const DegreeOrderedArgs&);    \
+  void autoregressive_inverse_sweep(const DegreeOrderedArgs&); \
+  void autoregressive_inverse_weights(const DegreeOrderedArgs&); \
   void fma_rate(const FmaRateArgs&);                        \
   }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..sampling.degree_ordered import DegreeProgram
 
 _NAME = "autoregressive_inverse"
+_CPU: Any = _backend.extension("_cpu")[0]
 SCALES = ("exp", "softclamp", "sigmoid2", "softplus", "additive")
 TRANSFORMS = (*(f"affine:{scale}" for scale in SCALES), "bernoulli")
 
@@ -73,6 +74,78 @@ def _fake_backward(
     )  # fmt: skip
 
 
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _cpu(
+    z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    _check_forward(z, packed, statics, code, transform, options)
+    z, packed, statics = z.contiguous(), packed.to(z.dtype).contiguous(), _like(statics, z)
+    x, logdet = torch.empty_like(z), z.new_empty(len(z))
+    if len(z):
+        _CPU.autoregressive_inverse(
+            z.dtype is torch.float64, code.data_ptr(), packed.data_ptr(), _address(statics), z.data_ptr(), x.data_ptr(),
+            logdet.data_ptr(), 0, 0, TRANSFORMS.index(transform), options, len(z), torch.get_num_threads(),
+        )  # fmt: skip
+    return x, logdet
+
+
+def _cpu_backward(
+    grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
+    code: Tensor, transform: str, options: Sequence[float], weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n, double = len(z), z.dtype is torch.float64
+    packed, statics, x, grad_x, grad_logdet = (_like(t, z) for t in (packed, statics, x, grad_x, grad_logdet))
+    assert packed is not None and x is not None
+    dz = torch.empty_like(x)
+    dpacked = packed.new_zeros(packed.shape if weights else 0)
+    dstatics = z.new_zeros(0 if statics is None else statics.shape)
+    if not n:
+        return dz, dpacked, dstatics
+    stride = _stride(n)
+    units, deltas = (_pool.empty_strided((int(code[5]), stride), (stride, 1), z.dtype) for _ in range(2))
+    threads, kind = torch.get_num_threads(), TRANSFORMS.index(transform)
+    _CPU.autoregressive_inverse(
+        double, code.data_ptr(), packed.data_ptr(), _address(statics), 0, x.data_ptr(), 0, units.data_ptr(), stride, kind,
+        options, n, threads,
+    )  # fmt: skip
+    _CPU.autoregressive_inverse_sweep(
+        double, code.data_ptr(), packed.data_ptr(), _address(statics), units.data_ptr(), deltas.data_ptr(), stride,
+        _address(grad_x), _address(grad_logdet), dz.data_ptr(), kind, options, n, threads,
+    )  # fmt: skip
+    if weights:
+        _CPU.autoregressive_inverse_weights(
+            double, code.data_ptr(), units.data_ptr(), deltas.data_ptr(), stride, dpacked.data_ptr(), n, threads
+        )
+    if statics is not None:
+        _static_gradients(code.tolist(), units[:, :n], deltas[:, :n], dstatics)
+    return dz, dpacked, dstatics
+
+
+def _like(t: Tensor | None, z: Tensor) -> Tensor | None:
+    return None if t is None else t.to(z.dtype).contiguous()
+
+
+def _stride(n: int) -> int:
+    """Whole vectors, an odd number of 16: rows a power of two apart would fall on the same places of the cache."""
+    return ((n + 15) // 16 | 1) * 16
+
+
+def _static_gradients(code: list[int], units: Tensor, deltas: Tensor, out: Tensor) -> None:
+    """A context's gradient is its product's cotangent; a gate's is the point's, times what it multiplied."""
+    inputs, _, levels, layers = code[:4]
+    at = reference.PROGRAM_HEADER + inputs + levels
+    for i in range(layers):
+        _, activation, _, _, first, count, _, context, gate, sources, _ = code[at + 11 * i : at + 11 * i + 11]
+        if context >= 0:
+            out[:, context : context + count] = deltas[first : first + count].t()
+        if gate >= 0:
+            argument = units[code[sources : sources + count]]
+            out[:, gate : gate + count] = (deltas[first : first + count] * reference.program_activation(activation, argument)).t()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, packed, statics, code, ctx.transform, ctx.options = inputs
     ctx.set_materialize_grads(False)
@@ -121,7 +194,7 @@ OP_BACKWARD = Op(
     "str transform, float[] options, bool weights) -> (Tensor, Tensor, Tensor)",
     reference=reference.autoregressive_inverse_backward,
     fake=_fake_backward,
-    kernels={},
+    kernels={"cpu": _cpu_backward},
 )
 
 OP = Op(
@@ -129,7 +202,7 @@ OP = Op(
     reference=reference.autoregressive_inverse,
     check=_check_forward,
     fake=_fake,
-    kernels={},
+    kernels={"cpu": _cpu},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,

@@ -5,7 +5,7 @@ from .actnorm import actnorm, actnorm_backward, positions
 from .adversarial import CRITIC_LOSSES, GENERATOR_LOSSES
 from .affine_coupling import affine_coupling, affine_coupling_backward
 from .autoregressive_inverse import HEADER as PROGRAM_HEADER
-from .autoregressive_inverse import autoregressive_inverse, autoregressive_inverse_backward
+from .autoregressive_inverse import autoregressive_inverse, autoregressive_inverse_backward, program_activation
 from .bias_act import bias_act, bias_act_backward, bias_act_second
 from .contextual_similarity import contextual_distance, contextual_similarity, contextual_similarity_backward
 from .diagonal_gaussian import diagonal_gaussian, diagonal_gaussian_backward
@@ -69,6 +69,7 @@ __all__ = [
     "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm", "spectral_norm_backward", "squeeze",
     "staircase", "staircase_mask", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "PROGRAM_HEADER",
+    "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "program_activation", "PROGRAM_HEADER",
     "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
     "spectral_norm_backward", "squeeze", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy",
     "upfirdn2d",

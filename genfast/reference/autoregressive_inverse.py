@@ -116,6 +116,11 @@ def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options
     return (s * z + t, log_s) if flip else ((z - t) / s, -log_s)
 
 
+def program_activation(number: int, x: Tensor) -> Tensor:
+    """The activation that stands in a program as ``number``."""
+    return _FUNCTIONS[ACTIVATIONS[number]](x)
+
+
 def _steps(numbers: list[int], packed: Tensor) -> list[Step]:
     inputs, _, levels, count, groups = numbers[:5]
     at = HEADER + inputs + levels
@@ -124,7 +129,7 @@ def _steps(numbers: list[int], packed: Tensor) -> list[Step]:
         fields = numbers[at + 11 * i : at + 11 * i + 11]
         units = fields[5]
         tables = [numbers[f : f + units] if f >= 0 else [] for f in fields[9:]]
-        steps.append(Step(*fields[:9], *tables))
+        steps.append(Step(*fields[:9], sources=tables[0], residual=tables[1]))
     at += 11 * count
     rows: list[list[Tensor]] = [[] for _ in steps]
     for i in range(groups):
@@ -149,10 +154,10 @@ def _network(x: Tensor, packed: Tensor, statics: Tensor | None, steps: list[Step
                 h = h + statics[:, s.context : s.context + s.units]
         else:
             h = units[:, s.sources]
-        h = _FUNCTIONS[ACTIVATIONS[s.activation]](h)
+        h = program_activation(s.activation, h)
         if s.gate >= 0 and statics is not None:
             h = h * statics[:, s.gate : s.gate + s.units]
         if s.residual:
             h = h + units[:, s.residual]
-        units = torch.cat([units, h], 1)
+        units = torch.cat([F.pad(units, (0, s.first - units.shape[1])), h], 1)
     return units[:, steps[-1].first :]

@@ -4,10 +4,11 @@ Every unit has a level. An input of level l is solved in round l; a unit of leve
 is computed once, at the beginning of round l. Units that no parameter of an input needs are left out.
 
 The program is two tensors. In ``code`` (int64) units have numbers: the D inputs first, sorted by level, then the units of
-each layer, sorted by level within the layer (those of the last layer by the input that they are parameters of: input j of the
+each layer from a multiple of 16 on, sorted by level within the layer (those of the last layer by the input that they are parameters of: input j of the
 sorted order has the P units ``parameters + j P + p``).
 
-    header      D, P, L levels, M layers, G groups, U units, S columns of statics, W elements of packed, ``parameters``
+    header      D, P, L levels, M layers, G groups, U (the numbers of units, those without a unit included), S columns of statics,
+                W elements of packed, ``parameters``
     order       D: which input of the caller stands at each place of the sorted order
     ends        L: how many inputs have a level of at most l
     layers      M x 11: kind, activation, first unit of the source, units of the source, first unit, units, then -1 where there
@@ -390,7 +391,7 @@ def _sort(values: list[_Value], levels: Tensor, width: int) -> None:
         value.kept = kept[ready[kept].argsort(stable=True)]
         value.levels = ready[value.kept]
         value.first = first
-        first += len(kept)
+        first += -(-len(kept) // ALIGNED) * ALIGNED
     last, order = values[-1], values[0].kept
     last.kept = (order[:, None] * width + torch.arange(width)).flatten()
     last.levels = values[0].levels.repeat_interleave(width)
@@ -496,7 +497,7 @@ def _lower(layers: list[Layer], given: tuple[int, ...] | None) -> _Structure:
             ]
         )
     last = values[-1]
-    units = last.first + len(last.kept)
+    units = -(-(last.first + len(last.kept)) // ALIGNED) * ALIGNED
     header = [inputs, width, count, len(steps), len(groups), units, columns, packed, last.first]
     assert len(header) == HEADER
     at = HEADER + inputs + count + 11 * len(steps) + 7 * len(groups)
