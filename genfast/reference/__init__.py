@@ -32,6 +32,7 @@ from .minibatch_discrimination import (
 )
 from .minibatch_stddev import minibatch_stddev, minibatch_stddev_backward
 from .modulated_conv import channel_scale, channel_scale_backward, modulated_conv2d, tap_energy
+from .nade import mixture_of_gaussians_log_prob, nade, nade_backward, nade_draw, nade_sample
 from .pairwise import mmd, nearest_rows, pairwise_kernel_sum, pairwise_kernel_sum_backward
 from .pixel_norm import pixel_norm, pixel_norm_backward
 from .pixel_rnn import diagonal_lstm, diagonal_lstm_backward, row_lstm, row_lstm_backward
@@ -60,6 +61,9 @@ __all__ = [
     "gram_matrix_backward", "householder", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input",
     "linear_weight", "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev",
     "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows", "pairwise_kernel_sum",
+    "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input",
+    "linear_weight", "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev",
+    "minibatch_stddev_backward", "mixture_of_gaussians_log_prob", "mmd", "modulated_conv2d", "nade", "nade_backward", "nade_draw", "nade_sample", "nearest_rows", "pairwise_kernel_sum",
     "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight",
     "masked_conv", "masked_conv_backward", "masked_linear", "masked_linear_backward", "minibatch_discrimination",
     "minibatch_stddev", "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows", "pairwise_kernel_sum",
