@@ -566,6 +566,8 @@ class NSF(_Autoregressive):
         hidden: Hidden = 128, depth: int = 2, context: int = 0, mixing: str | None = None, order: str = "alternating",
         norm: str | None = "act", residual: bool = False, activation: str = "relu",
     ) -> None:  # fmt: skip
+        if not _widths(hidden, depth):
+            raise ValueError(f"NSF: hidden={hidden} and depth={depth}, expected at least one layer")
         if coupling not in ("coupling", "autoregressive"):
             raise ValueError(f"NSF: coupling={coupling!r}, expected 'coupling' or 'autoregressive'")
         if tails not in ("linear", "circular"):
@@ -583,7 +585,9 @@ class NSF(_Autoregressive):
             hidden=hidden, depth=depth, context=context, mixing=mixing, order=order, norm=norm, residual=residual,
             activation=activation,
         )  # fmt: skip
-        options = dict(bins=bins, bound=bound, tails=tails, convention=convention)
+        # So that wide conditioners do not start with narrow bins (the paper's code); zuko clips the logits in its stead.
+        scale = _widths(hidden, depth)[-1] ** -0.5 if convention == "nflows" else 1.0
+        options = dict(bins=bins, bound=bound, tails=tails, convention=convention, logit_scale=scale)
         spline = SplineMap(**options)  # type: ignore[arg-type]
         steps: list[nn.Module] = []
         for i in range(transforms):
