@@ -698,6 +698,9 @@ void bind_nade(py::module_& m) {
     a.grad = ptr<>(grad), a.grad_x = ptr<>(dx), a.grad_weight = ptr<>(dweight), a.grad_readout = ptr<>(dreadout);
     a.grad_bias = ptr<>(dbias), a.grad_hidden_bias = ptr<>(dhidden_bias), a.grad_rescale = ptr<>(drescale);
     GENFAST_CALL(nade, a);
+  });
+}
+
 void bind_autoregressive_inverse(py::module_& m) {
   m.def("autoregressive_inverse", [](bool is_double, Address code, Address packed, Address statics, Address z, Address x,
                                      Address logdet, Address units, int64_t stride, int transform,

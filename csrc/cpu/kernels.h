@@ -360,6 +360,9 @@ struct NadeArgs {
   void *grad_x, *grad_rescale;                             // (D, N), (D), null where not wanted
   void *grad_weight, *grad_readout, *grad_bias, *grad_hidden_bias;
   int64_t n, d, p, h;
+  int threads;
+};
+
 struct DegreeOrderedArgs {
   bool is_double;
   const int64_t* code;  // as genfast/sampling/degree_ordered.py writes it
