@@ -346,11 +346,46 @@ struct PairwiseArgs {
   int threads;
 };
 
+struct DegreeOrderedArgs {
+  bool is_double;
+  const int64_t* code;  // as genfast/sampling/degree_ordered.py writes it
+  const void *packed, *statics, *z;            // (packed), (n, statics) or null, (n, inputs)
+  void *x, *logdet;                            // (n, inputs), (n,)
+  void *units, *deltas;                        // (units, stride): every unit, x given; the cotangents of products and points
+  int64_t stride;                              // at least n, in whole vectors
+  const void *grad_x, *grad_logdet;            // null where there is none
+  void *grad_z, *grad_packed;
+  int transform;
+  const double* options;
+  int64_t option_count, n;
+  int threads;
+};
+
 struct FmaRateArgs {
   bool is_double;
   void* out;      // 64 bytes a thread
   double* flops;  // written: of all threads together
   int64_t rounds;
+  int threads;
+};
+
+struct SplineArgs {
+  struct Part {  // one tensor of parameters: n rows of `count`, `stride` apart; its gradient's rows are dense
+    const void* data;
+    void* grad;
+    int64_t count, stride;
+  };
+  bool is_double, backward, inverse, zuko;
+  int kind;  // 0 rational quadratic, 1 quadratic, 2 linear
+  int bins, tails;
+  double left, right, bottom, top, min_width, min_height, min_derivative, log_slope, logit_scale;
+  const void *x, *grad_y, *grad_logdet;  // dense; a cotangent may be null, or one number for all (its step 0)
+  int64_t grad_y_step, grad_logdet_step;
+  void *y, *logdet, *dx;
+  Part parts[3];
+  int part_count;
+  int64_t n;
+  bool* outside;  // set where there are no tails and an element is outside
   int threads;
 };
 
@@ -403,6 +438,10 @@ struct FmaRateArgs {
   void gram_matrix(const GramArgs&);                        \
   void gram_matrix_backward(const GramBackwardArgs&);       \
   void pairwise(const PairwiseArgs&);                       \
+  void autoregressive_inverse(const DegreeOrderedArgs&);    \
+  void autoregressive_inverse_sweep(const DegreeOrderedArgs&); \
+  void autoregressive_inverse_weights(const DegreeOrderedArgs&); \
+  void spline(const SplineArgs&);                           \
   void fma_rate(const FmaRateArgs&);                        \
   }
 

@@ -1,0 +1,559 @@
+"""ops.rational_quadratic_spline and its packed form, ops.linear_spline, ops.quadratic_spline: elementwise, with logdet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _pool, reference
+from .._registry import Op, Sample
+from . import _check
+
+_NAME = "rational_quadratic_spline"
+_CPU: Any = _backend.extension("_cpu")[0]
+_HALF = (torch.bfloat16, torch.float16)
+# Half types are converted: the softmax runs in float32.
+_DTYPES = {**_backend.DTYPES, "cpu": (*_backend.DTYPES["cpu"], *_HALF)}
+_KINDS = {"rational": 0, "quadratic": 1, "linear": 2}
+_TAILS = {"linear": 0, "none": 1, "circular": 2}
+TAILS = ("linear", "circular", "none")
+CONVENTIONS = ("nflows", "zuko")
+MAX_BINS = 64
+
+
+def _check_options(op: str, bins: int, tails: str, options: Sequence[float]) -> None:
+    _check.choice(op, "tails", tails, TAILS)
+    if len(options) != 9:
+        raise ValueError(f"{op}: options holds {len(options)} numbers, expected 9")
+    left, right, bottom, top, min_width, min_height, min_derivative, slope, scale = options
+    if not 2 <= bins <= MAX_BINS:
+        raise ValueError(f"{op}: {bins} bins, expected 2 to {MAX_BINS}")
+    if not (left < right and math.isfinite(right - left)):
+        raise ValueError(f"{op}: left={left}, right={right}, expected left < right (bound > 0), both finite")
+    if not (bottom < top and math.isfinite(top - bottom)):
+        raise ValueError(f"{op}: bottom={bottom}, top={top}, expected bottom < top (bound > 0), both finite")
+    for name, minimum in (("min_bin_width", min_width), ("min_bin_height", min_height)):
+        if not 0 <= minimum * bins <= 1:
+            raise ValueError(f"{op}: {name}={minimum} for {bins} bins, expected 0 to {1 / bins}, since the bins share one")
+    if not min_derivative >= 0:
+        raise ValueError(f"{op}: min_derivative={min_derivative}, expected at least 0")
+    if not 0 < slope < 1:
+        raise ValueError(f"{op}: slope={slope}, expected above 0 and below 1")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{op}: logit_scale={scale}, expected a positive number")
+
+
+def derivative_count(bins: int, tails: str) -> int:
+    """How many derivatives a spline of ``bins`` bins takes."""
+    return bins + {"linear": -1, "circular": 0, "none": 1}[tails]
+
+
+def _check_forward(
+    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str, convention: str, inverse: bool,
+    options: Sequence[float],
+) -> None:  # fmt: skip
+    _check.floating(_NAME, x=x, widths=widths, heights=heights, derivatives=derivatives)
+    if not widths.dim():
+        raise ValueError(f"{_NAME}: widths has no axes, expected {tuple(x.shape)} and a last axis of K bins")
+    bins = widths.shape[-1]
+    _check_options(_NAME, bins, tails, options)
+    _check.choice(_NAME, "convention", convention, CONVENTIONS)
+    _check.shape(_NAME, "widths", widths, (*x.shape, bins), "x's shape, then K bins")
+    _check.shape(_NAME, "heights", heights, (*x.shape, bins), "x's shape, then K bins, as widths")
+    count = derivative_count(bins, tails)
+    _check.shape(
+        _NAME, "derivatives", derivatives, (*x.shape, count), f"x's shape, then {count} for {bins} bins, tails={tails!r}"
+    )
+
+
+def _check_packed(
+    x: Tensor, params: Tensor, bins: int, tails: str, convention: str, inverse: bool, options: Sequence[float]
+) -> None:
+    op = f"{_NAME}_packed"
+    _check.floating(op, x=x, params=params)
+    _check_options(op, bins, tails, options)
+    _check.choice(op, "convention", convention, CONVENTIONS)
+    count = 2 * bins + derivative_count(bins, tails)
+    _check.shape(op, "params", params, (*x.shape, count), f"x's shape, then {count} for {bins} bins, tails={tails!r}")
+
+
+def _check_linear(x: Tensor, unnormalized_pdf: Tensor, tails: str, inverse: bool, options: Sequence[float]) -> None:
+    op = "linear_spline"
+    _check.floating(op, x=x, unnormalized_pdf=unnormalized_pdf)
+    bins = unnormalized_pdf.shape[-1] if unnormalized_pdf.dim() else 0
+    _check_options(op, bins, tails, options)
+    _check.choice(op, "tails", tails, ("linear", "none"))
+    _check.shape(op, "unnormalized_pdf", unnormalized_pdf, (*x.shape, bins), "x's shape, then K bins")
+
+
+def _check_quadratic(x: Tensor, widths: Tensor, heights: Tensor, tails: str, inverse: bool, options: Sequence[float]) -> None:
+    op = "quadratic_spline"
+    _check.floating(op, x=x, widths=widths, heights=heights)
+    bins = widths.shape[-1] if widths.dim() else 0
+    _check_options(op, bins, tails, options)
+    _check.choice(op, "tails", tails, ("linear", "none"))
+    _check.shape(op, "widths", widths, (*x.shape, bins), "x's shape, then K bins")
+    count = derivative_count(bins, tails)
+    _check.shape(op, "heights", heights, (*x.shape, count), f"x's shape, then {count} for {bins} bins, tails={tails!r}")
+
+
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32 if x.element_size() < 4 else x.dtype)
+
+
+def _fake_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dw, dh, dd = (t.new_empty(t.shape) for t in (x, widths, heights, derivatives))
+    return dx, dw, dh, dd
+
+
+def _fake_packed_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), params.new_empty(params.shape)
+
+
+def _rows(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """``p`` (*, P) and the step from row to row, copied only where its rows are not dense or not evenly apart."""
+    p = p.to(dtype)
+    count = p.shape[-1]
+    if p.is_contiguous():
+        return p, count
+    if p.stride(-1) == 1 or count == 1:
+        step = p.stride(-2) if p.dim() > 1 else count
+        expected = step
+        for size, stride in zip(reversed(p.shape[:-1]), reversed(p.stride()[:-1])):
+            if size != 1 and stride != expected:
+                break
+            expected *= size
+        else:
+            return p, step
+    return p.contiguous(), count
+
+
+def _run(
+    kind: str, x: Tensor, params: Sequence[Tensor], bins: int, tails: str, convention: str, inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = x.dtype
+    wide = (x.float() if dtype in _HALF else x).contiguous()
+    rows = [_rows(p, wide.dtype) for p in params]
+    y, logdet = _pool.empty_like(wide), _pool.empty_like(wide)
+    outside = wide.numel() and _CPU.spline(
+        wide.dtype is torch.float64, False, inverse, convention == "zuko", _KINDS[kind], bins, _TAILS[tails], options,
+        wide.data_ptr(), 0, 0, 0, 0, y.data_ptr(), logdet.data_ptr(), 0,
+        [(p.data_ptr(), 0, p.shape[-1], step) for p, step in rows], wide.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    if outside:
+        low, high = options[2:4] if inverse else options[:2]
+        raise ValueError(
+            f"{_NAME if kind == 'rational' else kind + '_spline'}: x has elements outside [{low}, {high}], where a spline with "
+            "tails=None is not defined; clamp x, or give tails"
+        )
+    return y.to(dtype), logdet
+
+
+def _run_backward(
+    kind: str, grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Sequence[Tensor], bins: int, tails: str,
+    convention: str, inverse: bool, options: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    dtype = x.dtype
+    wide = (x.float() if dtype in _HALF else x).contiguous()
+    rows = [_rows(p, wide.dtype) for p in params]
+    dx = _pool.empty_like(wide)
+    grads = [_pool.empty_strided(tuple(p.shape), _dense(p.shape), wide.dtype) for p in params]
+    gy, gy_step = _cotangent(grad_y, wide)
+    gl, gl_step = _cotangent(grad_logdet, wide)
+    if wide.numel():
+        _CPU.spline(
+            wide.dtype is torch.float64, True, inverse, convention == "zuko", _KINDS[kind], bins, _TAILS[tails], options,
+            wide.data_ptr(), 0 if gy is None else gy.data_ptr(), gy_step, 0 if gl is None else gl.data_ptr(), gl_step, 0, 0,
+            dx.data_ptr(), [(p.data_ptr(), g.data_ptr(), p.shape[-1], step) for (p, step), g in zip(rows, grads)],
+            wide.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+    return [dx.to(dtype), *(g.to(p.dtype) for g, p in zip(grads, params))]
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    stride = [1]
+    for size in reversed(shape[1:]):
+        stride.append(stride[-1] * max(size, 1))
+    return tuple(reversed(stride))
+
+
+def _cotangent(grad: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
+    """A gradient and its step: 0 where it is one number for all, as that of a sum is."""
+    if grad is None:
+        return None, 0
+    grad = grad.to(x.dtype)
+    if not any(grad.stride()):
+        return grad, 0
+    return grad.contiguous(), 1
+
+
+def _cpu(
+    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str, convention: str, inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_forward(x, widths, heights, derivatives, tails, convention, inverse, options)
+    return _run("rational", x, (widths, heights, derivatives), widths.shape[-1], tails, convention, inverse, options)
+
+
+def _cpu_packed(
+    x: Tensor, params: Tensor, bins: int, tails: str, convention: str, inverse: bool, options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    _check_packed(x, params, bins, tails, convention, inverse, options)
+    return _run("rational", x, (params,), bins, tails, convention, inverse, options)
+
+
+def _cpu_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    params = (widths, heights, derivatives)
+    return tuple(_run_backward("rational", grad_y, grad_logdet, x, params, widths.shape[-1], *options))
+
+
+def _cpu_packed_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, bins: int, *options: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_run_backward("rational", grad_y, grad_logdet, x, (params,), bins, *options))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = [a for a in inputs if not isinstance(a, Tensor)]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
+    if grad_y is None and grad_logdet is None:
+        return (None,) * 8
+    return (*_OP_BACKWARD(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+
+
+def _packed_backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
+    if grad_y is None and grad_logdet is None:
+        return (None,) * 7
+    return (*_OP_PACKED_BACKWARD(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), *[None] * 5)
+
+
+_SAMPLED = (
+    # label, shape of x, bins, tails, convention, options
+    ("8 bins", (5, 4), 8, "linear", "nflows", [-2.0, 2.0, -2.0, 2.0, 1e-3, 1e-3, 1e-3, 1e-3, 1.0]),
+    ("3 bins circular", (19, 1), 3, "circular", "nflows", [-1.5, 1.5, -1.5, 1.5, 1e-2, 2e-2, 3e-3, 1e-3, 0.5]),
+    ("5 bins no tails", (3, 3), 5, "none", "nflows", [0.0, 1.0, -1.0, 2.0, 1e-3, 1e-3, 1e-3, 1e-3, 1.0]),
+    ("zuko 8 bins", (4, 5), 8, "linear", "zuko", [-2.0, 2.0, -2.0, 2.0, 0.0, 0.0, 0.0, 1e-3, 1.0]),
+    ("zuko 2 bins", (2, 3), 2, "linear", "zuko", [-2.0, 2.0, -2.0, 2.0, 0.0, 0.0, 0.0, 1e-2, 0.7]),
+)  # fmt: skip
+
+
+def _inputs(generator: torch.Generator, shape: tuple[int, ...], tails: str, inverse: bool, options: Sequence[float]) -> Tensor:
+    low, high = options[2:4] if inverse else options[:2]
+    if tails == "none":
+        return low + (high - low) * (0.02 + 0.96 * torch.rand(shape, generator=generator, dtype=torch.float64))
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * high * 0.8
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape, bins, tails, convention, options in _SAMPLED:
+        for inverse in (False, True):
+            x = _inputs(generator, shape, tails, inverse, options)
+            widths, heights, derivatives = (
+                torch.randn(*shape, n, generator=generator, dtype=torch.float64)
+                for n in (bins, bins, derivative_count(bins, tails))
+            )
+            label_here = f"{label}{' inverse' if inverse else ''}"
+            yield Sample(label_here, (x, widths, heights, derivatives, tails, convention, inverse, options))
+
+
+def _packed_samples(generator: torch.Generator) -> Iterator[Sample]:
+    for sample in _samples(generator):
+        x, widths, heights, derivatives, *options = sample.args
+        yield Sample(sample.label, (x, torch.cat([widths, heights, derivatives], -1), widths.shape[-1], *options))
+
+
+def _linear_samples(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape, bins, tails, _, options in (_SAMPLED[0], _SAMPLED[2]):
+        for inverse in (False, True):
+            x = _inputs(generator, shape, tails, inverse, options)
+            pdf = torch.randn(*shape, bins, generator=generator, dtype=torch.float64)
+            yield Sample(f"{label}{' inverse' if inverse else ''}", (x, pdf, tails, inverse, options))
+
+
+def _quadratic_samples(generator: torch.Generator) -> Iterator[Sample]:
+    for label, shape, bins, tails, _, options in (_SAMPLED[0], _SAMPLED[2]):
+        for inverse in (False, True):
+            x = _inputs(generator, shape, tails, inverse, options)
+            widths, heights = (
+                torch.randn(*shape, n, generator=generator, dtype=torch.float64) for n in (bins, derivative_count(bins, tails))
+            )
+            yield Sample(f"{label}{' inverse' if inverse else ''}", (x, widths, heights, tails, inverse, options))
+
+
+_OP_BACKWARD = Op(
+    f"{_NAME}_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor widths, Tensor heights, Tensor derivatives, "
+    "str tails, str convention, bool inverse, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.rational_quadratic_spline_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _cpu_backward},
+    dtypes=_DTYPES,
+)
+
+_OP_PACKED_BACKWARD = Op(
+    f"{_NAME}_packed_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, int bins, str tails, "
+    "str convention, bool inverse, float[] options) -> (Tensor, Tensor)",
+    reference=reference.rational_quadratic_spline_packed_backward,
+    fake=_fake_packed_backward,
+    kernels={"cpu": _cpu_packed_backward},
+    dtypes=_DTYPES,
+)
+
+OP = Op(
+    f"{_NAME}(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, str tails, str convention, bool inverse, "
+    "float[] options) -> (Tensor, Tensor)",
+    reference=reference.rational_quadratic_spline,
+    check=_check_forward,
+    fake=_fake,
+    kernels={"cpu": _cpu},
+    dtypes=_DTYPES,
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+OP_PACKED = Op(
+    f"{_NAME}_packed(Tensor x, Tensor params, int bins, str tails, str convention, bool inverse, float[] options) "
+    "-> (Tensor, Tensor)",
+    reference=reference.rational_quadratic_spline_packed,
+    check=_check_packed,
+    fake=_fake,
+    kernels={"cpu": _cpu_packed},
+    dtypes=_DTYPES,
+    setup_context=_setup_context,
+    backward=_packed_backward,
+    samples=_packed_samples,
+)
+
+OP_LINEAR = Op(
+    "linear_spline(Tensor x, Tensor unnormalized_pdf, str tails, bool inverse, float[] options) -> (Tensor, Tensor)",
+    reference=reference.linear_spline,
+    check=_check_linear,
+    fake=_fake,
+    kernels={},
+    samples=_linear_samples,
+)
+
+OP_QUADRATIC = Op(
+    "quadratic_spline(Tensor x, Tensor widths, Tensor heights, str tails, bool inverse, float[] options) -> (Tensor, Tensor)",
+    reference=reference.quadratic_spline,
+    check=_check_quadratic,
+    fake=_fake,
+    kernels={},
+    samples=_quadratic_samples,
+)
+
+
+def _broadcast(op: str, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """x and the parameters at one shape, each parameter with its own last axis behind it."""
+    if not isinstance(x, Tensor) or any(not isinstance(p, Tensor) or not p.dim() for p in params.values()):
+        return x, list(params.values())  # the op's own check names what is wrong
+    if all(p.shape[:-1] == x.shape for p in params.values()):
+        return x, list(params.values())
+    try:
+        shape = torch.broadcast_shapes(x.shape, *(p.shape[:-1] for p in params.values()))
+    except RuntimeError:
+        return x, list(params.values())
+    return x.expand(shape), [p.expand(*shape, p.shape[-1]) for p in params.values()]
+
+
+def _domain(
+    op: str,
+    tails: str | None,
+    bound: float | Tensor | None,
+    default: float,
+    left: float,
+    right: float,
+    bottom: float,
+    top: float,
+) -> tuple[str, list[float], Tensor | None]:
+    """The op's tails, its domain and range, and a bound for each element, if given so."""
+    if tails is None or tails == "none":
+        if bound is not None:
+            raise ValueError(f"{op}: bound is given with tails=None, expected left, right, bottom and top")
+        return "none", [left, right, bottom, top], None
+    if isinstance(bound, Tensor):
+        return tails, [-1.0, 1.0, -1.0, 1.0], bound
+    bound = float(default if bound is None else bound)
+    if not (bound > 0 and math.isfinite(bound)):
+        raise ValueError(f"{op}: bound={bound}, expected a positive number")
+    return tails, [-bound, bound, -bound, bound], None
+
+
+def _within(x: Tensor, bound: Tensor | None, convention: str, call: Any) -> tuple[Tensor, Tensor]:
+    """``call`` on [-1, 1] in place of [-bound, bound]; where x is outside it is left as it is."""
+    if bound is None:
+        found: tuple[Tensor, Tensor] = call(x)
+        return found
+    bound = bound.to(x.dtype)
+    y, logdet = call(x / bound)
+    outside = (x <= -bound) | (x > bound) if convention == "zuko" else (x < -bound) | (x > bound)
+    return torch.where(outside, x, y * bound), logdet
+
+
+def rational_quadratic_spline(
+    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *, tails: str | None = "linear",
+    bound: float | Tensor | None = None, inverse: bool = False, convention: str = "nflows", left: float = 0.0,
+    right: float = 1.0, bottom: float = 0.0, top: float = 1.0, min_bin_width: float = 1e-3, min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3, slope: float = 1e-3, logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A monotonic rational-quadratic spline of K bins, each element with its own parameters, and its log-derivative.
+
+    Softmax, sums, search, evaluation and log-derivative run in one pass over the parameters; the backward recomputes them.
+
+    Args:
+        x: any shape (*), floating point.
+        widths, heights: (*, K), 2 <= K <= 64, logits of the bins' sizes. Shapes before the last axis broadcast with x.
+        derivatives: (*, K - 1) with linear tails, (*, K) circular (the last knot's is the first's), (*, K + 1) tails=None;
+            logits of the derivatives at the knots.
+        tails: "linear" or "circular": the identity outside [-bound, bound], with end derivatives 1, or equal ones. None: no
+            outside; the domain is [left, right], and an x beyond it a ValueError on the CPU, NaN elsewhere.
+        bound: a positive number, or a tensor that broadcasts to x, of positive ones; default 1, for "zuko" 5.
+        inverse: from y to x, and the negated log-derivative.
+        convention: "nflows" (sizes are a softmax with minimums, derivatives min + softplus; a knot belongs to the bin on its
+            right) or "zuko" (softly clipped logits, derivatives exp; a knot belongs to the bin on its left, x = -bound is
+            outside). The two differ at a knot only in the derivative of logdet.
+        left, right, bottom, top: the domain and the range where tails is None.
+        min_bin_width, min_bin_height, min_derivative: nflows' minimums, the first two as shares of the whole.
+        slope: zuko's least slope.
+        logit_scale: multiplies widths and heights (nflows divides them by sqrt(hidden features)).
+
+    Returns:
+        (y, logdet), both of x's shape: logdet = log |dy/dx| elementwise, as nflows and torch.distributions give it (sum it
+        over a sample for the log-determinant), float32 for half-precision x. A NaN in x or in the parameters it meets gives
+        NaN there and nowhere else.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, counts or options that do not fit, by name.
+
+    Source: Durkan et al., Neural Spline Flows (arXiv:1906.04032, section 3.1).
+
+    Example:
+        >>> import torch, genfast
+        >>> w, h, d = torch.randn(4, 2, 8), torch.randn(4, 2, 8), torch.randn(4, 2, 7)
+        >>> y, logdet = genfast.ops.rational_quadratic_spline(torch.randn(4, 2), w, h, d, bound=3.0)
+    """
+    where, domain, scale = _domain(_NAME, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top)
+    minimums = [0.0, 0.0, 0.0] if convention == "zuko" else [min_bin_width, min_bin_height, min_derivative]
+    options = [*domain, *minimums, slope, logit_scale]
+    x, (widths, heights, derivatives) = _broadcast(_NAME, x, {"widths": widths, "heights": heights, "derivatives": derivatives})
+    return _within(x, scale, convention, lambda u: OP(u, widths, heights, derivatives, where, convention, inverse, options))
+
+
+def rational_quadratic_spline_packed(
+    x: Tensor, params: Tensor, bins: int, *, tails: str | None = "linear", bound: float | Tensor | None = None,
+    inverse: bool = False, convention: str = "nflows", left: float = 0.0, right: float = 1.0, bottom: float = 0.0,
+    top: float = 1.0, min_bin_width: float = 1e-3, min_bin_height: float = 1e-3, min_derivative: float = 1e-3,
+    slope: float = 1e-3, logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`rational_quadratic_spline` of a conditioner's output as it is: no slices, whose gradients cost a copy each.
+
+    Args:
+        x: any shape (*).
+        params: (*, P): K widths, K heights, then the derivatives; P = 3K - 1 (linear tails), 3K (circular), 3K + 1 (None).
+        bins: K.
+        tails, bound, ...: as there.
+
+    Returns:
+        (y, logdet), both of x's shape.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, counts or options that do not fit, by name.
+
+    Example:
+        >>> import torch, genfast
+        >>> y, logdet = genfast.ops.rational_quadratic_spline_packed(torch.randn(4, 2), torch.randn(4, 2, 23), 8, bound=3.0)
+    """
+    op = f"{_NAME}_packed"
+    where, domain, scale = _domain(op, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top)
+    minimums = [0.0, 0.0, 0.0] if convention == "zuko" else [min_bin_width, min_bin_height, min_derivative]
+    options = [*domain, *minimums, slope, logit_scale]
+    x, (params,) = _broadcast(op, x, {"params": params})
+    return _within(x, scale, convention, lambda u: OP_PACKED(u, params, bins, where, convention, inverse, options))
+
+
+def linear_spline(
+    x: Tensor, unnormalized_pdf: Tensor, *, tails: str | None = "linear", bound: float | None = None, inverse: bool = False,
+    left: float = 0.0, right: float = 1.0, bottom: float = 0.0, top: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A piecewise-linear spline of K bins of equal width, as nflows': the integral of softmax(unnormalized_pdf).
+
+    Args:
+        x: any shape (*), floating point.
+        unnormalized_pdf: (*, K), 2 <= K <= 64; the axes before the last broadcast with x.
+        tails: "linear" (the identity outside [-bound, bound]) or None (domain [left, right]).
+        bound: a positive number, default 1.
+        inverse: from y to x.
+        left, right, bottom, top: the domain and the range where tails is None. logdet counts their ratio, which nflows forgets.
+
+    Returns:
+        (y, logdet), both of x's shape; logdet jumps at the knots.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or options that do not fit, by name.
+
+    Source: Mueller et al., Neural Importance Sampling (arXiv:1808.03856, section 4.1).
+
+    Example:
+        >>> import torch, genfast
+        >>> y, logdet = genfast.ops.linear_spline(torch.rand(4, 2), torch.randn(4, 2, 8), tails=None)
+    """
+    where, domain, _ = _domain("linear_spline", tails, bound, 1.0, left, right, bottom, top)
+    x, (unnormalized_pdf,) = _broadcast("linear_spline", x, {"unnormalized_pdf": unnormalized_pdf})
+    result: tuple[Tensor, Tensor] = OP_LINEAR(x, unnormalized_pdf, where, inverse, [*domain, 0.0, 0.0, 0.0, 1e-3, 1.0])
+    return result
+
+
+def quadratic_spline(
+    x: Tensor, widths: Tensor, heights: Tensor, *, tails: str | None = "linear", bound: float | None = None,
+    inverse: bool = False, left: float = 0.0, right: float = 1.0, bottom: float = 0.0, top: float = 1.0,
+    min_bin_width: float = 1e-3, min_bin_height: float = 1e-3,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A piecewise-quadratic spline of K bins, as nflows': the integral of a density that is linear in each bin.
+
+    With linear tails nflows sets the density at the ends near one, but not to one, so the derivative jumps there; its numbers
+    are kept.
+
+    Args:
+        x: any shape (*), floating point.
+        widths: (*, K) logits, 2 <= K <= 64; the axes before the last broadcast with x.
+        heights: (*, K - 1) with linear tails, (*, K + 1) tails=None: logits of the density at the knots.
+        tails: "linear" (the identity outside [-bound, bound]) or None (domain [left, right]).
+        bound: a positive number, default 1.
+        inverse: from y to x.
+        left, right, bottom, top: the domain and the range where tails is None. logdet counts their ratio, which nflows forgets.
+        min_bin_width: the least share of a bin.
+        min_bin_height: the least density.
+
+    Returns:
+        (y, logdet), both of x's shape.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, counts or options that do not fit, by name.
+
+    Source: Mueller et al., Neural Importance Sampling (arXiv:1808.03856, section 4.2).
+
+    Example:
+        >>> import torch, genfast
+        >>> y, logdet = genfast.ops.quadratic_spline(torch.rand(4, 2), torch.randn(4, 2, 8), torch.randn(4, 2, 9), tails=None)
+    """
+    where, domain, _ = _domain("quadratic_spline", tails, bound, 1.0, left, right, bottom, top)
+    x, (widths, heights) = _broadcast("quadratic_spline", x, {"widths": widths, "heights": heights})
+    result: tuple[Tensor, Tensor] = OP_QUADRATIC(
+        x, widths, heights, where, inverse, [*domain, min_bin_width, min_bin_height, 0.0, 1e-3, 1.0]
+    )
+    return result
