@@ -246,7 +246,7 @@ _OP_BACKWARD = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.masked_linear_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -254,7 +254,7 @@ OP = Op(
     reference=reference.masked_linear,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
