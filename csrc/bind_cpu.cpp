@@ -713,12 +713,12 @@ void bind_autoregressive_inverse(py::module_& m) {
     a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
     GENFAST_CALL(autoregressive_inverse, a);
   });
-  m.def("autoregressive_inverse_sweep", [](bool is_double, Address code, Address packed, Address statics, Address units,
-                                           Address deltas, int64_t stride, Address grad_x, Address grad_logdet, Address grad_z,
+  m.def("autoregressive_inverse_sweep", [](bool is_double, Address code, Address packed, Address statics, Address z,
+                                           Address units, Address deltas, int64_t stride, Address grad_x, Address grad_logdet, Address grad_z,
                                            int transform, const std::vector<double>& options, int64_t n, int threads) {
     DegreeOrderedArgs a{};
     a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
-    a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
+    a.z = ptr<>(z), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
     a.grad_x = ptr<>(grad_x), a.grad_logdet = ptr<>(grad_logdet), a.grad_z = ptr<>(grad_z);
     a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
     GENFAST_CALL(autoregressive_inverse_sweep, a);

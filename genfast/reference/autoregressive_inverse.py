@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .spline import rational_quadratic_spline_packed
+
+TAILS = ("linear", "none", "circular")
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid", "softplus", "silu", "gelu")
 _FUNCTIONS = {
     "none": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "tanh": torch.tanh,
@@ -95,9 +98,15 @@ def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options
     """(x, log |dx/dz|), each of z's shape; params (*z.shape, P).
 
     "affine:<scale>": z = s x + t, or x = s z + t with the option ``flip``; s of a by ``scale``. "bernoulli": z are uniforms.
+    "spline": z = the rational-quadratic spline of x, or x that of z with ``flip``; options flip, bins, tails, zuko, its nine.
     """
     if transform == "bernoulli":
         return (z < params[..., 0].sigmoid()).to(z.dtype), torch.zeros_like(z)
+    if transform == "spline":
+        flip, bins, tails, zuko, *rest = options
+        return rational_quadratic_spline_packed(
+            z, params, int(bins), TAILS[int(tails)], "zuko" if zuko else "nflows", not flip, rest
+        )  # fmt: skip
     flip, scale_first, constant = options
     scale = transform.removeprefix("affine:")
     if scale == "additive":
