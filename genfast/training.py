@@ -250,7 +250,7 @@ def draw(model: models.AutoregressiveModel, n: int, **options: Any) -> Tensor:
 def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
     """The data as the model ``name`` takes them, and what of its config they decide."""
     model = models.NAMES.get(name)
-    if name in ("nice", "linear_flow", "rnade"):
+    if name in ("iaf", "linear_flow", "maf", "nice", "nsf", "rnade"):
         view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins)
         return view, {"dim": math.prod(data.shape)}
     if model is None or not issubclass(model, AutoregressiveModel):

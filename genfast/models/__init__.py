@@ -4,6 +4,8 @@ from typing import Any
 
 from ..reference.autoregressive import mu_law_decode, mu_law_encode
 from ..reference.models import DensityModel, FlowModel, dequantize
+from ..reference.flow import FlowDistribution
+from ..reference.models import DiagonalGaussian, FlowModel, dequantize
 from .adversarial import AdversarialModel, Recipe
 from .adversarial_autoencoder import AdversarialAutoencoder
 from .autoencoder import Autoencoder
@@ -13,15 +15,19 @@ from .cgan import ConditionalGAN
 from .dcgan import DCGAN
 from .deep_nade import DeepNADE
 from .denoising_autoencoder import DenoisingAutoencoder
+from .flow import Flow
 from .gan import GAN
 from .gated_pixelcnn import GatedPixelCNN
 from .glow import Glow
+from .iaf import IAF
 from .linear_flow import LinearFlow
 from .lsgan import LSGAN
 from .made import MADE
 from .nade import NADE
+from .maf import MAF
 from .neural_style import StyleTransfer, style_transfer
 from .nice import NICE
+from .nsf import NSF
 from .pixel_rnn import PixelRNN
 from .pixelcnn import PixelCNN
 from .pixelcnnpp import PixelCNNPlusPlus
@@ -41,6 +47,8 @@ NAMES: dict[str, type[DensityModel] | type[AutoregressiveModel] | type[Adversari
     "cgan": ConditionalGAN, "dcgan": DCGAN, "gan": GAN, "lsgan": LSGAN, "r3gan": R3GAN, "sagan": SAGAN, "wgan": WGAN,
     "wgan-gp": WGANGP, "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "linear_flow": LinearFlow, "nice": NICE,
     "deep_nade": DeepNADE, "made": MADE, "nade": NADE, "rnade": RNADE,
+    "wgan-gp": WGANGP, "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "iaf": IAF, "linear_flow": LinearFlow, "maf": MAF,
+    "nice": NICE, "nsf": NSF,
     "pixelcnn": PixelCNN, "pixelcnnpp": PixelCNNPlusPlus, "pixelrnn": PixelRNN, "realnvp": RealNVP, "wavenet": WaveNet,
     "aae": AdversarialAutoencoder, "autoencoder": Autoencoder, "denoising_autoencoder": DenoisingAutoencoder,
     "sparse_autoencoder": SparseAutoencoder, "vae": VAE, "vaegan": VAEGAN, "wae": WAE,
@@ -64,4 +72,8 @@ __all__ = [
     "GatedPixelCNN", "Glow", "LinearFlow", "LSGAN", "MADE", "mu_law_decode", "mu_law_encode", "NADE", "NAMES", "NICE",
     "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "RNADE", "SAGAN", "SparseAutoencoder",
     "style_transfer", "StyleTransfer", "VAE", "VAEGAN", "WAE", "WaveNet", "WGAN", "WGANGP",
+    "ConditionalGAN", "DCGAN", "DenoisingAutoencoder", "dequantize", "DiagonalGaussian", "Flow", "FlowDistribution",
+    "FlowModel", "GAN", "GatedPixelCNN", "Glow", "IAF", "LinearFlow", "LSGAN", "MAF", "mu_law_decode", "mu_law_encode",
+    "NAMES", "NICE", "NSF", "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN",
+    "SparseAutoencoder", "style_transfer", "StyleTransfer", "VAE", "VAEGAN", "WAE", "WaveNet", "WGAN", "WGANGP",
 ]  # fmt: skip

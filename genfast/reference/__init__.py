@@ -18,6 +18,7 @@ from .discretized_logistic_mixture import (
 from .gated_activation import gated_activation, gated_activation_backward
 from .gradient_penalty import gradient_penalty, penalty_of_norms, penalty_points
 from .gram_matrix import gram_matrix, gram_matrix_backward, style_loss, style_loss_backward, style_loss_layers
+from .householder import householder
 from .interpolate import interpolate, interpolate_backward
 from .invertible_conv1x1 import channel_mix, channel_mix_backward, plu_inverse, plu_matrix, plu_weight, plu_weight_backward
 from .linear import linear, linear_input, linear_weight
@@ -57,6 +58,12 @@ __all__ = [
     "diagonal_gaussian", "diagonal_gaussian_backward", "diagonal_lstm", "diagonal_lstm_backward",
     "discretized_logistic_mixture_nll", "discretized_logistic_mixture_nll_backward", "discretized_logistic_mixture_sample",
     "gated_activation", "gated_activation_backward", "GENERATOR_LOSSES", "gradient_penalty", "gram_matrix",
+    "gram_matrix_backward", "householder", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input",
+    "linear_weight", "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev",
+    "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows", "pairwise_kernel_sum",
+    "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input",
+    "linear_weight", "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev",
+    "minibatch_stddev_backward", "mixture_of_gaussians_log_prob", "mmd", "modulated_conv2d", "nade", "nade_backward", "nade_draw", "nade_sample", "nearest_rows", "pairwise_kernel_sum",
     "gram_matrix_backward", "interpolate", "interpolate_backward", "leaky_relu_bits", "linear", "linear_input", "linear_weight",
     "masked_conv", "masked_conv_backward", "minibatch_discrimination", "minibatch_stddev", "minibatch_stddev_backward",
     "mixture_of_gaussians_log_prob", "mmd", "modulated_conv2d", "nade", "nade_backward", "nade_draw", "nade_sample",
