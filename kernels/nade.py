@@ -299,7 +299,9 @@ def _variants() -> list[Aot]:
         types = dict.fromkeys((*sources, "out"), f"*{kind}")
         types |= {"known": "*u8"} | dict.fromkeys(("scratch", "dx", "dw", "dv", "dc", "drho"), "*fp32")
 
-        def add(label: str, kernel: Any, ones: tuple[str, ...] | None, warps: int, types: dict[str, str] = types, **c: Any) -> None:
+        def add(
+            label: str, kernel: Any, ones: tuple[str, ...] | None, warps: int, types: dict[str, str] = types, **c: Any
+        ) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
             found.append(variant(label, kernel, own, c, ones, num_warps=warps))
 

@@ -364,23 +364,6 @@ struct PairwiseArgs {
   int threads;
 };
 
-struct NadeArgs {
-  enum Activation { kSigmoid, kRelu, kTanh };
-  enum Kind { kParameters, kBernoulli, kCategorical, kGaussianMixture };
-  bool is_double;
-  int activation, kind;
-  const void* x;                                           // (N, D), (D, N) in the backward; sampling: what is known, or null
-  const void *weight, *readout, *bias, *hidden_bias, *rescale;  // (D, H), (D, P, H), (D, P), (H), (D) or null
-  const void* uniforms;                                    // sampling: (N, D, 1), or 2 of a mixture
-  const uint8_t* known;                                    // (N, D), or null
-  const void* grad;                                        // not null: the backward; (D, N, P)
-  void* out;                                               // forward (N, D, P), sampling (N, D)
-  void *grad_x, *grad_rescale;                             // (D, N), (D), null where not wanted
-  void *grad_weight, *grad_readout, *grad_bias, *grad_hidden_bias;
-  int64_t n, d, p, h;
-  int threads;
-};
-
 struct DegreeOrderedArgs {
   bool is_double;
   const int64_t* code;  // as genfast/sampling/degree_ordered.py writes it

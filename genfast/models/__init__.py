@@ -3,9 +3,8 @@
 from typing import Any
 
 from ..reference.autoregressive import mu_law_decode, mu_law_encode
-from ..reference.models import DensityModel, FlowModel, dequantize
 from ..reference.flow import FlowDistribution
-from ..reference.models import DiagonalGaussian, FlowModel, dequantize
+from ..reference.models import DensityModel, DiagonalGaussian, FlowModel, dequantize
 from .adversarial import AdversarialModel, Recipe
 from .adversarial_autoencoder import AdversarialAutoencoder
 from .autoencoder import Autoencoder
@@ -23,8 +22,8 @@ from .iaf import IAF
 from .linear_flow import LinearFlow
 from .lsgan import LSGAN
 from .made import MADE
-from .nade import NADE
 from .maf import MAF
+from .nade import NADE
 from .neural_style import StyleTransfer, style_transfer
 from .nice import NICE
 from .nsf import NSF
@@ -68,12 +67,9 @@ def build(name: str, **config: Any) -> Any:
 
 __all__ = [
     "AdversarialAutoencoder", "AdversarialModel", "Autoencoder", "AutoencoderModel", "AutoregressiveModel", "build",
-    "ConditionalGAN", "DCGAN", "DeepNADE", "DenoisingAutoencoder", "DensityModel", "dequantize", "FlowModel", "GAN",
-    "GatedPixelCNN", "Glow", "LinearFlow", "LSGAN", "MADE", "mu_law_decode", "mu_law_encode", "NADE", "NAMES", "NICE",
-    "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "RNADE", "SAGAN", "SparseAutoencoder",
-    "style_transfer", "StyleTransfer", "VAE", "VAEGAN", "WAE", "WaveNet", "WGAN", "WGANGP",
-    "ConditionalGAN", "DCGAN", "DenoisingAutoencoder", "dequantize", "DiagonalGaussian", "Flow", "FlowDistribution",
-    "FlowModel", "GAN", "GatedPixelCNN", "Glow", "IAF", "LinearFlow", "LSGAN", "MAF", "mu_law_decode", "mu_law_encode",
-    "NAMES", "NICE", "NSF", "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "R3GAN", "RealNVP", "Recipe", "SAGAN",
-    "SparseAutoencoder", "style_transfer", "StyleTransfer", "VAE", "VAEGAN", "WAE", "WaveNet", "WGAN", "WGANGP",
+    "ConditionalGAN", "DCGAN", "DeepNADE", "DenoisingAutoencoder", "DensityModel", "dequantize", "DiagonalGaussian", "Flow",
+    "FlowDistribution", "FlowModel", "GAN", "GatedPixelCNN", "Glow", "IAF", "LinearFlow", "LSGAN", "MADE", "MAF",
+    "mu_law_decode", "mu_law_encode", "NADE", "NAMES", "NICE", "NSF", "PixelCNN", "PixelCNNPlusPlus", "PixelRNN", "R3GAN",
+    "RealNVP", "Recipe", "RNADE", "SAGAN", "SparseAutoencoder", "style_transfer", "StyleTransfer", "VAE", "VAEGAN", "WAE",
+    "WaveNet", "WGAN", "WGANGP",
 ]  # fmt: skip

@@ -202,7 +202,9 @@ def test_samples_equal_those_of_the_naive_loop(kind, p, n):
     given, known = torch.where(torch.rand(n, 11) < 0.5, 1.0, 0.25), torch.rand(n, 11) < 0.4
     found = ops.nade_sample(uniforms, *args, rescale=rescale, kind=kind, given=given, known=known)
     assert torch.equal(found[known], given[known])
-    torch.testing.assert_close(found, loop(uniforms, args, kind, given=given, known=known, rescale=rescale), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, loop(uniforms, args, kind, given=given, known=known, rescale=rescale), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_samples_have_the_frequencies_that_the_likelihood_says():
