@@ -44,10 +44,8 @@ from .wgan_gp import WGANGP
 
 NAMES: dict[str, type[DensityModel] | type[AutoregressiveModel] | type[AdversarialModel] | type[AutoencoderModel]] = {
     "cgan": ConditionalGAN, "dcgan": DCGAN, "gan": GAN, "lsgan": LSGAN, "r3gan": R3GAN, "sagan": SAGAN, "wgan": WGAN,
-    "wgan-gp": WGANGP, "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "linear_flow": LinearFlow, "nice": NICE,
-    "deep_nade": DeepNADE, "made": MADE, "nade": NADE, "rnade": RNADE,
     "wgan-gp": WGANGP, "gated_pixelcnn": GatedPixelCNN, "glow": Glow, "iaf": IAF, "linear_flow": LinearFlow, "maf": MAF,
-    "nice": NICE, "nsf": NSF,
+    "nice": NICE, "nsf": NSF, "deep_nade": DeepNADE, "made": MADE, "nade": NADE, "rnade": RNADE,
     "pixelcnn": PixelCNN, "pixelcnnpp": PixelCNNPlusPlus, "pixelrnn": PixelRNN, "realnvp": RealNVP, "wavenet": WaveNet,
     "aae": AdversarialAutoencoder, "autoencoder": Autoencoder, "denoising_autoencoder": DenoisingAutoencoder,
     "sparse_autoencoder": SparseAutoencoder, "vae": VAE, "vaegan": VAEGAN, "wae": WAE,
