@@ -729,6 +729,9 @@ void bind_autoregressive_inverse(py::module_& m) {
     a.is_double = is_double, a.code = ptr<int64_t>(code), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
     a.grad_packed = ptr<>(grad_packed), a.n = n, a.threads = threads;
     GENFAST_CALL(autoregressive_inverse_weights, a);
+  });
+}
+
 void bind_spline(py::module_& m) {
   // A part is (data, grad, count, stride).
   m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int kind, int bins, int tails,
