@@ -270,6 +270,8 @@ def test_batch_norm_uses_the_batch_in_training_and_its_gradient():
     torch.testing.assert_close(norm.running_var, standard.running_var)
     with pytest.raises(RuntimeError, match="no inverse in training"):
         norm.inverse(z)
+    with pytest.raises(ValueError, match="BatchNormFlow"):
+        gnn.ReversibleSequential(gnn.ActNorm(3), gnn.BatchNormFlow(3))(x.detach().float())
     for shape in ((1, 3), (0, 3)):
         with pytest.raises(ValueError, match="training needs at least 2 positions"):
             norm(torch.zeros(shape, dtype=torch.float64))
@@ -375,7 +377,7 @@ def test_nflows_spline_coupling_on_its_own_weights():
 
     torch.manual_seed(0)
     theirs = PiecewiseRationalQuadraticCouplingTransform(
-        ~MASK, lambda a, b: ResidualNet(a, b, hidden_features=16, context_features=None), num_bins=6, tails="linear", tail_bound=3.0
+        ~MASK, lambda a, b: ResidualNet(a, b, hidden_features=16), num_bins=6, tails="linear", tail_bound=3.0
     ).double()
     conditioner = plain.ResidualMLP(3, 2 * 17, 16, 2)
     net = theirs.transform_net
