@@ -68,9 +68,7 @@ def _own(kind: str, dim: int, transforms: int, hidden: int, layers: Any, family:
     options: dict[str, Any] = {"normalising": False} if kind == "MAF" else {"transform": "spline", "convention": "zuko"}
     steps = []
     for i in range(transforms):
-        made = layers.MADE(
-            dim, (hidden, hidden), outputs=2 if kind == "MAF" else 23, order="reversed" if i % 2 else None
-        )
+        made = layers.MADE(dim, (hidden, hidden), outputs=2 if kind == "MAF" else 23, order="reversed" if i % 2 else None)
         steps.append(layers.MaskedAutoregressive(made, **options))
     return family(models.DiagonalGaussian(dim, trainable=False), steps)
 
@@ -138,9 +136,7 @@ def _zuko_cases(kind: str, dim: int, n: int, transforms: int, hidden: int, quick
 
         return run
 
-    def providers(
-        work: Callable[..., Work], peer: Callable[[], Work], compiled: bool = True
-    ) -> dict[str, Callable[[], Work]]:
+    def providers(work: Callable[..., Work], peer: Callable[[], Work], compiled: bool = True) -> dict[str, Callable[[], Work]]:
         found: dict[str, Callable[[], Work]] = {"reference": lambda: work(reference())}
         if compiled:
             found["compile"] = lambda: work(reference(), True)

@@ -414,3 +414,11 @@ def test_the_command_trains_and_samples(name, tmp_path, capsys):
     picture = tmp_path / "samples.png"
     assert cli.main(["sample", "--checkpoint", str(out), "-n", "4", "--out", str(picture)]) == 0
     assert picture.exists()
+
+
+@pytest.mark.parametrize("case", ["maf context", "nsf lu context", "iaf"])
+def test_log_prob_compiles_without_a_break(case):
+    model, x, context = built(case, dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, context), model.log_prob(x, context), rtol=1e-4, atol=1e-4)
