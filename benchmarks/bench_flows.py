@@ -62,23 +62,46 @@ def _density(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Work:
     return run
 
 
+def _own(kind: str, dim: int, transforms: int, hidden: int, layers: Any, family: Any) -> Any:
+    """The same architecture from a seed, where zuko is not installed."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"normalising": False} if kind == "MAF" else {"transform": "spline", "convention": "zuko"}
+    steps = []
+    for i in range(transforms):
+        made = layers.MADE(dim, (hidden, hidden), outputs=2 if kind == "MAF" else 23, order="reversed" if i % 2 else None)
+        steps.append(layers.MaskedAutoregressive(made, **options))
+    return family(models.DiagonalGaussian(dim, trainable=False), steps)
+
+
+def _live(kind: str, dim: int, transforms: int, hidden: int) -> int:
+    """Weights that a mask leaves, of degrees 1 to D - 1 over and over."""
+    inputs, units = torch.arange(1, dim + 1), 1 + torch.arange(hidden) % (dim - 1)
+    outputs = inputs.repeat_interleave(2 if kind == "MAF" else 23)
+    pairs = (units[:, None] >= inputs).sum() + (units[:, None] >= units).sum() + (outputs[:, None] > units).sum()
+    return transforms * int(pairs)
+
+
 def _zuko_cases(kind: str, dim: int, n: int, transforms: int, hidden: int, quick: bool) -> list[Case]:
-    """The three uses of one flow; without zuko there are no weights, and no cases."""
-    if not _installed("zuko"):
-        return []
+    """The three uses of one flow, on zuko's weights if it is there."""
+    with_peer = _installed("zuko")
 
     def theirs() -> Any:
         torch.manual_seed(0)
         return zuko_flow(kind, dim, transforms, hidden).to(_ceilings.DEVICE)
 
-    def ours() -> models.Flow:
-        return from_zuko(theirs()).to(_ceilings.DEVICE)
+    def made(layers: Any, family: Any) -> Any:
+        if with_peer:
+            return from_zuko(theirs(), layers, family).to(_ceilings.DEVICE)
+        return _own(kind, dim, transforms, hidden, layers, family).to(_ceilings.DEVICE)
+
+    def ours() -> Any:
+        return made(gnn, models.Flow)
 
     def reference() -> Any:
-        return from_zuko(theirs(), plain.AUTOREGRESSIVE, PlainFlow).to(_ceilings.DEVICE)
+        return made(plain.AUTOREGRESSIVE, PlainFlow)
 
     x, z = (lambda: _x(n, dim)), (lambda: _noise(n, dim))
-    live = sum(int(m.mask.sum()) for m in theirs().modules() if hasattr(m, "mask") and isinstance(m, nn.Linear))
+    live = _live(kind, dim, transforms, hidden)
     title = f"{kind} {dim} features, {transforms} x {hidden}-{hidden}, batch {n}"
 
     def density(flow: Any, compiled: bool = False) -> Work:
@@ -113,27 +136,21 @@ def _zuko_cases(kind: str, dim: int, n: int, transforms: int, hidden: int, quick
 
         return run
 
+    def providers(work: Callable[..., Work], peer: Callable[[], Work], compiled: bool = True) -> dict[str, Callable[[], Work]]:
+        found: dict[str, Callable[[], Work]] = {"reference": lambda: work(reference())}
+        if compiled:
+            found["compile"] = lambda: work(reference(), True)
+        if with_peer:
+            found["peer"] = peer
+        return found | {"genfast": lambda: work(ours())}
+
+    slow = ("reference", "peer") if with_peer else ("reference",)
     return [
+        Case(f"{title}: log_prob", providers(density, peer_density), flops=2 * n * live, quick=quick),
+        Case(f"{title}: training step", providers(training, peer_step), flops=6 * n * live, quick=False),
         Case(
-            f"{title}: log_prob",
-            {
-                "reference": lambda: density(reference()), "compile": lambda: density(reference(), True),
-                "peer": peer_density, "genfast": lambda: density(ours()),
-            },
-            flops=2 * n * live, quick=quick,
-        ),
-        Case(
-            f"{title}: training step",
-            {
-                "reference": lambda: training(reference()), "compile": lambda: training(reference(), True),
-                "peer": peer_step, "genfast": lambda: training(ours()),
-            },
-            flops=6 * n * live, quick=False,
-        ),
-        Case(
-            f"{title}: sampling",
-            {"reference": lambda: sampling(reference()), "peer": peer_sampling, "genfast": lambda: sampling(ours())},
-            flops=2 * n * live, quick=quick, once=() if quick else ("reference", "peer"),
+            f"{title}: sampling", providers(sampling, peer_sampling, False), flops=2 * n * live, quick=quick,
+            once=() if quick else slow,
         ),
     ]  # fmt: skip
 

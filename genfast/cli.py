@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--levels", type=int, help="of Glow and RealNVP")
     train.add_argument("--hidden", type=int, help="width of the conditioner networks; units of a NADE's or MADE's layer")
     train.add_argument("--flow-steps", type=int, metavar="K", help="Glow's steps per level")
+    train.add_argument("--transforms", type=int, help="of MAF, IAF and NSF")
+    train.add_argument("--coupling", choices=("coupling", "autoregressive"), help="of NSF")
+    train.add_argument("--bins", type=int, help="of NSF's splines")
     train.add_argument("--channels", type=int, help="of the PixelCNNs and PixelRNN; a multiple of the colours")
     train.add_argument("--layers", type=int, help="of the PixelCNNs, PixelRNN, WaveNet, MADE and DeepNADE")
     train.add_argument("--orders", type=int, metavar="K", help="of MADE and DeepNADE: an ensemble of so many orders")
@@ -152,7 +155,8 @@ def _train(a: argparse.Namespace) -> int:
         "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
         "latent_dim": a.latent_dim, "width": a.width, "depth": a.depth, "likelihood": a.likelihood, "beta": a.beta,
         "warmup": a.warmup, "free_bits": a.free_bits, "network": a.network, "corruption": a.corruption, "amount": a.amount,
-        "gamma": a.gamma, "weight": a.weight, "orders": a.orders, "components": a.components,
+        "gamma": a.gamma, "weight": a.weight, "orders": a.orders, "components": a.components, "transforms": a.transforms,
+        "coupling": a.coupling, "bins": a.bins,
     }  # fmt: skip
     recipe = {
         "loss": a.loss, "penalty": a.penalty, "weight": a.penalty_weight, "lazy": a.lazy, "critic_steps": a.critic_steps,

@@ -16,16 +16,22 @@ from genfast.reference import autoregressive_flows as plain
 from genfast.reference.flow import Flow as PlainFlow
 
 
-@pytest.mark.parametrize("kind", ["MAF", "NSF"])
-def test_not_worse_than_zuko(kind):
-    found = tabular.compare("diabetes", kind, steps=60, hidden=32, transforms=2, lr=3e-3)
+@pytest.mark.parametrize(("kind", "dtype", "near"), [("MAF", torch.float32, 5e-3), ("NSF", torch.float64, 1e-4)])
+def test_not_worse_than_zuko(kind, dtype, near):
+    """An NSF in float64: in float32 the rounding of steep splines parts the two runs, to either side."""
+    found = tabular.compare("diabetes", kind, steps=60, hidden=32, transforms=2, dtype=dtype)
     ours, theirs = found["runs"]["genfast"], found["runs"]["zuko"]
     assert found["initially_apart"] < 1e-3
-    assert ours["final"] > theirs["final"] - 0.05  # nats; the two differ by rounding, which training amplifies
-    assert ours["final"] > ours["curve"][0] + 1.0  # and something was learned
-    text = tabular.table({"comparisons": [found]})
+    assert ours["final"] > theirs["final"] - near  # nats
+    assert ours["final"] > ours["curve"][0] + 0.5  # and something was learned
+    text = tabular.table({"comparisons": [found, found]})
     assert "diabetes (398 x 10)" in text
     json.dumps(found)
+
+
+def test_gradients_of_a_trained_spline_flow_are_no_further_from_float64_than_zukos():
+    found = tabular.compare("diabetes", "NSF", steps=60, hidden=32, transforms=2, lr=3e-3)
+    assert found["runs"]["genfast"]["gradient_error"] < 1.5 * found["runs"]["zuko"]["gradient_error"]
 
 
 @pytest.mark.parametrize("kind", ["MAF", "NSF"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..reference import autoregressive_flows as plain
 from .bijection import Bijection
-from .univariate import Fast
+from .univariate import Fast, spline_options
 
 if TYPE_CHECKING:
     from ..sampling import DegreeProgram
@@ -65,11 +65,11 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not hasattr(self.network, "layers"):
             return self.inverse_plain(z, context)
+        program = self.program(context)
         if isinstance(self.map, plain.AffineMap):
-            return ops.autoregressive_inverse(
-                z, self.program(context), f"affine:{_ENGINE_SCALES[self.map.scale]}", flip=self.map.normalising, eps=0.0
-            )
-        return self.inverse_plain(z, context)
+            scale = f"affine:{_ENGINE_SCALES[self.map.scale]}"
+            return ops.autoregressive_inverse(z, program, scale, flip=self.map.normalising, eps=0.0)
+        return ops.autoregressive_inverse(z, program, "spline", bins=self.map.bins, **spline_options(self.map))
 
     def extra_repr(self) -> str:
         return str(self.map)

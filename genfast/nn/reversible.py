@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._registry import LIBRARY
+from .batch_norm_flow import BatchNormFlow
 from .bijection import FlowSequential, State, like, tensors
 
 _MODULES: weakref.WeakValueDictionary[int, ReversibleSequential] = weakref.WeakValueDictionary()
@@ -71,7 +72,7 @@ class ReversibleSequential(FlowSequential):
     def _check_deterministic(self) -> None:
         for name, module in self.named_modules():
             dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-            norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            norm = isinstance(module, nn.modules.batchnorm._BatchNorm | BatchNormFlow)
             if module.training and (dropout or norm):
                 raise ValueError(
                     f"ReversibleSequential: {name} is a {type(module).__name__} in training mode, which would see other "

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import ops
 from ..reference.autoregressive_flows import AffineMap, Mapped, SplineMap
+
+
+def spline_options(by: SplineMap) -> dict[str, Any]:
+    """As the ops take them."""
+    return dict(
+        tails=by.tails, bound=None if by.tails is None else by.bound, convention=by.convention, left=-by.bound, right=by.bound,
+        bottom=-by.bound, top=by.bound, min_bin_width=by.min_bin_width, min_bin_height=by.min_bin_height,
+        min_derivative=by.min_derivative, slope=by.slope, logit_scale=by.logit_scale,
+    )  # fmt: skip
 
 
 def mapped(by: AffineMap | SplineMap, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -15,11 +26,8 @@ def mapped(by: AffineMap | SplineMap, x: Tensor, params: Tensor, inverse: bool) 
             x, params.flatten(1, 2), scale=by.scale, inverse=by.normalising != inverse,  # type: ignore[arg-type]
             layout="shift_scale_interleaved",
         )  # fmt: skip
-    y, logdet = ops.rational_quadratic_spline_packed(
-        x, params.movedim(2, -1), by.bins, tails=by.tails, bound=by.bound, inverse=inverse, convention=by.convention,
-        min_bin_width=by.min_bin_width, min_bin_height=by.min_bin_height, min_derivative=by.min_derivative, slope=by.slope,
-        logit_scale=by.logit_scale, left=-by.bound, right=by.bound, bottom=-by.bound, top=by.bound,
-    )  # fmt: skip
+    packed = params.movedim(2, -1)
+    y, logdet = ops.rational_quadratic_spline_packed(x, packed, by.bins, inverse=inverse, **spline_options(by))
     return y, logdet.flatten(1).sum(1)
 
 

@@ -103,8 +103,10 @@ class SplineMap:
         options = (
             -b, b, -b, b, self.min_bin_width, self.min_bin_height, self.min_derivative, self.slope, self.logit_scale,
         )  # fmt: skip
-        parts = params.movedim(2, -1).split((k, k, self.outputs - 2 * k), -1)
-        y, logdet = rational_quadratic_spline(x, *parts, self.tails or "none", self.convention, inverse, options)
+        widths, heights, derivatives = params.movedim(2, -1).split((k, k, self.outputs - 2 * k), -1)
+        y, logdet = rational_quadratic_spline(
+            x, widths, heights, derivatives, self.tails or "none", self.convention, inverse, options
+        )
         return y, logdet.flatten(1).sum(1)
 
 

@@ -200,7 +200,8 @@ class Flow(FlowModel):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats, (N,)."""
         z, logdet = self(x, context)
-        return self._base_log_prob(z) + logdet
+        density: Tensor = self._base_log_prob(z) + logdet
+        return density
 
     def rsample(
         self, n: int | Sequence[int], context: Tensor | None = None, *, temperature: float = 1.0,

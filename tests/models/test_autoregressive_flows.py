@@ -401,13 +401,24 @@ def test_a_reverse_divergence_finds_a_correlated_density(name):
         assert float((x.T.cov() - covariance).abs().max()) < 0.12
 
 
-@pytest.mark.parametrize("name", ["maf", "iaf", "nsf"])
+@pytest.mark.parametrize(
+    "name", [["maf"], ["iaf"], ["nsf"], ["nsf", "--coupling", "autoregressive", "--bins", "4"]], ids=lambda n: n[-1]
+)
 def test_the_command_trains_and_samples(name, tmp_path, capsys):
     out = tmp_path / "run"
-    command = ["train", name, "--data", "digits", "--steps", "5", "--hidden", "32", "--out", str(out)]
+    options = ["--data", "digits", "--steps", "5", "--hidden", "32", "--transforms", "2", "--out", str(out)]
+    command = ["train", *name, *options]
     assert cli.main(command) == 0
     assert "bits/dim on held-out images" in capsys.readouterr().out
     assert (out / "samples.png").exists()
     picture = tmp_path / "samples.png"
     assert cli.main(["sample", "--checkpoint", str(out), "-n", "4", "--out", str(picture)]) == 0
     assert picture.exists()
+
+
+@pytest.mark.parametrize("case", ["maf context", "nsf lu context", "iaf"])
+def test_log_prob_compiles_without_a_break(case):
+    model, x, context = built(case, dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, context), model.log_prob(x, context), rtol=1e-4, atol=1e-4)

@@ -45,6 +45,7 @@ LAYERS = {
     "spline": lambda f: f.Spline(5, bins=4, bound=3.0),
     "spline zuko": lambda f: f.Spline(5, bins=6, convention="zuko"),
     "spline circular": lambda f: f.Spline(5, bins=4, bound=torch.pi, tails="circular"),
+    "spline zuko sizes": lambda f: f.Spline(5, bins=6, convention="zuko", min_bin_width=0.1, slope=1e-2, logit_scale=0.5),
     "spline context": lambda f: f.Spline(5, bins=4, context=3),
     "coupling": lambda f: f.SplineCoupling(Conditioner(3, 2 * 11), bins=4),
     "coupling last": lambda f: f.SplineCoupling(Conditioner(2, 3 * 11), bins=4, width=3, transform="last"),
@@ -200,6 +201,27 @@ def test_images_go_through_spline_couplings_by_channels():
     torch.testing.assert_close(spline(x)[0][1, :, 2, 0], spline(x[1:, :, 2, 0])[0][0])
 
 
+def test_splines_without_tails_map_their_interval_and_refuse_the_rest():
+    torch.manual_seed(0)
+    x = 4 * torch.rand(20, 3, dtype=torch.float64) - 2
+    made = gnn.MADE(3, (16,), outputs=13)
+    for layer in (
+        gnn.Spline(3, bins=4, tails=None, bound=2.0),
+        gnn.MaskedAutoregressive(made, transform="spline", bins=4, tails=None, bound=2.0),
+        gnn.SplineCoupling(Conditioner(2, 13), bins=4, tails=None, bound=2.0),
+    ):
+        layer = layer.double()
+        for p in layer.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        z, logdet = layer(x)
+        assert float(z.detach().abs().max()) <= 2
+        back, minus = layer.inverse(z)
+        torch.testing.assert_close(back, x)
+        torch.testing.assert_close(minus, -logdet)
+        with pytest.raises(ValueError, match="2"):
+            layer(2 * x)
+
+
 def test_splines_start_as_the_identity():
     x = 2 * torch.randn(50, 3)
     for convention in ("nflows", "zuko"):
@@ -248,6 +270,8 @@ def test_batch_norm_uses_the_batch_in_training_and_its_gradient():
     torch.testing.assert_close(norm.running_var, standard.running_var)
     with pytest.raises(RuntimeError, match="no inverse in training"):
         norm.inverse(z)
+    with pytest.raises(ValueError, match="BatchNormFlow"):
+        gnn.ReversibleSequential(gnn.ActNorm(3), gnn.BatchNormFlow(3))(x.detach().float())
     for shape in ((1, 3), (0, 3)):
         with pytest.raises(ValueError, match="training needs at least 2 positions"):
             norm(torch.zeros(shape, dtype=torch.float64))
@@ -344,3 +368,29 @@ def test_compiles_without_a_break(name):
     torch.testing.assert_close(compiled(x), loss(x), rtol=1e-5, atol=1e-4)
     for f, e in zip(*(torch.autograd.grad(g(x), parameters) for g in (compiled, loss))):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+
+
+def test_nflows_spline_coupling_on_its_own_weights():
+    pytest.importorskip("nflows", reason="nflows is not installed")
+    from nflows.nn.nets import ResidualNet
+    from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
+
+    torch.manual_seed(0)
+    theirs = PiecewiseRationalQuadraticCouplingTransform(
+        ~MASK, lambda a, b: ResidualNet(a, b, hidden_features=16), num_bins=6, tails="linear", tail_bound=3.0
+    ).double()
+    conditioner = plain.ResidualMLP(3, 2 * 17, 16, 2)
+    net = theirs.transform_net
+    conditioner.first.load_state_dict(net.initial_layer.state_dict())
+    conditioner.last.load_state_dict(net.final_layer.state_dict())
+    for own, other in zip(conditioner.blocks, net.blocks):
+        for a, b in zip(own.children(), other.linear_layers):
+            a.load_state_dict(b.state_dict())
+    ours = gnn.SplineCoupling(conditioner, mask=MASK, bins=6, bound=3.0, logit_scale=16**-0.5).double()
+    conditioner.load_state_dict({k: v.double() for k, v in conditioner.state_dict().items()})
+    for module in (net, conditioner):
+        for p in module.parameters():
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+    x = 2 * torch.randn(20, 5, dtype=torch.float64)
+    for found, expected in zip((*ours(x), *ours.inverse(x)), (*theirs(x), *theirs.inverse(x))):
+        torch.testing.assert_close(found, expected)
