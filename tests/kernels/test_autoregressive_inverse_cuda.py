@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from genfast import reference
+from genfast._registry import OPS
 from genfast.ops import _autoregressive_inverse_cuda as cuda
 from genfast.ops.autoregressive_inverse import TRANSFORMS
 from genfast.sampling import DegreeProgram, Layer
@@ -129,6 +130,8 @@ def residual(inputs, units, width, n=0):
 
 
 AFFINE = [0.0, 0.0, 1e-3]
+NINE = [-2.0, 2.0, -2.0, 2.0, 1e-3, 1e-3, 1e-3, 1e-3, 1.0]
+SAMPLES = list(OPS["autoregressive_inverse"].samples(torch.Generator().manual_seed(0)))
 # Layers (given N), the transformation and its options, N, samples a block, warps.
 CASES = {
     "one input": (lambda n: made(1, (5,), 2), "affine:exp", AFFINE, 1, 1, 1),
@@ -141,6 +144,9 @@ CASES = {
     "residual": (lambda n: residual(7, 20, 2), "affine:sigmoid2", AFFINE, 5, 8, 2),
     "residual, context": (lambda n: residual(5, 18, 2, n), "affine:softclamp", [1.0, 1.0, -6.9], 3, 2, 3),
     "linear": (lambda n: made(9, (), 2), "affine:exp", AFFINE, 2, 1, 1),
+    "spline": (lambda n: made(4, (20,), 23), "spline", [0.0, 8.0, 0.0, 0.0, *NINE], 7, 4, 2),
+    "spline, the other way": (lambda n: made(3, (9,), 13), "spline", [1.0, 4.0, 1.0, 0.0, -9.0, 9.0, *NINE[2:]], 3, 1, 2),
+    "zuko's circular spline": (lambda n: made(3, (9,), 9, n), "spline", [0.0, 3.0, 2.0, 1.0, *NINE], 5, 2, 1),
 }
 
 
@@ -182,6 +188,17 @@ def test_it_equals_the_reference(gpu, label, reverse):
     for f, e in zip(found, expected):
         close(f, e, 1e-5)
     assert gpu.launches == 2
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=[s.label for s in SAMPLES])
+def test_the_samples_of_the_op(gpu, sample):
+    gpu.team = (4, 2, False)
+    z, packed, statics, *rest = sample.args
+    exact = [None if t is None else t.float().double() for t in (z, packed, statics)]
+    x, logdet = cuda.forward(*(None if t is None else t.float() for t in exact), *rest)
+    expected_x, expected_logdet = reference.autoregressive_inverse(*exact, *rest)
+    close(x, expected_x, 2e-6)
+    close(logdet, expected_logdet, 2e-6)
 
 
 def test_one_gradient_alone(gpu):
