@@ -60,8 +60,6 @@ __all__ = [
     "minibatch_stddev_backward", "mmd", "modulated_conv2d", "nearest_rows", "pairwise_kernel_sum",
     "pairwise_kernel_sum_backward", "pairwise_l1_kernel_sum", "pairwise_l1_kernel_sum_backward",
     "pairwise_l1_kernel_sum_second_backward", "penalty_of_norms", "penalty_points", "pixel_norm", "pixel_norm_backward",
-    "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "program_activation", "PROGRAM_HEADER",
-    "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "program_activation",
     "PROGRAM_HEADER", "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
     "spectral_norm_backward", "squeeze", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy",
