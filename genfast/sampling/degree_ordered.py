@@ -527,6 +527,7 @@ def _kept_mask(mask: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
 def _gather(index: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
     """Places, each used once, and the places' inverse."""
     places = torch.cat(index) if index else torch.empty(0, dtype=torch.int64)
-    inverse = torch.zeros(size + 1, dtype=torch.int64)
-    inverse[places] = torch.arange(1, len(places) + 1)
-    return places, inverse[1:]
+    kind = torch.int32 if max(size, len(places)) < 2**31 - 1 else torch.int64
+    inverse = torch.zeros(size + 1, dtype=kind)
+    inverse[places] = torch.arange(1, len(places) + 1, dtype=kind)
+    return places.to(kind), inverse[1:]
