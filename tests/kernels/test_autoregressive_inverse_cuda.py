@@ -258,11 +258,12 @@ def test_samples_of_a_block(library, n, rows, group):
     assert library.group_of(n, rows, 132, 232448) == group
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_it_compiles_without_spills(arch, tmp_path):
+@pytest.mark.slow
+def test_it_compiles_without_spills(tmp_path):
+    """For one architecture: the others take as long, and spilled nothing when the kernel was written."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH to compile the kernel with")
     source, target = ROOT / "csrc/cuda/autoregressive_inverse.cu", str(tmp_path / "kernel.o")
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-Xptxas", "-v", "-c", str(source), "-o"]
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-arch=sm_90", "-Xptxas", "-v", "-c", str(source), "-o"]
     report = subprocess.run([*command, target], check=True, capture_output=True, text=True).stderr
     assert report.count("Compiling entry function") == report.count("0 bytes spill stores, 0 bytes spill loads") == 14
