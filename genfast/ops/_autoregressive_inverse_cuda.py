@@ -56,7 +56,8 @@ def forward(
             _CUDA.degree_ordered(
                 torch.cuda.current_stream().cuda_stream, plan.items.data_ptr(), plan.tables.data_ptr(), plan.order.data_ptr(),
                 packed.data_ptr(), _address(statics), z.data_ptr(), x.data_ptr(), logdet.data_ptr(), _address(scratch), len(z),
-                plan.rows, plan.statics, len(plan.items), plan.inputs, plan.width, plan.given, *_engine_options(transform, options),
+                plan.rows, plan.statics, len(plan.items), plan.inputs, plan.width, plan.given,
+                *_engine_options(transform, options),
             )  # fmt: skip
     return x, logdet
 
