@@ -733,72 +733,16 @@ void bind_pairwise(py::module_& m) {
   });
 }
 
-void bind_nade(py::module_& m) {
-  const auto common = [](bool is_double, int activation, Address x, Address weight, Address readout, Address hidden_bias,
-                         Address rescale, int64_t n, int64_t d, int64_t p, int64_t h, int threads) {
-    NadeArgs a{};
-    a.is_double = is_double, a.activation = activation, a.x = ptr<>(x);
-    a.weight = ptr<>(weight), a.readout = ptr<>(readout), a.hidden_bias = ptr<>(hidden_bias), a.rescale = ptr<>(rescale);
-    a.n = n, a.d = d, a.p = p, a.h = h, a.threads = threads;
-    return a;
-  };
-  m.def("nade", [common](bool is_double, int activation, Address x, Address weight, Address readout, Address hidden_bias,
-                         Address rescale, int64_t n, int64_t d, int64_t p, int64_t h, int threads, Address bias, int kind,
-                         Address uniforms, Address known, Address out) {
-    NadeArgs a = common(is_double, activation, x, weight, readout, hidden_bias, rescale, n, d, p, h, threads);
-    a.bias = ptr<>(bias), a.kind = kind, a.uniforms = ptr<>(uniforms), a.known = ptr<const uint8_t>(known), a.out = ptr<>(out);
-    GENFAST_CALL(nade, a);
-  });
-  m.def("nade_backward", [common](bool is_double, int activation, Address x, Address weight, Address readout,
-                                  Address hidden_bias, Address rescale, int64_t n, int64_t d, int64_t p, int64_t h, int threads,
-                                  Address grad, Address dx, Address dweight, Address dreadout, Address dbias,
-                                  Address dhidden_bias, Address drescale) {
-    NadeArgs a = common(is_double, activation, x, weight, readout, hidden_bias, rescale, n, d, p, h, threads);
-    a.grad = ptr<>(grad), a.grad_x = ptr<>(dx), a.grad_weight = ptr<>(dweight), a.grad_readout = ptr<>(dreadout);
-    a.grad_bias = ptr<>(dbias), a.grad_hidden_bias = ptr<>(dhidden_bias), a.grad_rescale = ptr<>(drescale);
-    GENFAST_CALL(nade, a);
-  });
-}
-
-void bind_autoregressive_inverse(py::module_& m) {
-  m.def("autoregressive_inverse", [](bool is_double, Address code, Address packed, Address statics, Address z, Address x,
-                                     Address logdet, Address units, int64_t stride, int transform,
-                                     const std::vector<double>& options, int64_t n, int threads) {
-    DegreeOrderedArgs a{};
-    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
-    a.z = ptr<>(z), a.x = ptr<>(x), a.logdet = ptr<>(logdet), a.units = ptr<>(units), a.stride = stride;
-    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
-    GENFAST_CALL(autoregressive_inverse, a);
-  });
-  m.def("autoregressive_inverse_sweep", [](bool is_double, Address code, Address packed, Address statics, Address z,
-                                           Address units, Address deltas, int64_t stride, Address grad_x, Address grad_logdet, Address grad_z,
-                                           int transform, const std::vector<double>& options, int64_t n, int threads) {
-    DegreeOrderedArgs a{};
-    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
-    a.z = ptr<>(z), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
-    a.grad_x = ptr<>(grad_x), a.grad_logdet = ptr<>(grad_logdet), a.grad_z = ptr<>(grad_z);
-    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
-    GENFAST_CALL(autoregressive_inverse_sweep, a);
-  });
-  m.def("autoregressive_inverse_weights", [](bool is_double, Address code, Address units, Address deltas, int64_t stride,
-                                             Address grad_packed, int64_t n, int threads) {
-    DegreeOrderedArgs a{};
-    a.is_double = is_double, a.code = ptr<int64_t>(code), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
-    a.grad_packed = ptr<>(grad_packed), a.n = n, a.threads = threads;
-    GENFAST_CALL(autoregressive_inverse_weights, a);
-  });
-}
-
 void bind_spline(py::module_& m) {
   // A part is (data, grad, count, stride).
-  m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int kind, int bins, int tails,
+  m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int bins, int tails,
                      const std::vector<double>& o, Address x, Address grad_y, int64_t grad_y_step, Address grad_logdet,
                      int64_t grad_logdet_step, Address y, Address logdet, Address dx,
                      const std::vector<std::tuple<Address, Address, int64_t, int64_t>>& parts, int64_t n, int threads) {
     bool outside = false;
     SplineArgs a{};
     a.is_double = is_double, a.backward = backward, a.inverse = inverse, a.zuko = zuko;
-    a.kind = kind, a.bins = bins, a.tails = tails;
+    a.bins = bins, a.tails = tails;
     a.left = o[0], a.right = o[1], a.bottom = o[2], a.top = o[3];
     a.min_width = o[4], a.min_height = o[5], a.min_derivative = o[6];
     a.log_slope = std::log(o[7]), a.logit_scale = o[8];

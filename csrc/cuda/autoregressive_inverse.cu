@@ -8,19 +8,19 @@
 // A block of 512 threads takes 1 to 32 samples through all rounds, and as many blocks as multiprocessors share the batch.
 // The state ([unit][sample]) lies in shared memory, or in global memory where one sample's units take more than that. Warps
 // share the rows of an item; lanes share its terms (few samples) or take four samples each (many); sums are exchanged in
-// registers. What an item needs next that depends on no result (its weights, biases, contexts) is asked for one item ahead,
-// before the barrier, so that the second cache's latency overlaps the item before. Every sum has one order: two runs
-// give the same bits.
+// registers. An item's first weights are asked for one item ahead and what its sums are joined with before its terms, so that the
+// second cache's latency overlaps other work. Every sum has one order: two runs give the same bits.
 //
 // Fused: everything, the univariate inverse included; x is read back by no one.
 // FLOPs: 2 x (live weights) a sample, those of one pass. Bytes: a block reads each live weight once a group, from the second
 // cache; z, x and statics once a sample.
-// Bound, by design: the chain of items, L x (layers + 1), each a barrier, a product's shared-memory reads and shuffles, then the
-// univariate inverse. For D = 64 affine inputs, hidden 512-512 and batch 256 (groups of 2, 128 blocks): 256 items, 180,000 live
-// weights (0.72 MB a block, 92 MB over the device: 7 us of one multiprocessor's share of the second cache's rate), 92 MFLOP.
-// Predicted for an H200, not measured: 400 to 500 cycles an item, so 60 to 75 us where the D passes launch 64 x 3 products.
-// Compiled for sm_80, sm_90 and sm_100 and emulated on a CPU (tests/kernels/test_autoregressive_inverse_cuda.py); not yet run
-// on a GPU.
+// Bound, by design: the chain of items, about L x (layers + 1), each a barrier, a product's reads of shared memory and its
+// shuffles, or the univariate inverse. For D = 64 affine inputs, hidden 512-512 and batch 256 (groups of 2, 128 blocks): 254
+// items, 182,088 live weights (0.73 MB a block: 6 us of one multiprocessor's share of the second cache's rate), 93 MFLOP, state
+// 9.9 KB a block. Predicted for an H200, not measured: 400 to 500 cycles an item, so 60 to 75 us in place of the launches of 64
+// passes.
+// Compiled for sm_80, sm_90 and sm_100 (at most 128 registers, 171 without shared memory, no spills) and emulated on a CPU
+// (tests/kernels/test_autoregressive_inverse_cuda.py); not yet run on a GPU.
 #include <cuda_runtime.h>
 
 #include "autoregressive_inverse.cuh"

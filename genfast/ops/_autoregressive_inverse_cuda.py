@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from ..reference.autoregressive_inverse import PRODUCT, autoregressive_univariate
+from .._registry import OPS
+from ..reference.autoregressive_inverse import PRODUCT, TAILS, autoregressive_univariate
 from ._level_items import Layer, LevelItems, level_items
 
 _CUDA: Any = _backend.extension("_cuda")[0]
@@ -17,12 +18,21 @@ _CUDA: Any = _backend.extension("_cuda")[0]
 # Transform of the engine.
 _TRANSFORMS = {
     "affine:exp": 0, "affine:softclamp": 1, "affine:sigmoid2": 2, "affine:softplus": 3, "affine:additive": 4, "bernoulli": 5,
+    "spline": 6,
 }  # fmt: skip
 _MOST = 2**31  # weights: the engine counts them in 32 bits
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def _engine_options(transform: str, options: Sequence[float]) -> tuple[int, int, int, bool, bool, list[float]]:
+    """Which transform, bins, tails, whether the spline is inverted, and zuko's; then the other numbers."""
+    if transform != "spline":
+        return _TRANSFORMS[transform], 0, 0, False, False, list(options)
+    flip, bins, tails, zuko, *rest = options
+    return _TRANSFORMS[transform], int(bins), int(tails), not flip, bool(zuko), rest
 
 
 def _scratch(z: Tensor, rows: int) -> Tensor | None:
@@ -46,8 +56,8 @@ def forward(
             _CUDA.degree_ordered(
                 torch.cuda.current_stream().cuda_stream, plan.items.data_ptr(), plan.tables.data_ptr(), plan.order.data_ptr(),
                 packed.data_ptr(), _address(statics), z.data_ptr(), x.data_ptr(), logdet.data_ptr(), _address(scratch), len(z),
-                plan.rows, plan.statics, len(plan.items), plan.inputs, plan.width, plan.given, _TRANSFORMS[transform], 0, 0,
-                False, False, list(options),
+                plan.rows, plan.statics, len(plan.items), plan.inputs, plan.width, plan.given,
+                *_engine_options(transform, options),
             )  # fmt: skip
     return x, logdet
 
@@ -131,14 +141,20 @@ def _univariate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the sorted inputs: dx/dz, dx/dparams, and what grad_logdet adds to the cotangents of z and of the parameters."""
     flat = values[:, plan.parameters : plan.parameters + plan.inputs * plan.width]
-    params = flat.reshape(len(z), plan.inputs, plan.width).requires_grad_()
-    z = z.index_select(1, plan.sorted).requires_grad_()
+    params = flat.reshape(len(z), plan.inputs, plan.width)
+    z = z.index_select(1, plan.sorted)
+    wanted = grad_logdet[:, None].expand_as(z)
+    if transform == "spline":
+        flip, bins, tails, zuko, *rest = options
+        backward = OPS["rational_quadratic_spline_packed_backward"].preferred[z.device.type][0]
+        args = (z, params, int(bins), TAILS[int(tails)], "zuko" if zuko else "nflows", not flip, rest)
+        return (*backward(torch.ones_like(z), None, *args), *backward(None, wanted.contiguous(), *args))
+    z, params = z.requires_grad_(), params.requires_grad_()
     with torch.enable_grad():
         x, logdet = autoregressive_univariate(z, params, transform, options)
         found = torch.autograd.grad(x.sum(), (z, params), retain_graph=True)
         constants: Sequence[Tensor | None] = (None, None)
         if logdet.requires_grad:
-            wanted = grad_logdet[:, None].expand_as(logdet)
             constants = torch.autograd.grad(logdet, (z, params), wanted, allow_unused=True)
     z_constant, constant = (torch.zeros_like(t) if c is None else c for c, t in zip(constants, (z, params)))
     return found[0], found[1].contiguous(), z_constant, constant.contiguous()

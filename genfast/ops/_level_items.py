@@ -7,6 +7,7 @@ over links, by which a pointwise unit or a residual reads one.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -49,9 +50,14 @@ class Layer:
     base: int = field(default=-1, init=False)  # where the transposed weights begin
     stride: int = field(default=0, init=False)  # of those, (source_units, stride)
 
+    def of(self, level: int) -> list[tuple[int, int, int]]:
+        """The groups of this level."""
+        return self.groups[bisect_left(self.groups, (level, 0, 0)) : bisect_left(self.groups, (level + 1, 0, 0))]
+
     def start(self, level: int) -> int:
         """The first row of at least this level."""
-        return min((row for at, row, _ in self.groups if at >= level), default=self.units)
+        at = bisect_left(self.groups, (level, 0, 0))
+        return self.groups[at][1] if at < len(self.groups) else self.units
 
     @property
     def function(self) -> Callable[[Tensor], Tensor]:
@@ -201,10 +207,9 @@ class LevelItems:
             sloped = last.kind == PRODUCT and last.activation != _NONE
             found.append(_item(_PARAMS, first=begin, rows=end - begin, out=out, gate=0 if sloped else -1, level=level))
             for layer in reversed(self.layers[:-1]):
-                for at, row, rows in layer.groups:
-                    if at == level:
-                        has_slope = layer.kind == PRODUCT and layer.activation != _NONE
-                        gather(layer.first, row, rows, level, False, has_slope)
+                for _, row, rows in layer.of(level):
+                    has_slope = layer.kind == PRODUCT and layer.activation != _NONE
+                    gather(layer.first, row, rows, level, False, has_slope)
         return self._put(found).view(-1, 16), self._put(tables or [-1])
 
 

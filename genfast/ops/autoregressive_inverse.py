@@ -124,15 +124,14 @@ def _cpu_backward(
     code: Tensor, transform: str, options: Sequence[float], weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, double = len(z), z.dtype is torch.float64
-    packed, statics, x, grad_x, grad_logdet = (_like(t, z) for t in (packed, statics, x, grad_x, grad_logdet))
-    assert packed is not None
-    assert x is not None
+    statics, grad_x, grad_logdet = (_like(t, z) for t in (statics, grad_x, grad_logdet))
+    packed, x = packed.to(z.dtype).contiguous(), x.to(z.dtype).contiguous()
     z, code = z.contiguous(), code.contiguous()
     dz = torch.empty_like(z)
-    dpacked = packed.new_zeros(packed.shape if weights else 0)
-    dstatics = z.new_zeros(0 if statics is None else statics.shape)
+    dpacked = packed.new_empty(packed.shape if weights else 0)
+    dstatics = z.new_empty(0 if statics is None else statics.shape)
     if not n:
-        return dz, dpacked, dstatics
+        return dz, dpacked.zero_(), dstatics
     stride = _stride(n)
     units, deltas = (_pool.empty_strided((_header(code)[5], stride), (stride, 1), z.dtype) for _ in range(2))
     threads, kind = torch.get_num_threads(), TRANSFORMS.index(transform)

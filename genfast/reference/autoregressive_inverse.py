@@ -127,7 +127,8 @@ def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options
 
 def program_activation(number: int, x: Tensor) -> Tensor:
     """The activation that stands in a program as ``number``."""
-    return _FUNCTIONS[ACTIVATIONS[number]](x)
+    y: Tensor = _FUNCTIONS[ACTIVATIONS[number]](x)
+    return y
 
 
 def _steps(numbers: list[int], packed: Tensor) -> list[Step]:
@@ -136,9 +137,11 @@ def _steps(numbers: list[int], packed: Tensor) -> list[Step]:
     steps = []
     for i in range(count):
         fields = numbers[at + 11 * i : at + 11 * i + 11]
-        units = fields[5]
-        tables = [numbers[f : f + units] if f >= 0 else [] for f in fields[9:]]
-        steps.append(Step(*fields[:9], sources=tables[0], residual=tables[1]))
+        sources, residual = (numbers[f : f + fields[5]] if f >= 0 else [] for f in fields[9:])
+        kind, activation, source, source_units, first, units, bias, context, gate = fields[:9]
+        steps.append(
+            Step(kind, activation, source, source_units, first, units, bias, context, gate, sources, residual)
+        )  # fmt: skip
     at += 11 * count
     rows: list[list[Tensor]] = [[] for _ in steps]
     for i in range(groups):

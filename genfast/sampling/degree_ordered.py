@@ -113,6 +113,16 @@ class _Structure:
     signature: list[tuple[object, ...]]
     masks: list[tuple[Tensor | None, int, Tensor | None]]  # as given, its version, as it was read
     given: tuple[int, ...] | None
+    devices: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The four indices there: moved once, unless a tracer would keep tensors of its own."""
+        if device in self.devices:
+            return self.devices[device]
+        moved = tuple(i.to(device) for i in (self.index, self.inverse, self.static_index, self.static_inverse))
+        if not torch.compiler.is_compiling() and all(type(i) is Tensor for i in moved):
+            self.devices[device] = moved
+        return moved
 
 
 class DegreeProgram:
@@ -218,7 +228,7 @@ class DegreeProgram:
     def _pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         s = self._structure
         flat = torch.cat([t.to(dtype).flatten() for t in tensors])
-        packed: Tensor = gather_once(flat, *(i.to(flat.device) for i in (s.index, s.inverse)))
+        packed: Tensor = gather_once(flat, *s.on(flat.device)[:2])
         return packed
 
     def statics(self, dtype: torch.dtype) -> Tensor | None:
@@ -228,7 +238,7 @@ class DegreeProgram:
             return None
         s = self._structure
         flat = torch.cat(given, 1)
-        found: Tensor = gather_once(flat, *(i.to(flat.device) for i in (s.static_index, s.static_inverse)))
+        found: Tensor = gather_once(flat, *s.on(flat.device)[2:])
         return found
 
     def __str__(self) -> str:
@@ -527,6 +537,7 @@ def _kept_mask(mask: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
 def _gather(index: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
     """Places, each used once, and the places' inverse."""
     places = torch.cat(index) if index else torch.empty(0, dtype=torch.int64)
-    inverse = torch.zeros(size + 1, dtype=torch.int64)
-    inverse[places] = torch.arange(1, len(places) + 1)
-    return places, inverse[1:]
+    kind = torch.int32 if max(size, len(places)) < 2**31 - 1 else torch.int64
+    inverse = torch.zeros(size + 1, dtype=kind)
+    inverse[places] = torch.arange(1, len(places) + 1, dtype=kind)
+    return places.to(kind), inverse[1:]
