@@ -576,7 +576,8 @@ GENFAST_INLINE void push_any(int64_t rows, const T* w, int64_t stride, const T* 
 }
 
 template <class T, int V>
-void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<T>& u, int64_t first, int64_t live, T* scratch) {
+void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<T>& u, int64_t first, int64_t live,
+                 T* scratch) {
   constexpr int n = lanes<T>(), wide = V * n;
   T *g = scratch, *statics = g + p.units * wide, *rows = statics + p.statics * wide, *z = rows + p.inputs * wide;
   const T *packed = static_cast<const T*>(a.packed), *units = static_cast<const T*>(a.units) + first;
