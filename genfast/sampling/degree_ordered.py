@@ -365,11 +365,13 @@ def _input_levels(depends: Tensor, given: tuple[int, ...] | None) -> Tensor:
             )
         return levels
     levels = torch.full((inputs,), -1, dtype=torch.int64)
+    needed_by, waiting = depends.t().contiguous(), depends.sum(1)  # how many inputs each still waits for
     for level in range(inputs):
-        free = (levels < 0) & ~(depends & (levels < 0)).any(1)
-        if not bool(free.any()):
+        free = ((levels < 0) & (waiting == 0)).nonzero().flatten()
+        if not len(free):
             break
         levels[free] = level
+        waiting -= needed_by[free].sum(0)
     if bool((levels < 0).any()):
         cycle = (levels < 0).nonzero().flatten().tolist()
         raise LoweringError(f"DegreeProgram: inputs {cycle[:8]} depend on one another in a circle, so none can be solved first")
