@@ -648,14 +648,14 @@ void bind_pairwise(py::module_& m) {
 
 void bind_spline(py::module_& m) {
   // A part is (data, grad, count, stride).
-  m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int kind, int bins, int tails,
+  m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int bins, int tails,
                      const std::vector<double>& o, Address x, Address grad_y, int64_t grad_y_step, Address grad_logdet,
                      int64_t grad_logdet_step, Address y, Address logdet, Address dx,
                      const std::vector<std::tuple<Address, Address, int64_t, int64_t>>& parts, int64_t n, int threads) {
     bool outside = false;
     SplineArgs a{};
     a.is_double = is_double, a.backward = backward, a.inverse = inverse, a.zuko = zuko;
-    a.kind = kind, a.bins = bins, a.tails = tails;
+    a.bins = bins, a.tails = tails;
     a.left = o[0], a.right = o[1], a.bottom = o[2], a.top = o[3];
     a.min_width = o[4], a.min_height = o[5], a.min_derivative = o[6];
     a.log_slope = std::log(o[7]), a.logit_scale = o[8];

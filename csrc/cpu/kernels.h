@@ -350,8 +350,7 @@ struct SplineArgs {
     int64_t count, stride;
   };
   bool is_double, backward, inverse, zuko;
-  int kind;  // 0 rational quadratic, 1 quadratic, 2 linear
-  int bins, tails;
+  int bins, tails;  // see spline.h
   double left, right, bottom, top, min_width, min_height, min_derivative, log_slope, logit_scale;
   const void *x, *grad_y, *grad_logdet;  // dense; a cotangent may be null, or one number for all (its step 0)
   int64_t grad_y_step, grad_logdet_step;

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -406,6 +409,29 @@ def test_large_outputs_hold_what_small_ones_do(packed):
         part = slice(begin, begin + 1000)
         some = both(x.detach()[part].requires_grad_(), params.detach()[part].requires_grad_())
         assert all(torch.equal(w[part], s) for w, s in zip(whole, some))
+
+
+@pytest.mark.parametrize("level", ["base", "v3"])
+def test_lower_instruction_sets(level):
+    program = f"""
+import torch
+from genfast import _cpu
+from tests.ops import test_spline as tests
+if not _cpu.isa().startswith({"baseline" if level == "base" else "x86-64-v3"!r}):
+    raise SystemExit(5)
+torch.manual_seed(0)
+for convention, tails in tests.CONVENTIONS:
+    for inverse in (False, True):
+        for bins, n in ((3, 7), (5, 17), (8, 33), (64, 9)):
+            for packed in (False, True):
+                tests.test_every_element_is_written(bins, n, convention, tails, inverse, packed)
+            tests.test_values_and_gradients_at_knots(convention, tails, inverse)
+"""
+    environment = os.environ | {"GENFAST_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode == 5:
+        pytest.skip(f"this processor does not run {level}")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_one_output_alone_has_gradients():
