@@ -305,7 +305,7 @@ _OP_BACKWARD = Op(
     "str tails, str convention, bool inverse, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_backward")},
     dtypes=_DTYPES,
 )
 
@@ -314,7 +314,7 @@ _OP_PACKED_BACKWARD = Op(
     "str convention, bool inverse, float[] options) -> (Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_packed_backward,
     fake=_fake_packed_backward,
-    kernels={"cpu": _cpu_packed_backward},
+    kernels={"cpu": _cpu_packed_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_packed_backward")},
     dtypes=_DTYPES,
 )
 
@@ -324,7 +324,7 @@ OP = Op(
     reference=reference.rational_quadratic_spline,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel("spline", _NAME, _check_forward)},
     dtypes=_DTYPES,
     setup_context=_setup_context,
     backward=_backward,
@@ -337,7 +337,7 @@ OP_PACKED = Op(
     reference=reference.rational_quadratic_spline_packed,
     check=_check_packed,
     fake=_fake,
-    kernels={"cpu": _cpu_packed},
+    kernels={"cpu": _cpu_packed, "triton": _backend.triton_kernel("spline", f"{_NAME}_packed", _check_packed)},
     dtypes=_DTYPES,
     setup_context=_setup_context,
     backward=_packed_backward,
