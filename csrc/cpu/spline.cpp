@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kSerial = 1024;        // elements below which threads do not pay
 constexpr int64_t kStreamBytes = 8 << 20;  // outputs from here on go past the caches
-constexpr int kMostParams = 3 * kSplineBins + 1;
 
 // Columns [0, 8) of lanes<T>() rows, one a lane, and back.
 #if GENFAST_VECTOR_BYTES == 64
@@ -144,12 +143,14 @@ GENFAST_INLINE Vec<T> cotangent(const void* data, int64_t step, int64_t i, int64
   return live < lanes<T>() ? load_part(p + i, int(live)) : load(p + i);
 }
 
-template <class T, int N, bool Backward>
+// Bins: the number of bins, or where it is negative at most that many, or where it is zero any number.
+template <class T, int Bins, bool Backward>
 void run(const SplineArgs& a, int64_t begin, int64_t end, bool past, bool& outside) {
   constexpr int n = lanes<T>();
-  const SplineOptions<T> o{N ? N : a.bins, a.tails, a.zuko, T(a.left), T(a.right), T(a.bottom), T(a.top), T(a.min_width),
+  constexpr int N = Bins > 0 ? Bins : Bins ? -Bins : kSplineBins;
+  const SplineOptions<T> o{Bins > 0 ? Bins : a.bins, a.tails, a.zuko, T(a.left), T(a.right), T(a.bottom), T(a.top), T(a.min_width),
                            T(a.min_height), T(a.min_derivative), T(a.log_slope), T(a.logit_scale)};
-  constexpr int room = N ? 3 * N + 1 : kMostParams;
+  constexpr int room = 3 * N + 1;
   Vec<T> params[room + 8], grads[Backward ? room + 8 : 1];
   alignas(64) T rows[n * (room + 8) + 16];  // the last rows, so that no load passes a tensor's end; and the gradients' rows
   const T* xs = static_cast<const T*>(a.x);
@@ -171,7 +172,7 @@ void run(const SplineArgs& a, int64_t begin, int64_t end, bool past, bool& outsi
     const Vec<T> x = live < n ? load_part(xs + i, int(live)) : load(xs + i);
     if (!Backward) {
       Vec<T> y, logdet;
-      spline_of<T, N ? N : kSplineBins>(o, o.bins, params, x, a.inverse, y, logdet);
+      spline_of<T, N>(o, o.bins, params, x, a.inverse, y, logdet);
       if (a.tails == 1) {
         const T low = a.inverse ? o.bottom : o.left, high = a.inverse ? o.top : o.right;
         const uint64_t lanes_in = live < n ? (uint64_t(1) << live) - 1 : ~uint64_t(0);
@@ -183,7 +184,7 @@ void run(const SplineArgs& a, int64_t begin, int64_t end, bool past, bool& outsi
       continue;
     }
     Vec<T> dx;
-    spline_backward_of<T, N ? N : kSplineBins>(o, o.bins, params, x, a.inverse, cotangent<T>(a.grad_y, a.grad_y_step, i, live),
+    spline_backward_of<T, N>(o, o.bins, params, x, a.inverse, cotangent<T>(a.grad_y, a.grad_y_step, i, live),
                                                cotangent<T>(a.grad_logdet, a.grad_logdet_step, i, live), dx, grads);
     put(static_cast<T*>(a.dx) + i, dx, live, past);
     const Vec<T>* found = grads;
@@ -207,7 +208,7 @@ void each(const SplineArgs& a) {
     dense = dense && (!Backward || aligned(static_cast<const T*>(a.parts[p].grad)));
   }
   const bool past = dense && a.n * width * int64_t(sizeof(T)) >= kStreamBytes;
-  const auto work = a.bins == 8 ? run<T, 8, Backward> : run<T, 0, Backward>;
+  const auto work = a.bins == 8 ? run<T, 8, Backward> : a.bins <= 16 ? run<T, -16, Backward> : run<T, 0, Backward>;
   const int threads = a.n < kSerial ? 1 : a.threads;
   bool outside = false;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(|| : outside)

@@ -76,6 +76,21 @@ GENFAST_INLINE Vec<T> reciprocal(Vec<T> d) {
 
 constexpr double kLog2E = 1.44269504088896340736;
 
+// A running sum; of many bins compensated (Kahan), since a narrow bin magnifies the rounding of its start.
+template <class T, bool Careful>
+struct RunningSum {
+  Vec<T> value = Vec<T>{}, excess = Vec<T>{};
+  GENFAST_INLINE_MEMBER void add(Vec<T> v) {
+    if (!Careful) {
+      value += v;
+      return;
+    }
+    const Vec<T> less = v - excess, next = value + less;
+    excess = (next - value) - less;
+    value = next;
+  }
+};
+
 // One axis: the exponentials of its logits and what makes sizes of them.
 template <class T, int N>
 struct SplineAxis {
@@ -111,16 +126,17 @@ GENFAST_INLINE void spline_axis(const SplineOptions<T>& o, int bins, const Vec<T
     }
     z = a.e;
   }
-  Vec<T> largest = z[0], sum = Vec<T>{};
+  Vec<T> largest = z[0];
+  RunningSum<T, (N > 8)> sum;
 #pragma GCC unroll 16
   for (int j = 1; j < bins; ++j) largest = z[j] > largest ? z[j] : largest;
   const Vec<T> shift = largest * rate;
 #pragma GCC unroll 8
   for (int j = 0; j < bins; ++j) {
     a.e[j] = exp2_below<T>(z[j] * rate - shift);
-    sum += a.e[j];
+    sum.add(a.e[j]);
   }
-  a.sum = sum;
+  a.sum = sum.value;
   a.least = (high - low) * minimum, a.low = low;
   a.factor = (high - low) * (1 - T(bins) * minimum) / a.sum;
 }
@@ -151,15 +167,16 @@ GENFAST_INLINE void spline_solve(const SplineOptions<T>& o, int bins, const Vec<
   const SplineAxis<T, N>&a = inverse ? ay : ax, &b = inverse ? ax : ay;
   const Vec<T>* d = params + 2 * bins;
   const int shift = o.tails == 0 ? 1 : 0;  // the logit of knot j is d[j - shift]
-  Vec<T> running = Vec<T>{}, k = Vec<T>{}, before_a = Vec<T>{}, before_b = Vec<T>{}, a_e = a.e[0], b_e = b.e[0];
+  RunningSum<T, (N > 8)> running;
+  Vec<T> k = Vec<T>{}, before_a = Vec<T>{}, before_b = Vec<T>{}, a_e = a.e[0], b_e = b.e[0];
   Vec<T> u0 = d[0], u1 = d[1 - shift];
 #pragma GCC unroll 8
   for (int j = 1; j < bins; ++j) {
-    running += a.e[j - 1];
-    const Vec<T> start = a.factor * running + (a.least * T(j) + a.low);
+    running.add(a.e[j - 1]);
+    const Vec<T> start = a.factor * running.value + (a.least * T(j) + a.low);
     const Mask<T> passed = o.zuko ? x > start : x >= start;
     k = passed ? splat(T(j)) : k;
-    before_a = passed ? running : before_a;
+    before_a = passed ? running.value : before_a;
     before_b = passed ? before_b + b.e[j - 1] : before_b;
     a_e = passed ? a.e[j] : a_e;
     b_e = passed ? b.e[j] : b_e;

@@ -18,7 +18,6 @@ _CPU: Any = _backend.extension("_cpu")[0]
 _HALF = (torch.bfloat16, torch.float16)
 # Half types are converted: the softmax runs in float32.
 _DTYPES = {**_backend.DTYPES, "cpu": (*_backend.DTYPES["cpu"], *_HALF)}
-_KINDS = {"rational": 0, "quadratic": 1, "linear": 2}
 _TAILS = {"linear": 0, "none": 1, "circular": 2}
 TAILS = ("linear", "circular", "none")
 CONVENTIONS = ("nflows", "zuko")
@@ -137,7 +136,7 @@ def _rows(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 
 def _run(
-    kind: str, x: Tensor, params: Sequence[Tensor], bins: int, tails: str, convention: str, inverse: bool,
+    x: Tensor, params: Sequence[Tensor], bins: int, tails: str, convention: str, inverse: bool,
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = x.dtype
@@ -145,21 +144,21 @@ def _run(
     rows = [_rows(p, wide.dtype) for p in params]
     y, logdet = _pool.empty_like(wide), _pool.empty_like(wide)
     outside = wide.numel() and _CPU.spline(
-        wide.dtype is torch.float64, False, inverse, convention == "zuko", _KINDS[kind], bins, _TAILS[tails], options,
+        wide.dtype is torch.float64, False, inverse, convention == "zuko", bins, _TAILS[tails], options,
         wide.data_ptr(), 0, 0, 0, 0, y.data_ptr(), logdet.data_ptr(), 0,
         [(p.data_ptr(), 0, p.shape[-1], step) for p, step in rows], wide.numel(), torch.get_num_threads(),
     )  # fmt: skip
     if outside:
         low, high = options[2:4] if inverse else options[:2]
         raise ValueError(
-            f"{_NAME if kind == 'rational' else kind + '_spline'}: x has elements outside [{low}, {high}], where a spline with "
+            f"{_NAME}: x has elements outside [{low}, {high}], where a spline with "
             "tails=None is not defined; clamp x, or give tails"
         )
     return y.to(dtype), logdet
 
 
 def _run_backward(
-    kind: str, grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Sequence[Tensor], bins: int, tails: str,
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Sequence[Tensor], bins: int, tails: str,
     convention: str, inverse: bool, options: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     dtype = x.dtype
@@ -171,7 +170,7 @@ def _run_backward(
     gl, gl_step = _cotangent(grad_logdet, wide)
     if wide.numel():
         _CPU.spline(
-            wide.dtype is torch.float64, True, inverse, convention == "zuko", _KINDS[kind], bins, _TAILS[tails], options,
+            wide.dtype is torch.float64, True, inverse, convention == "zuko", bins, _TAILS[tails], options,
             wide.data_ptr(), 0 if gy is None else gy.data_ptr(), gy_step, 0 if gl is None else gl.data_ptr(), gl_step, 0, 0,
             dx.data_ptr(), [(p.data_ptr(), g.data_ptr(), p.shape[-1], step) for (p, step), g in zip(rows, grads)],
             wide.numel(), torch.get_num_threads(),
@@ -201,14 +200,14 @@ def _cpu(
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_forward(x, widths, heights, derivatives, tails, convention, inverse, options)
-    return _run("rational", x, (widths, heights, derivatives), widths.shape[-1], tails, convention, inverse, options)
+    return _run(x, (widths, heights, derivatives), widths.shape[-1], tails, convention, inverse, options)
 
 
 def _cpu_packed(
     x: Tensor, params: Tensor, bins: int, tails: str, convention: str, inverse: bool, options: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     _check_packed(x, params, bins, tails, convention, inverse, options)
-    return _run("rational", x, (params,), bins, tails, convention, inverse, options)
+    return _run(x, (params,), bins, tails, convention, inverse, options)
 
 
 def _cpu_backward(
@@ -221,13 +220,13 @@ def _cpu_backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     params = (widths, heights, derivatives)
-    return tuple(_run_backward("rational", grad_y, grad_logdet, x, params, widths.shape[-1], *options))
+    return tuple(_run_backward(grad_y, grad_logdet, x, params, widths.shape[-1], *options))
 
 
 def _cpu_packed_backward(
     grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, bins: int, *options: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(_run_backward("rational", grad_y, grad_logdet, x, (params,), bins, *options))
+    return tuple(_run_backward(grad_y, grad_logdet, x, (params,), bins, *options))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
