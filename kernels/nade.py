@@ -299,51 +299,52 @@ def nade_backward(
     )  # fmt: skip
 
 
+def _add(
+    found: list[Aot], kind: str, label: str, kernel: Any, ones: tuple[str, ...] | None, launch: dict[str, int],
+    constants: dict[str, Any],
+) -> None:  # fmt: skip
+    types = dict.fromkeys(("x", "uniforms", "weight", "readout", "bias", "hidden", "rescale", "grad", "out"), f"*{kind}")
+    types |= {"known": "*u8"} | dict.fromkeys(("scratch", "dx", "dw", "dv", "dc", "drho"), "*fp32")
+    own = {name: types[name] for name in kernel.arg_names if name in types}
+    sizes = "64-bit sizes" if ones is None else "P = 1" if ones else "P"
+    found.append(variant(f"{label}, {sizes} {kind}", kernel, own, constants, ones, **launch))
+
+
+def _add_scan(
+    found: list[Aot], kind: str, hidden: int, act: int, ones: tuple[str, ...] | None, number: int = 0, given: bool = False,
+    size: int = 1,
+) -> None:  # fmt: skip
+    wide, samples, launch = _launch(hidden, size)
+    constants = {
+        "ACT": act, "RESCALED": act == 1, "KIND": number, "GIVEN": given, "WIDE": wide, "SAMPLES": samples, "SIZE": size,
+    }  # fmt: skip
+    label = f"{hidden} units, act {act}, kind {number}{', some known' if given else ''}"
+    _add(found, kind, label, _scan, ones, launch, constants)
+
+
+def _add_backward(found: list[Aot], kind: str, act: int, to_x: bool, own: bool, ones: tuple[str, ...] | None) -> None:
+    constants = {
+        "ACT": act, "RESCALED": act == 1, "TO_X": to_x, "OWN": own, "ROWS": ROWS, "COLUMNS": COLUMNS, "STEPS": STEPS,
+    }  # fmt: skip
+    _add(found, kind, f"act {act}", _backward, ones, {"num_warps": 2, "maxnreg": REGISTERS}, constants)
+
+
 def _variants() -> list[Aot]:
-    found = []
-    sources = ("x", "uniforms", "weight", "readout", "bias", "hidden", "rescale", "grad")
+    found: list[Aot] = []
     for kind in ("fp32", "bf16", "fp16"):
-        types = dict.fromkeys((*sources, "out"), f"*{kind}")
-        types |= {"known": "*u8"} | dict.fromkeys(("scratch", "dx", "dw", "dv", "dc", "drho"), "*fp32")
-
-        def add(
-            label: str, kernel: Any, ones: tuple[str, ...] | None, warps: int, types: dict[str, str] = types, **c: Any
-        ) -> None:
-            own = {name: types[name] for name in kernel.arg_names if name in types}
-            sizes = "64-bit sizes" if ones is None else "P = 1" if ones else "P"
-            found.append(variant(f"{label}, {sizes} {kind}", kernel, own, c, ones, num_warps=warps))
-
-        def scan(
-            hidden: int, act: int, ones: tuple[str, ...] | None, number: int = 0, given: bool = False, size: int = 1
-        ) -> None:
-            wide, samples, warps = _launch(hidden, size)
-            add(
-                f"{hidden} units, act {act}, kind {number}{', some known' if given else ''}", _scan, ones, warps, ACT=act,
-                RESCALED=act == 1, KIND=number, GIVEN=given, WIDE=wide, SAMPLES=samples, SIZE=size,
-            )  # fmt: skip
-
-        def backward(act: int, to_x: bool, own: bool, ones: tuple[str, ...] | None) -> None:
-            add(
-                f"act {act}", _backward, ones, 2, ACT=act, RESCALED=act == 1, TO_X=to_x, OWN=own, ROWS=ROWS, COLUMNS=COLUMNS,
-                STEPS=STEPS,
-            )  # fmt: skip
-
-        scan(500, 0, ())
-        scan(500, 1, (), 3, True, 32)
-        backward(1, True, False, ())
-        if kind != "fp32":
-            continue
-        for hidden, ones in ((128, ("P",)), (500, ("P",)), (500, None), (UNITS, ()), (UNITS, None)):
-            scan(hidden, 0, ones)
-        scan(500, 1, ())
-        scan(500, 2, ())
-        for given in (False, True):
-            scan(500, 0, ("P",), 1, given)
-        scan(500, 0, (), 2, True, 16)
-        scan(UNITS, 0, (), 2, True, 256)
-        backward(0, False, False, ("P",))
-        backward(2, True, True, ())
-        backward(1, True, True, None)
+        _add_scan(found, kind, 500, 0, ())
+        _add_scan(found, kind, 500, 1, (), 3, True, 32)
+        _add_backward(found, kind, 1, True, False, ())
+    for hidden, ones in ((128, ("P",)), (500, ("P",)), (500, None), (UNITS, ()), (UNITS, None)):
+        _add_scan(found, "fp32", hidden, 0, ones)
+    for act in (1, 2):
+        _add_scan(found, "fp32", 500, act, ())
+    for given in (False, True):
+        _add_scan(found, "fp32", 500, 0, ("P",), 1, given)
+    for hidden, size in ((500, 16), (UNITS, 256)):
+        _add_scan(found, "fp32", hidden, 0, (), 2, True, size)
+    for act, to_x, own, sizes in ((0, False, False, ("P",)), (2, True, True, ()), (1, True, True, None)):
+        _add_backward(found, "fp32", act, to_x, own, sizes)
     return found
 
 
