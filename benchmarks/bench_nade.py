@@ -78,16 +78,16 @@ def _sampling(n: int, d: int, h: int, quick: bool) -> Case:
     def incremental(uniforms: Tensor, weights: list[Tensor]) -> Tensor:
         return genfast.reference.nade_sample(uniforms, *weights, None, None, None, "sigmoid", "bernoulli")
 
+    providers: dict[str, Callable[[], Work]] = {"reference": lambda: work(incremental)}
+    if quick:  # beyond that it takes minutes
+        providers["peer"] = lambda: work(naive)
+    providers["genfast"] = lambda: work(lambda u, weights: genfast.ops.nade_sample(u, *weights))
     return Case(
         f"nade_sample {(n, d, h)}",
-        {
-            "reference": lambda: work(incremental),
-            "peer": lambda: work(naive),
-            "genfast": lambda: work(lambda u, weights: genfast.ops.nade_sample(u, *weights)),
-        },
+        providers,
         flops=n * d * h * (2 + 2 + 20),
         quick=quick,
-        once=("peer",),
+        once=("peer",) if quick else (),
         notes={
             "reference": "a Python loop that keeps the state",
             "peer": "D passes over the whole vector, as pytorch-generative samples",
