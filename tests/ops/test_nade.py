@@ -130,6 +130,19 @@ def test_neither_threads_nor_a_second_run_change_the_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+def test_an_empty_batch_has_gradients_of_zero():
+    args = [a.requires_grad_() for a in weights(37, 33)]
+    x = torch.empty(0, 37, requires_grad=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is full of NaN
+    try:
+        found = torch.autograd.grad(ops.nade(x, *args).sum(), [x, *args])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(g.shape == a.shape and not g.count_nonzero() for g, a in zip(found, [x, *args]))
+    assert ops.nade_sample(torch.empty(0, 37, 1), *args).shape == (0, 37)
+
+
 def test_a_batch_gives_what_its_samples_give_alone():
     x, args = torch.randn(33, 12), weights(12, 40, 2)
     whole = ops.nade(x, *args)
