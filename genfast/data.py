@@ -140,8 +140,8 @@ def table(name: str, *, seed: int = 0) -> Table:
         values = (values + noise) / 17
     train, test, *labels = _split(values, torch.from_numpy(np.asarray(found.target)), seed)
     mean, std = train.mean(0), train.std(0, correction=0)
-    parts = (((part - mean) / std).float() for part in (train, test))
-    return Table(name, *parts, mean.float(), std.float(), *labels)
+    train, test = (((part - mean) / std).float() for part in (train, test))
+    return Table(name, train, test, mean.float(), std.float(), *labels)
 
 
 def binarized(data: Dataset) -> Dataset:

@@ -29,6 +29,7 @@ UNITS = 4096  # hidden units whose states a program has registers for; genfast.o
 ELEMENTS = 8192  # of a program's state, forward
 ROWS, COLUMNS = 16, 32  # samples and hidden units of a tile of the backward
 STEPS = 32  # from one checkpoint to the next
+REGISTERS = 232  # of a thread of a sampler that draws among levels, and of the backward: more than the assembler grants
 GROUPS = 16  # of samples, whose partial sums of the weights' gradients are kept
 ACTIVATIONS = {"sigmoid": 0, "relu": 1, "tanh": 2}
 KINDS = {"bernoulli": 1, "categorical": 2, "gaussian_mixture": 3}
@@ -80,10 +81,14 @@ def _choose(logits, cols, K, u):
     """The smallest of the first K columns whose cumulative probability exceeds u."""
     live = cols[None, :] < K
     top = tl.max(tl.where(live, logits, float("-inf")), axis=1)
-    sums = tl.cumsum(tl.where(live, exp(logits - top[:, None]), 0.0), axis=1)
-    total = tl.max(sums, axis=1)
-    below = tl.where(live & (sums <= (u * total)[:, None]), 1, 0)
-    return tl.minimum(tl.sum(below, axis=1), K - 1)
+    weights = tl.where(live, exp(logits - top[:, None]), 0.0)
+    threshold = u * tl.sum(weights, axis=1)
+    reached = u * 0.0
+    level = u * 0.0
+    for k in range(K - 1):  # a scan along the axis would need memory of its own
+        reached += tl.sum(tl.where(cols[None, :] == k, weights, 0.0), axis=1)
+        level += tl.where(reached <= threshold, 1.0, 0.0)
+    return level.to(tl.int32)
 
 
 @triton.jit
@@ -162,7 +167,7 @@ def _backward(
     ACT: tl.constexpr, RESCALED: tl.constexpr, TO_X: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS hidden units of the samples of one group; dw, dv and dc are (groups, ...), zero before; dx and drho (blocks, ...)."""
+    """COLUMNS hidden units of the samples of one group; dw, dv and dc are (groups, ...), dx and drho (blocks, ...)."""
     block, group = (tl.program_id(0) // groups).to(tl.int64), (tl.program_id(0) % groups).to(tl.int64)
     k = block * COLUMNS + tl.arange(0, COLUMNS)
     units = k < H
@@ -218,11 +223,12 @@ def _backward(
             tl.store(own, tl.load(own, mask=units, other=0) + tl.sum(e, axis=0), mask=units)
 
 
-def _launch(hidden: int) -> tuple[int, int, int]:
-    """Width of a state, samples of a program, warps."""
+def _launch(hidden: int, size: int) -> tuple[int, int, dict[str, int]]:
+    """Width of a state, samples of a program, launch options; ``size`` parameters of a step are kept beside the state."""
     wide = max(16, triton.next_power_of_2(hidden))
-    samples = max(1, min(16, ELEMENTS // wide))
-    return wide, samples, max(1, min(8, wide * samples // 1024))
+    samples = max(1, min(16, ELEMENTS // wide // (1 if size == 1 else 2)))
+    warps = max(1, min(8, wide * samples // (1024 if size == 1 else 512)))
+    return wide, samples, {"num_warps": warps} | ({} if size == 1 else {"maxnreg": REGISTERS})
 
 
 def _run(
@@ -230,14 +236,15 @@ def _run(
     hidden_bias: Tensor, rescale: Tensor | None, activation: str, kind: int, out: Tensor,
 ) -> None:  # fmt: skip
     n, d, p, h = *out.shape[:2], *readout.shape[1:]
-    wide, samples, warps = _launch(h)
+    size = triton.next_power_of_2(p) if kind else 1
+    wide, samples, options = _launch(h, size)
     dense = [t if t is None else t.contiguous() for t in (x, known, uniforms, weight, readout, bias, hidden_bias, rescale)]
     values, mask, u, w, v, b, c, rho = (out if t is None else t for t in dense)
     if n:
         _scan[(cdiv(n, samples),)](
             values, mask, u, w, v, b, c, rho, out, n, d, p, h, h if hidden_bias.dim() == 2 else 0, ACT=ACTIVATIONS[activation],
             RESCALED=rescale is not None, KIND=kind, GIVEN=known is not None, WIDE=wide, SAMPLES=samples,
-            SIZE=triton.next_power_of_2(p), num_warps=warps,
+            SIZE=size, **options,
         )  # fmt: skip
 
 
@@ -283,7 +290,7 @@ def nade_backward(
         _backward[(blocks * groups,)](
             g, values, w, v, c, w if rescale is None else rescale.contiguous(), scratch, dx, dw, dv, dc, drho, n, d, p, h,
             h if own else 0, runs, tiles, groups, ACT=ACTIVATIONS[activation], RESCALED=rescale is not None, TO_X=need_x,
-            OWN=own, ROWS=ROWS, COLUMNS=COLUMNS, STEPS=STEPS, num_warps=2,
+            OWN=own, ROWS=ROWS, COLUMNS=COLUMNS, STEPS=STEPS, num_warps=2, maxnreg=REGISTERS,
         )  # fmt: skip
     return (
         dx.sum(0).to(x.dtype) if need_x else x.new_empty(0), dw.sum(0).to(weight.dtype), dv.sum(0).to(readout.dtype),
@@ -292,41 +299,52 @@ def nade_backward(
     )  # fmt: skip
 
 
+def _add(
+    found: list[Aot], kind: str, label: str, kernel: Any, ones: tuple[str, ...] | None, launch: dict[str, int],
+    constants: dict[str, Any],
+) -> None:  # fmt: skip
+    types = dict.fromkeys(("x", "uniforms", "weight", "readout", "bias", "hidden", "rescale", "grad", "out"), f"*{kind}")
+    types |= {"known": "*u8"} | dict.fromkeys(("scratch", "dx", "dw", "dv", "dc", "drho"), "*fp32")
+    own = {name: types[name] for name in kernel.arg_names if name in types}
+    sizes = "64-bit sizes" if ones is None else "P = 1" if ones else "P"
+    found.append(variant(f"{label}, {sizes} {kind}", kernel, own, constants, ones, **launch))
+
+
+def _add_scan(
+    found: list[Aot], kind: str, hidden: int, act: int, ones: tuple[str, ...] | None, number: int = 0, given: bool = False,
+    size: int = 1,
+) -> None:  # fmt: skip
+    wide, samples, launch = _launch(hidden, size)
+    constants = {
+        "ACT": act, "RESCALED": act == 1, "KIND": number, "GIVEN": given, "WIDE": wide, "SAMPLES": samples, "SIZE": size,
+    }  # fmt: skip
+    label = f"{hidden} units, act {act}, kind {number}{', some known' if given else ''}"
+    _add(found, kind, label, _scan, ones, launch, constants)
+
+
+def _add_backward(found: list[Aot], kind: str, act: int, to_x: bool, own: bool, ones: tuple[str, ...] | None) -> None:
+    constants = {
+        "ACT": act, "RESCALED": act == 1, "TO_X": to_x, "OWN": own, "ROWS": ROWS, "COLUMNS": COLUMNS, "STEPS": STEPS,
+    }  # fmt: skip
+    _add(found, kind, f"act {act}", _backward, ones, {"num_warps": 2, "maxnreg": REGISTERS}, constants)
+
+
 def _variants() -> list[Aot]:
-    found = []
-    sources = ("x", "uniforms", "weight", "readout", "bias", "hidden", "rescale", "grad")
+    found: list[Aot] = []
     for kind in ("fp32", "bf16", "fp16"):
-        types = dict.fromkeys((*sources, "out"), f"*{kind}")
-        types |= {"known": "*u8"} | dict.fromkeys(("scratch", "dx", "dw", "dv", "dc", "drho"), "*fp32")
-
-        def add(
-            label: str, kernel: Any, ones: tuple[str, ...] | None, warps: int, types: dict[str, str] = types, **c: Any
-        ) -> None:
-            own = {name: types[name] for name in kernel.arg_names if name in types}
-            found.append(variant(label, kernel, own, c, ones, num_warps=warps))
-
-        for hidden in (128, 500, UNITS):
-            wide, samples, warps = _launch(hidden)
-            size = dict(WIDE=wide, SAMPLES=samples)
-            for act in (0, 1, 2) if hidden == 500 else (0,):
-                for one in ((), ("P",), None):
-                    about = f"{hidden} units, act {act}, {'64 bits' if one is None else 'P = 1' if one else 'P'} {kind}"
-                    add(about, _scan, one, warps, ACT=act, RESCALED=act == 1, KIND=0, GIVEN=False, SIZE=1, **size)
-        wide, samples, warps = _launch(500)
-        for name, number, width in (("bernoulli", 1, 1), ("categorical", 2, 16), ("mixture", 3, 32)):
-            for given in (False, True):
-                about = f"{name}{', some known' if given else ''} {kind}"
-                add(
-                    about, _scan, (), warps, ACT=0, RESCALED=number == 3, KIND=number, GIVEN=given, WIDE=wide, SAMPLES=samples,
-                    SIZE=width,
-                )  # fmt: skip
-        for act, rescaled, to_x, own in ((0, False, False, False), (1, True, True, False), (2, False, True, True)):
-            for one in ((), ("P",), None):
-                about = f"act {act}, {'64 bits' if one is None else 'P = 1' if one else 'P'} {kind}"
-                add(
-                    about, _backward, one, 2, ACT=act, RESCALED=rescaled, TO_X=to_x, OWN=own, ROWS=ROWS, COLUMNS=COLUMNS,
-                    STEPS=STEPS,
-                )  # fmt: skip
+        _add_scan(found, kind, 500, 0, ())
+        _add_scan(found, kind, 500, 1, (), 3, True, 32)
+        _add_backward(found, kind, 1, True, False, ())
+    for hidden, ones in ((128, ("P",)), (500, ("P",)), (500, None), (UNITS, ()), (UNITS, None)):
+        _add_scan(found, "fp32", hidden, 0, ones)
+    for act in (1, 2):
+        _add_scan(found, "fp32", 500, act, ())
+    for given in (False, True):
+        _add_scan(found, "fp32", 500, 0, ("P",), 1, given)
+    for hidden, size in ((500, 16), (UNITS, 256)):
+        _add_scan(found, "fp32", hidden, 0, (), 2, True, size)
+    for act, to_x, own, sizes in ((0, False, False, ("P",)), (2, True, True, ()), (1, True, True, None)):
+        _add_backward(found, "fp32", act, to_x, own, sizes)
     return found
 
 

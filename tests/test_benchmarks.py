@@ -20,7 +20,7 @@ def test_every_family_of_ops_has_a_case():
     for family in (
         "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation",
         "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
-        "row_lstm", "diagonal_lstm", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
+        "row_lstm", "diagonal_lstm", "nade", "nade_sample", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
         "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step", "bias_act", "pixel_norm", "minibatch_stddev",
         "upfirdn2d", "modulated_conv2d", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm", "linear",
         "activation", "contextual_similarity", "diagonal_gaussian", "gram_matrix", "style_loss", "style transfer step",

@@ -23,7 +23,8 @@ class NADE(PlainNADE):
         generator: of a random order.
 
     ``forward(x, context=None)`` maps (N, D) and (N, K) to (N, D, P). ``sample(uniforms, kind)`` draws in one pass; ``given``
-    and ``known`` hold what is to stay. Rows of the weights are in the order of the steps: ``order.argsort()`` names their features.
+    and ``known`` hold what is to stay. The weights' rows are in the order of the steps: ``order.argsort()`` names their
+    features.
 
     Raises:
         ValueError: arguments that do not fit, by name.

@@ -169,6 +169,8 @@ def _cpu_backward(
     need_x: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (n, d), (_, p, h), dtype = x.shape, readout.shape, x.dtype
+    if not n:  # no sample, and no address by which the kernel knows a backward
+        return tuple(t.zero_() for t in _fake_backward(grad, x, weight, readout, hidden_bias, rescale, activation, need_x))
     w, v, c, rho = _dense(dtype, weight, readout, hidden_bias, rescale)
     g, steps = grad.to(dtype).transpose(0, 1).contiguous(), x.t().contiguous()
     dx = torch.empty_like(steps) if need_x else None

@@ -109,7 +109,8 @@ def nade_draw(params: Tensor, uniforms: Tensor, kind: str) -> Tensor:
     k = _chosen(logits, uniforms[..., 0])[..., None]
     tiny = 1e-7 if params.dtype is torch.float32 else 1e-12
     normal = torch.special.ndtri(uniforms[..., 1].clamp(tiny, 1 - tiny))
-    return mean.gather(-1, k)[..., 0] + log_sigma.gather(-1, k)[..., 0].exp() * normal
+    drawn: Tensor = mean.gather(-1, k)[..., 0] + log_sigma.gather(-1, k)[..., 0].exp() * normal
+    return drawn
 
 
 @torch.no_grad()
@@ -204,7 +205,8 @@ class NADE(nn.Module):
             return self.hidden_bias
         if tuple(context.shape) != (n, self.context_features):
             raise ValueError(f"NADE: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}")
-        return self.hidden_bias + self.context(context)
+        added: Tensor = self.context(context)
+        return self.hidden_bias + added
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D, outputs) of x (N, D) and context (N, K)."""
@@ -226,7 +228,8 @@ class NADE(nn.Module):
         """
         if temperature <= 0:
             raise ValueError(f"NADE.sample: temperature={temperature}, expected a positive number")
-        readout, bias = self.readout, self.bias
+        readout: Tensor = self.readout
+        bias: Tensor = self.bias
         if kind == "gaussian_mixture":
             third = self.outputs // 3
             cold = torch.zeros_like(bias)
@@ -237,8 +240,8 @@ class NADE(nn.Module):
         hidden_bias = self._hidden_bias(uniforms.shape[0], context)
         if self._natural:
             return self._samples_of(uniforms, readout, bias, hidden_bias, given, known, kind)
-        parts = (t if t is None else t[:, self._feature] for t in (given, known))
-        return self._samples_of(uniforms[:, self._feature], readout, bias, hidden_bias, *parts, kind)[:, self._step]
+        given, known = (t if t is None else t[:, self._feature] for t in (given, known))
+        return self._samples_of(uniforms[:, self._feature], readout, bias, hidden_bias, given, known, kind)[:, self._step]
 
     def extra_repr(self) -> str:
         return f"{self.features}, {self.hidden}, outputs={self.outputs}, activation={self.activation!r}"
@@ -281,8 +284,8 @@ class DeepNADE(nn.Module):
         m = mask.to(x.dtype)
         parts = [torch.where(mask.bool(), x, 0), m, *self._context(x.shape[0], context)]
         first, last = self.linears[0], self.linears[-1]
-        out: Tensor = last(self._rest(first(torch.cat(parts, 1))))
-        return out.unflatten(1, (self.features, self.outputs))
+        out: Tensor = last(self._rest(first(torch.cat(parts, 1)))).unflatten(1, (self.features, self.outputs))
+        return out
 
     def _context(self, n: int, context: Tensor | None) -> list[Tensor]:
         if (context is not None) != bool(self.context_features):
