@@ -141,8 +141,8 @@ def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 def _no_staircase(counts: Tensor) -> ValueError:
     return ValueError(
-        f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and nondecreasing "
-        "counts of 0 to I, as genfast.ops.staircase makes them"
+        f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and "
+        "nondecreasing counts of 0 to I, as genfast.ops.staircase makes them"
     )
 
 
