@@ -127,10 +127,10 @@ def _cpu_backward(
     assert x is not None
     z, code = z.contiguous(), code.contiguous()
     dz = torch.empty_like(z)
-    dpacked = packed.new_zeros(packed.shape if weights else 0)
-    dstatics = z.new_zeros(0 if statics is None else statics.shape)
+    dpacked = packed.new_empty(packed.shape if weights else 0)
+    dstatics = z.new_empty(0 if statics is None else statics.shape)
     if not n:
-        return dz, dpacked, dstatics
+        return dz, dpacked.zero_(), dstatics
     stride = _stride(n)
     units, deltas = (_pool.empty_strided((_header(code)[5], stride), (stride, 1), z.dtype) for _ in range(2))
     threads, kind = torch.get_num_threads(), TRANSFORMS.index(transform)
