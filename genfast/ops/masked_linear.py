@@ -290,8 +290,9 @@ def masked_linear(
     """
     if not isinstance(x, Tensor) or not x.dim():
         raise TypeError(f"{_NAME}: x is {x!r}, expected a torch.Tensor (*, I)")
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
     if x.dim() == 2:
         result: Tensor = OP(x, weight, bias, *mask, activation)
