@@ -19,6 +19,7 @@ namespace GENFAST_ISA {
 namespace {
 
 constexpr int64_t kDots = 4;         // samples that dot products with the weight as it lies serve best
+constexpr int64_t kPanelRows = 1024; // rows that a panel meets in one go, from a level of the cache that holds them
 constexpr int64_t kBlockTiles = 16;  // tiles of rows that share a panel while it is in the second-level cache
 
 // Inputs or outputs in the order in which tiles take them. A thread keeps the memory from call to call.
@@ -209,39 +210,40 @@ class Product {
   int64_t elements() const { return elements_; }
   int64_t panels() const { return int64_t(panels_.size()); }
 
-  void pack(int64_t p, T* packed) const {
-    const Panel& panel = panels_[p];
+  int64_t offset(int64_t p) const { return panels_[size_t(p)].offset; }
+  int64_t largest() const { return panels_.empty() ? 0 : panels_[outer_.rising ? panels_.size() - 1 : 0].length[0] * block_columns<T>(); }
+
+  void pack(int64_t p, T* to) const {
+    const Panel& panel = panels_[size_t(p)];
     const int64_t width = panel.slots * lanes<T>();
-    T* to = packed + panel.offset;
     for (int64_t s = 0; s < panel.slots; ++s) {
       across_ ? pack_rows_of(panel, s, to + s * lanes<T>(), width) : pack_columns_of(panel, s, to + s * lanes<T>(), width);
       clear_dead(panel, s, to + s * lanes<T>(), width);
     }
   }
 
-  // Tiles [from, to) of the `all` rows, of which a's first is the first here, against every panel. Into `out`, whose rows lie
+  // Tiles [from, to) of the `all` rows, of which a's first is the first here, against a panel. Into `out`, whose rows lie
   // `wide` apart; a panel that is not whole goes by `aside` (rows, block_columns()) where out has no room beyond its columns.
-  void rows(const T* a, int64_t ld, int64_t from, int64_t to, int64_t all, const T* packed, const T* bias, bool relu, T* out,
-            int64_t wide, T* aside) const {
+  void rows(int64_t p, const T* a, int64_t ld, int64_t from, int64_t to, int64_t all, const T* packed, const T* bias, bool relu,
+            T* out, int64_t wide, T* aside) const {
+    const Panel& panel = panels_[size_t(p)];
     const int64_t start = tile_start(all, from), end = tile_start(all, to);
-    for (const Panel& panel : panels_) {
-      const int64_t begin = std::min(panel.first[0], panel.first[panel.slots - 1]);
-      const bool whole = begin + panel.slots * lanes<T>() <= wide;
-      T* data = whole ? out : aside - begin;
-      const int64_t step = whole ? wide : block_columns<T>(), runs = inner_runs(panel.length[0]);
-      for (int64_t part = 0; part < runs; ++part) {
-        const int64_t u0 = panel.length[0] * part / runs, u1 = panel.length[0] * (part + 1) / runs;
-        const bool last = part + 1 == runs;
-        for (int64_t tile = from; tile < to; ++tile) {
-          const int64_t row = tile_start(all, tile), height = tile_start(all, tile + 1) - row;
-          const Target<T> target{data + (row - start) * step, step, panel.first, panel.slots, part > 0, last ? bias : nullptr,
-                                 last && relu};
-          multiply_tile(height, panel, u0, u1, a + (row - start) * ld + panel.begin, ld, packed + panel.offset, target);
-        }
+    const int64_t begin = std::min(panel.first[0], panel.first[panel.slots - 1]);
+    const bool whole = begin + panel.slots * lanes<T>() <= wide;
+    T* data = whole ? out : aside - begin;
+    const int64_t step = whole ? wide : block_columns<T>(), runs = inner_runs(panel.length[0]);
+    for (int64_t part = 0; part < runs; ++part) {
+      const int64_t u0 = panel.length[0] * part / runs, u1 = panel.length[0] * (part + 1) / runs;
+      const bool last = part + 1 == runs;
+      for (int64_t tile = from; tile < to; ++tile) {
+        const int64_t row = tile_start(all, tile), height = tile_start(all, tile + 1) - row;
+        const Target<T> target{data + (row - start) * step, step, panel.first, panel.slots, part > 0, last ? bias : nullptr,
+                               last && relu};
+        multiply_tile(height, panel, u0, u1, a + (row - start) * ld + panel.begin, ld, packed, target);
       }
-      for (int64_t row = 0; !whole && row < end - start; ++row)
-        memcpy(out + row * wide + begin, aside + row * block_columns<T>(), size_t(outer_.count - begin) * sizeof(T));
     }
+    for (int64_t row = 0; !whole && row < end - start; ++row)
+      memcpy(out + row * wide + begin, aside + row * block_columns<T>(), size_t(outer_.count - begin) * sizeof(T));
   }
 
  private:
@@ -314,11 +316,31 @@ const T* gathered(const Side<T>& side, const T* from, int64_t ld, int64_t begin,
   return to;
 }
 
-// out (n, outer) = act(a (n, inner) W + bias) by blocks of rows, each of which one thread owns. a is in the order of positions
+// out (n, outer) = act(a (n, inner) W + bias), a in the order of positions. Where there are panels enough, each is packed by the
+// thread that takes it, just before it is used by all rows; the largest first, so that all threads end together.
+template <class T>
+void multiply_by_panels(const Product<T>& product, bool rising, const T* a, int64_t ld, const T* bias, bool relu, T* out,
+                        int64_t wide, int64_t n, int threads) {
+  const int64_t panels = product.panels();
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch panel_scratch, aside_scratch;
+    T* packed = panel_scratch.get<T>(product.largest());
+    T* aside = wide % lanes<T>() ? aside_scratch.get<T>(n * block_columns<T>()) : nullptr;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < panels; ++task) {
+      const int64_t p = rising ? panels - 1 - task : task;
+      product.pack(p, packed);
+      product.rows(p, a, ld, 0, tiles(n), n, packed, bias, relu, out, wide, aside);
+    }
+  }
+}
+
+// The same by blocks of rows, each of which one thread owns, so that it may spread what it has. a is in the order of positions
 // already where `placed`.
 template <class T>
-void multiply(const Product<T>& product, const Side<T>& outer, const Side<T>& inner, const T* a, int64_t ld, bool placed, const T* bias,
-              bool relu, T* out, int64_t n, int threads) {
+void multiply_by_rows(const Product<T>& product, const Side<T>& outer, const Side<T>& inner, const T* a, int64_t ld, bool placed,
+                      const T* bias, bool relu, T* out, int64_t n, int threads) {
   static thread_local Scratch shared;
   T* packed = shared.get<T>(product.elements());
   const int64_t down = tiles(n), step = std::max<int64_t>(1, std::min(kBlockTiles, down / (4 * threads)));
@@ -327,7 +349,7 @@ void multiply(const Product<T>& product, const Side<T>& outer, const Side<T>& in
   {
     static thread_local Scratch row_scratch, a_scratch, aside_scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < product.panels(); ++p) product.pack(p, packed);
+    for (int64_t p = 0; p < product.panels(); ++p) product.pack(p, packed + product.offset(p));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t base = 0; base < down; base += step) {
       const int64_t stop = std::min(down, base + step), begin = tile_start(n, base), end = tile_start(n, stop);
@@ -335,11 +357,22 @@ void multiply(const Product<T>& product, const Side<T>& outer, const Side<T>& in
       T* aside = wide % lanes<T>() ? aside_scratch.get<T>(most * block_columns<T>()) : nullptr;
       const bool gather = inner.sorted && !placed;
       const T* left = gather ? gathered(inner, a, ld, begin, end, a_scratch) : a + begin * ld;
-      product.rows(left, gather ? inner.count : ld, base, stop, n, packed, bias, relu, rows, wide, aside);
+      for (int64_t p = 0; p < product.panels(); ++p)
+        product.rows(p, left, gather ? inner.count : ld, base, stop, n, packed + product.offset(p), bias, relu, rows, wide, aside);
       for (int64_t row = begin; outer.sorted && row < end; ++row)
         permute(rows + (row - begin) * wide, outer.place.data(), outer.count, out + row * outer.count);
     }
   }
+}
+
+template <class T>
+void multiply(const Product<T>& product, const Side<T>& outer, const Side<T>& inner, const T* a, int64_t ld, bool placed, const T* bias,
+              bool relu, T* out, int64_t n, int threads) {
+  const bool spreads = outer.sorted || (inner.sorted && !placed);
+  if (!spreads && n <= kPanelRows && (threads == 1 || product.panels() >= 4 * threads))
+    multiply_by_panels(product, outer.rising, a, ld, bias, relu, out, outer.count, n, threads);
+  else
+    multiply_by_rows(product, outer, inner, a, ld, placed, bias, relu, out, n, threads);
 }
 
 // A few samples: each output is a dot product of the weight's row as it lies, over the terms that it reaches.

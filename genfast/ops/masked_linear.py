@@ -141,8 +141,8 @@ def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 def _no_staircase(counts: Tensor) -> ValueError:
     return ValueError(
-        f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and nondecreasing "
-        "counts of 0 to I, as genfast.ops.staircase makes them"
+        f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and "
+        "nondecreasing counts of 0 to I, as genfast.ops.staircase makes them"
     )
 
 
@@ -290,8 +290,9 @@ def masked_linear(
     """
     if not isinstance(x, Tensor) or not x.dim():
         raise TypeError(f"{_NAME}: x is {x!r}, expected a torch.Tensor (*, I)")
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
     if x.dim() == 2:
         result: Tensor = OP(x, weight, bias, *mask, activation)
