@@ -36,6 +36,8 @@ RUNS = [
     *((f, "interpreted_penalty") for f in PENALTY),
     ("", "interpreted_diagonal_gaussian"),
     ("pairwise", "interpreted_pairwise"),
+    ("", "interpreted_spline"),
+    ("", "interpreted_masked_linear"),
 ]
 
 
