@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -406,6 +408,36 @@ void bind_minibatch_stddev(py::module_& m) {
   });
 }
 
+void bind_autoregressive_inverse(py::module_& m) {
+  m.def("autoregressive_inverse", [](bool is_double, Address code, Address packed, Address statics, Address z, Address x,
+                                     Address logdet, Address units, int64_t stride, int transform,
+                                     const std::vector<double>& options, int64_t n, int threads) {
+    DegreeOrderedArgs a{};
+    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
+    a.z = ptr<>(z), a.x = ptr<>(x), a.logdet = ptr<>(logdet), a.units = ptr<>(units), a.stride = stride;
+    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
+    GENFAST_CALL(autoregressive_inverse, a);
+  });
+  m.def("autoregressive_inverse_sweep", [](bool is_double, Address code, Address packed, Address statics, Address z,
+                                           Address units, Address deltas, int64_t stride, Address grad_x, Address grad_logdet,
+                                           Address grad_z, int transform, const std::vector<double>& options, int64_t n,
+                                           int threads) {
+    DegreeOrderedArgs a{};
+    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
+    a.z = ptr<>(z), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
+    a.grad_x = ptr<>(grad_x), a.grad_logdet = ptr<>(grad_logdet), a.grad_z = ptr<>(grad_z);
+    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
+    GENFAST_CALL(autoregressive_inverse_sweep, a);
+  });
+  m.def("autoregressive_inverse_weights", [](bool is_double, Address code, Address units, Address deltas, int64_t stride,
+                                             Address grad_packed, int64_t n, int threads) {
+    DegreeOrderedArgs a{};
+    a.is_double = is_double, a.code = ptr<int64_t>(code), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
+    a.grad_packed = ptr<>(grad_packed), a.n = n, a.threads = threads;
+    GENFAST_CALL(autoregressive_inverse_weights, a);
+  });
+}
+
 void bind_pixel_rnn(py::module_& m) {
   m.def("pixel_rnn", [](bool is_double, bool diagonal, Address gates, int64_t gn, int64_t gc, int64_t gs, Address weight,
                         Address h0, Address c0, Address h, Address kept, int64_t n, int64_t hidden, int64_t height,
@@ -434,6 +466,33 @@ void bind_pixel_rnn(py::module_& m) {
         });
 }
 
+void bind_nade(py::module_& m) {
+  const auto common = [](bool is_double, int activation, Address x, Address weight, Address readout, Address hidden_bias,
+                         bool own, Address rescale, int64_t n, int64_t d, int64_t p, int64_t h, int threads) {
+    NadeArgs a{};
+    a.is_double = is_double, a.own_hidden_bias = own, a.activation = activation, a.x = ptr<>(x);
+    a.weight = ptr<>(weight), a.readout = ptr<>(readout), a.hidden_bias = ptr<>(hidden_bias), a.rescale = ptr<>(rescale);
+    a.n = n, a.d = d, a.p = p, a.h = h, a.threads = threads;
+    return a;
+  };
+  m.def("nade", [common](bool is_double, int activation, Address x, Address weight, Address readout, Address hidden_bias,
+                         bool own, Address rescale, int64_t n, int64_t d, int64_t p, int64_t h, int threads, Address bias, int kind,
+                         Address uniforms, Address known, Address out) {
+    NadeArgs a = common(is_double, activation, x, weight, readout, hidden_bias, own, rescale, n, d, p, h, threads);
+    a.bias = ptr<>(bias), a.kind = kind, a.uniforms = ptr<>(uniforms), a.known = ptr<const uint8_t>(known), a.out = ptr<>(out);
+    GENFAST_CALL(nade, a);
+  });
+  m.def("nade_backward", [common](bool is_double, int activation, Address x, Address weight, Address readout,
+                                  Address hidden_bias, bool own, Address rescale, int64_t n, int64_t d, int64_t p, int64_t h,
+                                  int threads, Address grad, Address dx, Address dweight, Address dreadout, Address dbias,
+                                  Address dhidden_bias, Address drescale) {
+    NadeArgs a = common(is_double, activation, x, weight, readout, hidden_bias, own, rescale, n, d, p, h, threads);
+    a.grad = ptr<>(grad), a.grad_x = ptr<>(dx), a.grad_weight = ptr<>(dweight), a.grad_readout = ptr<>(dreadout);
+    a.grad_bias = ptr<>(dbias), a.grad_hidden_bias = ptr<>(dhidden_bias), a.grad_rescale = ptr<>(drescale);
+    GENFAST_CALL(nade, a);
+  });
+}
+
 void bind_linear(py::module_& m) {
   m.def("linear", [](bool is_double, Address a, int64_t a_row, int64_t a_inner, Address b, int64_t b_inner, int64_t b_column,
                      Address bias, Address out, Address bits, int bits_mode, double slope, int64_t rows, int64_t columns,
@@ -446,6 +505,36 @@ void bind_linear(py::module_& m) {
     args.bits_mode = bits_mode, args.slope = slope;
     args.rows = rows, args.columns = columns, args.inner = inner, args.threads = threads;
     GENFAST_CALL(linear, args);
+  });
+}
+
+void bind_masked_linear(py::module_& m) {
+  m.def("masked_linear", [](bool is_double, bool relu, Address rows, Address columns, Address counts, Address x, int64_t x_row,
+                            Address weight, int64_t weight_row, Address bias, Address out, int64_t n, int64_t outputs,
+                            int64_t inputs, int threads) {
+    bool fits = true;
+    MaskedLinearArgs a{};
+    a.is_double = is_double, a.relu = relu, a.fits = &fits;
+    a.rows = ptr<int64_t>(rows), a.columns = ptr<int64_t>(columns), a.counts = ptr<int64_t>(counts);
+    a.x = ptr<>(x), a.x_row = x_row, a.weight = ptr<>(weight), a.weight_row = weight_row;
+    a.bias = ptr<>(bias), a.out = ptr<>(out);
+    a.n = n, a.outputs = outputs, a.inputs = inputs, a.threads = threads;
+    GENFAST_CALL(masked_linear, a);
+    return fits;
+  });
+  m.def("masked_linear_backward", [](bool is_double, Address rows, Address columns, Address counts, Address grad, int64_t grad_row,
+                                     Address x, int64_t x_row, Address weight, int64_t weight_row, Address y, int64_t y_row,
+                                     Address dx, Address dw, Address db, int64_t n, int64_t outputs, int64_t inputs, int threads) {
+    bool fits = true;
+    MaskedLinearArgs a{};
+    a.is_double = is_double, a.fits = &fits;
+    a.rows = ptr<int64_t>(rows), a.columns = ptr<int64_t>(columns), a.counts = ptr<int64_t>(counts);
+    a.grad = ptr<>(grad), a.grad_row = grad_row, a.x = ptr<>(x), a.x_row = x_row;
+    a.weight = ptr<>(weight), a.weight_row = weight_row, a.y = ptr<>(y), a.y_row = y_row;
+    a.dx = ptr<>(dx), a.dw = ptr<>(dw), a.db = ptr<>(db);
+    a.n = n, a.outputs = outputs, a.inputs = inputs, a.threads = threads;
+    GENFAST_CALL(masked_linear_backward, a);
+    return fits;
   });
 }
 
@@ -644,6 +733,30 @@ void bind_pairwise(py::module_& m) {
   });
 }
 
+void bind_spline(py::module_& m) {
+  // A part is (data, grad, count, stride).
+  m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int kind, int bins, int tails,
+                     const std::vector<double>& o, Address x, Address grad_y, int64_t grad_y_step, Address grad_logdet,
+                     int64_t grad_logdet_step, Address y, Address logdet, Address dx,
+                     const std::vector<std::tuple<Address, Address, int64_t, int64_t>>& parts, int64_t n, int threads) {
+    bool outside = false;
+    SplineArgs a{};
+    a.is_double = is_double, a.backward = backward, a.inverse = inverse, a.zuko = zuko;
+    a.kind = kind, a.bins = bins, a.tails = tails;
+    a.left = o[0], a.right = o[1], a.bottom = o[2], a.top = o[3];
+    a.min_width = o[4], a.min_height = o[5], a.min_derivative = o[6];
+    a.log_slope = std::log(o[7]), a.logit_scale = o[8];
+    a.x = ptr<>(x), a.grad_y = ptr<>(grad_y), a.grad_logdet = ptr<>(grad_logdet);
+    a.grad_y_step = grad_y_step, a.grad_logdet_step = grad_logdet_step;
+    a.y = ptr<>(y), a.logdet = ptr<>(logdet), a.dx = ptr<>(dx);
+    for (const auto& [data, grad, count, stride] : parts)
+      a.parts[a.part_count++] = {ptr<>(data), ptr<>(grad), count, stride};
+    a.n = n, a.outside = &outside, a.threads = threads;
+    GENFAST_CALL(spline, a);
+    return outside;
+  });
+}
+
 void bind_fma_rate(py::module_& m) {
   m.def("fma_rate", [](bool is_double, Address out, int64_t rounds, int threads) {
     double flops = 0;
@@ -667,7 +780,9 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gated_activation(m);
   bind_discretized_logistic_mixture(m);
   bind_pixel_rnn(m);
+  bind_nade(m);
   bind_linear(m);
+  bind_masked_linear(m);
   bind_activation(m);
   bind_bias_act(m);
   bind_pixel_norm(m);
@@ -682,5 +797,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_contextual_similarity(m);
   bind_gram_matrix(m);
   bind_pairwise(m);
+  bind_autoregressive_inverse(m);
+  bind_spline(m);
   bind_fma_rate(m);
 }

@@ -2,12 +2,14 @@
 
 import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
 
-from . import data, losses, metrics, models, nn, ops, reference, sampling
+from . import data, integrations, losses, metrics, models, nn, ops, reference, sampling
 from ._backend import BackendError, backend
 from ._info import info
+from .integrations import accelerate, restore
 from .tangent import explain
 
 __version__ = "0.1.0"
 __all__ = [
-    "BackendError", "backend", "data", "explain", "info", "losses", "metrics", "models", "nn", "ops", "reference", "sampling",
+    "BackendError", "accelerate", "backend", "data", "explain", "info", "integrations", "losses", "metrics", "models", "nn",
+    "ops", "reference", "restore", "sampling",
 ]  # fmt: skip

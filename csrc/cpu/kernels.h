@@ -74,6 +74,24 @@ struct PixelRnnArgs {
   int threads;
 };
 
+struct NadeArgs {
+  enum Activation { kSigmoid, kRelu, kTanh };
+  enum Kind { kParameters, kBernoulli, kCategorical, kGaussianMixture };
+  bool is_double, own_hidden_bias;         // whether each sample has a hidden bias of its own
+  int activation, kind;
+  const void* x;                           // (N, D), (D, N) in the backward; sampling: what is known, or null
+  const void *weight, *readout, *bias;     // (D, H), (D, P, H), (D, P)
+  const void *hidden_bias, *rescale;       // (H) or (N, H); (D) or null
+  const void* uniforms;                    // sampling: (N, D, 1), or 2 of a mixture
+  const uint8_t* known;                    // (N, D), or null
+  const void* grad;                        // not null: the backward; (D, N, P)
+  void* out;                               // forward (N, D, P), sampling (N, D)
+  void *grad_x, *grad_rescale;             // (D, N), (D), null where not wanted
+  void *grad_weight, *grad_readout, *grad_bias, *grad_hidden_bias;
+  int64_t n, d, p, h;
+  int threads;
+};
+
 struct SqueezeArgs {
   bool is_double;
   const void* x;
@@ -147,6 +165,17 @@ struct LinearArgs {  // out (rows, columns) = sum over k of a[row, k] b[k, colum
   int bits_mode;
   double slope;
   int64_t rows, columns, inner;
+  int threads;
+};
+
+struct MaskedLinearArgs {
+  bool is_double, relu;
+  bool* fits;  // false where rows or columns are no permutations or counts no staircase, and nothing was done
+  const int64_t *rows, *columns, *counts;       // (outputs,), (inputs,), (outputs,)
+  const void *x, *weight, *bias, *grad, *y;     // bias (outputs,) or null; y of a relu, or null
+  int64_t x_row, weight_row, grad_row, y_row;   // strides; columns are contiguous
+  void *out, *dx, *dw, *db;                     // dense; those of the backward that are not null
+  int64_t n, outputs, inputs;
   int threads;
 };
 
@@ -335,11 +364,46 @@ struct PairwiseArgs {
   int threads;
 };
 
+struct DegreeOrderedArgs {
+  bool is_double;
+  const int64_t* code;  // as genfast/sampling/degree_ordered.py writes it
+  const void *packed, *statics, *z;            // (packed), (n, statics) or null, (n, inputs)
+  void *x, *logdet;                            // (n, inputs), (n,)
+  void *units, *deltas;                        // (units, stride): every unit, x given; the cotangents of products and points
+  int64_t stride;                              // at least n, in whole vectors
+  const void *grad_x, *grad_logdet;            // null where there is none
+  void *grad_z, *grad_packed;
+  int transform;
+  const double* options;
+  int64_t option_count, n;
+  int threads;
+};
+
 struct FmaRateArgs {
   bool is_double;
   void* out;      // 64 bytes a thread
   double* flops;  // written: of all threads together
   int64_t rounds;
+  int threads;
+};
+
+struct SplineArgs {
+  struct Part {  // one tensor of parameters: n rows of `count`, `stride` apart; its gradient's rows are dense
+    const void* data;
+    void* grad;
+    int64_t count, stride;
+  };
+  bool is_double, backward, inverse, zuko;
+  int kind;  // 0 rational quadratic, 1 quadratic, 2 linear
+  int bins, tails;
+  double left, right, bottom, top, min_width, min_height, min_derivative, log_slope, logit_scale;
+  const void *x, *grad_y, *grad_logdet;  // dense; a cotangent may be null, or one number for all (its step 0)
+  int64_t grad_y_step, grad_logdet_step;
+  void *y, *logdet, *dx;
+  Part parts[3];
+  int part_count;
+  int64_t n;
+  bool* outside;  // set where there are no tails and an element is outside
   int threads;
 };
 
@@ -370,10 +434,13 @@ struct FmaRateArgs {
   void logistic_mixture_nll_backward(const LogisticMixtureArgs&); \
   void logistic_mixture_sample(const LogisticMixtureArgs&); \
   void linear(const LinearArgs&);                           \
+  void masked_linear(const MaskedLinearArgs&);              \
+  void masked_linear_backward(const MaskedLinearArgs&);     \
   void leaky_relu_bits(const LeakyReluArgs&);               \
   void activation(const ActivationArgs&);                   \
   void pixel_rnn(const PixelRnnArgs&);                      \
   void pixel_rnn_backward(const PixelRnnArgs&);             \
+  void nade(const NadeArgs&);                               \
   void upfirdn2d(const Upfirdn2dArgs&);                     \
   void channel_scale_backward(const ChannelScaleArgs&);     \
   void tap_energy(const TapEnergyArgs&);                    \
@@ -390,6 +457,10 @@ struct FmaRateArgs {
   void gram_matrix(const GramArgs&);                        \
   void gram_matrix_backward(const GramBackwardArgs&);       \
   void pairwise(const PairwiseArgs&);                       \
+  void autoregressive_inverse(const DegreeOrderedArgs&);    \
+  void autoregressive_inverse_sweep(const DegreeOrderedArgs&); \
+  void autoregressive_inverse_weights(const DegreeOrderedArgs&); \
+  void spline(const SplineArgs&);                           \
   void fma_rate(const FmaRateArgs&);                        \
   }
 

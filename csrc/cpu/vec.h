@@ -70,7 +70,7 @@ constexpr int lanes() {
 
 template <class T>
 GENFAST_INLINE Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // minus zero, which compilers leave out; plus zero they may not, for it changes -0
 }
 
 template <class T>
@@ -335,6 +335,17 @@ GENFAST_INLINE void sigmoid(Vec<T> z, Vec<T>& s, Vec<T>& one_minus_s, Vec<T>& lo
   one_minus_s = z < T(0) ? big : small;
   const Vec<T> l = -log1p_unit<T>(e);
   log_s = z < T(0) ? z + l : l;
+}
+
+// sigmoid(z) alone, and e^-z, of |z| up to a bound beyond which nothing changes: e s is 1 - sigmoid(z), uncancelled.
+template <class T>
+GENFAST_INLINE Vec<T> logistic(Vec<T> z, Vec<T>& e) {
+  const T bound = sizeof(T) == 4 ? T(87) : T(708);
+  Vec<T> c = z > bound ? splat(bound) : z;
+  c = c < -bound ? splat(-bound) : c;
+  e = exp_in_range<T>(-c);
+  const Vec<T> s = T(1) / (e + T(1));
+  return z == z ? s : z;
 }
 
 }  // namespace GENFAST_ISA

@@ -243,7 +243,8 @@ class MADE(nn.Module):
                 h = layer(h, self.activation)
         if last is not None:
             h = last(h)
-        return cast("Tensor", h).unflatten(1, (self.features, self.outputs))
+        y: Tensor = h.unflatten(1, (self.features, self.outputs))
+        return y
 
     def extra_repr(self) -> str:
         text = f"{self.features}, {self.hidden}, outputs={self.outputs}, activation={self.activation!r}"

@@ -1,11 +1,12 @@
 """Samplers that compute every activation once, and checks of any causal network."""
 
 from .checks import CausalityError, Equivalence, ReceptiveField, assert_causal, receptive_field, sample_equivalence
+from .degree_ordered import DegreeProgram, Layer
 from .lowering import LoweringError
 from .program import Program
 from .sampler import Sampler
 
 __all__ = [
-    "CausalityError", "Equivalence", "LoweringError", "Program", "ReceptiveField", "Sampler", "assert_causal",
-    "receptive_field", "sample_equivalence",
+    "CausalityError", "DegreeProgram", "Equivalence", "Layer", "LoweringError", "Program", "ReceptiveField", "Sampler",
+    "assert_causal", "receptive_field", "sample_equivalence",
 ]  # fmt: skip

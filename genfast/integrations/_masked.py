@@ -1,0 +1,90 @@
+"""Masked networks of other libraries: their staircases, and the layers that the degree-ordered engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..sampling import DegreeProgram, Layer
+from ._swap import covered, version
+
+_FUNCTIONS = {
+    F.relu: "relu", torch.relu: "relu", F.elu: "elu", torch.tanh: "tanh", F.tanh: "tanh", torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid", F.silu: "silu", F.gelu: "gelu", F.softplus: "softplus", F.leaky_relu: "leaky_relu",
+}  # fmt: skip
+_MODULES = {
+    nn.ReLU: ("relu", {}), nn.ELU: ("elu", {"alpha": 1.0}), nn.Tanh: ("tanh", {}), nn.Sigmoid: ("sigmoid", {}),
+    nn.SiLU: ("silu", {}), nn.GELU: ("gelu", {"approximate": "none"}), nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
+    nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}), nn.Identity: ("none", {}),
+}  # fmt: skip
+
+
+def activation_name(function: Any) -> str | None:
+    """What our engine calls an activation; None for one that it does not have."""
+    if not isinstance(function, nn.Module):
+        return _FUNCTIONS.get(function) if callable(function) else None
+    name, options = _MODULES.get(type(function), (None, {}))
+    if function._forward_hooks or function._forward_pre_hooks or "forward" in function.__dict__:
+        return None
+    return name if all(getattr(function, option) == value for option, value in options.items()) else None
+
+
+def staircase(kept: dict[Any, Any], linear: Any) -> ops.Staircase | None:
+    """The staircase of ``linear.mask``, found once for each content of the mask; None where it is none."""
+    mask, found = linear.mask, kept.get(("staircase", id(linear)))
+    if found is not None and found[0] is mask and (torch.compiler.is_compiling() or found[1] == version(mask)):
+        made: ops.Staircase | None = found[2]
+        return made
+    made = ops.staircase_from_mask(mask)
+    kept["staircase", id(linear)] = (mask, version(mask), made)
+    return made
+
+
+def masked_product(kept: dict[Any, Any], linear: Any, x: Tensor, activation: str = "none") -> Tensor | None:
+    """act(linear(x)) over live weights; None where the op does not cover the call."""
+    if not covered(x, linear.weight, linear.bias) or not x.dim() or x.shape[-1] != linear.weight.shape[1]:
+        return None
+    stairs = staircase(kept, linear)
+    return None if stairs is None else ops.masked_linear(x, linear.weight, linear.bias, mask=stairs, activation=activation)
+
+
+def layer_of(linear: Any, **fields: Any) -> Layer:
+    return Layer(linear.weight, linear.bias, linear.mask, **fields)
+
+
+def solve(
+    kept: dict[Any, Any], layers: Sequence[Layer], z: Tensor, transform: str, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """x (N, D) and log |det dx/dz| (N,) from z, through the engine; the program is made once for each set of masks."""
+    layers = _frozen(kept, layers)
+    program: DegreeProgram | None = kept.get("program")
+    kept["program"] = program = DegreeProgram.build(layers) if program is None else program.update(layers)
+    found: tuple[Tensor, Tensor] = ops.autoregressive_inverse(z, program, transform, **options)
+    return found
+
+
+def _frozen(kept: dict[Any, Any], layers: Sequence[Layer]) -> list[Layer]:
+    """The layers with weights by which the program knows whether its packed ones are still right.
+
+    It goes by PyTorch's counts of in-place changes, which edits through ``.data`` do not raise. So without gradients the
+    weights are compared, element by element, with copies that nothing else can reach.
+    """
+    tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return list(layers)  # packed at each call, as a function of the weights
+    if tensors[0].is_cpu:
+        copies = kept.get("copies", ())
+        if len(copies) != len(tensors) or not all(torch.equal(t, c) for t, c in zip(tensors, copies)):
+            with torch.inference_mode(False):
+                copies = tuple(t.detach().clone() for t in tensors)
+            kept["copies"] = copies
+    else:
+        copies = tuple(t.detach() for t in tensors)  # new objects, so packed anew: no copy need come to the host
+    rest = iter(copies)
+    return [replace(layer, weight=next(rest), bias=None if layer.bias is None else next(rest)) for layer in layers]

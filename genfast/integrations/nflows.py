@@ -1,0 +1,316 @@
+"""Our kernels in nflows' modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from nflows import transforms as nt
+from nflows.transforms import autoregressive, coupling, made
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.invertible_conv1x1 import MIX
+from . import _autoregressive as shared
+from . import _linear
+from ._autoregressive import logit_scale, packed_spline, within_unit
+from ._swap import Swapped, covered, version
+
+TRANSFORMS = nt.Transform
+CONTAINERS = (nt.CompositeTransform, nt.InverseTransform, nt.MultiscaleCompositeTransform, nt.Permutation)
+
+
+def why_left(module: nn.Module) -> str:
+    if isinstance(module, nt.AffineCouplingTransform):
+        return "its scale sigmoid(r + 2) + 0.001 is none of ops.affine_coupling's"
+    if "Cubic" in type(module).__name__:
+        return "genfast has no cubic splines"
+    return "genfast has no kernel for it"
+
+
+# ---- masked networks ----
+
+
+class MaskedLinear(shared.MaskedLinear):
+    peer = made.MaskedLinear
+
+
+class MaskedResidualBlock(shared.MaskedResidualBlock):
+    peer = made.MaskedResidualBlock
+
+
+class MaskedAffine(shared.Autoregressive):
+    peer = autoregressive.MaskedAffineAutoregressiveTransform
+    what = ""
+    stands_for = (*shared.Autoregressive.stands_for, "_unconstrained_scale_and_shift")
+
+    @classmethod
+    def engine(cls, module: Any) -> tuple[str, dict[str, Any]]:
+        return "affine:softplus", {"eps": module._epsilon, "scale_first": True}
+
+
+class MaskedSpline(shared.Autoregressive):
+    peer = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+    what = "splines in one pass"
+    stands_for = (*shared.Autoregressive.stands_for, "_elementwise")
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return _refused(module)
+
+    @classmethod
+    def engine(cls, module: Any) -> str:
+        return "the engine does not have its spline"
+
+    def inside(self: Any, inputs: Tensor) -> bool:
+        return self.tails is not None or within_unit(inputs)
+
+    def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
+        params = autoregressive_params.view(*inputs.shape[:2], self._output_dim_multiplier())
+        found = packed_spline(self, inputs, params, logit_scale(self.autoregressive_net), inverse)
+        if found is None:
+            return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
+        return found[0], found[1].sum(1)
+
+
+def _linear_spline(module: Any, x: Tensor, pdf: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    tails = getattr(module, "tails", None)
+    if not covered(x, pdf) or (tails is None and not within_unit(x)):
+        return None
+    return ops.linear_spline(x, pdf, tails=tails, inverse=inverse, bound=None if tails is None else module.tail_bound)
+
+
+def _quadratic_spline(module: Any, x: Tensor, widths: Tensor, heights: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    if not covered(x, widths, heights) or (module.tails is None and not within_unit(x)):
+        return None
+    return ops.quadratic_spline(
+        x, widths, heights, tails=module.tails, inverse=inverse, bound=None if module.tails is None else module.tail_bound,
+        min_bin_width=module.min_bin_width, min_bin_height=module.min_bin_height,
+    )  # fmt: skip
+
+
+def _refused(module: Any) -> str:
+    tails = getattr(module, "tails", None)
+    if tails not in (None, "linear"):
+        return f"nflows has no tails {tails!r}"
+    if hasattr(module, "num_bins"):
+        return shared.bins_refused(module.num_bins)
+    logits = module.unnormalized_pdf if hasattr(module, "unnormalized_pdf") else module.unnormalized_widths
+    return shared.bins_refused(logits.shape[-1])
+
+
+class _MaskedOther(shared.Autoregressive):
+    """Linear and quadratic splines: the network and the spline are served, the engine has neither spline."""
+
+    what = "splines in one pass"
+    stands_for = (*shared.Autoregressive.stands_for, "_elementwise")
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return _refused(module)
+
+    @classmethod
+    def engine(cls, module: Any) -> str:
+        return "the engine does not have its spline"
+
+
+class MaskedLinearSpline(_MaskedOther):
+    peer = autoregressive.MaskedPiecewiseLinearAutoregressiveTransform
+
+    def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
+        pdf = autoregressive_params.view(inputs.shape[0], self.features, self.num_bins)
+        found = _linear_spline(self, inputs, pdf, inverse)
+        if found is None:
+            return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
+        return found[0], found[1].sum(1)
+
+
+class MaskedQuadraticSpline(_MaskedOther):
+    peer = autoregressive.MaskedPiecewiseQuadraticAutoregressiveTransform
+
+    def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
+        params = autoregressive_params.view(inputs.shape[0], self.features, self._output_dim_multiplier())
+        widths, heights = params[..., : self.num_bins], params[..., self.num_bins :]
+        found = _quadratic_spline(self, inputs, widths * logit_scale(self.autoregressive_net), heights, inverse)
+        if found is None:
+            return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
+        return found[0], found[1].sum(1)
+
+
+# ---- coupling ----
+
+
+class AdditiveCoupling(Swapped):
+    peer = coupling.AdditiveCouplingTransform
+    what = "shift without its scale of one"
+    stands_for = ("_coupling_transform_forward", "_coupling_transform_inverse", "_scale_and_shift")
+
+    def _coupling_transform_forward(self: Any, inputs: Tensor, transform_params: Tensor) -> Any:
+        return inputs + transform_params, inputs.new_zeros(inputs.shape[0])
+
+    def _coupling_transform_inverse(self: Any, inputs: Tensor, transform_params: Tensor) -> Any:
+        return inputs - transform_params, inputs.new_zeros(inputs.shape[0])
+
+
+class _SplineCoupling(Swapped):
+    what = "splines in one pass"
+    stands_for = ("_piecewise_cdf",)
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return _refused(module)
+
+
+class LinearSplineCoupling(_SplineCoupling):
+    peer = coupling.PiecewiseLinearCouplingTransform
+
+    def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
+        found = _linear_spline(self, inputs, transform_params, inverse)
+        return super()._piecewise_cdf(inputs, transform_params, inverse) if found is None else found  # type: ignore[misc]
+
+
+class QuadraticSplineCoupling(_SplineCoupling):
+    peer = coupling.PiecewiseQuadraticCouplingTransform
+
+    def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
+        widths, heights = transform_params[..., : self.num_bins], transform_params[..., self.num_bins :]
+        if hasattr(self.transform_net, "hidden_features"):
+            root = math.sqrt(self.transform_net.hidden_features)
+            widths, heights = widths / root, heights / root
+        found = _quadratic_spline(self, inputs, widths, heights, inverse)
+        return super()._piecewise_cdf(inputs, transform_params, inverse) if found is None else found  # type: ignore[misc]
+
+
+class RationalQuadraticSplineCoupling(_SplineCoupling):
+    peer = coupling.PiecewiseRationalQuadraticCouplingTransform
+
+    def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
+        found = packed_spline(self, inputs, transform_params, logit_scale(self.transform_net), inverse)
+        if found is None:
+            return super()._piecewise_cdf(inputs, transform_params, inverse)  # type: ignore[misc]
+        shared.warn_unscaled(self.transform_net)
+        return found
+
+
+# ---- splines with parameters of their own ----
+
+
+class _SplineCDF(Swapped):
+    what = "splines in one pass"
+    stands_for = ("_spline",)
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return _refused(module)
+
+
+def shared_by_batch(x: Tensor, *params: Tensor) -> list[Tensor]:
+    return [p.expand(x.shape[0], *p.shape) for p in params]
+
+
+class LinearSplineCDF(_SplineCDF):
+    peer = nt.PiecewiseLinearCDF
+
+    def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
+        found = _linear_spline(self, inputs, *shared_by_batch(inputs, self.unnormalized_pdf), inverse)
+        if found is None:
+            return super()._spline(inputs, inverse)  # type: ignore[misc]
+        return found[0], found[1].flatten(1).sum(1)
+
+
+class QuadraticSplineCDF(_SplineCDF):
+    peer = nt.PiecewiseQuadraticCDF
+
+    def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
+        params = shared_by_batch(inputs, self.unnormalized_widths, self.unnormalized_heights)
+        found = _quadratic_spline(self, inputs, *params, inverse)
+        if found is None:
+            return super()._spline(inputs, inverse)  # type: ignore[misc]
+        return found[0], found[1].flatten(1).sum(1)
+
+
+class RationalQuadraticSplineCDF(_SplineCDF):
+    peer = nt.PiecewiseRationalQuadraticCDF
+
+    def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
+        found = shared.unconditional_spline(self, inputs, inverse)
+        return super()._spline(inputs, inverse) if found is None else found  # type: ignore[misc]
+
+
+# ---- activation norm and linear layers ----
+
+
+class ActNorm(Swapped):
+    peer = nt.ActNorm
+    what = "scale and shift in one pass"
+    stands_for = ("forward", "inverse", "_broadcastable_scale_shift", "scale")
+
+    def _covers(self: Any, inputs: Tensor) -> bool:
+        same = inputs.dim() in (2, 4) and inputs.shape[1] == self.log_scale.shape[0]
+        return same and covered(inputs, self.log_scale, self.shift)
+
+    def forward(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
+        if not self._covers(inputs):
+            return super().forward(inputs, context)  # type: ignore[misc]
+        if self.training and not self.initialized:
+            self._initialize(inputs)
+        return ops.actnorm(inputs, self.log_scale, self.shift, log_scale=True)
+
+    def inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
+        if not self._covers(inputs):
+            return super().inverse(inputs, context)  # type: ignore[misc]
+        return ops.actnorm(inputs, self.log_scale, self.shift, log_scale=True, inverse=True)
+
+
+class LULinear(_linear.LULinear):
+    peer = nt.LULinear
+
+
+class OneByOneConvolution(_linear.LULinear):
+    peer = nt.OneByOneConvolution
+    what = "permutation and product as one pass over the channels"
+    stands_for = (*_linear.LULinear.stands_for, "forward", "inverse", "_lu_forward_inverse")
+
+    def _order(self: Any) -> Tensor | None:
+        """Which column of L U each channel meets; None where a call is not covered."""
+        kept, permutation = self.kept(), self.permutation._permutation
+        found = kept.get("order")
+        if (
+            found is None
+            or found[0] is not permutation
+            or not (torch.compiler.is_compiling() or found[1] == version(permutation))
+        ):
+            found = kept["order"] = (permutation, version(permutation), permutation.argsort())
+        order: Tensor = found[2]
+        return order
+
+    def _covers(self: Any, inputs: Tensor) -> bool:
+        cached = self.using_cache and not self.training
+        same = inputs.dim() == 4 and inputs.shape[1] == self.features
+        return not cached and same and self.permutation._dim == 1 and covered(inputs, self.bias, self.lower_entries)
+
+    def _logabsdet(self: Any, inputs: Tensor) -> Tensor:
+        n, _, h, w = inputs.shape
+        found: Tensor = (h * w) * self.logabsdet() * inputs.new_ones(n)
+        return found
+
+    def forward(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
+        if not self._covers(inputs):
+            return super().forward(inputs, context)  # type: ignore[misc]
+        left, right = _linear.triangles(self)
+        weight = (left @ right).index_select(1, self._order())
+        return MIX(inputs, None, weight, self.bias, self.features)[0], self._logabsdet(inputs)
+
+    def inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
+        if not self._covers(inputs):
+            return super().inverse(inputs, context)  # type: ignore[misc]
+        weight = _linear.weight_inverse(self).index_select(0, self._order())
+        return MIX(inputs, None, weight, -(weight @ self.bias), self.features)[0], -self._logabsdet(inputs)
+
+
+SWAPS: tuple[type[Swapped], ...] = (
+    MaskedLinear, MaskedResidualBlock, MaskedAffine, MaskedSpline, MaskedLinearSpline,
+    MaskedQuadraticSpline, AdditiveCoupling, LinearSplineCoupling, QuadraticSplineCoupling, RationalQuadraticSplineCoupling,
+    LinearSplineCDF, QuadraticSplineCDF, RationalQuadraticSplineCDF, ActNorm, LULinear, OneByOneConvolution,
+)  # fmt: skip
