@@ -10,13 +10,15 @@ A small kernel packs w in sorted order with zeros for dead weights, so that no p
 pass, only where its columns are not sorted already. Then a tile of sorted outputs ends its sum at its own largest count, which
 is its last row's, and a tile of dx begins at the first output that sees it. dw takes tiles that have a live weight alone, split
 over samples into chunks whose number depends on the shape alone; a second kernel adds their partial sums in order, puts them
-back in the user's order and writes zeros where weights are dead. d is formed once, in sorted order, with db. Programs of
-longer sums start first. Half types add in float32; float32 follows torch.backends.cuda.matmul.allow_tf32.
+back in the user's order and writes zeros where weights are dead. d is formed once, in sorted order, with db. Among the tiles of
+the same samples those of longer sums start first. Half types add in float32; float32 follows
+torch.backends.cuda.matmul.allow_tf32.
 
-About N I O FLOPs in each of y, dx and dw, half of the dense product's, and half a tile's depth for each tile on the staircase:
-1 + BLOCK_O / I of that. x is read once for a column of tiles (from L2 but for the first), y written once: at 512 units 171
-FLOPs a byte in float32 and 341 in half types, so bound by FLOPs from a batch of a few thousand on, and below that by the
-latency of a launch and of the longest sum: tiles shrink until there is one for each multiprocessor.
+About N I O FLOPs in each of y, dx and dw, half of the dense product's, times 1 + BLOCK_O / O for tiles on the staircase. x is
+read once for a column of tiles (from L2 but for the first), y written once. Of 512 by 512 units that is 64 FLOPs a byte in
+float32 and 128 in half types, where an H200's FMA units balance at 14 and its tensor cores at 206: bound by FLOPs in float32,
+by memory in half types, and in batches of a few hundred by launches and by the longest sum: tiles shrink until each
+multiprocessor has one.
 Estimates, not measured.
 """
 
