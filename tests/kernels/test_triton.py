@@ -25,7 +25,7 @@ PENALTY = ["interpolate", "sample_norm", "spectral_norm", "minibatch_discriminat
 
 RUNS = [
     *((f, "interpreted") for f in FAMILIES),
-    ("activation_chain or activation_second or leaky or apply_bits or linear", "interpreted"),
+    ("activation_chain or activation_second or leaky or apply_bits or (linear and not masked_linear)", "interpreted"),
     ("masked_conv", "interpreted_masked_conv"),
     ("activation", "interpreted_activation"),
     *((f, "interpreted_gan") for f in ("bias_act", "pixel_norm", "minibatch_stddev")),
@@ -35,6 +35,8 @@ RUNS = [
     *((f, "interpreted_penalty") for f in PENALTY),
     ("", "interpreted_diagonal_gaussian"),
     ("pairwise", "interpreted_pairwise"),
+    ("", "interpreted_spline"),
+    ("", "interpreted_masked_linear"),
     ("", "interpreted_nade"),
     ("nade", "interpreted"),
 ]
