@@ -377,7 +377,8 @@ void multiply(const Product<T>& product, const Side<T>& outer, const Side<T>& in
 
 // A few samples: each output is a dot product of the weight's row as it lies, over the terms that it reaches.
 template <class T, int N>
-GENFAST_INLINE void dots(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, const T* place, int64_t p) {
+GENFAST_INLINE void dots(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, const T* place, const T* lane,
+                         int64_t p) {
   constexpr int kWidth = lanes<T>();
   const int64_t unit = outputs.sorted ? outputs.unit[p] : p, reach = int64_t(outputs.reach[p]);
   const int64_t begin = !inputs.sorted && inputs.rising ? inputs.count - reach : 0, end = inputs.sorted ? inputs.count : begin + reach;
@@ -391,8 +392,16 @@ GENFAST_INLINE void dots(const MaskedLinearArgs& a, const Side<T>& outputs, cons
       const Vec<T> w = live(load(row + i + h * kWidth), i + h * kWidth);
       for (int n = 0; n < N; ++n) acc[h][n] += w * load(x + n * a.x_row + i + h * kWidth);
     }
-  for (; i < end; i += kWidth) {
-    const int part = int(std::min<int64_t>(kWidth, end - i));
+  for (; i + kWidth <= end; i += kWidth) {
+    const Vec<T> w = live(load(row + i), i);
+    for (int n = 0; n < N; ++n) acc[0][n] += w * load(x + n * a.x_row + i);
+  }
+  if (i < end && end - begin >= kWidth) {  // the last vector again, without what has been added
+    const Mask<T> rest = load(lane) >= T(i - (end - kWidth));
+    const Vec<T> w = rest ? live(load(row + end - kWidth), end - kWidth) : Vec<T>{};
+    for (int n = 0; n < N; ++n) acc[0][n] += w * (rest ? load(x + n * a.x_row + end - kWidth) : Vec<T>{});
+  } else if (i < end) {
+    const int part = int(end - i);
     const Vec<T> w = live(load_part(row + i, part), i);
     for (int n = 0; n < N; ++n) acc[0][n] += w * load_part(x + n * a.x_row + i, part);
   }
@@ -406,8 +415,10 @@ template <class T, int N>
 void all_dots(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, int threads) {
   std::vector<T> place(inputs.sorted ? size_t(padded<T>(inputs.count)) : 0);
   for (int64_t i = 0; inputs.sorted && i < inputs.count; ++i) place[size_t(i)] = T(inputs.place[i]);
+  T lane[lanes<T>()];
+  for (int j = 0; j < lanes<T>(); ++j) lane[j] = T(j);
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
-  for (int64_t p = 0; p < outputs.count; ++p) dots<T, N>(a, outputs, inputs, place.data(), p);
+  for (int64_t p = 0; p < outputs.count; ++p) dots<T, N>(a, outputs, inputs, place.data(), lane, p);
 }
 
 int worth(const MaskedLinearArgs& a) {

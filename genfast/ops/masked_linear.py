@@ -266,6 +266,13 @@ def masked_linear(
 ) -> Tensor:
     """A linear layer of a masked autoencoder, y = act(x (W o M)^T + b), over the live weights only.
 
+    On the CPU float32 and float64 go through products that end where a panel of outputs ends its terms, so that half of a
+    square layer's FLOPs are done and no masked weight is made; up to four samples are dot products with the weight as it lies.
+    It serves every size: the library's dense product was faster at none from batches of one on, though in layers of a few
+    units a call costs a few microseconds more than the library's. Units whose degrees neither rise nor fall are gathered and
+    spread, which takes a fifth longer at 512 units; sorted ones, as nn.MADE has, or reversed ones do not pay that. Half types
+    on the CPU run the reference.
+
     Args:
         x: (*, I) floating point, any strides.
         weight: (O, I) in x's dtype and in the user's own order. It is never changed; dead weights do not reach the output
