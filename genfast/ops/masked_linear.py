@@ -268,10 +268,9 @@ def masked_linear(
 
     On the CPU float32 and float64 go through products that end where a panel of outputs ends its terms, so that half of a
     square layer's FLOPs are done and no masked weight is made; up to four samples are dot products with the weight as it lies.
-    It serves every size: the library's dense product was faster at none from batches of one on, though in layers of a few
-    units a call costs a few microseconds more than the library's. Units whose degrees neither rise nor fall are gathered and
-    spread, which takes a fifth longer at 512 units; sorted ones, as nn.MADE has, or reversed ones do not pay that. Half types
-    on the CPU run the reference.
+    Outputs whose degrees neither rise nor fall are spread over their places, which nn.MADE's sorted units need not be. A call
+    of very few operations (layers of some 32 units, or 64 with batches below 64) costs up to 5 us more than the library's two,
+    which a form that called them would pay too. Half types on the CPU run the reference.
 
     Args:
         x: (*, I) floating point, any strides.
