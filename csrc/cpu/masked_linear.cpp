@@ -2,13 +2,14 @@
 // backward, dx = g (W o M), dW = (g^T x) o M and db = sum of g, where g is dy, or dy where relu gave y > 0.
 //
 // Each side of the weight is taken in an order in which its units reach ever more, or ever fewer, of the other side: as they
-// lie where that is such an order (sorted degrees, rising or falling), sorted where it is not, and what is sorted is gathered
-// on the way in and spread on the way out, by rows that one thread owns. A unit that reaches L units is then joined to the
-// first or to the last L of the other side, so a panel of outputs needs one interval of terms, and each vector of the panel a
-// part of it: the tile drops a vector where its terms end. Of the 2 N I O FLOPs of the dense product it does the live half and
-// half a vector's width along the diagonal. The weight is packed, without what is dead, once a call: its live part is read
-// once. Bound by the FMA rate from batches of some ten on; a batch below is bound by reading the weight, of which it takes dot
-// products as it lies.
+// lie where that is such an order (sorted degrees, rising or falling), sorted where it is not. A unit that reaches L units is then
+// joined to the first or to the last L of the other side, so a panel of outputs needs one interval of terms, and each vector of
+// the panel a part of it: the tile drops a vector where its terms end. Of the 2 N I O FLOPs of the dense product it does the live
+// half and half a vector's width along the diagonal. Sorting costs nothing on the side of the terms, which a tile reads at their
+// units, and one move a number on the other, from rows that one thread owns; where that is more than it saves (some 64 units)
+// the whole product is done, with zeros for what is dead.
+// The weight is packed, without what is dead, once a call. Bound by the FMA rate from batches of some ten on; a batch below is
+// bound by reading the weight, of which it takes dot products as it lies.
 #include <vector>
 
 #include "gemm.h"
@@ -28,11 +29,18 @@ struct Side {
   int64_t count = 0;
   bool rising = false;         // whether later positions reach more
   bool sorted = false;         // else positions are units
+  bool mixed = false;          // positions are units and reach in no order: all terms are taken, the dead ones as zeros
   std::vector<int32_t> unit;   // of a position, where sorted
-  std::vector<int32_t> place;  // position of a unit, where sorted
+  std::vector<int32_t> place;  // sorted position of a unit, where that is another
   std::vector<T> reach;        // units of the other side that a position is joined to; zeros to a whole vector
 
   int64_t blocks() const { return (count + block_columns<T>() - 1) / block_columns<T>(); }
+
+  // Which of the units that the other side reaches first the one at a position is.
+  int64_t depth(int64_t p) const {
+    const int64_t at = mixed && !place.empty() ? place[size_t(p)] : p;
+    return rising ? count - 1 - at : at;
+  }
 };
 
 static inline bool identity(const int64_t* order, int64_t count) {
@@ -45,7 +53,8 @@ static inline bool identity(const int64_t* order, int64_t count) {
 // sorted. False where `order` is no permutation.
 template <class T>
 bool arrange(Side<T>& side, const int64_t* order, bool rising) {
-  side.sorted = false, side.rising = rising;
+  side.sorted = side.mixed = false, side.rising = rising;
+  side.place.clear();
   if (identity(order, side.count)) return true;
   static thread_local std::vector<T> natural;
   natural.assign(side.reach.size(), T(0));
@@ -64,6 +73,7 @@ bool arrange(Side<T>& side, const int64_t* order, bool rising) {
   if (rises || falls) {
     side.rising = rises;
     side.reach.swap(natural);
+    side.place.clear();
     return true;
   }
   side.sorted = true;
@@ -86,6 +96,20 @@ bool read_sides(const MaskedLinearArgs& a, Side<T>& outputs, Side<T>& inputs) {
   return arrange(outputs, a.rows, true) && arrange(inputs, a.columns, false);
 }
 
+// Leaves both sides as they lie where sorting costs more moves of a sample's numbers than it saves products of vectors.
+template <class T>
+void mix_if_cheaper(const MaskedLinearArgs& a, int64_t live, int64_t moves, Side<T>& outputs, Side<T>& inputs) {
+  if ((a.outputs * a.inputs - live) / lanes<T>() > moves || (!outputs.sorted && !inputs.sorted)) return;
+  for (Side<T>* side : {&outputs, &inputs}) {
+    side->mixed = true;
+    if (!side->sorted) continue;
+    std::vector<T> natural(side->reach.size(), T(0));
+    for (int64_t u = 0; u < side->count; ++u) natural[size_t(u)] = side->reach[size_t(side->place[size_t(u)])];
+    side->reach.swap(natural);
+    side->sorted = false;
+  }
+}
+
 // A panel: up to kMaxVectors vectors of units of one side, in slots, the one that reaches most first, over the positions of the
 // other side that any of them is joined to.
 struct Panel {
@@ -103,7 +127,7 @@ Panel panel_of(const Side<T>& outer, const Side<T>& inner, int64_t p) {
   for (int64_t s = 0; s < panel.slots; ++s) {
     panel.first[s] = start + (outer.rising ? panel.slots - 1 - s : s) * lanes<T>();
     const int64_t last = std::min(panel.first[s] + lanes<T>(), outer.count) - 1;
-    panel.length[s] = int64_t(outer.reach[outer.rising ? last : panel.first[s]]);
+    panel.length[s] = outer.mixed ? inner.count : int64_t(outer.reach[outer.rising ? last : panel.first[s]]);
   }
   panel.rising = inner.rising;
   panel.begin = inner.rising ? inner.count - panel.length[0] : 0;
@@ -122,14 +146,14 @@ struct Target {
   bool relu;
 };
 
-// The terms [from[n], to[n]) with the first n vectors, for n = N down to 1.
-template <class T, int MR, int N>
-GENFAST_INLINE void stages(const T* a, int64_t ld, const T* b, int64_t width, const int64_t* from, const int64_t* to,
-                           Vec<T> (&acc)[MR][kMaxVectors]) {
+// The terms [from[n], to[n]) with the first n vectors, for n = N down to 1; kIndexed: the k-th stands at unit[k] in a.
+template <class T, int MR, bool kIndexed, int N>
+GENFAST_INLINE void stages(const T* a, int64_t ld, const int32_t* unit, const T* b, int64_t width, const int64_t* from,
+                           const int64_t* to, Vec<T> (&acc)[MR][kMaxVectors]) {
   if constexpr (N > 0) {
-    const T* left = a + from[N];
     const T* right = b + from[N] * width;
-    for (int64_t k = to[N] - from[N]; k > 0; --k, ++left, right += width) {
+    for (int64_t k = from[N]; k < to[N]; ++k, right += width) {
+      const T* left = a + (kIndexed ? int64_t(unit[k]) : k);
       Vec<T> row[N];
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v) row[v] = load(right + v * lanes<T>());
@@ -140,15 +164,15 @@ GENFAST_INLINE void stages(const T* a, int64_t ld, const T* b, int64_t width, co
         for (int v = 0; v < N; ++v) acc[m][v] += x * row[v];
       }
     }
-    stages<T, MR, N - 1>(a, ld, b, width, from, to, acc);
+    stages<T, MR, kIndexed, N - 1>(a, ld, unit, b, width, from, to, acc);
   }
 }
 
-template <class T, int MR>
-static __attribute__((noinline)) void staged_tile(const T* a, int64_t ld, const T* b, int64_t width, const int64_t* from,
-                                                  const int64_t* to, const Target<T>& target) {
+template <class T, int MR, bool kIndexed>
+static __attribute__((noinline)) void staged_tile(const T* a, int64_t ld, const int32_t* unit, const T* b, int64_t width,
+                                                  const int64_t* from, const int64_t* to, const Target<T>& target) {
   Vec<T> acc[MR][kMaxVectors] = {};
-  stages<T, MR, kMaxVectors>(a, ld, b, width, from, to, acc);
+  stages<T, MR, kIndexed, kMaxVectors>(a, ld, unit, b, width, from, to, acc);
 #pragma GCC unroll 8
   for (int v = 0; v < kMaxVectors; ++v) {
     if (v >= target.slots) break;
@@ -164,10 +188,10 @@ static __attribute__((noinline)) void staged_tile(const T* a, int64_t ld, const 
   }
 }
 
-// Terms [u0, u1) of a panel times `height` rows of a.
-template <class T>
-static void multiply_tile(int64_t height, const Panel& panel, int64_t u0, int64_t u1, const T* a, int64_t ld, const T* b,
-                          const Target<T>& target) {
+// Terms [u0, u1) of a panel times `height` rows of a, where the first term stands at a, or each at its unit.
+template <class T, bool kIndexed>
+static void multiply_tile(int64_t height, const Panel& panel, int64_t u0, int64_t u1, const T* a, int64_t ld, const int32_t* unit,
+                          const T* b, const Target<T>& target) {
   // In which terms n vectors are alive: from the end that all share to where the n-th vector's terms end.
   int64_t from[kMaxVectors + 1], to[kMaxVectors + 1];
   for (int64_t n = 1; n <= kMaxVectors; ++n) {
@@ -177,12 +201,12 @@ static void multiply_tile(int64_t height, const Panel& panel, int64_t u0, int64_
   }
   const int64_t width = panel.slots * lanes<T>();
   switch (height) {
-    case 1: return staged_tile<T, 1>(a, ld, b, width, from, to, target);
-    case 2: return staged_tile<T, 2>(a, ld, b, width, from, to, target);
-    case 3: return staged_tile<T, 3>(a, ld, b, width, from, to, target);
-    case 4: return staged_tile<T, 4>(a, ld, b, width, from, to, target);
-    case 5: return staged_tile<T, 5>(a, ld, b, width, from, to, target);
-    default: return staged_tile<T, 6>(a, ld, b, width, from, to, target);
+    case 1: return staged_tile<T, 1, kIndexed>(a, ld, unit, b, width, from, to, target);
+    case 2: return staged_tile<T, 2, kIndexed>(a, ld, unit, b, width, from, to, target);
+    case 3: return staged_tile<T, 3, kIndexed>(a, ld, unit, b, width, from, to, target);
+    case 4: return staged_tile<T, 4, kIndexed>(a, ld, unit, b, width, from, to, target);
+    case 5: return staged_tile<T, 5, kIndexed>(a, ld, unit, b, width, from, to, target);
+    default: return staged_tile<T, 6, kIndexed>(a, ld, unit, b, width, from, to, target);
   }
 }
 
@@ -211,7 +235,10 @@ class Product {
   int64_t panels() const { return int64_t(panels_.size()); }
 
   int64_t offset(int64_t p) const { return panels_[size_t(p)].offset; }
-  int64_t largest() const { return panels_.empty() ? 0 : panels_[outer_.rising ? panels_.size() - 1 : 0].length[0] * block_columns<T>(); }
+  int64_t largest() const {
+    if (panels_.empty()) return 0;
+    return (outer_.rising ? panels_.back() : panels_.front()).length[0] * block_columns<T>();
+  }
 
   void pack(int64_t p, T* to) const {
     const Panel& panel = panels_[size_t(p)];
@@ -239,7 +266,11 @@ class Product {
         const int64_t row = tile_start(all, tile), height = tile_start(all, tile + 1) - row;
         const Target<T> target{data + (row - start) * step, step, panel.first, panel.slots, part > 0, last ? bias : nullptr,
                                last && relu};
-        multiply_tile(height, panel, u0, u1, a + (row - start) * ld + panel.begin, ld, packed, target);
+        const T* left = a + (row - start) * ld;
+        if (inner_.sorted)
+          multiply_tile<T, true>(height, panel, u0, u1, left, ld, inner_.unit.data() + panel.begin, packed, target);
+        else
+          multiply_tile<T, false>(height, panel, u0, u1, left + panel.begin, ld, nullptr, packed, target);
       }
     }
     for (int64_t row = 0; !whole && row < end - start; ++row)
@@ -247,7 +278,8 @@ class Product {
   }
 
  private:
-  // The slot's units are rows of the weight: transposed, where rows or columns are sorted from a copy of a run of them.
+  // The slot's units are rows of the weight: transposed, where rows or columns are sorted a square at a time. (Inputs sorted by
+  // their reach fall, so that the terms of a slot are the first ones.)
   void pack_rows_of(const Panel& panel, int64_t s, T* to, int64_t width) const {
     const int64_t first = panel.first[s], count = std::min<int64_t>(lanes<T>(), outer_.count - first), ld = args_.weight_row;
     const int64_t begin = inner_.rising ? inner_.count - panel.length[s] : 0, length = panel.length[s];
@@ -257,18 +289,20 @@ class Product {
       transpose(weight + first * ld + begin, ld, count, length, to, width);
       return;
     }
-    constexpr int64_t kRun = 256;
-    T copy[lanes<T>() * kRun];
-    for (int64_t t = 0; t < length; t += kRun) {
-      const int64_t here = std::min(kRun, length - t);
+    constexpr int n = lanes<T>();
+    T rows[n * n] = {}, turned[n * n];
+    const int64_t stop = inner_.sorted ? inner_.count : begin + length;
+    for (int64_t t = inner_.sorted ? 0 : begin; t < stop; t += n) {
+      const int64_t here = std::min<int64_t>(n, stop - t);
       for (int64_t r = 0; r < count; ++r) {
-        const T* row = weight + (outer_.sorted ? outer_.unit[first + r] : first + r) * ld;
-        if (inner_.sorted)
-          permute(row, inner_.unit.data() + begin + t, here, copy + r * kRun);
-        else
-          memcpy(copy + r * kRun, row + begin + t, size_t(here) * sizeof(T));
+        const T* row = weight + (outer_.sorted ? outer_.unit[size_t(first + r)] : first + r) * ld + t;
+        here == n ? store(rows + r * n, load(row)) : store(rows + r * n, load_part(row, int(here)));
       }
-      transpose(copy, kRun, count, here, to + t * width, width);
+      transpose_square(rows, n, turned, n);
+      for (int64_t k = 0; k < here; ++k) {  // a term goes to its place as a whole vector
+        const int64_t place = inner_.sorted ? inner_.place[size_t(t + k)] : t + k - begin;
+        if (place >= 0 && place < length) store(to + place * width, load(turned + k * n));
+      }
     }
   }
 
@@ -292,12 +326,13 @@ class Product {
   // Zeros where a term is beyond a unit's reach, and in the lanes without a unit.
   void clear_dead(const Panel& panel, int64_t s, T* to, int64_t width) const {
     const Vec<T> reach = load(outer_.reach.data() + panel.first[s]);
-    const int64_t least = panel.first[s] + lanes<T>() > outer_.count
+    const int64_t least = outer_.mixed || panel.first[s] + lanes<T>() > outer_.count
                               ? 0
                               : int64_t(outer_.reach[outer_.rising ? panel.first[s] : panel.first[s] + lanes<T>() - 1]);
     for (int64_t d = least; d < panel.length[s]; ++d) {
-      T* at = to + (inner_.rising ? panel.length[0] - 1 - d : d) * width;
-      store(at, reach > T(d) ? load(at) : Vec<T>{});
+      const int64_t u = inner_.rising ? panel.length[0] - 1 - d : d;
+      T* at = to + u * width;
+      store(at, reach > T(inner_.mixed ? inner_.depth(u) : d) ? load(at) : Vec<T>{});
     }
   }
 
@@ -308,15 +343,7 @@ class Product {
   int64_t elements_ = 0;
 };
 
-// Sorted rows of `from` (n, count) between rows `begin` and `end`, dense.
-template <class T>
-const T* gathered(const Side<T>& side, const T* from, int64_t ld, int64_t begin, int64_t end, Scratch& scratch) {
-  T* to = scratch.get<T>((end - begin) * side.count);
-  for (int64_t row = begin; row < end; ++row) permute(from + row * ld, side.unit.data(), side.count, to + (row - begin) * side.count);
-  return to;
-}
-
-// out (n, outer) = act(a (n, inner) W + bias), a in the order of positions. Where there are panels enough, each is packed by the
+// out (n, outer) = act(a (n, inner) W + bias). Where there are panels enough, each is packed by the
 // thread that takes it, just before it is used by all rows; the largest first, so that all threads end together.
 template <class T>
 void multiply_by_panels(const Product<T>& product, bool rising, const T* a, int64_t ld, const T* bias, bool relu, T* out,
@@ -336,18 +363,17 @@ void multiply_by_panels(const Product<T>& product, bool rising, const T* a, int6
   }
 }
 
-// The same by blocks of rows, each of which one thread owns, so that it may spread what it has. a is in the order of positions
-// already where `placed`.
+// The same by blocks of rows, each of which one thread owns, so that it may spread what it has.
 template <class T>
-void multiply_by_rows(const Product<T>& product, const Side<T>& outer, const Side<T>& inner, const T* a, int64_t ld, bool placed,
-                      const T* bias, bool relu, T* out, int64_t n, int threads) {
+void multiply_by_rows(const Product<T>& product, const Side<T>& outer, const T* a, int64_t ld, const T* bias, bool relu, T* out,
+                      int64_t n, int threads) {
   static thread_local Scratch shared;
   T* packed = shared.get<T>(product.elements());
   const int64_t down = tiles(n), step = std::max<int64_t>(1, std::min(kBlockTiles, down / (4 * threads)));
   const int64_t wide = outer.sorted ? padded<T>(outer.count) : outer.count, most = step * kMaxRows;
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch row_scratch, a_scratch, aside_scratch;
+    static thread_local Scratch row_scratch, aside_scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < product.panels(); ++p) product.pack(p, packed + product.offset(p));
 #pragma omp for schedule(dynamic, 1)
@@ -355,10 +381,8 @@ void multiply_by_rows(const Product<T>& product, const Side<T>& outer, const Sid
       const int64_t stop = std::min(down, base + step), begin = tile_start(n, base), end = tile_start(n, stop);
       T* rows = outer.sorted ? row_scratch.get<T>(most * wide) : out + begin * wide;
       T* aside = wide % lanes<T>() ? aside_scratch.get<T>(most * block_columns<T>()) : nullptr;
-      const bool gather = inner.sorted && !placed;
-      const T* left = gather ? gathered(inner, a, ld, begin, end, a_scratch) : a + begin * ld;
       for (int64_t p = 0; p < product.panels(); ++p)
-        product.rows(p, left, gather ? inner.count : ld, base, stop, n, packed + product.offset(p), bias, relu, rows, wide, aside);
+        product.rows(p, a + begin * ld, ld, base, stop, n, packed + product.offset(p), bias, relu, rows, wide, aside);
       for (int64_t row = begin; outer.sorted && row < end; ++row)
         permute(rows + (row - begin) * wide, outer.place.data(), outer.count, out + row * outer.count);
     }
@@ -366,21 +390,22 @@ void multiply_by_rows(const Product<T>& product, const Side<T>& outer, const Sid
 }
 
 template <class T>
-void multiply(const Product<T>& product, const Side<T>& outer, const Side<T>& inner, const T* a, int64_t ld, bool placed, const T* bias,
-              bool relu, T* out, int64_t n, int threads) {
-  const bool spreads = outer.sorted || (inner.sorted && !placed);
-  if (!spreads && n <= kPanelRows && (threads == 1 || product.panels() >= 4 * threads))
+void multiply(const Product<T>& product, const Side<T>& outer, const T* a, int64_t ld, const T* bias, bool relu, T* out, int64_t n,
+              int threads) {
+  if (!outer.sorted && n <= kPanelRows && (threads == 1 || product.panels() >= 4 * threads))
     multiply_by_panels(product, outer.rising, a, ld, bias, relu, out, outer.count, n, threads);
   else
-    multiply_by_rows(product, outer, inner, a, ld, placed, bias, relu, out, n, threads);
+    multiply_by_rows(product, outer, a, ld, bias, relu, out, n, threads);
 }
 
 // A few samples: each output is a dot product of the weight's row as it lies, over the terms that it reaches.
 template <class T, int N>
-GENFAST_INLINE void dots(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, const T* place, int64_t p) {
+GENFAST_INLINE void dots(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, const T* place, const T* lane,
+                         int64_t p) {
   constexpr int kWidth = lanes<T>();
   const int64_t unit = outputs.sorted ? outputs.unit[p] : p, reach = int64_t(outputs.reach[p]);
-  const int64_t begin = !inputs.sorted && inputs.rising ? inputs.count - reach : 0, end = inputs.sorted ? inputs.count : begin + reach;
+  const int64_t begin = !inputs.sorted && inputs.rising ? inputs.count - reach : 0;
+  const int64_t end = inputs.sorted ? inputs.count : begin + reach;
   const T* row = static_cast<const T*>(a.weight) + unit * a.weight_row;
   const T* x = static_cast<const T*>(a.x);
   Vec<T> acc[2][N] = {};
@@ -391,8 +416,16 @@ GENFAST_INLINE void dots(const MaskedLinearArgs& a, const Side<T>& outputs, cons
       const Vec<T> w = live(load(row + i + h * kWidth), i + h * kWidth);
       for (int n = 0; n < N; ++n) acc[h][n] += w * load(x + n * a.x_row + i + h * kWidth);
     }
-  for (; i < end; i += kWidth) {
-    const int part = int(std::min<int64_t>(kWidth, end - i));
+  for (; i + kWidth <= end; i += kWidth) {
+    const Vec<T> w = live(load(row + i), i);
+    for (int n = 0; n < N; ++n) acc[0][n] += w * load(x + n * a.x_row + i);
+  }
+  if (i < end && end - begin >= kWidth) {  // the last vector again, without what has been added
+    const Mask<T> rest = load(lane) >= T(i - (end - kWidth));
+    const Vec<T> w = rest ? live(load(row + end - kWidth), end - kWidth) : Vec<T>{};
+    for (int n = 0; n < N; ++n) acc[0][n] += w * (rest ? load(x + n * a.x_row + end - kWidth) : Vec<T>{});
+  } else if (i < end) {
+    const int part = int(end - i);
     const Vec<T> w = live(load_part(row + i, part), i);
     for (int n = 0; n < N; ++n) acc[0][n] += w * load_part(x + n * a.x_row + i, part);
   }
@@ -406,22 +439,28 @@ template <class T, int N>
 void all_dots(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, int threads) {
   std::vector<T> place(inputs.sorted ? size_t(padded<T>(inputs.count)) : 0);
   for (int64_t i = 0; inputs.sorted && i < inputs.count; ++i) place[size_t(i)] = T(inputs.place[i]);
+  T lane[lanes<T>()];
+  for (int j = 0; j < lanes<T>(); ++j) lane[j] = T(j);
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
-  for (int64_t p = 0; p < outputs.count; ++p) dots<T, N>(a, outputs, inputs, place.data(), p);
+  for (int64_t p = 0; p < outputs.count; ++p) dots<T, N>(a, outputs, inputs, place.data(), lane, p);
 }
 
-int worth(const MaskedLinearArgs& a) {
+int64_t live_weights(const MaskedLinearArgs& a) {
   int64_t live = 0;
   for (int64_t r = 0; r < a.outputs; ++r) live += a.counts[r];
-  return live * a.n < 1 << 17 ? 1 : a.threads;  // waking threads costs more than a small product
+  return live;
 }
+
+// Waking threads costs more than a small product.
+int worth(const MaskedLinearArgs& a, int64_t live) { return live * a.n < 1 << 17 ? 1 : a.threads; }
 
 template <class T>
 void forward(const MaskedLinearArgs& a) {
   static thread_local Side<T> outputs, inputs;
   *a.fits = read_sides(a, outputs, inputs);
   if (!*a.fits || !a.n || !a.outputs) return;
-  const int threads = worth(a);
+  const int64_t live = live_weights(a);
+  const int threads = worth(a, live);
   switch (a.n) {
     case 1: return all_dots<T, 1>(a, outputs, inputs, threads);
     case 2: return all_dots<T, 2>(a, outputs, inputs, threads);
@@ -429,11 +468,12 @@ void forward(const MaskedLinearArgs& a) {
     case 4: return all_dots<T, 4>(a, outputs, inputs, threads);
   }
   static_assert(kDots == 4, "one case for each batch");
+  mix_if_cheaper(a, live, outputs.sorted ? a.outputs : 0, outputs, inputs);
   std::vector<T> bias(a.bias ? size_t(padded<T>(a.outputs)) : 0);
   for (int64_t p = 0; a.bias && p < a.outputs; ++p)
     bias[size_t(p)] = static_cast<const T*>(a.bias)[outputs.sorted ? outputs.unit[p] : p];
   const Product<T> product(a, outputs, inputs, true);
-  multiply(product, outputs, inputs, static_cast<const T*>(a.x), a.x_row, false, a.bias ? bias.data() : nullptr, a.relu,
+  multiply(product, outputs, static_cast<const T*>(a.x), a.x_row, a.bias ? bias.data() : nullptr, a.relu,
            static_cast<T*>(a.out), a.n, threads);
 }
 
@@ -471,12 +511,12 @@ static inline void pack_sample(const Side<T>& inputs, const Panel& panel, const 
 template <class T>
 static void write_row(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, const std::vector<Panel>& panels,
                       int64_t row, const T* sums, T* sorted) {
-  const int64_t place = outputs.rising ? outputs.count - 1 - row : row;
+  const int64_t depth = outputs.depth(row);
   T* out = static_cast<T*>(a.dw) + (outputs.sorted ? outputs.unit[row] : row) * inputs.count;
   for (const Panel& panel : panels) {
     for (int64_t s = 0; s < panel.slots; ++s) {
       const int64_t first = panel.first[s], left = inputs.count - first;
-      const Vec<T> live = load(inputs.reach.data() + first) > T(place) ? load(sums + s * lanes<T>()) : Vec<T>{};
+      const Vec<T> live = load(inputs.reach.data() + first) > T(depth) ? load(sums + s * lanes<T>()) : Vec<T>{};
       if (inputs.sorted)
         store(sorted + first, live);
       else if (left >= lanes<T>())
@@ -489,7 +529,7 @@ static void write_row(const MaskedLinearArgs& a, const Side<T>& outputs, const S
   if (inputs.sorted) permute(sorted, inputs.place.data(), inputs.count, out);
 }
 
-// g (n, outputs) in the order of positions: a tile of six outputs against the panels of inputs that any of them reaches, over
+// g^T x: a tile of six outputs against the panels of inputs that any of them reaches, over
 // runs of samples. What is dead is written as zeros.
 template <class T>
 void weight_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, const T* g, int64_t ld, int threads) {
@@ -497,6 +537,7 @@ void weight_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const Si
   static thread_local Scratch panel_scratch, sum_scratch;
   const int64_t runs = inner_runs(a.n), longest = (a.n + runs - 1) / runs, down = tiles(a.outputs), across = inputs.blocks();
   const int64_t size = kMaxRows * across * block;
+  const bool direct = across == 1 && !outputs.sorted;  // one panel reads g once, as packing would
   T* panels = panel_scratch.get<T>(across * block * longest);
   T* all = runs == 1 ? nullptr : sum_scratch.get<T>(down * size);
   const T* x = static_cast<const T*>(a.x);
@@ -512,20 +553,25 @@ void weight_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const Si
       const int64_t n0 = a.n * part / runs, count = a.n * (part + 1) / runs - n0;
 #pragma omp for schedule(static)
       for (int64_t k = 0; k < count; ++k)
-        for (int64_t p = 0; p < across; ++p) pack_sample(inputs, at[size_t(p)], x + (n0 + k) * a.x_row, panels + p * block * longest, k);
+        for (int64_t p = 0; p < across; ++p)
+          pack_sample(inputs, at[size_t(p)], x + (n0 + k) * a.x_row, panels + p * block * longest, k);
 #pragma omp for schedule(dynamic, 2)
       for (int64_t tile = 0; tile < down; ++tile) {
         const int64_t row = tile_start(a.outputs, tile), height = tile_start(a.outputs, tile + 1) - row;
         T* sums = all ? all + tile * size : own;
-        const T* left = across > 1 ? packed : g + n0 * ld + row;  // one panel reads it once, as packing would
-        if (across > 1) pack_rows<T>({g, 1, ld}, n0, count, row, height, packed);
+        const T* left = direct ? g + n0 * ld + row : packed;
+        if (outputs.sorted)
+          for (int64_t k = 0; k < count; ++k)
+            for (int64_t m = 0; m < height; ++m) packed[k * height + m] = g[(n0 + k) * ld + outputs.unit[size_t(row + m)]];
+        else if (!direct)
+          pack_rows<T>({g, 1, ld}, n0, count, row, height, packed);
         const int64_t most = int64_t(outputs.reach[outputs.rising ? row + height - 1 : row]);
         for (int64_t p = 0; p < across; ++p) {
           const Panel& panel = at[size_t(p)];
-          int64_t live = 0;  // slots that some output of the tile reaches
+          int64_t live = outputs.mixed ? panel.slots : 0;  // slots that some output of the tile reaches
           while (live < panel.slots && nearest(inputs, panel.first[live]) < most) ++live;
           if (!live) continue;
-          weight_tile(height, live, left, across > 1 ? height : ld, panels + p * block * longest, panel.slots * lanes<T>(), count,
+          weight_tile(height, live, left, direct ? ld : height, panels + p * block * longest, panel.slots * lanes<T>(), count,
                       sums + p * kMaxRows * block, part == 0);
         }
         if (part + 1 < runs) continue;
@@ -540,32 +586,23 @@ void weight_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const Si
 
 constexpr int64_t kRun = 512;  // samples that a bias gradient adds up at a time, so that a long sum loses little
 
-// g = dy where y > 0 (or everywhere), in the order of positions.
+// g = dy where y > 0.
 template <class T>
-void live_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, T* g, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    static thread_local Scratch scratch;
-    T* row = outputs.sorted && a.y ? scratch.get<T>(padded<T>(a.outputs)) : nullptr;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < a.n; ++n) {
-      const T* grad = static_cast<const T*>(a.grad) + n * a.grad_row;
-      T* to = row ? row : g + n * a.outputs;
-      if (a.y) {
-        const T* y = static_cast<const T*>(a.y) + n * a.y_row;
-        int64_t o = 0;
-        for (; o + lanes<T>() <= a.outputs; o += lanes<T>()) store(to + o, load(y + o) > T(0) ? load(grad + o) : Vec<T>{});
-        for (; o < a.outputs; ++o) to[o] = y[o] > T(0) ? grad[o] : T(0);
-        grad = to;
-      }
-      if (outputs.sorted) permute(grad, outputs.unit.data(), a.outputs, g + n * a.outputs);
-    }
+void live_gradient(const MaskedLinearArgs& a, T* g, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t n = 0; n < a.n; ++n) {
+    const T* grad = static_cast<const T*>(a.grad) + n * a.grad_row;
+    const T* y = static_cast<const T*>(a.y) + n * a.y_row;
+    T* to = g + n * a.outputs;
+    int64_t o = 0;
+    for (; o + lanes<T>() <= a.outputs; o += lanes<T>()) store(to + o, load(y + o) > T(0) ? load(grad + o) : Vec<T>{});
+    for (; o < a.outputs; ++o) to[o] = y[o] > T(0) ? grad[o] : T(0);
   }
 }
 
-// db of a vector of positions.
+// db of a vector of outputs.
 template <class T>
-void bias_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const T* g, int64_t ld, int threads) {
+void bias_gradient(const MaskedLinearArgs& a, const T* g, int64_t ld, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t first = 0; first < a.outputs; first += lanes<T>()) {
     const int part = int(std::min<int64_t>(lanes<T>(), a.outputs - first));
@@ -576,9 +613,7 @@ void bias_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const T* g
         sums += part == lanes<T>() ? load(g + n * ld + first) : load_part(g + n * ld + first, part);
       total += sums;
     }
-    T lane[lanes<T>()];
-    store(lane, total);
-    for (int j = 0; j < part; ++j) static_cast<T*>(a.db)[outputs.sorted ? outputs.unit[first + j] : first + j] = lane[j];
+    store_part(static_cast<T*>(a.db) + first, total, part);
   }
 }
 
@@ -587,21 +622,23 @@ void backward(const MaskedLinearArgs& a) {
   static thread_local Side<T> outputs, inputs;
   *a.fits = read_sides(a, outputs, inputs);
   if (!*a.fits) return;
-  const int threads = worth(a);
+  const int64_t live = live_weights(a);
+  const int threads = worth(a, live);
+  mix_if_cheaper(a, live, (outputs.sorted ? a.outputs : 0) + (inputs.sorted ? a.inputs : 0), outputs, inputs);
   const T* g = static_cast<const T*>(a.grad);
   int64_t ld = a.grad_row;
-  if (a.y || outputs.sorted) {
+  if (a.y) {
     static thread_local Scratch scratch;
     T* made = scratch.get<T>(a.n * a.outputs);
-    live_gradient(a, outputs, made, threads);
+    live_gradient(a, made, threads);
     g = made, ld = a.outputs;
   }
   if (a.dx) {
     const Product<T> product(a, inputs, outputs, false);
-    multiply<T>(product, inputs, outputs, g, ld, true, nullptr, false, static_cast<T*>(a.dx), a.n, threads);
+    multiply<T>(product, inputs, g, ld, nullptr, false, static_cast<T*>(a.dx), a.n, threads);
   }
   if (a.dw) weight_gradient(a, outputs, inputs, g, ld, threads);
-  if (a.db) bias_gradient(a, outputs, g, ld, threads);
+  if (a.db) bias_gradient(a, g, ld, threads);
 }
 
 }  // namespace

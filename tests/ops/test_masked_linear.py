@@ -252,8 +252,9 @@ torch.save([f.detach() for f in found], sys.argv[1])
 """
     results = []
     for level in ("base", "v3", ""):
-        path = tmp_path / f"{level}.pt"
-        subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, "GENFAST_CPU_ISA": level}, check=True)
+        path = tmp_path / f"{level or 'best'}.pt"
+        environment = os.environ | {"GENFAST_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", program, str(path)], env=environment, check=True)
         results.append(torch.load(path))
     for other in results[1:]:
         for a, b in zip(results[0], other):
