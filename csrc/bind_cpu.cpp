@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -700,6 +702,27 @@ void bind_autoregressive_inverse(py::module_& m) {
     a.is_double = is_double, a.code = ptr<int64_t>(code), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
     a.grad_packed = ptr<>(grad_packed), a.n = n, a.threads = threads;
     GENFAST_CALL(autoregressive_inverse_weights, a);
+void bind_spline(py::module_& m) {
+  // A part is (data, grad, count, stride).
+  m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int kind, int bins, int tails,
+                     const std::vector<double>& o, Address x, Address grad_y, int64_t grad_y_step, Address grad_logdet,
+                     int64_t grad_logdet_step, Address y, Address logdet, Address dx,
+                     const std::vector<std::tuple<Address, Address, int64_t, int64_t>>& parts, int64_t n, int threads) {
+    bool outside = false;
+    SplineArgs a{};
+    a.is_double = is_double, a.backward = backward, a.inverse = inverse, a.zuko = zuko;
+    a.kind = kind, a.bins = bins, a.tails = tails;
+    a.left = o[0], a.right = o[1], a.bottom = o[2], a.top = o[3];
+    a.min_width = o[4], a.min_height = o[5], a.min_derivative = o[6];
+    a.log_slope = std::log(o[7]), a.logit_scale = o[8];
+    a.x = ptr<>(x), a.grad_y = ptr<>(grad_y), a.grad_logdet = ptr<>(grad_logdet);
+    a.grad_y_step = grad_y_step, a.grad_logdet_step = grad_logdet_step;
+    a.y = ptr<>(y), a.logdet = ptr<>(logdet), a.dx = ptr<>(dx);
+    for (const auto& [data, grad, count, stride] : parts)
+      a.parts[a.part_count++] = {ptr<>(data), ptr<>(grad), count, stride};
+    a.n = n, a.outside = &outside, a.threads = threads;
+    GENFAST_CALL(spline, a);
+    return outside;
   });
 }
 
@@ -743,5 +766,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gram_matrix(m);
   bind_pairwise(m);
   bind_autoregressive_inverse(m);
+  bind_spline(m);
   bind_fma_rate(m);
 }

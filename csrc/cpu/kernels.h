@@ -369,6 +369,26 @@ struct FmaRateArgs {
   int threads;
 };
 
+struct SplineArgs {
+  struct Part {  // one tensor of parameters: n rows of `count`, `stride` apart; its gradient's rows are dense
+    const void* data;
+    void* grad;
+    int64_t count, stride;
+  };
+  bool is_double, backward, inverse, zuko;
+  int kind;  // 0 rational quadratic, 1 quadratic, 2 linear
+  int bins, tails;
+  double left, right, bottom, top, min_width, min_height, min_derivative, log_slope, logit_scale;
+  const void *x, *grad_y, *grad_logdet;  // dense; a cotangent may be null, or one number for all (its step 0)
+  int64_t grad_y_step, grad_logdet_step;
+  void *y, *logdet, *dx;
+  Part parts[3];
+  int part_count;
+  int64_t n;
+  bool* outside;  // set where there are no tails and an element is outside
+  int threads;
+};
+
 #define GENFAST_DECLARE(ISA)                                \
   namespace ISA {                                           \
   void affine_coupling(const AffineCouplingArgs&);          \
@@ -421,6 +441,7 @@ struct FmaRateArgs {
   void autoregressive_inverse(const DegreeOrderedArgs&);    \
   void autoregressive_inverse_sweep(const DegreeOrderedArgs&); \
   void autoregressive_inverse_weights(const DegreeOrderedArgs&); \
+  void spline(const SplineArgs&);                           \
   void fma_rate(const FmaRateArgs&);                        \
   }
 

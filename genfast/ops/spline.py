@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
 
 _NAME = "rational_quadratic_spline"
+_CPU: Any = _backend.extension("_cpu")[0]
+_HALF = (torch.bfloat16, torch.float16)
+# Half types are converted: the softmax runs in float32.
+_DTYPES = {**_backend.DTYPES, "cpu": (*_backend.DTYPES["cpu"], *_HALF)}
+_KINDS = {"rational": 0, "quadratic": 1, "linear": 2}
+_TAILS = {"linear": 0, "none": 1, "circular": 2}
 TAILS = ("linear", "circular", "none")
 CONVENTIONS = ("nflows", "zuko")
 MAX_BINS = 64
@@ -112,6 +118,112 @@ def _fake_packed_backward(
     return x.new_empty(x.shape), params.new_empty(params.shape)
 
 
+def _rows(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """``p`` (*, P) and the step from row to row, copied only where its rows are not dense or not evenly apart."""
+    p = p.to(dtype)
+    count = p.shape[-1]
+    if p.is_contiguous():
+        return p, count
+    if p.stride(-1) == 1 or count == 1:
+        step = p.stride(-2) if p.dim() > 1 else count
+        expected = step
+        for size, stride in zip(reversed(p.shape[:-1]), reversed(p.stride()[:-1])):
+            if size != 1 and stride != expected:
+                break
+            expected *= size
+        else:
+            return p, step
+    return p.contiguous(), count
+
+
+def _run(
+    kind: str, x: Tensor, params: Sequence[Tensor], bins: int, tails: str, convention: str, inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = x.dtype
+    wide = (x.float() if dtype in _HALF else x).contiguous()
+    rows = [_rows(p, wide.dtype) for p in params]
+    y, logdet = _pool.empty_like(wide), _pool.empty_like(wide)
+    outside = wide.numel() and _CPU.spline(
+        wide.dtype is torch.float64, False, inverse, convention == "zuko", _KINDS[kind], bins, _TAILS[tails], options,
+        wide.data_ptr(), 0, 0, 0, 0, y.data_ptr(), logdet.data_ptr(), 0,
+        [(p.data_ptr(), 0, p.shape[-1], step) for p, step in rows], wide.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    if outside:
+        low, high = options[2:4] if inverse else options[:2]
+        raise ValueError(
+            f"{_NAME if kind == 'rational' else kind + '_spline'}: x has elements outside [{low}, {high}], where a spline with "
+            "tails=None is not defined; clamp x, or give tails"
+        )
+    return y.to(dtype), logdet
+
+
+def _run_backward(
+    kind: str, grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Sequence[Tensor], bins: int, tails: str,
+    convention: str, inverse: bool, options: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    dtype = x.dtype
+    wide = (x.float() if dtype in _HALF else x).contiguous()
+    rows = [_rows(p, wide.dtype) for p in params]
+    dx = _pool.empty_like(wide)
+    grads = [_pool.empty_strided(tuple(p.shape), _dense(p.shape), wide.dtype) for p in params]
+    gy, gy_step = _cotangent(grad_y, wide)
+    gl, gl_step = _cotangent(grad_logdet, wide)
+    if wide.numel():
+        _CPU.spline(
+            wide.dtype is torch.float64, True, inverse, convention == "zuko", _KINDS[kind], bins, _TAILS[tails], options,
+            wide.data_ptr(), 0 if gy is None else gy.data_ptr(), gy_step, 0 if gl is None else gl.data_ptr(), gl_step, 0, 0,
+            dx.data_ptr(), [(p.data_ptr(), g.data_ptr(), p.shape[-1], step) for (p, step), g in zip(rows, grads)],
+            wide.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+    return [dx.to(dtype), *(g.to(p.dtype) for g, p in zip(grads, params))]
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    stride = [1]
+    for size in reversed(shape[1:]):
+        stride.append(stride[-1] * max(size, 1))
+    return tuple(reversed(stride))
+
+
+def _cotangent(grad: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
+    """A gradient and its step: 0 where it is one number for all, as that of a sum is."""
+    if grad is None:
+        return None, 0
+    grad = grad.to(x.dtype)
+    if not any(grad.stride()):
+        return grad, 0
+    return grad.contiguous(), 1
+
+
+def _cpu(
+    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str, convention: str, inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_forward(x, widths, heights, derivatives, tails, convention, inverse, options)
+    return _run("rational", x, (widths, heights, derivatives), widths.shape[-1], tails, convention, inverse, options)
+
+
+def _cpu_packed(
+    x: Tensor, params: Tensor, bins: int, tails: str, convention: str, inverse: bool, options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    _check_packed(x, params, bins, tails, convention, inverse, options)
+    return _run("rational", x, (params,), bins, tails, convention, inverse, options)
+
+
+def _cpu_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    params = (widths, heights, derivatives)
+    return tuple(_run_backward("rational", grad_y, grad_logdet, x, params, widths.shape[-1], *options))
+
+
+def _cpu_packed_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, bins: int, *options: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_run_backward("rational", grad_y, grad_logdet, x, (params,), bins, *options))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.options = [a for a in inputs if not isinstance(a, Tensor)]
     ctx.set_materialize_grads(False)
@@ -188,7 +300,8 @@ _OP_BACKWARD = Op(
     "str tails, str convention, bool inverse, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_backward,
     fake=_fake_backward,
-    kernels={"triton": _backend.triton_kernel("spline", f"{_NAME}_backward")},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_backward")},
+    dtypes=_DTYPES,
 )
 
 _OP_PACKED_BACKWARD = Op(
@@ -196,7 +309,8 @@ _OP_PACKED_BACKWARD = Op(
     "str convention, bool inverse, float[] options) -> (Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_packed_backward,
     fake=_fake_packed_backward,
-    kernels={"triton": _backend.triton_kernel("spline", f"{_NAME}_packed_backward")},
+    kernels={"cpu": _cpu_packed_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_packed_backward")},
+    dtypes=_DTYPES,
 )
 
 OP = Op(
@@ -205,7 +319,8 @@ OP = Op(
     reference=reference.rational_quadratic_spline,
     check=_check_forward,
     fake=_fake,
-    kernels={"triton": _backend.triton_kernel("spline", _NAME, _check_forward)},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel("spline", _NAME, _check_forward)},
+    dtypes=_DTYPES,
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
@@ -217,7 +332,8 @@ OP_PACKED = Op(
     reference=reference.rational_quadratic_spline_packed,
     check=_check_packed,
     fake=_fake,
-    kernels={"triton": _backend.triton_kernel("spline", f"{_NAME}_packed", _check_packed)},
+    kernels={"cpu": _cpu_packed, "triton": _backend.triton_kernel("spline", f"{_NAME}_packed", _check_packed)},
+    dtypes=_DTYPES,
     setup_context=_setup_context,
     backward=_packed_backward,
     samples=_packed_samples,

@@ -172,10 +172,10 @@ def test_values_and_gradients_at_knots(convention, tails, inverse):
     (slope,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(slope.log(), logdet, rtol=1e-10, atol=1e-10)
     for step in (-1e-9, 1e-9):
-        inner = slice(1, None)
-        near, near_logdet = call(x.detach() + step, params, convention, tails, inverse=inverse)
-        torch.testing.assert_close(near[inner], to[inner], rtol=0, atol=1e-6)
-        torch.testing.assert_close(near_logdet[inner], logdet[inner], rtol=0, atol=1e-5)
+        inner = [p[1:] for p in params]
+        near, near_logdet = call(x.detach()[1:] + step, inner, convention, tails, inverse=inverse)
+        torch.testing.assert_close(near, to[1:], rtol=0, atol=1e-6)
+        torch.testing.assert_close(near_logdet, logdet.detach()[1:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
