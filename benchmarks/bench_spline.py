@@ -61,9 +61,7 @@ def peer(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tup
     """nflows' own."""
     from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
 
-    found: tuple[Tensor, Tensor] = unconstrained_rational_quadratic_spline(
-        x, widths, heights, derivatives, tail_bound=BOUND
-    )
+    found: tuple[Tensor, Tensor] = unconstrained_rational_quadratic_spline(x, widths, heights, derivatives, tail_bound=BOUND)
     return found
 
 

@@ -408,6 +408,36 @@ void bind_minibatch_stddev(py::module_& m) {
   });
 }
 
+void bind_autoregressive_inverse(py::module_& m) {
+  m.def("autoregressive_inverse", [](bool is_double, Address code, Address packed, Address statics, Address z, Address x,
+                                     Address logdet, Address units, int64_t stride, int transform,
+                                     const std::vector<double>& options, int64_t n, int threads) {
+    DegreeOrderedArgs a{};
+    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
+    a.z = ptr<>(z), a.x = ptr<>(x), a.logdet = ptr<>(logdet), a.units = ptr<>(units), a.stride = stride;
+    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
+    GENFAST_CALL(autoregressive_inverse, a);
+  });
+  m.def("autoregressive_inverse_sweep", [](bool is_double, Address code, Address packed, Address statics, Address z,
+                                           Address units, Address deltas, int64_t stride, Address grad_x, Address grad_logdet,
+                                           Address grad_z, int transform, const std::vector<double>& options, int64_t n,
+                                           int threads) {
+    DegreeOrderedArgs a{};
+    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
+    a.z = ptr<>(z), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
+    a.grad_x = ptr<>(grad_x), a.grad_logdet = ptr<>(grad_logdet), a.grad_z = ptr<>(grad_z);
+    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
+    GENFAST_CALL(autoregressive_inverse_sweep, a);
+  });
+  m.def("autoregressive_inverse_weights", [](bool is_double, Address code, Address units, Address deltas, int64_t stride,
+                                             Address grad_packed, int64_t n, int threads) {
+    DegreeOrderedArgs a{};
+    a.is_double = is_double, a.code = ptr<int64_t>(code), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
+    a.grad_packed = ptr<>(grad_packed), a.n = n, a.threads = threads;
+    GENFAST_CALL(autoregressive_inverse_weights, a);
+  });
+}
+
 void bind_pixel_rnn(py::module_& m) {
   m.def("pixel_rnn", [](bool is_double, bool diagonal, Address gates, int64_t gn, int64_t gc, int64_t gs, Address weight,
                         Address h0, Address c0, Address h, Address kept, int64_t n, int64_t hidden, int64_t height,
@@ -676,32 +706,6 @@ void bind_pairwise(py::module_& m) {
   });
 }
 
-void bind_autoregressive_inverse(py::module_& m) {
-  m.def("autoregressive_inverse", [](bool is_double, Address code, Address packed, Address statics, Address z, Address x,
-                                     Address logdet, Address units, int64_t stride, int transform,
-                                     const std::vector<double>& options, int64_t n, int threads) {
-    DegreeOrderedArgs a{};
-    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
-    a.z = ptr<>(z), a.x = ptr<>(x), a.logdet = ptr<>(logdet), a.units = ptr<>(units), a.stride = stride;
-    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
-    GENFAST_CALL(autoregressive_inverse, a);
-  });
-  m.def("autoregressive_inverse_sweep", [](bool is_double, Address code, Address packed, Address statics, Address units,
-                                           Address deltas, int64_t stride, Address grad_x, Address grad_logdet, Address grad_z,
-                                           int transform, const std::vector<double>& options, int64_t n, int threads) {
-    DegreeOrderedArgs a{};
-    a.is_double = is_double, a.code = ptr<int64_t>(code), a.packed = ptr<>(packed), a.statics = ptr<>(statics);
-    a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
-    a.grad_x = ptr<>(grad_x), a.grad_logdet = ptr<>(grad_logdet), a.grad_z = ptr<>(grad_z);
-    a.transform = transform, a.options = options.data(), a.option_count = int64_t(options.size()), a.n = n, a.threads = threads;
-    GENFAST_CALL(autoregressive_inverse_sweep, a);
-  });
-  m.def("autoregressive_inverse_weights", [](bool is_double, Address code, Address units, Address deltas, int64_t stride,
-                                             Address grad_packed, int64_t n, int threads) {
-    DegreeOrderedArgs a{};
-    a.is_double = is_double, a.code = ptr<int64_t>(code), a.units = ptr<>(units), a.deltas = ptr<>(deltas), a.stride = stride;
-    a.grad_packed = ptr<>(grad_packed), a.n = n, a.threads = threads;
-    GENFAST_CALL(autoregressive_inverse_weights, a);
 void bind_spline(py::module_& m) {
   // A part is (data, grad, count, stride).
   m.def("spline", [](bool is_double, bool backward, bool inverse, bool zuko, int kind, int bins, int tails,

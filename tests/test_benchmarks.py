@@ -24,7 +24,8 @@ def test_every_family_of_ops_has_a_case():
         "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step", "bias_act", "pixel_norm", "minibatch_stddev",
         "upfirdn2d", "modulated_conv2d", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm", "linear",
         "activation", "contextual_similarity", "diagonal_gaussian", "gram_matrix", "style_loss", "style transfer step",
-        "mmd imq", "mmd rbf", "kernel_distance", "nearest_neighbors", "accelerate zuko", "accelerate nflows", "accelerate normflows",
+        "mmd imq", "mmd rbf", "kernel_distance", "nearest_neighbors", "accelerate zuko", "accelerate nflows",
+        "accelerate normflows", "autoregressive_inverse",
     ):  # fmt: skip
         assert family in names
     for case in cases():

@@ -12,8 +12,12 @@
 //
 // Backward: the activations are computed again from x; one sweep in reverse order pushes each unit's cotangent, once it is
 // complete, to what the unit read; products over samples then give the weights' gradient. 2 + 2 FLOPs more a weight.
+#include <cmath>
+#include <vector>
+
 #include "gemm.h"
 #include "kernels.h"
+#include "spline.h"
 #include "vec.h"
 
 namespace genfast {
@@ -26,7 +30,7 @@ constexpr int kPushed = GENFAST_VECTOR_BYTES == 64 ? 8 : 3;
 constexpr int64_t kSerial = 1 << 16;  // multiply-adds below which threads do not pay
 
 enum Activation { kNone, kRelu, kLeakyRelu, kElu, kTanh, kSigmoid, kSoftplus, kSilu, kGelu };
-enum Transform { kExp, kSoftclamp, kSigmoid2, kSoftplusScale, kAdditive, kBernoulli };
+enum Transform { kExp, kSoftclamp, kSigmoid2, kSoftplusScale, kAdditive, kBernoulli, kSpline };
 
 struct Layer {
   int64_t kind, activation, source, source_units, first, units, bias, context, gate, sources, residual;
@@ -136,6 +140,7 @@ struct Univariate {
   int transform;
   bool flip, scale_first;
   T constant;
+  SplineOptions<T> spline;
 
   // log s and its derivative by a.
   GENFAST_INLINE_MEMBER void scale(Vec<T> a, Vec<T>& s, Vec<T>& log_s, Vec<T>& slope) const {
@@ -168,6 +173,7 @@ struct Univariate {
   GENFAST_INLINE_MEMBER Vec<T> solve(Vec<T> z, const T* params, int64_t apart, Vec<T>& logdet) const {
     if (transform == kBernoulli) return z < logistic<T>(load(params)) ? splat(T(1)) : Vec<T>{};
     if (transform == kAdditive) return flip ? z + load(params) : z - load(params);
+    if (transform == kSpline) return bend(z, params, apart, logdet);
     Vec<T> a, t, s, log_s, unused;
     split(params, apart, a, t);
     scale(a, s, log_s, unused);
@@ -175,8 +181,27 @@ struct Univariate {
     return flip ? s * z + t : (z - t) / s;
   }
 
+  __attribute__((noinline)) Vec<T> bend(Vec<T> z, const T* params, int64_t apart, Vec<T>& logdet) const {
+    Vec<T> p[3 * kSplineBins + 1], x, l;
+    for (int i = 0; i < spline.params(); ++i) p[i] = load(params + i * apart);
+    genfast::GENFAST_ISA::spline<T>(spline, p, z, !flip, x, l);
+    logdet += l;
+    return x;
+  }
+
+  __attribute__((noinline)) Vec<T> pull_bend(Vec<T> gx, Vec<T> gl, Vec<T> z, const T* params, int64_t apart, T* g,
+                                             int64_t g_apart) const {
+    Vec<T> p[3 * kSplineBins + 1], d[3 * kSplineBins + 1], dz;
+    for (int i = 0; i < spline.params(); ++i) p[i] = load(params + i * apart);
+    spline_backward<T>(spline, p, z, !flip, gx, gl, dz, d);
+    for (int i = 0; i < spline.params(); ++i) store(g + i * g_apart, d[i]);
+    return dz;
+  }
+
   // From the cotangents gx and gl of x and of log |dx/dz| those of z and of the parameters.
-  GENFAST_INLINE_MEMBER Vec<T> pull(Vec<T> gx, Vec<T> gl, Vec<T> x, const T* params, int64_t apart, T* g, int64_t g_apart) const {
+  GENFAST_INLINE_MEMBER Vec<T> pull(Vec<T> gx, Vec<T> gl, const T* z, Vec<T> x, const T* params, int64_t apart, T* g,
+                                    int64_t g_apart) const {
+    if (transform == kSpline) return pull_bend(gx, gl, load(z), params, apart, g, g_apart);
     if (transform == kAdditive) {
       store(g, flip ? gx : -gx);
       return gx;
@@ -193,63 +218,157 @@ struct Univariate {
 
 template <class T>
 Univariate<T> univariate(const DegreeOrderedArgs& a) {
-  Univariate<T> u{a.transform, false, false, T(0)};
-  if (a.option_count == 3) u.flip = a.options[0] != 0, u.scale_first = a.options[1] != 0, u.constant = T(a.options[2]);
+  Univariate<T> u{a.transform, false, false, T(0), {}};
+  const double* o = a.options;
+  if (a.option_count) u.flip = o[0] != 0;
+  if (a.transform == kSpline)
+    u.spline = {int(o[1]), int(o[2]), o[3] != 0, T(o[4]), T(o[5]), T(o[6]), T(o[7]), T(o[8]), T(o[9]), T(o[10]), T(std::log(o[11])), T(o[12])};
+  else if (a.option_count)
+    u.scale_first = o[1] != 0, u.constant = T(o[2]);
   return u;
 }
 
 // ---- batches: [unit][V vectors of samples] ----
 
+// acc[r][v] += sum over k < count of w[r][k] h[k][v].
 template <class T, int V, int R>
-GENFAST_INLINE void multiply_tile(const T* w, int64_t stride, const T* h, int64_t count, Vec<T> (&acc)[R][V]) {
-  constexpr int n = lanes<T>();
-  for (int64_t k = 0; k < count; ++k, h += V * n) {
-    Vec<T> x[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = load(h + v * n);
+GENFAST_INLINE void multiply_tile(const T* const* rows, int64_t from, const T* h, int64_t count, Vec<T> (&acc)[R][V]) {
+  constexpr int n = lanes<T>(), kLine = 64 / sizeof(T);
+  const T* w[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> s = splat(w[r * stride + k]);
+  for (int r = 0; r < R; ++r) w[r] = rows[r] + from;
+  h += from * V * n;
+  for (int64_t k = 0; k < count - from;) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + k + 2 * kLine);
+    for (const int64_t stop = std::min(count - from, k + kLine); k < stop; ++k, h += V * n) {
+      Vec<T> x[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += s * x[v];
+      for (int v = 0; v < V; ++v) x[v] = load(h + v * n);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> s = splat(w[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] += s * x[v];
+      }
     }
   }
+}
+
+// How groups of few rows of a layer are summed together: `rows` of this one and those that it takes along, the next group of
+// the layer, and how many terms an earlier one has summed for it.
+struct Ahead {
+  int64_t rows, next, begun;
+};
+
+std::vector<Ahead> look_ahead(const Program& p) {
+  std::vector<Ahead> ahead(size_t(p.group_count), Ahead{0, -1, 0});
+  std::vector<int64_t> leader(size_t(p.layer_count), -1), last(size_t(p.layer_count), -1);
+  for (int64_t g = 0; g < p.group_count; ++g) {
+    const Group& group = p.groups[g];
+    int64_t& first = leader[size_t(group.layer)];
+    if (last[size_t(group.layer)] >= 0) ahead[size_t(last[size_t(group.layer)])].next = g;
+    last[size_t(group.layer)] = g;
+    ahead[size_t(g)].rows = group.rows;
+    // The rows that come along are as long as the leader's at least, which no level's order would promise for any mask.
+    if (first >= 0 && p.groups[first].count > 0 && p.groups[first].count <= group.count &&
+        ahead[size_t(first)].rows + group.rows <= kRows) {
+      ahead[size_t(first)].rows += group.rows;
+      ahead[size_t(g)].begun = p.groups[first].count;
+    } else {
+      first = g;
+    }
+  }
+  return ahead;
 }
 
 template <class T>
 struct Block {
   const Program& p;
+  const Ahead* ahead;
   const T* packed;
   T *units, *statics;  // [unit][wide], [column][wide]
 };
 
+// Terms from..to of rows of a product, whose sums so far lie in their units' places (from 0: nothing is there).
 template <class T, int V, int R>
-void product_rows(const Block<T>& b, const Layer& layer, const Group& group, int64_t from) {
+void sum_rows(const T* const* rows, const T* h, int64_t from, int64_t to, T* out) {
   constexpr int n = lanes<T>(), wide = V * n;
   Vec<T> acc[R][V] = {};
-  multiply_tile<T, V, R>(b.packed + group.weight + from * group.stride, group.stride, b.units + layer.source * wide, group.count, acc);
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = group.row + from + r;
+  if (from) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * wide + v * n);
+  }
+  multiply_tile<T, V, R>(rows, from, h, to, acc);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + r * wide + v * n, acc[r][v]);
+}
+
+template <class T, int V, int R = kRows>
+GENFAST_INLINE void sum_rows_any(int64_t count, const T* const* rows, const T* h, int64_t from, int64_t to, T* out) {
+  if constexpr (R > 1) {
+    if (count < R) return sum_rows_any<T, V, R - 1>(count, rows, h, from, to, out);
+  }
+  sum_rows<T, V, R>(rows, h, from, to, out);
+}
+
+// The sums of a group. One of few rows takes the next groups of its layer along, as far as its own terms go: tiles of many rows
+// read an activation less often. `begun` is how far the sums of this group's rows have come.
+template <class T, int V>
+void sum_group(const Block<T>& b, const Layer& layer, const Group* group, int64_t begun) {
+  constexpr int wide = V * lanes<T>();
+  const T* rows[kRows];
+  const T* h = b.units + layer.source * wide;
+  T* out = b.units + (layer.first + group->row) * wide;
+  const Ahead& ahead = b.ahead[group - b.p.groups];
+  if (ahead.rows > group->rows) {
+    int64_t count = 0;
+    for (const Group* g = group; count < ahead.rows; g = b.p.groups + b.ahead[g - b.p.groups].next)
+      for (int64_t r = 0; r < g->rows; ++r) rows[count++] = b.packed + g->weight + r * g->stride;
+    sum_rows_any<T, V>(count, rows, h, 0, group->count, out);
+    return;
+  }
+  const int64_t tiles = (group->rows + kRows - 1) / kRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = group->rows * t / tiles, count = group->rows * (t + 1) / tiles - first;
+    for (int64_t r = 0; r < count; ++r) rows[r] = b.packed + group->weight + (first + r) * group->stride;
+    sum_rows_any<T, V>(count, rows, h, begun, group->count, out + first * wide);
+  }
+}
+
+// Bias, context, activation and residual over a group's sums.
+template <class T, int V, int kActivation>
+void finish_group(const Block<T>& b, const Layer& layer, const Group* group) {
+  constexpr int n = lanes<T>(), wide = V * n;
+  for (int64_t row = group->row; row < group->row + group->rows; ++row) {
     const T* context = layer.context < 0 ? nullptr : b.statics + (layer.context + row) * wide;
     const T* residual = layer.residual < 0 ? nullptr : b.units + b.p.code[layer.residual + row] * wide;
     const T bias = layer.bias < 0 ? T(0) : b.packed[layer.bias + row];
     T* out = b.units + (layer.first + row) * wide;
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Vec<T> u = acc[r][v] + bias;
+      Vec<T> u = load(out + v * n) + bias;
       if (context) u += load(context + v * n);
-      u = activated<T>(layer.activation, u);
+      u = activated<T>(kActivation < 0 ? layer.activation : kActivation, u);
       if (residual) u += load(residual + v * n);
       store(out + v * n, u);
     }
   }
 }
 
-template <class T, int V, int R = kRows>
-GENFAST_INLINE void product_rows_any(const Block<T>& b, const Layer& layer, const Group& group, int64_t from, int64_t rows) {
-  if constexpr (R > 1) {
-    if (rows < R) return product_rows_any<T, V, R - 1>(b, layer, group, from, rows);
-  }
-  product_rows<T, V, R>(b, layer, group, from);
+template <class T, int V>
+void product_group(const Block<T>& b, const Layer& layer, const Group* group) {
+  sum_group<T, V>(b, layer, group, b.ahead[group - b.p.groups].begun);
+  if (layer.activation == kNone)
+    finish_group<T, V, kNone>(b, layer, group);
+  else if (layer.activation == kRelu)
+    finish_group<T, V, kRelu>(b, layer, group);
+  else
+    finish_group<T, V, -1>(b, layer, group);
 }
 
 template <class T, int V>
@@ -279,11 +398,12 @@ void gather_samples(const T* from, int64_t columns, int64_t live, int64_t wide, 
 
 // Samples first .. first + live, live <= V vectors. With `given` x is known and the units alone are wanted.
 template <class T, int V>
-void forward_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<T>& u, int64_t first, int64_t live, T* scratch) {
+void forward_block(const DegreeOrderedArgs& a, const Program& p, const Ahead* ahead, const Univariate<T>& u, int64_t first,
+                   int64_t live, T* scratch) {
   constexpr int n = lanes<T>(), wide = V * n;
   const bool given = a.units != nullptr;
   T *units = scratch, *statics = units + p.units * wide, *rows = statics + p.statics * wide;
-  const Block<T> b{p, static_cast<const T*>(a.packed), units, statics};
+  const Block<T> b{p, ahead, static_cast<const T*>(a.packed), units, statics};
   if (p.statics) gather_samples(static_cast<const T*>(a.statics) + first * p.statics, p.statics, live, wide, statics);
   gather_samples(static_cast<const T*>(given ? a.x : a.z) + first * p.inputs, p.inputs, live, wide, rows);
   if (given)
@@ -294,15 +414,10 @@ void forward_block(const DegreeOrderedArgs& a, const Program& p, const Univariat
   for (int64_t level = 0; level < p.levels; ++level) {
     for (; group < end && group->level == level; ++group) {
       const Layer& layer = p.layers[group->layer];
-      if (layer.kind) {
+      if (layer.kind)
         point_rows<T, V>(b, layer, *group);
-        continue;
-      }
-      const int64_t tiles = (group->rows + kRows - 1) / kRows;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t from = group->rows * t / tiles;
-        product_rows_any<T, V>(b, layer, *group, from, group->rows * (t + 1) / tiles - from);
-      }
+      else
+        product_group<T, V>(b, layer, group);
     }
     if (given) continue;
     for (int64_t j = level ? p.ends[level - 1] : 0; j < p.ends[level]; ++j) {
@@ -457,7 +572,7 @@ GENFAST_INLINE void push_any(int64_t rows, const T* w, int64_t stride, const T* 
 template <class T, int V>
 void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<T>& u, int64_t first, int64_t live, T* scratch) {
   constexpr int n = lanes<T>(), wide = V * n;
-  T *g = scratch, *statics = g + p.units * wide, *rows = statics + p.statics * wide;
+  T *g = scratch, *statics = g + p.units * wide, *rows = statics + p.statics * wide, *z = rows + p.inputs * wide;
   const T *packed = static_cast<const T*>(a.packed), *units = static_cast<const T*>(a.units) + first;
   T* deltas = static_cast<T*>(a.deltas) + first;
   memset(g, 0, size_t(p.units * wide) * sizeof(T));
@@ -466,6 +581,7 @@ void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<
     gather_samples(static_cast<const T*>(a.grad_x) + first * p.inputs, p.inputs, live, wide, rows);
     for (int64_t j = 0; j < p.inputs; ++j) memcpy(g + j * wide, rows + p.order[j] * wide, wide * sizeof(T));
   }
+  gather_samples(static_cast<const T*>(a.z) + first * p.inputs, p.inputs, live, wide, z);
   T grad_logdet[wide] = {};
   if (a.grad_logdet) memcpy(grad_logdet, static_cast<const T*>(a.grad_logdet) + first, size_t(live) * sizeof(T));
   const Group* group = p.groups + p.group_count;
@@ -473,8 +589,9 @@ void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<
     for (int64_t j = level ? p.ends[level - 1] : 0; j < p.ends[level]; ++j) {
       const int64_t at = p.parameters + j * p.width;
       for (int v = 0; v < V; ++v) {
-        const Vec<T> dz = u.pull(load(g + j * wide + v * n), load(grad_logdet + v * n), load(units + j * a.stride + v * n),
-                                 units + at * a.stride + v * n, a.stride, g + at * wide + v * n, wide);
+        const Vec<T> dz = u.pull(load(g + j * wide + v * n), load(grad_logdet + v * n), z + p.order[j] * wide + v * n,
+                                 load(units + j * a.stride + v * n), units + at * a.stride + v * n, a.stride,
+                                 g + at * wide + v * n, wide);
         store(rows + p.order[j] * wide + v * n, dz);
       }
     }
@@ -514,7 +631,7 @@ void sweep_block(const DegreeOrderedArgs& a, const Program& p, const Univariate<
 
 template <class T>
 int64_t scratch_elements(const Program& p, int64_t vectors) {
-  return (p.units + p.statics + p.inputs) * vectors * lanes<T>();
+  return (p.units + p.statics + 2 * p.inputs) * vectors * lanes<T>();
 }
 
 // Blocks of samples, as equal as may be, of at most kVectors vectors.
@@ -562,13 +679,14 @@ void run(const DegreeOrderedArgs& a) {
     }
     return;
   }
+  const std::vector<Ahead> ahead = look_ahead(p);
   over_blocks<T>(a, p, [&](int64_t vectors, int64_t first, int64_t live, T* scratch) {
     if (vectors == 3)
-      forward_block<T, 3>(a, p, u, first, live, scratch);
+      forward_block<T, 3>(a, p, ahead.data(), u, first, live, scratch);
     else if (vectors == 2)
-      forward_block<T, 2>(a, p, u, first, live, scratch);
+      forward_block<T, 2>(a, p, ahead.data(), u, first, live, scratch);
     else
-      forward_block<T, 1>(a, p, u, first, live, scratch);
+      forward_block<T, 1>(a, p, ahead.data(), u, first, live, scratch);
   });
 }
 

@@ -70,7 +70,7 @@ constexpr int lanes() {
 
 template <class T>
 GENFAST_INLINE Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // minus zero, which compilers leave out; plus zero they may not, for it changes -0
 }
 
 template <class T>

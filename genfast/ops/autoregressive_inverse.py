@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
+from .spline import CONVENTIONS, derivative_count
+from .spline import _check_options as check_spline
+from .spline import _domain as spline_domain
 
 if TYPE_CHECKING:
     from ..sampling.degree_ordered import DegreeProgram
@@ -19,12 +23,31 @@ if TYPE_CHECKING:
 _NAME = "autoregressive_inverse"
 _CPU: Any = _backend.extension("_cpu")[0]
 SCALES = ("exp", "softclamp", "sigmoid2", "softplus", "additive")
-TRANSFORMS = (*(f"affine:{scale}" for scale in SCALES), "bernoulli")
+TRANSFORMS = (*(f"affine:{scale}" for scale in SCALES), "bernoulli", "spline")
+TAILS = ("linear", "none", "circular")
+_OPTIONS = {"bernoulli": (0, "none"), "spline": (13, "flip, bins, tails, zuko and the spline's nine")}
 
 
-def _width(transform: str) -> int:
+def _width(transform: str, options: Sequence[float]) -> int:
     """P, the parameters of an input."""
+    if transform == "spline":
+        return 2 * int(options[1]) + derivative_count(int(options[1]), TAILS[int(options[2])])
     return 1 if transform in ("affine:additive", "bernoulli") else 2
+
+
+_headers: dict[int, tuple[weakref.ref[Tensor], list[int]]] = {}
+
+
+def _header(code: Tensor) -> list[int]:
+    """The first numbers of a program, which no one changes; kept, since reading a tensor takes as long as a small kernel."""
+    kept = _headers.get(id(code))
+    if kept is not None and kept[0]() is code:
+        return kept[1]
+    numbers: list[int] = code[: reference.PROGRAM_HEADER].tolist()
+    if len(_headers) > 256:
+        _headers.clear()
+    _headers[id(code)] = weakref.ref(code), numbers
+    return numbers
 
 
 def _check_forward(
@@ -36,22 +59,24 @@ def _check_forward(
         raise ValueError(f"{_NAME}: code is {code.dtype} of shape {tuple(code.shape)}, expected a DegreeProgram's int64 vector")
     if type(code) is not Tensor:  # under a tracer numbers are not to be had
         return
-    inputs, width, *_, columns, size, _ = code[: reference.PROGRAM_HEADER].tolist()
+    inputs, width, *_, columns, size, _ = _header(code)
     if z.dim() != 2 or z.shape[1] != inputs:
         raise ValueError(f"{_NAME}: z has shape {tuple(z.shape)}, expected (N, {inputs}): the program's inputs")
-    if width != _width(transform):
+    count, names = _OPTIONS.get(transform, (3, "flip, scale_first, constant"))
+    if len(options) != count:
+        raise ValueError(f"{_NAME}: options has {len(options)} numbers, expected {count}: {names}")
+    if transform == "spline":
+        check_spline(_NAME, int(options[1]), TAILS[int(options[2])], options[4:])
+    wanted = _width(transform, options)
+    if width != wanted:
         raise ValueError(
-            f"{_NAME}: the network gives {width} parameters an input, expected {_width(transform)} for transform={transform!r}"
+            f"{_NAME}: the network gives {width} parameters an input, expected {wanted} for transform={transform!r}"
         )
     _check.shape(_NAME, "packed", packed, (size,), "the program's weights")
     if columns and statics is None:
         raise ValueError(f"{_NAME}: statics is None, expected ({len(z)}, {columns}): the program has contexts or gates")
     if statics is not None:
         _check.shape(_NAME, "contexts and gates, side by side", statics, (len(z), columns), "one row for each of z")
-    if not transform.startswith("affine") and len(options) == 0:
-        return
-    if len(options) != 3:
-        raise ValueError(f"{_NAME}: options has {len(options)} numbers, expected 3: flip, scale_first, constant")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -82,7 +107,7 @@ def _cpu(
     z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     _check_forward(z, packed, statics, code, transform, options)
-    z, packed, statics = z.contiguous(), packed.to(z.dtype).contiguous(), _like(statics, z)
+    z, packed, statics, code = z.contiguous(), packed.to(z.dtype).contiguous(), _like(statics, z), code.contiguous()
     x, logdet = torch.empty_like(z), z.new_empty(len(z))
     if len(z):
         _CPU.autoregressive_inverse(
@@ -97,23 +122,24 @@ def _cpu_backward(
     code: Tensor, transform: str, options: Sequence[float], weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, double = len(z), z.dtype is torch.float64
-    packed, statics, x, grad_x, grad_logdet = (_like(t, z) for t in (packed, statics, x, grad_x, grad_logdet))
-    assert packed is not None and x is not None
-    dz = torch.empty_like(x)
-    dpacked = packed.new_zeros(packed.shape if weights else 0)
-    dstatics = z.new_zeros(0 if statics is None else statics.shape)
+    statics, grad_x, grad_logdet = (_like(t, z) for t in (statics, grad_x, grad_logdet))
+    packed, x = packed.to(z.dtype).contiguous(), x.to(z.dtype).contiguous()
+    z, code = z.contiguous(), code.contiguous()
+    dz = torch.empty_like(z)
+    dpacked = packed.new_empty(packed.shape if weights else 0)
+    dstatics = z.new_empty(0 if statics is None else statics.shape)
     if not n:
-        return dz, dpacked, dstatics
+        return dz, dpacked.zero_(), dstatics
     stride = _stride(n)
-    units, deltas = (_pool.empty_strided((int(code[5]), stride), (stride, 1), z.dtype) for _ in range(2))
+    units, deltas = (_pool.empty_strided((_header(code)[5], stride), (stride, 1), z.dtype) for _ in range(2))
     threads, kind = torch.get_num_threads(), TRANSFORMS.index(transform)
     _CPU.autoregressive_inverse(
         double, code.data_ptr(), packed.data_ptr(), _address(statics), 0, x.data_ptr(), 0, units.data_ptr(), stride, kind,
         options, n, threads,
     )  # fmt: skip
     _CPU.autoregressive_inverse_sweep(
-        double, code.data_ptr(), packed.data_ptr(), _address(statics), units.data_ptr(), deltas.data_ptr(), stride,
-        _address(grad_x), _address(grad_logdet), dz.data_ptr(), kind, options, n, threads,
+        double, code.data_ptr(), packed.data_ptr(), _address(statics), z.data_ptr(), units.data_ptr(), deltas.data_ptr(),
+        stride, _address(grad_x), _address(grad_logdet), dz.data_ptr(), kind, options, n, threads,
     )  # fmt: skip
     if weights:
         _CPU.autoregressive_inverse_weights(
@@ -143,7 +169,9 @@ def _static_gradients(code: list[int], units: Tensor, deltas: Tensor, out: Tenso
             out[:, context : context + count] = deltas[first : first + count].t()
         if gate >= 0:
             argument = units[code[sources : sources + count]]
-            out[:, gate : gate + count] = (deltas[first : first + count] * reference.program_activation(activation, argument)).t()
+            out[:, gate : gate + count] = (
+                deltas[first : first + count] * reference.program_activation(activation, argument)
+            ).t()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -186,7 +214,48 @@ def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
-    yield from ()
+    from ..sampling.degree_ordered import DegreeProgram, Layer
+
+    def rand(*shape: int, scale: float = 0.5) -> Tensor:
+        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def layer(read: Tensor, made: Tensor, bias: bool = True, **more: Any) -> Layer:
+        return Layer(rand(len(made), len(read)), rand(len(made)) if bias else None, made[:, None] >= read, **more)
+
+    def sample(label: str, n: int, layers: list[Layer], transform: str, *options: float) -> Sample:
+        program = DegreeProgram.build(layers)
+        z = torch.rand((n, program.inputs), generator=generator, dtype=torch.float64)
+        return Sample(label, (z, program.packed(), program.statics(z.dtype), program.code, transform, list(options)))
+
+    def degrees(inputs: int, *hidden: int) -> list[Tensor]:
+        """Of the inputs, of hidden units and of two parameters an input."""
+        rest = [torch.arange(h) % max(1, inputs - 1) for h in hidden]
+        return [torch.arange(inputs), *rest, torch.arange(inputs).repeat_interleave(2) - 1]
+
+    x, h, k, out = degrees(5, 19, 23)
+    layers = [layer(x, h, after="relu"), layer(h, k, after="relu"), layer(k, out)]
+    yield sample("two hidden layers", 21, layers, "affine:softclamp", 0, 0, math.log(1e-3))
+    yield sample("few samples", 3, layers, "affine:exp", 1, 1, 0)
+    x, h, k, out = degrees(4, 9, 9)
+    static = [rand(9, 9), rand(9, 9)]
+    layers = [
+        layer(x, h, context=static[0]), layer(h, h, before="tanh", after="silu", bias=False),
+        layer(h, h, after="gelu", residual=1, gate=static[1]), layer(h, out, before="elu"),
+    ]  # fmt: skip
+    yield sample("residual, context and gate", 9, layers, "affine:sigmoid2", 0, 1, 1e-3)
+    x, h, out = torch.arange(6) % 2, torch.zeros(7, dtype=torch.int64), (torch.arange(6) % 2).repeat_interleave(2) - 1
+    layers = [layer(x, h, after="softplus"), layer(h, out, after="leaky_relu")]
+    yield sample("coupling", 18, layers, "affine:softplus", 1, 0, 1e-3)
+    for tails, zuko, flip, bins in ((0, 0, 0, 4), (2, 1, 0, 3), (0, 1, 1, 2)):
+        width = 2 * bins + derivative_count(bins, TAILS[tails])
+        x, h, out = torch.arange(5), torch.arange(11) % 4, torch.arange(5).repeat_interleave(width) - 1
+        options = (flip, bins, tails, zuko, -2, 2, -2, 2, 1e-3, 1e-3, 1e-3, 1e-3, 1)
+        layers = [layer(x, h, after="tanh"), layer(h, out)]
+        yield sample(f"spline {TAILS[tails]} {bins}", 20 - 8 * flip, layers, "spline", *options)
+    dense = torch.rand((7, 7), generator=generator).lt(0.4).tril(-1)
+    shuffled = torch.randperm(7, generator=generator)
+    layers = [Layer(rand(7, 7), rand(7), dense[shuffled][:, shuffled])]
+    yield sample("any acyclic mask, shift alone", 33, layers, "affine:additive", 0, 0, 0)
 
 
 OP_BACKWARD = Op(
@@ -223,7 +292,9 @@ gather_once = Op(
 
 def autoregressive_inverse(
     z: Tensor, program: DegreeProgram, transform: str = "affine:exp", *, flip: bool = False, scale_first: bool = False,
-    eps: float = 1e-3, slope: float = 1e-3,
+    eps: float = 1e-3, slope: float = 1e-3, bins: int = 8, tails: str | None = "linear", bound: float | None = None,
+    convention: str = "nflows", left: float = 0.0, right: float = 1.0, bottom: float = 0.0, top: float = 1.0,
+    min_bin_width: float = 1e-3, min_bin_height: float = 1e-3, min_derivative: float = 1e-3, logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Inverts an autoregressive transformation: solves z_i = f(x_i; theta_i(x)) for x, one level of inputs after the other.
 
@@ -237,13 +308,15 @@ def autoregressive_inverse(
         z: (N, D) floating point; half types are computed in float32.
         program: the network, a :class:`genfast.sampling.DegreeProgram`, with this batch's contexts and gates.
         transform: "affine:exp" s = exp(a); "affine:softclamp" log s = a / (1 + |a / log slope|), zuko's; "affine:sigmoid2"
-            s = sigmoid(a + 2) + eps, normflows'; "affine:softplus" s = softplus(a) + eps, nflows'; "affine:additive" s = 1, where
-            theta has the shift alone. "bernoulli": x_i = 1 where z_i, a uniform number, is below sigmoid(theta_i), else 0;
+            s = sigmoid(a + 2) + eps, normflows'; "affine:softplus" s = softplus(a) + eps, nflows'; "affine:additive" s = 1,
+            theta the shift alone. "bernoulli": x_i = 1 where z_i, a uniform number, is below sigmoid(theta_i), else 0;
             not differentiable, its logdet 0.
-        flip: x = s z + t, the other way round; else z = s x + t, x = (z - t) / s.
+            "spline": z_i = :func:`genfast.ops.rational_quadratic_spline_packed` of x_i, theta_i its parameters.
+        flip: x = s z + t, the other way round; else z = s x + t, x = (z - t) / s. So for the spline.
         scale_first: theta_i is (a, t); else (t, a).
         eps: added to the scales "sigmoid2" and "softplus".
-        slope: of "softclamp".
+        slope: of "softclamp" and of zuko's splines.
+        bins, ...: the spline's, as there; bound is a number.
 
     Returns:
         x (N, D) like z, and logdet (N,) = log |det dx/dz|, float32 for half types.
@@ -260,8 +333,17 @@ def autoregressive_inverse(
         >>> x, logdet = genfast.ops.autoregressive_inverse(torch.randn(5, 3), program)
     """
     _check.floating(_NAME, z=z)
-    constant = math.log(slope) if transform == "affine:softclamp" else eps
-    options = [] if transform == "bernoulli" else [float(flip), float(scale_first), constant]
+    options: list[float] = []
+    if transform == "spline":
+        _check.choice(_NAME, "convention", convention, CONVENTIONS)
+        where, domain, _ = spline_domain(_NAME, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top)
+        _check.choice(_NAME, "tails", where, TAILS)
+        zuko = convention == "zuko"
+        minimums = [0.0, 0.0, 0.0] if zuko else [min_bin_width, min_bin_height, min_derivative]
+        options = [float(flip), bins, TAILS.index(where), float(zuko), *domain, *minimums, slope, logit_scale]
+    elif transform != "bernoulli":
+        constant = math.log(slope) if transform == "affine:softclamp" else eps
+        options = [float(flip), float(scale_first), constant]
     wide = _wide(z.dtype)
     x, logdet = OP(z.to(wide), program.packed(wide), program.statics(wide), program.code, transform, options)
     return x.to(z.dtype), logdet

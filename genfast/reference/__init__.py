@@ -67,6 +67,8 @@ __all__ = [
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "PROGRAM_HEADER",
     "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "program_activation", "PROGRAM_HEADER",
     "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
+    "pixelcnnpp_nll", "plu_inverse", "plu_matrix", "plu_weight", "plu_weight_backward", "positions", "program_activation",
+    "PROGRAM_HEADER", "row_lstm", "row_lstm_backward", "sample_norm", "sample_norm_backward", "SLOPES", "spectral_norm",
     "spectral_norm_backward", "squeeze", "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy",
     "upfirdn2d",
     "style_loss", "style_loss_backward", "style_loss_layers", "tap_energy", "upfirdn2d",

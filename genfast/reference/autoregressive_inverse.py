@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .spline import rational_quadratic_spline_packed
+
+TAILS = ("linear", "none", "circular")
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid", "softplus", "silu", "gelu")
 _FUNCTIONS = {
     "none": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "tanh": torch.tanh,
@@ -95,9 +98,15 @@ def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options
     """(x, log |dx/dz|), each of z's shape; params (*z.shape, P).
 
     "affine:<scale>": z = s x + t, or x = s z + t with the option ``flip``; s of a by ``scale``. "bernoulli": z are uniforms.
+    "spline": z = the rational-quadratic spline of x, or x that of z with ``flip``; options flip, bins, tails, zuko, its nine.
     """
     if transform == "bernoulli":
         return (z < params[..., 0].sigmoid()).to(z.dtype), torch.zeros_like(z)
+    if transform == "spline":
+        flip, bins, tails, zuko, *rest = options
+        return rational_quadratic_spline_packed(
+            z, params, int(bins), TAILS[int(tails)], "zuko" if zuko else "nflows", not flip, rest
+        )  # fmt: skip
     flip, scale_first, constant = options
     scale = transform.removeprefix("affine:")
     if scale == "additive":
@@ -118,7 +127,8 @@ def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options
 
 def program_activation(number: int, x: Tensor) -> Tensor:
     """The activation that stands in a program as ``number``."""
-    return _FUNCTIONS[ACTIVATIONS[number]](x)
+    y: Tensor = _FUNCTIONS[ACTIVATIONS[number]](x)
+    return y
 
 
 def _steps(numbers: list[int], packed: Tensor) -> list[Step]:
@@ -127,9 +137,11 @@ def _steps(numbers: list[int], packed: Tensor) -> list[Step]:
     steps = []
     for i in range(count):
         fields = numbers[at + 11 * i : at + 11 * i + 11]
-        units = fields[5]
-        tables = [numbers[f : f + units] if f >= 0 else [] for f in fields[9:]]
-        steps.append(Step(*fields[:9], sources=tables[0], residual=tables[1]))
+        sources, residual = (numbers[f : f + fields[5]] if f >= 0 else [] for f in fields[9:])
+        kind, activation, source, source_units, first, units, bias, context, gate = fields[:9]
+        steps.append(
+            Step(kind, activation, source, source_units, first, units, bias, context, gate, sources, residual)
+        )  # fmt: skip
     at += 11 * count
     rows: list[list[Tensor]] = [[] for _ in steps]
     for i in range(groups):

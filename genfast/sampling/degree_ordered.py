@@ -4,11 +4,10 @@ Every unit has a level. An input of level l is solved in round l; a unit of leve
 is computed once, at the beginning of round l. Units that no parameter of an input needs are left out.
 
 The program is two tensors. In ``code`` (int64) units have numbers: the D inputs first, sorted by level, then the units of
-each layer from a multiple of 16 on, sorted by level within the layer (those of the last layer by the input that they are parameters of: input j of the
-sorted order has the P units ``parameters + j P + p``).
+each layer, from a multiple of 16 on (some numbers are no unit's), sorted by level within the layer; those of the last layer by
+the input that they are parameters of: input j of the sorted order has the P units ``parameters + j P + p``.
 
-    header      D, P, L levels, M layers, G groups, U (the numbers of units, those without a unit included), S columns of statics,
-                W elements of packed, ``parameters``
+    header      D, P, L levels, M layers, G groups, U numbers, S columns of statics, W elements of packed, ``parameters``
     order       D: which input of the caller stands at each place of the sorted order
     ends        L: how many inputs have a level of at most l
     layers      M x 11: kind, activation, first unit of the source, units of the source, first unit, units, then -1 where there
@@ -528,6 +527,7 @@ def _kept_mask(mask: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
 def _gather(index: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
     """Places, each used once, and the places' inverse."""
     places = torch.cat(index) if index else torch.empty(0, dtype=torch.int64)
-    inverse = torch.zeros(size + 1, dtype=torch.int64)
-    inverse[places] = torch.arange(1, len(places) + 1)
-    return places, inverse[1:]
+    kind = torch.int32 if max(size, len(places)) < 2**31 - 1 else torch.int64
+    inverse = torch.zeros(size + 1, dtype=kind)
+    inverse[places] = torch.arange(1, len(places) + 1, dtype=kind)
+    return places.to(kind), inverse[1:]

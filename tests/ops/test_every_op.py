@@ -125,7 +125,8 @@ def _outputs(result):
 # Which arguments carry the batch axis.
 BATCHED = {
     "activation_chain": (0, 1), "activation_second": (0, 1, 2, 3), "actnorm": (0,), "affine_coupling": (0, 1),
-    "apply_bits": (0, 1), "bias_act": (0,), "channel_mix": (0, 1), "channel_scale": (0, 1, 2), "contextual_similarity": (0, 1),
+    "apply_bits": (0, 1), "autoregressive_inverse": (0, 2), "bias_act": (0,), "channel_mix": (0, 1),
+    "channel_scale": (0, 1, 2), "contextual_similarity": (0, 1),
     "diagonal_gaussian": (0, 1, 2, 3, 4), "diagonal_lstm": (0,), "discretized_logistic_mixture_nll": (0, 1),
     "gated_activation": (0, 1), "gram_matrix": (0,), "interpolate": (0, 1, 2), "leaky_relu_bits": (0,), "linear": (0,),
     "linear_input": (0, 2), "linear_weight": (0, 1), "masked_conv": (0,), "masked_linear": (0,), "minibatch_stddev": (0,), "nearest_rows": (0, 1),
