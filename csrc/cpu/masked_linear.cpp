@@ -21,62 +21,68 @@ namespace {
 constexpr int64_t kDots = 4;         // samples that dot products with the weight as it lies serve best
 constexpr int64_t kBlockTiles = 16;  // tiles of rows that share a panel while it is in the second-level cache
 
-// Inputs or outputs in the order in which tiles take them.
+// Inputs or outputs in the order in which tiles take them. A thread keeps the memory from call to call.
 template <class T>
 struct Side {
   int64_t count = 0;
-  bool rising = false;          // whether later positions reach more
-  bool sorted = false;          // else positions are units
-  std::vector<int32_t> unit;    // of a position, where sorted
-  std::vector<int32_t> place;   // position of a unit, where sorted
-  std::vector<T> reach;         // units of the other side that a position is joined to; zeros to a whole vector
+  bool rising = false;         // whether later positions reach more
+  bool sorted = false;         // else positions are units
+  std::vector<int32_t> unit;   // of a position, where sorted
+  std::vector<int32_t> place;  // position of a unit, where sorted
+  std::vector<T> reach;        // units of the other side that a position is joined to; zeros to a whole vector
 
   int64_t blocks() const { return (count + block_columns<T>() - 1) / block_columns<T>(); }
 };
 
-// As the units lie, if their reach rises or falls all along; else sorted.
+static inline bool identity(const int64_t* order, int64_t count) {
+  int64_t differs = 0;
+  for (int64_t p = 0; p < count; ++p) differs |= order[p] ^ p;
+  return !differs;
+}
+
+// `side.reach` holds the reach of sorted positions. Units are taken as they lie, if their reach rises or falls all along so; else
+// sorted. False where `order` is no permutation.
 template <class T>
-void arrange(Side<T>& side, int64_t count, const int64_t* order, std::vector<int32_t>& place, const std::vector<T>& reach,
-             bool rising) {
-  side.count = count;
-  side.reach.assign(size_t(padded<T>(count)), T(0));
-  bool rises = true, falls = true;
-  for (int64_t u = 0; u < count; ++u) {
-    side.reach[u] = reach[place[u]];
-    if (u && side.reach[u] < side.reach[u - 1]) rises = false;
-    if (u && side.reach[u] > side.reach[u - 1]) falls = false;
+bool arrange(Side<T>& side, const int64_t* order, bool rising) {
+  side.sorted = false, side.rising = rising;
+  if (identity(order, side.count)) return true;
+  static thread_local std::vector<T> natural;
+  natural.assign(side.reach.size(), T(0));
+  side.place.assign(size_t(side.count), -1);
+  for (int64_t p = 0; p < side.count; ++p) {
+    const int64_t unit = order[p];
+    if (unit < 0 || unit >= side.count || side.place[size_t(unit)] >= 0) return false;
+    side.place[size_t(unit)] = int32_t(p);
+    natural[size_t(unit)] = side.reach[size_t(p)];
   }
-  side.sorted = !rises && !falls;
-  side.rising = side.sorted ? rising : rises && !falls;
-  if (!side.sorted) return;
-  side.unit.assign(order, order + count);
-  side.place.swap(place);
-  std::copy(reach.begin(), reach.end(), side.reach.begin());
+  bool rises = true, falls = true;
+  for (int64_t u = 1; u < side.count; ++u) {
+    rises = rises && natural[size_t(u)] >= natural[size_t(u - 1)];
+    falls = falls && natural[size_t(u)] <= natural[size_t(u - 1)];
+  }
+  if (rises || falls) {
+    side.rising = rises;
+    side.reach.swap(natural);
+    return true;
+  }
+  side.sorted = true;
+  side.unit.assign(order, order + side.count);
+  return true;
 }
 
 // Both sides of a staircase, or false where rows or columns are no permutations or counts no staircase.
 template <class T>
 bool read_sides(const MaskedLinearArgs& a, Side<T>& outputs, Side<T>& inputs) {
-  const int64_t o = a.outputs, i = a.inputs;
-  std::vector<int32_t> row_at(size_t(o), -1), column_at(size_t(i), -1);
-  for (int64_t r = 0; r < o; ++r) {
-    if (a.rows[r] < 0 || a.rows[r] >= o || row_at[a.rows[r]] >= 0) return false;
-    row_at[a.rows[r]] = int32_t(r);
-    if (a.counts[r] < (r ? a.counts[r - 1] : 0) || a.counts[r] > i) return false;
-  }
-  for (int64_t k = 0; k < i; ++k) {
-    if (a.columns[k] < 0 || a.columns[k] >= i || column_at[a.columns[k]] >= 0) return false;
-    column_at[a.columns[k]] = int32_t(k);
-  }
-  std::vector<T> out_reach(static_cast<size_t>(o)), in_reach(static_cast<size_t>(i));
-  for (int64_t r = 0; r < o; ++r) out_reach[r] = T(a.counts[r]);
-  for (int64_t k = 0, r = 0; k < i; ++k) {
-    while (r < o && a.counts[r] <= k) ++r;
-    in_reach[k] = T(o - r);
-  }
-  arrange(outputs, o, a.rows, row_at, out_reach, true);
-  arrange(inputs, i, a.columns, column_at, in_reach, false);
-  return true;
+  const int64_t o = outputs.count = a.outputs, i = inputs.count = a.inputs;
+  outputs.reach.assign(size_t(padded<T>(o)), T(0));
+  inputs.reach.assign(size_t(padded<T>(i)), T(0));
+  bool falls = o && (a.counts[0] < 0 || a.counts[o - 1] > i);
+  for (int64_t r = 1; r < o; ++r) falls |= a.counts[r] < a.counts[r - 1];
+  if (falls) return false;
+  for (int64_t r = 0; r < o; ++r) outputs.reach[size_t(r)] = T(a.counts[r]);
+  for (int64_t r = 0, k = 0; r < o; ++r)  // inputs before the r-th output's count are joined to it and to those after it
+    for (; k < a.counts[r]; ++k) inputs.reach[size_t(k)] = T(o - r);
+  return arrange(outputs, a.rows, true) && arrange(inputs, a.columns, false);
 }
 
 // A panel: up to kMaxVectors vectors of units of one side, in slots, the one that reaches most first, over the positions of the
@@ -101,6 +107,82 @@ Panel panel_of(const Side<T>& outer, const Side<T>& inner, int64_t p) {
   panel.rising = inner.rising;
   panel.begin = inner.rising ? inner.count - panel.length[0] : 0;
   return panel;
+}
+
+// Where the sums of a tile go, and what follows them.
+template <class T>
+struct Target {
+  T* data;
+  int64_t ld;
+  const int64_t* column;  // of a slot
+  int64_t slots;
+  bool add;       // to what is there, the sums of terms before
+  const T* bias;  // null where there is none, or terms follow
+  bool relu;
+};
+
+// The terms [from[n], to[n]) with the first n vectors, for n = N down to 1.
+template <class T, int MR, int N>
+GENFAST_INLINE void stages(const T* a, int64_t ld, const T* b, int64_t width, const int64_t* from, const int64_t* to,
+                           Vec<T> (&acc)[MR][kMaxVectors]) {
+  if constexpr (N > 0) {
+    const T* left = a + from[N];
+    const T* right = b + from[N] * width;
+    for (int64_t k = to[N] - from[N]; k > 0; --k, ++left, right += width) {
+      Vec<T> row[N];
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) row[v] = load(right + v * lanes<T>());
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const Vec<T> x = splat(left[m * ld]);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) acc[m][v] += x * row[v];
+      }
+    }
+    stages<T, MR, N - 1>(a, ld, b, width, from, to, acc);
+  }
+}
+
+template <class T, int MR>
+static __attribute__((noinline)) void staged_tile(const T* a, int64_t ld, const T* b, int64_t width, const int64_t* from,
+                                                  const int64_t* to, const Target<T>& target) {
+  Vec<T> acc[MR][kMaxVectors] = {};
+  stages<T, MR, kMaxVectors>(a, ld, b, width, from, to, acc);
+#pragma GCC unroll 8
+  for (int v = 0; v < kMaxVectors; ++v) {
+    if (v >= target.slots) break;
+    T* at = target.data + target.column[v];
+    const Vec<T> bias = target.bias ? load(target.bias + target.column[v]) : Vec<T>{};
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m, at += target.ld) {
+      Vec<T> y = acc[m][v] + bias;
+      if (target.add) y += load(at);
+      if (target.relu) y = y < T(0) ? Vec<T>{} : y;  // a NaN stays
+      store(at, y);
+    }
+  }
+}
+
+// Terms [u0, u1) of a panel times `height` rows of a.
+template <class T>
+static void multiply_tile(int64_t height, const Panel& panel, int64_t u0, int64_t u1, const T* a, int64_t ld, const T* b,
+                          const Target<T>& target) {
+  // In which terms n vectors are alive: from the end that all share to where the n-th vector's terms end.
+  int64_t from[kMaxVectors + 1], to[kMaxVectors + 1];
+  for (int64_t n = 1; n <= kMaxVectors; ++n) {
+    const int64_t near = n < panel.slots ? panel.length[n] : 0, far = n <= panel.slots ? panel.length[n - 1] : 0;
+    const int64_t begin = panel.rising ? panel.length[0] - far : near, end = panel.rising ? panel.length[0] - near : far;
+    from[n] = std::max(begin, u0), to[n] = std::min(end, u1);
+  }
+  const int64_t width = panel.slots * lanes<T>();
+  switch (height) {
+    case 1: return staged_tile<T, 1>(a, ld, b, width, from, to, target);
+    case 2: return staged_tile<T, 2>(a, ld, b, width, from, to, target);
+    case 3: return staged_tile<T, 3>(a, ld, b, width, from, to, target);
+    case 4: return staged_tile<T, 4>(a, ld, b, width, from, to, target);
+    case 5: return staged_tile<T, 5>(a, ld, b, width, from, to, target);
+    default: return staged_tile<T, 6>(a, ld, b, width, from, to, target);
+  }
 }
 
 // to[p] = from[at[p]]
@@ -137,24 +219,28 @@ class Product {
     }
   }
 
-  // Rows [from, to) of a, which lie ld apart, against every panel; `end(m, first, y)` takes row m's vector of outer units.
-  template <class End>
-  void rows(const T* a, int64_t ld, int64_t from, int64_t to, int64_t all, const T* packed, T* sums, const End& end) const {
-    alignas(64) T local[kMaxRows * block_columns<T>()];
+  // Tiles [from, to) of the `all` rows, of which a's first is the first here, against every panel. Into `out`, whose rows lie
+  // `wide` apart; a panel that is not whole goes by `aside` (rows, block_columns()) where out has no room beyond its columns.
+  void rows(const T* a, int64_t ld, int64_t from, int64_t to, int64_t all, const T* packed, const T* bias, bool relu, T* out,
+            int64_t wide, T* aside) const {
+    const int64_t start = tile_start(all, from), end = tile_start(all, to);
     for (const Panel& panel : panels_) {
-      const int64_t runs = inner_runs(panel.length[0]);
-      for (int64_t run = 0; run < runs; ++run) {
-        const int64_t u0 = panel.length[0] * run / runs, u1 = panel.length[0] * (run + 1) / runs;
+      const int64_t begin = std::min(panel.first[0], panel.first[panel.slots - 1]);
+      const bool whole = begin + panel.slots * lanes<T>() <= wide;
+      T* data = whole ? out : aside - begin;
+      const int64_t step = whole ? wide : block_columns<T>(), runs = inner_runs(panel.length[0]);
+      for (int64_t part = 0; part < runs; ++part) {
+        const int64_t u0 = panel.length[0] * part / runs, u1 = panel.length[0] * (part + 1) / runs;
+        const bool last = part + 1 == runs;
         for (int64_t tile = from; tile < to; ++tile) {
           const int64_t row = tile_start(all, tile), height = tile_start(all, tile + 1) - row;
-          T* acc = runs == 1 ? local : sums + (tile - from) * kMaxRows * block_columns<T>();
-          multiply_tile(height, panel, u0, u1, a + (row - tile_start(all, from)) * ld + panel.begin, ld, packed + panel.offset, acc,
-                        run == 0);
-          if (run + 1 < runs) continue;
-          for (int64_t m = 0; m < height; ++m)
-            for (int64_t s = 0; s < panel.slots; ++s) end(row + m, panel.first[s], load(acc + m * block_columns<T>() + s * lanes<T>()));
+          const Target<T> target{data + (row - start) * step, step, panel.first, panel.slots, part > 0, last ? bias : nullptr,
+                                 last && relu};
+          multiply_tile(height, panel, u0, u1, a + (row - start) * ld + panel.begin, ld, packed + panel.offset, target);
         }
       }
+      for (int64_t row = 0; !whole && row < end - start; ++row)
+        memcpy(out + row * wide + begin, aside + row * block_columns<T>(), size_t(outer_.count - begin) * sizeof(T));
     }
   }
 
@@ -213,70 +299,12 @@ class Product {
     }
   }
 
-  static void multiply_tile(int64_t height, const Panel& panel, int64_t u0, int64_t u1, const T* a, int64_t ld, const T* b, T* acc,
-                            bool first);
-
   const MaskedLinearArgs& args_;
   const Side<T>&outer_, &inner_;
   const bool across_;
   std::vector<Panel> panels_;
   int64_t elements_ = 0;
 };
-
-// The terms [from[n], to[n]) with the first n vectors, for n = N down to 1.
-template <class T, int MR, int N>
-GENFAST_INLINE void stages(const T* a, int64_t ld, const T* b, int64_t width, const int64_t* from, const int64_t* to,
-                           Vec<T> (&acc)[MR][kMaxVectors]) {
-  if constexpr (N > 0) {
-    const T* left = a + from[N];
-    const T* right = b + from[N] * width;
-    for (int64_t k = to[N] - from[N]; k > 0; --k, ++left, right += width) {
-      Vec<T> row[N];
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) row[v] = load(right + v * lanes<T>());
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const Vec<T> x = splat(left[m * ld]);
-#pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) acc[m][v] += x * row[v];
-      }
-    }
-    stages<T, MR, N - 1>(a, ld, b, width, from, to, acc);
-  }
-}
-
-template <class T, int MR>
-static __attribute__((noinline)) void staged_tile(const T* a, int64_t ld, const T* b, int64_t width, const int64_t* from,
-                                                  const int64_t* to, T* sums, bool first) {
-  Vec<T> acc[MR][kMaxVectors] = {};
-  stages<T, MR, kMaxVectors>(a, ld, b, width, from, to, acc);
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < kMaxVectors; ++v) {
-      T* at = sums + m * block_columns<T>() + v * lanes<T>();
-      store(at, first ? acc[m][v] : load(at) + acc[m][v]);
-    }
-}
-
-template <class T>
-void Product<T>::multiply_tile(int64_t height, const Panel& panel, int64_t u0, int64_t u1, const T* a, int64_t ld, const T* b, T* acc,
-                               bool first) {
-  // In which terms n vectors are alive: from the end that all share to where the n-th vector's terms end.
-  int64_t from[kMaxVectors + 1], to[kMaxVectors + 1];
-  for (int64_t n = 1; n <= kMaxVectors; ++n) {
-    const int64_t near = n < panel.slots ? panel.length[n] : 0, far = n <= panel.slots ? panel.length[n - 1] : 0;
-    const int64_t begin = panel.rising ? panel.length[0] - far : near, end = panel.rising ? panel.length[0] - near : far;
-    from[n] = std::max(begin, u0), to[n] = std::min(end, u1);
-  }
-  const int64_t width = panel.slots * lanes<T>();
-  switch (height) {
-    case 1: return staged_tile<T, 1>(a, ld, b, width, from, to, acc, first);
-    case 2: return staged_tile<T, 2>(a, ld, b, width, from, to, acc, first);
-    case 3: return staged_tile<T, 3>(a, ld, b, width, from, to, acc, first);
-    case 4: return staged_tile<T, 4>(a, ld, b, width, from, to, acc, first);
-    case 5: return staged_tile<T, 5>(a, ld, b, width, from, to, acc, first);
-    default: return staged_tile<T, 6>(a, ld, b, width, from, to, acc, first);
-  }
-}
 
 // Sorted rows of `from` (n, count) between rows `begin` and `end`, dense.
 template <class T>
@@ -294,30 +322,21 @@ void multiply(const Product<T>& product, const Side<T>& outer, const Side<T>& in
   static thread_local Scratch shared;
   T* packed = shared.get<T>(product.elements());
   const int64_t down = tiles(n), step = std::max<int64_t>(1, std::min(kBlockTiles, down / (4 * threads)));
-  const int64_t wide = padded<T>(outer.count);
+  const int64_t wide = outer.sorted ? padded<T>(outer.count) : outer.count, most = step * kMaxRows;
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch sum_scratch, row_scratch, a_scratch;
+    static thread_local Scratch row_scratch, a_scratch, aside_scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < product.panels(); ++p) product.pack(p, packed);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t base = 0; base < down; base += step) {
       const int64_t stop = std::min(down, base + step), begin = tile_start(n, base), end = tile_start(n, stop);
-      T* sums = sum_scratch.get<T>(step * kMaxRows * block_columns<T>());
-      T* rows = outer.sorted ? row_scratch.get<T>((end - begin) * wide) : nullptr;
+      T* rows = outer.sorted ? row_scratch.get<T>(most * wide) : out + begin * wide;
+      T* aside = wide % lanes<T>() ? aside_scratch.get<T>(most * block_columns<T>()) : nullptr;
       const bool gather = inner.sorted && !placed;
       const T* left = gather ? gathered(inner, a, ld, begin, end, a_scratch) : a + begin * ld;
-      product.rows(left, gather ? inner.count : ld, base, stop, n, packed, sums, [&](int64_t row, int64_t first, Vec<T> y) {
-        if (bias) y += load(bias + first);
-        if (relu) y = y < T(0) ? Vec<T>{} : y;
-        if (rows)
-          store(rows + (row - begin) * wide + first, y);
-        else if (first + lanes<T>() <= outer.count)
-          store(out + row * outer.count + first, y);
-        else
-          store_part(out + row * outer.count + first, y, int(outer.count - first));
-      });
-      for (int64_t row = begin; rows && row < end; ++row)
+      product.rows(left, gather ? inner.count : ld, base, stop, n, packed, bias, relu, rows, wide, aside);
+      for (int64_t row = begin; outer.sorted && row < end; ++row)
         permute(rows + (row - begin) * wide, outer.place.data(), outer.count, out + row * outer.count);
     }
   }
@@ -366,7 +385,7 @@ int worth(const MaskedLinearArgs& a) {
 
 template <class T>
 void forward(const MaskedLinearArgs& a) {
-  Side<T> outputs, inputs;
+  static thread_local Side<T> outputs, inputs;
   *a.fits = read_sides(a, outputs, inputs);
   if (!*a.fits || !a.n || !a.outputs) return;
   const int threads = worth(a);
@@ -394,10 +413,10 @@ int64_t nearest(const Side<T>& inputs, int64_t first) {
 }
 
 template <class T>
-static __attribute__((noinline)) void weight_tile(int64_t height, int64_t slots, const T* left, const T* panel, int64_t width,
-                                                  int64_t count, T* sums, bool first) {
+static __attribute__((noinline)) void weight_tile(int64_t height, int64_t slots, const T* left, int64_t ld, const T* panel,
+                                                  int64_t width, int64_t count, T* sums, bool first) {
   const Segment segment{0, 0, count};
-  run<T>(height, slots, Onto<T>{sums, block_columns<T>(), first}, left, 1, height, &segment, 1, panel, width);
+  run<T>(height, slots, Onto<T>{sums, block_columns<T>(), first}, left, 1, ld, &segment, 1, panel, width);
 }
 
 // A sample's inputs into row k of a panel, zeros in the lanes without a unit.
@@ -465,14 +484,15 @@ void weight_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const Si
       for (int64_t tile = 0; tile < down; ++tile) {
         const int64_t row = tile_start(a.outputs, tile), height = tile_start(a.outputs, tile + 1) - row;
         T* sums = all ? all + tile * size : own;
-        pack_rows<T>({g, 1, ld}, n0, count, row, height, packed);
+        const T* left = across > 1 ? packed : g + n0 * ld + row;  // one panel reads it once, as packing would
+        if (across > 1) pack_rows<T>({g, 1, ld}, n0, count, row, height, packed);
         const int64_t most = int64_t(outputs.reach[outputs.rising ? row + height - 1 : row]);
         for (int64_t p = 0; p < across; ++p) {
           const Panel& panel = at[size_t(p)];
           int64_t live = 0;  // slots that some output of the tile reaches
           while (live < panel.slots && nearest(inputs, panel.first[live]) < most) ++live;
           if (!live) continue;
-          weight_tile(height, live, packed, panels + p * block * longest, panel.slots * lanes<T>(), count,
+          weight_tile(height, live, left, across > 1 ? height : ld, panels + p * block * longest, panel.slots * lanes<T>(), count,
                       sums + p * kMaxRows * block, part == 0);
         }
         if (part + 1 < runs) continue;
@@ -531,7 +551,7 @@ void bias_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const T* g
 
 template <class T>
 void backward(const MaskedLinearArgs& a) {
-  Side<T> outputs, inputs;
+  static thread_local Side<T> outputs, inputs;
   *a.fits = read_sides(a, outputs, inputs);
   if (!*a.fits) return;
   const int threads = worth(a);

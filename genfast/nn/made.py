@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor
+
 from ..reference import made
 from .masked_linear import MaskedLinear
+
+if TYPE_CHECKING:
+    from ..sampling import Layer
 
 
 class MADE(made.MADE):
@@ -40,3 +47,27 @@ class MADE(made.MADE):
     """
 
     linear = MaskedLinear
+
+    def layers(self, context: Tensor | None = None) -> list[Layer]:
+        """The network as :class:`genfast.sampling.DegreeProgram` takes it, at a context (N, K)."""
+        from ..sampling import Layer  # which knows our modules
+
+        if (context is None) != (self.context is None):
+            called = "with" if self.context is None else "without"
+            raise ValueError(f"MADE: made with context={self.context_features}, called {called} one")
+        linears = [cast("MaskedLinear", linear) for linear in self.linears]
+        last, inner = len(linears) - 1, "none" if self.residual else self.activation
+        found = []
+        for i, linear in enumerate(linears):
+            before = after = "none"
+            residual = None
+            if 0 < i < last and self.residual:
+                before, after = (self.activation, self.activation) if i % 2 else ("none", "none")
+                residual = None if i % 2 else i - 1
+            elif i < last:
+                after = inner
+            added = self.context(context) if self.context is not None and i == 0 else None
+            found.append(
+                Layer(linear.weight, linear.bias, linear.live, before=before, after=after, residual=residual, context=added)
+            )
+        return found

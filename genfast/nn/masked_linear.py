@@ -39,6 +39,15 @@ class MaskedLinear(made.MaskedLinear):
         """The mask as :func:`genfast.ops.masked_linear` takes it."""
         return ops.Staircase(self.rows, self.columns, self.counts)
 
+    @property
+    def live(self) -> Tensor:
+        """The mask, the same tensor until the degrees change."""
+        sorts = (self.rows, self.columns, self.counts)
+        kept: tuple[tuple[Tensor, ...], Tensor] | None = self.__dict__.get("_live")
+        if kept is None or any(a is not b for a, b in zip(kept[0], sorts)):
+            kept = self.__dict__["_live"] = sorts, self.mask
+        return kept[1]
+
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         fused = activation if activation == "relu" else "none"
         y = ops.masked_linear(x, self.weight, self.bias, mask=self.staircase, activation=fused)

@@ -125,35 +125,50 @@ def _check_forward(
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
     """A matrix whose rows are contiguous, copied only where it must be, and how far apart they lie."""
-    if t.is_contiguous() or t.stride(1) == 1:
-        return t, t.stride(0)
-    t = t.contiguous()
-    return t, t.stride(0)
+    row, column = t.stride()
+    if column != 1 and t.shape[1] != 1:
+        t = t.contiguous()
+        row = t.stride(0)
+    return t, row
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised, dense."""
-    return _pool.empty_strided(shape, (shape[1], 1), dtype)
+    if rows * columns * 8 < _pool.MINIMUM:
+        return torch.empty((rows, columns), dtype=dtype)
+    return _pool.empty_strided((rows, columns), (columns, 1), dtype)
 
 
 def _no_staircase(counts: Tensor) -> ValueError:
     return ValueError(
-        f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and nondecreasing "
-        "counts of 0 to I, as genfast.ops.staircase makes them"
+        f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and "
+        "nondecreasing counts of 0 to I, as genfast.ops.staircase makes them"
     )
+
+
+_CHECKED: set[Any] = set()  # calls that passed, by everything that the check looks at
 
 
 def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor, activation: str
 ) -> Tensor:
-    _check_forward(x, weight, bias, rows, columns, counts, activation)
+    dtype = x.dtype
+    key = (
+        x.shape, dtype, weight.shape, weight.dtype, None if bias is None else (bias.shape, bias.dtype), rows.shape, rows.dtype,
+        columns.shape, columns.dtype, counts.shape, counts.dtype, activation,
+    )  # fmt: skip
+    if key not in _CHECKED:
+        _check_forward(x, weight, bias, rows, columns, counts, activation)
+        if len(_CHECKED) >= 4096:
+            _CHECKED.clear()
+        _CHECKED.add(key)
     (x, x_row), (weight, weight_row) = _rows(x), _rows(weight)
-    rows, columns, counts = rows.contiguous(), columns.contiguous(), counts.contiguous()
     bias = None if bias is None else bias.contiguous()
-    n, outputs, inputs = x.shape[0], *weight.shape
-    y = _empty((n, outputs), x.dtype)
+    rows, columns, counts = rows.contiguous(), columns.contiguous(), counts.contiguous()
+    n, (outputs, inputs) = x.shape[0], weight.shape
+    y = _empty(n, outputs, dtype)
     if not _CPU.masked_linear(
-        x.dtype is torch.float64, activation == "relu", rows.data_ptr(), columns.data_ptr(), counts.data_ptr(), x.data_ptr(),
+        dtype is torch.float64, activation == "relu", rows.data_ptr(), columns.data_ptr(), counts.data_ptr(), x.data_ptr(),
         x_row, weight.data_ptr(), weight_row, 0 if bias is None else bias.data_ptr(), y.data_ptr(), n, outputs, inputs,
         torch.get_num_threads(),
     ):  # fmt: skip
@@ -164,9 +179,9 @@ def _cpu(
 def _cpu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, outputs, inputs = x.shape[0], *weight.shape
-    dx = _empty((n, inputs), x.dtype) if wanted[0] else x.new_empty(0)
-    dw = _empty((outputs, inputs), x.dtype) if wanted[1] else x.new_empty(0)
+    n, (outputs, inputs), dtype = x.shape[0], weight.shape, x.dtype
+    dx = _empty(n, inputs, dtype) if wanted[0] else x.new_empty(0)
+    dw = _empty(outputs, inputs, dtype) if wanted[1] else x.new_empty(0)
     db = x.new_empty(outputs if wanted[2] else 0)
     if not n * outputs * inputs:
         return dx.zero_(), dw.zero_(), grad.sum(0) if wanted[2] else db
@@ -174,7 +189,7 @@ def _cpu_backward(
     y, y_row = (None, 0) if y is None else _rows(y)
     rows, columns, counts = rows.contiguous(), columns.contiguous(), counts.contiguous()
     if not _CPU.masked_linear_backward(
-        x.dtype is torch.float64, rows.data_ptr(), columns.data_ptr(), counts.data_ptr(), grad.data_ptr(), grad_row,
+        dtype is torch.float64, rows.data_ptr(), columns.data_ptr(), counts.data_ptr(), grad.data_ptr(), grad_row,
         x.data_ptr(), x_row, weight.data_ptr(), weight_row, 0 if y is None else y.data_ptr(), y_row,
         dx.data_ptr() if wanted[0] else 0, dw.data_ptr() if wanted[1] else 0, db.data_ptr() if wanted[2] else 0,
         n, outputs, inputs, torch.get_num_threads(),
@@ -231,7 +246,7 @@ _OP_BACKWARD = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.masked_linear_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
@@ -239,7 +254,7 @@ OP = Op(
     reference=reference.masked_linear,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,

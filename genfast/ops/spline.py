@@ -212,7 +212,13 @@ def _cpu_packed(
 
 
 def _cpu_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *options: Any
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     params = (widths, heights, derivatives)
     return tuple(_run_backward("rational", grad_y, grad_logdet, x, params, widths.shape[-1], *options))
