@@ -1,5 +1,5 @@
 # make demo   sets up .venv, trains a flow, a PixelCNN and a WGAN-GP beside plain PyTorch, writes tables and pictures
-# make test   sets up .venv and runs the tests
+# make test   sets up .venv and runs the tests, a worker a core
 # make lint   ruff and mypy
 # make peers  the test suites of zuko, nflows and normflows, plain and with genfast.accelerate
 # make clean  removes what the others made
@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/genfast demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -466,6 +466,33 @@ void bind_pixel_rnn(py::module_& m) {
         });
 }
 
+void bind_nade(py::module_& m) {
+  const auto common = [](bool is_double, int activation, Address x, Address weight, Address readout, Address hidden_bias,
+                         bool own, Address rescale, int64_t n, int64_t d, int64_t p, int64_t h, int threads) {
+    NadeArgs a{};
+    a.is_double = is_double, a.own_hidden_bias = own, a.activation = activation, a.x = ptr<>(x);
+    a.weight = ptr<>(weight), a.readout = ptr<>(readout), a.hidden_bias = ptr<>(hidden_bias), a.rescale = ptr<>(rescale);
+    a.n = n, a.d = d, a.p = p, a.h = h, a.threads = threads;
+    return a;
+  };
+  m.def("nade", [common](bool is_double, int activation, Address x, Address weight, Address readout, Address hidden_bias,
+                         bool own, Address rescale, int64_t n, int64_t d, int64_t p, int64_t h, int threads, Address bias, int kind,
+                         Address uniforms, Address known, Address out) {
+    NadeArgs a = common(is_double, activation, x, weight, readout, hidden_bias, own, rescale, n, d, p, h, threads);
+    a.bias = ptr<>(bias), a.kind = kind, a.uniforms = ptr<>(uniforms), a.known = ptr<const uint8_t>(known), a.out = ptr<>(out);
+    GENFAST_CALL(nade, a);
+  });
+  m.def("nade_backward", [common](bool is_double, int activation, Address x, Address weight, Address readout,
+                                  Address hidden_bias, bool own, Address rescale, int64_t n, int64_t d, int64_t p, int64_t h,
+                                  int threads, Address grad, Address dx, Address dweight, Address dreadout, Address dbias,
+                                  Address dhidden_bias, Address drescale) {
+    NadeArgs a = common(is_double, activation, x, weight, readout, hidden_bias, own, rescale, n, d, p, h, threads);
+    a.grad = ptr<>(grad), a.grad_x = ptr<>(dx), a.grad_weight = ptr<>(dweight), a.grad_readout = ptr<>(dreadout);
+    a.grad_bias = ptr<>(dbias), a.grad_hidden_bias = ptr<>(dhidden_bias), a.grad_rescale = ptr<>(drescale);
+    GENFAST_CALL(nade, a);
+  });
+}
+
 void bind_linear(py::module_& m) {
   m.def("linear", [](bool is_double, Address a, int64_t a_row, int64_t a_inner, Address b, int64_t b_inner, int64_t b_column,
                      Address bias, Address out, Address bits, int bits_mode, double slope, int64_t rows, int64_t columns,
@@ -753,6 +780,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gated_activation(m);
   bind_discretized_logistic_mixture(m);
   bind_pixel_rnn(m);
+  bind_nade(m);
   bind_linear(m);
   bind_masked_linear(m);
   bind_activation(m);

@@ -1,8 +1,11 @@
 // The pybind11 module genfast._cuda: raw device pointers and a stream in. It imports without a GPU or a driver.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/kernels.h"
 
@@ -71,6 +74,38 @@ PYBIND11_MODULE(_cuda, m) {
     a.first_row = first_row, a.last_row = last_row, a.given = given, a.temperature = temperature;
     py::gil_scoped_release release;
     check(pixel_program(a, stream));
+  });
+  m.def("degree_ordered_scratch", [](int64_t n, int64_t rows) {
+    int64_t floats = 0;
+    check(degree_ordered_scratch(n, rows, &floats));
+    return floats;
+  });
+  m.def("degree_ordered", [](Address stream, Address item_list, Address tables, Address order, Address weights,
+                             Address statics, Address z, Address x, Address logdet, Address scratch, int64_t n, int64_t rows,
+                             int64_t statics_width, int32_t items, int32_t inputs, int32_t width, int32_t given,
+                             int32_t transform, int32_t bins, int32_t tails, bool inverse, bool zuko,
+                             const std::vector<float>& options) {
+    DegreeOrderedArgs a{};
+    a.item_list = ptr<const int32_t>(item_list), a.tables = ptr<const int32_t>(tables), a.order = ptr<const int32_t>(order);
+    a.weights = ptr(weights), a.statics = ptr(statics), a.z = ptr(z), a.x = ptr(x), a.logdet = ptr(logdet);
+    a.scratch = ptr(scratch), a.n = n, a.rows = rows, a.statics_width = statics_width, a.items = items, a.inputs = inputs;
+    a.width = width, a.given = given, a.transform = transform, a.bins = bins, a.tails = tails;
+    a.inverse = inverse, a.zuko = zuko;
+    for (size_t i = 0; i < options.size() && i < std::size(a.options); ++i) a.options[i] = options[i];
+    py::gil_scoped_release release;
+    check(degree_ordered(a, stream));
+  });
+  m.def("degree_ordered_backward", [](Address stream, Address item_list, Address tables, Address order, Address weights,
+                                      Address grad_x, Address slopes, Address by_value, Address constant, Address kept,
+                                      Address scratch, int64_t n, int64_t units, int32_t items, int32_t inputs,
+                                      int32_t width) {
+    DegreeOrderedArgs a{};
+    a.item_list = ptr<const int32_t>(item_list), a.tables = ptr<const int32_t>(tables), a.order = ptr<const int32_t>(order);
+    a.weights = ptr(weights), a.z = ptr(grad_x), a.slopes = ptr(slopes), a.by_value = ptr(by_value);
+    a.constant = ptr(constant), a.kept = ptr(kept), a.scratch = ptr(scratch);
+    a.n = n, a.rows = a.units = units, a.items = items, a.inputs = inputs, a.width = width;
+    py::gil_scoped_release release;
+    check(degree_ordered_backward(a, stream));
   });
   m.def("pixel_rnn", [](Address stream, bool diagonal, Address gates, Address weight, Address h0, Address c0, Address h,
                         Address kept, Address carry, int64_t n, int64_t hidden, int64_t depth, int64_t height, int64_t width,

@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"digits, photos, torchvision:NAME or a folder of images; for GANs also {', '.join(data.POINTS)}",
     )  # fmt: skip
     train.add_argument("--root", help="where torchvision's files are")
+    train.add_argument("--binary", action="store_true", help="black and white: 1 where a grey level is in the upper half")
     train.add_argument("--size", type=int, default=32, help="side of photo patches and folder images (default 32)")
     train.add_argument("--out", type=Path, help="the run's folder (default out/MODEL-DATA)")
     train.add_argument("--steps", type=int)
@@ -47,10 +48,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=float, help="default 1e-3; of a GAN's both sides, default that of its paper")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--levels", type=int, help="of Glow and RealNVP")
-    train.add_argument("--hidden", type=int, help="width of the conditioner networks")
+    train.add_argument("--hidden", type=int, help="width of the conditioner networks; units of a NADE's or MADE's layer")
     train.add_argument("--flow-steps", type=int, metavar="K", help="Glow's steps per level")
     train.add_argument("--channels", type=int, help="of the PixelCNNs and PixelRNN; a multiple of the colours")
-    train.add_argument("--layers", type=int, help="of the PixelCNNs, PixelRNN and WaveNet")
+    train.add_argument("--layers", type=int, help="of the PixelCNNs, PixelRNN, WaveNet, MADE and DeepNADE")
+    train.add_argument("--orders", type=int, metavar="K", help="of MADE and DeepNADE: an ensemble of so many orders")
+    train.add_argument("--components", type=int, help="of RNADE's mixtures")
     train.add_argument("--kernel-size", type=int, help="of PixelCNN, Gated PixelCNN and WaveNet")
     train.add_argument("--filters", type=int, help="of PixelCNN++")
     train.add_argument("--reversible", action="store_true", help="Glow in memory that does not grow with K")
@@ -149,7 +152,7 @@ def _train(a: argparse.Namespace) -> int:
         "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
         "latent_dim": a.latent_dim, "width": a.width, "depth": a.depth, "likelihood": a.likelihood, "beta": a.beta,
         "warmup": a.warmup, "free_bits": a.free_bits, "network": a.network, "corruption": a.corruption, "amount": a.amount,
-        "gamma": a.gamma, "weight": a.weight,
+        "gamma": a.gamma, "weight": a.weight, "orders": a.orders, "components": a.components,
     }  # fmt: skip
     recipe = {
         "loss": a.loss, "penalty": a.penalty, "weight": a.penalty_weight, "lazy": a.lazy, "critic_steps": a.critic_steps,
@@ -161,6 +164,8 @@ def _train(a: argparse.Namespace) -> int:
     autoencoder = issubclass(models.NAMES[a.model], models.AutoencoderModel)
     if autoencoder:  # whose game and penalty are part of the model
         config |= {name: recipe.pop(name) for name in ("loss", "penalty") if name in taken}
+    if adversarial and a.binary:
+        unknown.append("--binary")
     if not adversarial:
         unknown += [
             f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight") for k, v in recipe.items() if v is not None
@@ -168,6 +173,7 @@ def _train(a: argparse.Namespace) -> int:
     elif not unknown:
         return _train_adversarial(a, config, recipe)
     dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
+    dataset = data.binarized(dataset) if a.binary else dataset
     decided = issubclass(models.NAMES[a.model], models.AutoregressiveModel | models.AutoencoderModel)
     if unknown or (decided and a.levels is not None):
         raise ValueError(f"train: {a.model} takes no {', '.join(unknown) or '--levels; the data decide them'}")

@@ -23,7 +23,7 @@ from .reference.autoregressive import AutoregressiveModel
 from .sampling import LoweringError
 
 KEEP = 2  # checkpoints
-Model = models.FlowModel | AutoregressiveModel
+Model = models.DensityModel | AutoregressiveModel
 
 
 class TrainingError(RuntimeError):
@@ -250,11 +250,14 @@ def draw(model: models.AutoregressiveModel, n: int, **options: Any) -> Tensor:
 def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
     """The data as the model ``name`` takes them, and what of its config they decide."""
     model = models.NAMES.get(name)
-    if name in ("nice", "linear_flow"):
+    if name in ("iaf", "linear_flow", "maf", "nice", "nsf", "rnade"):
         view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins)
         return view, {"dim": math.prod(data.shape)}
     if model is None or not issubclass(model, AutoregressiveModel):
         return data, {"shape": data.shape}
+    if model.dims == 0:
+        view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins)
+        return view, {"dim": math.prod(data.shape), "levels": data.bins}
     if model.dims == 2:
         return data, {"in_channels": data.shape[0], "levels": data.bins, "shape": data.shape}
     if data.shape[0] != 1:

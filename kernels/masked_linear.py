@@ -78,26 +78,25 @@ def _product(
     t = tl.program_id(0) % tiles
     if TRANSPOSED:
         first = _blind(counts, CO, t * BLOCK_O, 1024) // BLOCK_K
-        last = tl.cdiv(depth, BLOCK_K)
+        steps = tl.cdiv(depth, BLOCK_K) - first
     else:
         t = tiles - 1 - t
         first = 0
-        last = tl.cdiv(tl.load(counts + tl.minimum((t + 1) * BLOCK_O, CO) - 1).to(tl.int32), BLOCK_K)
+        steps = tl.cdiv(tl.load(counts + tl.minimum((t + 1) * BLOCK_O, CO) - 1).to(tl.int32), BLOCK_K)
     o = t * BLOCK_O + tl.arange(0, BLOCK_O)
     n = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    k = first * BLOCK_K + tl.arange(0, BLOCK_K)
     if FAR:
         n = n.to(tl.int64)
     there = (n < N)[:, None]
-    source = a + n[:, None] * an
+    source = a + (n[:, None] * an + k[None, :] * ac)
     weights = b + (k[:, None] * br + o[None, :] * bc)
     total = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
-    for i in range(first, last):
-        c = i * BLOCK_K + k[None, :]
+    for i in range(steps):
         if EVEN:
-            value = tl.load(source + c * ac, mask=there, other=0)
+            value = tl.load(source + i * BLOCK_K * ac, mask=there, other=0)
         else:
-            value = tl.load(source + c * ac, mask=there & (c < depth), other=0)
+            value = tl.load(source + i * BLOCK_K * ac, mask=there & (i * BLOCK_K + k < depth)[None, :], other=0)
         w = tl.load(weights + i * BLOCK_K * br)
         if WIDE:
             value = value.to(tl.float32)
@@ -139,8 +138,8 @@ def _gate(
 
 @triton.jit
 def _weight_grad(
-    d, x, partial, counts, dn, dc, xn, xc, N, CO, CI, i_tiles, n_tiles, chunk_tiles, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
+    d, x, partial, counts, dn, dc, xn, xc, N, CO, CI, i_tiles, n_tiles, chunk_tiles, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sum over a chunk of samples of d[n, r] x[n, k], for a tile of r by k with a live weight."""
     t = tl.program_id(0) // i_tiles
@@ -224,13 +223,21 @@ def _covering(size: int, largest: int) -> int:
 
 def _tile(exact: bool, half: bool, far: bool, rows: int, columns: int, repeats: int = 1) -> Tile:
     """The largest tile of which there is one for each multiprocessor; ``exact``: float32 on FMA units."""
+    if far:
+        return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8, 2)
     sizes = ((128, 64), (64, 64), (64, 32), (32, 32)) if exact else ((128, 128), (128, 64), (64, 64), (32, 64), (32, 32))
-    for r, c in sizes[2:3] if far else sizes:
+    for r, c in sizes:
         r, c = _covering(rows, r), _covering(columns, c)
         if cdiv(rows, r) * cdiv(columns, c) * repeats >= MULTIPROCESSORS:
             break
     depth = 16 if exact else 64 if half else 32
     return Tile(r, c, depth, 8 if r * c > 64 * 64 else 4 if r * c > 32 * 32 else 2, 2 if exact else 3)
+
+
+def _grad_tile(exact: bool, half: bool, far: bool, out: int, inputs: int, samples: int) -> Tile:
+    """Of the weight's gradient, whose samples are split into chunks where it has few tiles."""
+    t = _tile(exact, half, far, out, inputs, repeats=max(1, samples // 256))
+    return t._replace(registers=128) if half and t.warps <= 4 else t  # the assembler's own choice for sm_80 spills
 
 
 def _far(*tensors: Tensor) -> bool:
@@ -303,7 +310,7 @@ def _through(grad: Tensor, y: Tensor | None, rows: Tensor) -> tuple[Tensor, Tens
 def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, staircase: tuple[Tensor, ...]) -> None:
     out, inputs = dweight.shape
     how, half, far = precision(x), x.dtype is not torch.float32, _far(d, x)
-    t = _tile(how == "ieee" and not half, half, far, out, inputs, repeats=max(1, x.shape[0] // 256))
+    t = _grad_tile(how == "ieee" and not half, half, far, out, inputs, x.shape[0])
     o_tiles, i_tiles, n_tiles = cdiv(out, t.rows), cdiv(inputs, t.columns), cdiv(x.shape[0], t.depth)
     # As many programs as run at once, at 16 warps a multiprocessor, half of them over dead weights; none of under 8 steps.
     at_once = 2 * MULTIPROCESSORS * 16 // t.warps
@@ -357,8 +364,8 @@ def _variants() -> list[Aot]:
         for how in ("ieee",) if half else ("ieee", "tf32"):
             exact = how == "ieee" and not half
             b_ones = ("br",) if how == "tf32" else ("bc",)
-            sizes = ((2**16, 512), (1024, 512), (256, 512), (64, 512), (1, 64))
-            for n, width in sizes[:1] + sizes[-1:] if kind == "fp16" else sizes:
+            sizes = ((2**16, 512), (1024, 512), (256, 512), (1, 64))
+            for n, width in sizes[::3] if kind == "fp16" else sizes:
                 for far in (False, True) if n == 2**16 and kind != "fp16" else (False,):
                     t = _tile(exact, half, far, n, width)
                     label = f"{t.rows}x{t.columns} {kind} {how}{' 64 bits' if far else ''}"
@@ -366,12 +373,13 @@ def _variants() -> list[Aot]:
                     base = dict(PRECISION=how, WIDE=False, FAR=far)
                     for transposed in (False, True):
                         ends = dict(TRANSPOSED=transposed, BIAS=not transposed, RELU=not transposed)
-                        for even in (True, False) if n in (2**16, 256) else (True,):
+                        for even in (True, False) if n == 2**16 else (True,):
                             name = f"{label}{' dx' if transposed else ''}{'' if even else ' uneven, shuffled'}"
                             ones = None if far else ("ac", *b_ones)
                             add(name, _product, kind, ones, t.options, SORTED=even, EVEN=even, **base, **ends, **blocks)
-                    t = _tile(exact, half, far, n, width)
+                    t = _grad_tile(exact, half, far, width, width, n)
                     blocks = dict(BLOCK_O=t.rows, BLOCK_I=t.columns, BLOCK_N=t.depth)
+                    label = f"{t.rows}x{t.columns} {kind} {how}{' 64 bits' if far else ''}"
                     add(label, _weight_grad, kind, None if far else ("dc", "xc"), t.options, **base, **blocks)
         for ones, form in ((("wi", "pc"), ""), (("wi", "pr"), ", transposed"), (None, ", any strides")):
             add(f"{kind}{form}", _pack, kind, ones, {}, BLOCK_R=16, BLOCK_C=64)

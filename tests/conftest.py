@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from genfast._registry import OPS, Op, Sample
+
+
+def pytest_configure() -> None:
+    """One thread a worker, since pytest-xdist starts a worker a core; tests of threads set their own number."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -59,3 +59,42 @@ def test_errors(error, message, name, options):
 def test_an_empty_folder_names_what_it_takes(tmp_path):
     with pytest.raises(ValueError, match=r"holds 0 images, expected at least 2 of .png"):
         data.load(str(tmp_path))
+
+
+SIZES = {"breast_cancer": (569, 30), "diabetes": (442, 10), "digits": (1797, 64), "iris": (150, 4), "wine": (178, 13)}
+
+
+@pytest.mark.parametrize("name", data.TABLES)
+def test_tables_are_standardised_by_their_training_part(name):
+    found = data.table(name)
+    rows, columns = SIZES[name]
+    assert found.shape == (columns,)
+    assert len(found.train) + len(found.test) == rows
+    assert len(found.test) == len(found.test_labels) == rows // 10
+    assert found.train.dtype == found.test.dtype == torch.float32
+    torch.testing.assert_close(found.train.mean(0), torch.zeros(columns), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.train.std(0, correction=0), torch.ones(columns), atol=1e-4, rtol=0)
+    assert torch.equal(found.test, data.table(name).test)
+    assert not torch.equal(found.test, data.table(name, seed=1).test)
+
+
+def test_a_table_of_digits_holds_the_images_of_the_same_split():
+    table, images = data.table("digits"), data.load("digits")
+    assert torch.equal(table.test_labels, images.test_labels)
+    levels = ((table.mean + table.std * table.test) * 17).floor()
+    near = (levels - images.test.flatten(1).float()).abs()  # the noise may come within rounding of a whole number
+    assert float(near.max()) <= 1
+    assert float(near.mean()) < 1e-3
+
+
+def test_a_table_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="table: name='mnist', expected one of 'breast_cancer'"):
+        data.table("mnist")
+
+
+def test_binarized_images_are_black_and_white():
+    digits = data.load("digits")
+    found = data.binarized(digits)
+    assert found.bins == 2
+    assert torch.equal(found.train.bool(), digits.train > 8)
+    assert torch.equal(data.binarized(found).test, found.test)

@@ -74,6 +74,24 @@ struct PixelRnnArgs {
   int threads;
 };
 
+struct NadeArgs {
+  enum Activation { kSigmoid, kRelu, kTanh };
+  enum Kind { kParameters, kBernoulli, kCategorical, kGaussianMixture };
+  bool is_double, own_hidden_bias;         // whether each sample has a hidden bias of its own
+  int activation, kind;
+  const void* x;                           // (N, D), (D, N) in the backward; sampling: what is known, or null
+  const void *weight, *readout, *bias;     // (D, H), (D, P, H), (D, P)
+  const void *hidden_bias, *rescale;       // (H) or (N, H); (D) or null
+  const void* uniforms;                    // sampling: (N, D, 1), or 2 of a mixture
+  const uint8_t* known;                    // (N, D), or null
+  const void* grad;                        // not null: the backward; (D, N, P)
+  void* out;                               // forward (N, D, P), sampling (N, D)
+  void *grad_x, *grad_rescale;             // (D, N), (D), null where not wanted
+  void *grad_weight, *grad_readout, *grad_bias, *grad_hidden_bias;
+  int64_t n, d, p, h;
+  int threads;
+};
+
 struct SqueezeArgs {
   bool is_double;
   const void* x;
@@ -422,6 +440,7 @@ struct SplineArgs {
   void activation(const ActivationArgs&);                   \
   void pixel_rnn(const PixelRnnArgs&);                      \
   void pixel_rnn_backward(const PixelRnnArgs&);             \
+  void nade(const NadeArgs&);                               \
   void upfirdn2d(const Upfirdn2dArgs&);                     \
   void channel_scale_backward(const ChannelScaleArgs&);     \
   void tap_energy(const TapEnergyArgs&);                    \

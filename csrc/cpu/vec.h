@@ -337,5 +337,16 @@ GENFAST_INLINE void sigmoid(Vec<T> z, Vec<T>& s, Vec<T>& one_minus_s, Vec<T>& lo
   log_s = z < T(0) ? z + l : l;
 }
 
+// sigmoid(z) alone, and e^-z, of |z| up to a bound beyond which nothing changes: e s is 1 - sigmoid(z), uncancelled.
+template <class T>
+GENFAST_INLINE Vec<T> logistic(Vec<T> z, Vec<T>& e) {
+  const T bound = sizeof(T) == 4 ? T(87) : T(708);
+  Vec<T> c = z > bound ? splat(bound) : z;
+  c = c < -bound ? splat(-bound) : c;
+  e = exp_in_range<T>(-c);
+  const Vec<T> s = T(1) / (e + T(1));
+  return z == z ? s : z;
+}
+
 }  // namespace GENFAST_ISA
 }  // namespace genfast

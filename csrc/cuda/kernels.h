@@ -44,12 +44,33 @@ struct PixelRnnArgs {
   int64_t n, hidden, depth, height, width, taps;
 };
 
+// The degree-ordered engine: what genfast/ops/_level_items.py makes of a program of genfast/sampling/degree_ordered.py.
+struct DegreeOrderedArgs {
+  const int32_t* item_list;              // LevelItem of autoregressive_inverse.cuh
+  const int32_t *tables, *order;         // rows by unit; which of the caller's inputs stands at each place
+  const float *weights, *statics;        // statics (n, statics_width) may be null
+  const float* z;                        // (n, inputs)
+  float *x, *logdet;                     // (n, inputs), (n)
+  // Backward; by_value and constant (n, inputs, width) are F and C of the sorted inputs' parameters.
+  const float *slopes, *by_value, *constant;  // slopes (n, units)
+  float* kept;                                // (n, units): the cotangents; its first `inputs` columns hold grad_x, sorted
+  float* scratch;                             // for states that do not fit in shared memory, or null
+  int64_t n, rows, units, statics_width;
+  int32_t items, inputs, width, given;  // given: the row at which z lies
+  int32_t transform, bins, tails;
+  bool inverse, zuko;
+  float options[9];
+};
+
 // All return a cudaError_t: 0, or what the launch said.
 int plu_weight(const PluArgs& args, uintptr_t stream);
 int plu_weight_backward(const PluArgs& args, uintptr_t stream);
 int pixel_program(const PixelProgramArgs& args, uintptr_t stream);
 int pixel_rnn(const PixelRnnArgs& args, uintptr_t stream);
 int pixel_rnn_backward(const PixelRnnArgs& args, uintptr_t stream);
+int degree_ordered(const DegreeOrderedArgs& args, uintptr_t stream);
+int degree_ordered_backward(const DegreeOrderedArgs& args, uintptr_t stream);
+int degree_ordered_scratch(int64_t n, int64_t rows, int64_t* floats);  // what scratch must hold on this device: 0 is none
 const char* error_string(int error);
 
 }  // namespace cuda

@@ -4,24 +4,8 @@
 // for its threads, `exchange(x, mask)` gives the x of the thread whose lane differs by `mask`.
 #pragma once
 
-#include <math.h>
-#include <stdint.h>
-
 #include "kernels.h"
-
-#ifdef __CUDACC__
-#define GENFAST_DEVICE __device__ __forceinline__
-#define GENFAST_PRAGMA(text) _Pragma(#text)
-#define GENFAST_UNROLL GENFAST_PRAGMA(unroll)
-#define GENFAST_UNROLL_BY(count) GENFAST_PRAGMA(unroll count)
-#else
-#define GENFAST_DEVICE inline
-#define GENFAST_UNROLL
-#define GENFAST_UNROLL_BY(count)
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-#endif
+#include "portable.cuh"
 
 #ifndef GENFAST_ISA
 #define GENFAST_ISA cuda
@@ -76,21 +60,6 @@ struct Points {
   int32_t row, column, count, apart;
   bool images;
 };
-
-GENFAST_DEVICE int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-
-GENFAST_DEVICE float elu(float x) { return x > 0.f ? x : expm1f(x); }
-
-GENFAST_DEVICE float logistic(float x) { return 1.f / (1.f + expf(-x)); }
-
-// The weights are read-only for the whole run, the feature maps are not.
-GENFAST_DEVICE float4 weights_at(const float4* p) {
-#ifdef __CUDA_ARCH__
-  return __ldg(p);
-#else
-  return *p;
-#endif
-}
 
 GENFAST_DEVICE void multiply(float4& sum, float a, const float4& w) {
   sum.x += a * w.x;
@@ -213,8 +182,8 @@ class Engine {
           GENFAST_UNROLL_BY((M == 1 ? 4 : 1))
           for (int32_t k = 4 * slice; k < whole; k += 4 * split) {
             const float4* row = weight + k * groups;
-            const float4 w0 = weights_at(row), w1 = weights_at(row + groups), w2 = weights_at(row + 2 * groups),
-                         w3 = weights_at(row + 3 * groups);
+            const float4 w0 = constant_at(row), w1 = constant_at(row + groups), w2 = constant_at(row + 2 * groups),
+                         w3 = constant_at(row + 3 * groups);
             GENFAST_UNROLL
             for (int m = 0; m < M; ++m) {
               const float4 x = *reinterpret_cast<const float4*>(a + shift[m] + k);
@@ -226,7 +195,7 @@ class Engine {
           }
         }
         for (int32_t k = whole + slice; k < tap.length; k += split) {
-          const float4 w = weights_at(weight + k * groups);
+          const float4 w = constant_at(weight + k * groups);
           GENFAST_UNROLL
           for (int m = 0; m < M; ++m) multiply(sum[m], a[shift[m] + k], w);
         }
@@ -244,7 +213,7 @@ class Engine {
       if (slice || start + lane % across >= units) continue;
       const int32_t first = tile * M;
       const float4 bias = s.bias < 0 ? float4{0.f, 0.f, 0.f, 0.f}
-                                     : weights_at(reinterpret_cast<const float4*>(a_.weights + s.bias) + group);
+                                     : constant_at(reinterpret_cast<const float4*>(a_.weights + s.bias) + group);
       const int32_t out_apart = distance(points, s.out, s.up), add_apart = s.b < 0 ? 0 : distance(points, s.b, s.up);
       float* out = image(points.image) + place(s.out, points.row, points.column) + s.out_offset + 4 * group;
       const float* add =

@@ -114,7 +114,9 @@ def restore(model: nn.Module) -> Report:
         0 modules restored
     """
     _check("restore", model)
-    found = [(module, ", ".join(p or "(model)" for p in paths)) for module, paths in by_path(model) if isinstance(module, Swapped)]
+    found = [
+        (module, ", ".join(p or "(model)" for p in paths)) for module, paths in by_path(model) if isinstance(module, Swapped)
+    ]
     for module, path in found:
         if "original" not in type(module).__dict__:
             raise RuntimeError(

@@ -62,7 +62,11 @@ def made_layers(made: Any, context: Tensor | None, gated: bool) -> list[Layer] |
     if not isinstance(getattr(made, "preprocessing", None), (type(None), torch.nn.Identity)):
         return "the network preprocesses its inputs"
     blocks = list(made.blocks)
-    linear = [made.initial_layer, *(m for b in blocks for m in getattr(b, "linear_layers", None) or [b.linear]), made.final_layer]
+    linear = [
+        made.initial_layer,
+        *(m for b in blocks for m in getattr(b, "linear_layers", None) or [b.linear]),
+        made.final_layer,
+    ]
     if not all(plain_call(m) for m in (made, *blocks, *linear)):
         return "hooks watch the network"
     names = [activation_name(m.activation) for m in (made, *blocks) if hasattr(m, "activation")]

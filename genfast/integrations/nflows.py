@@ -291,7 +291,11 @@ class OneByOneConvolution(_linear.LULinear):
         """Which column of L U each channel meets; None where a call is not covered."""
         kept, permutation = self.kept(), self.permutation._permutation
         found = kept.get("order")
-        if found is None or found[0] is not permutation or not (torch.compiler.is_compiling() or found[1] == version(permutation)):
+        if (
+            found is None
+            or found[0] is not permutation
+            or not (torch.compiler.is_compiling() or found[1] == version(permutation))
+        ):
             found = kept["order"] = (permutation, version(permutation), permutation.argsort())
         order: Tensor = found[2]
         return order

@@ -18,7 +18,7 @@ from ..ops.invertible_conv1x1 import MIX, PLU_WEIGHT
 from . import _autoregressive as shared
 from . import _linear
 from ._autoregressive import logit_scale, packed_spline, spline_refused, within_unit
-from ._swap import Swapped, covered, plain_call, version
+from ._swap import Swapped, covered, version
 
 TRANSFORMS = nf.flows.Flow
 CONTAINERS = (

@@ -20,6 +20,7 @@ from .masked_linear import Staircase, masked_linear, staircase, staircase_from_m
 from .minibatch_discrimination import minibatch_discrimination, pairwise_l1_kernel_sum
 from .minibatch_stddev import minibatch_stddev
 from .modulated_conv import modulated_conv2d
+from .nade import nade, nade_sample
 from .pairwise import kernel_distance, mmd, nearest_neighbors, pairwise_kernel_sum, wae_scales
 from .pixel_norm import pixel_norm
 from .pixel_rnn import diagonal_lstm, row_lstm
@@ -51,4 +52,13 @@ __all__ = [
     "modulated_conv2d", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "row_lstm",
     "sample_norm", "setup_filter", "spectral_norm", "squeeze", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d",
     "wae_scales", "linear_spline", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_packed",
+    "autoregressive_inverse", "bias_act", "categorical_nll", "contextual_similarity", "critic_step", "CriticLoss",
+    "diagonal_gaussian", "diagonal_gaussian_kl", "diagonal_lstm", "DiagonalGaussian", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "gram_matrix",
+    "interpolate", "invertible_conv1x1", "kernel_distance", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input",
+    "linear_spline", "linear_weight", "masked_conv1d", "masked_conv2d", "masked_conv3d", "masked_linear",
+    "minibatch_discrimination", "minibatch_stddev", "mmd", "modulated_conv2d", "nade", "nade_sample", "nearest_neighbors",
+    "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "quadratic_spline", "rational_quadratic_spline",
+    "rational_quadratic_spline_packed", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "Staircase",
+    "staircase", "staircase_from_mask", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
+from . import _autoregressive_inverse_cuda as _cuda
 from . import _check
 from .spline import CONVENTIONS, derivative_count
 from .spline import _check_options as check_spline
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..sampling.degree_ordered import DegreeProgram
 
 _NAME = "autoregressive_inverse"
+_CUDA_DTYPES = _backend.DTYPES | {"cuda": (torch.float32,)}
 _CPU: Any = _backend.extension("_cpu")[0]
 SCALES = ("exp", "softclamp", "sigmoid2", "softplus", "additive")
 TRANSFORMS = (*(f"affine:{scale}" for scale in SCALES), "bernoulli", "spline")
@@ -150,6 +152,13 @@ def _cpu_backward(
     return dz, dpacked, dstatics
 
 
+def _cuda_forward(
+    z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    _check_forward(z, packed, statics, code, transform, options)
+    return _cuda.forward(z, packed, statics, code, transform, options)
+
+
 def _like(t: Tensor | None, z: Tensor) -> Tensor | None:
     return None if t is None else t.to(z.dtype).contiguous()
 
@@ -263,7 +272,8 @@ OP_BACKWARD = Op(
     "str transform, float[] options, bool weights) -> (Tensor, Tensor, Tensor)",
     reference=reference.autoregressive_inverse_backward,
     fake=_fake_backward,
-    kernels={"cpu": _cpu_backward},
+    kernels={"cpu": _cpu_backward, "cuda": _cuda.backward},
+    dtypes=_CUDA_DTYPES,
 )
 
 OP = Op(
@@ -271,7 +281,8 @@ OP = Op(
     reference=reference.autoregressive_inverse,
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu},
+    kernels={"cpu": _cpu, "cuda": _cuda_forward},
+    dtypes=_CUDA_DTYPES,
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,

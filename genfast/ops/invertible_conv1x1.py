@@ -410,13 +410,16 @@ def _inverted(op: str, weight: Tensor | PLU) -> Tensor:
     return result
 
 
-def invertible_conv1x1(x: Tensor, weight: Tensor | PLU, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Invertible 1x1 convolution: y = W x at every position, logdet = H W log|det W|.
+def invertible_conv1x1(
+    x: Tensor, weight: Tensor | PLU, bias: Tensor | None = None, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Invertible 1x1 convolution: y = W x + b at every position, logdet = H W log|det W|.
 
     Args:
         x: (N, C, ...) floating point; NCHW, channels_last or vectors (N, C).
         weight: W (C, C), or its :class:`PLU` factors, whose log-determinant is a sum of C numbers.
-        inverse: computes x = W^-1 y, by triangular solves in float64, and the negated logdet.
+        bias: b (C,), or None for 0.
+        inverse: computes x = W^-1 (y - b), by triangular solves in float64, and the negated logdet.
 
     Returns:
         (y, logdet): y like x; logdet (N,), float32 for half-precision x.
@@ -434,7 +437,7 @@ def invertible_conv1x1(x: Tensor, weight: Tensor | PLU, *, inverse: bool = False
         >>> x, w = torch.randn(2, 3, 8, 8), torch.linalg.qr(torch.randn(3, 3))[0]
         >>> y, logdet = genfast.ops.invertible_conv1x1(x, w)
     """
-    y, logdet = _mixed("invertible_conv1x1", x, None, None, None, weight, False, None, inverse)
+    y, logdet = _mixed("invertible_conv1x1", x, None, None, None, weight, False, None, inverse, bias)
     assert isinstance(y, Tensor)
     return y, logdet
 
@@ -491,9 +494,10 @@ def actnorm_conv1x1(
 
 def _mixed(
     op: str, x: Tensor, x_b: Tensor | None, scale: Tensor | None, bias: Tensor | None, weight: Tensor | PLU,
-    log_scale: bool, split: int | None, inverse: bool,
+    log_scale: bool, split: int | None, inverse: bool, after: Tensor | None = None,
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:  # fmt: skip
-    _check.floating(op, x=x, x_b=x_b)
+    """``bias`` stands before the matrix, with the scale; ``after`` behind it."""
+    _check.floating(op, x=x, x_b=x_b, bias=after)
     if x.dim() < 2:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, ...)")
     channels = x.shape[1] + (0 if x_b is None else x_b.shape[1])
@@ -518,5 +522,9 @@ def _mixed(
         if scale is not None and bias is not None:
             s = scale.exp() if log_scale else scale
             folded, offset = folded / s[:, None], -bias / s
+    if after is not None:
+        _check.shape(op, "bias", after, (channels,), "one per channel")
+        moved = -(folded @ after) if inverse else after
+        offset = moved if offset is None else offset + moved
     y, y_b = MIX(x, x_b, folded, offset, channels if split is None else split)
     return (y if split is None else (y, y_b)), logdet

@@ -67,28 +67,15 @@ class Logistic(nn.Module):
         return self.loc + temperature * torch.logit(u)
 
 
-class FlowModel(nn.Module):
-    """A flow with its base density. ``forward`` gives a flat latent (N, D) whatever the shape of the data.
+class DensityModel(nn.Module):
+    """A density of real data (N, *shape); images in [-0.5, 0.5], as :func:`dequantize` makes them. ``config`` rebuilds it."""
 
-    Data are floating point; images in [-0.5, 0.5], as :func:`dequantize` makes them. ``config`` rebuilds the model.
-    """
-
-    layers: Any
-    base: Any
     config: dict[str, Any]
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.dim = math.prod(shape)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data (N, *shape) to (z (N, D), logdet (N,))."""
-        raise NotImplementedError
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latent (N, D) to (x (N, *shape), logdet (N,))."""
-        raise NotImplementedError
 
     def check(self, x: Tensor) -> Tensor:
         """``x``, or an error that says what was expected of it."""
@@ -103,9 +90,7 @@ class FlowModel(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats, (N,)."""
-        z, logdet = self(x, context)
-        density: Tensor = self.base.log_prob(z) + logdet
-        return density
+        raise NotImplementedError
 
     def bits_per_dim(
         self, x: Tensor, *, bins: int = 256, context: Tensor | None = None, generator: torch.Generator | None = None
@@ -113,6 +98,27 @@ class FlowModel(nn.Module):
         """Bits per dimension (N,) of whole numbers x in [0, bins), dequantised with uniform noise: an upper bound."""
         log_prob = self.log_prob(dequantize(x, bins, generator=generator), context)
         return (math.log(bins) - log_prob / self.dim) / math.log(2)
+
+
+class FlowModel(DensityModel):
+    """A flow with its base density. ``forward`` gives a flat latent (N, D) whatever the shape of the data."""
+
+    layers: Any
+    base: Any
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data (N, *shape) to (z (N, D), logdet (N,))."""
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latent (N, D) to (x (N, *shape), logdet (N,))."""
+        raise NotImplementedError
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) in nats, (N,)."""
+        z, logdet = self(x, context)
+        density: Tensor = self.base.log_prob(z) + logdet
+        return density
 
     @torch.no_grad()
     def sample(

@@ -28,7 +28,7 @@ def test_every_kernel_compiles_and_none_spills():
     families = {"affine_coupling", "actnorm", "invertible_conv1x1", "squeeze", "masked_conv", "gated_activation"}
     families |= {"interpolate", "sample_norm", "spectral_norm", "minibatch_discrimination", "upfirdn2d", "modulated_conv"}
     families |= {"discretized_logistic_mixture", "activation", "bias_act", "pixel_norm", "minibatch_stddev"}
-    families |= {"contextual_similarity", "diagonal_gaussian", "gram_matrix", "pairwise"}
+    families |= {"contextual_similarity", "diagonal_gaussian", "gram_matrix", "pairwise", "spline", "masked_linear"}
     assert {family for family, _ in kernels} >= families
     assert {arch for _, _, arch, *_ in rows} == {"90"}
     assert all(0 < int(registers) <= 255 and int(spilled) == 0 for *_, registers, _, spilled in rows)

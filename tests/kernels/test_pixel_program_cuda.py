@@ -38,6 +38,9 @@ class Args(ctypes.Structure):
     _fields_ = FIELDS
 
 
+pytestmark = pytest.mark.xdist_group("pixel_program")  # one worker builds the emulated kernel
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)

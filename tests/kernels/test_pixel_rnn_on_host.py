@@ -31,6 +31,9 @@ class Args(ctypes.Structure):
     ]  # fmt: skip
 
 
+pytestmark = pytest.mark.xdist_group("pixel_rnn")  # one worker builds the emulated kernel
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if shutil.which("g++") is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +35,10 @@ RUNS = [
     *((f, "interpreted_penalty") for f in PENALTY),
     ("", "interpreted_diagonal_gaussian"),
     ("pairwise", "interpreted_pairwise"),
+    ("", "interpreted_spline"),
+    ("", "interpreted_masked_linear"),
+    ("", "interpreted_nade"),
+    ("nade", "interpreted"),
 ]
 
 
@@ -46,16 +49,8 @@ def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
-@pytest.fixture(scope="module")
-def started(request):
-    """The processes that this session asks for, one a core; each test waits for its own."""
-    wanted = [item.callspec.params["run"] for item in request.session.items if item.name.startswith("test_interpreted[")]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {run: pool.submit(_run, *run) for run in wanted}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=[f"{family}-{file}" for family, file in RUNS])
-def test_interpreted(run, started):
-    done = started[run].result()
+def test_interpreted(run):
+    done = _run(*run)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
