@@ -60,8 +60,8 @@ class MaskedSpline(shared.Autoregressive):
         return _refused(module)
 
     @classmethod
-    def engine(cls, module: Any) -> str:
-        return "the engine does not have its spline"
+    def engine(cls, module: Any) -> tuple[str, dict[str, Any]]:
+        return shared.engine_spline(module)
 
     def inside(self: Any, inputs: Tensor) -> bool:
         return self.tails is not None or within_unit(inputs)
@@ -216,8 +216,8 @@ class _SplineCDF(Swapped):
         return _refused(module)
 
 
-def shared_by_batch(x: Tensor, *params: Tensor) -> list[Tensor]:
-    return [p.expand(x.shape[0], *p.shape) for p in params]
+def shared_by_batch(x: Tensor, params: Tensor) -> Tensor:
+    return params.expand(x.shape[0], *params.shape)
 
 
 class LinearSplineCDF(_SplineCDF):
@@ -228,7 +228,7 @@ class LinearSplineCDF(_SplineCDF):
         return _LINEAR_INVERSE
 
     def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
-        found = _linear_spline(self, inputs, *shared_by_batch(inputs, self.unnormalized_pdf), inverse)
+        found = _linear_spline(self, inputs, shared_by_batch(inputs, self.unnormalized_pdf), inverse)
         if found is None:
             return super()._spline(inputs, inverse)  # type: ignore[misc]
         return found[0], found[1].flatten(1).sum(1)
@@ -238,8 +238,8 @@ class QuadraticSplineCDF(_SplineCDF):
     peer = nt.PiecewiseQuadraticCDF
 
     def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
-        params = shared_by_batch(inputs, self.unnormalized_widths, self.unnormalized_heights)
-        found = _quadratic_spline(self, inputs, *params, inverse)
+        widths, heights = (shared_by_batch(inputs, p) for p in (self.unnormalized_widths, self.unnormalized_heights))
+        found = _quadratic_spline(self, inputs, widths, heights, inverse)
         if found is None:
             return super()._spline(inputs, inverse)  # type: ignore[misc]
         return found[0], found[1].flatten(1).sum(1)

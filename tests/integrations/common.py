@@ -51,7 +51,7 @@ def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn
 def results(model: nn.Module, x: Tensor, call: Callable[[Any, Tensor], Sequence[Tensor]]) -> list[Tensor | None]:
     """Outputs, then the gradients of a fixed function of them to x and all parameters."""
     x = x.clone().requires_grad_()
-    outputs = [o for o in call(model, x)]
+    outputs = list(call(model, x))
     loss = sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view(o.shape).cos()).sum() for o in outputs)
     assert isinstance(loss, Tensor)
     grads = torch.autograd.grad(loss, [x, *model.parameters()], allow_unused=True)
@@ -63,7 +63,7 @@ def same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], rtol
     assert len(found) == len(expected)
     for f, e in zip(found, expected):
         if f is None or e is None:
-            assert (f is None or not f.any()) and (e is None or not e.any())
+            assert all(t is None or not t.any() for t in (f, e))
             continue
         torch.testing.assert_close(f, e, rtol=rtol, atol=atol)
 
@@ -91,7 +91,9 @@ def check_float32(case: Case) -> None:
                 continue
             scale = t.norm().clamp_min(1e-6)
             ours, theirs = float((f - t).norm() / scale), float((p - t).norm() / scale)
-            assert ours <= 3 * theirs + (3e-6 if i < count else 1e-5), f"{name}, output {i}: {ours:.1e} off, the plain model {theirs:.1e}"
+            assert ours <= 3 * theirs + (3e-6 if i < count else 1e-5), (
+                f"{name}, output {i}: {ours:.1e} off, the plain model {theirs:.1e}"
+            )
 
 
 def check_parameters(case: Case) -> None:
@@ -109,7 +111,6 @@ def check_parameters(case: Case) -> None:
     assert all(isinstance(m, cls) for m, cls in zip(model.modules(), classes))
     assert repr(model) == text
     model.load_state_dict(state)
-
 
 
 def check_training(case: Case) -> None:

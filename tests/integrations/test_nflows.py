@@ -113,7 +113,12 @@ def test_a_flow_trains_and_samples_alike():
     same(*found, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["maf", "maf context", "maf feedforward", "maf feedforward context", "maf gelu"])
+SWEPT = [
+    "maf", "maf context", "maf feedforward", "maf feedforward context", "maf gelu", "rq", "rq context", "rq bounded",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWEPT)
 def test_the_inverse_does_not_call_the_network(name, monkeypatch):
     _, fast, x = build(CASES[name])
     monkeypatch.setattr(nt.made.MADE, "forward", None)
