@@ -1,13 +1,14 @@
 # make demo   sets up .venv, trains a flow, a PixelCNN and a WGAN-GP beside plain PyTorch, writes tables and pictures
 # make test   sets up .venv and runs the tests, a worker a core
 # make lint   ruff and mypy
+# make peers  the test suites of zuko, nflows and normflows, plain and with genfast.accelerate
 # make clean  removes what the others made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements/torch.txt requirements/peers.txt
 
-.PHONY: demo test lint clean check-tools
+.PHONY: demo test lint peers clean check-tools
 
 demo: $(VENV)/.installed
 	$(BIN)/genfast demo
@@ -19,6 +20,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+peers: $(VENV)/.installed
+	$(BIN)/python -m tests.peers
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info genfast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

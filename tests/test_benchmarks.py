@@ -25,7 +25,7 @@ def test_every_family_of_ops_has_a_case():
         "upfirdn2d", "modulated_conv2d", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm", "linear",
         "activation", "contextual_similarity", "diagonal_gaussian", "gram_matrix", "style_loss", "style transfer step",
         "mmd imq", "mmd rbf", "kernel_distance", "nearest_neighbors", "autoregressive_inverse", "MAF", "NSF",
-        "rational_quadratic_spline", "masked_linear", "MADE",
+        "rational_quadratic_spline", "masked_linear", "MADE", "accelerate zuko", "accelerate nflows", "accelerate normflows",
     ):  # fmt: skip
         assert family in names
     for case in cases():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Autoregressive(Swapped):
     """Mixin for the transforms: the inverse in one sweep; each peer's class says how its elements are transformed."""
 
     gated = False
-    stands_for = ("forward", "inverse", "_elementwise_forward", "_elementwise_inverse")
+    stands_for: ClassVar[tuple[str, ...]] = ("forward", "inverse", "_elementwise_forward", "_elementwise_inverse")
 
     @classmethod
     def engine(cls, module: Any) -> tuple[str, dict[str, Any]] | str:
@@ -169,6 +169,12 @@ def spline_options(module: Any) -> dict[str, Any]:
     if module.tails is not None:
         found["bound"] = module.tail_bound
     return found
+
+
+def engine_spline(module: Any) -> tuple[str, dict[str, Any]]:
+    """The engine's transform and options for a module with rational-quadratic splines."""
+    scale = logit_scale(module.autoregressive_net)
+    return "spline", {"bins": module.num_bins, "logit_scale": scale, **spline_options(module)}
 
 
 def logit_scale(network: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class LULinear(Swapped):
     """One product by L U for batches, where the peers make one by U and one by L."""
 
     what = "one product by L U"
-    stands_for = ("forward_no_cache", "inverse_no_cache", "_create_lower_upper")
+    stands_for: ClassVar[tuple[str, ...]] = ("forward_no_cache", "inverse_no_cache", "_create_lower_upper")
 
     def forward_no_cache(self: Any, inputs: Tensor) -> Any:
         if inputs.dim() != 2 or not covered(inputs, self.bias, self.lower_entries):

@@ -18,7 +18,7 @@ _FUNCTIONS = {
     F.relu: "relu", torch.relu: "relu", F.elu: "elu", torch.tanh: "tanh", F.tanh: "tanh", torch.sigmoid: "sigmoid",
     F.sigmoid: "sigmoid", F.silu: "silu", F.gelu: "gelu", F.softplus: "softplus", F.leaky_relu: "leaky_relu",
 }  # fmt: skip
-_MODULES = {
+_MODULES: dict[Any, tuple[str | None, dict[str, Any]]] = {
     nn.ReLU: ("relu", {}), nn.ELU: ("elu", {"alpha": 1.0}), nn.Tanh: ("tanh", {}), nn.Sigmoid: ("sigmoid", {}),
     nn.SiLU: ("silu", {}), nn.GELU: ("gelu", {"approximate": "none"}), nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
     nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}), nn.Identity: ("none", {}),

@@ -80,13 +80,14 @@ def _rebuild(mixin: type[Swapped], original: type[nn.Module]) -> Any:
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Gives a module the class that has our methods in front of its own."""
     module.__class__ = swapped_class(mixin, type(module))
 
 
 def unswap(module: nn.Module) -> None:
-    assert isinstance(module, Swapped)
+    """Puts back the class that a swapped module had, and drops what it kept."""
     module.__dict__.pop(KEPT, None)
-    module.__class__ = module.original
+    module.__class__ = type(module).__dict__["original"]
 
 
 def reason_to_leave(module: nn.Module, mixin: type[Swapped]) -> str:

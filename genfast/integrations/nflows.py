@@ -60,8 +60,8 @@ class MaskedSpline(shared.Autoregressive):
         return _refused(module)
 
     @classmethod
-    def engine(cls, module: Any) -> str:
-        return "the engine does not have its spline"
+    def engine(cls, module: Any) -> tuple[str, dict[str, Any]]:
+        return shared.engine_spline(module)
 
     def inside(self: Any, inputs: Tensor) -> bool:
         return self.tails is not None or within_unit(inputs)
@@ -76,9 +76,12 @@ class MaskedSpline(shared.Autoregressive):
 
 def _linear_spline(module: Any, x: Tensor, pdf: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
     tails = getattr(module, "tails", None)
-    if not covered(x, pdf) or (tails is None and not within_unit(x)):
+    if inverse or not covered(x, pdf) or (tails is None and not within_unit(x)):
         return None
-    return ops.linear_spline(x, pdf, tails=tails, inverse=inverse, bound=None if tails is None else module.tail_bound)
+    return ops.linear_spline(x, pdf, tails=tails, bound=None if tails is None else module.tail_bound)
+
+
+_LINEAR_INVERSE = "the inverse is nflows' own, whose last knot is off by 1e-6"
 
 
 def _quadratic_spline(module: Any, x: Tensor, widths: Tensor, heights: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
@@ -117,6 +120,10 @@ class _MaskedOther(shared.Autoregressive):
 
 class MaskedLinearSpline(_MaskedOther):
     peer = autoregressive.MaskedPiecewiseLinearAutoregressiveTransform
+
+    @classmethod
+    def engine(cls, module: Any) -> str:
+        return _LINEAR_INVERSE
 
     def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
         pdf = autoregressive_params.view(inputs.shape[0], self.features, self.num_bins)
@@ -165,6 +172,10 @@ class _SplineCoupling(Swapped):
 class LinearSplineCoupling(_SplineCoupling):
     peer = coupling.PiecewiseLinearCouplingTransform
 
+    @classmethod
+    def falls_back(cls, module: Any) -> str:
+        return _LINEAR_INVERSE
+
     def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
         found = _linear_spline(self, inputs, transform_params, inverse)
         return super()._piecewise_cdf(inputs, transform_params, inverse) if found is None else found  # type: ignore[misc]
@@ -205,15 +216,19 @@ class _SplineCDF(Swapped):
         return _refused(module)
 
 
-def shared_by_batch(x: Tensor, *params: Tensor) -> list[Tensor]:
-    return [p.expand(x.shape[0], *p.shape) for p in params]
+def shared_by_batch(x: Tensor, params: Tensor) -> Tensor:
+    return params.expand(x.shape[0], *params.shape)
 
 
 class LinearSplineCDF(_SplineCDF):
     peer = nt.PiecewiseLinearCDF
 
+    @classmethod
+    def falls_back(cls, module: Any) -> str:
+        return _LINEAR_INVERSE
+
     def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
-        found = _linear_spline(self, inputs, *shared_by_batch(inputs, self.unnormalized_pdf), inverse)
+        found = _linear_spline(self, inputs, shared_by_batch(inputs, self.unnormalized_pdf), inverse)
         if found is None:
             return super()._spline(inputs, inverse)  # type: ignore[misc]
         return found[0], found[1].flatten(1).sum(1)
@@ -223,8 +238,8 @@ class QuadraticSplineCDF(_SplineCDF):
     peer = nt.PiecewiseQuadraticCDF
 
     def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
-        params = shared_by_batch(inputs, self.unnormalized_widths, self.unnormalized_heights)
-        found = _quadratic_spline(self, inputs, *params, inverse)
+        widths, heights = (shared_by_batch(inputs, p) for p in (self.unnormalized_widths, self.unnormalized_heights))
+        found = _quadratic_spline(self, inputs, widths, heights, inverse)
         if found is None:
             return super()._spline(inputs, inverse)  # type: ignore[misc]
         return found[0], found[1].flatten(1).sum(1)

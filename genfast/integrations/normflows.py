@@ -1,8 +1,11 @@
-"""Our kernels in normflows' modules. Its forward goes from latent to data; a log-determinant shared by all samples is one number."""
+"""Our kernels in normflows' modules.
+
+Its forward goes from latent to data, and a log-determinant that all samples share is one number.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import normflows as nf
 import torch
@@ -22,10 +25,10 @@ from ._swap import Swapped, covered, version
 
 TRANSFORMS = nf.flows.Flow
 CONTAINERS = (
-    nf.flows.Composite, nf.flows.Reverse, nf.flows.AffineCouplingBlock, nf.flows.GlowBlock, nf.flows.Split, nf.flows.Merge, nf.flows.Squeeze,
-    nf.flows.LULinearPermute, nf.flows.CoupledRationalQuadraticSpline, nf.flows.CircularCoupledRationalQuadraticSpline,
-    nf.flows.AutoregressiveRationalQuadraticSpline, nf.flows.CircularAutoregressiveRationalQuadraticSpline, nf.flows.Permute,
-    _Permutation,
+    nf.flows.Composite, nf.flows.Reverse, nf.flows.AffineCouplingBlock, nf.flows.GlowBlock, nf.flows.LULinearPermute,
+    nf.flows.Split, nf.flows.Merge, nf.flows.Squeeze, nf.flows.Permute, _Permutation,
+    nf.flows.CoupledRationalQuadraticSpline, nf.flows.CircularCoupledRationalQuadraticSpline,
+    nf.flows.AutoregressiveRationalQuadraticSpline, nf.flows.CircularAutoregressiveRationalQuadraticSpline,
 )  # fmt: skip
 
 
@@ -70,11 +73,11 @@ class ActNorm(AffineConst):
 
     def forward(self: Any, z: Tensor) -> Any:
         done = bool(self.data_dep_init_done > 0)
-        return super().forward(z) if done else super(AffineConst, self).forward(z)
+        return super().forward(z) if done else super(AffineConst, self).forward(z)  # type: ignore[misc]
 
     def inverse(self: Any, z: Tensor) -> Any:
         done = bool(self.data_dep_init_done)
-        return super().inverse(z) if done else super(AffineConst, self).inverse(z)
+        return super().inverse(z) if done else super(AffineConst, self).inverse(z)  # type: ignore[misc]
 
 
 # ---- coupling ----
@@ -96,7 +99,8 @@ class AffineCoupling(Swapped):
     def _coupled(self: Any, z: Any, inverse: bool) -> Any:
         z1, z2 = z
         param = self.param_map(z1)
-        scale = {"exp": "exp", "sigmoid_inv": "sigmoid"}.get(self.scale_map)
+        maps: dict[str, Literal["exp", "sigmoid"]] = {"exp": "exp", "sigmoid_inv": "sigmoid"}
+        scale = maps.get(self.scale_map)
         same = param.dim() == z2.dim() and param.shape[1] == 2 * z2.shape[1] and param.shape[2:] == z2.shape[2:]
         if not self.scale or scale is None or z2.dim() < 2 or not same or len(param) != len(z2) or not covered(z2, param):
             return None
@@ -118,7 +122,7 @@ class AffineCoupling(Swapped):
 class _Mixing(Swapped):
     """W, or P L U with P a dense permutation matrix."""
 
-    stands_for = ("forward", "inverse", "_assemble_W")
+    stands_for: ClassVar[tuple[str, ...]] = ("forward", "inverse", "_assemble_W")
 
     def _weight(self: Any, inverse: bool) -> Tensor | None:
         """W or its inverse from the factors in one step; None where the peer's own way is to be gone."""
@@ -216,7 +220,7 @@ class MaskedSpline(shared.Autoregressive):
     def engine(cls, module: Any) -> tuple[str, dict[str, Any]] | str:
         if isinstance(module.tail_bound, Tensor):
             return "its bounds differ from feature to feature"
-        return "the engine does not have its spline"
+        return shared.engine_spline(module)
 
     def inside(self: Any, inputs: Tensor) -> bool:
         return self.tails is not None or within_unit(inputs)

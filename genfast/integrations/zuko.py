@@ -47,12 +47,15 @@ class Univariate(NamedTuple):
         """The engine's transform and its options."""
         if self.kind == "affine":
             return "affine:softclamp", {"slope": self.slope}
+        if self.kind == "spline":
+            return "spline", {"bins": self.bins, "bound": self.bound, "slope": self.slope, "convention": "zuko"}
         return None
 
 
 def univariate_of(module: Any) -> Univariate | None:
     """Which of ours ``module.univariate`` is, with what it was given; None where it is none."""
-    function, given = module.univariate, {}
+    function = module.univariate
+    given: dict[str, Any] = {}
     while isinstance(function, functools.partial):
         if function.args:
             return None
@@ -162,8 +165,9 @@ class _Inverse(_InverseTransform):  # type: ignore[misc]
     """An inverse that gives its log-determinant without a second pass."""
 
     def call_and_ladj(self, y: Tensor) -> Any:
-        found = self._inv.inverse_and_ladj(y)
-        return super().call_and_ladj(y) if found is None else found
+        forward: Any = self._inv
+        found = forward.inverse_and_ladj(y)
+        return super().call_and_ladj(y) if found is None else found  # type: ignore[misc]
 
 
 _Inverse.__name__ = "Inverse"
