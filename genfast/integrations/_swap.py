@@ -6,7 +6,6 @@ deep copies and pickles stay what they were, and putting the old class back undo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -57,21 +56,28 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickled as "the mixin over that class": the made class has a name that is another's.
-        _, _, state, *rest = super().__reduce_ex__(2)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(2)
+        _, _, state, *rest = reduced
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != KEPT}
         return (_rebuild, (self.mixin, self.original), state, *rest)
 
 
-@functools.cache
-def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
-    """``mixin`` in front of ``original``, under the name of ``original``."""
+_MADE: dict[Any, type[nn.Module]] = {}
+
+
+def swapped_class(mixin: Any, original: Any) -> type[nn.Module]:
+    """``mixin`` in front of ``original``, under the name of ``original``; one class for each two."""
+    found = _MADE.get((mixin, original))
+    if found is not None:
+        return found
     members = {
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         "original": original, "mixin": mixin,
     }  # fmt: skip
-    made: type[nn.Module] = type(original)(original.__name__, (mixin, original), members)
-    return made
+    metaclass: Any = type(original)
+    made: type[nn.Module] = metaclass(original.__name__, (mixin, original), members)
+    return _MADE.setdefault((mixin, original), made)
 
 
 def _rebuild(mixin: type[Swapped], original: type[nn.Module]) -> Any:
