@@ -138,6 +138,19 @@ GENFAST_INLINE Vec<T> slope(int64_t kind, Vec<T> x) {
   return slope_of_value<T>(kind, activated<T>(kind, x));
 }
 
+// A sum with the rounding that it lost (Kahan): the peers add in the same order in both directions, the sweep does not, and
+// so is held to the exact sum. What an infinity loses is no number, and is dropped.
+template <class T>
+struct Total {
+  Vec<T> sum{}, lost{};
+
+  GENFAST_INLINE_MEMBER void add(Vec<T> x) {
+    const Vec<T> y = x - lost, t = sum + y, gone = (t - sum) - y;
+    lost = gone == gone ? gone : Vec<T>{};
+    sum = t;
+  }
+};
+
 // ---- the univariate inverse; `params` are P vectors `apart` elements from each other ----
 
 template <class T>
@@ -175,22 +188,22 @@ struct Univariate {
     t = load(params + (scale_first ? apart : 0));
   }
 
-  GENFAST_INLINE_MEMBER Vec<T> solve(Vec<T> z, const T* params, int64_t apart, Vec<T>& logdet) const {
+  GENFAST_INLINE_MEMBER Vec<T> solve(Vec<T> z, const T* params, int64_t apart, Total<T>& logdet) const {
     if (transform == kBernoulli) return z < logistic<T>(load(params)) ? splat(T(1)) : Vec<T>{};
     if (transform == kAdditive) return flip ? z + load(params) : z - load(params);
     if (transform == kSpline) return bend(z, params, apart, logdet);
     Vec<T> a, t, s, log_s, unused;
     split(params, apart, a, t);
     scale(a, s, log_s, unused);
-    logdet += flip ? log_s : -log_s;
+    logdet.add(flip ? log_s : -log_s);
     return flip ? s * z + t : (z - t) / s;
   }
 
-  __attribute__((noinline)) Vec<T> bend(Vec<T> z, const T* params, int64_t apart, Vec<T>& logdet) const {
+  __attribute__((noinline)) Vec<T> bend(Vec<T> z, const T* params, int64_t apart, Total<T>& logdet) const {
     Vec<T> p[3 * kSplineBins + 1], x, l;
     for (int i = 0; i < spline.params(); ++i) p[i] = load(params + i * apart);
     genfast::GENFAST_ISA::spline<T>(spline, p, z, !flip, x, l);
-    logdet += l;
+    logdet.add(l);
     return x;
   }
 
@@ -414,7 +427,7 @@ void forward_block(const DegreeOrderedArgs& a, const Program& p, const Ahead* ah
   gather_samples(static_cast<const T*>(given ? a.x : a.z) + first * p.inputs, p.inputs, live, wide, rows);
   if (given)
     for (int64_t j = 0; j < p.inputs; ++j) memcpy(units + j * wide, rows + p.order[j] * wide, wide * sizeof(T));
-  Vec<T> logdet[V] = {};
+  Total<T> logdet[V];
   const Group* group = p.groups;
   const Group* end = p.groups + p.group_count;
   for (int64_t level = 0; level < p.levels; ++level) {
@@ -442,7 +455,7 @@ void forward_block(const DegreeOrderedArgs& a, const Program& p, const Ahead* ah
   }
   transpose(rows, wide, p.inputs, live, static_cast<T*>(a.x) + first * p.inputs, p.inputs);
   T sums[V * n];
-  for (int v = 0; v < V; ++v) store(sums + v * n, logdet[v]);
+  for (int v = 0; v < V; ++v) store(sums + v * n, logdet[v].sum);
   memcpy(static_cast<T*>(a.logdet) + first, sums, size_t(live) * sizeof(T));
 }
 
@@ -489,7 +502,7 @@ void forward_few(const DegreeOrderedArgs& a, const Program& p, const Univariate<
   const T* z = static_cast<const T*>(a.z) + first * p.inputs;
   T *x = static_cast<T*>(a.x) + first * p.inputs, *params = scratch + S * apart;
   memset(scratch, 0, size_t(S * apart) * sizeof(T));  // what a row reads beyond its inputs must be a number
-  Vec<T> logdet = {};
+  Total<T> logdet;
   const Group* group = p.groups;
   const Group* end = p.groups + p.group_count;
   for (int64_t level = 0; level < p.levels; ++level) {
@@ -537,7 +550,7 @@ void forward_few(const DegreeOrderedArgs& a, const Program& p, const Univariate<
     }
   }
   T lane[n];
-  store(lane, logdet);
+  store(lane, logdet.sum);
   for (int s = 0; s < S; ++s) static_cast<T*>(a.logdet)[first + s] = lane[s % n];
 }
 
