@@ -89,15 +89,29 @@ def compile_one(job: tuple[str, int, int]) -> Report:
     return report._replace(registers=registers, shared=compiled.metadata.shared, spilled=stack + local)
 
 
+def thinned(family: str, every: int) -> list[int]:
+    """The numbers of every ``every``-th variant of each kernel of a family, beginning with its first."""
+    seen: dict[str, int] = {}
+    kept = []
+    for i, v in enumerate(variants(family)):
+        name = v.kernel.fn.__name__
+        if seen.setdefault(name, 0) % every == 0:
+            kept.append(i)
+        seen[name] += 1
+    return kept
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m genfast.kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, e.g. 80 90 100")
-    archs = parser.parse_args().arch
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a kernel's variants only the first of every N")
+    arguments = parser.parse_args()
+    archs = arguments.arch
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("aot: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it", file=sys.stderr)
         return 1
     missing = [f"{family}.{name}" for family in families() for name in unlisted(family)]
-    jobs = [(family, i, arch) for family in families() for i in range(len(variants(family))) for arch in archs]
+    jobs = [(family, i, arch) for family in families() for i in thinned(family, arguments.every) for arch in archs]
     print(f"{'family':<18} {'kernel':<13} {'variant':<38} {'arch':<7} {'registers':>9} {'shared':>7} {'spilled':>7}")
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:

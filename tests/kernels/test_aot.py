@@ -20,7 +20,7 @@ def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.slow
 def test_every_kernel_compiles_and_none_spills():
-    done = check("--arch", "90")
+    done = check("--arch", "90", "--every", "8")  # .ci/run compiles all
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = re.findall(r"^(\w+) +(\w+) +.* sm_(\d+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
     kernels = {(family, kernel) for family, kernel, *_ in rows}

@@ -188,7 +188,8 @@ def test_maf_is_the_product_of_its_conditionals():
 # ---- the distribution ----
 
 
-def test_a_flow_is_a_torch_distribution():
+def test_a_flow_is_a_torch_distribution(monkeypatch):
+    monkeypatch.setattr(D.Distribution, "_validate_args", True)  # importing zuko turns it off for all
     model, _, context = built("maf context", dtype=torch.float32)
     d = model.distribution(context)
     assert (d.batch_shape, d.event_shape, d.has_rsample) == ((6,), (4,), True)
