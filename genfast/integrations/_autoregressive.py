@@ -206,3 +206,43 @@ def unconditional_spline(module: Any, x: Tensor, inverse: bool) -> tuple[Tensor,
     params = [p.expand(x.shape[0], *p.shape) for p in params]
     y, logdet = ops.rational_quadratic_spline(x, *params, inverse=inverse, **spline_options(module))
     return y, logdet.flatten(1).sum(1)
+
+
+class MaskedSpline(Autoregressive):
+    what = "splines in one pass"
+    stands_for = (*Autoregressive.stands_for, "_elementwise")
+
+    @classmethod
+    def engine(cls, module: Any) -> tuple[str, dict[str, Any]] | str:
+        return engine_spline(module)
+
+    def inside(self: Any, inputs: Tensor) -> bool:
+        return self.tails is not None or within_unit(inputs)
+
+    def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
+        params = autoregressive_params.view(*inputs.shape[:2], self._output_dim_multiplier())
+        found = packed_spline(self, inputs, params, logit_scale(self.autoregressive_net), inverse)
+        if found is None:
+            return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
+        return found[0], found[1].sum(1)
+
+
+class SplineCoupling(Swapped):
+    what = "splines in one pass"
+    stands_for = ("_piecewise_cdf",)
+
+    def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
+        found = packed_spline(self, inputs, transform_params, logit_scale(self.transform_net), inverse)
+        if found is None:
+            return super()._piecewise_cdf(inputs, transform_params, inverse)  # type: ignore[misc]
+        warn_unscaled(self.transform_net)
+        return found
+
+
+class SplineCDF(Swapped):
+    what = "splines in one pass"
+    stands_for = ("_spline",)
+
+    def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
+        found = unconditional_spline(self, inputs, inverse)
+        return super()._spline(inputs, inverse) if found is None else found  # type: ignore[misc]

@@ -14,7 +14,7 @@ from .. import ops
 from ..ops.invertible_conv1x1 import MIX
 from . import _autoregressive as shared
 from . import _linear
-from ._autoregressive import logit_scale, packed_spline, within_unit
+from ._autoregressive import logit_scale, within_unit
 from ._swap import Swapped, covered, version
 
 TRANSFORMS = nt.Transform
@@ -50,28 +50,12 @@ class MaskedAffine(shared.Autoregressive):
         return "affine:softplus", {"eps": module._epsilon, "scale_first": True}
 
 
-class MaskedSpline(shared.Autoregressive):
+class MaskedSpline(shared.MaskedSpline):
     peer = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-    what = "splines in one pass"
-    stands_for = (*shared.Autoregressive.stands_for, "_elementwise")
 
     @classmethod
     def refuses(cls, module: Any) -> str:
         return _refused(module)
-
-    @classmethod
-    def engine(cls, module: Any) -> tuple[str, dict[str, Any]]:
-        return shared.engine_spline(module)
-
-    def inside(self: Any, inputs: Tensor) -> bool:
-        return self.tails is not None or within_unit(inputs)
-
-    def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
-        params = autoregressive_params.view(*inputs.shape[:2], self._output_dim_multiplier())
-        found = packed_spline(self, inputs, params, logit_scale(self.autoregressive_net), inverse)
-        if found is None:
-            return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
-        return found[0], found[1].sum(1)
 
 
 def _linear_spline(module: Any, x: Tensor, pdf: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
@@ -193,15 +177,8 @@ class QuadraticSplineCoupling(_SplineCoupling):
         return super()._piecewise_cdf(inputs, transform_params, inverse) if found is None else found  # type: ignore[misc]
 
 
-class RationalQuadraticSplineCoupling(_SplineCoupling):
+class RationalQuadraticSplineCoupling(_SplineCoupling, shared.SplineCoupling):
     peer = coupling.PiecewiseRationalQuadraticCouplingTransform
-
-    def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
-        found = packed_spline(self, inputs, transform_params, logit_scale(self.transform_net), inverse)
-        if found is None:
-            return super()._piecewise_cdf(inputs, transform_params, inverse)  # type: ignore[misc]
-        shared.warn_unscaled(self.transform_net)
-        return found
 
 
 # ---- splines with parameters of their own ----
@@ -245,12 +222,8 @@ class QuadraticSplineCDF(_SplineCDF):
         return found[0], found[1].flatten(1).sum(1)
 
 
-class RationalQuadraticSplineCDF(_SplineCDF):
+class RationalQuadraticSplineCDF(_SplineCDF, shared.SplineCDF):
     peer = nt.PiecewiseRationalQuadraticCDF
-
-    def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
-        found = shared.unconditional_spline(self, inputs, inverse)
-        return super()._spline(inputs, inverse) if found is None else found  # type: ignore[misc]
 
 
 # ---- activation norm and linear layers ----

@@ -20,7 +20,7 @@ from .. import ops, reference
 from ..ops.invertible_conv1x1 import MIX, PLU_WEIGHT
 from . import _autoregressive as shared
 from . import _linear
-from ._autoregressive import logit_scale, packed_spline, spline_refused, within_unit
+from ._autoregressive import spline_refused
 from ._swap import Swapped, covered, version
 
 TRANSFORMS = nf.flows.Flow
@@ -206,11 +206,9 @@ class MaskedAffine(shared.Autoregressive):
         return "affine:sigmoid2", {"eps": 1e-3, "scale_first": True}
 
 
-class MaskedSpline(shared.Autoregressive):
+class MaskedSpline(shared.MaskedSpline):
     peer = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive
-    what = "splines in one pass"
     gated = True
-    stands_for = (*shared.Autoregressive.stands_for, "_elementwise")
 
     @classmethod
     def refuses(cls, module: Any) -> str:
@@ -220,48 +218,23 @@ class MaskedSpline(shared.Autoregressive):
     def engine(cls, module: Any) -> tuple[str, dict[str, Any]] | str:
         if isinstance(module.tail_bound, Tensor):
             return "its bounds differ from feature to feature"
-        return shared.engine_spline(module)
-
-    def inside(self: Any, inputs: Tensor) -> bool:
-        return self.tails is not None or within_unit(inputs)
-
-    def _elementwise(self: Any, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False) -> Any:
-        params = autoregressive_params.view(*inputs.shape[:2], self._output_dim_multiplier())
-        found = packed_spline(self, inputs, params, logit_scale(self.autoregressive_net), inverse)
-        if found is None:
-            return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
-        return found[0], found[1].sum(1)
+        return super().engine(module)
 
 
-class SplineCoupling(Swapped):
+class SplineCoupling(shared.SplineCoupling):
     peer = coupling.PiecewiseRationalQuadraticCoupling
-    what = "splines in one pass"
-    stands_for = ("_piecewise_cdf",)
 
     @classmethod
     def refuses(cls, module: Any) -> str:
         return spline_refused(module)
 
-    def _piecewise_cdf(self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool = False) -> Any:
-        found = packed_spline(self, inputs, transform_params, logit_scale(self.transform_net), inverse)
-        if found is None:
-            return super()._piecewise_cdf(inputs, transform_params, inverse)  # type: ignore[misc]
-        shared.warn_unscaled(self.transform_net)
-        return found
 
-
-class SplineCDF(Swapped):
+class SplineCDF(shared.SplineCDF):
     peer = coupling.PiecewiseRationalQuadraticCDF
-    what = "splines in one pass"
-    stands_for = ("_spline",)
 
     @classmethod
     def refuses(cls, module: Any) -> str:
         return spline_refused(module)
-
-    def _spline(self: Any, inputs: Tensor, inverse: bool = False) -> Any:
-        found = shared.unconditional_spline(self, inputs, inverse)
-        return super()._spline(inputs, inverse) if found is None else found  # type: ignore[misc]
 
 
 SWAPS: tuple[type[Swapped], ...] = (

@@ -279,7 +279,17 @@ def _layers(hyper: Any, features: int, context: Tensor | None, lead: tuple[int, 
     return layers if plain_call(hyper) and add(hyper, 0) else None
 
 
-class MaskedAutoregressive(Swapped):
+class _Conditioned(Swapped):
+    """A transform of univariate ones whose parameters a network gives."""
+
+    def meta(self: Any, c: Tensor | None, x: Tensor) -> Any:
+        univariate = univariate_of(self)
+        if univariate is None:
+            return super().meta(c, x)  # type: ignore[misc]
+        return _conditioned(self, univariate, c, x)
+
+
+class MaskedAutoregressive(_Conditioned):
     peer = zuko.flows.MaskedAutoregressiveTransform
     what = "transform and log-determinant in one pass"
     stands_for = ("forward", "meta")
@@ -302,12 +312,6 @@ class MaskedAutoregressive(Swapped):
         if _layers(module.hyper, _features(module), None) is None:
             return "the inverse makes its passes: the engine does not have a layer of its network"
         return ""
-
-    def meta(self: Any, c: Tensor | None, x: Tensor) -> Any:
-        univariate = univariate_of(self)
-        if univariate is None:
-            return super().meta(c, x)  # type: ignore[misc]
-        return _conditioned(self, univariate, c, x)
 
     def forward(self: Any, c: Tensor | None = None) -> Any:
         return AutoregressiveTransform(self, c)
@@ -379,7 +383,7 @@ class CouplingTransform(zt.CouplingTransform):  # type: ignore[misc]
         return self.merge(y_a, x_b, y.shape), ladj
 
 
-class GeneralCoupling(Swapped):
+class GeneralCoupling(_Conditioned):
     peer = zuko.flows.GeneralCouplingTransform
     what = "transform and log-determinant in one pass"
     stands_for = ("forward", "meta")
@@ -387,12 +391,6 @@ class GeneralCoupling(Swapped):
     @classmethod
     def refuses(cls, module: Any) -> str:
         return "its univariate transform has no kernel" if univariate_of(module) is None else ""
-
-    def meta(self: Any, c: Tensor | None, x: Tensor) -> Any:
-        univariate = univariate_of(self)
-        if univariate is None:
-            return super().meta(c, x)  # type: ignore[misc]
-        return _conditioned(self, univariate, c, x)
 
     def forward(self: Any, c: Tensor | None = None) -> Any:
         return CouplingTransform(self, c)
