@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
+from ._autocast import autocast
 from ._layout import memory_format
 
 _NAME = "masked_conv"
@@ -261,11 +262,6 @@ def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> tuple
     return found
 
 
-def _cast(t: Any, dtype: torch.dtype) -> Any:
-    """As autocast does for a convolution; float64 stays, and what is no floating tensor is left to the check."""
-    return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64 else t
-
-
 def _masked_conv(
     dims: int, x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
     dilation: int | Sequence[int], groups: int, center: int | Sequence[int] | None, activation: str | None,
@@ -277,9 +273,7 @@ def _masked_conv(
         if t.dim() != dims + 2:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {dims + 2} axes")
     at = tuple([k // 2 for k in weight.shape[2:]]) if center is None else _several(op, "center", center, dims)
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
+    x, weight, bias = autocast(x, weight, bias)
     result: Tensor = OP(
         x, weight, bias, mask_type, data_channels, group_order, _several(op, "dilation", dilation, dims), groups, at,
         activation or "none",

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
+from ._autocast import autocast
 
 _NAME = "masked_linear"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -296,17 +297,9 @@ def masked_linear(
     """
     if not isinstance(x, Tensor) or not x.dim():
         raise TypeError(f"{_NAME}: x is {x!r}, expected a torch.Tensor (*, I)")
-    device = "cpu" if x.is_cpu else x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
+    x, weight, bias = autocast(x, weight, bias)
     if x.dim() == 2:
         result: Tensor = OP(x, weight, bias, *mask, activation)
         return result
     y: Tensor = OP(x.reshape(-1, x.shape[-1]), weight, bias, *mask, activation)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _cast(t: Any, dtype: torch.dtype) -> Any:
-    """As autocast does for a product; float64 stays, and what is no floating tensor is left to the check."""
-    return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64 else t
