@@ -100,7 +100,7 @@ class CriticStep(_Lazy):
         self.loss, self.penalty, self.weight, self.target, self.method = loss, penalty, weight, target, method
 
     def forward(self, critic: Callable[..., Tensor], real: Tensor, fake: Tensor, **options: Any) -> CriticLoss:
-        """Options: context, fake_context, epsilon, generator, as in the op."""
+        """Options: context, fake_context, epsilon, points, generator, as in the op."""
         penalty = self.penalty if self._due() else None
         return ops.critic_step(
             critic, real, fake, loss=self.loss, penalty=penalty, weight=self.weight * self.every, target=self.target,

@@ -7,8 +7,10 @@ one op, ``genfast::critic_step``, whose forward finds the gradients and whose ba
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ Critic = Callable[..., Tensor]
 Contexts = Tensor | Sequence[Tensor] | None
 METHODS = ("auto", "exact", "finite-difference", "autograd")
 BATCHING = ("auto", "together", "apart")
+RANDOM = ("wgan-gp", "wgan-lp", "dragan", "ar1")  # whose points are drawn
 
 
 class CriticLoss(NamedTuple):
@@ -214,22 +217,25 @@ def _warn_coupled(op: str, critic: Critic) -> None:
 # ---- the steps, eager ----
 
 
-def _ar1(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings, generator: Any) -> tuple[Tensor, Tensor]:
-    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    d, near = (tangent.per_sample_outputs(op, critic(p, *context), len(x)).reshape(-1) for p in (x, x + s.sigma * noise))
+def _ar1(
+    op: str, critic: Critic, points: Sequence[Tensor], context: Sequence[Tensor], s: _Settings
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    d, near = (tangent.per_sample_outputs(op, critic(p, *context), len(p)).reshape(-1) for p in points)
     difference = (d - near).to(torch.promote_types(d.dtype, torch.float32))
     return s.weight * difference.square().mean(), (difference.detach().abs() / s.sigma)
 
 
 def _penalty_only(
-    op: str, critic: Critic, points: Sequence[Tensor], contexts: Sequence[Sequence[Tensor]], s: _Settings, generator: Any
+    op: str, critic: Critic, points: Sequence[Tensor], contexts: Sequence[Sequence[Tensor]], s: _Settings
 ) -> tuple[Tensor, Tensor]:
-    """The sum over batches of points (one, or real and fake for "r1r2")."""
+    """The sum over batches of points (one, or real and fake for "r1r2"; for "ar1" real and what is near it)."""
+    if s.kind == "ar1":
+        return _ar1(op, critic, points, contexts[0], s)
     values, norms = [], []
     for x, context in zip(points, contexts):
-        run = _ar1(op, critic, x, context, s, generator) if s.kind == "ar1" else _run_penalty(op, critic, x, context, s)
-        values.append(run[0])
-        norms.append(run[1])
+        value, norm = _run_penalty(op, critic, x, context, s)
+        values.append(value)
+        norms.append(norm)
     return sum(values[1:], start=values[0]), torch.cat(norms)
 
 
@@ -252,7 +258,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def _step(
     op: str, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None, contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
-    loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, generator: Any, batching: str,
+    loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, batching: str,
 ) -> CriticLoss:  # fmt: skip
     known = tangent.facts(critic)
     exact = (s is None or s.kind != "ar1") and (s is None or s.method in ("auto", "exact"))
@@ -276,7 +282,7 @@ def _step(
     penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)
     if s is not None:
         points, chosen = _points(real, fake, at, contexts, s.kind)
-        penalty, norms = _penalty_only(op, critic, points, chosen, s, generator)
+        penalty, norms = _penalty_only(op, critic, points, chosen, s)
     return CriticLoss(
         adversarial + penalty, adversarial.detach(), penalty.detach(), wide[0].detach(), wide[1].detach(), norms.detach()
     )
@@ -289,6 +295,9 @@ def _points(
         return [real, fake], list(contexts)
     if kind == "r2":
         return [fake], [contexts[1]]
+    if kind == "ar1":
+        assert at is not None
+        return [real, at], [contexts[0]]
     return [real if at is None else at], [contexts[0]]
 
 
@@ -428,6 +437,69 @@ def _separate(
     )
 
 
+# ---- critics that are spread over processes ----
+
+
+class _Whole(nn.Module):
+    """Stands for the module in a DistributedDataParallel during one step, so that the step is one forward pass to it.
+
+    Then its reducer sees which parameters the result depends on, not what single passes over the critic show of it.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+        # under the names that they have there
+        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
+
+    def forward(self, *points: Tensor) -> Any:
+        return self.run(*points)
+
+
+def _whole(op: str, critic: Critic, run: Callable[..., Any], *points: Tensor) -> Any:
+    """``run(module, *points)`` with the plain module of a critic, as one forward pass of the wrapper that it may be in."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return run(critic, *points)
+    _check_sharded(op, critic)
+    wrapper = tangent.unwrapped(critic)
+    if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        return run(critic, *points)
+    if wrapper.mixed_precision is not None:
+        raise ValueError(
+            f"{op}: critic is a DistributedDataParallel with mixed_precision, expected one without; use torch.autocast"
+        )
+    module = wrapper.module
+    wrapper.module = _Whole(module, functools.partial(run, module))
+    try:
+        return wrapper(*points)
+    finally:
+        wrapper.module = module
+
+
+_whole_uncompiled = torch.compiler.disable(_whole, reason="its DistributedDataParallel looks for unused parameters")
+
+
+def _traceable(critic: Critic) -> bool:
+    """Whether torch.compile may take the step for one op, which hides from a reducer what its result depends on."""
+    if not isinstance(critic, nn.parallel.DistributedDataParallel):
+        return True
+    return not (critic.find_unused_parameters or critic.static_graph)
+
+
+def _check_sharded(op: str, critic: Critic) -> None:
+    """Raises where a critic, or a part of it, gathers its weights in hooks that no penalty can pass through."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(critic, nn.Module):
+        return
+    for name, part in critic.named_modules():
+        if isinstance(part, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+            which = f"its part {name!r} is" if name else "it is"
+            raise ValueError(
+                f"{op}: critic gathers weights on its own, since {which} sharded (fully_shard); leave the critic whole, call "
+                f"{op} in the forward of a module that holds it, and shard that: fully_shard(objective)"
+            )
+
+
 # ---- one op, for torch.compile ----
 
 _NUMBERS = itertools.count()
@@ -479,6 +551,7 @@ def _op(
 ) -> Any:  # fmt: skip
     critic = _REGISTERED[number]()
     s = _Settings(kind, weight, target, method, sigma) if kind else None
+    _check_sharded("critic_step" if loss >= 0 else "gradient_penalty", critic)
     with _autograd_works():
         leaves = [p.detach().requires_grad_() for p in parameters]
         copies = [x.detach().requires_grad_(w) for x, w in zip((*points, *contexts), wanted)]
@@ -492,12 +565,12 @@ def _op(
             sets = (cs[:real_contexts], cs[real_contexts:])
             if loss < 0:
                 assert s is not None
-                value, norms = _penalty_only("gradient_penalty", critic, xs, sets, s, None)
+                value, norms = _penalty_only("gradient_penalty", critic, xs, sets, s)
                 none = norms.new_zeros(len(xs[0]))  # not empty: two empty outputs would pass for aliases of each other
                 found = CriticLoss(value, value, value, none, none, norms)
             else:
                 at = xs[2] if len(xs) > 2 else None
-                found = _step("critic_step", critic, xs[0], xs[1], at, sets, _REGISTERED[loss](), s, None, batching)
+                found = _step("critic_step", critic, xs[0], xs[1], at, sets, _REGISTERED[loss](), s, batching)
         inputs = [*(x for x in copies if x.requires_grad), *leaves]
         grads = dict(zip(map(id, inputs), torch.autograd.grad(found.loss, inputs, allow_unused=True)))
         after = [names[n] for n, _ in critic.named_buffers()]
@@ -599,10 +672,29 @@ def _check_inputs(op: str, critic: Any, real: Any, fake: Any, kind: str | None, 
         )
 
 
+def _random_points(
+    op: str, real: Tensor, fake: Tensor | None, kind: str, generator: Any, epsilon: Tensor | None, points: Tensor | None,
+    sigma: float,
+) -> Tensor:  # fmt: skip
+    """What :func:`reference.penalty_points` draws, or ``points``."""
+    if points is None:
+        return reference.penalty_points(real, fake, kind, generator, epsilon, sigma)
+    if kind not in RANDOM:
+        raise ValueError(f"{op}: points were given, and {kind!r} draws none, expected a penalty of {', '.join(RANDOM)}")
+    _check.floating(op, points=points)
+    if points.shape != real.shape or points.dtype != real.dtype:
+        raise ValueError(
+            f"{op}: points have shape {tuple(points.shape)} and dtype {points.dtype}, expected those of real: "
+            f"{tuple(real.shape)}, {real.dtype}"
+        )
+    return points
+
+
 def gradient_penalty(
     critic: Critic, real: Tensor, fake: Tensor | None = None, *, kind: str = "wgan-gp", weight: float = 10.0,
     target: float = 1.0, context: Contexts = None, fake_context: Contexts = None, epsilon: Tensor | None = None,
-    generator: torch.Generator | None = None, method: str = "auto", sigma: float = 0.01, return_norms: bool = False,
+    points: Tensor | None = None, generator: torch.Generator | None = None, method: str = "auto", sigma: float = 0.01,
+    return_norms: bool = False,
 ) -> Any:  # fmt: skip
     """The penalty on a critic's input gradient, with its exact gradients, in first-order work.
 
@@ -622,6 +714,8 @@ def gradient_penalty(
         context: a tensor or several, given to the critic after x; for "r2", of fake.
         fake_context: what goes with fake in "r1r2"; ``context`` by default.
         epsilon: (N,), instead of random ones.
+        points: (N, ...), those of the penalties that draw some, instead of random ones: eps real + (1 - eps) fake, or
+            real + sigma noise for "ar1".
         generator: draws the random numbers.
         method: "exact" by the rules of ``genfast.tangent``, or an error that says what has none; "finite-difference", two more
             passes forward and back, for critics of opaque kernels (error about 1e-4 in float32); "autograd", PyTorch's double
@@ -638,9 +732,16 @@ def gradient_penalty(
     what double backward gives too, and a warning. Under torch.autocast products run in bfloat16; under a float16 autocast the
     penalty runs in float32, so that no loss scale is needed inside it: scale the total loss as usual.
 
+    Over several processes give the critic as it is wrapped in DistributedDataParallel: this is one forward pass to it (in
+    torch.compile without graph breaks only if it looks for no unused parameters). Or call this in the forward of a module that
+    is wrapped, or sharded by fully_shard as a whole. The value is the mean over this rank's samples; ranks with equally many
+    then get the gradient of one process on all of them, given the same points. Where samples are coupled they are so within a
+    rank: through layers, and in "dragan", whose std is that of this rank's ``real`` (give it ``points`` of the whole batch).
+
     Raises:
-        TypeError, ValueError: arguments that do not fit, and critics that return anything but one value per sample.
-        FloatingPointError: norms that are not finite (not under CUDA graph capture).
+        TypeError, ValueError: arguments that do not fit, critics that return anything but one value per sample, critics that
+            are sharded apart from the module that calls this.
+        FloatingPointError: norms that are not finite (not under CUDA graph capture), on this rank.
         genfast.tangent.Unsupported: with method="exact".
 
     Source: Gulrajani et al. 2017 (arXiv:1704.00028, section 4); Etmann 2019 (arXiv:1906.06637) for the work it takes.
@@ -655,27 +756,36 @@ def gradient_penalty(
     s = _Settings(kind, float(weight), float(target), method, float(sigma))
     first = _context(op, "context", context)
     second = first if fake_context is None else _context(op, "fake_context", fake_context)
-    if kind == "r1r2":
+    if kind == "r1r2" and points is None:
         assert fake is not None
-        points, contexts = [real, fake], (first, second)
-    elif kind == "ar1":
-        points, contexts = [real], (first, ())
+        at, contexts = [real, fake], (first, second)
     else:
-        points, contexts = [reference.penalty_points(real, fake, kind, generator, epsilon)], (first, ())
-    if torch.compiler.is_compiling() and kind != "ar1":
-        step = _compiled(op, critic, points, contexts, -1, s)
+        at, contexts = [_random_points(op, real, fake, kind, generator, epsilon, points, sigma)], (first, ())
+        if kind == "ar1":
+            at.insert(0, real)
+    compiling = torch.compiler.is_compiling()
+    if compiling and kind != "ar1" and _traceable(critic):
+        step = _compiled(op, critic, at, contexts, -1, s)
         value, norms = step.loss, step.norms
     else:
-        value, norms = _penalty_only(op, critic, points, contexts, s, generator)
-        _check_finite(op, value, norms)
+        count = len(at)
+
+        def run(module: Critic, *moved: Tensor) -> tuple[Tensor, Tensor]:
+            sets = moved[count : count + len(contexts[0])], moved[count + len(contexts[0]) :]
+            value, norms = _penalty_only(op, module, moved[:count], sets, s)
+            _check_finite(op, value, norms)
+            return value, norms
+
+        whole = _whole_uncompiled if compiling and kind != "ar1" else _whole
+        value, norms = whole(op, critic, run, *at, *contexts[0], *contexts[1])
     return (value, norms) if return_norms else value
 
 
 def critic_step(
     critic: Critic, real: Tensor, fake: Tensor, *, loss: str | Callable[[Tensor, Tensor], Tensor] = "wasserstein",
     penalty: str | None = "wgan-gp", weight: float = 10.0, target: float = 1.0, context: Contexts = None,
-    fake_context: Contexts = None, epsilon: Tensor | None = None, generator: torch.Generator | None = None,
-    method: str = "auto", sigma: float = 0.01, batching: str = "auto",
+    fake_context: Contexts = None, epsilon: Tensor | None = None, points: Tensor | None = None,
+    generator: torch.Generator | None = None, method: str = "auto", sigma: float = 0.01, batching: str = "auto",
 ) -> CriticLoss:  # fmt: skip
     """A critic's whole loss, adversarial and penalty together, for one pass over real, fake and interpolated samples.
 
@@ -683,7 +793,7 @@ def critic_step(
     the loss alone.
 
     Args:
-        critic, real, fake, weight, target, epsilon, generator, method, sigma: as in :func:`gradient_penalty`.
+        critic, real, fake, weight, target, epsilon, points, generator, method, sigma: as in :func:`gradient_penalty`.
         loss: a key of ``genfast.losses.CRITIC_LOSSES`` ("wasserstein", "hinge", "minimax", "lsgan", "relativistic", ...), or a
             function of (real_logits, fake_logits), each (N,), that returns a scalar to be minimised by the critic.
         penalty: a kind of :func:`gradient_penalty`, or None.
@@ -695,7 +805,8 @@ def critic_step(
     Returns:
         CriticLoss; call ``.loss.backward()``.
 
-    What the critic does once per forward (a power iteration, dropout masks) it does once a batch.
+    What the critic does once per forward (a power iteration, dropout masks) it does once a batch. Over several processes see
+    :func:`gradient_penalty`; "relativistic-average" compares with means over this rank's logits.
 
     Raises:
         TypeError, ValueError, FloatingPointError: as in :func:`gradient_penalty`.
@@ -717,10 +828,17 @@ def critic_step(
     first = _context(op, "context", context)
     contexts = (first, first if fake_context is None else _context(op, "fake_context", fake_context))
     s = None if penalty is None else _Settings(penalty, float(weight), float(target), method, float(sigma))
-    at = None
-    if penalty in ("wgan-gp", "wgan-lp", "dragan"):
-        at = reference.penalty_points(real, fake, penalty, generator, epsilon)
-    if torch.compiler.is_compiling():
-        points = [real, fake] + ([] if at is None else [at])
-        return _compiled(op, critic, points, contexts, _number(loss), s, batching)
-    return _step(op, critic, real, fake, at, contexts, loss, s, generator, batching)
+    drawn: tuple[Tensor, ...] = ()
+    if penalty in RANDOM or points is not None:
+        drawn = (_random_points(op, real, fake, str(penalty), generator, epsilon, points, sigma),)
+    compiling = torch.compiler.is_compiling()
+    if compiling and _traceable(critic):
+        return _compiled(op, critic, [real, fake, *drawn], contexts, _number(loss), s, batching)
+
+    def run(module: Critic, real: Tensor, fake: Tensor, *moved: Tensor) -> CriticLoss:
+        at, given = (moved[0], moved[1:]) if drawn else (None, moved)
+        return _step(op, module, real, fake, at, (given[: len(first)], given[len(first) :]), loss, s, batching)
+
+    whole = _whole_uncompiled if compiling else _whole
+    found: CriticLoss = whole(op, critic, run, real, fake, *drawn, *contexts[0], *contexts[1])
+    return found

@@ -12,13 +12,15 @@ KINDS = ("wgan-gp", "wgan-lp", "r1", "r2", "r1r2", "dragan", "ar1")
 
 
 def penalty_points(
-    real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None = None, epsilon: Tensor | None = None
-) -> Tensor:
+    real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None = None, epsilon: Tensor | None = None,
+    sigma: float = 0.01,
+) -> Tensor:  # fmt: skip
     """Where a penalty takes the critic's gradient, (N, ...).
 
     wgan-gp, wgan-lp: eps real + (1 - eps) fake with one eps ~ U[0, 1] a sample (arXiv:1704.00028, algorithm 1);
     dragan: real + a std(real) U / 2 with U ~ U[0, 1] for each element, one a ~ U[0, 1] a sample and the deviation of the
-    whole batch (arXiv:1705.07215, as its authors' code has it); r1: real; r2: fake.
+    whole batch (arXiv:1705.07215, as its authors' code has it); r1: real; r2: fake; ar1, which takes no gradient: what real is
+    compared with, real + sigma N(0, 1) (arXiv:2501.08316).
     """
     if kind == "r1":
         return real
@@ -32,6 +34,8 @@ def penalty_points(
         "device": real.device if generator is None else generator.device,
         "generator": generator,
     }
+    if kind == "ar1":
+        return real + sigma * torch.randn(real.shape, **where).to(real.device)
     if kind == "dragan":
         noise = torch.rand(real.shape, **where).to(real.device)
         a = torch.rand(real.shape[0], **where).to(real.device).view(shape)

@@ -51,6 +51,12 @@ def unwrapped(critic: Critic) -> Critic:
     return getattr(critic, "_orig_mod", critic)
 
 
+def alone(critic: Critic) -> Critic:
+    """The module itself, without what compiles it or spreads it over processes."""
+    original = unwrapped(critic)
+    return alone(original.module) if isinstance(original, nn.parallel.DistributedDataParallel) else original
+
+
 def per_sample_outputs(op: str, d: Any, n: int) -> Tensor:
     """The critic's outputs as (n,), or a clear error."""
     if not isinstance(d, Tensor):

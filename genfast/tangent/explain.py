@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .critic import Critic, Pass, restored, unwrapped
+from .critic import Critic, Pass, alone, restored
 from .tape import Tape, Unsupported
 
 
@@ -33,7 +33,7 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
         module ...
     """
     given = () if context is None else (context,) if isinstance(context, Tensor) else tuple(context)
-    original = unwrapped(critic)
+    original = alone(critic)
     tried: list[Tensor] = [example] if example is not None else _guesses(original)
     recorded: Pass | None = None
     for x in tried:
