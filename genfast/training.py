@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from . import models
+from . import checkpoints, distributed, models
+from .checkpoints import check_folder, latest  # noqa: F401
+from .checkpoints import load as load_checkpoint
+from .checkpoints import steps as _steps
 from .data import Dataset
 from .reference.autoregressive import AutoregressiveModel
 from .sampling import LoweringError
 
-KEEP = 2  # checkpoints
 Model = models.DensityModel | AutoregressiveModel
 
 
@@ -99,27 +103,7 @@ def plot_losses(curves: dict[str, list[float]], path: Path, *, ylabel: str = "bi
 # ---- checkpoints ----
 
 
-def _steps(folder: Path) -> list[int]:
-    found = (p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if (p / "weights.safetensors").exists())
-    return sorted(int(s) for s in found if s.isdigit())
-
-
-def latest(folder: str | Path) -> Path:
-    """The newest checkpoint in a run's folder, or the folder itself if it is one.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    folder = Path(folder)
-    if (folder / "weights.safetensors").exists():
-        return folder
-    steps = _steps(folder)
-    if not steps:
-        raise FileNotFoundError(f"checkpoint: {str(folder)!r} holds no checkpoint-<step> with weights.safetensors")
-    return folder / f"checkpoint-{steps[-1]}"
-
-
-def save_checkpoint(
+def save_checkpoint(  # of the trainers that have one process
     folder: Path, name: str, model: Model | models.AdversarialModel | models.AutoencoderModel, state: dict[str, Any], bins: int,
     weights: dict[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
@@ -141,38 +125,41 @@ def save_checkpoint(
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for step in _steps(folder)[:-KEEP]:
+    for step in checkpoints.steps(folder)[: -checkpoints.KEEP]:
         shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
     return target
-
-
-def load_checkpoint(folder: str | Path, device: str = "cpu") -> tuple[Any, dict[str, str], Path]:
-    """(model in evaluation mode, metadata, checkpoint folder) from a run's folder or a checkpoint.
-
-    Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a weights file that is not one of ours.
-    """
-    path = latest(folder)
-    with safe_open(path / "weights.safetensors", framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    if "model" not in metadata:
-        raise ValueError(f"checkpoint: {str(path / 'weights.safetensors')!r} names no model; it was not written by genfast")
-    model = models.build(metadata["model"], **json.loads(metadata["config"]))
-    model.load_state_dict(load_file(path / "weights.safetensors"))
-    return model.to(device).eval(), metadata, path
 
 
 # ---- the loop ----
 
 
 class Trainer:
-    """One model on one data set: batches, noise and updates that repeat exactly from a seed or a checkpoint."""
+    """One model on one data set: batches, noise and updates that repeat exactly from a seed or a checkpoint.
+
+    On several ranks (see :mod:`genfast.distributed`) all are made and stepped together, and take the steps of one.
+
+    Args:
+        batch_size: over all ranks; at most the training set.
+        seed: of batches and noise.
+        clip: the largest norm of the gradient.
+        parallel: a strategy of :func:`genfast.distributed.parallel`. With "fsdp" the parameters of ``model`` become shards.
+
+    Raises:
+        ValueError: model and data that do not fit, fewer images in a batch than ranks, or a strategy that cannot be.
+
+    Example:
+        >>> from genfast import data, models, training
+        >>> digits = data.load("digits")
+        >>> trainer = training.Trainer(models.Glow(digits.shape, levels=1, steps=1, hidden=4), digits)
+        >>> trainer.step() > 0
+        True
+    """
 
     def __init__(
         self, model: Model, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
-        device: str = "cpu", clip: float = 50.0,
+        device: str = "cpu", clip: float = 50.0, parallel: str = "ddp",
     ) -> None:  # fmt: skip
+        distributed.check_strategy(parallel)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:
@@ -180,31 +167,54 @@ class Trainer:
         if isinstance(model, AutoregressiveModel) and model.levels != data.bins:
             raise ValueError(f"train: the model has levels={model.levels} and the data have {data.bins}")
         self.model, self.data, self.device, self.clip = model.to(device), data, device, clip
-        self.batch_size = min(batch_size, len(data.train))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.batch_size = distributed.check_batch(min(batch_size, len(data.train)))
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        if distributed.size() > 1 or parallel == "fsdp":
+            self._initialize()
+        objective = distributed.Objective(model, lambda x: self._bits(model, x).mean() * distributed.weight(self.batch_size))
+        self.objective = distributed.parallel(objective, parallel)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
         self.losses: list[float] = []
 
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Sets what is set from the first batch, as the first step would: wrapped, a model's weights are not its own to set."""
+        if any(getattr(m, "_pending", False) for m in self.model.modules()):
+            before = self.generator.get_state()
+            distributed.seed(self.seed)
+            self._bits(self.model.train(), self._portion(self.batch(), self.generator))
+            self.generator.set_state(before)
+
     def batch(self) -> Tensor:
-        """The next batch of whole numbers."""
+        """The next batch of whole numbers, over all ranks."""
         index = torch.randint(len(self.data.train), (self.batch_size,), generator=self.generator)
         return self.data.train[index]
 
-    def bits_per_dim(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Of each of these images (N, *shape) in [0, bins), (N,); a flow gets them with uniform noise from ``generator``."""
-        if isinstance(self.model, AutoregressiveModel):
-            return self.model.bits_per_dim(images.to(self.device))
-        x = models.dequantize(images, self.data.bins, generator=generator).to(self.device)
-        bits: Tensor = (math.log(self.data.bins) - self.model.log_prob(x) / self.model.dim) / math.log(2)
+    def _portion(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """This rank's part of a batch (N, *shape) in [0, bins), as the model takes it; a flow's with noise drawn for all."""
+        flow = not isinstance(self.model, AutoregressiveModel)
+        x = models.dequantize(images, self.data.bins, generator=generator) if flow else images
+        return x[distributed.portion(len(x))].to(self.device)
+
+    def _bits(self, model: Model, x: Tensor) -> Tensor:
+        if isinstance(model, AutoregressiveModel):
+            return model.bits_per_dim(x)
+        bits: Tensor = (math.log(self.data.bins) - model.log_prob(x) / model.dim) / math.log(2)
         return bits
 
     def step(self) -> float:
-        """One update; returns the loss in bits per dimension."""
-        self.model.train()
-        loss = self.bits_per_dim(self.batch(), self.generator).mean()
+        """One update; returns the loss in bits per dimension, over all ranks.
+
+        Raises:
+            TrainingError: the loss is not finite, on all ranks together.
+        """
+        if distributed.size() > 1:  # one process goes on with the numbers that torch draws
+            distributed.seed(self.seed, len(self.losses))
+        self.objective.train()
+        loss = self.objective(self._portion(self.batch(), self.generator))
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
+        loss.backward()
+        value = distributed.total(float(loss.detach()))[0] / distributed.size()
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} at step {len(self.losses) + 1}: lower the learning rate; the last checkpoint is kept"
@@ -216,35 +226,38 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, limit: int = 1024) -> float:
-        """Bits per dimension on the test images, with noise from a fixed seed."""
+        """Bits per dimension on the test images, split over the ranks, with noise from a fixed seed."""
         self.model.eval()
-        generator = torch.Generator().manual_seed(1)
-        parts = [self.bits_per_dim(b, generator) for b in self.data.test[:limit].split(256)]
+        model, generator = distributed.whole(self.model), torch.Generator().manual_seed(1)
+        batches = self.data.test[:limit].split(256)
+        parts = [distributed.gather(self._bits(model, self._portion(b, generator))) for b in batches]
         return float(torch.cat(parts).double().mean())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the weights."""
+        """What a checkpoint keeps beside the weights to sample from; see :func:`genfast.checkpoints.save`."""
         return {
-            "step": len(self.losses), "losses": self.losses, "optimizer": self.optimizer.state_dict(),
+            "step": len(self.losses), "losses": self.losses, "model": self.model.state_dict(),
+            "optimizer": checkpoints.optimizer_state(self.model, self.optimizer),
             "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
         }  # fmt: skip
 
     def restore(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint as if there had been no stop."""
-        self.model.load_state_dict(load_file(checkpoint / "weights.safetensors"))
-        state = torch.load(checkpoint / "training.pt", weights_only=True)
+        """Continues from a checkpoint, of any number of ranks, as if there had been no stop."""
+        state = self.state()
+        checkpoints.restore(checkpoint, state)
+        self.model.load_state_dict(state["model"])
         self.losses = list(state["losses"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        checkpoints.set_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
 
 
-def draw(model: models.AutoregressiveModel, n: int, **options: Any) -> Tensor:
-    """Samples by the cached engine where the model has a pixel program, else by the standard loop."""
+def draw(model: models.AutoregressiveModel, n: int, *, generator: torch.Generator, **options: Any) -> Tensor:
+    """Samples on all ranks, by the cached engine where the model has a pixel program, else by the standard loop."""
     try:
-        return model.sample(n, **options)
+        return distributed.sample(model, n, generator=generator, **options)
     except LoweringError:
-        return model.sample(n, method="naive", **options)
+        return distributed.sample(model, n, generator=generator, method="naive", **options)
 
 
 def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
@@ -266,10 +279,23 @@ def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
     return view, {"levels": data.bins, "shape": view.shape}
 
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Raises FileExistsError where a new run would write over another."""
-    if _steps(out) and not resume:
-        raise FileExistsError(f"train: {str(out)!r} holds a run already; resume it or name another folder")
+@contextlib.contextmanager
+def _interruption() -> Iterator[Callable[[], bool]]:
+    """On several ranks: whether Ctrl-C was pressed, in place of raising in the middle of what the others wait for."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+
+    if distributed.size() == 1 or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def loop(
@@ -279,25 +305,34 @@ def loop(
     """Calls ``step``, which says how it went, until ``done`` is ``steps`` or the minutes are over; returns the seconds.
 
     1000 steps without either. Saves every ``save_every`` steps and at the end, Ctrl-C included, which it raises again;
-    calls ``every`` after each step.
+    calls ``every`` after each step. Ranks stop after the same step: whichever is asked to, or is the first out of time.
     """
     from tqdm import tqdm
 
     if steps is None and minutes is None:
         steps = 1000
     start = time.monotonic()
-    bar = tqdm(total=steps, initial=done(), unit="step", disable=not sys.stderr.isatty(), desc=title)
+    hidden = not (distributed.first() and sys.stderr.isatty())
+    bar = tqdm(total=steps, initial=done(), unit="step", disable=hidden, desc=title)
     try:
-        while (steps is None or done() < steps) and (minutes is None or time.monotonic() - start < 60 * minutes):
-            bar.set_postfix_str(step(), refresh=False)
-            bar.update()
-            if done() % save_every == 0:
-                save()
-            if every is not None:
-                every()
+        with _interruption() as pressed:
+            while steps is None or done() < steps:
+                late = minutes is not None and time.monotonic() - start >= 60 * minutes
+                stop, end = distributed.total(pressed(), late)
+                if stop:
+                    raise KeyboardInterrupt
+                if end:
+                    break
+                bar.set_postfix_str(step(), refresh=False)
+                bar.update()
+                if done() % save_every == 0:
+                    save()
+                if every is not None:
+                    every()
     except KeyboardInterrupt:
         save()
-        print(f"stopped at step {done()}; checkpoint kept in {out}", file=sys.stderr)
+        if distributed.first():
+            print(f"stopped at step {done()}; checkpoint kept in {out}", file=sys.stderr)
         raise
     finally:
         bar.close()
@@ -308,7 +343,7 @@ def loop(
 def train(
     name: str, data: Dataset, out: str | Path, *, config: dict[str, Any] | None = None, steps: int | None = None,
     minutes: float | None = None, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
-    resume: bool = False, save_every: int = 200,
+    resume: bool = False, save_every: int = 200, parallel: str = "ddp",
 ) -> dict[str, Any]:  # fmt: skip
     """Trains ``models.NAMES[name]`` on ``data`` and leaves a run's folder; returns the metrics that it wrote.
 
@@ -319,6 +354,8 @@ def train(
         config: of the model, beside its shape.
         steps, minutes: whichever ends first; 1000 steps without either.
         out: the folder.
+        batch_size: over all ranks.
+        parallel: how ranks share the work, "ddp" or "fsdp"; see :func:`genfast.distributed.parallel`.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
@@ -341,7 +378,7 @@ def train(
             raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
     else:
         model, checkpoint = models.build(name, **shape, **(config or {})), None
-    trainer = Trainer(model, view, batch_size=batch_size, lr=lr, seed=seed, device=device)
+    trainer = Trainer(model, view, batch_size=batch_size, lr=lr, seed=seed, device=device, parallel=parallel)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     began = saved = len(trainer.losses)
@@ -349,7 +386,7 @@ def train(
     def save() -> None:
         nonlocal saved
         if len(trainer.losses) > saved or checkpoint is None:
-            save_checkpoint(out, name, model, trainer.state(), data.bins)
+            checkpoints.save(out, name, model, trainer.state(), data.bins)
             saved = len(trainer.losses)
 
     seconds = loop(
@@ -357,13 +394,11 @@ def train(
         title=f"{name} on {data.name}", steps=steps, minutes=minutes, save_every=save_every,
     )  # fmt: skip
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(model, models.AutoregressiveModel):
-        samples = draw(model, 64, generator=generator)
+    plain, generator = distributed.whole(model), torch.Generator().manual_seed(seed)
+    if isinstance(plain, models.AutoregressiveModel):
+        samples = draw(plain, 64, generator=generator)
     else:
-        samples = model.sample(64, generator=generator, temperature=0.8)
-    save_picture(image_grid(samples.reshape(-1, *data.shape), data.bins), out / "samples.png")
-    plot_losses({"train": trainer.losses}, out / "loss.png")
+        samples = distributed.sample(plain, 64, generator=generator, temperature=0.8)
     metrics = {
         "model": name, "data": data.name, "steps": len(trainer.losses),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -371,5 +406,8 @@ def train(
         "test_bits_per_dim": trainer.evaluate(), "seconds": seconds,
         "steps_per_second": (len(trainer.losses) - began) / seconds if seconds else 0.0,
     }  # fmt: skip
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    if distributed.first():
+        save_picture(image_grid(samples.reshape(-1, *data.shape), data.bins), out / "samples.png")
+        plot_losses({"train": trainer.losses}, out / "loss.png")
+        write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics

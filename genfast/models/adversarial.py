@@ -116,12 +116,15 @@ class AdversarialModel(nn.Module):
         return torch.randn(n, self.latent_dim, generator=generator, device=where, dtype=like.dtype).to(like.device)
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None, context: Tensor | None = None) -> Tensor:
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, context: Tensor | None = None, rows: slice | None = None
+    ) -> Tensor:
         """Draws ``n`` samples (n, *shape) in evaluation mode.
 
         Args:
             generator: of the latents.
             context: labels, int64 (n,), of a model with classes; 0, 1, ... in turn without.
+            rows: only these of the n, from the latents of all: what one of several processes draws.
 
         Raises:
             ValueError: labels for a model without classes, or others than expected.
@@ -145,7 +148,7 @@ class AdversarialModel(nn.Module):
         training = self.generator.training
         self.generator.eval()
         try:
-            drawn: Tensor = self.generator(z, *given)
+            drawn: Tensor = self.generator(*(t if rows is None else t[rows] for t in (z, *given)))
         finally:
             self.generator.train(training)
         return drawn

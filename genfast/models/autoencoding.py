@@ -158,8 +158,12 @@ class AutoencoderModel(nn.Module):
         return noise if self.prior else self.code_mean + noise @ self.code_factor.mT
 
     @torch.no_grad()
-    def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, rows: slice | None = None
+    ) -> Tensor:
         """The mean images of ``n`` codes from the prior: whole numbers (n, *shape), in evaluation mode.
+
+        With ``rows`` only those of the n, from the codes of all: what one of several processes draws.
 
         Raises:
             ValueError: a negative ``n`` or ``temperature``.
@@ -169,7 +173,8 @@ class AutoencoderModel(nn.Module):
         training = self.training
         self.eval()
         try:
-            return self.levels_of(self.decode(self.latent(n, generator, temperature)))
+            z = self.latent(n, generator, temperature)
+            return self.levels_of(self.decode(z if rows is None else z[rows]))
         finally:
             self.train(training)
 

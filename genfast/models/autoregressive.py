@@ -39,10 +39,20 @@ class AutoregressiveModel(plain.AutoregressiveModel):
     def sample(
         self, n: int, shape: Sequence[int] | None = None, *, method: str = "cached", context: Tensor | None = None,
         temperature: float = 1.0, prefix: Tensor | None = None, uniforms: Tensor | None = None,
-        generator: torch.Generator | None = None, progress: bool = False,
+        generator: torch.Generator | None = None, progress: bool = False, rows: slice | None = None,
     ) -> Tensor:  # fmt: skip
-        """Draws ``n`` images (n, C, H, W), or sequences (n, C, L), int64; see :meth:`genfast.sampling.Sampler.sample`."""
+        """Draws ``n`` images (n, C, H, W), or sequences (n, C, L), int64; see :meth:`genfast.sampling.Sampler.sample`.
+
+        With ``rows`` only those of the n, from the random numbers of all: what one of several processes draws.
+        """
+        shape = self.shape_of(shape)
+        if rows is not None and n >= 0:
+            if uniforms is None:
+                device = self.sampler._device() if generator is None else generator.device
+                uniforms = torch.rand((n, self.uniforms_per_pixel(), *shape[1:]), generator=generator, device=device)
+            uniforms, context, prefix = plain.of_rows(rows, n, uniforms, context, prefix)
+            n = len(range(n)[rows])
         return self.sampler.sample(
-            n, self.shape_of(shape), method=method, context=context, temperature=temperature, prefix=prefix,
+            n, shape, method=method, context=context, temperature=temperature, prefix=prefix,
             uniforms=uniforms, generator=generator, progress=progress,
         )  # fmt: skip

@@ -59,6 +59,11 @@ def naive_sample(
     return images
 
 
+def of_rows(rows: slice, n: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Of tensors with ``n`` rows these rows; what is None or has one row for all stays."""
+    return tuple(t if t is None or len(t) != n else t[rows] for t in tensors)
+
+
 # ---- what every model has ----
 
 
@@ -133,12 +138,14 @@ class AutoregressiveModel(nn.Module):
     def sample(
         self, n: int, shape: Sequence[int] | None = None, *, context: Tensor | None = None, temperature: float = 1.0,
         prefix: Tensor | None = None, uniforms: Tensor | None = None, generator: torch.Generator | None = None,
-        progress: bool = False,
+        progress: bool = False, rows: slice | None = None,
     ) -> Tensor:  # fmt: skip
-        """Integer images (n, *shape) by the standard loop."""
+        """Integer images (n, *shape) by the standard loop; only ``rows`` of them, from the random numbers of all, if given."""
         shape = self.shape_of(shape)
         if uniforms is None:
             uniforms = torch.rand((n, self.uniforms_per_pixel(), *shape[1:]), generator=generator)
+        if rows is not None:
+            n, (uniforms, context, prefix) = len(range(n)[rows]), of_rows(rows, n, uniforms, context, prefix)
         images = torch.zeros((n, *shape), dtype=torch.int64)
         given = 0 if prefix is None else prefix.shape[2]
         if prefix is not None:

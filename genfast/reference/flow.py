@@ -216,7 +216,7 @@ class Flow(FlowModel):
     @torch.no_grad()
     def sample(  # type: ignore[override]
         self, n: int | Sequence[int], context: Tensor | None = None, *, temperature: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, rows: slice | None = None,
     ) -> Tensor:  # fmt: skip
         """n samples (n, *shape), one for each row of a context (n, K) or all for one context (K,).
 
@@ -225,9 +225,13 @@ class Flow(FlowModel):
         Args:
             temperature: multiplies the base density's deviation.
             generator: of the noise.
+            rows: only these of all samples, (rows, *shape), from the noise of all: what one of several processes draws.
         """
-        lead, count, rows = self._rows(n, context)
-        return self.inverse(self._draw(count, temperature, generator), rows)[0].reshape(*lead, *self.shape)
+        lead, count, contexts = self._rows(n, context)
+        z = self._draw(count, temperature, generator)
+        if rows is None:
+            return self.inverse(z, contexts)[0].reshape(*lead, *self.shape)
+        return self.inverse(z[rows], None if contexts is None else contexts[rows])[0].reshape(-1, *self.shape)
 
     def sample_and_log_prob(
         self, n: int | Sequence[int], context: Tensor | None = None, *, temperature: float = 1.0,

@@ -122,14 +122,20 @@ class FlowModel(DensityModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, context: Tensor | None = None
-    ) -> Tensor:
-        """n samples (n, *shape); ``temperature`` multiplies the base distribution's deviation."""
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, context: Tensor | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:  # fmt: skip
+        """n samples (n, *shape); ``temperature`` multiplies the base distribution's deviation.
+
+        With ``rows`` only those of the n, from the random numbers of all: what one of several processes draws.
+        """
         if n < 0 or temperature < 0:
             raise ValueError(f"{type(self).__name__}.sample: n={n} and temperature={temperature}, expected at least 0")
         where = self.base.loc
         u = torch.empty((n, self.dim), dtype=torch.float64, device=where.device if generator is None else generator.device)
         u.uniform_(generator=generator).clamp_(1e-12, 1 - 1e-12)
+        if rows is not None:
+            u, context = u[rows], None if context is None else context[rows]
         x: Tensor = self.inverse(self.base.scaled(u.to(where.device), temperature).to(where.dtype), context)[0]
         return x
 

@@ -76,9 +76,9 @@ class VectorModel(AutoregressiveModel):
 
     def _draw(
         self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
-        generator: torch.Generator | None,
+        share: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Scaled x (N, D) from uniforms (N, D, 1)."""
+        """Scaled x (N, D) from uniforms (N, D, 1); ``share`` (N,) says which order of an ensemble draws each."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -90,6 +90,7 @@ class VectorModel(AutoregressiveModel):
         self, n: int, shape: Sequence[int] | None = None, *, method: str = "cached", context: Tensor | None = None,
         temperature: float = 1.0, prefix: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
         uniforms: Tensor | None = None, generator: torch.Generator | None = None, progress: bool = False,
+        rows: slice | None = None,
     ) -> Tensor:  # fmt: skip
         """Draws ``n`` vectors (n, D), int64, in evaluation mode.
 
@@ -101,6 +102,7 @@ class VectorModel(AutoregressiveModel):
             given, known: (n, D) whole numbers, and bool (n, D) or (D,) where they hold: these stay as they are. What is drawn
                 is drawn given those known that come before it in the model's order (DeepNADE: given all that is known).
             uniforms: (n, D), the random numbers; from ``generator`` without.
+            rows: only these of the n, from the random numbers of all: what one of several processes draws.
         """
         name = f"{type(self).__name__}.sample"
         if n < 0 or temperature <= 0:
@@ -134,10 +136,14 @@ class VectorModel(AutoregressiveModel):
             )
         elif tuple(uniforms.shape) != (n, self.dim):
             raise ValueError(f"{name}: uniforms has shape {tuple(uniforms.shape)}, expected ({n}, {self.dim})")
+        share = _shares(n, len(getattr(self, "orders", [0])), generator)
+        if rows is not None:
+            uniforms, share, values, mask = uniforms[rows], share[rows], values[rows], mask[rows]
+            context = None if context is None else context[rows]
         training = self.training
         self.eval()
         try:
-            x = self._draw(uniforms.to(like)[..., None], context, values, mask, temperature, method == "naive", generator)
+            x = self._draw(uniforms.to(like)[..., None], context, values, mask, temperature, method == "naive", share)
         finally:
             self.train(training)
         return (x * (self.levels - 1)).round().long()
@@ -175,7 +181,7 @@ class NADE(VectorModel):
 
     def _draw(
         self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
-        generator: torch.Generator | None,
+        share: Tensor,
     ) -> Tensor:  # fmt: skip
         if naive:
             return self._naive(self.network.order.argsort(), uniforms, context, given, known, temperature)
@@ -264,10 +270,10 @@ class MADE(VectorModel):
 
     def _draw(
         self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
-        generator: torch.Generator | None,
+        share: Tensor,
     ) -> Tensor:  # fmt: skip
         x = torch.empty_like(given)
-        share = _shares(len(x), len(self.orders), generator).to(x.device)
+        share = share.to(x.device)
         for k in range(len(self.orders)):
             rows = (share == k).nonzero()[:, 0]
             if len(rows) or not len(x):
@@ -359,10 +365,10 @@ class DeepNADE(VectorModel):
 
     def _draw(
         self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
-        generator: torch.Generator | None,
+        share: Tensor,
     ) -> Tensor:  # fmt: skip
         n = len(given)
-        degrees = self.orders[_shares(n, len(self.orders), generator).to(given.device)]
+        degrees = self.orders[share.to(given.device)]
         features = (degrees + self.dim * ~known).argsort(1)  # what is known comes first
         x, seen, every = given.clone(), torch.zeros_like(known), torch.arange(n, device=given.device)
         a = self.network.first(n, context)
@@ -434,7 +440,7 @@ class RNADE(DensityModel):
     @torch.no_grad()
     def sample(
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, context: Tensor | None = None,
-        uniforms: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
+        uniforms: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None, rows: slice | None = None,
     ) -> Tensor:  # fmt: skip
         """n samples (n, D).
 
@@ -444,6 +450,7 @@ class RNADE(DensityModel):
             context: (n, K) of a conditional model.
             given, known: (n, D) values, and bool (n, D) or (D,) where they hold; the rest is drawn given those known that come
                 before it in the model's order.
+            rows: only these of the n, from the random numbers of all: what one of several processes draws.
         """
         if n < 0 or temperature <= 0:
             raise ValueError(f"RNADE.sample: n={n} and temperature={temperature}, expected n >= 0 and a positive temperature")
@@ -454,6 +461,8 @@ class RNADE(DensityModel):
         elif tuple(uniforms.shape) != (n, self.dim, 2):
             raise ValueError(f"RNADE.sample: uniforms has shape {tuple(uniforms.shape)}, expected ({n}, {self.dim}, 2)")
         mask = None if known is None else known.to(like.device).bool().expand(n, self.dim)
+        if rows is not None:
+            uniforms, context, given, mask = (t if t is None else t[rows] for t in (uniforms, context, given, mask))  # type: ignore[assignment]
         found: Tensor = self.network.sample(
             uniforms.to(like), "gaussian_mixture", context=context, given=given, known=mask, temperature=temperature
         )

@@ -1,0 +1,313 @@
+"""One run on many processes: the ranks that ``torchrun`` starts take the steps of one process, up to rounding.
+
+    torchrun --nproc-per-node=2 -m genfast train glow --data digits --batch-size 64
+    torchrun --nproc-per-node=8 -m genfast train gated_pixelcnn --device cuda --parallel fsdp
+    torchrun --nproc-per-node=2 -m genfast sample --checkpoint out/glow-digits -n 256
+
+What is exact. ``batch_size`` is the whole batch, over all ranks. Every rank draws the random numbers of the whole batch from
+equal generators and works on its :func:`portion`; its mean loss counts by the length of that portion (:func:`weight`), so that
+gradients averaged over the ranks are those of the whole batch, in uneven parts too. Losses, clipped gradient norms,
+checkpoints, held-out figures and samples are those of one process up to the order in which floating-point numbers are added.
+Activation norms are set from the whole first batch.
+
+What is not. Dropout inside networks draws other numbers on each rank (:func:`seed`), so a run repeats on the same number of
+ranks and not on another. Layers with statistics of a batch (batch normalisation, minibatch deviation and discrimination) see
+the rank's portion. Memory pools and caches belong to one process each.
+
+Without torchrun there is one rank, 0, and nothing here communicates; a process group that the user's code has made serves as
+well. :func:`parallel` wraps what has its loss inside its ``forward``, an :class:`Objective`: DistributedDataParallel and FSDP2
+see no other method. Under FSDP2 weights are shards between the steps; :func:`whole` gathers them for everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .nn import FlowSequential, ReversibleSequential
+
+STRATEGIES = ("ddp", "fsdp")
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
+
+
+def _group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if _group() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _group() else 1
+
+
+def first() -> bool:
+    """Whether this is rank 0, the one that prints and writes."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def start(device: str = "cpu") -> Iterator[str]:
+    """Joins the processes that torchrun has started, over gloo or, on GPUs, NCCL; gives the device of this one.
+
+    Nothing but ``device`` without torchrun, or where a process group exists already.
+
+    Args:
+        device: "cpu" or "cuda"; under torchrun that is the GPU LOCAL_RANK.
+
+    Raises:
+        ValueError: a numbered GPU under torchrun, or fewer GPUs than processes.
+
+    Example:
+        >>> from genfast import distributed
+        >>> with distributed.start("cpu") as device:
+        ...     print(device, distributed.rank(), distributed.size())
+        cpu 0 1
+    """
+    if _group() or not all(name in os.environ for name in _LAUNCHED):
+        yield device
+        return
+    local, kind = int(os.environ["LOCAL_RANK"]), torch.device(device).type
+    if kind not in ("cpu", "cuda") or torch.device(device).index is not None:
+        raise ValueError(
+            f"device={device!r}, expected cpu or cuda: under torchrun each process takes the GPU of its own number"
+        )
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"device='cuda', and process {local} of this machine finds {torch.cuda.device_count()} GPUs; "
+                "start at most as many processes as there are GPUs"
+            )
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=torch.device(device) if kind == "cuda" else None)
+    try:
+        yield device
+    except BaseException:
+        if kind == "cpu":  # NCCL would wait for the others; this process ends, and torchrun then ends them
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def seed(seed: int, step: int = 0) -> None:
+    """Sets torch's global generators to a state that is a function of (seed, rank, step) alone."""
+    drawn = np.random.SeedSequence([seed % 2**64, rank(), step]).generate_state(1, np.uint64)
+    torch.manual_seed(int(drawn[0]))
+
+
+# ---- the parts of a batch ----
+
+
+def portion(n: int) -> slice:
+    """This rank's consecutive part of ``n`` items; the sizes differ by at most one, the larger first.
+
+    Example:
+        >>> from genfast import distributed
+        >>> distributed.portion(5)  # without other ranks
+        slice(0, 5, None)
+    """
+    share, more = divmod(n, size())
+    begin = rank() * share + min(rank(), more)
+    return slice(begin, begin + share + (rank() < more))
+
+
+def check_batch(n: int) -> int:
+    """``n``, or ValueError where some rank would have none of so many items."""
+    if n < size():
+        raise ValueError(
+            f"train: batch_size={n} on {size()} ranks, expected at least one item for each (it is over all of them)"
+        )
+    return n
+
+
+def weight(n: int) -> float:
+    """What makes the average over the ranks of this rank's mean over its portion of ``n`` items the mean over all of them."""
+    part = portion(n)
+    return (part.stop - part.start) * size() / n
+
+
+def _home() -> torch.device:
+    """Where the process group takes tensors."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def gather(t: Tensor) -> Tensor:
+    """The rows of all ranks in the order of the ranks, on every rank; parts may differ in length, and be empty. No gradient."""
+    t = t.detach()
+    if size() == 1:
+        return t
+    lengths = [torch.empty(1, dtype=torch.int64, device=_home()) for _ in range(size())]
+    dist.all_gather(lengths, torch.tensor([len(t)], device=_home()))
+    counts = [int(n) for n in lengths]
+    mine = torch.zeros((max(counts), *t.shape[1:]), dtype=t.dtype, device=_home())
+    mine[: len(t)] = t
+    parts = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(parts, mine)
+    return torch.cat([part[:n] for part, n in zip(parts, counts)]).to(t.device)
+
+
+def total(*values: float) -> list[float]:
+    """The sum of each of these numbers over the ranks, float64; the same bits on every rank."""
+    if size() == 1:
+        return [float(v) for v in values]
+    sums = torch.tensor(values, dtype=torch.float64, device=_home())
+    dist.all_reduce(sums)
+    return [float(v) for v in sums]
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    total(0.0)
+
+
+# ---- models ----
+
+
+class Objective(nn.Module):
+    """A loss as a ``forward``, with its model inside: what data-parallel wrappers can hook.
+
+    Args:
+        model: whose parameters the loss trains. It stays the plain module, for whatever else is asked of it.
+        loss: called with the arguments of ``forward``; returns one or more tensors.
+
+    Example:
+        >>> import torch
+        >>> from genfast import distributed, models
+        >>> model = models.NICE((4,), hidden=8)
+        >>> objective = distributed.parallel(distributed.Objective(model, lambda x: -model.log_prob(x).mean()))
+        >>> objective(torch.randn(8, 4)).backward()
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.loss(*args, **kwargs)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raises ValueError for an unknown strategy, or for "fsdp" without a process group."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"parallel={strategy!r}, expected one of {', '.join(map(repr, STRATEGIES))}")
+    if strategy == "fsdp" and not _group():
+        raise ValueError("parallel='fsdp' needs a process group: start with torchrun, or call init_process_group")
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The repeated parts: elements of a model's lists and sequences, and of those within them."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential | FlowSequential):
+            for element in child.children():
+                # Of a reversible chain the stages of the elements are called, not the elements: it is one part.
+                nested = isinstance(element, nn.ModuleList | nn.Sequential | FlowSequential)
+                if nested and not isinstance(element, ReversibleSequential):
+                    yield from _blocks(nn.ModuleList([element]))
+                elif any(True for _ in element.parameters()):
+                    yield element
+
+
+def parallel(module: nn.Module, strategy: str = "ddp") -> nn.Module:
+    """``module`` for training on all ranks: its backward leaves the average of their gradients in ``grad``.
+
+    With one process and "ddp" it is ``module`` itself. Weights and buffers become those of rank 0.
+
+    Args:
+        module: an :class:`Objective`; only its ``forward`` may be called for gradients.
+        strategy: "ddp", every rank has all weights (torch.nn.parallel.DistributedDataParallel); or "fsdp", every rank has its
+            shards of weights, gradients and optimiser state, and the blocks of the model (elements of its lists and sequences)
+            are gathered one by one while they compute (torch.distributed.fsdp.fully_shard). Make the optimiser afterwards:
+            the parameters are others.
+
+    Raises:
+        ValueError: an unknown strategy, or "fsdp" without a process group.
+    """
+    check_strategy(strategy)
+    if strategy == "ddp":
+        if size() == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    tensors = [*module.parameters(), *module.buffers()]
+    with torch.no_grad():
+        for t in tensors:
+            dist.broadcast(t, 0)
+    mesh = init_device_mesh(tensors[0].device.type, (size(),))
+    inner = module.model if isinstance(module, Objective) else module
+    for block in _blocks(inner):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+def full(t: Tensor) -> Tensor:
+    """A tensor without its gradient, gathered from its shards if it is in shards; all ranks call this together."""
+    from torch.distributed.tensor import DTensor
+
+    return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether a module's parameters are shards."""
+    if not _group():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def whole(model: Any) -> Any:
+    """The model itself or, if it is in shards, a plain copy with the gathered weights; all ranks call this together.
+
+    Args:
+        model: one of :mod:`genfast.models`, whose ``config`` rebuilds it.
+    """
+    if not sharded(model):
+        return model
+    with torch.random.fork_rng():  # the initial weights are drawn, and replaced
+        plain = type(model)(**copy.deepcopy(model.config))
+    weights = {name: full(t) for name, t in model.state_dict().items()}
+    plain.load_state_dict(weights)
+    return plain.to(next(iter(weights.values())).device).train(model.training)
+
+
+# ---- samples ----
+
+
+@torch.no_grad()
+def sample(model: Any, n: int, *, generator: torch.Generator, **options: Any) -> Tensor:
+    """``n`` samples on every rank, each drawn by one of them: those that ``model.sample(n, generator=generator)`` draws.
+
+    All ranks draw the random numbers of all ``n``, and turn their portion into samples.
+
+    Args:
+        model: one of :mod:`genfast.models`, with the same weights on all ranks (of one in shards: its :func:`whole`).
+        generator: in the same state on all ranks.
+        options: of the model's ``sample``, for all ``n``.
+
+    Example:
+        >>> import torch
+        >>> from genfast import distributed, models
+        >>> distributed.sample(models.NICE((4,), hidden=8), 3, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([3, 4])
+    """
+    if size() == 1:
+        drawn: Tensor = model.sample(n, generator=generator, **options)
+        return drawn
+    return gather(model.sample(n, generator=generator, rows=portion(max(n, 0)), **options))
