@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import losses, metrics, models, ops, training
+from . import checkpoints, distributed, losses, metrics, models, ops, reference, training
 from .data import Dataset, Points
 from .models import AdversarialModel, Recipe
 from .reference.adversarial import RELATIVISTIC
@@ -38,15 +37,19 @@ class AdversarialTrainer:
     With ``recipe.lazy`` = k > 1, the penalty has an update of its own after every k-th one of the critic, k times as strong,
     and the critic's Adam has learning rate lr c and betas^c, c = k / (k + 1) (StyleGAN2, arXiv:1912.04958, appendix B).
 
+    On several ranks (see :mod:`genfast.distributed`) all are made and stepped together, and take the steps of one, but where a
+    network or a loss couples the samples of a batch: batch normalisation and the like, and the loss "relativistic-average",
+    see a rank's portion. Statistics that a network keeps are those of rank 0.
+
     Args:
         model: its ``recipe`` holds unless ``recipe`` is given.
         data: images become values in [-1, 1] with uniform dequantisation noise; points stay as they are.
-        batch_size: at most the training set.
+        batch_size: over all ranks; at most the training set.
         seed: of batches, latents, labels, interpolation and dropout.
         method: of ``ops.critic_step``.
 
     Raises:
-        ValueError: model and data that do not fit, or a batch size below 1.
+        ValueError: model and data that do not fit, a batch size below 1, or fewer samples in a batch than ranks.
 
     Example:
         >>> from genfast import adversarial_training, data, models
@@ -72,9 +75,14 @@ class AdversarialTrainer:
                 raise ValueError(f"train: the model has classes={model.classes}, and a label is {int(self.labels.max())}")
         self.model, self.data, self.device, self.method = model.to(device), data, device, method
         self.recipe = model.recipe if recipe is None else recipe
-        self.batch_size = min(batch_size, len(data.train))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.batch_size = distributed.check_batch(min(batch_size, len(data.train)))
+        self.portion, self.weight = distributed.portion(self.batch_size), distributed.weight(self.batch_size)
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # dropout draws from the global one
+        self.objectives = {
+            "critic": distributed.parallel(distributed.Objective(model.critic, self._critic_loss)),
+            "generator": distributed.parallel(distributed.Objective(model.generator, self._generator_loss)),
+        }
         self.average = copy.deepcopy(model.generator).requires_grad_(False).eval()
         self.trained = {
             side: [p for p in part.parameters() if p.requires_grad]
@@ -97,7 +105,7 @@ class AdversarialTrainer:
     # ---- what a step is made of ----
 
     def batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The next real samples, and their labels where the model takes some."""
+        """The next real samples, over all ranks, and their labels where the model takes some."""
         index = torch.randint(len(self.data.train), (self.batch_size,), generator=self.generator)
         real = self.data.train[index]
         if isinstance(self.data, Dataset):
@@ -105,62 +113,102 @@ class AdversarialTrainer:
         context = () if self.labels is None else (self.labels[index].to(self.device),)
         return real.to(self.device), context
 
+    def _latent(self) -> Tensor:
+        """This rank's of the latents for a batch."""
+        return self.model.latent(self.batch_size, self.generator)[self.portion]
+
+    def _points(self, kinds: tuple[str, ...], real: Tensor) -> list[dict[str, Tensor]]:
+        """Where penalties of these kinds are taken: this rank's part of what is drawn for the whole batch ``real``."""
+        drawn: list[dict[str, Tensor]] = []
+        for kind in kinds:
+            if kind in ("dragan", "ar1"):
+                points = reference.penalty_points(real, None, kind, self.generator)
+                drawn.append({"points": points[self.portion]})
+            elif kind in ("wgan-gp", "wgan-lp"):
+                epsilon = torch.rand(self.batch_size, generator=self.generator, dtype=real.dtype).to(real.device)
+                drawn.append({"epsilon": epsilon[self.portion]})
+            else:
+                drawn.append({})
+        return drawn
+
+    def _critic_loss(
+        self, real: Tensor, fake: Tensor, context: tuple[Tensor, ...], kinds: tuple[str, ...], drawn: list[dict[str, Tensor]],
+        alone: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Of this rank's samples: (what it descends, its share of the penalty); ``alone``: penalties without the loss."""
+        recipe, critic, penalty = self.recipe, self.model.critic, None
+        common: dict[str, Any] = {
+            "weight": recipe.weight, "target": recipe.target, "context": context or None, "method": self.method,
+        }  # fmt: skip
+        first = 0 if alone else 1
+        try:
+            values = []
+            if not alone:
+                step = ops.critic_step(
+                    critic, real, fake, loss=recipe.loss, penalty=kinds[0] if kinds else None, **common,
+                    **(drawn[0] if drawn else {}),
+                )  # fmt: skip
+                loss, penalty = step.loss, step.penalty if kinds else None
+            for kind, points in zip(kinds[first:], drawn[first:]):
+                values.append(ops.gradient_penalty(critic, real, fake, kind=kind, **common, **points))
+            if values:
+                more = torch.stack(values).sum()
+                loss, penalty = (recipe.lazy * more, more) if alone else (loss + more, step.penalty + more)
+        except FloatingPointError:
+            if distributed.size() == 1:
+                raise
+            # so that all ranks stop together, with a gradient for each parameter that the others wait for
+            loss = torch.stack([p.sum() for p in self.trained["critic"]]).sum() * math.nan
+        return loss * self.weight, None if penalty is None else penalty.detach() * self.weight
+
     def critic_update(self) -> tuple[float, float | None]:
         """One update of the critic; (its loss, the penalty if one was taken)."""
-        recipe, critic = self.recipe, self.model.critic
-        real, context = self.batch()
+        recipe = self.recipe
+        whole, context = self.batch()
+        real, context = whole[self.portion], tuple(c[self.portion] for c in context)
         with torch.no_grad():
-            fake = self.model.generator(self.model.latent(len(real), self.generator), *context)
+            fake = self.model.generator(self._latent(), *context)
         kinds = recipe.penalties if recipe.lazy == 1 else ()
-        step = ops.critic_step(
-            critic, real, fake, loss=recipe.loss, penalty=kinds[0] if kinds else None, weight=recipe.weight,
-            target=recipe.target, context=context or None, generator=self.generator, method=self.method,
-        )  # fmt: skip
-        penalty = None if not kinds else step.penalty
-        if len(kinds) > 1:
-            more = self._penalty(kinds[1:], real, fake, context)
-            step, penalty = step._replace(loss=step.loss + more), step.penalty + more
-        value = self._descend("critic", step.loss)
+        loss, penalty = self.objectives["critic"](real, fake, context, kinds, self._points(kinds, whole), alone=False)
+        value = self._descend("critic", loss)
         self.critic_updates += 1
         if recipe.lazy > 1 and recipe.penalties and self.critic_updates % recipe.lazy == 0:
-            penalty = self._penalty(recipe.penalties, real, fake, context)
-            self._descend("critic", recipe.lazy * penalty, "penalty")
+            drawn = self._points(recipe.penalties, whole)
+            loss, penalty = self.objectives["critic"](real, fake, context, recipe.penalties, drawn, alone=True)
+            self._descend("critic", loss, "penalty")
         if recipe.clip is not None:
-            losses.clip_weights_(critic, recipe.clip)
-        return value, None if penalty is None else float(penalty.detach())
+            losses.clip_weights_(self.model.critic, recipe.clip)
+        return value, None if penalty is None else self._mean(penalty)
 
-    def _penalty(self, kinds: tuple[str, ...], real: Tensor, fake: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        values = []
-        for kind in kinds:
-            value = ops.gradient_penalty(
-                self.model.critic, real, fake, kind=kind, weight=self.recipe.weight, target=self.recipe.target,
-                context=context or None, generator=self.generator, method=self.method,
-            )  # fmt: skip
-            assert isinstance(value, Tensor)
-            values.append(value)
-        return torch.stack(values).sum()
+    def _generator_loss(self, real: Tensor, z: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        recipe, critic = self.recipe, self.model.critic
+        fake = critic(self.model.generator(z, *context), *context)
+        with torch.no_grad():
+            against = critic(real, *context) if recipe.loss in RELATIVISTIC else None
+        return losses.generator_loss(recipe.loss, fake, against) * self.weight
 
     def generator_update(self) -> float:
         """One update of the generator; returns its loss."""
-        recipe, critic = self.recipe, self.model.critic
         real, context = self.batch()
         for p in self.trained["critic"]:  # whose gradients nobody needs here
             p.requires_grad_(False)
         try:
-            fake = critic(self.model.generator(self.model.latent(len(real), self.generator), *context), *context)
-            with torch.no_grad():
-                against = critic(real, *context) if recipe.loss in RELATIVISTIC else None
-            return self._descend("generator", losses.generator_loss(recipe.loss, fake, against))
+            context = tuple(c[self.portion] for c in context)
+            return self._descend("generator", self.objectives["generator"](real[self.portion], self._latent(), context))
         finally:
             for p in self.trained["critic"]:
                 p.requires_grad_(True)
 
+    def _mean(self, share: Tensor) -> float:
+        """Of a rank's weighted mean, that of the whole batch."""
+        return distributed.total(float(share.detach()))[0] / distributed.size()
+
     def _descend(self, side: str, loss: Tensor, what: str = "loss") -> float:
-        """One step of the optimiser of ``side``, or an error before it where loss or gradient are not finite."""
+        """One step of the optimiser of ``side``, or an error on all ranks before it where loss or gradient are not finite."""
         optimizer = self.optimizers[side]
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
+        value = self._mean(loss)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.trained[side] if p.grad is not None]))
         if not math.isfinite(value) or not math.isfinite(norm):
             said = f"{what} is {value}" if not math.isfinite(value) else f"{what} has a gradient of norm {norm}"
@@ -186,6 +234,8 @@ class AdversarialTrainer:
         Raises:
             TrainingError: a loss, a penalty or a gradient is not finite; the weights are those before the update.
         """
+        if distributed.size() > 1:  # one process goes on with the numbers that torch draws
+            distributed.seed(self.seed, len(self.history))
         self.model.train()
         updates = [self.critic_update() for _ in range(self.recipe.critic_steps)]
         generator = self.generator_update()
@@ -197,10 +247,11 @@ class AdversarialTrainer:
 
     @torch.no_grad()
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` samples of the averaged generator, the same latents for the same seed."""
+        """``n`` samples of the averaged generator, the same latents for the same seed; all ranks call this together."""
+        distributed.share(self.average.buffers())
         live, self.model.generator = self.model.generator, self.average
         try:
-            return self.model.sample(n, generator=torch.Generator().manual_seed(seed))
+            return distributed.sample(self.model, n, generator=torch.Generator().manual_seed(seed))
         finally:
             self.model.generator = live
 
@@ -212,32 +263,44 @@ class AdversarialTrainer:
         return found | {f"generator.{k}": v for k, v in self.average.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside :meth:`weights`."""
+        """What a checkpoint keeps beside :meth:`weights`; see :func:`genfast.checkpoints.save`."""
+        distributed.share([*self.model.buffers(), *self.average.buffers()])  # each rank has its own batch statistics
         return {
-            "step": len(self.history), "history": [tuple(h) for h in self.history], "critic_updates": self.critic_updates,
-            "live": self.model.generator.state_dict(), "recipe": dataclasses.asdict(self.recipe),
-            "optimizers": {side: o.state_dict() for side, o in self.optimizers.items()},
+            "step": len(self.history), "history": [list(h) for h in self.history], "critic_updates": self.critic_updates,
+            "recipe": dataclasses.asdict(self.recipe), "model": self.model.state_dict(), "average": self.average.state_dict(),
+            "optimizers": {side: checkpoints.optimizer_state(self._part(side), o) for side, o in self.optimizers.items()},
             "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
         }  # fmt: skip
 
+    def _part(self, side: str) -> nn.Module:
+        part: nn.Module = getattr(self.model, side)
+        return part
+
     def restore(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint as if there had been no stop.
+        """Continues from a checkpoint, of any number of ranks, as if there had been no stop.
 
         Raises:
             ValueError: the checkpoint's recipe is another.
         """
-        state = torch.load(checkpoint / "training.pt", weights_only=True)
-        if state["recipe"] != dataclasses.asdict(self.recipe):
-            raise ValueError(f"train: {str(checkpoint)!r} was trained with {Recipe(**state['recipe'])}, not {self.recipe}")
-        self.model.load_state_dict(load_file(checkpoint / "weights.safetensors"))
-        self.average.load_state_dict(self.model.generator.state_dict())
-        self.model.generator.load_state_dict(state["live"])
+        trained_with = kept_recipe(checkpoint)
+        if trained_with != self.recipe:
+            raise ValueError(f"train: {str(checkpoint)!r} was trained with {trained_with}, not {self.recipe}")
+        state = self.state()
+        checkpoints.restore(checkpoint, state)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         self.history = [StepLosses(*h) for h in state["history"]]
         self.critic_updates = state["critic_updates"]
         for side, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][side])
+            checkpoints.set_optimizer_state(self._part(side), optimizer, state["optimizers"][side])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
+
+
+def kept_recipe(checkpoint: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with."""
+    fields = checkpoints.notes(checkpoint)["recipe"]
+    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 # ---- pictures ----
@@ -323,6 +386,7 @@ def train(
         steps, minutes: whichever ends first; 1000 steps without either. A step is one update of the generator.
         out: the folder.
         resume: goes on from the newest checkpoint there, with the recipe it was trained with.
+        batch_size: over all ranks.
         sample_every: steps between two pictures; 0 for none on the way.
 
     Raises:
@@ -332,19 +396,12 @@ def train(
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)
-    training.check_folder(out, resume)
     torch.manual_seed(seed)
-    checkpoint = None
     found = _config(name, data, config or {})
-    if resume and training._steps(out):
-        model, metadata, checkpoint = training.load_checkpoint(out)
-        if metadata["model"] != name:
-            raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
-    else:
-        model = models.build(name, **found)
+    model, checkpoint = checkpoints.begin(out, name, resume, found)
     chosen = dataclasses.replace(model.recipe, **(recipe or {}))
     if checkpoint is not None and not recipe:
-        chosen = Recipe(**torch.load(checkpoint / "training.pt", weights_only=True)["recipe"])
+        chosen = kept_recipe(checkpoint)
     trainer = AdversarialTrainer(model, data, recipe=chosen, batch_size=batch_size, seed=seed, device=device, method=method)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -354,12 +411,14 @@ def train(
 
     def picture(path: Path) -> None:
         if isinstance(data, Dataset) or data.shape == (2,):
-            draw(trainer.sample(64 if test is None else 2000), path, bins=data.bins, real=test, critic=contours)
+            drawn = trainer.sample(64 if test is None else 2000)
+            if distributed.first():
+                draw(drawn, path, bins=data.bins, real=test, critic=contours)
 
     def save() -> None:
         nonlocal saved
         if len(trainer.history) > saved or checkpoint is None:
-            training.save_checkpoint(out, name, model, trainer.state(), data.bins, trainer.weights())
+            checkpoints.save(out, name, model, trainer.state(), data.bins, trainer.weights())
             saved = len(trainer.history)
 
     def step() -> str:
@@ -375,8 +434,6 @@ def train(
         save_every=save_every, every=every,
     )  # fmt: skip
     picture(out / "samples.png")
-    curves = {side: [getattr(h, side) for h in trainer.history] for side in ("critic", "generator")}
-    training.plot_losses(curves, out / "loss.png", ylabel="loss")
     tail = trainer.history[-50:]
     written: dict[str, Any] = {
         "model": name, "data": data.name, "steps": len(trainer.history), "recipe": dataclasses.asdict(trainer.recipe),
@@ -388,6 +445,9 @@ def train(
         scores = metrics.mode_scores(trainer.sample(10_000), data.centres, data.std)
         written |= {"modes": len(data.centres)} | scores._asdict()
     text = json.dumps(written, indent=2) + "\n"
-    training.write_text(out / "metrics.json", text)
+    if distributed.first():
+        curves = {side: [getattr(h, side) for h in trainer.history] for side in ("critic", "generator")}
+        training.plot_losses(curves, out / "loss.png", ylabel="loss")
+        training.write_text(out / "metrics.json", text)
     read: dict[str, Any] = json.loads(text)
     return read

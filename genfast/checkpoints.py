@@ -157,6 +157,22 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, dict[str, str], 
     return model.to(device).eval(), metadata, path
 
 
+def begin(out: Path, name: str, resume: bool, config: dict[str, Any]) -> tuple[Any, Path | None]:
+    """(model, None) for a new run in the folder ``out``; (model, checkpoint) for one that goes on, whose config is its own.
+
+    Raises:
+        FileExistsError: it holds a run, and ``resume`` is not set.
+        ValueError: it holds a run of another model than ``name``.
+    """
+    check_folder(out, resume)
+    if not steps(out):
+        return models.build(name, **config), None
+    model, metadata, checkpoint = load(out)
+    if metadata["model"] != name:
+        raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
+    return model, checkpoint
+
+
 def notes(checkpoint: Path) -> dict[str, Any]:
     """The entries of a checkpoint's state that hold no tensors.
 

@@ -24,13 +24,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .nn import FlowSequential, ReversibleSequential
 
@@ -172,6 +173,64 @@ def total(*values: float) -> list[float]:
 def barrier() -> None:
     """Waits until every rank is here."""
     total(0.0)
+
+
+class _ForAll(TorchFunctionMode):
+    def __init__(self, n: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.n, self.generator, self.part = n, generator, portion(n)
+        self.count = self.part.stop - self.part.start
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not self.generator:
+            return func(*args, **kwargs)
+        if func in (torch.rand, torch.randn):
+            shape = tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else args
+            if shape and shape[0] == self.count:
+                return func((self.n, *shape[1:]), **kwargs)[self.part].clone()
+        elif func in (Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_) and args[0].dim() and len(args[0]) == self.count:
+            into = args[0]
+            func(drawn := into.new_empty((self.n, *into.shape[1:])), *args[1:], **kwargs)
+            return into.copy_(drawn[self.part])
+        return func(*args, **kwargs)
+
+
+def drawn_for_all(n: int, generator: torch.Generator) -> contextlib.AbstractContextManager[Any]:
+    """While entered, random tensors with a row for each item of this rank's portion of ``n`` are its rows of those of all.
+
+    That is what torch.rand, torch.randn, uniform_, normal_ and bernoulli_ draw from ``generator``, which is in the same state
+    on all ranks and stays so.
+
+    Example:
+        >>> import torch
+        >>> from genfast import distributed
+        >>> generator = torch.Generator()
+        >>> with distributed.drawn_for_all(4, generator):
+        ...     noise = torch.randn(4, 2, generator=generator)
+    """
+    return contextlib.nullcontext() if size() == 1 else _ForAll(n, generator)
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Makes these tensors, in place, those of rank 0; all ranks call this together."""
+    if size() > 1:
+        with torch.no_grad():
+            for t in tensors:
+                dist.broadcast(t, 0)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Makes these tensors, in place, the average of those of all ranks, which call this together."""
+    if size() > 1 and tensors:
+        # one message for all of them, whose start costs more than its length
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= size()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
 
 
 # ---- models ----

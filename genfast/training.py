@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import checkpoints, distributed, models
@@ -98,36 +96,6 @@ def plot_losses(curves: dict[str, list[float]], path: Path, *, ylabel: str = "bi
         axes.legend()
     write_atomically(path, lambda p: figure.savefig(p, dpi=120))
     pyplot.close(figure)
-
-
-# ---- checkpoints ----
-
-
-def save_checkpoint(  # of the trainers that have one process
-    folder: Path, name: str, model: Model | models.AdversarialModel | models.AutoencoderModel, state: dict[str, Any], bins: int,
-    weights: dict[str, Tensor] | None = None,
-) -> Path:  # fmt: skip
-    """Writes ``checkpoint-<step>`` under a temporary name and renames it, then drops all but the newest few.
-
-    ``weights``: those to sample from, where they are not the model's own.
-    """
-    target = folder / f"checkpoint-{state['step']}"
-    temporary = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        weights = model.state_dict() if weights is None else weights
-        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        metadata = {"model": name, "config": json.dumps(model.config), "bins": str(bins), "step": str(state["step"])}
-        save_file(weights, temporary / "weights.safetensors", metadata)
-        torch.save(state, temporary / "training.pt")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for step in checkpoints.steps(folder)[: -checkpoints.KEEP]:
-        shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
-    return target
 
 
 # ---- the loop ----

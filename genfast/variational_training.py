@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from . import losses, models, training
+from . import checkpoints, distributed, losses, models, training
 from .data import Dataset
 from .models import AutoencoderModel
 from .training import TrainingError
@@ -26,14 +26,17 @@ class AutoencoderTrainer:
     A step runs the model's phases in order on one batch: the losses of a phase's players from one pass, then an Adam step for
     each of them.
 
+    On several ranks (see :mod:`genfast.distributed`) all are made and stepped together, and take the steps of one, but where a
+    loss couples the images of a batch: the discrepancy of a WAE and the KL of mean activations see a rank's portion.
+
     Args:
-        batch_size: at most the training set.
+        batch_size: over all ranks; at most the training set.
         lr: of every player.
         seed: of batches, noise and corruption.
         clip: the largest norm of a player's gradient.
 
     Raises:
-        ValueError: a model and data that do not fit, or a batch size below 1.
+        ValueError: a model and data that do not fit, a batch size below 1, or fewer images in a batch than ranks.
 
     Example:
         >>> from genfast import data, models, variational_training
@@ -54,15 +57,17 @@ class AutoencoderTrainer:
         if model.levels != data.bins:
             raise ValueError(f"train: the model has levels={model.levels} and the data have {data.bins}")
         self.model, self.data, self.clip = model.to(device), data, clip
-        self.batch_size = min(batch_size, len(data.train))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.batch_size = distributed.check_batch(min(batch_size, len(data.train)))
+        self.weight = distributed.weight(self.batch_size)
+        distributed.share([*model.parameters(), *model.buffers()])
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         players = dict.fromkeys(player for phase in model.phases for player in phase)
         self.players = {name: list(model.player(name)) for name in players}
         self.optimizers = {name: torch.optim.Adam(p, lr=lr, betas=model.betas, fused=True) for name, p in self.players.items()}
         self.history: list[dict[str, float]] = []
 
     def batch(self) -> Tensor:
-        """The next batch of whole numbers."""
+        """The next batch of whole numbers, over all ranks."""
         index = torch.randint(len(self.data.train), (self.batch_size,), generator=self.generator)
         return self.data.train[index]
 
@@ -70,27 +75,38 @@ class AutoencoderTrainer:
         """One step of all players; returns the model's figures by name, "loss" or the like.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite; the weights are those before the phase.
+            TrainingError: a loss or a gradient is not finite, on all ranks together; the weights are those before the phase.
         """
+        if distributed.size() > 1:  # one process goes on with the numbers that torch draws
+            distributed.seed(self.seed, len(self.history))
         self.model.train()
         found: dict[str, float] = {}
-        images = self.batch()
+        images = self.batch()[distributed.portion(self.batch_size)]
         for phase in self.model.phases:
-            given = self.model.losses(phase, images, generator=self.generator, step=len(self.history))
+            with distributed.drawn_for_all(self.batch_size, self.generator):
+                given = self.model.losses(phase, images, generator=self.generator, step=len(self.history))
             for name in phase:
                 self._differentiate(name, given.players[name], last=name == phase[-1])
             for name in phase:
                 self.optimizers[name].step()
-            found |= {name: float(value.detach()) for name, value in given.figures.items()}
+            found |= dict(zip(given.figures, self._means(given.figures.values())))
         self.history.append(found)
         return found
+
+    def _means(self, shares: Iterable[Tensor]) -> list[float]:
+        """Of this rank's means, those of the whole batch."""
+        sums = distributed.total(*(float(s.detach()) * self.weight for s in shares))
+        return [s / distributed.size() for s in sums]
 
     def _differentiate(self, name: str, loss: Tensor, last: bool) -> None:
         """Leaves the player's gradient of its loss in ``grad``, or raises where it is not finite."""
         parameters = self.players[name]
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=not last, allow_unused=True)):
+        found = torch.autograd.grad(loss * self.weight, parameters, retain_graph=not last, allow_unused=True)
+        for p, g in zip(parameters, found):
             p.grad = g
-        value, norm = float(loss.detach()), float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        # Several losses of one pass, each for parameters of its own: not what DistributedDataParallel can be told.
+        distributed.average([g for g in found if g is not None])
+        value, norm = self._means([loss])[0], float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
         if not math.isfinite(value) or not math.isfinite(norm):
             said = f"loss is {value}" if not math.isfinite(value) else f"loss has a gradient of norm {norm}"
             raise TrainingError(
@@ -99,36 +115,44 @@ class AutoencoderTrainer:
 
     @torch.no_grad()
     def evaluate(self, limit: int = 1024) -> dict[str, float]:
-        """The model's figures on the test images, means, with noise from a fixed seed; of a VAE the bounds in bits too."""
+        """The model's figures on the test images, means, with noise from a fixed seed; of a VAE the bounds in bits too.
+
+        Ranks share the bound of many samples; the rest, some of which couples images, each of them computes whole.
+        """
         self.model.eval()
         generator = torch.Generator().manual_seed(1)
         images = self.data.test[:limit]
         parts = [self.model.figures(b, generator=generator) for b in images.split(256)]
         found = {name: float(torch.cat([p[name] for p in parts]).double().mean()) for name in parts[0]}
         if isinstance(self.model, models.VAE):
-            bounds = [
-                self.model.importance_weighted_bound(b, IMPORTANCE_SAMPLES, generator=generator) * len(b)
-                for b in images.split(256)
-            ]
-            found["importance_weighted_bound"] = float(torch.stack(bounds).double().sum()) / len(images)
+            bounds = []
+            for b in images.split(256):
+                part = b[distributed.portion(len(b))]
+                with distributed.drawn_for_all(len(b), generator):
+                    bound = self.model.importance_weighted_bound(part, IMPORTANCE_SAMPLES, generator=generator)
+                bounds += [bound * len(part)] if len(part) else []
+            whole = distributed.total(float(torch.stack(bounds).double().sum()) if bounds else 0.0)[0]
+            found["importance_weighted_bound"] = whole / len(images)
             found["bits_per_dim"] = losses.bits_per_dim(found["elbo"], self.model.dim)
             found["importance_weighted_bits_per_dim"] = losses.bits_per_dim(found["importance_weighted_bound"], self.model.dim)
         return found
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the weights."""
+        """What a checkpoint keeps beside the weights to sample from; see :func:`genfast.checkpoints.save`."""
         return {
-            "step": len(self.history), "history": self.history, "generator": self.generator.get_state(),
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()}, "torch": torch.get_rng_state(),
+            "step": len(self.history), "history": self.history, "model": self.model.state_dict(),
+            "optimizers": {name: checkpoints.optimizer_state(self.model, o) for name, o in self.optimizers.items()},
+            "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
         }  # fmt: skip
 
     def restore(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint as if there had been no stop."""
-        state = torch.load(checkpoint / "training.pt", weights_only=True)
-        self.model.load_state_dict(load_file(checkpoint / "weights.safetensors"))
+        """Continues from a checkpoint, of any number of ranks, as if there had been no stop."""
+        state = self.state()
+        checkpoints.restore(checkpoint, state)
+        self.model.load_state_dict(state["model"])
         self.history = [dict(h) for h in state["history"]]
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            checkpoints.set_optimizer_state(self.model, optimizer, state["optimizers"][name])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
 
@@ -195,6 +219,7 @@ def train(
         config: of the model, beside what the data decide.
         steps, minutes: whichever ends first; 1000 steps without either.
         out: the folder.
+        batch_size: over all ranks.
         resume: goes on from the newest checkpoint there.
 
     Raises:
@@ -204,16 +229,8 @@ def train(
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)
-    training.check_folder(out, resume)
     torch.manual_seed(seed)
-    found = _config(name, data, config or {})
-    checkpoint = None
-    if resume and training._steps(out):
-        model, metadata, checkpoint = training.load_checkpoint(out)
-        if metadata["model"] != name:
-            raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
-    else:
-        model = models.build(name, **found)
+    model, checkpoint = checkpoints.begin(out, name, resume, _config(name, data, config or {}))
     trainer = AutoencoderTrainer(model, data, batch_size=batch_size, lr=lr, seed=seed, device=device)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -224,7 +241,7 @@ def train(
         if len(trainer.history) > saved or checkpoint is None:
             model.eval()
             model.fit(data.train[:10_000])
-            training.save_checkpoint(out, name, model, trainer.state(), data.bins)
+            checkpoints.save(out, name, model, trainer.state(), data.bins)
             saved = len(trainer.history)
 
     def step() -> str:
@@ -235,13 +252,8 @@ def train(
         save_every=save_every,
     )  # fmt: skip
     model.eval()
-    drawn = model.sample(64, generator=torch.Generator().manual_seed(seed))
-    training.save_picture(training.image_grid(drawn, data.bins), out / "samples.png")
-    training.save_picture(reconstruction_grid(model, data.test[:32]), out / "reconstructions.png")
-    if model.latent_dim == 2 and model.prior:
-        training.save_picture(latent_grid(model), out / "latent.png")
+    drawn = distributed.sample(model, 64, generator=torch.Generator().manual_seed(seed))
     names = list(trainer.history[0]) if trainer.history else []
-    training.plot_losses({k: [h[k] for h in trainer.history] for k in names}, out / "loss.png", ylabel="nats or squared error")
     tail = trainer.history[-50:]
     written: dict[str, Any] = {
         "model": name, "data": data.name, "steps": len(trainer.history),
@@ -252,5 +264,12 @@ def train(
         written["likelihood"] = model.likelihood
     written |= {f"train_{k}": sum(h[k] for h in tail) / len(tail) for k in names}
     written |= {f"test_{k}": v for k, v in trainer.evaluate().items()}
-    training.write_text(out / "metrics.json", json.dumps(written, indent=2) + "\n")
+    if distributed.first():
+        training.save_picture(training.image_grid(drawn, data.bins), out / "samples.png")
+        training.save_picture(reconstruction_grid(model, data.test[:32]), out / "reconstructions.png")
+        if model.latent_dim == 2 and model.prior:
+            training.save_picture(latent_grid(model), out / "latent.png")
+        curves = {k: [h[k] for h in trainer.history] for k in names}
+        training.plot_losses(curves, out / "loss.png", ylabel="nats or squared error")
+        training.write_text(out / "metrics.json", json.dumps(written, indent=2) + "\n")
     return written

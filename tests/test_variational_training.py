@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from genfast import cli, data, models, training, variational_training
+from genfast import checkpoints, cli, data, models, training, variational_training
 from genfast.models.autoencoding import Losses
 from genfast.variational_training import AutoencoderTrainer
 
@@ -77,7 +77,7 @@ def test_resuming_repeats_the_run_bit_by_bit(tmp_path, digits, name):
     one, other = (load_file(folder / "weights.safetensors") for folder in (whole, parts))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
-    kept = [torch.load(folder / "training.pt", weights_only=True) for folder in (whole, parts)]
+    kept = [checkpoints.notes(folder) for folder in (whole, parts)]
     assert kept[0]["history"] == kept[1]["history"]
     with pytest.raises(FileExistsError, match="holds a run already"):
         variational_training.train(name, digits, tmp_path / "whole", steps=5)
