@@ -99,7 +99,8 @@ def save(
     Raises:
         OSError: the disk's. No part of the checkpoint is left.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save as write
 
     target = folder / f"checkpoint-{state['step']}"
     temporary = folder / f".{target.name}.partial"  # one name for all ranks
@@ -122,8 +123,8 @@ def save(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which one process is
             try:
-                dcp.save({key: value for key, value in state.items() if _tensors(value)}, checkpoint_id=temporary / "state")
-            except dcp.CheckpointException as error:  # no Exception, and it hides the disk's
+                write({key: value for key, value in state.items() if _tensors(value)}, checkpoint_id=temporary / "state")
+            except CheckpointException as error:  # no Exception, and it hides the disk's
                 raise next(iter(error.failures.values()))[0] from None
         if distributed.first():
             shutil.rmtree(target, ignore_errors=True)
@@ -195,15 +196,16 @@ def restore(checkpoint: Path, state: dict[str, Any]) -> None:
         FileNotFoundError: there is only a model, and nothing to go on with.
         ValueError: the checkpoint lacks a tensor, or has one of another shape.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load as read
 
     found = notes(checkpoint)
     tensors = {key: value for key, value in state.items() if _tensors(value)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(tensors, checkpoint_id=checkpoint / "state")
-        except dcp.CheckpointException as error:
+            read(tensors, checkpoint_id=checkpoint / "state")
+        except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, OSError):
                 raise cause from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _info, _verify, data, losses, models
+from . import __version__, _info, _verify, checkpoints, data, distributed, losses, models
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="the run's folder (default out/MODEL-DATA)")
     train.add_argument("--steps", type=int)
     train.add_argument("--minutes", type=float)
-    train.add_argument("--batch-size", type=int, default=64)
+    train.add_argument("--batch-size", type=int, default=64, help="over all processes (default 64)")
     train.add_argument("--lr", type=float, help="default 1e-3; of a GAN's both sides, default that of its paper")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--levels", type=int, help="of Glow and RealNVP")
@@ -83,7 +84,11 @@ def parser() -> argparse.ArgumentParser:
     auto.add_argument("--amount", type=float, help="of the corruption")
     auto.add_argument("--gamma", type=float, help="of a VAE/GAN: the likeness in the decoder's loss")
     auto.add_argument("--weight", type=float, help="of the sparsity, the WAE's discrepancy or the AAE's game")
-    train.add_argument("--device", default="cpu")
+    train.add_argument("--device", default="cpu", help="cpu or cuda; under torchrun each process takes a GPU of its own")
+    train.add_argument(
+        "--parallel", choices=distributed.STRATEGIES, default="ddp",
+        help="under torchrun: every process has the whole model, or (fsdp) its shards of one that is too large for that",
+    )  # fmt: skip
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
     sample = commands.add_parser("sample", help="draw samples from a checkpoint")
@@ -96,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--method", choices=("cached", "naive"), default="cached", help="of autoregressive models: the engine or the plain loop"
     )
+    sample.add_argument("--device", default="cpu", help="cpu or cuda; under torchrun the processes share the samples")
 
     style = commands.add_parser("style", help="paint one picture in the style of another")
     style.add_argument(
@@ -147,6 +153,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _say(text: str) -> None:
+    """Prints once however many processes there are."""
+    if distributed.first():
+        print(text)
+
+
 def _train(a: argparse.Namespace) -> int:
     from . import training
 
@@ -170,6 +182,8 @@ def _train(a: argparse.Namespace) -> int:
         config |= {name: recipe.pop(name) for name in ("loss", "penalty") if name in taken}
     if adversarial and a.binary:
         unknown.append("--binary")
+    if (adversarial or autoencoder) and a.parallel != "ddp":
+        unknown.append(f"--parallel {a.parallel}")
     if not adversarial:
         unknown += [
             f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight") for k, v in recipe.items() if v is not None
@@ -192,8 +206,9 @@ def _train(a: argparse.Namespace) -> int:
     metrics = training.train(
         a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, steps=a.steps, minutes=a.minutes,
         batch_size=a.batch_size, lr=1e-3 if a.lr is None else a.lr, seed=a.seed, device=a.device, resume=a.resume,
+        parallel=a.parallel,
     )  # fmt: skip
-    print(f"{metrics['steps']} steps, {metrics['test_bits_per_dim']:.3f} bits/dim on held-out images; see {out}")
+    _say(f"{metrics['steps']} steps, {metrics['test_bits_per_dim']:.3f} bits/dim on held-out images; see {out}")
     return 0
 
 
@@ -212,7 +227,7 @@ def _train_autoencoder(a: argparse.Namespace, dataset: data.Dataset, config: dic
             f"{written['test_bits_per_dim']:.3f} bits/dim, {written['test_importance_weighted_bits_per_dim']:.3f} with "
             f"{variational_training.IMPORTANCE_SAMPLES} importance samples, "
         )
-    print(f"{said}mean squared error {written['test_mse']:.4f}; see {out}")
+    _say(f"{said}mean squared error {written['test_mse']:.4f}; see {out}")
     return 0
 
 
@@ -238,7 +253,7 @@ def _train_adversarial(a: argparse.Namespace, config: dict[str, Any], recipe: di
     said = f"{written['steps']} steps, critic {written['critic_loss']:.3f}, generator {written['generator_loss']:.3f}"
     if "covered" in written:
         said += f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples within 3 sigma"
-    print(f"{said}; see {out}")
+    _say(f"{said}; see {out}")
     return 0
 
 
@@ -246,32 +261,34 @@ def _sample_adversarial(model: models.AdversarialModel, metadata: dict[str, str]
     from . import adversarial_training
 
     context = None if a.label is None else torch.full((a.n,), a.label)
-    samples = model.sample(a.n, generator=torch.Generator().manual_seed(a.seed), context=context)
-    adversarial_training.draw(samples, a.out, bins=int(metadata["bins"]))
+    samples = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), context=context)
+    if distributed.first():
+        adversarial_training.draw(samples, a.out, bins=int(metadata["bins"]))
 
 
 def _sample(a: argparse.Namespace) -> int:
     from . import training
 
-    model, metadata, checkpoint = training.load_checkpoint(a.checkpoint)
+    model, metadata, checkpoint = checkpoints.load(a.checkpoint, a.device)
     if isinstance(model, models.AdversarialModel):
         _sample_adversarial(model, metadata, a)
-        print(f"{a.n} samples from step {metadata['step']} in {a.out}")
+        _say(f"{a.n} samples from step {metadata['step']} in {a.out}")
         return 0
     if a.label is not None:
         raise ValueError(f"sample: {metadata['model']} takes no --label")
-    options = {"temperature": a.temperature, "generator": torch.Generator().manual_seed(a.seed)}
+    options = {"temperature": a.temperature}
     if isinstance(model, models.AutoregressiveModel):
-        options |= {"method": a.method, "progress": True}
-    images = model.sample(a.n, **options)
+        options |= {"method": a.method, "progress": distributed.first()}
+    images = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), **options)
     if len(model.shape) < 3:  # a model of vectors or sequences: square grey images
         dim = model.shape[-1]
         side = int(dim**0.5)
         if side * side != dim:
             raise ValueError(f"sample: {checkpoint} makes vectors of {dim}, which are no square images")
         images = images.reshape(-1, 1, side, side)
-    training.save_picture(training.image_grid(images, int(metadata["bins"])), a.out)
-    print(f"{a.n} samples from step {metadata['step']} in {a.out}")
+    if distributed.first():
+        training.save_picture(training.image_grid(images, int(metadata["bins"])), a.out)
+    _say(f"{a.n} samples from step {metadata['step']} in {a.out}")
     return 0
 
 
@@ -347,9 +364,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import demo
 
             return demo.run(a.out, a.seconds)
-        return {"bench": _bench, "train": _train, "sample": _sample, "style": _style}[a.command](a)
+        if a.command in ("train", "sample"):
+            with distributed.start(a.device) as a.device:
+                return {"train": _train, "sample": _sample}[a.command](a)
+        return {"bench": _bench, "style": _style}[a.command](a)
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"genfast: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
+        print(f"genfast: {'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
         return 2

@@ -136,7 +136,7 @@ def check_batch(n: int) -> int:
 def weight(n: int) -> float:
     """What makes the average over the ranks of this rank's mean over its portion of ``n`` items the mean over all of them."""
     part = portion(n)
-    return (part.stop - part.start) * size() / n
+    return float((part.stop - part.start) * size() / n)
 
 
 def _home() -> torch.device:
@@ -303,11 +303,14 @@ def parallel(module: nn.Module, strategy: str = "ddp") -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    tensors = [*module.parameters(), *module.buffers()]
     with torch.no_grad():
-        for t in tensors:
-            dist.broadcast(t, 0)
-    mesh = init_device_mesh(tensors[0].device.type, (size(),))
+        for p in module.parameters():  # which must be contiguous: channels_last is lost
+            p.data = p.data.contiguous()
+        for t in (*module.parameters(), *module.buffers()):
+            same = t.contiguous()
+            dist.broadcast(same, 0)
+            t.copy_(same)
+    mesh = init_device_mesh(next(module.parameters()).device.type, (size(),))
     inner = module.model if isinstance(module, Objective) else module
     for block in _blocks(inner):
         fully_shard(block, mesh=mesh)
@@ -319,7 +322,8 @@ def full(t: Tensor) -> Tensor:
     """A tensor without its gradient, gathered from its shards if it is in shards; all ranks call this together."""
     from torch.distributed.tensor import DTensor
 
-    return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+    plain: Tensor = t.full_tensor() if isinstance(t, DTensor) else t
+    return plain.detach()
 
 
 def sharded(module: nn.Module) -> bool:

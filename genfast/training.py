@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from . import checkpoints, distributed, models
-from .checkpoints import check_folder, latest  # noqa: F401
-from .checkpoints import load as load_checkpoint
-from .checkpoints import steps as _steps
 from .data import Dataset
 from .reference.autoregressive import AutoregressiveModel
 from .sampling import LoweringError
 
+check_folder, latest, load_checkpoint, _steps = (
+    checkpoints.check_folder,
+    checkpoints.latest,
+    checkpoints.load,
+    checkpoints.steps,
+)
 Model = models.DensityModel | AutoregressiveModel
 
 
@@ -331,7 +334,7 @@ def train(
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)
-    check_folder(out, resume)
+    checkpoints.check_folder(out, resume)
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AdversarialModel):
         raise ValueError(f"train: {name} is adversarial; train it with genfast.adversarial_training.train")
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AutoencoderModel):
@@ -340,8 +343,8 @@ def train(
         raise ValueError(f"train: {name} takes images, and {data.name} are points")
     torch.manual_seed(seed)
     view, shape = _fitted(name, data)
-    if resume and _steps(out):
-        model, metadata, checkpoint = load_checkpoint(out)
+    if resume and checkpoints.steps(out):
+        model, metadata, checkpoint = checkpoints.load(out)
         if metadata["model"] != name:
             raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
     else:

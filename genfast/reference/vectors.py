@@ -462,7 +462,8 @@ class RNADE(DensityModel):
             raise ValueError(f"RNADE.sample: uniforms has shape {tuple(uniforms.shape)}, expected ({n}, {self.dim}, 2)")
         mask = None if known is None else known.to(like.device).bool().expand(n, self.dim)
         if rows is not None:
-            uniforms, context, given, mask = (t if t is None else t[rows] for t in (uniforms, context, given, mask))  # type: ignore[assignment]
+            uniforms = uniforms[rows]
+            context, given, mask = (None if t is None else t[rows] for t in (context, given, mask))
         found: Tensor = self.network.sample(
             uniforms.to(like), "gaussian_mixture", context=context, given=given, known=mask, temperature=temperature
         )
