@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import socket
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -956,69 +952,3 @@ def test_compile_a_whole_step_with_inductor():
     compiled_equals_eager(
         lambda r, f: ops.critic_step(critic, r, f, loss="minimax", penalty="r1").loss, critic, real, fake, "inductor"
     )
-
-
-# Distributed training.
-
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from genfast import ops
-from tests.critics import CRITICS
-
-rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-found = {}
-for name in ("dcgan", "layer_norm", "projection"):
-    for penalty in ("wgan-gp", "r1", "r1r2", "alone"):
-        critic, real, fake, context = CRITICS[name].make(torch.float64)
-        half = slice(0, 2) if rank == 0 else slice(2, 4)
-        real, fake = (torch.cat((t, 0.5 * t))[:4][half] for t in (real, fake))
-        context = tuple(torch.cat((c, c))[:4][half] for c in context) or None
-        parallel, generator = DistributedDataParallel(critic), torch.Generator().manual_seed(rank)
-        if penalty == "alone":
-            ops.gradient_penalty(parallel, real, fake, context=context, generator=generator).backward()
-        else:
-            step = ops.critic_step(parallel, real, fake, loss="minimax", penalty=penalty, context=context, generator=generator)
-            step.loss.backward()
-        found[name, penalty] = {f"0.{k}": p.grad for k, p in critic.named_parameters()}
-if rank == 1:
-    torch.save(found, out)
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_equal_one_on_the_whole_batch(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    out, script = tmp_path / "found.pt", tmp_path / "worker.py"
-    script.write_text(WORKER)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (os.getcwd(), *sys.path) if p), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(port), str(out)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [w.communicate(timeout=120)[1] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert [w.returncode for w in workers] == [0, 0], errors[1] or errors[0]
-    for (name, penalty), gradient in torch.load(out).items():
-        critic, real, fake, context = CRITICS[name].make(torch.float64)
-        real, fake = (torch.cat((t, 0.5 * t))[:4] for t in (real, fake))
-        context = tuple(torch.cat((c, c))[:4] for c in context)
-        e = torch.cat([epsilon(real[:2], torch.Generator().manual_seed(rank)) for rank in range(2)])
-        r, f = critic(real, *context).flatten(), critic(fake, *context).flatten()
-        total = 0 if penalty == "alone" else reference.CRITIC_LOSSES["minimax"](r, f)
-        for kind in {"alone": ("wgan-gp",), "r1r2": ("r1", "r2")}.get(penalty, (penalty,)):
-            at = {"r1": real, "r2": fake, "wgan-gp": e * real + (1 - e) * fake}[kind]
-            total = total + reference.gradient_penalty(critic, at, kind, 10.0, 1.0, context)[0]
-        compare(gradient, gradients(total, critics.named_parameters(critic)), 1e-10)
