@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,23 @@ def notes(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
+def _paths(entries: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The names that torch.distributed.checkpoint gives to tensors."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{above}{key}.")
+        elif isinstance(value, Tensor):
+            yield f"{above}{key}"
+
+
+def _check_complete(checkpoint: Path, wanted: Iterable[str], kept: Collection[str]) -> None:
+    """Raises ValueError for a tensor that the checkpoint lacks; only a parameter that no step has used may have no state."""
+    used = {name.rpartition(".")[0] for name in kept}
+    for name in wanted:
+        if name not in kept and (".state." not in name or name.rpartition(".")[0] in used):
+            raise ValueError(f"checkpoint: {str(checkpoint)!r} does not fit what it is to resume: it lacks {name}")
+
+
 def restore(checkpoint: Path, state: dict[str, Any]) -> None:
     """Fills a state, made as for :func:`save` by a trainer that has just begun; all ranks call this together.
 
@@ -197,14 +215,18 @@ def restore(checkpoint: Path, state: dict[str, Any]) -> None:
         ValueError: the checkpoint lacks a tensor, or has one of another shape.
     """
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
     found = notes(checkpoint)
     tensors = {key: value for key, value in state.items() if _tensors(value)}
+    reader = FileSystemReader(checkpoint / "state")
+    _check_complete(checkpoint, _paths(tensors), reader.read_metadata().state_dict_metadata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            read(tensors, checkpoint_id=checkpoint / "state")
+            read(tensors, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, OSError):

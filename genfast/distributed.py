@@ -280,7 +280,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
                     yield element
 
 
-def parallel(module: nn.Module, strategy: str = "ddp") -> nn.Module:
+def parallel(module: nn.Module, strategy: str = "ddp", *, static: bool = True) -> nn.Module:
     """``module`` for training on all ranks: its backward leaves the average of their gradients in ``grad``.
 
     With one process and "ddp" it is ``module`` itself. Weights and buffers become those of rank 0.
@@ -291,6 +291,7 @@ def parallel(module: nn.Module, strategy: str = "ddp") -> nn.Module:
             shards of weights, gradients and optimiser state, and the blocks of the model (elements of its lists and sequences)
             are gathered one by one while they compute (torch.distributed.fsdp.fully_shard). Make the optimiser afterwards:
             the parameters are others.
+        static: of "ddp", that every step uses the same parameters, maybe not all; without, each step must use all of them.
 
     Raises:
         ValueError: an unknown strategy, or "fsdp" without a process group.
@@ -299,7 +300,7 @@ def parallel(module: nn.Module, strategy: str = "ddp") -> nn.Module:
     if strategy == "ddp":
         if size() == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module)
+        return nn.parallel.DistributedDataParallel(module, static_graph=static)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -343,11 +344,11 @@ def whole(model: Any) -> Any:
     """
     if not sharded(model):
         return model
+    like = next(model.parameters())
     with torch.random.fork_rng():  # the initial weights are drawn, and replaced
-        plain = type(model)(**copy.deepcopy(model.config))
-    weights = {name: full(t) for name, t in model.state_dict().items()}
-    plain.load_state_dict(weights)
-    return plain.to(next(iter(weights.values())).device).train(model.training)
+        plain = type(model)(**copy.deepcopy(model.config)).to(like.device, like.dtype)
+    plain.load_state_dict({name: full(t) for name, t in model.state_dict().items()})
+    return plain.train(model.training)
 
 
 # ---- samples ----

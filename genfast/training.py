@@ -163,9 +163,11 @@ class Trainer:
 
     def _portion(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """This rank's part of a batch (N, *shape) in [0, bins), as the model takes it; a flow's with noise drawn for all."""
-        flow = not isinstance(self.model, AutoregressiveModel)
-        x = models.dequantize(images, self.data.bins, generator=generator) if flow else images
-        return x[distributed.portion(len(x))].to(self.device)
+        part = distributed.portion(len(images))
+        if isinstance(self.model, AutoregressiveModel):
+            return images[part].to(self.device)
+        x = models.dequantize(images, self.data.bins, generator=generator)[part]
+        return x.to(next(self.model.parameters()))
 
     def _bits(self, model: Model, x: Tensor) -> Tensor:
         if isinstance(model, AutoregressiveModel):

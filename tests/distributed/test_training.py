@@ -1,0 +1,172 @@
+"""Two processes take the steps of one: losses, gradients, weights, figures, samples and checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from genfast import checkpoints, data, distributed, models, training
+
+DIGITS = data.load("digits")
+MODELS = {
+    "glow": {"levels": 2, "steps": 2, "hidden": 4},
+    "glow reversible": {"levels": 2, "steps": 2, "hidden": 4, "reversible": True},
+    "realnvp": {"hidden": 4, "depth": 1}, "nice": {"hidden": 8}, "linear_flow": {}, "maf": {"hidden": 8, "transforms": 2},
+    "iaf": {"hidden": 8, "transforms": 1}, "nsf": {"hidden": 8, "transforms": 1}, "rnade": {"hidden": 8, "components": 2},
+    "made": {"hidden": 16, "layers": 1, "orders": 2}, "nade": {"hidden": 8},
+    "pixelcnn": {"channels": 4, "layers": 2, "kernel_size": 3}, "pixelrnn": {"channels": 4, "layers": 1},
+    "gated_pixelcnn": {"channels": 4, "layers": 2, "kernel_size": 3},
+    "pixelcnnpp": {"filters": 4, "blocks": 1, "mixtures": 2, "dropout": 0.0},
+    "wavenet": {"layers": 2, "residual": 4, "skip": 4, "stacks": 1},
+}  # fmt: skip
+SINGLE = ("gated_pixelcnn", "pixelcnnpp")  # their inputs are scaled in float32
+UNEVEN = 15
+
+
+def trainer(label, strategy="ddp", seed=0, **options):
+    name = label.split()[0]
+    view, shape = training._fitted(name, DIGITS)
+    torch.manual_seed(0)
+    model = models.build(name, **shape, **MODELS[label])
+    model = model if label in SINGLE else model.double()
+    return training.Trainer(model, view, batch_size=UNEVEN, clip=0.5, seed=seed, parallel=strategy, **options)
+
+
+def full(tensors):
+    return {k: distributed.full(v).clone() for k, v in tensors.items()}
+
+
+def samples(model, n):
+    by_pixels = isinstance(model, models.AutoregressiveModel)
+    draw = training.draw if by_pixels else distributed.sample
+    return draw(model, n, generator=torch.Generator().manual_seed(3), temperature=0.9)
+
+
+def run(label, strategy="ddp"):
+    """What three steps of a model lead to."""
+    made = trainer(label, strategy)
+    found = {"losses": [made.step() for _ in range(3)]}
+    found["gradients"] = full({k: p.grad for k, p in made.model.named_parameters()})
+    found["weights"] = full(made.model.state_dict())
+    found["evaluated"] = [made.evaluate(37), made.evaluate(1)]  # of one image the second rank has none
+    model = distributed.whole(made.model.eval())
+    found["samples"] = [samples(model, n) for n in (5, 1, 0)]
+    return found
+
+
+def runs():
+    return {(label, strategy): run(label, strategy) for label in MODELS for strategy in distributed.STRATEGIES}
+
+
+@pytest.fixture(scope="module")
+def both(ranks):
+    first, second = ranks.run(runs)
+    return first, second, {label: run(label) for label in MODELS}
+
+
+def apart(a, b):
+    """The largest difference of two dicts of tensors, relative to the norm of each tensor."""
+    assert a.keys() == b.keys()
+    found = [float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-3)) for k in b if b[k].numel()]
+    assert all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape for k in b)
+    return max(found)
+
+
+@pytest.mark.parametrize("strategy", distributed.STRATEGIES)
+@pytest.mark.parametrize("label", MODELS)
+def test_two_processes_take_the_steps_of_one(both, label, strategy):
+    first, second, one = both[0][label, strategy], both[1][label, strategy], both[2][label]
+    categorical = issubclass(models.NAMES[label.split()[0]], models.AutoregressiveModel)
+    close = 1e-5 if label in SINGLE else 1e-6 if categorical else 1e-12  # logits go to float32 in the likelihood
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx(one["losses"], rel=close)
+    assert math.hypot(*(float(g.norm()) for g in one["gradients"].values())) == pytest.approx(0.5, rel=1e-4)  # clipped
+    assert apart(first["gradients"], one["gradients"]) < 10 * close
+    assert apart(first["weights"], one["weights"]) < 10 * close
+    assert apart(first["weights"], second["weights"]) == 0
+    assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=10 * close)
+    for mine, theirs, alone in zip(first["samples"], second["samples"], one["samples"]):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, alone, rtol=1e-5, atol=1e-5)
+
+
+# ---- checkpoints ----
+
+
+def go_on(folder, strategy, steps, resume, label="glow"):
+    """Trains up to ``steps``, from the checkpoint in ``folder`` if ``resume``, and leaves one there."""
+    made = trainer(label, strategy)
+    if resume:
+        made.restore(checkpoints.latest(folder))
+    while len(made.losses) < steps:
+        made.step()
+    checkpoints.save(folder, label, made.model, made.state(), DIGITS.bins)
+    return made.losses, full(made.model.state_dict())
+
+
+def go_on_unused(folder):
+    """Of a model with parameters that no step uses."""
+    return [
+        go_on(folder / "unused", strategy, steps, resume, "gated_pixelcnn")
+        for strategy, steps, resume in (("ddp", 2, False), ("fsdp", 4, True), ("ddp", 6, True))
+    ][-1]
+
+
+def legs(folder):
+    """What two processes write and read for the test below."""
+    found = {}
+    for strategy in distributed.STRATEGIES:
+        go_on(folder / f"2 {strategy} to 1", strategy, 3, False)
+        found["1 to 2", strategy] = go_on(folder / "1 to 2", strategy, 6, True)
+        for other in distributed.STRATEGIES:
+            go_on(folder / f"2 {strategy} to 2 {other}", strategy, 3, False)
+            found[strategy, other] = go_on(folder / f"2 {strategy} to 2 {other}", other, 6, True)
+    return found
+
+
+def test_a_run_resumes_on_another_number_of_processes(ranks, tmp_path):
+    losses, weights = go_on(tmp_path / "whole", "ddp", 6, False)
+    go_on(tmp_path / "1 to 2", "ddp", 3, False)
+    go_on(tmp_path / "1 to 1", "ddp", 3, False)
+    again, same = go_on(tmp_path / "1 to 1", "ddp", 6, True)
+    assert again == losses
+    assert all(torch.equal(same[k], weights[k]) for k in weights)
+    continued = dict(ranks.run(legs, tmp_path)[0])
+    for strategy in distributed.STRATEGIES:
+        continued[strategy, "2 to 1"] = go_on(tmp_path / f"2 {strategy} to 1", "ddp", 6, True)
+    assert len(continued) == 8
+    for curve, ended in continued.values():
+        assert curve == pytest.approx(losses, rel=1e-12)
+        assert apart(ended, weights) < 1e-9  # Adam divides gradients of 1e-17 by 1e-8
+    files = {p.name for p in (tmp_path / "2 fsdp to 1" / "checkpoint-3" / "state").iterdir()}
+    assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}  # each process wrote its part
+    assert checkpoints.load(tmp_path / "2 fsdp to 1")[1]["step"] == "6"
+
+
+def test_parameters_that_no_step_uses_need_no_state(ranks, tmp_path):
+    losses, weights = go_on(tmp_path / "whole", "ddp", 6, False, "gated_pixelcnn")
+    curve, ended = ranks.run(go_on_unused, tmp_path)[0]
+    assert curve == pytest.approx(losses, rel=1e-5)
+    assert apart(ended, weights) < 1e-4
+    again, same = go_on(tmp_path / "unused", "ddp", 6, True, "gated_pixelcnn")
+    assert again == curve
+    assert all(torch.equal(same[k], ended[k]) for k in ended)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    go_on(tmp_path, "ddp", 1, False)
+    other = trainer("nice")
+    with pytest.raises(ValueError, match=r"does not fit what it is to resume: it lacks model\.log_scale"):
+        other.restore(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "training.json").unlink()
+    with pytest.raises(FileNotFoundError, match="can be sampled from, not resumed"):
+        trainer("glow").restore(tmp_path / "checkpoint-1")
+
+
+def test_what_a_killed_run_left_is_cleaned(tmp_path):
+    (tmp_path / ".checkpoint-7.partial" / "state").mkdir(parents=True)
+    (tmp_path / ".checkpoint-1.partial").mkdir()
+    go_on(tmp_path, "ddp", 1, False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
