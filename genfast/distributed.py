@@ -11,8 +11,8 @@ checkpoints, held-out figures and samples are those of one process up to the ord
 Activation norms are set from the whole first batch.
 
 What is not. Dropout inside networks draws other numbers on each rank (:func:`seed`), so a run repeats on the same number of
-ranks and not on another. Layers with statistics of a batch (batch normalisation, minibatch deviation and discrimination) see
-the rank's portion. Memory pools and caches belong to one process each.
+ranks and not on another. Layers and losses with statistics of a batch (torch's batch normalisation, minibatch deviation and
+discrimination, relativistic averages, discrepancies) see the rank's portion. Memory pools and caches belong to one process each.
 
 Without torchrun there is one rank, 0, and nothing here communicates; a process group that the user's code has made serves as
 well. :func:`parallel` wraps what has its loss inside its ``forward``, an :class:`Objective`: DistributedDataParallel and FSDP2
@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .nn import FlowSequential, ReversibleSequential
+from .nn import BatchNormFlow, FlowSequential, ReversibleSequential
 
 STRATEGIES = ("ddp", "fsdp")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
@@ -283,7 +283,8 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def parallel(module: nn.Module, strategy: str = "ddp", *, static: bool = True) -> nn.Module:
     """``module`` for training on all ranks: its backward leaves the average of their gradients in ``grad``.
 
-    With one process and "ddp" it is ``module`` itself. Weights and buffers become those of rank 0.
+    With one process and "ddp" it is ``module`` itself. Weights and buffers become those of rank 0. A
+    :class:`genfast.nn.BatchNormFlow` takes its statistics over all ranks from now on.
 
     Args:
         module: an :class:`Objective`; only its ``forward`` may be called for gradients.
@@ -297,6 +298,9 @@ def parallel(module: nn.Module, strategy: str = "ddp", *, static: bool = True) -
         ValueError: an unknown strategy, or "fsdp" without a process group.
     """
     check_strategy(strategy)
+    for part in module.modules():
+        if isinstance(part, BatchNormFlow):
+            part.over_ranks = True
     if strategy == "ddp":
         if size() == 1:
             return module

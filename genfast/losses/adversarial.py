@@ -225,7 +225,8 @@ def relativistic_generator(fake: Tensor, real: Tensor) -> Tensor:
 def relativistic_average_critic(real: Tensor, fake: Tensor) -> Tensor:
     """E softplus(E D(G(z)) - D(x)) + E softplus(D(G(z)) - E D(x)) (Jolicoeur-Martineau, arXiv:1807.00734, section 4).
 
-    real, fake: logits (N,) or (N, 1); each is compared with the mean of the others' batch.
+    real, fake: logits (N,) or (N, 1); each is compared with the mean of the others' batch, of its own rank over several
+    processes.
 
     Example:
         >>> import torch, genfast

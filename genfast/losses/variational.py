@@ -151,7 +151,7 @@ def kl_to_bernoulli(activations: Tensor, rho: float) -> Tensor:
     """sum_j KL(Bernoulli(rho) || Bernoulli(mean activation of unit j over the batch)): the penalty of a sparse autoencoder.
 
     Args:
-        activations: (N, D) in [0, 1], of sigmoid units.
+        activations: (N, D) in [0, 1], of sigmoid units; over several processes of this rank.
         rho: the wanted mean activation, in (0, 1).
 
     Raises:

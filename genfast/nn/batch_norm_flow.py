@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
 from .bijection import Bijection
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks, whose losses are summed too: of what each rank's depends on here, every rank's part counts."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        total = t.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        found: Tensor = _Total.apply(grad)
+        return found
 
 
 class BatchNormFlow(Bijection):
@@ -16,13 +33,16 @@ class BatchNormFlow(Bijection):
 
     In training m and v are the batch's own, with their gradient, so one sample's density depends on the others of its batch;
     in evaluation they are the running ones, and so is the inverse, which training has none of. On several ranks each uses the
-    statistics of its own part of the batch; DistributedDataParallel keeps the running ones equal, those of rank 0, as it does
-    those of torch's batch norm.
+    statistics of its own part of the batch, and DistributedDataParallel makes the running ones those of rank 0, as with torch's
+    batch norm; or, with ``over_ranks``, all use those of the whole batch, in parts of any length, also none. The trainers of
+    genfast set it.
 
     Args:
         features: C; inputs are (N, C, ...).
         momentum: the newest batch's share in the running statistics.
         eps: added to the variance.
+        over_ranks: whether training takes the statistics over all processes of torch.distributed, which then call ``forward``
+            together. For gradients averaged over the ranks, as DistributedDataParallel does.
 
     Raises:
         ValueError: a training batch with fewer than two positions per feature.
@@ -38,14 +58,14 @@ class BatchNormFlow(Bijection):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, features: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
+    def __init__(self, features: int, *, momentum: float = 0.1, eps: float = 1e-5, over_ranks: bool = False) -> None:
         super().__init__()
         if features < 1 or not 0 <= momentum <= 1 or not eps > 0:
             raise ValueError(
                 f"BatchNormFlow: features={features}, momentum={momentum} and eps={eps}, expected at least 1, 0 to 1 and "
                 "more than 0"
             )
-        self.features, self.momentum, self.eps = features, momentum, eps
+        self.features, self.momentum, self.eps, self.over_ranks = features, momentum, eps, over_ranks
         self.log_gamma = nn.Parameter(torch.zeros(features))
         self.beta = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
@@ -56,11 +76,21 @@ class BatchNormFlow(Bijection):
             return self.running_mean, self.running_var
         if x.dim() < 2 or x.shape[1] != self.features:
             raise ValueError(f"BatchNormFlow: x has shape {tuple(x.shape)}, expected (N, {self.features}, ...)")
-        count = x.shape[0] * math.prod(x.shape[2:])
+        wide = x if x.dtype.itemsize >= 4 else x.float()
+        axes = [0, *range(2, x.dim())]
+        count = float(x.shape[0] * math.prod(x.shape[2:]))
+        spread = self.over_ranks and dist.is_available() and dist.is_initialized()
+        if spread:
+            *sums, whole = _Total.apply(torch.cat((wide.sum(axes), wide.new_tensor([count])))).split([self.features, 1])
+            count = float(whole.detach())
         if count < 2:
             raise ValueError(f"BatchNormFlow: x has shape {tuple(x.shape)}; training needs at least 2 positions per feature")
-        wide = x if x.dtype.itemsize >= 4 else x.float()
-        var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+        if spread:  # in two passes, as a difference of squares would lose digits
+            mean = sums[0] / count
+            centred = wide - mean.view(-1, *[1] * (x.dim() - 2))
+            var = _Total.apply(centred.square().sum(axes)) / count
+        else:
+            var, mean = torch.var_mean(wide, axes, correction=0)
         with torch.no_grad():
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
             unbiased = (var.detach() * (count / (count - 1))).to(self.running_var.dtype)

@@ -54,8 +54,9 @@ def spectral_norm(
 
     The same numbers and state_dict as torch.nn.utils.parametrizations.spectral_norm (``parametrizations.<name>.original``,
     ``.0._u``, ``.0._v``), so checkpoints load either way. u and v move in training mode alone, at every access of the weight
-    (use torch.nn.utils.parametrize.cached where it is accessed more than once a step). ``module`` is changed in place and
-    returned.
+    (use torch.nn.utils.parametrize.cached where it is accessed more than once a step). They are a function of the weights and
+    of where they began, so equal on all ranks of which DistributedDataParallel makes both equal. ``module`` is changed in place
+    and returned.
 
     Args:
         module: anything with a parameter ``name``.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import genfast
@@ -162,32 +159,6 @@ def test_actnorm_of_a_constant_channel_stays_finite():
     assert bool(logdet.isfinite().all())
     with pytest.raises(ValueError, match="first training batch must not be empty"):
         gnn.ActNorm(2)(torch.zeros(0, 2, 3, 3))
-
-
-def _one_rank(rank, port, path):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 + 1
-    norm = gnn.ActNorm(3)
-    norm(x[:2] if rank == 0 else x[2:])
-    torch.save((norm.log_scale.detach(), norm.bias.detach()), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_actnorm_is_equal_on_all_ranks(tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_one_rank, args=(port, str(tmp_path)), nprocs=2)
-    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 + 1
-    norm = gnn.ActNorm(3)
-    norm(x)
-    for rank in range(2):
-        log_scale, bias = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(log_scale, norm.log_scale.detach())
-        torch.testing.assert_close(bias, norm.bias.detach())
 
 
 @pytest.mark.parametrize(
