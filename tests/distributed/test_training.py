@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import math
 
 import pytest
 import torch
 
-from genfast import checkpoints, data, distributed, models, training
+from genfast import checkpoints, cli, data, distributed, models, training
 
 DIGITS = data.load("digits")
 MODELS = {
@@ -21,6 +24,8 @@ MODELS = {
     "pixelcnnpp": {"filters": 4, "blocks": 1, "mixtures": 2, "dropout": 0.0},
     "wavenet": {"layers": 2, "residual": 4, "skip": 4, "stacks": 1},
 }  # fmt: skip
+SHARDED = ("glow", "glow reversible", "maf", "made", "gated_pixelcnn", "wavenet")
+CASES = [(label, "ddp") for label in MODELS] + [(label, "fsdp") for label in SHARDED]
 SINGLE = ("gated_pixelcnn", "pixelcnnpp")  # their inputs are scaled in float32
 UNEVEN = 15
 
@@ -31,7 +36,7 @@ def trainer(label, strategy="ddp", seed=0, **options):
     torch.manual_seed(0)
     model = models.build(name, **shape, **MODELS[label])
     model = model if label in SINGLE else model.double()
-    return training.Trainer(model, view, batch_size=UNEVEN, clip=0.5, seed=seed, parallel=strategy, **options)
+    return training.Trainer(model, view, batch_size=UNEVEN, clip=0.02, seed=seed, parallel=strategy, **options)
 
 
 def full(tensors):
@@ -48,7 +53,7 @@ def run(label, strategy="ddp"):
     """What three steps of a model lead to."""
     made = trainer(label, strategy)
     found = {"losses": [made.step() for _ in range(3)]}
-    found["gradients"] = full({k: p.grad for k, p in made.model.named_parameters()})
+    found["gradients"] = full({k: p.grad for k, p in made.model.named_parameters() if p.grad is not None})
     found["weights"] = full(made.model.state_dict())
     found["evaluated"] = [made.evaluate(37), made.evaluate(1)]  # of one image the second rank has none
     model = distributed.whole(made.model.eval())
@@ -57,7 +62,7 @@ def run(label, strategy="ddp"):
 
 
 def runs():
-    return {(label, strategy): run(label, strategy) for label in MODELS for strategy in distributed.STRATEGIES}
+    return {case: run(*case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +79,17 @@ def apart(a, b):
     return max(found)
 
 
-@pytest.mark.parametrize("strategy", distributed.STRATEGIES)
-@pytest.mark.parametrize("label", MODELS)
+@pytest.mark.parametrize(("label", "strategy"), CASES)
 def test_two_processes_take_the_steps_of_one(both, label, strategy):
     first, second, one = both[0][label, strategy], both[1][label, strategy], both[2][label]
     categorical = issubclass(models.NAMES[label.split()[0]], models.AutoregressiveModel)
     close = 1e-5 if label in SINGLE else 1e-6 if categorical else 1e-12  # logits go to float32 in the likelihood
     assert first["losses"] == second["losses"]
     assert first["losses"] == pytest.approx(one["losses"], rel=close)
-    assert math.hypot(*(float(g.norm()) for g in one["gradients"].values())) == pytest.approx(0.5, rel=1e-4)  # clipped
-    assert apart(first["gradients"], one["gradients"]) < 10 * close
-    assert apart(first["weights"], one["weights"]) < 10 * close
+    assert math.hypot(*(float(g.norm()) for g in one["gradients"].values())) == pytest.approx(0.02, rel=1e-3)  # clipped
+    loose = max(10 * close, 1e-9)  # Adam divides gradients of 1e-17 by 1e-8
+    assert apart(first["gradients"], one["gradients"]) < loose
+    assert apart(first["weights"], one["weights"]) < loose
     assert apart(first["weights"], second["weights"]) == 0
     assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=10 * close)
     for mine, theirs, alone in zip(first["samples"], second["samples"], one["samples"]):
@@ -119,16 +124,17 @@ def legs(folder):
     found = {}
     for strategy in distributed.STRATEGIES:
         go_on(folder / f"2 {strategy} to 1", strategy, 3, False)
-        found["1 to 2", strategy] = go_on(folder / "1 to 2", strategy, 6, True)
-        for other in distributed.STRATEGIES:
-            go_on(folder / f"2 {strategy} to 2 {other}", strategy, 3, False)
-            found[strategy, other] = go_on(folder / f"2 {strategy} to 2 {other}", other, 6, True)
+        found["1 to 2", strategy] = go_on(folder / f"1 to 2 {strategy}", strategy, 6, True)
+    for strategy, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        go_on(folder / f"2 {strategy} to 2", strategy, 3, False)
+        found[strategy, other] = go_on(folder / f"2 {strategy} to 2", other, 6, True)
     return found
 
 
 def test_a_run_resumes_on_another_number_of_processes(ranks, tmp_path):
     losses, weights = go_on(tmp_path / "whole", "ddp", 6, False)
-    go_on(tmp_path / "1 to 2", "ddp", 3, False)
+    for strategy in distributed.STRATEGIES:
+        go_on(tmp_path / f"1 to 2 {strategy}", "ddp", 3, False)
     go_on(tmp_path / "1 to 1", "ddp", 3, False)
     again, same = go_on(tmp_path / "1 to 1", "ddp", 6, True)
     assert again == losses
@@ -136,7 +142,7 @@ def test_a_run_resumes_on_another_number_of_processes(ranks, tmp_path):
     continued = dict(ranks.run(legs, tmp_path)[0])
     for strategy in distributed.STRATEGIES:
         continued[strategy, "2 to 1"] = go_on(tmp_path / f"2 {strategy} to 1", "ddp", 6, True)
-    assert len(continued) == 8
+    assert len(continued) == 6
     for curve, ended in continued.values():
         assert curve == pytest.approx(losses, rel=1e-12)
         assert apart(ended, weights) < 1e-9  # Adam divides gradients of 1e-17 by 1e-8
@@ -170,3 +176,57 @@ def test_what_a_killed_run_left_is_cleaned(tmp_path):
     (tmp_path / ".checkpoint-1.partial").mkdir()
     go_on(tmp_path, "ddp", 1, False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+
+
+# ---- the command line ----
+
+
+def commands(folder):
+    """Trains and samples as ``torchrun`` would have the two processes do; what is printed on this one."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = [
+            cli.main(["train", "glow", "--out", str(folder / "two"), *SMALL, "--parallel", "fsdp"]),
+            cli.main(["train", "glow", "--out", str(folder / "two"), *SMALL]),
+            cli.main(["train", "glow", "--out", str(folder / "none"), *SMALL, "--batch-size", "1"]),
+            *(cli.main(drawing(folder, name, "two")) for name in DRAWN),
+            cli.main(drawing(folder, "cgan", "two") + ["--label", "70"]),
+        ]
+    return status, said.getvalue()
+
+
+SMALL = ["--steps", "2", "--hidden", "4", "--flow-steps", "1", "--batch-size", "5"]
+DRAWN = {"glow": 5, "cgan": 13, "vae": 3, "gated_pixelcnn": 1}
+SHAPES = {
+    "glow": {"shape": (1, 8, 8), "levels": 1, "steps": 1, "hidden": 4},
+    "cgan": {"shape": (1, 8, 8), "classes": 10, "hidden": 8},
+    "vae": {"shape": (1, 8, 8), "levels": 17, "hidden": 8, "base": 2},
+    "gated_pixelcnn": {"channels": 4, "layers": 2, "kernel_size": 3, "levels": 17, "shape": (1, 8, 8)},
+}
+
+
+def drawing(folder, name, which):
+    checkpoint, out = folder / name, folder / f"{name} {which}.png"
+    return ["sample", "--checkpoint", str(checkpoint), "--out", str(out), "-n", str(DRAWN[name])]
+
+
+def test_the_commands_share_their_work(ranks, tmp_path, capsys):
+    for name, config in SHAPES.items():
+        torch.manual_seed(0)
+        checkpoints.save(tmp_path / name, name, models.build(name, **config), {"step": 0}, DIGITS.bins)
+        assert cli.main(drawing(tmp_path, name, "one")) == 0
+    assert cli.main(["train", "glow", "--out", str(tmp_path / "one"), *SMALL]) == 0
+    (status, first), (same, second) = ranks.run(commands, tmp_path)
+    assert status == same == [0, 2, 2, 0, 0, 0, 0, 2]
+    assert "2 steps, " in first
+    assert first.count("holds a run already") == second.count("holds a run already") == 1
+    assert "batch_size=1 on 2 ranks, expected at least one item for each" in first
+    assert "labels outside [0, 10)" in second
+    assert second.count("\n") == 3  # the errors alone
+    one, two = (json.loads((tmp_path / which / "metrics.json").read_text()) for which in ("one", "two"))
+    assert two["parameters"] == one["parameters"]
+    for figure in ("train_bits_per_dim", "test_bits_per_dim"):
+        assert two[figure] == pytest.approx(one[figure], rel=1e-5)
+    assert (tmp_path / "two" / "loss.png").exists()
+    for name in DRAWN:
+        assert (tmp_path / f"{name} one.png").read_bytes() == (tmp_path / f"{name} two.png").read_bytes(), name
