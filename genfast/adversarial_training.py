@@ -132,7 +132,7 @@ class AdversarialTrainer:
         return drawn
 
     def _critic_loss(
-        self, real: Tensor, fake: Tensor, context: tuple[Tensor, ...], kinds: tuple[str, ...], drawn: list[dict[str, Tensor]],
+        self, real: Tensor, fake: Tensor, context: tuple[Tensor, ...], kinds: tuple[str, ...], drawn: list[dict[str, Any]],
         alone: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Of this rank's samples: (what it descends, its share of the penalty); ``alone``: penalties without the loss."""
@@ -299,8 +299,9 @@ class AdversarialTrainer:
 
 def kept_recipe(checkpoint: Path) -> Recipe:
     """The recipe that a checkpoint was trained with."""
-    fields = checkpoints.notes(checkpoint)["recipe"]
-    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    fields: dict[str, Any] = checkpoints.notes(checkpoint)["recipe"]
+    fields |= {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    return Recipe(**fields)
 
 
 # ---- pictures ----

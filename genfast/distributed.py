@@ -12,7 +12,8 @@ Activation norms are set from the whole first batch.
 
 What is not. Dropout inside networks draws other numbers on each rank (:func:`seed`), so a run repeats on the same number of
 ranks and not on another. Layers and losses with statistics of a batch (torch's batch normalisation, minibatch deviation and
-discrimination, relativistic averages, discrepancies) see the rank's portion. Memory pools and caches belong to one process each.
+discrimination, relativistic averages, discrepancies) see the rank's portion. Memory pools and caches belong to one process
+each.
 
 Without torchrun there is one rank, 0, and nothing here communicates; a process group that the user's code has made serves as
 well. :func:`parallel` wraps what has its loss inside its ``forward``, an :class:`Objective`: DistributedDataParallel and FSDP2

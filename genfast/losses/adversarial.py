@@ -239,7 +239,7 @@ def relativistic_average_critic(real: Tensor, fake: Tensor) -> Tensor:
 def relativistic_average_generator(fake: Tensor, real: Tensor) -> Tensor:
     """E softplus(E D(x) - D(G(z))) + E softplus(D(x) - E D(G(z))) (Jolicoeur-Martineau, arXiv:1807.00734, section 4).
 
-    fake, real: logits (N,) or (N, 1).
+    fake, real: logits (N,) or (N, 1); over several processes the means are those of this rank's.
 
     Example:
         >>> import torch, genfast
