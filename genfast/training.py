@@ -287,8 +287,8 @@ def loop(
     start = time.monotonic()
     hidden = not (distributed.first() and sys.stderr.isatty())
     bar = tqdm(total=steps, initial=done(), unit="step", disable=hidden, desc=title)
-    try:
-        with _interruption() as pressed:
+    with _interruption() as pressed:
+        try:
             while steps is None or done() < steps:
                 late = minutes is not None and time.monotonic() - start >= 60 * minutes
                 stop, end = distributed.total(pressed(), late)
@@ -302,14 +302,14 @@ def loop(
                     save()
                 if every is not None:
                     every()
-    except KeyboardInterrupt:
+        except KeyboardInterrupt:
+            save()
+            if distributed.first():
+                print(f"stopped at step {done()}; checkpoint kept in {out}", file=sys.stderr)
+            raise
+        finally:
+            bar.close()
         save()
-        if distributed.first():
-            print(f"stopped at step {done()}; checkpoint kept in {out}", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-    save()
     return time.monotonic() - start
 
 

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
+from . import _changes
 from .lowering import LoweringError
 
 ALIGNED = 16  # elements: rows of weights begin at whole vectors
@@ -130,7 +131,8 @@ class DegreeProgram:
 
     :meth:`build` lowers a list of layers; :meth:`update` takes the same network with other weights, contexts and gates, and
     lowers it anew only where a mask or a shape has changed. Weights are packed at a call and, where no gradient is asked for,
-    kept until one of them has changed (another tensor, another storage, or PyTorch's count of in-place changes).
+    kept until one of them has changed: another tensor, another storage, PyTorch's count of changes in place, or any optimiser's
+    step. An edit through ``.data`` in place goes unseen; write ``with torch.no_grad(): weight.copy_(...)``.
 
     Example:
         >>> import torch, genfast
@@ -143,7 +145,7 @@ class DegreeProgram:
     def __init__(self, layers: Sequence[Layer], structure: _Structure) -> None:
         self.layers = list(layers)
         self._structure = structure
-        self._packed: list[tuple[list[tuple[Tensor, int, int]], Tensor]] = []  # shared with what update returns
+        self._packed: list[tuple[int, list[tuple[Tensor, tuple[int, int]]], Tensor]] = []  # shared with what update returns
 
     @classmethod
     def build(cls, layers: Sequence[Layer], levels: Sequence[int] | Tensor | None = None) -> DegreeProgram:
@@ -215,14 +217,15 @@ class DegreeProgram:
             or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         ):
             return self._pack(tensors, dtype)
-        for key, kept in self._packed:
-            if kept.dtype == dtype and len(key) == len(tensors) and all(
-                t is k and t._version == version and t.data_ptr() == place for t, (k, version, place) in zip(tensors, key)
-            ):  # fmt: skip
+        steps = _changes.steps()
+        for since, key, kept in self._packed:
+            if since != steps or kept.dtype != dtype or len(key) != len(tensors):
+                continue
+            if all(t is k and _changes.mark(t) == mark for t, (k, mark) in zip(tensors, key)):
                 return kept
         with torch.inference_mode(False), torch.no_grad():
             packed = self._pack(tensors, dtype)
-        self._packed[:] = [([(t, t._version, t.data_ptr()) for t in tensors], packed)]
+        self._packed[:] = [(steps, [(t, _changes.mark(t)) for t in tensors], packed)]
         return packed
 
     def _pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import _backend, _pool
 from ..reference.autoregressive import naive_sample
+from . import _changes
 from .lowering import LoweringError, lower
 from .program import Program
 
@@ -32,8 +33,9 @@ class Sampler:
     """Draws integer images from a network of :mod:`genfast.nn` layers.
 
     The network is lowered once to a pixel program (:meth:`prepare`; ``print`` shows it); weights are folded and packed
-    again whenever a parameter has changed. Given the same uniform numbers, "cached" draws the same images as "naive" (up to
-    rounding: a draw that lands within about 1e-7 of the border between two levels may fall on either).
+    again whenever a parameter has changed or an optimiser has made a step (an edit through ``.data`` in place goes unseen).
+    Given the same uniform numbers, "cached" draws the same images as "naive" (up to rounding: a draw that lands within about
+    1e-7 of the border between two levels may fall on either).
 
     Args:
         network: integer images (N, C, H, W), sequences (N, C, L) or videos (N, C, T, H, W) to logits (N, levels * C, ...),
@@ -71,7 +73,7 @@ class Sampler:
     def _state(self) -> tuple[Any, ...]:
         """Changes whenever a weight does."""
         tensors: Iterable[Tensor] = [*self.network.parameters(), *self.network.buffers()]
-        return tuple((t.data_ptr(), t._version) for t in tensors)
+        return (_changes.steps(), *(_changes.mark(t) for t in tensors))
 
     def prepare(self, shape: Sequence[int], *, has_context: bool = False) -> Program:
         """The pixel program for images of ``shape`` (C, H, W) or sequences (C, L), lowered anew only if a weight has changed.

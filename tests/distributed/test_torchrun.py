@@ -20,9 +20,14 @@ MINUTE = 60  # far more than any of this takes
 def launch(*words):
     # A shell that runs these tests in the background has them ignore the signal, and a child would inherit that.
     return subprocess.Popen(
-        [*LAUNCH, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+        [*LAUNCH, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def goes_on(folder, steps):
@@ -39,7 +44,7 @@ def test_interrupting_all_keeps_one_whole_checkpoint(tmp_path):
     deadline = time.monotonic() + 2 * MINUTE
     while not list(tmp_path.glob("run/checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: torchrun hears it, and tells the processes, which hear it too
     _, errors = process.communicate(timeout=MINUTE)
     assert process.returncode != 0
     assert errors.count("checkpoint kept in") == 1
