@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 ROOT = Path(__file__).resolve().parents[2]
 AIR = 1 << 44  # where fake addresses begin: no size and no host address is that large and a multiple of 256
@@ -85,6 +86,7 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.values: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,24 +95,46 @@ class _Mode(TorchDispatchMode):
         fakes = [t for t in tensors if isinstance(t, FakeTensor)]
         device = kwargs.get("device")
         device = None if device is None else torch.device(device)
+        if device is not None and device.type in ("cuda", "meta"):  # the borrowed guard calls the current device "meta"
+            device = torch.device("cuda", self.gpu._current if device.type == "meta" else self.gpu._index(device))
+            kwargs = {**kwargs, "device": device}
         if not fakes and (device is None or device.type != "cuda"):
             return func(*args, **kwargs)
-        if device is not None and device.type == "cuda":
-            kwargs = {**kwargs, "device": torch.device("cuda", self.gpu._index(device))}
+        values = self._values(func, tensors, args, kwargs)
         if fakes:
             answer = self._watch(func, args, device, tensors, fakes)
             if answer is not None:
-                return answer
+                return answer if values is None else values.item() if not isinstance(answer, Tensor) else values
         elif tensors and tensors[0].numel() and func is aten._to_copy.default:
             self.gpu.copied("host to device")
         with self.fake:
             args, kwargs = tree_map_only(Tensor, self._converted, (args, kwargs))
             result = func(*args, **kwargs)
         assert all(isinstance(t, FakeTensor) for t in tree_leaves(result) if isinstance(t, Tensor)), func
+        if values is not None and isinstance(result, Tensor):
+            self.values[result] = values
         return result
 
     def _converted(self, t: Tensor) -> Tensor:
         return t if isinstance(t, FakeTensor) else self.fake.from_tensor(t)
+
+    def _values(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Tensor | None:
+        """What whole numbers that came from the host have become: what is built of tables depends on what is in them."""
+        if func._schema.is_mutable:
+            for t in tensors:
+                self.values.pop(t, None)
+            return None
+        if not tensors or any(t.is_floating_point() or isinstance(t, FakeTensor) and t not in self.values for t in tensors):
+            return None
+        args, kwargs = tree_map_only(FakeTensor, self.values.__getitem__, (args, kwargs))
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        found = func(*args, **kwargs)
+        return torch.tensor(found) if isinstance(found, (bool, int)) else found if isinstance(found, Tensor) else None
+
+    def tolist(self, t: Tensor) -> Any:
+        self.gpu.problem("waits for the device: tolist")
+        return self.values[t].tolist() if t in self.values else torch.ones(t.shape, dtype=t.dtype).tolist()
 
     def _watch(self, func: Any, args: Any, device: torch.device | None, tensors: list[Tensor], fakes: list[Tensor]) -> Any:
         name = func.overloadpacket
@@ -461,11 +485,21 @@ class FakeCuda:
             module = importlib.import_module(f"genfast.{name}")
             if module._CUDA is not None:
                 patch(module, "_CUDA", _Module(self, module._CUDA))
-        stack.enter_context(_Mode(self))
+        mode = _Mode(self)
+        patch(FakeTensor, "tolist", lambda t: mode.tolist(t))
+        # Checks that pass over a tracer's tensors are made.
+        for name in ("ops.discretized_logistic_mixture", "ops.autoregressive_inverse", "sampling.degree_ordered"):
+            module = importlib.import_module(f"genfast.{name}")
+            stack.enter_context(mock.patch.object(module, "type", _plain_type, create=True))
+        stack.enter_context(mode)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
+
+
+def _plain_type(value: Any) -> type:
+    return Tensor if isinstance(value, FakeTensor) else type(value)
 
 
 @functools.cache
@@ -505,11 +539,12 @@ def on_gpu(a: Any, dtype: torch.dtype, differentiated: bool, device: str = "cuda
     return a.detach().to(device).requires_grad_(differentiated and a.is_floating_point())
 
 
-def repeated(gpu: FakeCuda, call: str, function: Callable[[], Any]) -> None:
-    """``function`` three times: at first, when it is to have all its tables, and within a capture."""
+def repeated(gpu: FakeCuda, call: str, function: Callable[[], Any], once: bool = False) -> None:
+    """``function`` three times: at first, when it is to have all its tables, and within a capture; ``once``: as at first."""
     gpu.call = call
+    passes = ((False, False), (True, False), (True, True))
     try:
-        for gpu.settled, gpu.capturing in ((False, False), (True, False), (True, True)):
+        for gpu.settled, gpu.capturing in passes[:1] if once else passes:
             function()
     except Exception as error:
         frame = next(
@@ -521,7 +556,9 @@ def repeated(gpu: FakeCuda, call: str, function: Callable[[], Any]) -> None:
         gpu.settled = gpu.capturing = False
 
 
-def check_sample(gpu: FakeCuda, op: Any, sample: Any, dtype: torch.dtype, backend: str, device: str = "cuda") -> None:
+def check_sample(
+    gpu: FakeCuda, op: Any, sample: Any, dtype: torch.dtype, backend: str, device: str = "cuda", once: bool = False
+) -> None:
     """One op on one sample, forward and backward through the registry."""
     import genfast
 
@@ -540,7 +577,7 @@ def check_sample(gpu: FakeCuda, op: Any, sample: Any, dtype: torch.dtype, backen
             result = op(*args)
             backward(result, args)
 
-    repeated(gpu, f"{op.name} [{sample.label}] {str(dtype)[6:]} {backend} {device}", run)
+    repeated(gpu, f"{op.name} [{sample.label}] {str(dtype)[6:]} {backend} {device}", run, once)
 
 
 def backward(result: Any, args: Any) -> None:
@@ -554,8 +591,9 @@ def backward(result: Any, args: Any) -> None:
                 raise AssertionError(f"a gradient is {g.dtype} {tuple(g.shape)} on {g.device}, of {t.dtype} {tuple(t.shape)}")
 
 
-def check_ops(gpu: FakeCuda, progress: Callable[[str], None] | None = None) -> None:
-    """Every op with samples, on every backend and dtype that serve CUDA tensors, and once on a device that is not current."""
+def check_ops(gpu: FakeCuda, progress: Callable[[str], None] | None = None, every: bool = False) -> None:
+    """Every op with samples, on every backend that serves CUDA tensors; one sample in bfloat16, or with ``every`` all of them
+    in every dtype; and one on a device that is not current."""
     from genfast._registry import OPS
 
     for op in OPS.values():
@@ -563,21 +601,27 @@ def check_ops(gpu: FakeCuda, progress: Callable[[str], None] | None = None) -> N
             continue
         if progress is not None:
             progress(op.name)
-        for sample in op.samples(torch.Generator().manual_seed(0)):
+        for number, sample in enumerate(op.samples(torch.Generator().manual_seed(0))):
             for backend in ("triton", "cuda"):
                 if backend not in op.kernels:
                     continue
-                for dtype in op.dtypes[backend]:
-                    check_sample(gpu, op, sample, dtype, backend)
-                check_sample(gpu, op, sample, torch.float32, backend, "cuda:1")
+                check_sample(gpu, op, sample, torch.float32, backend)
+                for dtype in op.dtypes[backend][1:] if every else op.dtypes[backend][1:2] if not number else ():
+                    check_sample(gpu, op, sample, dtype, backend, once=True)
+                if not number or every:
+                    check_sample(gpu, op, sample, torch.float32, backend, "cuda:1", once=True)
+
+
+def run_all(progress: Callable[[str], None] | None = None, every: bool = False) -> FakeCuda:
+    """Everything, with what was found and launched."""
+    with FakeCuda() as gpu:
+        check_ops(gpu, progress, every)
+    return gpu
 
 
 def check_all(progress: Callable[[str], None] | None = None) -> list[Problem]:
     """Everything; ``progress`` is told the name of what is checked next."""
-    with FakeCuda() as gpu:
-        check_ops(gpu, progress)
-    check_all.launches = gpu.launches  # type: ignore[attr-defined]
-    return gpu.problems
+    return run_all(progress).problems
 
 
 def specialisations(launches: Sequence[Launch]) -> list[Launch]:
@@ -603,13 +647,17 @@ def compile_one(launch: Launch) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.fake_cuda")
     parser.add_argument("--compile", action="store_true", help="compile each specialisation for sm_90")
+    parser.add_argument("--every", action="store_true", help="every sample in every dtype, also on the second GPU")
     arguments = parser.parse_args()
-    problems = check_all(lambda name: print(name, file=sys.stderr))
-    for problem in problems:
+    gpu = run_all(lambda name: print(name, file=sys.stderr), every=arguments.every)
+    for problem in gpu.problems:
         print(problem)
-    found = specialisations(check_all.launches)
-    print(f"{len(check_all.launches)} launches of {len(found)} specialisations, {len(problems)} problems")
-    failed = len(problems)
+    found = specialisations(gpu.launches)
+    print(
+        f"{len(gpu.launches)} Triton launches of {len(found)} specialisations, {len(gpu.engines)} of CUDA C++, "
+        f"{len(gpu.problems)} problems"
+    )
+    failed = len(gpu.problems)
     if arguments.compile:
         for launch, number in zip(found, itertools.count(1)):
             error = compile_one(launch)
