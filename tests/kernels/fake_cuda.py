@@ -34,6 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from genfast._registry import OPS, autograd_works
+from genfast.nn import reversible
+
 ROOT = Path(__file__).resolve().parents[2]
 AIR = 1 << 44  # where fake addresses begin: no size and no host address is that large and a multiple of 256
 META, CUDA = 14, 1  # of c10::DeviceType
@@ -79,6 +82,9 @@ def _site() -> str:
 # ---- PyTorch's side: operations by shape alone ----
 
 
+_COMPOSITE = {"reversible": reversible._forward, "reversible_backward": reversible._backward_kernel}
+
+
 class _Mode(TorchDispatchMode):
     """Host tensors are real, CUDA tensors are fake."""
 
@@ -87,6 +93,7 @@ class _Mode(TorchDispatchMode):
         self.gpu = gpu
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.values: Any = WeakIdKeyDictionary()
+        self.pinned: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -95,11 +102,22 @@ class _Mode(TorchDispatchMode):
         fakes = [t for t in tensors if isinstance(t, FakeTensor)]
         device = kwargs.get("device")
         device = None if device is None else torch.device(device)
-        if device is not None and device.type in ("cuda", "meta"):  # the borrowed guard calls the current device "meta"
+        # The borrowed guard calls the current device "meta".
+        if device is not None and (device.type == "cuda" or device.type == "meta" and func is aten._to_copy.default):
             device = torch.device("cuda", self.gpu._current if device.type == "meta" else self.gpu._index(device))
             kwargs = {**kwargs, "device": device}
         if not fakes and (device is None or device.type != "cuda"):
-            return func(*args, **kwargs)
+            pinned = kwargs.pop("pin_memory", None)
+            result = func(*args, **kwargs)
+            if pinned:
+                self.pinned[result] = True
+            return result
+        if func.namespace == "genfast" and fakes:  # as the dispatcher would for real tensors
+            with self:
+                if func._opname not in _COMPOSITE:
+                    return OPS[func._opname]._entry("cuda")(*args)
+                with autograd_works():
+                    return _COMPOSITE[func._opname](*args)
         values = self._values(func, tensors, args, kwargs)
         if fakes:
             answer = self._watch(func, args, device, tensors, fakes)
@@ -148,6 +166,8 @@ class _Mode(TorchDispatchMode):
         if name is aten._to_copy and device is not None and device.type == "cpu":
             self.gpu.problem("waits for the device: a copy to the host")
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        if name is aten.copy_ and any(t in self.pinned for t in args[:2]) and (len(args) > 2 and args[2]):
+            return args[0]
         if name is aten.copy_ and len(fakes) == 1 and args[0].numel():
             self.gpu.copied("host to device") if args[0] is fakes[0] else self.gpu.problem("waits for the device: copy_")
         if name in (aten.index, aten.index_put, aten.index_put_) and any(t is not None and t.is_cpu for t in args[1]):
@@ -175,6 +195,9 @@ def _run_backward(
 
     def give(node: Any, place: int, grad: Tensor | None) -> None:
         if grad is not None:
+            meta = node._input_metadata[place]
+            grad = grad if grad.shape == meta.shape else grad.sum_to_size(meta.shape)
+            grad = grad if grad.dtype == meta.dtype else grad.to(meta.dtype)
             at = found.setdefault(node, {})
             at[place] = at[place] + grad if place in at else grad
 
@@ -261,6 +284,14 @@ class _Stream(NamedTuple):
         """Nothing runs, so nothing is waited for."""
 
 
+class _Event:
+    def record(self, stream: Any = None) -> None:
+        """Nothing runs, so all has been done."""
+
+    def query(self) -> bool:
+        return True
+
+
 class _Properties:
     name = "NVIDIA H200 (fake)"
     major, minor = 9, 0
@@ -331,6 +362,12 @@ class FakeCuda:
         """A copy from pageable memory waits, and a capture refuses it; tables of a first call are made once."""
         if self.settled:
             self.problem(f"copies {what} in each call")
+
+    def failed(self, call: str, error: Exception) -> None:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(ROOT)]
+        where = f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+        said = str(error).splitlines()[0] if str(error) else ""
+        self.problems.append(Problem(call, f"{type(error).__name__}: {said}", where))
 
     # ---- addresses ----
 
@@ -474,7 +511,7 @@ class FakeCuda:
         patch(_registry, "_len_torch_dispatch_stack", lambda: 0)
         patch(_registry, "_PLAIN", (*_registry._PLAIN, FakeTensor))
         for name, value in {
-            "device": self.device, "stream": self.stream, "Stream": self.new_stream, "current_stream": self.current_stream,
+            "device": self.device, "stream": self.stream, "Stream": self.new_stream, "Event": _Event, "current_stream": self.current_stream,
             "current_device": lambda: gpu._current, "device_count": lambda: gpu.devices, "is_available": lambda: True,
             "is_initialized": lambda: False, "synchronize": self._wait, "get_device_properties": self._property,
             "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: _Properties.name,
@@ -547,11 +584,7 @@ def repeated(gpu: FakeCuda, call: str, function: Callable[[], Any], once: bool =
         for gpu.settled, gpu.capturing in passes[:1] if once else passes:
             function()
     except Exception as error:
-        frame = next(
-            (f for f in reversed(traceback.extract_tb(error.__traceback__)) if Path(f.filename).is_relative_to(ROOT)), None
-        )
-        where = f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno}: {frame.line}" if frame else ""
-        gpu.problems.append(Problem(call, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", where))
+        gpu.failed(call, error)
     finally:
         gpu.settled = gpu.capturing = False
 
@@ -594,8 +627,6 @@ def backward(result: Any, args: Any) -> None:
 def check_ops(gpu: FakeCuda, progress: Callable[[str], None] | None = None, every: bool = False) -> None:
     """Every op with samples, on every backend that serves CUDA tensors; one sample in bfloat16, or with ``every`` all of them
     in every dtype; and one on a device that is not current."""
-    from genfast._registry import OPS
-
     for op in OPS.values():
         if op.samples is None:
             continue
@@ -612,10 +643,28 @@ def check_ops(gpu: FakeCuda, progress: Callable[[str], None] | None = None, ever
                     check_sample(gpu, op, sample, torch.float32, backend, "cuda:1", once=True)
 
 
+def check_cases(gpu: FakeCuda, progress: Callable[[str], None] | None = None) -> None:
+    """Layers, functions and whole steps of training and sampling, as they are called."""
+    from .capture_cases import CASES
+
+    for name, build in CASES.items():
+        if progress is not None:
+            progress(name)
+        torch.manual_seed(0)
+        gpu.call = name
+        try:
+            case = build("cuda")
+        except Exception as error:
+            gpu.failed(name, error)
+            continue
+        repeated(gpu, name, lambda case=case: case.run(*(t.clone() for t in case.inputs)))
+
+
 def run_all(progress: Callable[[str], None] | None = None, every: bool = False) -> FakeCuda:
     """Everything, with what was found and launched."""
     with FakeCuda() as gpu:
         check_ops(gpu, progress, every)
+        check_cases(gpu, progress)
     return gpu
 
 
