@@ -122,6 +122,11 @@ def _style(device: Any) -> Case:
     return Case(_differentiated(lambda x: both(x), []), [torch.rand(1, 3, 32, 32).to(device)], [])
 
 
+def _gram_loss(device: Any) -> Case:
+    loss = gnn.GramLoss.of_features([_x(1, 4, 4, 4), _x(1, 6, 3, 3)])
+    return _case(device, lambda *features: loss(list(features)), _x(2, 4, 8, 8), _x(2, 6, 5, 5), modules=[loss])
+
+
 def _x(*shape: int) -> Tensor:
     return torch.randn(shape)
 
@@ -141,6 +146,10 @@ CASES: dict[str, Callable[[Any], Case]] = {
     ),
     "FlowSequential": lambda d: _both(d, gnn.FlowSequential(gnn.ActNorm(4), gnn.InvertibleConv1x1(4)), _x(3, 4, 5, 5)),
     "BatchNormFlow": lambda d: _case(d, gnn.BatchNormFlow(5), _x(7, 5)),
+    "InvertibleConv1x1": lambda d: _both(d, gnn.InvertibleConv1x1(6), _x(3, 6, 5, 5)),
+    "Inverse": lambda d: _both(
+        d, gnn.Inverse(gnn.MaskedAutoregressive(gnn.MADE(5, (16, 16), outputs=2), normalising=False)), _x(7, 5)
+    ),
     "LULinear": lambda d: _both(d, gnn.LULinear(5), _x(7, 5)),
     "Householder": lambda d: _both(d, gnn.Householder(5), _x(7, 5)),
     "Permutation": lambda d: _both(d, gnn.Permutation(5), _x(7, 5)),
@@ -158,8 +167,9 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "MaskedConv1d": lambda d: _case(d, gnn.MaskedConv1d(4, 6, 3, dilation=2), _x(3, 4, 9)),
     "MaskedConv2d": lambda d: _case(d, gnn.MaskedConv2d(6, 9, 5, data_channels=3, mask_type="A"), _x(3, 6, 8, 8)),
     "MaskedConv3d": lambda d: _case(d, gnn.MaskedConv3d(2, 4, 3), _x(2, 2, 4, 5, 6)),
-    "MaskedConv2d, weight norm": lambda d: _case(d, gnn.weight_norm(gnn.MaskedConv2d(4, 6, 3)), _x(3, 4, 8, 8)),
+    "weight_norm": lambda d: _case(d, gnn.weight_norm(gnn.MaskedConv2d(4, 6, 3)), _x(3, 4, 8, 8)),
     "GatedMaskedConv2d": lambda d: _case(d, gnn.GatedMaskedConv2d(8, 8, 3), _x(2, 8, 6, 6), _x(2, 8, 6, 6)),
+    "GatedActivation": lambda d: _case(d, gnn.GatedActivation(), _x(2, 8, 6, 6), _x(2, 8)),
     "RowLSTM": lambda d: _case(d, gnn.RowLSTM(6, 9, data_channels=3), _x(2, 6, 5, 5)),
     "DiagonalBiLSTM": lambda d: _case(d, gnn.DiagonalBiLSTM(6, 9, data_channels=3), _x(2, 6, 5, 5)),
     "NADE": lambda d: _case(d, gnn.NADE(8, 32), _levels(2, 5, 8).float()),
@@ -169,11 +179,13 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "MinibatchStddev": lambda d: _case(d, gnn.MinibatchStddev(), _x(8, 16, 4, 4)),
     "MinibatchDiscrimination": lambda d: _case(d, gnn.MinibatchDiscrimination(32, 10, 5), _x(4, 32)),
     "ModulatedConv2d": lambda d: _case(d, gnn.ModulatedConv2d(8, 4, 3, style_dim=16, up=2), _x(2, 8, 8, 8), _x(2, 16)),
+    "Upfirdn2d": lambda d: _case(d, gnn.Upfirdn2d([1, 3, 3, 1], up=2, padding=(2, 1, 2, 1), gain=4), _x(2, 3, 8, 8)),
     "Upsample2d": lambda d: _case(d, gnn.Upsample2d(), _x(2, 3, 8, 8)),
     "Downsample2d": lambda d: _case(d, gnn.Downsample2d(), _x(2, 3, 8, 8)),
     "spectral_norm": lambda d: _case(d, gnn.spectral_norm(nn.Conv2d(3, 8, 3)), _x(2, 3, 8, 8)),
     "ContextualLoss": lambda d: _case(d, gnn.ContextualLoss("cocosnet", bandwidth=0.2), _x(2, 16, 8, 8), _x(2, 16, 8, 8)),
     "GramMatrix": lambda d: _case(d, gnn.GramMatrix(), _x(2, 8, 4, 4)),
+    "GramLoss": lambda d: _gram_loss(d),
     # functions whose public form does more than the op
     "affine_coupling, a number as alpha": lambda d: _case(
         d, lambda x, p: ops.affine_coupling(x, p, scale="tanh", alpha=0.7), _x(3, 4, 5, 5), _x(3, 4, 5, 5)

@@ -13,6 +13,7 @@ tensors', a grid or an argument that CUDA does not take.
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import ctypes
 import functools
@@ -96,6 +97,8 @@ class _Mode(TorchDispatchMode):
         self.pinned: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # three calls of four
+            return args[0].fake_device
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
@@ -129,14 +132,15 @@ class _Mode(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self._converted, (args, kwargs))
             result = func(*args, **kwargs)
         assert all(isinstance(t, FakeTensor) for t in tree_leaves(result) if isinstance(t, Tensor)), func
-        if values is not None and isinstance(result, Tensor):
-            self.values[result] = values
+        for t, value in zip(tree_leaves(result), tree_leaves(values)):
+            if isinstance(t, Tensor) and value is not None:
+                self.values[t] = value
         return result
 
     def _converted(self, t: Tensor) -> Tensor:
         return t if isinstance(t, FakeTensor) else self.fake.from_tensor(t)
 
-    def _values(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Tensor | None:
+    def _values(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
         """What whole numbers that came from the host have become: what is built of tables depends on what is in them."""
         if func._schema.is_mutable:
             for t in tensors:
@@ -148,7 +152,7 @@ class _Mode(TorchDispatchMode):
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         found = func(*args, **kwargs)
-        return torch.tensor(found) if isinstance(found, (bool, int)) else found if isinstance(found, Tensor) else None
+        return torch.tensor(found) if isinstance(found, (bool, int)) else found
 
     def tolist(self, t: Tensor) -> Any:
         self.gpu.problem("waits for the device: tolist")
@@ -313,6 +317,11 @@ class _Pointer:
         return self._address
 
 
+def taken(function: Any) -> list[str]:
+    """The types of the arguments of a function of genfast._cuda, as pybind11 writes them."""
+    return re.findall(r"arg\d+: ([^,)\[]+(?:\[[^\]]*\])?)", function.__doc__ or "")
+
+
 class _Module:
     """genfast._cuda with its launches recorded instead of run."""
 
@@ -323,10 +332,10 @@ class _Module:
         return n * rows  # the engine's answer depends on the device; this one makes the tensor
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        taken = re.findall(r"arg\d+: ([^,)]+(?:\[[^\]]*\])?)", getattr(self.module, name).__doc__ or "")
+        expected = taken(getattr(self.module, name))
 
         def launch(*args: Any) -> None:
-            self.gpu.engine(name, taken, args)
+            self.gpu.engine(name, expected, args)
 
         return launch
 
@@ -343,19 +352,20 @@ class FakeCuda:
         self.launches: list[Launch] = []
         self.engines: list[str] = []
         self.call = ""
-        self.capturing = False
+        self.capturing = self.asked = False  # asked: whether anything is done otherwise in a capture
         self.settled = False  # whether what runs has run before
-        self.quiet = False
         self._current = 0
         self._streams = {i: _Stream(torch.device("cuda", i), AIR // 2 + 64 * i) for i in range(devices)}
         self._next = AIR
         self._known: dict[int, tuple[int, StorageWeakRef, int, int]] = {}
+        self._bases: list[int] = []
+        self._all: list[tuple[int, StorageWeakRef, int, int]] = []
 
     # ---- what is found ----
 
     def problem(self, what: str) -> None:
         found = Problem(self.call, what, _site())
-        if not self.quiet and found not in self.problems and (self.settled or not what.startswith("waits")):
+        if found not in self.problems and (self.settled or not what.startswith("waits")):
             self.problems.append(found)
 
     def copied(self, what: str) -> None:
@@ -379,19 +389,21 @@ class FakeCuda:
             known = (self._next, StorageWeakRef(storage), size, t.get_device())
             self._next += -(-(size + 1) // 256) * 256
             self._known[key] = known
+            self._bases.append(known[0])
+            self._all.append(known)
         if not size:
             return 0
         return known[0] + t.storage_offset() * t.element_size()
 
     def _check_address(self, of: str, address: int) -> None:
-        for base, storage, size, device in self._known.values():
-            if base <= address < base + size:
-                if storage.expired():
-                    self.problem(f"{of} is handed the address of a tensor that is gone")
-                elif device != self._current:
-                    self.problem(f"{of} is launched on cuda:{self._current}, its tensors are on cuda:{device}")
-                return
-        self.problem(f"{of} is handed an address that is of no tensor")
+        place = bisect.bisect(self._bases, address) - 1
+        base, storage, size, device = self._all[max(0, place)] if self._all else (0, None, 0, 0)
+        if place < 0 or storage is None or address >= base + size:
+            self.problem(f"{of} is handed an address that is of no tensor")
+        elif storage.expired():
+            self.problem(f"{of} is handed the address of a tensor that is gone")
+        elif device != self._current:
+            self.problem(f"{of} is launched on cuda:{self._current}, its tensors are on cuda:{device}")
 
     # ---- launches ----
 
@@ -477,6 +489,10 @@ class FakeCuda:
     def _property(self, _: Any = None) -> type[_Properties]:
         return _Properties
 
+    def _is_capturing(self) -> bool:
+        self.asked = True
+        return self.capturing
+
     def _wait(self, *_: Any) -> None:
         self.problem("waits for the device: torch.cuda.synchronize")
 
@@ -515,7 +531,7 @@ class FakeCuda:
             "current_device": lambda: gpu._current, "device_count": lambda: gpu.devices, "is_available": lambda: True,
             "is_initialized": lambda: False, "synchronize": self._wait, "get_device_properties": self._property,
             "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: _Properties.name,
-            "is_current_stream_capturing": lambda: gpu.capturing, "_lazy_init": lambda: None,
+            "is_current_stream_capturing": self._is_capturing, "_lazy_init": lambda: None,
         }.items():  # fmt: skip
             patch(torch.cuda, name, value)
         for name in ("ops.pixel_rnn", "ops._autoregressive_inverse_cuda", "ops.invertible_conv1x1", "sampling.sampler"):
@@ -577,11 +593,15 @@ def on_gpu(a: Any, dtype: torch.dtype, differentiated: bool, device: str = "cuda
 
 
 def repeated(gpu: FakeCuda, call: str, function: Callable[[], Any], once: bool = False) -> None:
-    """``function`` three times: at first, when it is to have all its tables, and within a capture; ``once``: as at first."""
-    gpu.call = call
-    passes = ((False, False), (True, False), (True, True))
+    """``function`` at first, when it is to have all its tables, and within a capture; ``once``: as at first."""
+    gpu.call, gpu.asked = call, False
     try:
-        for gpu.settled, gpu.capturing in passes[:1] if once else passes:
+        function()
+        if not once:
+            gpu.settled = True
+            function()
+        if not once and gpu.asked:
+            gpu.capturing = True
             function()
     except Exception as error:
         gpu.failed(call, error)
