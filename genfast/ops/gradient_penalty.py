@@ -624,7 +624,7 @@ def gradient_penalty(
 
     Raises:
         TypeError, ValueError: arguments that do not fit, and critics that return anything but one value per sample.
-        FloatingPointError: norms that are not finite (not on a GPU, which is not waited for: there the value is not finite either).
+        FloatingPointError: norms that are not finite; on a GPU, which is not waited for, the value is not finite either.
         genfast.tangent.Unsupported: with method="exact".
 
     Source: Gulrajani et al. 2017 (arXiv:1704.00028, section 4); Etmann 2019 (arXiv:1906.06637) for the work it takes.

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from genfast import losses, models, ops, sampling
+from genfast import losses, models, ops
 from genfast import nn as gnn
 
 
@@ -28,15 +28,18 @@ def _differentiated(function: Callable[..., Any], modules: Sequence[nn.Module]) 
     def run(*inputs: Tensor) -> list[Tensor]:
         inputs = tuple(t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs)
         outputs = [t for t in tree_leaves(function(*inputs)) if isinstance(t, Tensor)]
-        live = [o for o in outputs if o.requires_grad]
-        leaves = [t for t in (*inputs, *parameters) if t.requires_grad]
-        if not live or not leaves:
-            return outputs
-        cotangents = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).to(o.dtype).view(o.shape) for o in live]
-        grads = torch.autograd.grad(live, leaves, cotangents, allow_unused=True)
-        return [*(o.detach() for o in outputs), *(g for g in grads if g is not None)]
+        return _with_gradients(outputs, [t for t in (*inputs, *parameters) if t.requires_grad])
 
     return run
+
+
+def _with_gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    live = [o for o in outputs if o.requires_grad]
+    if not live or not leaves:
+        return outputs
+    cotangents = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).to(o.dtype).view(o.shape) for o in live]
+    grads = torch.autograd.grad(live, leaves, cotangents, allow_unused=True)
+    return [*(o.detach() for o in outputs), *(g for g in grads if g is not None)]
 
 
 def _case(device: Any, function: Any, *inputs: Tensor, modules: Sequence[nn.Module] = ()) -> Case:
@@ -110,6 +113,11 @@ def _glow(device: Any) -> Case:
 def _inverse(device: Any, model: Any, *inputs: Tensor) -> Case:
     model.to(device)
     return Case(lambda *z: [t.detach() for t in model.inverse(*z)], [t.to(device) for t in inputs], [])
+
+
+def _nade_samples(device: Any, layer: Any) -> Case:
+    layer.to(device)
+    return Case(lambda uniforms: [layer.sample(uniforms)], [torch.rand(5, 8, 1).to(device)], [])
 
 
 def _style(device: Any) -> Case:
@@ -220,7 +228,26 @@ CASES: dict[str, Callable[[Any], Case]] = {
         d, models.GatedPixelCNN(1, 12, 2, 3, 4, context_channels=3), 3, (1, 6, 5), _x(3, 3)
     ),
     "PixelCNN++ sampling": lambda d: _sampled(d, models.PixelCNNPlusPlus(filters=8, blocks=1, mixtures=2), 2, (3, 8, 8)),
-    "NADE sampling": lambda d: _case(
-        d, lambda u, m=gnn.NADE(8, 32).to(d): m.sample(u.detach()), torch.rand(5, 8, 1)
-    ),
+    "NADE sampling": lambda d: _nade_samples(d, gnn.NADE(8, 32)),
 }  # fmt: skip
+
+
+def of_sample(op: Any, sample: Any, device: Any, dtype: torch.dtype = torch.float32) -> Case:
+    """An op on a sample, forward and backward through the registry; what is no floating tensor stays as it is."""
+    leaves, spec = tree_flatten(list(sample.args))
+    whose = [i for i, a in enumerate(sample.args) for _ in tree_leaves(a)]
+    fixed = [
+        a.to(device) if isinstance(a, Tensor) and not a.is_floating_point() else None if isinstance(a, Tensor) else a
+        for a in leaves
+    ]
+    places = [i for i, a in enumerate(leaves) if isinstance(a, Tensor) and a.is_floating_point()]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        given, live = list(fixed), []
+        for i, t in zip(places, tensors):
+            given[i] = t.detach().requires_grad_(whose[i] not in sample.constant)
+            live.append(given[i])
+        outputs = [t for t in tree_leaves(op(*tree_unflatten(given, spec))) if isinstance(t, Tensor)]
+        return _with_gradients(outputs, [t for t in live if t.requires_grad])
+
+    return Case(run, [leaves[i].to(device=device, dtype=dtype) for i in places], [])

@@ -29,6 +29,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -520,18 +521,19 @@ class FakeCuda:
             stack.enter_context(mock.patch.object(target, name, value))
 
         patch(FakeTensor, "data_ptr", lambda t: gpu.address(t))
-        patch(FakeTensor, "pin_memory", lambda t: t)
+        patch(fake_tensor, "init_gpu_context", lambda *_: None)  # which would allocate, were there a GPU
         patch(torch.autograd, "_engine_run_backward", _run_backward)
         patch(torch.autograd.function.FunctionCtx, "set_materialize_grads", _set_materialize_grads)
         patch(JITFunction, "run", lambda kernel, *args, **kwargs: gpu.launch(kernel, *args, **kwargs))
         patch(_registry, "_len_torch_dispatch_stack", lambda: 0)
         patch(_registry, "_PLAIN", (*_registry._PLAIN, FakeTensor))
         for name, value in {
-            "device": self.device, "stream": self.stream, "Stream": self.new_stream, "Event": _Event, "current_stream": self.current_stream,
-            "current_device": lambda: gpu._current, "device_count": lambda: gpu.devices, "is_available": lambda: True,
-            "is_initialized": lambda: False, "synchronize": self._wait, "get_device_properties": self._property,
-            "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: _Properties.name,
-            "is_current_stream_capturing": self._is_capturing, "_lazy_init": lambda: None,
+            "device": self.device, "stream": self.stream, "Stream": self.new_stream, "Event": _Event,
+            "current_stream": self.current_stream, "current_device": lambda: gpu._current, "device_count": lambda: gpu.devices,
+            "is_available": lambda: True, "is_initialized": lambda: False, "synchronize": self._wait,
+            "get_device_properties": self._property, "get_device_capability": lambda *_: (9, 0),
+            "get_device_name": lambda *_: _Properties.name, "is_current_stream_capturing": self._is_capturing,
+            "_lazy_init": lambda: None,
         }.items():  # fmt: skip
             patch(torch.cuda, name, value)
         for name in ("ops.pixel_rnn", "ops._autoregressive_inverse_cuda", "ops.invertible_conv1x1", "sampling.sampler"):
