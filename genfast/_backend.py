@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -84,7 +84,10 @@ def extension(name: str) -> tuple[ModuleType | None, str]:
 
 
 def triton_kernel(family: str, name: str, check: Callable[..., None] | None = None) -> Callable[..., Any]:
-    """The function ``name`` of genfast.kernels.<family>, imported at the first call; ``check`` sees the arguments before."""
+    """The function ``name`` of genfast.kernels.<family>, imported at the first call; ``check`` sees the arguments before.
+
+    Triton launches on the current GPU, so the arguments' is made current where it is another.
+    """
 
     @functools.cache
     def load() -> Callable[..., Any]:
@@ -94,9 +97,22 @@ def triton_kernel(family: str, name: str, check: Callable[..., None] | None = No
     def kernel(*args: Any) -> Any:
         if check is not None:
             check(*args)
-        return load()(*args)
+        index = _gpu(args)
+        if index < 0 or index == torch.cuda.current_device():
+            return load()(*args)
+        with torch.cuda.device(index):
+            return load()(*args)
 
     return kernel
+
+
+def _gpu(args: Iterable[Any]) -> int:
+    """The number of the GPU that the first tensor among ``args`` is on; -1 where that is the CPU."""
+    for a in args:
+        first = a[0] if isinstance(a, (list, tuple)) and a else a
+        if isinstance(first, torch.Tensor):
+            return first.get_device()
+    return -1
 
 
 def triton_interprets() -> bool:

@@ -14,7 +14,8 @@ no functorch transform, no dispatch or function mode, no tensor subclass, no pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,23 @@ _peek_functorch = _functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+_AUTOGRAD = [torch._C.DispatchKey.ADInplaceOrView, torch._C.DispatchKey.AutogradFunctionality]
+
 OPS: dict[str, Op] = {}
+
+
+@contextlib.contextmanager
+def autograd_works() -> Iterator[None]:
+    """Inside an op: the dispatcher calls it with autograd shut off, so that torch.enable_grad() would do nothing."""
+    get, put = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C._dispatch_tls_set_dispatch_key_excluded
+    before = [get(k) for k in _AUTOGRAD]
+    for k in _AUTOGRAD:
+        put(k, False)
+    try:
+        yield
+    finally:
+        for k, b in zip(_AUTOGRAD, before):
+            put(k, b)
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,8 @@ class Op:
                     f"genfast::{self.name} has no forward-mode rule; call it through genfast.ops, "
                     "which differentiates the reference in forward mode"
                 )
-            return self._run(device_type, args)
+            with autograd_works():
+                return self._run(device_type, args)
 
         return entry
 

@@ -20,6 +20,8 @@ from .bijection import FlowSequential, State, like, tensors
 
 _MODULES: weakref.WeakValueDictionary[int, ReversibleSequential] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
+# Drifts on their way from a GPU, each with the event of its arrival.
+_COMING: weakref.WeakKeyDictionary[ReversibleSequential, tuple[Tensor, Any]] = weakref.WeakKeyDictionary()
 _FINGERPRINT = 1024  # elements of the input that are kept, to measure the drift of its reconstruction
 
 
@@ -34,7 +36,8 @@ class ReversibleSequential(FlowSequential):
     Args:
         bijections: modules with ``forward`` and ``inverse`` of the flow convention, deterministic: a dropout or batch
             norm that is active in training would see other numbers when rebuilt, and is refused.
-        drift_warning: relative drift of the rebuilt input above which a warning tells the measured figure.
+        drift_warning: relative drift of the rebuilt input above which a warning tells the measured figure; on a GPU at the
+            next backward, which does not wait for it.
 
     Raises:
         ValueError: active dropout or batch norm inside.
@@ -148,11 +151,29 @@ def _backward_kernel(
 def _warn_of_drift(module: ReversibleSequential, kept: Tensor, rebuilt: Tensor) -> None:
     if not kept.numel():
         return
-    drift = float((rebuilt - kept).float().norm() / kept.float().norm().clamp_min(1e-30))
+    measured = (rebuilt - kept).float().norm() / kept.float().norm().clamp_min(1e-30)
+    if not kept.is_cuda:
+        _warn_if_large(module, float(measured), kept.numel())
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
+    # Read when it has come, at a later backward: to wait for it here would stop the GPU.
+    coming = _COMING.get(module)
+    if coming is not None and coming[1].query():
+        _warn_if_large(module, float(coming[0]), kept.numel())
+        coming = None
+    if coming is None:
+        host, event = torch.empty((), pin_memory=True), torch.cuda.Event()
+        host.copy_(measured, non_blocking=True)
+        event.record()
+        _COMING[module] = host, event
+
+
+def _warn_if_large(module: ReversibleSequential, drift: float, elements: int) -> None:
     if not drift <= module.drift_warning:
         warnings.warn(
             f"ReversibleSequential: the input rebuilt through {len(module)} modules differs from the true one by "
-            f"{drift:.1e} (relative, over {kept.numel()} elements; the limit is {module.drift_warning:.0e}), so the "
+            f"{drift:.1e} (relative, over {elements} elements; the limit is {module.drift_warning:.0e}), so the "
             "gradients are off by about as much. An inverse is ill-conditioned: use smaller scales, float64, or fewer "
             "modules in one chain",
             stacklevel=2,

@@ -298,6 +298,6 @@ def affine_coupling(
     if keep_output:
         _check.choice(_NAME, "keep", keep, ("input", "output"))
     if alpha is not None and not isinstance(alpha, Tensor):
-        alpha = torch.tensor([float(alpha)], dtype=_accumulator(x.dtype), device=x.device)
+        alpha = torch.full((1,), float(alpha), dtype=_accumulator(x.dtype), device=x.device)  # no copy from the host
     result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, last, inverse, keep_output)
     return result

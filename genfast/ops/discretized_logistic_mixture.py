@@ -54,14 +54,18 @@ def integers(op: str, x: Tensor, params_name: str, params: Tensor) -> None:
 
 
 def within(op: str, x: Tensor, levels: int) -> None:
-    """All values of x are levels. One pass over x, which no compiled graph and no functorch transform makes."""
+    """All values of x are levels. One pass over x, which no compiled graph and no functorch transform makes.
+
+    A GPU asserts it when it gets there, as it does for PyTorch's own indices: to raise here would wait for it.
+    """
     if torch.compiler.is_compiling() or type(x) is not Tensor or _functorch.peek_interpreter_stack() is not None:
         return
     info = torch.iinfo(x.dtype)
     if (info.min >= 0 and info.max < levels) or not x.numel():
         return
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # a captured graph cannot stop to look
+    if x.is_cuda:
+        torch._assert_async(((x >= 0) & (x < levels)).all(), f"{op}: x has values that are not in 0 to levels - 1")
+        return
     low, high = (int(t) for t in torch.aminmax(x))
     if low < 0 or high >= levels:
         raise ValueError(f"{op}: x has values from {low} to {high}, expected 0 to levels - 1 = {levels - 1}")

@@ -13,7 +13,7 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-defined]
 
 from .. import reference, tangent
-from .._registry import LIBRARY
+from .._registry import LIBRARY, autograd_works
 from ..reference.adversarial import CRITIC_LOSSES, SEPARABLE
 from ..reference.gradient_penalty import KINDS
 from . import _check
@@ -85,7 +85,7 @@ def _penalty(g: Tensor | None, n: int, like: Tensor, s: _Settings) -> tuple[Tens
 
 
 def _check_finite(op: str, value: Tensor, norms: Tensor) -> None:
-    if norms.is_cuda and torch.cuda.is_current_stream_capturing():
+    if norms.is_cuda:  # to look would wait for the GPU, and the value is not finite either
         return
     if not math.isfinite(float(value.detach())):
         bad = (~norms.isfinite()).nonzero().flatten().tolist()
@@ -113,7 +113,7 @@ def _finite_difference(op: str, critic: Critic, x: Tensor, context: Sequence[Ten
         if u is None or not torch.is_grad_enabled():
             return value, norms
         step = torch.finfo(x.dtype).eps ** (1 / 3)
-        e = step * max(1.0, float(x.detach().abs().max())) / float(u.abs().max().clamp(min=torch.finfo(x.dtype).tiny))
+        e = step * x.detach().abs().max().clamp(min=1) / u.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
         ends = []
         for sign in (1, -1):
             restore()
@@ -122,7 +122,7 @@ def _finite_difference(op: str, critic: Critic, x: Tensor, context: Sequence[Ten
             with torch.no_grad():
                 for b, last in zip(critic.buffers(), after):
                     b.copy_(last)
-        slope = (ends[0] - ends[1]).to(value.dtype) / (2 * e)
+        slope = (ends[0] - ends[1]).to(value.dtype) / (2 * e.to(value.dtype))
         return value + (slope - slope.detach()), norms
 
 
@@ -526,22 +526,6 @@ LIBRARY.define(
     "bool[] wanted) -> (Tensor loss, Tensor adversarial, Tensor penalty, Tensor real_logits, Tensor fake_logits, Tensor norms, "
     "Tensor[] gradients, Tensor[] buffers)"
 )
-_KEYS = [torch._C.DispatchKey.ADInplaceOrView, torch._C.DispatchKey.AutogradFunctionality]
-
-
-@contextlib.contextmanager
-def _autograd_works() -> Iterator[None]:
-    """Autograd inside an op: compiled graphs call ops with parts of it shut off."""
-    get, put = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C._dispatch_tls_set_dispatch_key_excluded
-    before = [get(k) for k in _KEYS]
-    for k in _KEYS:
-        put(k, False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for k, b in zip(_KEYS, before):
-            put(k, b)
 
 
 def _op(
@@ -552,7 +536,7 @@ def _op(
     critic = _REGISTERED[number]()
     s = _Settings(kind, weight, target, method, sigma) if kind else None
     _check_sharded("critic_step" if loss >= 0 else "gradient_penalty", critic)
-    with _autograd_works():
+    with autograd_works(), torch.enable_grad():
         leaves = [p.detach().requires_grad_() for p in parameters]
         copies = [x.detach().requires_grad_(w) for x, w in zip((*points, *contexts), wanted)]
         xs, cs = copies[: len(points)], copies[len(points) :]
@@ -741,7 +725,8 @@ def gradient_penalty(
     Raises:
         TypeError, ValueError: arguments that do not fit, critics that return anything but one value per sample, critics that
             are sharded apart from the module that calls this.
-        FloatingPointError: norms that are not finite (not under CUDA graph capture), on this rank.
+        FloatingPointError: norms that are not finite, on this rank; on a GPU, which is not waited for, the value is not finite
+            either.
         genfast.tangent.Unsupported: with method="exact".
 
     Source: Gulrajani et al. 2017 (arXiv:1704.00028, section 4); Etmann 2019 (arXiv:1906.06637) for the work it takes.

@@ -707,6 +707,7 @@ def _finish(
     )  # fmt: skip
     wanted = [(n, torch.tensor(low.values[n].place), low.buffers[low.values[n].buffer].channels) for n in low.statics]
     image = next(n for n in graph.graph.nodes if n.op == "placeholder")
+    places: dict[torch.device, list[Tensor]] = {}  # moved once: a copy from the host cannot be captured
 
     @torch.no_grad()
     def statics(context: Tensor | None) -> list[Tensor]:
@@ -723,7 +724,10 @@ def _finish(
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = _CALLS[node.op](graph, node.target)(*args, **kwargs)
         found = []
-        for node, place, room in wanted:
+        device = known[wanted[0][0]].device
+        if device not in places:
+            places[device] = [place.to(device) for _, place, _ in wanted]
+        for (node, _, room), place in zip(wanted, places[device]):
             value = known[node].float().movedim(1, -1)
             if value.dim() == 5:  # a video: frame below frame
                 value = value.flatten(1, 2)

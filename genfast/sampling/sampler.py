@@ -201,7 +201,11 @@ class Sampler:
             raise ValueError(
                 f"sample: prefix has shape {tuple(prefix.shape)}, expected ({n} or 1, {shape[0]}, at most {shape[1]}{rest})"
             )
-        if prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= self.levels):
+        if prefix.is_cuda:
+            torch._assert_async(
+                ((prefix >= 0) & (prefix < self.levels)).all(), f"sample: prefix holds values beyond 0 to {self.levels - 1}"
+            )
+        elif prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= self.levels):
             raise ValueError(
                 f"sample: prefix holds values from {int(prefix.min())} to {int(prefix.max())}, expected 0 to {self.levels - 1}"
             )
@@ -248,6 +252,14 @@ def _map(values: Tensor, first: int) -> list[int]:
     return [values.data_ptr() + 4 * first * steps[0], *steps]
 
 
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Whole numbers on a GPU, which get there as arguments of a launch: a graph captures no copy from pageable memory."""
+    found = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    if numbers:
+        torch._foreach_add_(list(found.unbind()), numbers)
+    return found
+
+
 def _to_gpu(program: Program, device: torch.device) -> None:
     """Moves what csrc/cuda/pixel_program.cu reads, which counts in 32 bits."""
     largest = max(program.weights.numel(), program.image_floats)
@@ -274,7 +286,7 @@ def _run_on_gpu(
             count = len(images[part])
             cache = torch.zeros(count * program.image_floats, device=images.device)
             scratch = torch.empty(count, program.levels, dtype=torch.float64, device=images.device)
-            maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64, device=images.device)
+            maps = _on_device([number for m in statics for number in _map(m, start)], images.device)
             for row in range(0, program.height, rows):
                 last = min(row + rows, program.height)
                 _CUDA.pixel_program(

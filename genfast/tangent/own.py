@@ -28,4 +28,4 @@ def _bias_act(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         x = tape.record(rule, inputs, y)
     if act != "linear":
         x = HANDLERS[F.leaky_relu](tape, func, (x, alpha if act == "lrelu" else 0.0), {})
-    return x if gain == 1 else scale(tape, x, torch.tensor(gain, dtype=x.dtype, device=x.device))
+    return x if gain == 1 else scale(tape, x, torch.full((), gain, dtype=x.dtype, device=x.device))

@@ -448,7 +448,7 @@ def _mul(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if tape.slot(a) < 0:
         a, b = b, a
     if not isinstance(b, Tensor):
-        return scale(tape, a, torch.tensor(b, dtype=a.dtype, device=a.device))
+        return scale(tape, a, torch.full((), b, dtype=a.dtype, device=a.device))
     if tape.slot(b) < 0:
         return scale(tape, a, b)
     return tape.record(Multiply(a, b), (a, b), a.detach() * b.detach())
@@ -460,7 +460,7 @@ def _div(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if tape.slot(a) < 0 or tape.slot(b) >= 0 or kwargs.get("rounding_mode") or "out" in kwargs:
         return otherwise(tape, func, args, kwargs)
     if not isinstance(b, Tensor):
-        return scale(tape, a, torch.tensor(1 / b, dtype=a.dtype, device=a.device))
+        return scale(tape, a, torch.full((), 1 / b, dtype=a.dtype, device=a.device))
     with torch.enable_grad():
         m = b.reciprocal()
     return scale(tape, a, m)
@@ -468,7 +468,7 @@ def _div(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @handles(torch.neg, T.neg, T.__neg__)
 def _neg(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return scale(tape, args[0], torch.tensor(-1.0, dtype=args[0].dtype, device=args[0].device))
+    return scale(tape, args[0], torch.full((), -1.0, dtype=args[0].dtype, device=args[0].device))
 
 
 class MatMul(Rule):

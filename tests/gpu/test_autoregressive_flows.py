@@ -8,9 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU: none is visible", allow_module_level=True)
-
 import genfast
 from genfast import nn, ops, reference
 from genfast._registry import OPS
@@ -18,18 +15,9 @@ from genfast._verify import errors, relative_error
 from tests.kernels import autoregressive_cases as cases
 from tests.kernels.flow_cases import DTYPES, FORWARD, GRADIENT
 
-pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 ELEMENTS, BATCH = 100_003, 4099
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def like(dtype=torch.float32):

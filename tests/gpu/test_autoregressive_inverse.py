@@ -7,26 +7,14 @@ import time
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU: none is visible", allow_module_level=True)
-
 import genfast
 from genfast import ops, reference
 from genfast._registry import OPS
 from genfast.sampling import DegreeProgram
 from tests.kernels.test_autoregressive_inverse_cuda import AFFINE, CASES, close, double, made, program_of
 
-pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 OP, OP_BACKWARD = OPS["autoregressive_inverse"], OPS["autoregressive_inverse_backward"]
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def on_gpu(t):

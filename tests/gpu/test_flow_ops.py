@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU: none is visible", allow_module_level=True)
-
 import genfast
 from genfast import ops
 from genfast._registry import OPS
@@ -16,7 +13,6 @@ from tests.conftest import SAMPLE_IDS, SAMPLES
 from tests.kernels import flow_cases as cases
 from tests.kernels.flow_cases import COUPLINGS, DTYPES, FORMS, FORWARD, GRADIENT
 
-pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
 triton_samples = pytest.mark.parametrize(
@@ -24,14 +20,6 @@ triton_samples = pytest.mark.parametrize(
     [pair for pair in SAMPLES if "triton" in pair[0].kernels],
     ids=[name for name, pair in zip(SAMPLE_IDS, SAMPLES) if "triton" in pair[0].kernels],
 )
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def randn(*shape, dtype=torch.float32):

@@ -5,24 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU: none is visible", allow_module_level=True)
-
 import genfast
 from tests.kernels import masked_conv_cases as cases
 from tests.kernels.flow_cases import DTYPES
 
-pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @each_dtype

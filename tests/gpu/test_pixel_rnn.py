@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU: none is visible", allow_module_level=True)
-
 import genfast
 from genfast import nn as gnn
 from genfast import ops
@@ -15,7 +12,6 @@ from genfast._registry import OPS, Sample
 from genfast._verify import errors
 from tests.conftest import SAMPLE_IDS, SAMPLES
 
-pytestmark = pytest.mark.gpu
 NAMES = ("row_lstm", "diagonal_lstm")
 each_name = pytest.mark.parametrize("name", NAMES)
 samples = pytest.mark.parametrize(
@@ -23,14 +19,6 @@ samples = pytest.mark.parametrize(
     [pair for pair in SAMPLES if pair[0].name in NAMES],
     ids=[name for name, pair in zip(SAMPLE_IDS, SAMPLES) if pair[0].name in NAMES],
 )
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @samples

@@ -7,23 +7,11 @@ import time
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU: none is visible", allow_module_level=True)
-
 from genfast import models
 from genfast.sampling import Sampler, sample_equivalence
 from tests.kernels.test_pixel_program_cuda import CASES
 
-pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def built(case, n):

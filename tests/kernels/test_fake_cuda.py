@@ -1,0 +1,185 @@
+"""Every launcher on fake CUDA tensors, with no GPU; and that the harness sees what it is for."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from importlib import import_module
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import genfast
+from tests.kernels import fake_cuda
+from tests.kernels.capture_cases import CASES
+
+wrapper = import_module("genfast.ops.invertible_conv1x1")
+
+
+@pytest.fixture
+def gpu():
+    with fake_cuda.FakeCuda() as found:
+        found.settled = True
+        yield found
+
+
+def said(gpu):
+    return [problem.what for problem in gpu.problems]
+
+
+@pytest.mark.slow
+def test_every_op_is_launched_as_a_gpu_takes_it():
+    with fake_cuda.FakeCuda() as gpu:
+        fake_cuda.check_ops(gpu)
+    assert not gpu.problems, "\n".join(map(str, gpu.problems))
+    launched = {launch.kernel.fn.__module__.rsplit(".", 1)[-1] for launch in gpu.launches}
+    assert launched == set(import_module("genfast.kernels.aot").families())
+    engines = {
+        "plu_weight",
+        "plu_weight_backward",
+        "degree_ordered",
+        "degree_ordered_backward",
+        "pixel_rnn",
+        "pixel_rnn_backward",
+    }
+    assert set(gpu.engines) >= engines or wrapper._CUDA is None
+
+
+@pytest.mark.slow
+def test_layers_steps_and_samplers_are_launched_as_a_gpu_takes_them():
+    with fake_cuda.FakeCuda() as gpu:
+        fake_cuda.check_cases(gpu)
+    assert not gpu.problems, "\n".join(map(str, gpu.problems))
+
+
+# ---- what the harness sees ----
+
+
+def test_it_sees_what_waits(gpu):
+    x = torch.zeros(3, device="cuda")
+    for wait in (lambda: x.sum().item(), lambda: x.cpu(), lambda: x.nonzero(), lambda: bool((x > 0).any()), x.tolist):
+        gpu.problems.clear()
+        with contextlib.suppress(Exception):  # what depends on values has none to go by
+            wait()
+        assert said(gpu)[0].startswith("waits for the device"), wait
+    gpu.problems.clear()
+    torch.cuda.synchronize()
+    assert said(gpu) == ["waits for the device: torch.cuda.synchronize"]
+
+
+def test_it_sees_copies_from_the_host_in_a_call_made_again(gpu):
+    for copy in (
+        lambda: torch.tensor([1.0, 2.0], device="cuda"),
+        lambda: torch.zeros(2).cuda(),
+        lambda: torch.zeros(2, device="cuda").copy_(torch.ones(2)),
+        lambda: torch.zeros(2, device="cuda")[torch.tensor([0])],
+    ):
+        gpu.problems.clear()
+        copy()
+        assert len(gpu.problems) == 1
+        assert said(gpu)[0].startswith("copies host to device")
+    gpu.problems.clear()
+    gpu.settled = False
+    torch.tensor([1.0, 2.0], device="cuda")
+    torch.full((1,), 2.0, device="cuda")
+    assert not gpu.problems
+
+
+def test_it_keeps_the_values_of_tables(gpu):
+    order = torch.tensor([2, 0, 1]).cuda()
+    gpu.problems.clear()
+    assert order.argsort()[:2].tolist() == [1, 2]
+    assert said(gpu) == ["waits for the device: tolist"]
+
+
+def test_it_sees_another_device(gpu):
+    """The launcher below ``_backend.triton_kernel``, which is what makes the tensors' GPU current."""
+    from genfast.kernels import actnorm
+
+    x, vector = torch.zeros(2, 3, 4, device="cuda:1"), torch.ones(3, device="cuda:1")
+    actnorm.actnorm(x, vector, vector, False, False)
+    assert "actnorm._forward is launched on cuda:0, x is on cuda:1" in said(gpu)
+    gpu.problems.clear()
+    y, logdet = genfast.ops.actnorm(x, vector, vector)
+    assert not gpu.problems
+    assert y.device == logdet.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
+def test_it_sees_bad_addresses_streams_and_counts(gpu):
+    module = wrapper._CUDA
+    if module is None:
+        pytest.skip("genfast._cuda is not built")
+    stream, tensors = torch.cuda.current_stream().cuda_stream, [torch.zeros(4, device="cuda") for _ in range(10)]
+    addresses = [t.data_ptr() for t in tensors]
+    good = (stream, *addresses, 2, True, 1, 1)
+    module.plu_weight(*good)
+    assert not gpu.problems
+    module.plu_weight(stream + 64, *good[1:])
+    module.plu_weight(*good[:-1])
+    module.plu_weight(stream, addresses[-1] + 4096, *good[2:])
+    module.plu_weight(*good[:-1], 1.5)
+    del tensors[3]
+    gc.collect()
+    module.plu_weight(*good)
+    assert [what.split(" ", 1)[1] for what in said(gpu)] == [
+        "is launched on another stream than the current one",
+        "takes 15 arguments, 14 were given",
+        "is handed an address that is of no tensor",
+        f"argument 14 is float, expected {fake_cuda.taken(module.module.plu_weight)[14]}",
+        "is handed the address of a tensor that is gone",
+    ]
+
+
+def test_it_sees_grids_that_cuda_does_not_take(gpu):
+    from genfast.kernels import squeeze
+
+    kernel, x = squeeze._move, torch.zeros(16, device="cuda")
+    arguments = [x if name in ("x", "y") else 1 for name in kernel.arg_names]
+    constants = {p.name: arguments.pop() for p in reversed(kernel.params) if p.is_constexpr}
+    for grid in ((2**31,), (1, 65536), (0,)):
+        gpu.problems.clear()
+        kernel[grid](*arguments, **constants)
+        assert len(gpu.problems) == 1, grid
+        assert "grid" in said(gpu)[0]
+
+
+def test_all_is_as_it_was_afterwards():
+    before = torch.cuda.is_available(), torch.cuda.current_stream, torch.autograd._engine_run_backward, wrapper._CUDA
+    with fake_cuda.FakeCuda():
+        genfast.ops.pixel_norm(torch.zeros(2, 3, device="cuda"))
+    assert (torch.cuda.is_available(), torch.cuda.current_stream, torch.autograd._engine_run_backward, wrapper._CUDA) == before
+    x = torch.randn(2, 3, requires_grad=True)
+    genfast.ops.pixel_norm(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_its_reverse_mode_is_pytorchs():
+    """The same gradients as PyTorch's engine gives, on host tensors: sums over paths, broadcasts, unused and double."""
+    x, w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    unused = torch.zeros(1, requires_grad=True)
+
+    def both(create_graph):
+        y, logdet = genfast.ops.actnorm(x, w, w.square())
+        loss = (y * w + y.exp().sum(0)).sum() + logdet.sum()
+        return [loss, y], [x, w, unused], create_graph
+
+    for create_graph in (False, True):
+        outputs, inputs, _ = both(create_graph)
+        seeds = [torch.ones((), dtype=torch.float64), torch.full_like(outputs[1], 0.3)]
+        expected = torch.autograd.grad(outputs, inputs, seeds, create_graph=create_graph, allow_unused=True)
+        outputs, inputs, _ = both(create_graph)
+        found = fake_cuda._run_backward(outputs, seeds, True, create_graph, inputs, allow_unused=True)
+        assert found[2] is None
+        torch.testing.assert_close(found[:2], expected[:2])
+        assert found[0].requires_grad == create_graph
+
+
+def test_the_cases_name_every_layer():
+    named = {name.split(",")[0] for name in CASES}
+    without = {"AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DownRightShiftedConv2d", "DownShiftedConv2d", "Shift"}
+    without |= {"DownRightShiftedConvTranspose2d", "DownShiftedConvTranspose2d", "LevelEmbedding", "ScaleLevels"}  # in models
+    without |= {"CriticStep", "GradientPenalty"}  # critic_step
+    assert set(genfast.nn.__all__) - without <= named
