@@ -297,14 +297,14 @@ class _Children:
     def __init__(self, seed: int, odd_shapes: bool, threads: int):
         self.asked = {"seed": seed, "odd": odd_shapes, "threads": threads}
         self.child: subprocess.Popen[str] | None = None
-        self.said = tempfile.TemporaryFile("w+")
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115: it lives as long as this does
 
     def __call__(self, task: Task, seconds: float) -> Row:
         if self.child is None:
             self.said.seek(0)
             self.said.truncate()
             self.child = subprocess.Popen(
-                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, start_new_session=True
+                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
             )
         child, late = self.child, threading.Event()
         assert child.stdin is not None
