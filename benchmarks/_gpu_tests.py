@@ -25,10 +25,11 @@ def _say(**what: Any) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    i, n = map(int, os.environ["GENFAST_TEST_PART"].split("/"))
     ran, _ = outcomes(read_lines(RECORD))
-    _say(collected=[item.nodeid for item in items])
-    kept = [item for item in items if item.nodeid not in ran]
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in ran])
+    _say(collected=[item.nodeid for item in items[i::n]])
+    kept = [item for item in items[i::n] if item.nodeid not in ran]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
 

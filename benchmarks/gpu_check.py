@@ -8,9 +8,9 @@
     tune        python -m benchmarks.tune; only where it is named
     table       what the Triton kernels came to in registers, one row per operation, and what remains unproven
 
-Each part has its share of the minutes, and what an earlier one leaves; one that would run over is stopped, and says what it left
-out. What is found goes to benchmarks/results/DEVICE.json, part by part, so that parts run in several calls add up. Clocks are
-read and never set. Nothing is downloaded.
+Each part has its share of the minutes, and what an earlier one leaves; one that would run over is stopped, and says what it
+left out. What is found goes to benchmarks/results/DEVICE.json, part by part, so that parts run in several calls add up. Clocks
+are read and never set. Nothing is downloaded.
 
 ``--dry-run`` goes through the parts with a made-up device and no GPU, as far as each goes without one.
 """
@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 SHARES = {"build": 0.18, "verify": 0.2, "tests": 0.2, "sanitizer": 0.14, "benchmarks": 0.25, "table": 0.03}
 PARTS = (*list(SHARES)[:-1], "tune", "table")
 UNRUN = "not yet run on a GPU"
+BATCH = 60  # tests of a process
 HANGS = 150.0  # seconds without a word after which a test is ended
 # What is imported, what pip calls it, and what for.
 PACKAGES = {
@@ -253,7 +254,7 @@ def outcomes(records: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[str, 
     collected: list[str] = []
     for r in records:
         if "collected" in r:
-            collected = r["collected"] if not collected else collected
+            collected = collected or r["collected"]
         elif "start" in r:
             found[r["start"]] = {"outcome": "crashed", "message": "the process ended in it", "seconds": 0.0}
         elif "end" in r:
@@ -533,12 +534,20 @@ class Check:
             if done.status:
                 self.fail(f"tests: they are not collected: {done.last(8)}")
             return ""
-        files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
         deadline = time.monotonic() + seconds
-        with ThreadPoolExecutor(max(1, min(len(files), (os.cpu_count() or 2) // 2))) as pool:
-            found = dict(zip(files, pool.map(lambda f: self.test_file(f, deadline), files)))
+        done = self.run([sys.executable, "-c", COLLECT], self.folder / "tests.log", seconds, self.env)
+        if done.status:
+            self.fail(f"tests: they are not collected: {done.last(8)}")
+            return "all" if done.status is None else ""
+        sizes = Counter(line.split("::")[0] for line in done.text.splitlines() if "::" in line)
+        jobs = [(ROOT / file, i, -(-size // BATCH)) for file, size in sizes.items() for i in range(-(-size // BATCH))]
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) * 3 // 4)) as pool:
+            parts = list(pool.map(lambda job: self.some_tests(*job, deadline), jobs))
         late = []
-        for path, (by_test, unrun) in found.items():
+        for path in dict.fromkeys(job[0] for job in jobs):
+            own = [found for job, found in zip(jobs, parts) if job[0] == path]
+            by_test = {name: t for some, _ in own for name, t in some.items()}
+            unrun = sizes[str(path.relative_to(ROOT))] - len(by_test)
             counts = Counter(t["outcome"] for t in by_test.values())
             bad = {n: t["message"] for n, t in by_test.items() if t["outcome"] not in ("passed", "skipped")}
             by_family: dict[str, Counter[str]] = {}
@@ -546,19 +555,21 @@ class Check:
                 for family in named(f"{path.stem} {name}"):
                     by_family.setdefault(family, Counter())[t["outcome"]] += 1
             self.checks.setdefault("tests", {})[path.name] = {
-                "counts": counts, "failed": bad, "left_out": len(unrun), "families": by_family,
+                "counts": counts, "failed": bad, "left_out": unrun, "families": by_family,
                 "seconds": round(sum(t["seconds"] for t in by_test.values()), 1),
             }  # fmt: skip
             self.note(f"{path.name}: {', '.join(f'{n} {o}' for o, n in counts.items()) or 'nothing ran'}")
             for name, message in bad.items():
                 self.fail(f"tests: {name}: {message}")
-            if unrun or not by_test:
-                late.append(f"{len(unrun) or 'all'} of {path.name}")
+            if unrun:
+                late.append(f"{unrun} of {path.name}")
         return ", ".join(late)
 
-    def test_file(self, path: Path, deadline: float) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """A file's tests, in one process after another until each has run: a spoilt GPU, a crash or a hang costs one test."""
-        record = self.folder / f"{path.stem}.jsonl"
+    def some_tests(self, path: Path, i: int, n: int, deadline: float) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Every nth of a file's tests from the ith on, in one process after another until each has run: a spoilt GPU, a crash
+        or a hang costs one test."""
+        name = f"{path.stem}-{i}"
+        record = self.folder / f"{name}.jsonl"
         record.unlink(missing_ok=True)
         attempt, known = 0, -1
         while True:
@@ -567,11 +578,11 @@ class Check:
                 return by_test, unrun
             known, attempt = len(by_test), attempt + 1
             words = (str(path), "-q", "-p", "benchmarks._gpu_tests", "-p", "no:cacheprovider", "--override-ini", "addopts=")
-            junit = f"--junitxml={self.folder / f'{path.stem}-{attempt}.xml'}"
+            junit = f"--junitxml={self.folder / f'{name}-{attempt}.xml'}"
             record.touch()
             self.python(
-                f"{path.stem}-{attempt}", "pytest", *words, junit, seconds=deadline - time.monotonic(), alive=record,
-                GENFAST_TEST_RECORD=str(record),
+                f"{name}-{attempt}", "pytest", *words, junit, seconds=deadline - time.monotonic(), alive=record,
+                GENFAST_TEST_RECORD=str(record), GENFAST_TEST_PART=f"{i}/{n}",
             )  # fmt: skip
 
     def sanitizer(self, seconds: float) -> str:

@@ -297,7 +297,7 @@ class _Children:
     def __init__(self, seed: int, odd_shapes: bool, threads: int):
         self.asked = {"seed": seed, "odd": odd_shapes, "threads": threads}
         self.child: subprocess.Popen[str] | None = None
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115: it lives as long as this does
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
     def __call__(self, task: Task, seconds: float) -> Row:
         if self.child is None:
