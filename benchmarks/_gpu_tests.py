@@ -14,9 +14,14 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import outcomes, read_lines
-from genfast._verify import spoilt
 
 RECORD = Path(os.environ["GENFAST_TEST_RECORD"])
+
+
+def spoilt() -> bool:
+    from genfast import _verify
+
+    return _verify.spoilt("cuda")
 
 
 def _say(**what: Any) -> None:
@@ -46,7 +51,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         end=item.nodeid, outcome="failed" if failed else "skipped" if skipped else "passed",
         message=message[:400], seconds=round(sum(r.duration for r in reports), 3),
     )  # fmt: skip
-    if failed and spoilt("cuda"):
+    if failed and spoilt():
         item.session.shouldstop = "the GPU is spoilt; another process takes the rest"
     return result
 

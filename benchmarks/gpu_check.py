@@ -44,6 +44,7 @@ SHARES = {"build": 0.18, "verify": 0.2, "tests": 0.2, "sanitizer": 0.14, "benchm
 PARTS = (*list(SHARES)[:-1], "tune", "table")
 UNRUN = "not yet run on a GPU"
 BATCH = 60  # tests of a process
+LATE = "its time was over"
 HANGS = 150.0  # seconds without a word after which a test is ended
 # What is imported, what pip calls it, and what for.
 PACKAGES = {
@@ -249,7 +250,8 @@ def findings(text: str) -> dict[str, dict[str, Any]]:
 
 
 def outcomes(records: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Of a file's tests: (outcome by test, collected ones that were not run). One that began and did not end has crashed."""
+    """Of a file's tests: (outcome by test, collected ones that were not run). One that began and did not end has crashed, or
+    was ended with the process: for want of time, and then it has not run."""
     found: dict[str, dict[str, Any]] = {}
     collected: list[str] = []
     for r in records:
@@ -259,6 +261,12 @@ def outcomes(records: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[str, 
             found[r["start"]] = {"outcome": "crashed", "message": "the process ended in it", "seconds": 0.0}
         elif "end" in r:
             found[r["end"]] = {k: r[k] for k in ("outcome", "message", "seconds")}
+        elif "stopped" in r and found:
+            last = next(reversed(found))
+            if found[last]["outcome"] == "crashed":
+                found[last]["message"] = r["stopped"]
+            if found[last]["outcome"] == "crashed" and r["stopped"] == LATE:
+                del found[last]
     return found, [test for test in collected if test not in found]
 
 
@@ -519,8 +527,6 @@ class Check:
         return "; ".join(f"{r['op']} {r['backend']} {r['dtype']}" for r in found["left_out"])
 
     def dry_verify(self, seconds: float) -> str:
-        if importlib.util.find_spec("tests.kernels.fake_cuda") is None:
-            return "there is no tests/kernels/fake_cuda.py"
         done = self.python("verify", "tests.kernels.fake_cuda", seconds=seconds)
         if done.status:
             self.fail(f"verify: on fake CUDA tensors: {done.last(8)}")
@@ -580,10 +586,16 @@ class Check:
             words = (str(path), "-q", "-p", "benchmarks._gpu_tests", "-p", "no:cacheprovider", "--override-ini", "addopts=")
             junit = f"--junitxml={self.folder / f'{name}-{attempt}.xml'}"
             record.touch()
-            self.python(
+            done = self.python(
                 f"{name}-{attempt}", "pytest", *words, junit, seconds=deadline - time.monotonic(), alive=record,
-                GENFAST_TEST_RECORD=str(record), GENFAST_TEST_PART=f"{i}/{n}",
+                GENFAST_TEST_RECORD=str(record), GENFAST_TEST_PART=f"{i}/{n}", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
             )  # fmt: skip
+            if done.status is None:
+                why = LATE if time.monotonic() >= deadline else f"it did not end in {HANGS:.0f} s"
+                with record.open("a") as file:
+                    file.write(json.dumps({"stopped": why}) + "\n")
+            elif not outcomes(read_lines(record))[0]:
+                self.fail(f"tests: {path.name}: none ran: {done.last(8)}")
 
     def sanitizer(self, seconds: float) -> str:
         if self.dry:
@@ -671,8 +683,6 @@ class Check:
         }  # fmt: skip
 
     def tune(self, seconds: float) -> str:
-        if importlib.util.find_spec("benchmarks.tune") is None:
-            return "there is no benchmarks/tune.py"
         if self.dry:
             done = self.python("tune", "benchmarks.tune", "--list", seconds=seconds)
             self.note(f"{len(done.text.splitlines())} lines")

@@ -269,7 +269,7 @@ def row(task: Task, seed: int, odd_shapes: bool) -> Row:
 
 def spoilt(device: str) -> bool:
     """Whether the process can use the GPU no more: an illegal address, say, which every later call reports again."""
-    if device != "cuda":
+    if device != "cuda" or not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()
