@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, readme_table
 from benchmarks.gpu_check import Check, Done
 from genfast import _verify
 
@@ -211,6 +211,51 @@ def test_a_test_that_was_not_given_its_time_has_not_run():
     hung, unrun = gpu_check.outcomes([*records, {"start": "b"}, {"stopped": "it did not end"}])
     assert hung["b"] == {"outcome": "crashed", "message": "it did not end", "seconds": 0.0}
     assert unrun == ["c"]
+
+
+README = """x
+<!-- results:begin -->
+<!-- results:end -->
+| operation | reference | CPU kernel | GPU kernel | module |
+|---|---|---|---|---|
+| `ops.actnorm` | `reference/actnorm.py` | C++ | Triton, not yet run on a GPU | `nn.ActNorm` |
+| `ops.squeeze` | `reference/squeeze.py` | C++ | Triton, not yet run on a GPU | - |
+| `sampling.Sampler` | `reference/autoregressive.py` | C++ | CUDA C++, not yet run on a GPU | - |
+"""
+
+
+def test_the_readme_shows_of_a_gpu_what_is_verified_there(tmp_path, monkeypatch):
+    environment = {"device": "a CPU", "threads": 2, "versions": {"torch": "2"}, "date": "2026-01-01"}
+    cases = [bench(f"{op} (1, 2)", op, reference=4.0, genfast=1.0) for op in ("actnorm", "squeeze")]
+    cpu = {"environment": environment, "quick": False, "overhead": [], "cases": cases}
+    checks = {
+        "device": DEVICE,
+        "verify": {"rows": [verify_row("actnorm"), verify_row("squeeze", passed=False)], "left_out": []},
+    }
+    larger = bench("actnorm 256 MB", "actnorm", reference=3.0, trick=2.0, genfast=1.0)
+    gpu = {**cpu, "cases": [*cases, larger, bench("squeeze 1 GB", "squeeze", reference=3.0, genfast=1.0)], "gpu_check": checks}
+    (tmp_path / "cpu.json").write_text(json.dumps(cpu))
+    (tmp_path / "README.md").write_text(README)
+    words = ["readme_table", str(tmp_path / "cpu.json"), "--readme", str(tmp_path / "README.md")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert readme_table.main() == 0
+    without = (tmp_path / "README.md").read_text()
+    assert without.count(gpu_check.UNRUN) == 5
+    (tmp_path / "a-gpu.json").write_text(json.dumps(gpu))  # sorted before the CPU's, whose table it must not become
+    monkeypatch.setattr(sys, "argv", [*words, "--check"])
+    assert readme_table.main() == 1
+    monkeypatch.setattr(sys, "argv", words)
+    assert readme_table.main() == 0
+    said = (tmp_path / "README.md").read_text().splitlines()
+    (row,) = (line for line in said if "actnorm (1, 2)" in line)
+    assert "4.00x, 90% of copy |" in row
+    assert any(line.startswith("| actnorm 256 MB") and "3.00x reference, 2.00x trick" in line for line in said)
+    assert not any("squeeze 1 GB" in line for line in said)
+    assert "| `ops.actnorm` | `reference/actnorm.py` | C++ | Triton, verified on NVIDIA H200 | `nn.ActNorm` |" in said
+    assert sum(gpu_check.UNRUN in line for line in said) == 3
+    (tmp_path / "a-gpu.json").unlink()
+    assert readme_table.main() == 0
+    assert (tmp_path / "README.md").read_text() == without
 
 
 SANITIZED = """========= COMPUTE-SANITIZER
