@@ -153,6 +153,7 @@ def main() -> int:
     parser.add_argument(
         "--arch", nargs="+", default=["80", "90", "100"], help="compute capabilities, e.g. 80 90 100, or AMD's gfx942"
     )
+    parser.add_argument("--family", nargs="+", default=families(), metavar="NAME", help="only these kernel files")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a kernel's variants only the first of every N")
     arguments = parser.parse_args()
     archs = arguments.arch
@@ -164,8 +165,11 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("aot: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it", file=sys.stderr)
         return 1
-    missing = [f"{family}.{name}" for family in families() for name in unlisted(family)]
-    jobs = [(family, i, arch) for family in families() for i in thinned(family, arguments.every) for arch in archs]
+    for family in arguments.family:
+        if family not in families():
+            parser.error(f"family {family!r}, expected one of {', '.join(families())}")
+    missing = [f"{family}.{name}" for family in arguments.family for name in unlisted(family)]
+    jobs = [(family, i, arch) for family in arguments.family for i in thinned(family, arguments.every) for arch in archs]
     print(f"{'family':<18} {'kernel':<13} {'variant':<38} {'arch':<7} {'registers':>9} {'shared':>7} {'spilled':>7}")
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
