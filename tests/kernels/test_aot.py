@@ -62,7 +62,7 @@ def test_the_cuda_kernels_as_built_spill_nothing():
             found.append((demangled(m[1]), arch, registers, stack + local))
     assert {arch for _, arch, *_ in found} >= set(module.archs.split(";"))
     assert {name for name, *_ in found} >= {"level_kernel", "pixel_program_kernel", "forward", "backward", "backward_prepare"}
-    assert [k for k in found if k[3] != ARRAYS.get(k[0], 0)] == []
+    assert [k for k in found if k[3] > ARRAYS.get(k[0], 0)] == []
 
 
 def test_one_kernel_of_each_kind_compiles_for_amd():
