@@ -212,8 +212,19 @@ def ptxas(text: str) -> list[dict[str, Any]]:
             shared = re.search(r"(\d+) bytes smem", line)
             found[-1] |= {"registers": int(m[1]), "shared": int(shared[1]) if shared else 0}
     for kernel in found:
-        kernel["kernel"] = demangled(kernel["kernel"])
+        file = re.search(r"_\d+_(\w+?)_cu_", kernel["kernel"])  # of a kernel in a namespace without a name
+        kernel |= {"kernel": demangled(kernel["kernel"]), "family": file[1] if file else "?"}
     return found
+
+
+def worst(kernels: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The most of each figure over a kernel's specialisations, which are many."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for k in kernels:
+        one = found.setdefault((k["family"], k["kernel"]), {**k, "specialisations": 0})
+        one |= {what: max(one[what], k[what]) for what in ("registers", "shared", "spilled")}
+        one["specialisations"] += 1
+    return list(found.values())
 
 
 def demangled(name: str) -> str:
@@ -493,7 +504,7 @@ class Check:
                 return "the build" if done.status is None else ""
             self.note(f"built for sm_{arch} in {done.seconds:.0f} s")
         if log.exists():
-            kernels = [k | {"family": family_of(k["kernel"]), "by": "nvcc"} for k in ptxas(log.read_text(errors="replace"))]
+            kernels = worst(k | {"by": "nvcc"} for k in ptxas(log.read_text(errors="replace")))
             self.checks["resources"] = [k for k in self.checks.get("resources", []) if k["by"] != "nvcc"] + kernels
             for k in kernels:
                 spills = f", SPILLS {k['spilled']}" if k["spilled"] else ""
@@ -698,9 +709,9 @@ class Check:
     def table(self, seconds: float) -> str:
         from tabulate import tabulate
 
-        cache = self.folder / "triton"
+        cache, unread = self.folder / "triton", 0
         if cache.exists():
-            kernels = triton_resources(cache, time.monotonic() + seconds)
+            kernels, unread = triton_resources(cache, time.monotonic() + seconds)
             kept = [k for k in self.checks.get("resources", []) if k["by"] != "triton"]
             self.checks["resources"] = kept + kernels
         rows, open_ends = summary(self.report, families())
@@ -721,7 +732,7 @@ class Check:
         print(f"\n{len(open_ends)} things remain unproven{':' if open_ends else '.'}")
         for line in open_ends:
             print(f"  {line}")
-        return ""
+        return f"the registers of {unread} kernels" if unread else ""
 
 
 def newest_source() -> float:
@@ -740,14 +751,6 @@ def built(arch: str) -> bool:
     return arch in done.stdout.strip().split(";")
 
 
-def family_of(kernel: str) -> str:
-    """The file under csrc/cuda that has a kernel of that name."""
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
-        if re.search(rf"\b{re.escape(kernel)}\s*\(", path.read_text()):
-            return path.stem
-    return "?"
-
-
 def named(test: str) -> list[str]:
     """The families and ops that a test's file, name or parameters name, the longest name first taken."""
     of = families()
@@ -760,8 +763,9 @@ def named(test: str) -> list[str]:
     return found
 
 
-def triton_resources(cache: Path, deadline: float) -> list[dict[str, Any]]:
-    """Registers, shared and spilled bytes of every kernel in a Triton cache: what the parts before have launched."""
+def triton_resources(cache: Path, deadline: float) -> tuple[list[dict[str, Any]], int]:
+    """Registers, shared and spilled bytes of the kernels in a Triton cache, which are what the parts before have launched; the
+    number of those that were not read, since it was late or something else is in the file."""
     from genfast.kernels import aot
 
     def one(path: Path) -> dict[str, Any] | None:
@@ -769,28 +773,23 @@ def triton_resources(cache: Path, deadline: float) -> list[dict[str, Any]]:
             return None
         about = path.with_suffix(".json")
         ir = path.with_suffix(".ttir")
-        if not about.exists():
-            return None
-        file = re.search(r'loc\("[^"]*?([^/"]+)\.py"', ir.read_text(errors="replace")) if ir.exists() else None
+        file = re.search(r'loc\("[^"]*/kernels/(\w+)\.py"', ir.read_text(errors="replace")) if ir.exists() else None
+        if file is None:
+            return {}  # torch.compile's
         try:
             registers, spilled = aot.resources(path)
         except (OSError, ValueError, subprocess.SubprocessError):
             return None
         metadata = json.loads(about.read_text())
         return {
-            "family": file[1] if file else "?", "kernel": metadata.get("name", path.stem), "registers": registers,
+            "family": file[1], "kernel": metadata.get("name", path.stem), "registers": registers,
             "shared": metadata.get("shared", 0), "spilled": spilled, "by": "triton",
         }  # fmt: skip
 
+    paths = sorted(cache.rglob("*.cubin"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [k for k in pool.map(one, sorted(cache.rglob("*.cubin"))) if k is not None]
-    # A kernel's specialisations are many: the worst of each figure stands for all.
-    worst: dict[tuple[str, str], dict[str, Any]] = {}
-    for k in found:
-        best = worst.setdefault((k["family"], k["kernel"]), k | {"specialisations": 0})
-        best |= {what: max(best[what], k[what]) for what in ("registers", "shared", "spilled")}
-        best["specialisations"] += 1
-    return list(worst.values())
+        read = [k for k in pool.map(one, paths) if k is not None]
+    return worst(filter(None, read)), len(paths) - len(read)
 
 
 def commit() -> str:

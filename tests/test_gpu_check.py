@@ -281,8 +281,9 @@ def test_findings_belong_to_the_call_they_are_in():
     assert found["nade, triton, one, dense"]["first"] == "the call did not end"
 
 
-PTXAS = """ptxas info    : Compiling entry function '_ZN7genfast4cuda12_GLOBAL__N_110pixel_stepEPKf' for 'sm_90'
-ptxas info    : Function properties for _ZN7genfast4cuda12_GLOBAL__N_110pixel_stepEPKf
+STEP = "_ZN7genfast4cuda46_GLOBAL__N__15eac8a0_10_pixel_step_cu_5195523f10pixel_stepEPKf"
+PTXAS = f"""ptxas info    : Compiling entry function '{STEP}' for 'sm_90'
+ptxas info    : Function properties for {STEP}
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 64 registers, used 1 barriers, 2048 bytes smem, 500 bytes cmem[0]
 ptxas info    : Compiling entry function '_Z4scanIfEvPT_' for 'sm_90'
@@ -294,8 +295,34 @@ ptxas info    : Used 255 registers, used 0 barriers
 
 def test_nvcc_is_read():
     first, second = gpu_check.ptxas(PTXAS)
-    assert first == {"kernel": "pixel_step", "arch": "sm_90", "registers": 64, "shared": 2048, "stack": 0, "spilled": 0}
-    assert second == {"kernel": "scan", "arch": "sm_90", "registers": 255, "shared": 0, "stack": 16, "spilled": 20}
+    kernel = {"kernel": "pixel_step", "family": "pixel_step", "arch": "sm_90", "registers": 64, "shared": 2048, "stack": 0}
+    assert first == kernel | {"spilled": 0}
+    kernel = {"kernel": "scan", "family": "?", "arch": "sm_90", "registers": 255, "shared": 0, "stack": 16}
+    assert second == kernel | {"spilled": 20}
+    (one,) = gpu_check.worst([first, {**first, "registers": 99, "shared": 1}])
+    assert (one["registers"], one["shared"], one["specialisations"]) == (99, 2048, 2)
+
+
+def test_what_triton_launched_is_read_from_its_cache(tmp_path, monkeypatch):
+    aot = pytest.importorskip("genfast.kernels.aot")
+    for i, registers in enumerate((40, 60, 0)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "_forward.cubin").write_text(str(registers))
+        (folder / "_forward.json").write_text(json.dumps({"name": "_forward", "shared": 16 * i}))
+        (folder / "_forward.ttir").write_text('#loc = loc("/a/b/kernels/actnorm.py":10:0)\nmodule {}')
+
+    def resources(path):
+        if path.read_text() == "0":
+            raise ValueError("no registers")
+        return int(path.read_text()), 0
+
+    monkeypatch.setattr(aot, "resources", resources)
+    (kernel,), unread = gpu_check.triton_resources(tmp_path, time.monotonic() + 60)
+    expected = {"family": "actnorm", "kernel": "_forward", "registers": 60, "shared": 16, "spilled": 0}
+    assert kernel == expected | {"by": "triton", "specialisations": 2}
+    assert unread == 1
+    assert gpu_check.triton_resources(tmp_path, time.monotonic() - 1) == ([], 3)
 
 
 CHILD = """
