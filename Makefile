@@ -2,13 +2,15 @@
 # make test   sets up .venv and runs the tests, a worker a core
 # make lint   ruff and mypy
 # make peers  the test suites of zuko, nflows and normflows, plain and with genfast.accelerate
+# make gpu-check  on a machine with a CUDA GPU, nvcc and PyTorch: builds in place, verifies, tests, sanitizes, measures; with
+#                 $(PYTHON) as it is, nothing downloaded; ARGS="--parts verify,tests --minutes 4" for some of it
 # make clean  removes what the others made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements/torch.txt requirements/peers.txt
 
-.PHONY: demo test lint peers clean check-tools
+.PHONY: demo test lint peers gpu-check clean check-tools
 
 demo: $(VENV)/.installed
 	$(BIN)/genfast demo
@@ -24,8 +26,11 @@ lint: $(VENV)/.installed
 peers: $(VENV)/.installed
 	$(BIN)/python -m tests.peers
 
+gpu-check:
+	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info genfast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist out *.egg-info genfast/*.so genfast/kernels .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 check-tools:
 	@command -v $(PYTHON) >/dev/null || { echo "genfast: $(PYTHON) was not found. Install Python 3.10 to 3.13 (Debian: apt-get install python3 python3-venv python3-dev), or name one: make PYTHON=/path/to/python3"; exit 1; }

@@ -51,6 +51,12 @@ def sources(folder: str, suffix: str) -> list[str]:
 
 
 class BuildExt(build_ext):
+    def run(self) -> None:
+        super().run()
+        link = ROOT / "genfast" / "kernels"
+        if self.inplace and not getattr(self, "editable_mode", False) and not link.exists():
+            link.symlink_to(Path("..", "kernels"), target_is_directory=True)  # what an installation makes of package_dir
+
     def build_extension(self, ext: Pybind11Extension) -> None:
         if ext.name == "genfast._cuda":
             self.build_cuda(ext)
@@ -96,13 +102,16 @@ class BuildExt(build_ext):
         include = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
         flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *include]
         flags.append(f'-DGENFAST_CUDA_ARCHS="{";".join(archs)}"')
-        objects = []
+
+        def build(source: str) -> str:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.run_nvcc([nvcc, *flags, *generate, "-c", source, "-o", str(target)])
+            return str(target)
+
         try:
-            for source in [*sources("cuda", ".cu"), *ext.sources]:
-                target = Path(self.build_temp, source).with_suffix(".o")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.run_nvcc([nvcc, *flags, *generate, "-c", source, "-o", str(target)])
-                objects.append(str(target))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(build, [*sources("cuda", ".cu"), *ext.sources]))
             output = Path(self.get_ext_fullpath(ext.name))
             output.parent.mkdir(parents=True, exist_ok=True)
             # The runtime is static, so that a wheel built here serves users who have the driver and no toolkit.
@@ -112,8 +121,10 @@ class BuildExt(build_ext):
 
     @staticmethod
     def run_nvcc(command: list[str]) -> None:
-        print("genfast:", " ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        """What it says comes in one piece, since several run at once."""
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"genfast: {' '.join(command)}\n{done.stdout}", end="", flush=True)
+        done.check_returncode()
 
 
 def find_nvcc() -> str | None:

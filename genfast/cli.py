@@ -29,6 +29,13 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--device", choices=("cpu", "cuda"))
     verify.add_argument("--dtype", choices=tuple(_verify.DTYPES))
     verify.add_argument("--seed", type=int, help="of the random inputs, to repeat a failure")
+    verify.add_argument(
+        "--odd", action=argparse.BooleanOptionalAction,
+        help="also strided and channels_last inputs, prime, single and empty batches, long rows (default on a GPU)",
+    )  # fmt: skip
+    verify.add_argument("--jobs", type=int, help="processes that share the work (default: one a core on a GPU)")
+    verify.add_argument("--minutes", type=float, help="begin nothing later, and say what was left out")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
 
     bench = commands.add_parser("bench", help="run the benchmark suite of a source checkout", add_help=False)
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to python -m benchmarks")
@@ -359,7 +366,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _info.print_info()
             return 0
         if a.command == "verify":
-            return _verify.run(a.op, a.device, a.dtype, a.seed)
+            options = dict(odd_shapes=a.odd, jobs=a.jobs, minutes=a.minutes, json_path=a.json)
+            return _verify.run(a.op, a.device, a.dtype, a.seed, **options)
         if a.command == "demo":
             from . import demo
 
