@@ -246,7 +246,8 @@ def run(a: argparse.Namespace) -> int:
         path = path.with_name(f"{path.stem}-part.json")
 
     def kept(results: dict[str, Any]) -> dict[str, Any]:
-        return results if old is None else merged(old, results)
+        ordered = results | {"cases": sorted(results["cases"], key=lambda case: case["op"])}
+        return ordered if old is None else merged(old, ordered)
 
     with tempfile.TemporaryDirectory() as folder:
         last_words = Path(folder, "last-words.txt")

@@ -34,7 +34,8 @@ class Case:
         Where ``bytes`` are given, on a GPU a function is called several times, and makes inputs of its own each time: they
         are used in turn, so that none is found in the L2 cache. A work with an attribute ``part``, a pair, is that many of so
         many like steps, and its time stands for all of them. A name of several words is another form of its first word.
-    bytes, flops: what the work cannot do without; 0 where that is not a useful figure.
+    bytes, flops: what the work cannot do without; 0 where that is not a useful figure. FLOPs that take long to count may be
+        a function.
     quick: whether it runs under --quick.
     tolerance: TOLERANCES' of the dtype without.
     once: providers that take minutes: timed at one call, the one whose result is compared, and without their memory.
@@ -47,7 +48,7 @@ class Case:
     name: str
     providers: dict[str, Callable[[], Work]]
     bytes: int = 0
-    flops: int = 0
+    flops: int | Callable[[], int] = 0
     quick: bool = True
     tolerance: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
     for name, rotation in works.items() if _ceilings.DEVICE == "cuda" else ():
         if rotation.part == (1, 1) and name not in case.once and rotation.timed() < SMALL:
             try:
-                graphs[name] = _captured(rotation.works)
+                graphs[name] = captured(rotation.works)
             except RuntimeError as error:  # it waits for the device, or its optimiser is not made for graphs
                 uncaptured[name] = _first_line(error)
     # A GPU's copy leaves its caches behind whatever the size, so that it is measured once; a CPU's meets them as the case does.
@@ -143,13 +144,14 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
     copy = case.bytes / statistics.median(copies) if copies else 0.0
     if case.bytes and _ceilings.DEVICE == "cuda":
         copy = _ceilings.copy_bandwidth()
-    rate = _ceilings.matrix_rate(case.dtype) if case.flops else 0.0
-    peak_rate = _ceilings.fma_rate() if case.flops and case.dtype == "float32" else 0.0
+    flops = case.flops() if callable(case.flops) else case.flops
+    rate = _ceilings.matrix_rate(case.dtype) if flops else 0.0
+    peak_rate = _ceilings.fma_rate() if flops and case.dtype == "float32" else 0.0
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours, floor = medians.get("genfast"), medians.get("floor")
     captured = {name: statistics.median(values) for name, values in replays.items()}
     found: dict[str, Any] = {
-        "case": case.name, "op": case.op, "dtype": case.dtype, "bytes": case.bytes, "flops": case.flops, "copy_bandwidth": copy,
+        "case": case.name, "op": case.op, "dtype": case.dtype, "bytes": case.bytes, "flops": flops, "copy_bandwidth": copy,
         "matrix_rate": rate, "fma_rate": peak_rate, "notes": case.notes, "providers": {}, "absent": absent,
     }  # fmt: skip
     if _ceilings.DEVICE == "cuda":
@@ -161,8 +163,8 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
             "median_s": median, "min_s": min(values), "iqr_s": quarter[2] - quarter[0], "rounds": len(values),
             "peak_bytes": peaks[name], "times_genfast": median / ours if ours else None,
             "share_of_copy": case.bytes / median / copy if copy else None,
-            "share_of_matrix_rate": case.flops / median / rate if rate else None,
-            "share_of_fma_rate": case.flops / median / peak_rate if peak_rate else None,
+            "share_of_matrix_rate": flops / median / rate if rate else None,
+            "share_of_fma_rate": flops / median / peak_rate if peak_rate else None,
             "share_of_floor": floor / median if floor else None,
         }  # fmt: skip
         if name in captured:
@@ -220,8 +222,12 @@ def _first_call(work: Work) -> tuple[float, list[Tensor | None]]:
     return took, found
 
 
-def _captured(works: Sequence[Work]) -> Work:
-    """One call of each as a CUDA graph, and what replays it."""
+def captured(works: Sequence[Work]) -> Work:
+    """One call of each as a CUDA graph, and what replays it.
+
+    Raises:
+        RuntimeError: a work waits for the device, or torch does not allow what it does in a graph.
+    """
     mode = torch.cuda.get_sync_debug_mode()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

@@ -44,7 +44,7 @@ LAST_WORDS = _setting("LAST_WORDS", os.devnull)  # the file where a process that
 _ceilings.DEVICE = _setting("DEVICE", "cpu")
 SELECTED = [case for case in cases() if case.quick or not QUICK]
 if UNTIL < float("inf") or _ceilings.DEVICE == "cuda":  # what matters most comes first
-    SELECTED.sort(key=lambda case: case.priority)
+    SELECTED.sort(key=lambda case: (case.priority, not case.quick))
 
 
 @pytest.fixture
@@ -73,6 +73,10 @@ def _guarded(work: Callable[[], Any]) -> str:
         raise
 
 
+def test_ceilings(limited: None, record_property: Callable[[str, object], None]) -> None:
+    record_property("result", _guarded(lambda: {"ceilings": _ceilings.measured()}))
+
+
 @pytest.mark.parametrize("case", SELECTED, ids=[case.name for case in SELECTED])
 def test_case(
     case: Case, limited: None, record_property: Callable[[str, object], None], request: pytest.FixtureRequest
@@ -86,10 +90,6 @@ def test_case(
         benchmark = request.getfixturevalue("benchmark")
         benchmark.group = case.name
         benchmark.pedantic(case.providers["genfast"](), rounds=5, iterations=1, warmup_rounds=1)
-
-
-def test_ceilings(limited: None, record_property: Callable[[str, object], None]) -> None:
-    record_property("result", _guarded(lambda: {"ceilings": _ceilings.measured()}))
 
 
 def test_overhead(limited: None, record_property: Callable[[str, object], None]) -> None:
