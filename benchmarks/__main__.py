@@ -18,6 +18,7 @@ from typing import Any
 from tabulate import tabulate
 
 HERE = Path(__file__).parent
+CASES = HERE / "test_cases.py"
 
 
 def slug(text: str) -> str:
@@ -92,7 +93,15 @@ def plot(cases: list[dict[str, Any]], device: str, path: Path) -> None:
     for case in reversed(cases):
         absent = case.get("absent", {})
         for name, reason in reversed(absent.items()):
-            axes.text(0.0, y, f"  {name}: {reason[:90]}", va="center", fontsize=7, color="#b03030", transform=axes.get_yaxis_transform())
+            axes.text(
+                0.0,
+                y,
+                f"  {name}: {reason[:90]}",
+                va="center",
+                fontsize=7,
+                color="#b03030",
+                transform=axes.get_yaxis_transform(),
+            )
             y += 1
         for name, p in reversed(case["providers"].items()):
             value = p["times_genfast"]
@@ -128,13 +137,15 @@ def plot(cases: list[dict[str, Any]], device: str, path: Path) -> None:
 
 def plots(results: dict[str, Any], path: Path) -> list[Path]:
     """Draws all cases beside the JSON at ``path`` and each op's in the folder of its name; returns what was written."""
-    from benchmarks.test_cases import cases
-
     device = results["environment"]["device"]
-    known = {case.name: case.op for case in cases()}
+    known: dict[str, str] = {}
+    if any("op" not in case for case in results["cases"]):  # results of old
+        from benchmarks.test_cases import cases
+
+        known = {case.name: case.op for case in cases()}
     ops: dict[str, list[dict[str, Any]]] = {}
     for case in results["cases"]:
-        op = case.get("op") or known.get(case["case"]) or slug(case["case"].split()[0])
+        op = case.get("op") or known.get(case["case"], slug(case["case"].split()[0]))
         ops.setdefault(op, []).append(case)
     written = []
     if results["cases"]:
@@ -219,7 +230,7 @@ def run(a: argparse.Namespace) -> int:
     import pytest
 
     words = [
-        str(HERE / "test_cases.py"), "-p", "no:cacheprovider", "--override-ini", "addopts=", "--rootdir", str(HERE.parent),
+        str(CASES), "-p", "no:cacheprovider", "--override-ini", "addopts=", "--rootdir", str(HERE.parent),
     ]  # fmt: skip
     words += ["-k", a.filter] if a.filter else []
     os.environ |= {

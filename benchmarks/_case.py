@@ -149,7 +149,7 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
     peak_rate = _ceilings.fma_rate() if flops and case.dtype == "float32" else 0.0
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours, floor = medians.get("genfast"), medians.get("floor")
-    captured = {name: statistics.median(values) for name, values in replays.items()}
+    replayed = {name: statistics.median(values) for name, values in replays.items()}
     found: dict[str, Any] = {
         "case": case.name, "op": case.op, "dtype": case.dtype, "bytes": case.bytes, "flops": flops, "copy_bandwidth": copy,
         "matrix_rate": rate, "fma_rate": peak_rate, "notes": case.notes, "providers": {}, "absent": absent,
@@ -167,16 +167,14 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
             "share_of_fma_rate": flops / median / peak_rate if peak_rate else None,
             "share_of_floor": floor / median if floor else None,
         }  # fmt: skip
-        if name in captured:
-            found["providers"][name]["graph_s"] = captured[name]
+        if name in replayed:
+            found["providers"][name]["graph_s"] = replayed[name]
         if works[name].part != (1, 1):
             found["providers"][name]["part"] = list(works[name].part)
     return found
 
 
-def _prepared(
-    case: Case, compiled: bool, until: float
-) -> tuple[dict[str, _Rotation], dict[str, list[float]], dict[str, str]]:
+def _prepared(case: Case, compiled: bool, until: float) -> tuple[dict[str, _Rotation], dict[str, list[float]], dict[str, str]]:
     """The providers that work, warm, by name; their first times where these are all; and why the others are not there."""
     works: dict[str, _Rotation] = {}
     times: dict[str, list[float]] = {}

@@ -17,19 +17,24 @@ import torch
 DEVICE = "cpu"  # set by test_cases before the cases are made
 # How the products of a case are taken, and the type of its tensors: "tf32" is float32 rounded to ten bits for each product.
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIZES = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
 COPIED = 2**30  # bytes of each of the two buffers of the copy on a GPU, many times any L2 cache
 
 
 @contextlib.contextmanager
 def products(dtype: str) -> Iterator[None]:
-    """Within the block cuBLAS, cuDNN and our kernels take float32 products in TF32 if ``dtype`` says so, and else in full."""
+    """Within the block cuBLAS, cuDNN and our kernels take float32 products in TF32 if ``dtype`` says so, and else in full.
+
+    cuDNN chooses among its algorithms by trying them, which makes the strongest rival.
+    """
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
+    before = matmul.allow_tf32, convolution.allow_tf32, convolution.benchmark
     matmul.allow_tf32 = convolution.allow_tf32 = dtype == "tf32"
+    convolution.benchmark = True
     try:
         yield
     finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
+        matmul.allow_tf32, convolution.allow_tf32, convolution.benchmark = before
 
 
 def seconds(work: Callable[[], Any], calls: int = 1) -> float:
@@ -66,7 +71,7 @@ def copy_bandwidth() -> float:
 @functools.cache
 def matrix_rate(dtype: str = "float32") -> float:
     """FLOPs per second of products of random matrices: 8192 x 8192 on a GPU, median of 10; 1024 x 1024 on a CPU, best of 20."""
-    size = 8192 if DEVICE == "cuda" else 1024
+    size = SIZES[DEVICE]
     a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
     with products(dtype):
         seconds(lambda: a @ b, 3)

@@ -148,6 +148,7 @@ def _sampling(
     }  # fmt: skip
     if importlib.util.find_spec("zuko") is None:
         del providers["peer"]
+
     def flops() -> int:
         return 2 * n * sum(DegreeProgram.build(layers).multiplications for layers in _flow(inputs, transforms, hidden, "cpu"))
 

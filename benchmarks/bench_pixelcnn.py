@@ -157,7 +157,9 @@ def _gpu_sampling(
     providers["genfast"] = cached
     notes = {"graph": "the loop with one pixel's passes as a CUDA graph"}
     if part < total:
-        notes["reference"] = f"the time of {part} of {total} pixels, each of which takes the same passes, times {total / part:g}"
+        notes["reference"] = (
+            f"the time of {part} of {total} pixels, each of which takes the same passes, times {total / part:g}"
+        )
     title = f"sample {name}, {n} of {'x'.join(map(str, shape))}"
     return Case(title, providers, flops=_multiplications(build, n, shape), quick=False, notes=notes, priority=0)
 

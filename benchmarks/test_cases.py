@@ -1,4 +1,4 @@
-"""One test per case, which pytest-benchmark runs too. The providers' interleaved times are handed on as properties of the test."""
+"""One test per case, which pytest-benchmark runs too. The providers' interleaved times are handed on as a property."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import faulthandler
 import importlib
 import json
+import math
 import os
 import pkgutil
 import time
@@ -43,7 +44,7 @@ CAP = float(_setting("CAP", "inf"))  # seconds of a case, after which its proces
 LAST_WORDS = _setting("LAST_WORDS", os.devnull)  # the file where a process that ends so says why
 _ceilings.DEVICE = _setting("DEVICE", "cpu")
 SELECTED = [case for case in cases() if case.quick or not QUICK]
-if UNTIL < float("inf") or _ceilings.DEVICE == "cuda":  # what matters most comes first
+if math.isfinite(UNTIL) or _ceilings.DEVICE == "cuda":  # what matters most comes first
     SELECTED.sort(key=lambda case: (case.priority, not case.quick))
 
 
@@ -53,14 +54,14 @@ def limited() -> Any:
     if time.time() > UNTIL:
         pytest.skip("time is up")
     with open(LAST_WORDS, "w") as last_words:
-        if CAP < float("inf"):
+        if math.isfinite(CAP):
             faulthandler.dump_traceback_later(CAP, exit=True, file=last_words)
         yield
         faulthandler.cancel_dump_traceback_later()
 
 
 def _guarded(work: Callable[[], Any]) -> str:
-    """What ``work`` found as JSON. After an error that leaves no kernel of this process running ever again, the process ends."""
+    """What ``work`` found, as JSON. After an error that lets no kernel of this process run again, the process ends."""
     try:
         return json.dumps(work())
     except Exception:
