@@ -201,10 +201,9 @@ class Recorder:
         found = next((json.loads(value) for key, value in report.user_properties if key == "result"), {})
         name = report.nodeid.partition("[")[2].removesuffix("]") or report.nodeid
         if report.failed:
-            # Of a process that has ended, where it stood.
-            words = self.last_words.read_text().strip() if self.last_words.exists() else ""
-            error = "\n".join(filter(None, (_message(report), words)))
-            self.results["failed"].append({"case": name, "error": error[-4000:]})
+            # Of a process that has ended, where it stood, the innermost call first.
+            words = self.last_words.read_text().splitlines()[:12] if self.last_words.exists() else []
+            self.results["failed"].append({"case": name, "error": "\n".join([_message(report)[:2000], *words])})
         elif report.skipped:
             self.results["left_out"].append(name)
         elif report.when != "call":

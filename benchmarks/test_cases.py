@@ -64,12 +64,12 @@ def _guarded(work: Callable[[], Any]) -> str:
     """What ``work`` found, as JSON. After an error that lets no kernel of this process run again, the process ends."""
     try:
         return json.dumps(work())
-    except Exception:
+    except Exception as error:
         if _ceilings.DEVICE == "cuda" and torch.cuda.is_initialized():
             try:
                 torch.cuda.synchronize()
             except RuntimeError:
-                Path(LAST_WORDS).write_text(traceback.format_exc())
+                Path(LAST_WORDS).write_text(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
                 os._exit(1)
         raise
 
