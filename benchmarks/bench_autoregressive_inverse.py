@@ -13,24 +13,25 @@ from torch import Tensor, nn
 
 import genfast
 from benchmarks import _ceilings
-from benchmarks._case import Case, Work
+from benchmarks._case import Case, Work, captured
 from genfast.sampling import DegreeProgram, Layer
 
 CLAMP = math.log(1e-3)
 Flow = list[list[Layer]]
 
 
-def _flow(inputs: int, transforms: int, hidden: tuple[int, ...]) -> Flow:
+def _flow(inputs: int, transforms: int, hidden: tuple[int, ...], device: str | None = None) -> Flow:
     """MADEs as zuko's MAF makes them: ascending and descending orders in turn, two parameters an input."""
     torch.manual_seed(0)
+    device = _ceilings.DEVICE if device is None else device
     flow = []
     for t in range(transforms):
         order = torch.arange(inputs) if t % 2 == 0 else torch.arange(inputs).flip(0)
         degrees = [order, *(torch.arange(h) % max(1, inputs - 1) for h in hidden), order.repeat_interleave(2) - 1]
         layers = []
         for i, (before, after) in enumerate(zip(degrees, degrees[1:])):
-            linear = nn.Linear(len(before), len(after), device=_ceilings.DEVICE)
-            mask = (after[:, None] >= before).to(_ceilings.DEVICE)
+            linear = nn.Linear(len(before), len(after), device=device)
+            mask = (after[:, None] >= before).to(device)
             layers.append(Layer(linear.weight, linear.bias, mask, after="relu" if i < len(hidden) else "none"))
         flow.append(layers)
     return flow
@@ -113,7 +114,11 @@ def _noise(n: int, inputs: int) -> Tensor:
     return torch.randn(n, inputs, generator=torch.Generator().manual_seed(1)).to(_ceilings.DEVICE)
 
 
-def _sampling(inputs: int, transforms: int, hidden: tuple[int, ...], n: int, *, quick: bool) -> Case:
+def _sampling(
+    inputs: int, transforms: int, hidden: tuple[int, ...], n: int, *, quick: bool, priority: int = 1
+) -> Case:  # fmt: skip
+    gpu = _ceilings.DEVICE == "cuda"
+
     def work(function: Callable[[Flow, Tensor], tuple[Tensor, Tensor] | None] | None) -> Work:
         flow = _flow(inputs, transforms, hidden)
         chosen = _ours(flow) if function is None else function
@@ -126,18 +131,34 @@ def _sampling(inputs: int, transforms: int, hidden: tuple[int, ...], n: int, *, 
 
         return run
 
+    def graph() -> Work:
+        run, found = work(trick), []
+        replay = captured([lambda: found.append(run())])
+
+        def replayed() -> Any:
+            replay()
+            return found[-1]  # where the capture's last call writes
+
+        return replayed
+
     providers = {
-        "reference": lambda: work(eager), "trick": lambda: work(trick),
+        "reference": lambda: work(eager), "trick": lambda: work(trick), **({"graph": graph} if gpu else {}),
         "peer": lambda: _peer(_flow(inputs, transforms, hidden), _noise(n, inputs), hidden), "floor": lambda: work(density),
         "genfast": lambda: work(None),
     }  # fmt: skip
     if importlib.util.find_spec("zuko") is None:
         del providers["peer"]
-    flops = 2 * n * sum(DegreeProgram.build(layers).multiplications for layers in _flow(inputs, transforms, hidden))
+
+    def flops() -> int:
+        return 2 * n * sum(DegreeProgram.build(layers).multiplications for layers in _flow(inputs, transforms, hidden, "cpu"))
+
     size = "-".join(map(str, hidden))
     name = f"autoregressive_inverse sample maf {transforms} x {size}, {n} of {inputs}"
     notes = {"trick": "masks applied once", "floor": "a log_prob: one pass a transform", "peer": "zuko"}
-    return Case(name, providers, flops=flops, quick=quick, notes=notes, once=("reference", "trick", "peer"))
+    if gpu:
+        notes["graph"] = "all D passes of a transform as one CUDA graph, the masks applied once"
+    once = () if gpu else ("reference", "trick", "peer")
+    return Case(name, providers, flops=flops, quick=quick, notes=notes, once=once, priority=priority)
 
 
 def _training(inputs: int, hidden: tuple[int, ...], n: int, *, quick: bool) -> Case:
@@ -157,9 +178,15 @@ def _training(inputs: int, hidden: tuple[int, ...], n: int, *, quick: bool) -> C
         return run
 
     providers = {"reference": lambda: work(eager), "trick": lambda: work(trick), "genfast": lambda: work(None)}
-    flops = 4 * 2 * n * DegreeProgram.build(_flow(inputs, 1, hidden)[0]).multiplications
+
+    def flops() -> int:
+        return 4 * 2 * n * DegreeProgram.build(_flow(inputs, 1, hidden, "cpu")[0]).multiplications
+
     name = f"autoregressive_inverse gradient maf {'-'.join(map(str, hidden))}, {n} of {inputs}"
-    return Case(name, providers, flops=flops, quick=quick, notes={"trick": "masks applied once"}, once=("reference", "trick"))
+    return Case(
+        name, providers, flops=flops, quick=quick, notes={"trick": "masks applied once"},
+        once=() if _ceilings.DEVICE == "cuda" else ("reference", "trick"),
+    )  # fmt: skip
 
 
 CASES = [
@@ -168,3 +195,7 @@ CASES = [
     _sampling(64, 5, (512, 512), 1, quick=False),
     _training(64, (512, 512), 256, quick=False),
 ]
+
+if _ceilings.DEVICE == "cuda":
+    CASES += [_sampling(64, 5, (512, 512), n, quick=False, priority=0) for n in (64, 1024)]
+    CASES[2] = _sampling(64, 5, (512, 512), 1, quick=False, priority=0)

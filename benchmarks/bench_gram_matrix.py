@@ -36,34 +36,46 @@ def trick(x: Tensor) -> Tensor:
     return g.mul_(1 / x[0].numel())
 
 
-def _forward(shape: tuple[int, int, int, int], quick: bool) -> Case:
+def cublas(x: Tensor) -> Tensor:
+    """One call of the library, which scales too."""
+    f = x.flatten(2)
+    n, c, _ = f.shape
+    return torch.baddbmm(f.new_empty(()).expand(n, c, c), f, f.mT, beta=0, alpha=1 / f[0].numel())
+
+
+def _forward(shape: tuple[int, int, int, int], quick: bool, *, dtype: str = "float32", priority: int = 1) -> Case:
     n, c, h, w = shape
+    kind = _ceilings.DTYPES[dtype]
 
     def work(function: Callable[[Tensor], Tensor]) -> Work:
         torch.manual_seed(0)
-        x = torch.randn(shape, device=_ceilings.DEVICE)
+        x = torch.randn(shape, device=_ceilings.DEVICE).to(kind)
         return lambda: [function(x)]
 
     providers = {
         "reference": lambda: work(eager), "compile": lambda: work(torch.compile(eager, dynamic=False)),
-        "trick": lambda: work(trick), "genfast": lambda: work(genfast.ops.gram_matrix),
+        "trick": lambda: work(trick), "trick one call": lambda: work(cublas), "genfast": lambda: work(genfast.ops.gram_matrix),
     }  # fmt: skip
     if c <= BLOCK:
         del providers["trick"]  # one block is the whole product
-    moved = 4 * n * c * (h * w + c)
+    moved = kind.itemsize * n * c * h * w + max(kind.itemsize, 4) * n * c * c  # half types give a float32 matrix
+    name = f"gram_matrix {shape}{'' if dtype == 'float32' else f' {dtype}'}"
     # The symmetric half is all that must be multiplied.
-    return Case(f"gram_matrix {shape}", providers, bytes=moved, flops=n * c * (c + 1) * h * w, quick=quick)
+    return Case(name, providers, bytes=moved, flops=n * c * (c + 1) * h * w, quick=quick, dtype=dtype, priority=priority)
 
 
 def eager_loss(xs: list[Tensor], targets: list[Tensor]) -> Tensor:
-    return torch.stack([F.mse_loss(eager(x), a) for x, a in zip(xs, targets)]).sum()
+    return torch.stack([F.mse_loss(eager(x).to(a.dtype), a) for x, a in zip(xs, targets)]).sum()
 
 
-def _style(batch: int, quick: bool) -> Case:
+def _style(batch: int, quick: bool, *, dtype: str = "float32", priority: int = 1) -> Case:
+    kind = _ceilings.DTYPES[dtype]
+
     def work(function: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Work:
         torch.manual_seed(0)
-        xs = [torch.randn(batch, c, s, s, device=_ceilings.DEVICE, requires_grad=True) for c, s in LAYERS]
-        targets = [eager(0.9 * torch.randn(1, c, s, s, device=_ceilings.DEVICE)).expand(batch, c, c) for c, s in LAYERS]
+        device = _ceilings.DEVICE
+        xs = [torch.randn(batch, c, s, s, device=device).to(kind).requires_grad_() for c, s in LAYERS]
+        targets = [eager(0.9 * torch.randn(1, c, s, s, device=device)).expand(batch, c, c) for c, s in LAYERS]
         one = torch.ones((), device=_ceilings.DEVICE)
         return lambda: gradients((function(xs, targets),), xs, (one,))
 
@@ -71,9 +83,10 @@ def _style(batch: int, quick: bool) -> Case:
         "reference": lambda: work(eager_loss), "compile": lambda: work(torch.compile(eager_loss, dynamic=False)),
         "genfast": lambda: work(genfast.ops.style_loss),
     }  # fmt: skip
-    moved = sum(12 * batch * c * s * s for c, s in LAYERS)
+    moved = sum(3 * kind.itemsize * batch * c * s * s for c, s in LAYERS)
     flops = sum(3 * batch * c * c * s * s for c, s in LAYERS)
-    return Case(f"style_loss VGG19 256 x 256 batch {batch}", providers, bytes=moved, flops=flops, quick=quick)
+    name = f"style_loss VGG19 256 x 256 batch {batch}{'' if dtype == 'float32' else f' {dtype}'}"
+    return Case(name, providers, bytes=moved, flops=flops, quick=quick, dtype=dtype, priority=priority)
 
 
 def _plain(size: int) -> Case:
@@ -100,3 +113,8 @@ CASES = [
     _forward((4, 512, 64, 64), True), _forward((1, 64, 256, 256), False), _forward((1, 256, 64, 64), False), _style(1, True),
     _style(4, False), *([_plain(2048)] if _ceilings.DEVICE == "cpu" else []),
 ]  # fmt: skip
+
+if _ceilings.DEVICE == "cuda":
+    CASES += [_forward((n, c, 64, 64), False, dtype="bfloat16", priority=0) for n, c in ((16, 512), (8, 1024), (4, 2048))]
+    CASES += [_forward((16, 512, 64, 64), False, dtype="tf32", priority=0)]
+    CASES += [_style(16, False, dtype=dtype, priority=0) for dtype in ("tf32", "bfloat16")]

@@ -35,19 +35,26 @@ def _arrangements(k: int, mask: Tensor) -> dict[str, Function]:
     return {"reference": dense, "trick crop": crop, "trick crop, sliced": crop_sliced, "trick split rows": split}
 
 
-def _case(k: int, shape: tuple[int, int, int, int], out: int, *, channels_last: bool, quick: bool) -> Case:
+def _case(
+    k: int, shape: tuple[int, int, int, int], out: int, *, channels_last: bool, quick: bool, dtype: str = "float32",
+    priority: int = 1,
+) -> Case:  # fmt: skip
     n, channels, h, w = shape
-    mask = torch.ones(k, k, device=_ceilings.DEVICE)
-    mask[k // 2, k // 2 + 1 :] = 0
-    mask[k // 2 + 1 :] = 0
+    kind = _ceilings.DTYPES[dtype]
     form = torch.channels_last if channels_last else torch.contiguous_format
+
+    def masked() -> dict[str, Function]:
+        mask = torch.ones(k, k, device=_ceilings.DEVICE, dtype=kind)
+        mask[k // 2, k // 2 + 1 :] = 0
+        mask[k // 2 + 1 :] = 0
+        return _arrangements(k, mask)
 
     def work(function: Function) -> Work:
         torch.manual_seed(0)
         device = _ceilings.DEVICE
-        x = torch.randn(shape, device=device).contiguous(memory_format=form).requires_grad_()
-        weight = (torch.randn(out, channels, k, k, device=device) / (channels * k * k) ** 0.5).requires_grad_()
-        gy = torch.randn(n, out, h, w, device=device).contiguous(memory_format=form)
+        x = torch.randn(shape, device=device).to(kind).contiguous(memory_format=form).requires_grad_()
+        weight = (torch.randn(out, channels, k, k, device=device) / (channels * k * k) ** 0.5).to(kind).requires_grad_()
+        gy = torch.randn(n, out, h, w, device=device).to(kind).contiguous(memory_format=form)
 
         def run() -> list[Tensor]:
             y, dx, dw = gradients((function(x, weight),), (x, weight), (gy,))
@@ -55,26 +62,29 @@ def _case(k: int, shape: tuple[int, int, int, int], out: int, *, channels_last: 
 
         return run
 
-    found = _arrangements(k, mask)
-    providers: dict[str, Callable[[], Work]] = {"reference": lambda: work(found["reference"])}
-    providers["compile"] = lambda: work(torch.compile(found["reference"], dynamic=False))
-    for name, function in found.items():
-        if name != "reference":
-            providers[name] = lambda function=function: work(function)  # type: ignore[misc]
+    providers: dict[str, Callable[[], Work]] = {
+        "reference": lambda: work(masked()["reference"]),
+        "compile": lambda: work(torch.compile(masked()["reference"], dynamic=False)),
+    }
+    for name in ("trick crop", "trick crop, sliced", "trick split rows"):
+        providers[name] = lambda name=name: work(masked()[name])  # type: ignore[misc]
     providers["genfast"] = lambda: work(lambda x, w: genfast.ops.masked_conv2d(x, w, mask_type="B"))
     taps = (k * k + 1) // 2
     label = f"masked_conv2d {k}x{k} {channels} to {out}, {n}x{h}x{w}{' channels_last' if channels_last else ''}"
-    return Case(label, providers, flops=3 * 2 * n * h * w * out * channels * taps, quick=quick)
+    label += "" if dtype == "float32" else f" {dtype}"
+    flops = 3 * 2 * n * h * w * out * channels * taps
+    return Case(label, providers, flops=flops, quick=quick, dtype=dtype, priority=priority)
 
 
-def _wavenet(quick: bool) -> Case:
-    shape, out, dilation = (1, 64, 16000), 128, 64
+def _wavenet(quick: bool, *, n: int = 1, dtype: str = "float32", priority: int = 1) -> Case:
+    shape, out, dilation = (n, 64, 16000), 128, 64
+    kind = _ceilings.DTYPES[dtype]
 
     def work(function: Function) -> Work:
         torch.manual_seed(0)
-        x = torch.randn(shape, device=_ceilings.DEVICE).requires_grad_()
-        weight = (torch.randn(out, 64, 2, device=_ceilings.DEVICE) / 128**0.5).requires_grad_()
-        gy = torch.randn(1, out, shape[2], device=_ceilings.DEVICE)
+        x = torch.randn(shape, device=_ceilings.DEVICE).to(kind).requires_grad_()
+        weight = (torch.randn(out, 64, 2, device=_ceilings.DEVICE) / 128**0.5).to(kind).requires_grad_()
+        gy = torch.randn(n, out, shape[2], device=_ceilings.DEVICE).to(kind)
         return lambda: gradients((function(x, weight),), (x, weight), (gy,))
 
     def library(x: Tensor, w: Tensor) -> Tensor:
@@ -85,7 +95,8 @@ def _wavenet(quick: bool) -> Case:
         "compile": lambda: work(torch.compile(library, dynamic=False)),
         "genfast": lambda: work(lambda x, w: genfast.ops.masked_conv1d(x, w, mask_type="B", dilation=dilation)),
     }
-    return Case("masked_conv1d k=2 d=64, 1x64x16000 to 128", providers, flops=3 * 2 * 16000 * 128 * 128, quick=quick)
+    name = f"masked_conv1d k=2 d=64, {n}x64x16000 to 128{'' if dtype == 'float32' else f' {dtype}'}"
+    return Case(name, providers, flops=3 * 2 * n * 16000 * 128 * 128, quick=quick, dtype=dtype, priority=priority)
 
 
 CASES = [
@@ -96,3 +107,12 @@ CASES = [
     _case(5, (16, 66, 32, 32), 132, channels_last=False, quick=False),
     _wavenet(False),
 ]
+
+if _ceilings.DEVICE == "cuda":
+    CASES += [
+        _case(k, shape, out, channels_last=channels_last, quick=False, dtype=dtype, priority=0)
+        for k, shape, out in ((7, (64, 64, 32, 32), 64), (3, (64, 128, 32, 32), 128))
+        for dtype in ("bfloat16", "tf32")
+        for channels_last in (False, True)
+    ]
+    CASES += [_wavenet(False, n=8, dtype=dtype, priority=0) for dtype in ("bfloat16", "tf32")]

@@ -17,11 +17,15 @@ Layers = Sequence[made.MaskedLinear]
 Run = Callable[[Layers, Tensor], Tensor]
 
 
+def _sorted(order: Tensor) -> bool:
+    return torch.equal(order, torch.arange(len(order), device=order.device))
+
+
 class _Mask:
     """A layer's mask as zuko, nflows and normflows keep it: a tensor that multiplies the weight at each call."""
 
     def __init__(self, layers: Layers) -> None:
-        self.masks = [layer.mask.float() for layer in layers]
+        self.masks = [layer.mask.to(layer.weight.dtype) for layer in layers]
 
     def __call__(self, layers: Layers, x: Tensor) -> Tensor:
         last = len(layers) - 1
@@ -39,10 +43,10 @@ class _Blocks:
         for layer in layers:
             cuts = [len(layer.rows) * b // blocks for b in range(blocks + 1)]
             pieces = [(a, b, int(layer.counts[b - 1])) for a, b in zip(cuts, cuts[1:])]
-            sorted_mask = layer.mask[layer.rows][:, layer.columns].float()
+            sorted_mask = layer.mask[layer.rows][:, layer.columns].to(layer.weight.dtype)
             # Units that are sorted already are not gathered.
-            rows = None if torch.equal(layer.rows, torch.arange(len(layer.rows))) else layer.rows
-            columns = None if torch.equal(layer.columns, torch.arange(len(layer.columns))) else layer.columns
+            rows = None if _sorted(layer.rows) else layer.rows
+            columns = None if _sorted(layer.columns) else layer.columns
             self.plans.append((pieces, [sorted_mask[a:b, :k] for a, b, k in pieces], rows, columns))
 
     def __call__(self, layers: Layers, x: Tensor) -> Tensor:
@@ -66,14 +70,18 @@ def _ours(layers: Layers, x: Tensor) -> Tensor:
     return x
 
 
-def _case(name: str, n: int, make: Callable[[], Layers], backward: bool, quick: bool) -> Case:
+def _case(
+    name: str, n: int, make: Callable[[], Layers], backward: bool, quick: bool, *, dtype: str = "float32", priority: int = 1
+) -> Case:  # fmt: skip
+    kind = _ceilings.DTYPES[dtype]
+
     def work(arrange: Callable[[Layers], Run], compiled: bool = False) -> Work:
         torch.manual_seed(0)
         device = _ceilings.DEVICE
-        layers = [layer.to(device) for layer in nn.ModuleList(make())]
+        layers = [layer.to(device, kind) for layer in nn.ModuleList(make())]
         run = arrange(layers)
-        x = torch.randn(n, layers[0].in_features, device=device, requires_grad=backward)
-        grad = torch.randn(n, layers[-1].out_features, device=device)
+        x = torch.randn(n, layers[0].in_features, device=device).to(kind).requires_grad_(backward)
+        grad = torch.randn(n, layers[-1].out_features, device=device).to(kind)
         wanted = [x, *(p for layer in layers for p in (layer.weight, layer.bias))]
         function = torch.compile(run, dynamic=False) if compiled else run
 
@@ -91,9 +99,8 @@ def _case(name: str, n: int, make: Callable[[], Layers], backward: bool, quick: 
         "genfast": lambda: work(lambda _: _ours),
     }
     passes = 3 if backward else 1
-    return Case(
-        f"masked_linear {name}, batch {n}{'' if backward else ', forward'}", providers, flops=2 * passes * n * live, quick=quick
-    )
+    title = f"masked_linear {name}, batch {n}{'' if backward else ', forward'}{'' if dtype == 'float32' else f', {dtype}'}"
+    return Case(title, providers, flops=2 * passes * n * live, quick=quick, dtype=dtype, priority=priority)
 
 
 def _layer(inputs: int, outputs: int) -> Callable[[], Layers]:
@@ -126,3 +133,10 @@ CASES = [
     _case("MADE 64-64-64-1472", 256, _made((64, 64), 23), True, False),
     _case("64-64", 256, _layer(64, 64), False, False),
 ]
+
+if _ceilings.DEVICE == "cuda":
+    CASES += [
+        _case(name, 4096, make, True, False, dtype=dtype, priority=0)
+        for name, make in (("2048-2048", _layer(2048, 2048)), ("MADE 64-512-512-128", _made((512, 512), 2)))
+        for dtype in ("bfloat16", "tf32")
+    ]

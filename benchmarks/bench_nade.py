@@ -79,7 +79,8 @@ def _sampling(n: int, d: int, h: int, quick: bool) -> Case:
         return genfast.reference.nade_sample(uniforms, *weights, None, None, None, "sigmoid", "bernoulli")
 
     providers: dict[str, Callable[[], Work]] = {"reference": lambda: work(incremental)}
-    if quick:  # beyond that it takes minutes
+    naively = quick or _ceilings.DEVICE == "cuda"  # beyond that it takes minutes
+    if naively:
         providers["peer"] = lambda: work(naive)
     providers["genfast"] = lambda: work(lambda u, weights: genfast.ops.nade_sample(u, *weights))
     return Case(
@@ -87,7 +88,7 @@ def _sampling(n: int, d: int, h: int, quick: bool) -> Case:
         providers,
         flops=n * d * h * (2 + 2 + 20),
         quick=quick,
-        once=("peer",) if quick else (),
+        once=("peer",) if naively else (),
         notes={
             "reference": "a Python loop that keeps the state",
             "peer": "D passes over the whole vector, as pytorch-generative samples",
@@ -102,3 +103,6 @@ CASES = [
     _sampling(64, 64, 128, True),
     _sampling(64, 784, 500, False),
 ]
+
+if _ceilings.DEVICE == "cuda":
+    CASES += [_likelihood(1024, 784, 500, True, False, False), _sampling(1024, 784, 500, False)]

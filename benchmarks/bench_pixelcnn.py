@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import genfast
 from benchmarks import _ceilings
-from benchmarks._case import Case, Work
+from benchmarks._case import Case, Work, captured
 from genfast.reference import autoregressive as plain
 
 BATCH = 16
@@ -60,6 +61,17 @@ def _training(layers: int, kernel: int, size: int, *, compiled: bool, quick: boo
     return Case(name, providers, flops=flops, quick=quick, notes={"trick": "the plain model with channels_last weights"})
 
 
+def _multiplications(build: Callable[[Any], Any], n: int, shape: tuple[int, ...]) -> Callable[[], int]:
+    """FLOPs of the products of the pixel program, which takes seconds to make."""
+
+    def count() -> int:
+        model = build(genfast.models)
+        sampler = genfast.sampling.Sampler(model, levels=model.levels, head=model.head)
+        return int(2 * n * sampler.prepare(shape).multiplications)
+
+    return count
+
+
 def _sampling(name: str, build: Callable[[Any], Any], n: int, shape: tuple[int, ...], *, quick: bool) -> Case:
     """The plain model's loop and ours, on the same weights and the same uniform numbers; both return the images."""
 
@@ -69,22 +81,110 @@ def _sampling(name: str, build: Callable[[Any], Any], n: int, shape: tuple[int, 
         uniforms = torch.rand((n, model.uniforms_per_pixel(), *shape[1:]), generator=torch.Generator().manual_seed(0))
         return lambda: model.sample(n, shape, uniforms=uniforms, **options).float()
 
-    sampler = genfast.sampling.Sampler
-    torch.manual_seed(0)
-    model = build(genfast.models)
-    flops = 2 * n * sampler(model, levels=model.levels, head=model.head).prepare(shape).multiplications
     providers = {"reference": lambda: work(plain), "genfast": lambda: work(genfast.models)}
-    return Case(f"sample {name}, {n} of {'x'.join(map(str, shape))}", providers, flops=flops, quick=quick, once=("reference",))
+    title = f"sample {name}, {n} of {'x'.join(map(str, shape))}"
+    return Case(title, providers, flops=_multiplications(build, n, shape), quick=quick, once=("reference",))
 
 
-CASES = [
-    _training(2, 5, 16, compiled=False, quick=True),
-    _training(8, 7, 28, compiled=True, quick=False),
-    _sampling("pixelcnn 3 layers", lambda f: f.PixelCNN(1, 32, 3, 5), 2, (1, 12, 12), quick=True),
-    _sampling("pixelcnn", lambda f: f.PixelCNN(), 1, (1, 28, 28), quick=False),
-    _sampling("pixelcnn", lambda f: f.PixelCNN(), 16, (1, 28, 28), quick=False),
-    # 66 channels: 64 is no multiple of three colours.
-    _sampling("gated_pixelcnn", lambda f: f.GatedPixelCNN(3, 66), 1, (3, 32, 32), quick=False),
-    _sampling("pixelcnnpp", lambda f: f.PixelCNNPlusPlus(3, 40), 1, (3, 32, 32), quick=False),
-    _sampling("wavenet", lambda f: f.WaveNet(), 1, (1, 1000), quick=False),
-]
+class Loop:
+    """The standard loop a pixel at a time, whose place is a number on the device, so that one graph serves every pixel."""
+
+    def __init__(self, model: Any, n: int, shape: tuple[int, ...], uniforms: Tensor) -> None:
+        self.model = model
+        self.images = torch.zeros((n, *shape), dtype=torch.int64, device=uniforms.device)
+        self.flat, self.uniforms = self.images.flatten(2), uniforms.flatten(2)  # views
+        self.at = torch.zeros(1, dtype=torch.int64, device=uniforms.device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        model, u = self.model, self.uniforms.index_select(2, self.at)[:, :, 0]
+        colours = self.images.shape[1]
+        if model.head == "categorical":
+            for k in range(colours):
+                here = model(self.images).flatten(2).index_select(2, self.at)[:, :, 0]
+                drawn = plain.draw_categorical(here.unflatten(1, (model.levels, colours))[:, :, k], u[:, k])
+                self.flat[:, k].index_copy_(1, self.at, drawn[:, None])
+        else:
+            here = model(self.images).flatten(2).index_select(2, self.at)
+            drawn = genfast.reference.discretized_logistic_mixture_sample(here, u[..., None], colours, model.levels, 1.0)
+            self.flat.index_copy_(2, self.at, drawn)
+        self.at.add_(1)
+
+    def start(self) -> None:
+        self.images.zero_()
+        self.at.zero_()
+
+
+def _gpu_sampling(
+    name: str, build: Callable[[Any], Any], n: int, shape: tuple[int, ...], *, steps: int | None = None, tf32: bool = False
+) -> Case:  # fmt: skip
+    """As _sampling, the loop also as a graph of one pixel that is replayed; over ``steps`` pixels only, which are compared."""
+    total = math.prod(shape[1:])
+    part = min(steps or total, total)
+
+    def given(family: Any) -> tuple[Any, Tensor]:
+        torch.manual_seed(0)
+        model = build(family).eval().to(_ceilings.DEVICE)
+        uniforms = torch.rand((n, model.uniforms_per_pixel(), *shape[1:]), generator=torch.Generator().manual_seed(0))
+        return model, uniforms.to(_ceilings.DEVICE)
+
+    def naive(graph: bool, dtype: str = "float32") -> Work:
+        model, uniforms = given(plain)
+        loop = Loop(model, n, shape, uniforms)
+        with _ceilings.products(dtype):
+            if graph:
+                loop.step()
+                loop.start()
+            step = captured([loop.step]) if graph else loop.step
+
+        def run() -> Any:
+            loop.start()
+            for _ in range(part):
+                step()
+            # Where the logits are rounded otherwise some draws are others, and all that follow them.
+            return loop.flat[:, :, :part].float() if dtype == "float32" else [None]
+
+        run.part = part, total  # type: ignore[attr-defined]
+        return run
+
+    def cached() -> Work:
+        model, uniforms = given(genfast.models)
+        return lambda: model.sample(n, shape, uniforms=uniforms).flatten(2)[:, :, :part].float()
+
+    providers: dict[str, Callable[[], Work]] = {"reference": lambda: naive(False), "graph": lambda: naive(True)}
+    if tf32:
+        providers["graph tf32"] = lambda: naive(True, "tf32")
+    providers["genfast"] = cached
+    notes = {"graph": "the loop with one pixel's passes as a CUDA graph"}
+    if part < total:
+        notes["reference"] = (
+            f"the time of {part} of {total} pixels, each of which takes the same passes, times {total / part:g}"
+        )
+    title = f"sample {name}, {n} of {'x'.join(map(str, shape))}"
+    return Case(title, providers, flops=_multiplications(build, n, shape), quick=False, notes=notes, priority=0)
+
+
+if _ceilings.DEVICE == "cuda":
+    SAMPLING = [
+        _gpu_sampling(name, build, n, shape, steps=steps, tf32=n == 1024)
+        for n, steps in ((1, 64), (64, 16), (1024, 4))
+        for name, build, shape in (
+            ("pixelcnn", lambda f: f.PixelCNN(), (1, 28, 28)),
+            ("gated_pixelcnn", lambda f: f.GatedPixelCNN(3, 66), (3, 32, 32)),
+            ("pixelcnnpp", lambda f: f.PixelCNNPlusPlus(3, 40), (3, 32, 32)),
+            ("wavenet", lambda f: f.WaveNet(), (1, 1000)),
+        )
+    ]
+    SAMPLING.append(_gpu_sampling("pixelcnn 3 layers", lambda f: f.PixelCNN(1, 32, 3, 5), 1, (1, 28, 28)))  # all pixels
+else:
+    SAMPLING = [
+        _sampling("pixelcnn 3 layers", lambda f: f.PixelCNN(1, 32, 3, 5), 2, (1, 12, 12), quick=True),
+        _sampling("pixelcnn", lambda f: f.PixelCNN(), 1, (1, 28, 28), quick=False),
+        _sampling("pixelcnn", lambda f: f.PixelCNN(), 16, (1, 28, 28), quick=False),
+        # 66 channels: 64 is no multiple of three colours.
+        _sampling("gated_pixelcnn", lambda f: f.GatedPixelCNN(3, 66), 1, (3, 32, 32), quick=False),
+        _sampling("pixelcnnpp", lambda f: f.PixelCNNPlusPlus(3, 40), 1, (3, 32, 32), quick=False),
+        _sampling("wavenet", lambda f: f.WaveNet(), 1, (1, 1000), quick=False),
+    ]
+
+CASES = [_training(2, 5, 16, compiled=False, quick=True), _training(8, 7, 28, compiled=True, quick=False), *SAMPLING]

@@ -82,23 +82,37 @@ def ours(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tup
     return genfast.ops.rational_quadratic_spline(x, widths, heights, derivatives, bound=BOUND)
 
 
-def _case(elements: int, packed: bool, quick: bool) -> Case:
+def _case(
+    elements: int, packed: bool, quick: bool, *, dtype: str = "float32", backward: bool = True, priority: int = 1
+) -> Case:  # fmt: skip
     counts = (BINS, BINS, BINS - 1)
+    kind = _ceilings.DTYPES[dtype]
 
     def work(function: Work) -> Work:
         torch.manual_seed(0)
         device = _ceilings.DEVICE
-        x = torch.randn(elements, device=device, requires_grad=True)
-        params = torch.randn(elements, sum(counts), device=device)
-        gy, gl = torch.randn(elements, device=device), torch.randn(elements, device=device)
-        if packed:
-            params.requires_grad_()
-            return lambda: gradients(function(x, params), (x, params), (gy, gl))
-        parts = [p.contiguous().requires_grad_() for p in params.split(counts, -1)]
-        return lambda: gradients(function(x, *parts), (x, *parts), (gy, gl))
+        x = torch.randn(elements, device=device).to(kind).requires_grad_(backward)
+        params = torch.randn(elements, sum(counts), device=device).to(kind)
+        gy, gl = torch.randn(elements, device=device).to(kind), torch.randn(elements, device=device)
+        leaves = [params] if packed else [p.contiguous() for p in params.split(counts, -1)]
+        leaves = [p.requires_grad_(backward) for p in leaves]
+
+        def run() -> list[Tensor]:
+            y, logdet = function(x, *leaves)
+            if not backward:
+                return [y, logdet]
+            return gradients((y, logdet), (x, *leaves), (gy, gl))
+
+        return run
 
     def taken(function: Work) -> Work:
-        return (lambda x, params: function(x, *params.split(counts, -1))) if packed else function
+        def wide(x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+            """In float32, as autocast takes these functions: bins' borders in bfloat16 are off by more than a bin's width."""
+            parts = params[0].float().split(counts, -1) if packed else [p.float() for p in params]
+            y, logdet = function(x.float(), *parts)
+            return y.to(kind), logdet
+
+        return wide
 
     def provider(function: Work) -> Work:
         return lambda: work(taken(function))
@@ -112,16 +126,20 @@ def _case(elements: int, packed: bool, quick: bool) -> Case:
         "compile": lambda: work(torch.compile(taken(trick), dynamic=False)),
         "trick": provider(trick),
     }
-    if importlib.util.find_spec("nflows") is not None:
+    if not backward:  # forward and backward shows it
+        del providers["compile"]
+    if importlib.util.find_spec("nflows") is not None and dtype == "float32":
         providers["peer"] = provider(peer)
     providers["genfast"] = lambda: work(packed_ours if packed else ours)
-    # float32: the forward reads x and 3K - 1 parameters and writes y and logdet; the backward reads those, two cotangents, and
-    # writes dx and the parameters' gradients.
+    # The forward reads x and 3K - 1 parameters and writes y and logdet; the backward reads those, two cotangents, and
+    # writes dx and the parameters' gradients; logdet and its cotangent are float32.
     size = sum(counts)
     name = f"rational_quadratic_spline {'packed ' if packed else ''}{elements}"
-    moved = 4 * elements * ((1 + size + 2) + (1 + size + 2 + 1 + size))
+    name += f"{'' if dtype == 'float32' else f' {dtype}'}{'' if backward else ' forward'}"
+    moved = elements * (kind.itemsize * ((1 + size + 1) + (1 + size + 1 + 1 + size) * backward) + 4 * (1 + backward))
     # The derivative of logdet jumps at a knot, and rounding puts a few of a million elements on its other side.
-    return Case(name, providers, bytes=moved, quick=quick, tolerance=1e-2 if elements > 1 << 18 else 1e-3)
+    tolerance = 1e-2 if elements > 1 << 18 and dtype == "float32" else None
+    return Case(name, providers, bytes=moved, quick=quick, tolerance=tolerance, dtype=dtype, priority=priority)
 
 
 CASES = [
@@ -130,3 +148,12 @@ CASES = [
     _case(1_048_576, False, False),
     _case(1_048_576, True, False),
 ]
+
+if _ceilings.DEVICE == "cuda":  # parameters of 276 MiB and of 1.1 GiB
+    CASES += [
+        _case(n // kind.itemsize << 20, True, False, dtype=dtype, backward=backward, priority=0)
+        for n in (12, 48)
+        for dtype, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        for backward in (False, True)
+    ]
+    CASES.append(_case(3 << 20, False, False, priority=0))

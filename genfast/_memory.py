@@ -13,7 +13,7 @@ from . import _pool
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The profiler tells of its own start and stop on standard error, below Python."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -36,7 +36,7 @@ def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         work()
     held = peak = 0
     results = profile.profiler.kineto_results.events() if profile.profiler else []
