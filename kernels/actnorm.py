@@ -19,9 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, options, output, place, tile, variant, view
+from ._common import Aot, Choice, View, cdiv, every, options, output, place, tile, variant, view
 
-ROWS = 1024  # programs a channel tile: fills any GPU of today several times over, and keeps the second kernel short
+# Of a tile its elements and those of a thread. Rows, programs a channel tile: fill any GPU of today several times over, and
+# keep the second kernel short.
+TUNABLE = {
+    "forward": Choice(dict(tile=1024, each=8), every(tile=(512, 1024, 2048, 4096), each=(4, 8, 16))),
+    "backward": Choice(
+        dict(tile=1024, each=8, rows=1024), every(tile=(1024, 2048, 4096), each=(4, 8, 16), rows=(64, 256, 1024))
+    ),
+}
 
 
 @triton.jit
@@ -147,14 +154,15 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bo
         return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     logdet = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     (a, out), vectors = _views(x, y)
-    block_c, block_s = tile(a)
+    choice = TUNABLE["forward"]
+    block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
         a.data, scale.contiguous(), bias.contiguous(), y, logdet, *a.strides, *out.strides, a.c, a.s, 1 if vectors else a.s,
         s_tiles, tiles, LOG_SCALE=log_scale, INVERSE=inverse, BATCH_IN_TILE=vectors, FAR=far, BLOCK_C=block_c,
-        BLOCK_S=block_s, **options(block_c * block_s, far),
+        BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
     )  # fmt: skip
     return y, logdet
 
@@ -173,16 +181,17 @@ def actnorm_backward(
         if grad_y is None:
             dx.zero_()
         else:
-            block_c, block_s = tile(a)
+            choice = TUNABLE["backward"]
+            block_c, block_s = tile(a, choice["tile"])
             c_tiles, s_tiles = cdiv(a.c, block_c), cdiv(a.s, block_s)
             tiles = a.n * s_tiles
-            rows = min(tiles, ROWS)
+            rows = min(tiles, choice["rows"])
             far = a.far or out.far or g.far
             partial = torch.empty((rows, 2, a.c), dtype=torch.float32, device=x.device)
             _backward[(rows * c_tiles,)](
                 g.data, a.data, scale, bias, dx, partial, *g.strides, *a.strides, *out.strides, a.c, a.s, s_tiles, tiles,
                 c_tiles, rows, LOG_SCALE=log_scale, INVERSE=inverse, FAR=far, BLOCK_C=block_c,
-                BLOCK_S=block_s, **options(block_c * block_s, far),
+                BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
             )  # fmt: skip
     if channels:
         _finish[(cdiv(channels, 16),)](
