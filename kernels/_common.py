@@ -44,6 +44,13 @@ def every(**values: Iterable[int]) -> list[dict[str, int]]:
     return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
 
 
+def tiles_choice(**more: Iterable[int]) -> Choice:
+    """Of a program that takes a tile at a time: the elements of the tile and those of a thread, and ``more``, present value
+    first."""
+    values = {"tile": (1024, 512, 2048, 4096), "each": (8, 4, 16)} | {k: tuple(v) for k, v in more.items()}
+    return Choice({k: v[0] for k, v in values.items()}, every(**values))
+
+
 class View(NamedTuple):
     """A tensor as (N, C, S): S is the product of its spatial axes, strides are in elements."""
 

@@ -19,15 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, Choice, View, cdiv, every, options, output, place, tile, variant, view
+from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice, variant, view
 
 # Of a tile its elements and those of a thread. Rows, programs a channel tile: fill any GPU of today several times over, and
 # keep the second kernel short.
 TUNABLE = {
-    "forward": Choice(dict(tile=1024, each=8), every(tile=(512, 1024, 2048, 4096), each=(4, 8, 16))),
-    "backward": Choice(
-        dict(tile=1024, each=8, rows=1024), every(tile=(1024, 2048, 4096), each=(4, 8, 16), rows=(64, 256, 1024))
-    ),
+    "forward": tiles_choice(),
+    "backward": tiles_choice(rows=(1024, 64, 256)),
 }
 
 
@@ -212,16 +210,20 @@ def _variants() -> list[Aot]:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                found.append(variant(label, kernel, types, constants, ones, **options(1024, ones is None)))
+                choice = TUNABLE["forward" if kernel is _forward else "backward"]
+                if "BLOCK_S" in constants:
+                    constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
+                launch = options(choice["tile"], ones is None, each=choice["each"])
+                found.append(variant(label, kernel, types, constants, ones, **launch))
 
         for inverse in (False, True):
             for log_scale in (False, True) if kind == "fp32" else (True,):
                 label = f"{'inverse ' if inverse else ''}{'log scale ' if log_scale else ''}{kind}"
                 base = dict(LOG_SCALE=log_scale, INVERSE=inverse, FAR=False, BATCH_IN_TILE=False, HAS_LOGDET=True)
-                rows = base | dict(BLOCK_C=1, BLOCK_S=1024)
+                rows = base | dict(BLOCK_C=1, BLOCK_S=0)
                 add(label, ("xs", "ys", "gs"), (_forward, _backward), **rows)
                 add(label, ("ln",), (_finish,), **(base | dict(BLOCK_C=16, BLOCK_R=64)))
-        last = base | dict(BLOCK_C=16, BLOCK_S=64)
+        last = base | dict(BLOCK_C=16, BLOCK_S=0)
         add(f"channels_last {kind}", ("xc", "yc", "gc"), (_forward, _backward), **last)
         add(f"vectors {kind}", ("xc", "yc", "gc"), (_forward,), **(last | dict(BATCH_IN_TILE=True)))
         if kind == "fp16":
