@@ -1,7 +1,7 @@
 """The Triton launches that a call makes, compiled for a GPU that need not be there.
 
-The call gets fake CUDA tensors, so its launcher chooses as it would on the device and at the real size; each launch then
-becomes a compile with the arguments that Triton itself would specialise on.
+The call gets tensors of the meta device, of any size, so its launcher chooses as it would on a GPU; each launch then becomes
+a compile with the arguments that Triton itself would specialise on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import triton
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -104,15 +103,16 @@ def _launch(kernel: Any, compiled: Any, grid: tuple[int, ...], options: dict[str
 
 
 def launches(make: Callable[[str], Work], arch: int = 90) -> list[Launch]:
-    """What ``make("cuda")()`` launches, in order; ``make`` allocates, and nothing of it is real.
+    """What the work that ``make`` returns for the device "meta" launches, in order.
 
     Raises RuntimeError under Triton's interpreter, which compiles nothing.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("launches: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
     found: list[Launch] = []
-    with FakeTensorMode(), _compiling(arch, found):
-        make("cuda")()
+    work = make("meta")
+    with _compiling(arch, found):
+        work()
     return found
 
 

@@ -34,13 +34,13 @@ def row(case: Case, job: Job, launch: Launch) -> list[Any]:
     widths = (" ".join(f"{n}x{size}" for size, n in sorted(c.items(), reverse=True)) for c in (code.loads, code.stores))
     each = 32 * code.moved  # bytes of one warp, once through
     unit, cycles = max(code.busy.items(), key=lambda item: item[1])
-    share = cycles / each * COPY / (QUARTERS * CLOCK) if each else 0.0
-    # The bytes of all warps over those that the work needs: beyond 1 some come again, from a cache or not.
-    moved = "" if code.loop or not job.bytes else f"{each * warps * blocks / job.bytes:.2f}x"
+    # The bytes of all warps over those that the work needs: beyond 1 some are masked off, or come again from a cache.
+    moved = each * warps * blocks / job.bytes if job.bytes and not code.loop else 1.0
+    share = moved * cycles / each * COPY / (QUARTERS * CLOCK) if each else 0.0
     unit = unit if share > 1 else "memory"
     return [
         case.name, launch.kernel, blocks, warps, launch.registers, launch.shared, launch.spilled, f"{launch.occupancy:.0%}",
-        *widths, "loop" if code.loop else moved, code.issued, code.counts["alu"], code.counts["special"], code.wide, unit,
+        *widths, "loop" if code.loop else f"{moved:.2f}x", code.issued, code.counts["alu"], code.counts["special"], code.wide, unit,
         f"{share:.0%}", f"{1e6 * max(1.0, share) * job.bytes / COPY:.0f}" if job.bytes else "",
     ]  # fmt: skip
 

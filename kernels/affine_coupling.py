@@ -80,7 +80,7 @@ def _live(inside, mask, c, s, mc, ms, first, width, MASKED: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, packed, alpha, mask, y, logdet, xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_at, t_at, step,
+    x, parameters, alpha, mask, y, logdet, xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_at, t_at, step,
     s_tiles, tiles, SCALE: tl.constexpr, INVERSE: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
     BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -90,10 +90,10 @@ def _forward(
     j = c - first
     given = tl.load(x + n * xn + (c * xc + s * xs), mask=inside, other=0)
     value = given.to(tl.float32)
-    t = tl.load(packed + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+    t = tl.load(parameters + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     r = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
     if SCALE != "additive":
-        r = tl.load(packed + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+        r = tl.load(parameters + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     a = 1.0
     if ALPHA == "one":
         a = tl.load(alpha).to(tl.float32)
@@ -117,7 +117,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_y, grad_logdet, kept, packed, alpha, mask, dx, dparams, dalpha, gn, gc, gs, ln, kn, kc, ks, pn, pc, ps, xn, xc, xs,
+    grad_y, grad_logdet, kept, parameters, alpha, mask, dx, dparams, dalpha, gn, gc, gs, ln, kn, kc, ks, pn, pc, ps, xn, xc, xs,
     qn, qc, qs, mc, ms, C, S, width, first, r_at, t_at, step, s_tiles, tiles, HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr,
     SCALE: tl.constexpr, INVERSE: tl.constexpr, KEEP_OUTPUT: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
     BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -131,13 +131,13 @@ def _backward(
     value = zero
     r = zero
     if SCALE != "additive":
-        r = tl.load(packed + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+        r = tl.load(parameters + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     if HAS_Y:
         d = tl.load(grad_y + n * gn + (c * gc + s * gs), mask=inside, other=0).to(tl.float32)
         if SCALE != "additive":
             value = tl.load(kept + n * kn + (c * kc + s * ks), mask=live, other=0).to(tl.float32)
             if INVERSE != KEEP_OUTPUT:
-                value -= tl.load(packed + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+                value -= tl.load(parameters + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     g = 0.0
     if HAS_LOGDET:
         if BATCH_IN_TILE:
@@ -284,7 +284,7 @@ def _variants() -> list[Aot]:
     found = []
     ones = ("xs", "ps", "ys", "ks", "gs", "qs", "ms", "ln", "step")
     for kind in ("fp32", "bf16", "fp16"):
-        data = ("x", "packed", "alpha", "y", "grad_y", "kept", "dx", "dparams")
+        data = ("x", "parameters", "alpha", "y", "grad_y", "kept", "dx", "dparams")
         pointers = dict.fromkeys(data, f"*{kind}") | {"mask": "*u8"}
         pointers |= dict.fromkeys(("logdet", "grad_logdet", "dalpha"), "*fp32")
 

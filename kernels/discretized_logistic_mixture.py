@@ -116,12 +116,12 @@ def _place(s_tiles, S, K, FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.
 
 @triton.jit
 def _forward(
-    packed, x, nll, pn, pc, ps, xn, xc, xs, ln, ls, S, K, top, s_tiles, COLORS: tl.constexpr, FAR: tl.constexpr,
+    parameters, x, nll, pn, pc, ps, xn, xc, xs, ln, ls, S, K, top, s_tiles, COLORS: tl.constexpr, FAR: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float32) * top
-    base = packed + n * pn + s * ps
+    base = parameters + n * pn + s * ps
     levels = x + n * xn + s * xs
     logits = tl.load(base + _at(0, k, K, pc), mask=inside, other=float("-inf")).to(tl.float32)
     logits = tl.where(live, logits, 0.0)
@@ -152,12 +152,12 @@ def _forward(
 
 @triton.jit
 def _backward(
-    packed, x, grad, dparams, pn, pc, ps, xn, xc, xs, ln, ls, qn, qc, qs, S, K, top, s_tiles, COLORS: tl.constexpr,
+    parameters, x, grad, dparams, pn, pc, ps, xn, xc, xs, ln, ls, qn, qc, qs, S, K, top, s_tiles, COLORS: tl.constexpr,
     FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float32) * top
-    base = packed + n * pn + s * ps
+    base = parameters + n * pn + s * ps
     levels = x + n * xn + s * xs
     to = dparams + n * qn + s * qs
     kind = dparams.dtype.element_ty
@@ -226,13 +226,13 @@ def _draw(base, block, mean, uniforms, uc, c, chosen, K, pc, heat, half, live):
 
 @triton.jit
 def _sample(
-    packed, uniforms, out, heat_high, heat_low, pn, pc, ps, un, uc, us, yn, yc, ys, S, K, top, s_tiles, COLORS: tl.constexpr,
+    parameters, uniforms, out, heat_high, heat_low, pn, pc, ps, un, uc, us, yn, yc, ys, S, K, top, s_tiles, COLORS: tl.constexpr,
     FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float64) * top
     heat = tl.full((1, 1), 0.0, tl.float64) + heat_high + heat_low  # a float64 argument arrives as a float32
-    base = packed + n * pn + s * ps
+    base = parameters + n * pn + s * ps
     given = uniforms + n * un + s * us
     to = out + n * yn + s * ys
     logits = tl.load(base + _at(0, k, K, pc), mask=inside, other=float("-inf")).to(tl.float64)
@@ -314,7 +314,7 @@ def discretized_logistic_mixture_sample(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
-        pointers = dict.fromkeys(("packed", "dparams"), f"*{kind}") | {"x": "*i64", "out": "*i64"}
+        pointers = dict.fromkeys(("parameters", "dparams"), f"*{kind}") | {"x": "*i64", "out": "*i64"}
         pointers |= dict.fromkeys(("nll", "grad", "uniforms"), "*fp32") | dict.fromkeys(("heat_high", "heat_low"), "fp32")
 
         def add(label: str, ones: tuple[str, ...] | None, pointers: Any = pointers, kind: str = kind, **base: Any) -> None:
