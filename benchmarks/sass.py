@@ -40,8 +40,8 @@ def row(case: Case, job: Job, launch: Launch) -> list[Any]:
     unit = unit if share > 1 else "memory"
     return [
         case.name, launch.kernel, blocks, warps, launch.registers, launch.shared, launch.spilled, f"{launch.occupancy:.0%}",
-        *widths, "loop" if code.loop else f"{moved:.2f}x", code.issued, code.counts["alu"], code.counts["special"], code.wide, unit,
-        f"{share:.0%}", f"{1e6 * max(1.0, share) * job.bytes / COPY:.0f}" if job.bytes else "",
+        *widths, "loop" if code.loop else f"{moved:.2f}x", code.issued, code.counts["alu"], code.counts["special"], code.wide,
+        unit, f"{share:.0%}", f"{1e6 * max(1.0, share) * job.bytes / COPY:.0f}" if job.bytes else "",
     ]  # fmt: skip
 
 

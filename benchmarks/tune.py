@@ -47,6 +47,10 @@ class Job:
     flops: int = 0
 
 
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Sweep:
     """What one choice of one kernel file is tried on.
@@ -73,10 +77,9 @@ class Sweep:
         found: Choice = importlib.import_module(f"genfast.kernels.{self.family}").TUNABLE[self.choice]
         return found
 
-    @property
-    def candidates(self) -> list[dict[str, int]]:
+    def candidates(self, dtype: torch.dtype) -> list[dict[str, int]]:
         """The present choice, then the others."""
-        now = self.tunable.now
+        now = self.tunable.of(dtype.itemsize)
         return [now, *(c for c in self.tunable.candidates if {**now, **c} != now)]
 
 
@@ -90,7 +93,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.sweep.name}, {self.label}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.sweep.name}, {self.label}, {named(self.dtype)}"
+
+    @property
+    def candidates(self) -> list[dict[str, int]]:
+        return self.sweep.candidates(self.dtype)
 
     def make(self, device: str) -> Job:
         return self.sweep.make(self.sweep.sizes[self.label], self.dtype, device)
@@ -140,7 +147,7 @@ def compile_candidate(work: tuple[str, str, str, int, int]) -> Compiled:
     case = Case(sweep, label, getattr(torch, dtype))
     warnings.simplefilter("ignore")
     try:
-        with sweep.tunable.trying(sweep.candidates[index]):
+        with sweep.tunable.trying(case.candidates[index]):
             found = launches(lambda device: case.make(device).work, arch)
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
@@ -150,14 +157,10 @@ def compile_candidate(work: tuple[str, str, str, int, int]) -> Compiled:
 def compile_all(found: Sequence[Case], arch: int) -> dict[str, list[Compiled]]:
     """Of each case, by name, its candidates; in as many processes as there are cores. What is compiled stays in Triton's
     cache, where the timed run finds it."""
-    work = [
-        (c.sweep.name, c.label, str(c.dtype).removeprefix("torch."), i, arch)
-        for c in found
-        for i in range(len(c.sweep.candidates))
-    ]
+    work = [(c.sweep.name, c.label, named(c.dtype), i, arch) for c in found for i in range(len(c.candidates))]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         results = iter(list(tqdm(pool.map(compile_candidate, work, chunksize=4), "compile", len(work), disable=None)))
-    return {c.name: [next(results) for _ in c.sweep.candidates] for c in found}
+    return {c.name: [next(results) for _ in c.candidates] for c in found}
 
 
 # ---- results ----
@@ -241,7 +244,7 @@ def run(case: Case, compiled: Sequence[Compiled], copy: float) -> dict[str, Any]
     first = jobs[0]
     expected = results(first.work)
     rows: list[dict[str, Any]] = []
-    for candidate, made in zip(case.sweep.candidates, compiled):
+    for candidate, made in zip(case.candidates, compiled):
         row: dict[str, Any] = {"values": candidate, "registers": made.registers, "shared": made.shared, "wrong": made.error}
         rows.append(row)
         if made.spilled:
@@ -261,7 +264,8 @@ def run(case: Case, compiled: Sequence[Compiled], copy: float) -> dict[str, Any]
         row["share_of_copy"] = first.bytes / (row["ms"] / 1e3) / copy if first.bytes else None
         row["tflops"] = first.flops / row["ms"] / 1e9 if first.flops else None
     return {
-        "case": case.name, "sweep": case.sweep.name, "bytes": first.bytes, "flops": first.flops, "copy_bandwidth": copy,
+        "case": case.name, "choice": f"{case.sweep.name}, {named(case.dtype)}", "bytes": first.bytes,
+        "flops": first.flops, "copy_bandwidth": copy,
         "candidates": rows,
     }  # fmt: skip
 
@@ -289,10 +293,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def advice(found: Sequence[dict[str, Any]]) -> str:
-    """Of each choice the candidate with the least product of times over its cases, among those that are good in all."""
+    """Of each choice and dtype the candidate with the least product of times over its cases, of those good in all."""
     rows = []
-    for name in dict.fromkeys(case["sweep"] for case in found):
-        mine = [case for case in found if case["sweep"] == name]
+    for name in dict.fromkeys(case["choice"] for case in found):
+        mine = [case for case in found if case["choice"] == name]
         good = [i for i in range(len(mine[0]["candidates"])) if all("ms" in case["candidates"][i] for case in mine)]
         if not good:
             continue
@@ -309,11 +313,11 @@ def advice(found: Sequence[dict[str, Any]]) -> str:
 
 def listing(found: Sequence[Sweep]) -> str:
     rows = [
-        [s.name, said(s.tunable.now), len(s.candidates), "; ".join(label for label in s.sizes if label != TINY),
-         ", ".join(str(d).removeprefix("torch.") for d in s.dtypes)]
+        [s.name, *(said(s.tunable.of(size)) for size in (4, 2)), len(s.tunable.candidates),
+         "; ".join(label for label in s.sizes if label != TINY), ", ".join(named(d) for d in s.dtypes)]
         for s in found
     ]  # fmt: skip
-    return tabulate(rows, headers=["choice", "now", "candidates", "sizes", "dtypes"])
+    return tabulate(rows, headers=["choice", "now", "now, 16 bits", "candidates", "sizes", "dtypes"])
 
 
 def dry_run(found: Sequence[Sweep], arch: int) -> int:
@@ -324,7 +328,7 @@ def dry_run(found: Sequence[Sweep], arch: int) -> int:
     for case in first:
         of = compiled[case.name]
         failed += not of[0].good or any(c.error for c in of)
-        bad = [f"{said(v)}: {c.error or f'spills {c.spilled}'}" for v, c in zip(case.sweep.candidates, of) if not c.good]
+        bad = [f"{said(v)}: {c.error or f'spills {c.spilled}'}" for v, c in zip(case.candidates, of) if not c.good]
         rows.append([case.name, len(of), of[0].registers, max(c.registers for c in of), max(c.shared for c in of), len(bad)])
         rows += [[f"  {b}"] for b in bad]
     headers = ["case", "candidates", "registers now", "most", "shared, most", "left out"]

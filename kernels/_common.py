@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -25,18 +25,24 @@ class Choice:
 
     now: dict[str, int]
     candidates: list[dict[str, int]]
+    narrow: dict[str, int] = field(default_factory=dict)  # what data of two bytes does otherwise
 
     def __getitem__(self, name: str) -> int:
         return self.now[name]
 
+    def of(self, size: int) -> dict[str, int]:
+        """The values for data of ``size`` bytes an element."""
+        return self.now | self.narrow if size < 4 else self.now
+
     @contextlib.contextmanager
     def trying(self, candidate: Mapping[str, int]) -> Iterator[None]:
-        """The launcher uses ``candidate`` within."""
-        before, self.now = self.now, {**self.now, **candidate}
+        """The launcher uses ``candidate`` within, whatever the data."""
+        before = self.now, self.narrow
+        self.now, self.narrow = {**self.now, **candidate}, {**self.narrow, **candidate}
         try:
             yield
         finally:
-            self.now = before
+            self.now, self.narrow = before
 
 
 def every(**values: Iterable[int]) -> list[dict[str, int]]:
@@ -44,11 +50,11 @@ def every(**values: Iterable[int]) -> list[dict[str, int]]:
     return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
 
 
-def tiles_choice(**more: Iterable[int]) -> Choice:
+def tiles_choice(narrow: Mapping[str, int] | None = None, **more: Iterable[int]) -> Choice:
     """Of a program that takes a tile at a time: the elements of the tile and those of a thread, and ``more``, present value
     first."""
     values = {"tile": (1024, 512, 2048, 4096), "each": (8, 4, 16)} | {k: tuple(v) for k, v in more.items()}
-    return Choice({k: v[0] for k, v in values.items()}, every(**values))
+    return Choice({k: v[0] for k, v in values.items()}, every(**values), dict(narrow or {}))
 
 
 class View(NamedTuple):

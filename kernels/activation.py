@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import Aot, Choice, cdiv, every, memory_format, options, tiles_choice, variant
+from ._math import inverse
 
 # Elements of a program and of a thread. Leaky relu: its bits are an eighth as many bytes.
 TUNABLE = {
@@ -58,7 +59,7 @@ def _leaky(x, y, bits, slope, columns, row_bytes, total, APPLY: tl.constexpr, RE
 def _gated(x, q, q1, q2):
     """s = x sigmoid(q(x))."""
     e = tl.exp(-tl.abs(q))
-    big = 1.0 / (1.0 + e)
+    big = inverse(1.0 + e)
     p = tl.where(q < 0, e * big, big)
     rest = tl.where(q < 0, big, e * big)
     slope = p * rest
@@ -80,13 +81,13 @@ def _slopes(x, KIND: tl.constexpr):
         first, second = _gated(z, k2 * z * (1 + 0.044715 * z * z), k2 * (1 + 0.134145 * z * z), k2 * 0.26829 * z)
     elif KIND == 3:  # tanh, from e^-2|x|
         e = tl.exp(-2 * tl.abs(x))
-        r = 1.0 / (1.0 + e)
+        r = inverse(1.0 + e)
         t = (1 - e) * r
         first = 4 * e * r * r
         second = first * tl.where(x < 0, 2 * t, -2 * t)
     elif KIND == 4 or KIND == 5:  # sigmoid, softplus
         e = tl.exp(-tl.abs(x))
-        big = 1.0 / (1.0 + e)
+        big = inverse(1.0 + e)
         p = tl.where(x < 0, e * big, big)
         rest = tl.where(x < 0, big, e * big)
         if KIND == 4:
@@ -107,9 +108,9 @@ def _slopes(x, KIND: tl.constexpr):
         z = tl.where(x > 20, 20.0, tl.where(x < -100, -100.0, x))
         e = tl.exp(z)
         n = e * (e + 2)
-        r = 1.0 / (n + 2)
+        r = inverse(n + 2)
         w = n * r
-        rest = 1.0 / (1.0 + e)
+        rest = inverse(1.0 + e)
         p = e * rest
         slope = 2 * r * (1 + w) * p
         first = w + z * slope
@@ -142,7 +143,8 @@ def _launch(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> No
     row_bytes = cdiv(columns, 8)
     total = rows * row_bytes
     if total:
-        elements, each = TUNABLE["leaky"]["tile"], TUNABLE["leaky"]["each"]
+        choice = TUNABLE["leaky"].of(x.element_size())
+        elements, each = choice["tile"], choice["each"]
         _leaky[(cdiv(total, elements // 8),)](
             x, y, bits, slope, columns, row_bytes, total, APPLY=apply, RELU=slope == 0, BLOCK=elements // 8,
             **options(elements, False, each=each),
@@ -178,7 +180,8 @@ def _run(x: Tensor, grad: Tensor, tangent: Tensor | None, cotangent: Tensor | No
     y = torch.empty_like(x)
     others = [x if t is None else _dense(t.to(x.dtype), x) for t in (tangent, cotangent)]
     if x.numel():
-        elements, each = TUNABLE["smooth"]["tile"], TUNABLE["smooth"]["each"]
+        choice = TUNABLE["smooth"].of(x.element_size())
+        elements, each = choice["tile"], choice["each"]
         _smooth[(cdiv(x.numel(), elements),)](
             x, _dense(grad.to(x.dtype), x), *others, y, x.numel(), KIND=KINDS[kind], SECOND=tangent is not None,
             COTANGENT=cotangent is not None, BLOCK=elements, **options(elements, False, each=each),

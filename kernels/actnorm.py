@@ -24,7 +24,7 @@ from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice
 # Of a tile its elements and those of a thread. Rows, programs a channel tile: fill any GPU of today several times over, and
 # keep the second kernel short.
 TUNABLE = {
-    "forward": tiles_choice(),
+    "forward": tiles_choice(dict(tile=2048, each=16)),
     "backward": tiles_choice(rows=(1024, 64, 256)),
 }
 
@@ -152,7 +152,7 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bo
         return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     logdet = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     (a, out), vectors = _views(x, y)
-    choice = TUNABLE["forward"]
+    choice = TUNABLE["forward"].of(x.element_size())
     block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
@@ -179,7 +179,7 @@ def actnorm_backward(
         if grad_y is None:
             dx.zero_()
         else:
-            choice = TUNABLE["backward"]
+            choice = TUNABLE["backward"].of(x.element_size())
             block_c, block_s = tile(a, choice["tile"])
             c_tiles, s_tiles = cdiv(a.c, block_c), cdiv(a.s, block_s)
             tiles = a.n * s_tiles
@@ -203,14 +203,17 @@ def actnorm_backward(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         pointers = dict.fromkeys(("x", "y", "grad_y", "dx", "scale", "bias", "ds", "db"), f"*{kind}")
         pointers |= dict.fromkeys(("partial", "logdet", "grad_logdet"), "*fp32")
 
-        def add(label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, **base: Any) -> None:
+        def add(
+            label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, width: int = width, **base: Any
+        ) -> None:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                choice = TUNABLE["forward" if kernel is _forward else "backward"]
+                choice = TUNABLE["forward" if kernel is _forward else "backward"].of(width)
                 if "BLOCK_S" in constants:
                     constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
                 launch = options(choice["tile"], ones is None, each=choice["each"])

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, Choice, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
+from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp as _exp
 from ._math import inverse as _inverse
 from ._math import log1p_unit as _log1p
@@ -210,7 +210,7 @@ class _Call(NamedTuple):
 
 def _call(
     x: Tensor, params: Tensor, others: list[Tensor], params_like: list[Tensor], alpha: Tensor | None, mask: Tensor | None,
-    scale: str, layout: str, last: bool, inverse: bool, choice: Choice,
+    scale: str, layout: str, last: bool, inverse: bool, choice: dict[str, int],
 ) -> _Call:  # fmt: skip
     """``others`` are shaped like x, ``params_like`` like params."""
     views = [view(t) for t in (x, *others, params, *params_like)]
@@ -257,7 +257,7 @@ def affine_coupling(
         logdet = torch.zeros(batch, dtype=torch.float32, device=x.device)
     if not x.numel():
         return y, logdet
-    call = _call(x, params, [y], [], alpha, mask, scale, layout, last, inverse, TUNABLE["forward"])
+    call = _call(x, params, [y], [], alpha, mask, scale, layout, last, inverse, TUNABLE["forward"].of(x.element_size()))
     a, out, p = call.views
     partial = y
     if scale != "additive":
@@ -284,7 +284,9 @@ def affine_coupling_backward(
     if not kept.numel():
         return dx, dparams, dalpha
     d = kept if grad_y is None else grad_y
-    call = _call(kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse, TUNABLE["backward"])
+    call = _call(
+        kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse, TUNABLE["backward"].of(kept.element_size())
+    )
     a, g, out, p, q = call.views
     partial = dalpha
     if alpha is not None:
@@ -303,20 +305,21 @@ def _variants() -> list[Aot]:
     found = []
     ones = ("xs", "ps", "ys", "ks", "gs", "qs", "ms", "ln", "step")
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         data = ("x", "parameters", "alpha", "y", "grad_y", "kept", "dx", "dparams")
         pointers = dict.fromkeys(data, f"*{kind}") | {"mask": "*u8"}
         pointers |= dict.fromkeys(("logdet", "grad_logdet", "dalpha"), "*fp32")
 
         def add(
-            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, kind: str = kind,
-            **base: Any,
+            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, width: int = width,
+            kind: str = kind, **base: Any,
         ) -> None:  # fmt: skip
             block = dict(BLOCK_C=16 if rows else 1)
             base = dict(MASKED=False, BATCH_IN_TILE=False, FAR=ones is None) | block | base
             back = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=base["INVERSE"])
             for kernel, constants in ((_forward, base), (_backward, back)):
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-                choice = TUNABLE[kernel.fn.__name__[1:]]
+                choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
                 constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
                 launch = options(choice["tile"], ones is None, base["MASKED"], choice["each"])
                 found.append(variant(f"{label} {kind}", kernel, types, constants, ones, **launch))

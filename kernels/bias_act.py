@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
-from ._math import exp, log1p_unit, tanh_of
+from ._math import exp, inverse, log1p_unit, tanh_of
 
 # Of a tile its elements and those of a thread; rows, programs a channel tile, as in actnorm.
 TUNABLE = {
-    "forward": tiles_choice(),
+    "forward": tiles_choice(dict(tile=2048, each=16)),
     "backward": tiles_choice(rows=(1024, 64, 256)),
 }
 CODES = {"linear": 0, "relu": 1, "lrelu": 2, "tanh": 3, "sigmoid": 4, "elu": 5, "selu": 6, "softplus": 7, "swish": 8}
@@ -44,7 +44,8 @@ def _activation(v, alpha, ACT: tl.constexpr):
     elif ACT == 3:
         f = tanh_of(v)
         e = exp(-2.0 * tl.abs(v))
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        by_up = inverse(1.0 + e)
+        slope = 4.0 * e * by_up * by_up
         curvature = -2.0 * f * slope
     elif (ACT == 5) | (ACT == 6):
         scale: tl.constexpr = 1.0507009873554805 if ACT == 6 else 1.0
@@ -57,7 +58,7 @@ def _activation(v, alpha, ACT: tl.constexpr):
         curvature = tl.where(v > 0, 0.0, e)
     elif ACT >= 4:
         e = exp(-tl.abs(v))
-        big = 1.0 / (1.0 + e)
+        big = inverse(1.0 + e)
         small = e * big
         s = tl.where(v < 0, small, big)
         rest = tl.where(v < 0, big, small)
@@ -152,7 +153,7 @@ def bias_act(x: Tensor, bias: Tensor | None, act: str, alpha: float, gain: float
     if not x.numel():
         return y
     a, out = _seen(bias, x, y)
-    choice = TUNABLE["forward"]
+    choice = TUNABLE["forward"].of(x.element_size())
     block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
@@ -173,7 +174,7 @@ def _derive(
     if not x.numel():
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
     a, out, d, e = _seen(bias, x, dx, grad_y, grad_y if grad_dx is None else grad_dx)
-    choice = TUNABLE["backward"]
+    choice = TUNABLE["backward"].of(x.element_size())
     block_c, block_s = tile(a, choice["tile"])
     c_tiles, s_tiles = cdiv(a.c, block_c), cdiv(a.s, block_s)
     tiles = a.n * s_tiles
@@ -206,14 +207,17 @@ def bias_act_second(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         pointers = dict.fromkeys(("x", "y", "grad_y", "grad_dx", "dx", "bias"), f"*{kind}") | {"partial": "*fp32"}
         pointers |= dict.fromkeys(("alpha", "gain", "clamp"), "fp32")
 
-        def add(label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, **base: Any) -> None:
+        def add(
+            label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, width: int = width, **base: Any
+        ) -> None:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                choice = TUNABLE["forward" if kernel is _forward else "backward"]
+                choice = TUNABLE["forward" if kernel is _forward else "backward"].of(width)
                 constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
                 launch = (options if kernel is _forward else _options)(choice["tile"], ones is None, each=choice["each"])
                 found.append(variant(label, kernel, types, constants, ones, **launch))

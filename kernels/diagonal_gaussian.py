@@ -163,7 +163,7 @@ def diagonal_gaussian(
         return torch.zeros(mean.shape[0], **zeros), torch.zeros(mean.shape[1:] if per_dimension else 0, **zeros), z
     n, size = mean.shape[0], mean[0].numel()
     data, strides = _laid(form, mean, log_variance, noise, prior_mean, prior_log_variance)
-    choice = TUNABLE["forward"]
+    choice = TUNABLE["forward"].of(mean.element_size())
     block_n, block_d = _tile(n, size, choice["tile"])
     tiles, blocks = cdiv(size, block_d), cdiv(n, block_n)
     partial = torch.empty((n, tiles), **zeros)
@@ -196,7 +196,7 @@ def diagonal_gaussian_backward(
         if grad_dimension is not None:
             own = form if mean.dim() > 2 else torch.contiguous_format
             grad_dimension = grad_dimension.unsqueeze(0).contiguous(memory_format=own)
-        choice = TUNABLE["backward"]
+        choice = TUNABLE["backward"].of(mean.element_size())
         block_n, block_d = _tile(n, size, choice["tile"])
         tiles = cdiv(size, block_d)
         far = size >= 2**31 - 2**16
@@ -216,13 +216,21 @@ def diagonal_gaussian_backward(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         own = ("mean", "log_variance", "noise", "prior_mean", "prior_log_variance")
         types = dict.fromkeys((*own, *(f"d{name}" for name in own), "z", "grad_z"), f"*{kind}")
         types |= dict.fromkeys(("partial", "columns", "grad_kl", "grad_dimension"), "*fp32")
 
-        def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
+        def add(
+            label: str,
+            kernel: Any,
+            ones: tuple[str, ...] | None,
+            types: dict[str, str] = types,
+            width: int = width,
+            **constants: Any,
+        ) -> None:
             named = {name: types[name] for name in kernel.arg_names if name in types}
-            choice = TUNABLE[kernel.fn.__name__[1:]]
+            choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
             size, far = choice["tile"], constants["FAR"]
             constants |= dict(BLOCK_N=1, BLOCK_D=size) if far else dict(BLOCK_N=size // 32, BLOCK_D=32)
             found.append(variant(label, kernel, named, constants, ones, **_options(size, far, choice["each"])))

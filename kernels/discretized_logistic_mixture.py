@@ -226,8 +226,8 @@ def _draw(base, block, mean, uniforms, uc, c, chosen, K, pc, heat, half, live):
 
 @triton.jit
 def _sample(
-    parameters, uniforms, out, heat_high, heat_low, pn, pc, ps, un, uc, us, yn, yc, ys, S, K, top, s_tiles, COLORS: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    parameters, uniforms, out, heat_high, heat_low, pn, pc, ps, un, uc, us, yn, yc, ys, S, K, top, s_tiles,
+    COLORS: tl.constexpr, FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float64) * top

@@ -9,7 +9,7 @@ gradients and 8 more for e's. Three FLOPs: bound by memory bandwidth. Sums: one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, Choice, cdiv, memory_format, options, tiles_choice, variant, view
+from ._common import Aot, cdiv, memory_format, options, tiles_choice, variant, view
 
 # Of a tile its elements and those of a thread.
-TUNABLE = {way: tiles_choice() for way in ("forward", "backward")}
+TUNABLE = {way: tiles_choice(dict(tile=2048, each=16)) for way in ("forward", "backward")}
 
 
 class Rows(NamedTuple):
@@ -47,7 +47,7 @@ def rows(x: Tensor, form: torch.memory_format) -> Rows:
     return Rows(v.data, v.n, v.c * v.s, v.n_stride)
 
 
-def block(size: int, choice: Choice) -> int:
+def block(size: int, choice: Mapping[str, int]) -> int:
     return min(choice["tile"], triton.next_power_of_2(size))
 
 
@@ -95,7 +95,7 @@ def interpolate(real: Tensor, fake: Tensor, epsilon: Tensor) -> Tensor:
     if not y.numel():
         return y
     r, f = rows(real, form), rows(fake, form)
-    choice = TUNABLE["forward"]
+    choice = TUNABLE["forward"].of(real.element_size())
     size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     _forward[(r.n * tiles,)](
@@ -115,7 +115,7 @@ def interpolate_backward(
     if not real.numel():
         return dreal, dfake, epsilon.new_zeros(epsilon.shape if wanted[2] else 0)
     g, r, f = rows(grad, form), rows(real, form), rows(fake, form)
-    choice = TUNABLE["backward"]
+    choice = TUNABLE["backward"].of(real.element_size())
     size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     partial = torch.empty((r.n, tiles) if wanted[2] else 0, dtype=torch.float32, device=real.device)
@@ -130,12 +130,20 @@ def interpolate_backward(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         pointers = ("real", "fake", "y", "grad", "grad_real", "grad_fake")
         types = dict.fromkeys(pointers, f"*{kind}") | {"epsilon": "*fp32", "partial": "*fp32"}
 
-        def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
+        def add(
+            label: str,
+            kernel: Any,
+            ones: tuple[str, ...] | None,
+            types: dict[str, str] = types,
+            width: int = width,
+            **constants: Any,
+        ) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
-            choice = TUNABLE[kernel.fn.__name__[1:]]
+            choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
             launch = options(choice["tile"], constants["FAR"], each=choice["each"])
             found.append(variant(label, kernel, own, constants | {"BLOCK": choice["tile"]}, ones, **launch))
 

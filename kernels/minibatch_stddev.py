@@ -134,12 +134,12 @@ def _backward(
         tl.store(dx + n * yn + (c * yc + s * ys), out.to(dx.dtype.element_ty), mask=inside)
 
 
-def _options(elements: int, far: bool, choice: Choice) -> dict[str, int]:
+def _options(elements: int, far: bool, choice: dict[str, int]) -> dict[str, int]:
     """Launch options; 64-bit addresses need more registers than the assembler grants of itself."""
     return options(elements, far, each=choice["each"]) | {"maxnreg": 240 if far else 128}
 
 
-def _tiles(a: View, features: int, choice: Choice) -> tuple[int, int, int, int]:
+def _tiles(a: View, features: int, choice: dict[str, int]) -> tuple[int, int, int, int]:
     """A tile of a feature, and how many there are along positions and in all."""
     part = a._replace(c=a.c // features)
     block_c, block_s = tile(part, choice["tile"])
@@ -155,7 +155,7 @@ def minibatch_stddev(x: Tensor, group_size: int, features: int, eps: float) -> T
     a, out = view(x), view(y)
     group = min(group_size, a.n)
     m, channels = a.n // group, a.c // features
-    choice = TUNABLE["forward"]
+    choice = TUNABLE["forward"].of(x.element_size())
     block_c, block_s, s_tiles, tiles = _tiles(a, features, choice)
     parts = min(tiles, choice["parts"])
     far = a.far or out.far
@@ -178,7 +178,7 @@ def minibatch_stddev_backward(grad_y: Tensor, x: Tensor, group_size: int, featur
     a, out, d = view(x), view(dx), view(grad_y)
     group = min(group_size, a.n)
     m, channels = a.n // group, a.c // features
-    choice = TUNABLE["backward"]
+    choice = TUNABLE["backward"].of(x.element_size())
     block_c, block_s, s_tiles, tiles = _tiles(a, features, choice)
     far = a.far or out.far or d.far
     k = torch.empty((m, features), dtype=torch.float32, device=x.device)
@@ -195,6 +195,7 @@ def minibatch_stddev_backward(grad_y: Tensor, x: Tensor, group_size: int, featur
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         pointers = dict.fromkeys(("x", "y", "grad_y", "dx"), f"*{kind}") | dict.fromkeys(("partial", "k"), "*fp32")
         pointers |= dict.fromkeys(("eps", "elements", "count"), "fp32")
         for label, ones, far, block_c in (
@@ -203,7 +204,7 @@ def _variants() -> list[Aot]:
         ):  # fmt: skip
             for kernel in (_forward, _fill, _gather, _backward):
                 tiled = kernel in (_forward, _backward)
-                choice = TUNABLE["forward" if kernel in (_forward, _fill) else "backward"]
+                choice = TUNABLE["forward" if kernel in (_forward, _fill) else "backward"].of(width)
                 base = dict(FAR=far, BLOCK_C=block_c, BLOCK_S=choice["tile"] // block_c if tiled else 256, BLOCK_P=PARTS)
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}

@@ -25,7 +25,7 @@ TUNABLE = {
     "forward": Choice(
         dict(tile=1024, each=8, programs=1024), every(tile=(512, 1024, 2048), each=(4, 8), programs=(1024, 4096, 16384))
     ),
-    "backward": tiles_choice(),
+    "backward": tiles_choice(dict(tile=2048, each=16)),
 }
 
 
@@ -64,7 +64,7 @@ def sample_norm(x: Tensor, squared: bool) -> Tensor:
     if not x.numel():
         return torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     r = rows(x, memory_format(x))
-    choice = TUNABLE["forward"]
+    choice = TUNABLE["forward"].of(x.element_size())
     size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     parts = min(tiles, max(1, choice["programs"] // r.n))
@@ -83,7 +83,7 @@ def sample_norm_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -
     if not x.numel():
         return dx
     r = rows(x, form)
-    choice = TUNABLE["backward"]
+    choice = TUNABLE["backward"].of(x.element_size())
     size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     _backward[(r.n * tiles,)](
@@ -96,11 +96,19 @@ def sample_norm_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         types = {"x": f"*{kind}", "dx": f"*{kind}", "grad": "*fp32", "norm": "*fp32", "partial": "*fp64"}
 
-        def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
+        def add(
+            label: str,
+            kernel: Any,
+            ones: tuple[str, ...] | None,
+            types: dict[str, str] = types,
+            width: int = width,
+            **constants: Any,
+        ) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
-            choice = TUNABLE[kernel.fn.__name__[1:]]
+            choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
             launch = options(choice["tile"], constants["FAR"], each=choice["each"])
             found.append(variant(label, kernel, own, constants | {"BLOCK": choice["tile"]}, ones, **launch))
 

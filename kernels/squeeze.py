@@ -74,7 +74,7 @@ def squeeze(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     _, c, h, w = wide.shape
     last = form is not torch.contiguous_format
     rows, inner = (h * w, c) if last else (c * h, w)
-    choice = TUNABLE["move"]
+    choice = TUNABLE["move"].of(x.element_size())
     block_i = min(triton.next_power_of_2(inner), choice["tile"])
     block_r = min(triton.next_power_of_2(rows), choice["tile"] // block_i)
     row_tiles = cdiv(rows, block_r)

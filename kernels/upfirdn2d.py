@@ -102,7 +102,7 @@ def _launch(
     n, c, oh, ow = shape
     last = form is not torch.contiguous_format
     rows, inner = (oh * ow, c) if last else (c * oh, ow)
-    choice = TUNABLE["filter"]
+    choice = TUNABLE["filter"].of(x.element_size())
     block_i = min(triton.next_power_of_2(inner), choice["inner"])
     block_r = min(triton.next_power_of_2(rows), choice["tile"] // block_i)
     row_tiles = cdiv(rows, block_r)
