@@ -25,11 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, View, cdiv, memory_format, options, output, place, tile, variant, view
+from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp as _exp
+from ._math import inverse as _inverse
 from ._math import log1p_unit as _log1p
 from ._math import tanh as _tanh
 
+# Of a tile its elements and those of a thread.
+TUNABLE = {way: tiles_choice() for way in ("forward", "backward")}
 _SCALES = ("exp", "sigmoid", "tanh", "softclamp", "additive")
 
 
@@ -43,11 +46,12 @@ def _scale_map(r, a, SCALE: tl.constexpr, INVERSE: tl.constexpr):
         z = _exp(-tl.abs(u))
         up = 1.0 + z
         log_s = tl.minimum(u, 0.0) - _log1p(z)
-        slope = tl.where(u >= 0, z, 1.0) / up
+        by_up = _inverse(up)
+        slope = tl.where(u >= 0, z, 1.0) * by_up
         if INVERSE:
-            s = up / tl.where(u >= 0, 1.0, z)
+            s = up * tl.where(u >= 0, 1.0, _exp(tl.abs(u)))
         else:
-            s = tl.where(u >= 0, 1.0, z) / up
+            s = tl.where(u >= 0, 1.0, z) * by_up
     elif SCALE == "additive":
         log_s = r
         s = slope
@@ -57,9 +61,10 @@ def _scale_map(r, a, SCALE: tl.constexpr, INVERSE: tl.constexpr):
             e = _exp(-2.0 * tl.abs(r))
             th = _tanh(r, e)
             log_s = a * th
-            slope = a * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+            by_up = _inverse(1.0 + e)
+            slope = a * (4.0 * e * by_up * by_up)
         if SCALE == "softclamp":
-            q = 1.0 / (1.0 + tl.abs(r) * 0.14476482730108395)  # 1 / log 1000
+            q = _inverse(1.0 + tl.abs(r) * 0.14476482730108395)  # 1 / log 1000
             log_s = r * q
             slope = q * q
         s = _exp(-log_s if INVERSE else log_s)
@@ -77,6 +82,12 @@ def _live(inside, mask, c, s, mc, ms, first, width, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _touched(row, first, width, BLOCK_C: tl.constexpr):
+    """Whether a row of tiles holds a transformed channel: one that holds none is copied, and computes nothing."""
+    return (row * BLOCK_C + BLOCK_C > first) & (row * BLOCK_C < first + width)
+
+
+@triton.jit
 def _forward(
     x, parameters, alpha, mask, y, logdet, xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_at, t_at, step,
     s_tiles, tiles, SCALE: tl.constexpr, INVERSE: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
@@ -84,33 +95,38 @@ def _forward(
 ):  # fmt: skip
     n, k, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (s < S)
-    moved, live = _live(inside, mask, c, s, mc, ms, first, width, MASKED)
-    j = c - first
     given = tl.load(x + n * xn + (c * xc + s * xs), mask=inside, other=0)
-    value = given.to(tl.float32)
-    t = tl.load(parameters + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
-    r = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
-    if SCALE != "additive":
-        r = tl.load(parameters + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
-    a = 1.0
-    if ALPHA == "one":
-        a = tl.load(alpha).to(tl.float32)
-    if ALPHA == "each":
-        a = tl.load(alpha + j, mask=(j >= 0) & (j < width), other=0).to(tl.float32)
-    log_s, scale, slope, th = _scale_map(r, a, SCALE, INVERSE)
-    if INVERSE:
-        log_s = -log_s
-        out = (value - t) * scale
+    into = y + n * yn + (c * yc + s * ys)
+    total = tl.zeros((BLOCK_S,), dtype=tl.float32)  # of log s, of the positions
+    if _touched(k // s_tiles, first, width, BLOCK_C):
+        value = given.to(tl.float32)
+        _, live = _live(inside, mask, c, s, mc, ms, first, width, MASKED)
+        j = c - first
+        t = tl.load(parameters + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+        r = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
+        if SCALE != "additive":
+            r = tl.load(parameters + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+        a = 1.0
+        if ALPHA == "one":
+            a = tl.load(alpha).to(tl.float32)
+        if ALPHA == "each":
+            a = tl.load(alpha + j, mask=(j >= 0) & (j < width), other=0).to(tl.float32)
+        log_s, scale, slope, th = _scale_map(r, a, SCALE, INVERSE)
+        if INVERSE:
+            log_s = -log_s
+            out = (value - t) * scale
+        else:
+            out = value * scale + t
+        tl.store(into, tl.where(live, out, value).to(y.dtype.element_ty), mask=inside)
+        total = tl.sum(tl.where(live, log_s, 0.0), axis=0)
     else:
-        out = value * scale + t
-    tl.store(y + n * yn + (c * yc + s * ys), tl.where(live, out, value).to(y.dtype.element_ty), mask=inside)
+        tl.store(into, given, mask=inside)
     if SCALE != "additive":
-        log_s = tl.where(live, log_s, 0.0)
         if BATCH_IN_TILE:
             at = (k // s_tiles).to(tl.int64) * S + s
-            tl.store(logdet + at, tl.sum(log_s, axis=0)[None, :], mask=s < S)
+            tl.store(logdet + at, total[None, :], mask=s < S)
         else:
-            tl.store(logdet + n * tiles + k, tl.sum(tl.sum(log_s, axis=1), axis=0))
+            tl.store(logdet + n * tiles + k, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -122,57 +138,62 @@ def _backward(
 ):  # fmt: skip
     n, k, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (s < S)
-    moved, live = _live(inside, mask, c, s, mc, ms, first, width, MASKED)
-    j = c - first
     zero = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
     d = zero
-    value = zero
-    r = zero
-    if SCALE != "additive":
-        r = tl.load(parameters + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     if HAS_Y:
         d = tl.load(grad_y + n * gn + (c * gc + s * gs), mask=inside, other=0).to(tl.float32)
+    into = dx + n * xn + (c * xc + s * xs)
+    by_alpha = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    j = c - first
+    if _touched(k // s_tiles, first, width, BLOCK_C):
+        moved, live = _live(inside, mask, c, s, mc, ms, first, width, MASKED)
+        value = zero
+        r = zero
         if SCALE != "additive":
-            value = tl.load(kept + n * kn + (c * kc + s * ks), mask=live, other=0).to(tl.float32)
-            if INVERSE != KEEP_OUTPUT:
-                value -= tl.load(parameters + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
-    g = 0.0
-    if HAS_LOGDET:
-        if BATCH_IN_TILE:
-            g = tl.load(grad_logdet + s * ln, mask=s < S, other=0).to(tl.float32)
-        else:
-            g = tl.load(grad_logdet + n * ln).to(tl.float32)
-    a = 1.0
-    if ALPHA == "one":
-        a = tl.load(alpha).to(tl.float32)
-    if ALPHA == "each":
-        a = tl.load(alpha + j, mask=(j >= 0) & (j < width), other=0).to(tl.float32)
-    log_s, scale, slope, th = _scale_map(r, a, SCALE, INVERSE)
-    gx = zero
-    gl = zero + g
-    if HAS_Y:
-        gx = d * scale
-        if not KEEP_OUTPUT:
-            value = value * scale  # s x, or the inverse's own output
-        gl = value * d + g
-    if INVERSE:
-        gt = -gx
-        gl = -gl
-    else:
-        gt = d
-    tl.store(dx + n * xn + (c * xc + s * xs), tl.where(live, gx, d).to(dx.dtype.element_ty), mask=inside)
-    kind = dparams.dtype.element_ty
-    tl.store(dparams + n * qn + ((t_at + j * step) * qc + s * qs), tl.where(live, gt, 0.0).to(kind), mask=moved)
-    if SCALE != "additive":
-        gr = tl.where(live, gl * slope, 0.0).to(kind)
-        tl.store(dparams + n * qn + ((r_at + j * step) * qc + s * qs), gr, mask=moved)
-    if ALPHA != "none":
-        ga = tl.sum(tl.where(live, gl * th, 0.0), axis=1)
+            r = tl.load(parameters + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+            if HAS_Y:
+                value = tl.load(kept + n * kn + (c * kc + s * ks), mask=live, other=0).to(tl.float32)
+                if INVERSE != KEEP_OUTPUT:
+                    at = parameters + n * pn + ((t_at + j * step) * pc + s * ps)
+                    value -= tl.load(at, mask=live, other=0).to(tl.float32)
+        g = 0.0
+        if HAS_LOGDET:
+            if BATCH_IN_TILE:
+                g = tl.load(grad_logdet + s * ln, mask=s < S, other=0).to(tl.float32)
+            else:
+                g = tl.load(grad_logdet + n * ln).to(tl.float32)
+        a = 1.0
         if ALPHA == "one":
-            tl.store(dalpha + n * tiles + k, tl.sum(ga, axis=0))
+            a = tl.load(alpha).to(tl.float32)
+        if ALPHA == "each":
+            a = tl.load(alpha + j, mask=(j >= 0) & (j < width), other=0).to(tl.float32)
+        log_s, scale, slope, th = _scale_map(r, a, SCALE, INVERSE)
+        gx = zero
+        gl = zero + g
+        if HAS_Y:
+            gx = d * scale
+            if not KEEP_OUTPUT:
+                value = value * scale  # s x, or the inverse's own output
+            gl = value * d + g
+        if INVERSE:
+            gt = -gx
+            gl = -gl
         else:
-            row = (n * s_tiles + k % s_tiles) * width
-            tl.store(dalpha + row + j, ga[:, None], mask=(j >= 0) & (j < width) & (c < C))
+            gt = d
+        tl.store(into, tl.where(live, gx, d).to(dx.dtype.element_ty), mask=inside)
+        kind = dparams.dtype.element_ty
+        tl.store(dparams + n * qn + ((t_at + j * step) * qc + s * qs), tl.where(live, gt, 0.0).to(kind), mask=moved)
+        if SCALE != "additive":
+            gr = tl.where(live, gl * slope, 0.0).to(kind)
+            tl.store(dparams + n * qn + ((r_at + j * step) * qc + s * qs), gr, mask=moved)
+        by_alpha = tl.sum(tl.where(live, gl * th, 0.0), axis=1)
+    else:
+        tl.store(into, d.to(dx.dtype.element_ty), mask=inside)
+    if ALPHA == "one":
+        tl.store(dalpha + n * tiles + k, tl.sum(by_alpha, axis=0))
+    if ALPHA == "each":
+        row = (n * s_tiles + k % s_tiles) * width
+        tl.store(dalpha + row + j, by_alpha[:, None], mask=(j >= 0) & (j < width) & (c < C))
 
 
 class _Call(NamedTuple):
@@ -189,7 +210,7 @@ class _Call(NamedTuple):
 
 def _call(
     x: Tensor, params: Tensor, others: list[Tensor], params_like: list[Tensor], alpha: Tensor | None, mask: Tensor | None,
-    scale: str, layout: str, last: bool, inverse: bool,
+    scale: str, layout: str, last: bool, inverse: bool, choice: dict[str, int],
 ) -> _Call:  # fmt: skip
     """``others`` are shaped like x, ``params_like`` like params."""
     views = [view(t) for t in (x, *others, params, *params_like)]
@@ -207,20 +228,20 @@ def _call(
         bytes_, mc, ms = m.data, m.c_stride, m.s_stride if m.s > 1 else 0
     batch_in_tile = a.s == 1
     if step == 1 and mask is None and each != "each" and all(v.flat for v in views) and not a.walks_channels:
-        batch_in_tile = a.c * a.s <= TILE
+        batch_in_tile = a.c * a.s <= choice["tile"]
         g = 1 if batch_in_tile else math.gcd(a.c, width)
         first, width, r_at, t_at = (v * a.s if batch_in_tile else v // g for v in (first, width, r_at, t_at))
         views = [v.transposed() if batch_in_tile else v.grouped(g) for v in views]
     elif batch_in_tile:
         views = [v.transposed() for v in views]
     a = views[0]
-    block_c, block_s = tile(a)
+    block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
     far = any(v.far for v in views)
     constants = dict(
         SCALE=scale, INVERSE=inverse, ALPHA=each, MASKED=mask is not None, BATCH_IN_TILE=batch_in_tile,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, mask is not None),
+        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, mask is not None, choice["each"]),
     )  # fmt: skip
     sizes = (a.c, a.s, width, first, r_at, t_at, step, s_tiles, tiles)
     return _Call(views, (bytes_, mc, ms), sizes, (a.n * tiles,), a.n * s_tiles, tiles, constants)
@@ -236,7 +257,7 @@ def affine_coupling(
         logdet = torch.zeros(batch, dtype=torch.float32, device=x.device)
     if not x.numel():
         return y, logdet
-    call = _call(x, params, [y], [], alpha, mask, scale, layout, last, inverse)
+    call = _call(x, params, [y], [], alpha, mask, scale, layout, last, inverse, TUNABLE["forward"].of(x.element_size()))
     a, out, p = call.views
     partial = y
     if scale != "additive":
@@ -263,7 +284,9 @@ def affine_coupling_backward(
     if not kept.numel():
         return dx, dparams, dalpha
     d = kept if grad_y is None else grad_y
-    call = _call(kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse)
+    call = _call(
+        kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse, TUNABLE["backward"].of(kept.element_size())
+    )
     a, g, out, p, q = call.views
     partial = dalpha
     if alpha is not None:
@@ -282,20 +305,23 @@ def _variants() -> list[Aot]:
     found = []
     ones = ("xs", "ps", "ys", "ks", "gs", "qs", "ms", "ln", "step")
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         data = ("x", "parameters", "alpha", "y", "grad_y", "kept", "dx", "dparams")
         pointers = dict.fromkeys(data, f"*{kind}") | {"mask": "*u8"}
         pointers |= dict.fromkeys(("logdet", "grad_logdet", "dalpha"), "*fp32")
 
         def add(
-            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, kind: str = kind,
-            **base: Any,
+            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, width: int = width,
+            kind: str = kind, **base: Any,
         ) -> None:  # fmt: skip
-            block = dict(BLOCK_C=16, BLOCK_S=64) if rows else dict(BLOCK_C=1, BLOCK_S=TILE)
+            block = dict(BLOCK_C=16 if rows else 1)
             base = dict(MASKED=False, BATCH_IN_TILE=False, FAR=ones is None) | block | base
             back = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=base["INVERSE"])
             for kernel, constants in ((_forward, base), (_backward, back)):
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-                launch = options(TILE, ones is None, base["MASKED"])
+                choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
+                constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
+                launch = options(choice["tile"], ones is None, base["MASKED"], choice["each"])
                 found.append(variant(f"{label} {kind}", kernel, types, constants, ones, **launch))
 
         for scale in _SCALES if kind == "fp32" else ("sigmoid",):  # the data's type changes loads and stores alone

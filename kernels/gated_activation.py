@@ -19,10 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, options, output, place, tile, variant, view
-from ._math import exp, tanh
+from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice, variant, view
+from ._math import exp, inverse, tanh
 
-ROWS = 1024  # programs a channel tile, as in actnorm
+# Of a tile its elements and those of a thread; rows, programs a channel tile, as in actnorm.
+TUNABLE = {
+    "forward": tiles_choice(),
+    "backward": tiles_choice(rows=(1024, 64, 256)),
+}
 
 
 @triton.jit
@@ -30,19 +34,23 @@ def _gate(f, g):
     """tanh f, 1 - tanh(f)^2, sigma(g) and 1 - sigma(g), none of which cancels."""
     e = exp(-2.0 * tl.abs(f))
     t = tanh(f, e)
-    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    by_up = inverse(1.0 + e)
+    slope = 4.0 * e * by_up * by_up
     z = exp(-tl.abs(g))
-    big = 1.0 / (1.0 + z)
+    big = inverse(1.0 + z)
     small = z * big
     return t, slope, tl.where(g < 0, small, big), tl.where(g < 0, big, small)
 
 
 @triton.jit
-def _load(x, bias, n, cf, cg, s, xn, xc, xs, bn, bc, bs, inside, BIAS: tl.constexpr):
-    """f + V_f and g + V_g."""
+def _load(x, bias, n, cf, cg, s, xn, xc, xs, bn, bc, bs, inside, there, BIAS: tl.constexpr, SPREAD: tl.constexpr):
+    """f + V_f and g + V_g; with SPREAD V has no positions, and is loaded once a channel."""
     f = tl.load(x + n * xn + (cf * xc + s * xs), mask=inside, other=0).to(tl.float32)
     g = tl.load(x + n * xn + (cg * xc + s * xs), mask=inside, other=0).to(tl.float32)
-    if BIAS:
+    if BIAS and SPREAD:
+        f += tl.load(bias + n * bn + cf * bc, mask=there, other=0).to(tl.float32)
+        g += tl.load(bias + n * bn + cg * bc, mask=there, other=0).to(tl.float32)
+    elif BIAS:
         f += tl.load(bias + n * bn + (cf * bc + s * bs), mask=inside, other=0).to(tl.float32)
         g += tl.load(bias + n * bn + (cg * bc + s * bs), mask=inside, other=0).to(tl.float32)
     return f, g
@@ -50,13 +58,13 @@ def _load(x, bias, n, cf, cg, s, xn, xc, xs, bn, bc, bs, inside, BIAS: tl.conste
 
 @triton.jit
 def _forward(
-    x, bias, y, xn, xc, xs, bn, bc, bs, yn, yc, ys, C, S, block, s_tiles, tiles, BIAS: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    x, bias, y, xn, xc, xs, bn, bc, bs, yn, yc, ys, C, S, block, s_tiles, tiles, BIAS: tl.constexpr, SPREAD: tl.constexpr,
+    FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, _, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (s < S)
     cf = c + c // block * block
-    f, g = _load(x, bias, n, cf, cf + block, s, xn, xc, xs, bn, bc, bs, inside, BIAS)
+    f, g = _load(x, bias, n, cf, cf + block, s, xn, xc, xs, bn, bc, bs, inside, c < C, BIAS, SPREAD)
     t, _, sigma, _ = _gate(f, g)
     tl.store(y + n * yn + (c * yc + s * ys), (t * sigma).to(y.dtype.element_ty), mask=inside)
 
@@ -64,8 +72,8 @@ def _forward(
 @triton.jit
 def _backward(
     grad_y, x, bias, dx, partial, gn, gc, gs, xn, xc, xs, bn, bc, bs, yn, yc, ys, C, S, block, s_tiles, tiles, c_tiles, rows,
-    BIAS: tl.constexpr, SUM: tl.constexpr, BY_SAMPLE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BIAS: tl.constexpr, SPREAD: tl.constexpr, SUM: tl.constexpr, BY_SAMPLE: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dx; with SUM, for each channel of x the sums over the tiles row, row + rows, ... of all samples, or of this one."""
     row = tl.program_id(0) // c_tiles
@@ -84,7 +92,7 @@ def _backward(
         if FAR:
             s = s.to(tl.int64)
         inside = (c < C) & (s < S)
-        f, g = _load(x, bias, n, cf, cf + block, s, xn, xc, xs, bn, bc, bs, inside, BIAS)
+        f, g = _load(x, bias, n, cf, cf + block, s, xn, xc, xs, bn, bc, bs, inside, c < C, BIAS, SPREAD)
         d = tl.load(grad_y + n * gn + (c * gc + s * gs), mask=inside, other=0).to(tl.float32)
         t, slope, sigma, beyond = _gate(f, g)
         df = d * sigma * slope
@@ -101,9 +109,9 @@ def _backward(
         tl.store(at + block, tl.sum(total_g, axis=1)[:, None], mask=c < C)
 
 
-def _options(elements: int, far: bool, summed: bool) -> dict[str, int]:
+def _options(elements: int, far: bool, summed: bool, each: int = 8) -> dict[str, int]:
     """Launch options of a tile; sums over 64-bit addresses need more registers than those."""
-    return options(elements, far) | ({"maxnreg": 240} if far and summed else {})
+    return options(elements, far, each=each) | ({"maxnreg": 240} if far and summed else {})
 
 
 def _spread(bias: Tensor | None, x: Tensor, v: View) -> tuple[Tensor, tuple[int, int, int]]:
@@ -132,13 +140,15 @@ def gated_activation(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     if a.s == 1:
         a, strides = _vectors(a, strides)
         out, _ = _vectors(out, strides)
-    block_c, block_s = tile(out)
+    choice = TUNABLE["forward"].of(x.element_size())
+    block_c, block_s = tile(out, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(out.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
         a.data, given, y, *a.strides, *strides, *out.strides, out.c, a.s, out.c // groups, s_tiles, tiles,
-        BIAS=bias is not None, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far),
+        BIAS=bias is not None, SPREAD=strides[2] == 0, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s,
+        **options(block_c * block_s, far, each=choice["each"]),
     )  # fmt: skip
     return y
 
@@ -158,17 +168,18 @@ def gated_activation_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, gr
         out, _ = _vectors(out, strides)
         d, _ = _vectors(d, strides)
     channels = a.c // 2
-    block_c, block_s = tile(a._replace(c=channels))
+    choice = TUNABLE["backward"].of(x.element_size())
+    block_c, block_s = tile(a._replace(c=channels), choice["tile"])
     c_tiles, s_tiles = cdiv(channels, block_c), cdiv(a.s, block_s)
     tiles = s_tiles if each else a.n * s_tiles
-    rows = min(tiles, max(1, ROWS // a.n) if each else ROWS) if summed else tiles
+    rows = min(tiles, max(1, choice["rows"] // a.n) if each else choice["rows"]) if summed else tiles
     outer = a.n if each else 1
     far = a.far or out.far or d.far
     partial = torch.empty((outer, rows, a.c) if summed else 0, dtype=torch.float32, device=x.device)
     _backward[(outer * rows * c_tiles,)](
         d.data, a.data, given, dx, partial, *d.strides, *a.strides, *strides, *out.strides, channels, a.s, channels // groups,
-        s_tiles, tiles, c_tiles, rows, BIAS=bias is not None, SUM=summed, BY_SAMPLE=each, FAR=far, BLOCK_C=block_c,
-        BLOCK_S=block_s, **_options(block_c * block_s, far, summed),
+        s_tiles, tiles, c_tiles, rows, BIAS=bias is not None, SPREAD=strides[2] == 0, SUM=summed, BY_SAMPLE=each,
+        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **_options(block_c * block_s, far, summed, choice["each"]),
     )  # fmt: skip
     if bias is None or not summed:
         return dx, dbias
@@ -178,22 +189,27 @@ def gated_activation_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, gr
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
+        width = int(kind[2:]) // 8
         pointers = dict.fromkeys(("x", "y", "grad_y", "dx", "bias"), f"*{kind}") | {"partial": "*fp32"}
 
-        def add(label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, **base: Any) -> None:
+        def add(
+            label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, width: int = width, **base: Any
+        ) -> None:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                launch = _options(1024, ones is None, constants.get("SUM", False))
+                choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
+                constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
+                launch = _options(choice["tile"], ones is None, constants.get("SUM", False), choice["each"])
                 found.append(variant(label, kernel, types, constants, ones, **launch))
 
-        both, last = (_forward, _backward), dict(BLOCK_C=64, BLOCK_S=16)
-        base = dict(BIAS=False, SUM=False, BY_SAMPLE=False, FAR=False, BLOCK_C=1, BLOCK_S=1024)
+        both, last = (_forward, _backward), dict(BLOCK_C=64)
+        base = dict(BIAS=False, SPREAD=False, SUM=False, BY_SAMPLE=False, FAR=False, BLOCK_C=1, BLOCK_S=0)
         add(f"plain {kind}", ("xs", "ys", "gs"), both, **base)
         add(f"spatial bias {kind}", ("xs", "ys", "gs", "bs"), both, **(base | dict(BIAS=True)))
-        add(f"bias {kind}", ("xs", "ys", "gs", "bc"), both, **(base | dict(BIAS=True, SUM=True)))
+        add(f"bias {kind}", ("xs", "ys", "gs", "bc"), both, **(base | dict(BIAS=True, SPREAD=True, SUM=True)))
         add(f"bias of each sample channels_last {kind}", ("xc", "yc", "gc", "bc"), both,
-            **(base | last | dict(BIAS=True, SUM=True, BY_SAMPLE=True)))  # fmt: skip
+            **(base | last | dict(BIAS=True, SPREAD=True, SUM=True, BY_SAMPLE=True)))  # fmt: skip
         if kind != "fp16":
             add(f"any strides {kind}", None, both, **(base | last | dict(BIAS=True, SUM=True, FAR=True)))
     return found

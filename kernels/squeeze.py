@@ -15,15 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, memory_format, options, variant
+from ._common import Aot, cdiv, memory_format, options, tiles_choice, variant
 
+# Of a tile its elements and those of a thread.
+TUNABLE = {"move": tiles_choice()}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
 def _move(
     x, y, xn, xc, xh, xw, yn, yc, yh, yw, C, H, W, row_tiles, tiles, F: tl.constexpr, INVERSE: tl.constexpr,
-    DEPTH_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, FAR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    DEPTH_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, PAIRS: tl.constexpr, FAR: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """C, H, W and the strides x. are those of the unsqueezed side; ``INVERSE`` moves from y to x."""
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -43,17 +46,35 @@ def _move(
         h = rows % H
         w = inner
         inside = (c < C) & (w < W)
-    offset = (h % F) * F + w % F
-    if DEPTH_FIRST:
-        to_c = offset * C + c
-    else:
-        to_c = c * (F * F) + offset
     wide = x + n * xn + (c * xc + h * xh + w * xw)
-    deep = y + n * yn + (to_c * yc + (h // F) * yh + (w // F) * yw)
-    if INVERSE:
-        tl.store(wide, tl.load(deep, mask=inside), mask=inside)
+    if PAIRS:  # even and odd columns, which go to two channels, each moved in whole vectors
+        half = (k // row_tiles) * (BLOCK_I // 2) + tl.arange(0, BLOCK_I // 2)[None, :]
+        if FAR:
+            half = half.to(tl.int64)
+        there = (c < C) & (half < W // 2)
+        step = C if DEPTH_FIRST else 1  # from an even column's channel to the odd one's
+        to_c = (h % 2) * 2 * C + c if DEPTH_FIRST else c * 4 + (h % 2) * 2
+        even = y + n * yn + (to_c * yc + (h // 2) * yh + half * yw)
+        odd = even + step * yc
+        if INVERSE:
+            pairs = tl.join(tl.load(even, mask=there), tl.load(odd, mask=there))
+            tl.store(wide, tl.reshape(pairs, (BLOCK_R, BLOCK_I)), mask=inside)
+        else:
+            pairs = tl.reshape(tl.load(wide, mask=inside), (BLOCK_R, BLOCK_I // 2, 2))
+            evens, odds = tl.split(pairs)
+            tl.store(even, evens, mask=there)
+            tl.store(odd, odds, mask=there)
     else:
-        tl.store(deep, tl.load(wide, mask=inside), mask=inside)
+        offset = (h % F) * F + w % F
+        if DEPTH_FIRST:
+            to_c = offset * C + c
+        else:
+            to_c = c * (F * F) + offset
+        deep = y + n * yn + (to_c * yc + (h // F) * yh + (w // F) * yw)
+        if INVERSE:
+            tl.store(wide, tl.load(deep, mask=inside), mask=inside)
+        else:
+            tl.store(deep, tl.load(wide, mask=inside), mask=inside)
 
 
 def squeeze(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
@@ -72,34 +93,37 @@ def squeeze(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     _, c, h, w = wide.shape
     last = form is not torch.contiguous_format
     rows, inner = (h * w, c) if last else (c * h, w)
-    block_i = min(triton.next_power_of_2(inner), TILE)
-    block_r = min(triton.next_power_of_2(rows), TILE // block_i)
+    choice = TUNABLE["move"].of(x.element_size())
+    block_i = min(triton.next_power_of_2(inner), choice["tile"])
+    block_r = min(triton.next_power_of_2(rows), choice["tile"] // block_i)
     row_tiles = cdiv(rows, block_r)
     tiles = row_tiles * cdiv(inner, block_i)
     far = any(sum(size * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 2**31 for t in (wide, deep))
     _move[(n * tiles,)](
         wide, deep, *wide.stride(), *deep.stride(), c, h, w, row_tiles, tiles, F=f, INVERSE=inverse,
-        DEPTH_FIRST=order == "space_to_depth", CHANNELS_LAST=last, FAR=far, BLOCK_R=block_r, BLOCK_I=block_i,
-        **options(block_r * block_i, far),
+        DEPTH_FIRST=order == "space_to_depth", CHANNELS_LAST=last, PAIRS=f == 2 and not last, FAR=far, BLOCK_R=block_r,
+        BLOCK_I=block_i, **options(block_r * block_i, far, each=choice["each"]),
     )  # fmt: skip
     return y
 
 
 def _variants() -> list[Aot]:
     found = []
-    base = dict(F=2, FAR=False, BLOCK_R=16, BLOCK_I=64)
+    elements, each = TUNABLE["move"]["tile"], TUNABLE["move"]["each"]
+    base = dict(F=2, PAIRS=True, FAR=False, BLOCK_R=elements // 64, BLOCK_I=64)
     for inverse in (False, True):
         for depth in (False, True):
             for last in (False, True):
                 name = f"{'unsqueeze' if inverse else 'squeeze'}{' space_to_depth' if depth else ''}"
-                constants = base | dict(INVERSE=inverse, DEPTH_FIRST=depth, CHANNELS_LAST=last)
+                constants = base | dict(INVERSE=inverse, DEPTH_FIRST=depth, CHANNELS_LAST=last, PAIRS=not last)
                 ones = ("xc", "yc") if last else ("xw", "yw")
                 for kind in ("i32", "i16") if not (depth or last) else ("i32",):
                     label = f"{name}{' channels_last' if last else ''} {kind}"
                     types = dict.fromkeys(("x", "y"), f"*{kind}")
-                    found.append(variant(label, _move, types, constants, ones, **options(TILE, False)))
-        far = base | dict(INVERSE=inverse, DEPTH_FIRST=False, CHANNELS_LAST=False, FAR=True, F=3)
-        found.append(variant(f"{name} any strides i64", _move, {"x": "*i64", "y": "*i64"}, far, **options(TILE, True)))
+                    found.append(variant(label, _move, types, constants, ones, **options(elements, False, each=each)))
+        far = base | dict(INVERSE=inverse, DEPTH_FIRST=False, CHANNELS_LAST=False, PAIRS=False, FAR=True, F=3)
+        types = {"x": "*i64", "y": "*i64"}
+        found.append(variant(f"{name} any strides i64", _move, types, far, **options(elements, True, each=each)))
     return found
 
 
