@@ -247,7 +247,7 @@ class Objective(nn.Module):
     Example:
         >>> import torch
         >>> from genfast import distributed, models
-        >>> model = models.NICE((4,), hidden=8)
+        >>> model = models.MAF(4, hidden=8)
         >>> objective = distributed.parallel(distributed.Objective(model, lambda x: -model.log_prob(x).mean()))
         >>> objective(torch.randn(8, 4)).backward()
     """
@@ -373,7 +373,7 @@ def sample(model: Any, n: int, *, generator: torch.Generator, **options: Any) ->
     Example:
         >>> import torch
         >>> from genfast import distributed, models
-        >>> distributed.sample(models.NICE((4,), hidden=8), 3, generator=torch.Generator().manual_seed(0)).shape
+        >>> distributed.sample(models.MAF(4, hidden=8), 3, generator=torch.Generator().manual_seed(0)).shape
         torch.Size([3, 4])
     """
     if size() == 1:

@@ -80,6 +80,8 @@ def test_train_then_sample(tmp_path, capsys):
         (["train", "dcgan", "--data", "25gaussians"], "expected square images"),
         (["train", "cgan", "--data", "photos"], "cgan needs labels, and photos has none"),
         (["train", "gan", "--levels", "2"], "gan takes no --levels"),
+        (["train", "glow", "--parallel", "fsdp"], "parallel='fsdp' needs a process group: start with torchrun"),
+        (["train", "gan", "--parallel", "fsdp"], "gan takes no --parallel fsdp"),
         (["train", "gan", "--lazy", "0"], "lazy=0, expected at least 1"),
     ],
 )

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 _steps = 0
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _count(*_: object) -> None:
     global _steps
     _steps += 1
