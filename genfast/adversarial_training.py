@@ -406,7 +406,7 @@ def train(
     trainer = AdversarialTrainer(model, data, recipe=chosen, batch_size=batch_size, seed=seed, device=device, method=method)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    began = saved = len(trainer.history)
+    began = len(trainer.history)
     test = data.test[:2000] if isinstance(data, Points) else None
     contours = model.critic if model.classes is None else None
 
@@ -417,10 +417,7 @@ def train(
                 draw(drawn, path, bins=data.bins, real=test, critic=contours)
 
     def save() -> None:
-        nonlocal saved
-        if len(trainer.history) > saved or checkpoint is None:
-            checkpoints.save(out, name, model, trainer.state(), data.bins, trainer.weights())
-            saved = len(trainer.history)
+        checkpoints.save(out, name, model, trainer.state(), data.bins, trainer.weights())
 
     def step() -> str:
         at = trainer.step()

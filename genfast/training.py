@@ -272,19 +272,26 @@ def _interruption() -> Iterator[Callable[[], bool]]:
 
 
 def loop(
-    step: Callable[[], str], done: Callable[[], int], save: Callable[[], None], out: Path, *, title: str, steps: int | None,
+    step: Callable[[], str], done: Callable[[], int], save: Callable[[], object], out: Path, *, title: str, steps: int | None,
     minutes: float | None, save_every: int, every: Callable[[], None] | None = None,
 ) -> float:  # fmt: skip
     """Calls ``step``, which says how it went, until ``done`` is ``steps`` or the minutes are over; returns the seconds.
 
-    1000 steps without either. Saves every ``save_every`` steps and at the end, Ctrl-C included, which it raises again;
-    calls ``every`` after each step. Ranks stop after the same step: whichever is asked to, or is the first out of time.
+    1000 steps without either. Saves every ``save_every`` steps and at the end, Ctrl-C included, which it raises again, no step
+    twice; calls ``every`` after each step. Ranks stop after the same step: whichever is asked to, or is the first out of time.
     """
     from tqdm import tqdm
 
     if steps is None and minutes is None:
         steps = 1000
-    start = time.monotonic()
+    start, saved = time.monotonic(), done()  # a run that goes on has its checkpoint
+
+    def keep() -> None:
+        nonlocal saved
+        if done() != saved or not saved:
+            save()
+            saved = done()
+
     hidden = not (distributed.first() and sys.stderr.isatty())
     bar = tqdm(total=steps, initial=done(), unit="step", disable=hidden, desc=title)
     with _interruption() as pressed:
@@ -299,17 +306,17 @@ def loop(
                 bar.set_postfix_str(step(), refresh=False)
                 bar.update()
                 if done() % save_every == 0:
-                    save()
+                    keep()
                 if every is not None:
                     every()
         except KeyboardInterrupt:
-            save()
+            keep()
             if distributed.first():
                 print(f"stopped at step {done()}; checkpoint kept in {out}", file=sys.stderr)
             raise
         finally:
             bar.close()
-        save()
+        keep()
     return time.monotonic() - start
 
 
@@ -336,7 +343,6 @@ def train(
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)
-    checkpoints.check_folder(out, resume)
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AdversarialModel):
         raise ValueError(f"train: {name} is adversarial; train it with genfast.adversarial_training.train")
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AutoencoderModel):
@@ -345,26 +351,15 @@ def train(
         raise ValueError(f"train: {name} takes images, and {data.name} are points")
     torch.manual_seed(seed)
     view, shape = _fitted(name, data)
-    if resume and checkpoints.steps(out):
-        model, metadata, checkpoint = checkpoints.load(out)
-        if metadata["model"] != name:
-            raise ValueError(f"train: {str(out)!r} holds a {metadata['model']}, not a {name}")
-    else:
-        model, checkpoint = models.build(name, **shape, **(config or {})), None
+    model, checkpoint = checkpoints.begin(out, name, resume, shape | (config or {}))
     trainer = Trainer(model, view, batch_size=batch_size, lr=lr, seed=seed, device=device, parallel=parallel)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    began = saved = len(trainer.losses)
-
-    def save() -> None:
-        nonlocal saved
-        if len(trainer.losses) > saved or checkpoint is None:
-            checkpoints.save(out, name, model, trainer.state(), data.bins)
-            saved = len(trainer.losses)
-
+    began = len(trainer.losses)
     seconds = loop(
-        lambda: f"{trainer.step():.3f} bits/dim", lambda: len(trainer.losses), save, out,
-        title=f"{name} on {data.name}", steps=steps, minutes=minutes, save_every=save_every,
+        lambda: f"{trainer.step():.3f} bits/dim", lambda: len(trainer.losses),
+        lambda: checkpoints.save(out, name, model, trainer.state(), data.bins), out, title=f"{name} on {data.name}",
+        steps=steps, minutes=minutes, save_every=save_every,
     )  # fmt: skip
     model.eval()
     plain, generator = distributed.whole(model), torch.Generator().manual_seed(seed)

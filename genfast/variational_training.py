@@ -234,15 +234,12 @@ def train(
     trainer = AutoencoderTrainer(model, data, batch_size=batch_size, lr=lr, seed=seed, device=device)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    began = saved = len(trainer.history)
+    began = len(trainer.history)
 
     def save() -> None:
-        nonlocal saved
-        if len(trainer.history) > saved or checkpoint is None:
-            model.eval()
-            model.fit(data.train[:10_000])
-            checkpoints.save(out, name, model, trainer.state(), data.bins)
-            saved = len(trainer.history)
+        model.eval()
+        model.fit(data.train[:10_000])
+        checkpoints.save(out, name, model, trainer.state(), data.bins)
 
     def step() -> str:
         return ", ".join(f"{k} {v:.3f}" for k, v in trainer.step().items())

@@ -627,6 +627,28 @@ def test_without_gradients():
     assert not value.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["wgan-gp", "dragan", "ar1"])
+def test_points_may_be_given(kind):
+    critic, real, fake, _ = CRITICS["layer_norm"].make(torch.float64)
+    at = reference.penalty_points(real, fake, kind, torch.Generator().manual_seed(2))
+    given, drawn = (ops.gradient_penalty(critic, real, fake, kind=kind, **options)
+                    for options in ({"points": at}, {"generator": torch.Generator().manual_seed(2)}))  # fmt: skip
+    assert torch.equal(given, drawn)
+    step = ops.critic_step(critic, real, fake, penalty=kind, points=at)
+    close(step.penalty, given.detach(), 1e-12, "penalty")
+    for points, message in (
+        (at[:-1], r"points have shape \("),
+        (at.float(), "and dtype torch.float32, expected those of real"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.gradient_penalty(critic, real, fake, kind=kind, points=points)
+    for other in ("r1", "r1r2"):
+        with pytest.raises(ValueError, match=f"'{other}' draws none, expected a penalty of wgan-gp"):
+            ops.gradient_penalty(critic, real, fake, kind=other, points=at)
+        with pytest.raises(ValueError, match=f"'{other}' draws none"):
+            ops.critic_step(critic, real, fake, penalty=other, points=at)
+
+
 def test_the_data_is_left_alone():
     critic, real, fake, _ = CRITICS["mlp_leaky_relu"].make()
     real.requires_grad_()
