@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import os
 import re
@@ -67,6 +68,7 @@ def table(results: dict[str, Any]) -> str:
     return text + (f"\nleft out, time was up: {len(late)} cases: {'; '.join(late)}" if late else "")
 
 
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8}
 COLOURS = {
     "reference": "#888888",
     "compile": "#d08a2e",
@@ -85,6 +87,7 @@ def plot(cases: list[dict[str, Any]], device: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.patches import Patch
+    from PIL import Image
 
     figure, axes = pyplot.subplots()
     y, ticks, kinds = 0.0, [], []
@@ -109,12 +112,12 @@ def plot(cases: list[dict[str, Any]], device: str, path: Path) -> None:
             said = f"{1e3 * p['median_s']:.3g} ms" if value is None else f"{value:.2f}x" if value < 30 else f"{value:.0f}x"
             said += "" if "part" not in p else " (extrapolated)"
             axes.barh(y, value or 0.0, color=COLOURS.get(name.split()[0]), height=0.8)
-            axes.text(value or 0.0, y, f" {name} {said}", va="center", fontsize=7)
+            axes.text(value or 0.0, y, f" {name} {said}", va="center", fontsize=7, bbox=WHITE)
             y += 1
         ticks.append((y - 1, case["case"]))
         y += 0.8
     axes.set_yticks([at for at, _ in ticks], [textwrap.fill(label, 48) for _, label in ticks], fontsize=7, va="top")
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8, zorder=1.5)  # above the bars, below the text
     axes.set_xlabel(f"time relative to genfast, lower is faster ({device})", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
@@ -130,9 +133,11 @@ def plot(cases: list[dict[str, Any]], device: str, path: Path) -> None:
     figure.legend(handles=legend, loc="outside upper right", ncols=len(legend), fontsize=7, frameon=False)
     figure.set_layout_engine("constrained")
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
     pyplot.close(figure)
+    Image.open(drawn).convert("RGB").quantize(48).save(temporary, format="png", optimize=True)  # a third of the bytes
+    os.replace(temporary, path)
 
 
 def plots(results: dict[str, Any], path: Path) -> list[Path]:
@@ -229,16 +234,17 @@ def run(a: argparse.Namespace) -> int:
     import pytest
 
     words = [
-        str(CASES), "-p", "no:cacheprovider", "--override-ini", "addopts=", "--rootdir", str(HERE.parent),
+        str(CASES), "-p", "no:cacheprovider", "-p", "xdist.plugin", "--override-ini", "addopts=", "--rootdir", str(HERE.parent),
     ]  # fmt: skip
     words += ["-k", a.filter] if a.filter else []
     os.environ |= {
         "GENFAST_BENCH_QUICK": str(int(a.quick)), "GENFAST_BENCH_DEVICE": a.device,
         "GENFAST_BENCH_COMPILE": str(int(not (a.quick or a.no_compile))),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed
     }  # fmt: skip
     if a.list:
         return int(pytest.main([*words, "--collect-only", "-q"]))
-    cap = (60.0 if a.device == "cuda" else 1200.0) if a.cap is None else a.cap
+    cap = (90.0 if a.device == "cuda" else 1200.0) if a.cap is None else a.cap
     os.environ["GENFAST_BENCH_CAP"] = str(cap)
     if a.minutes is not None:
         os.environ["GENFAST_BENCH_UNTIL"] = str(time.time() + 60 * a.minutes)
@@ -264,7 +270,7 @@ def run(a: argparse.Namespace) -> int:
         os.environ["GENFAST_BENCH_LAST_WORDS"] = str(last_words)
         recorder = Recorder(results, lambda found: write(path, kept(found)), last_words)
         # One process beside this one measures, and another takes over from it if it ends: by a crash, a hang or a sticky error.
-        isolated = ["-n", "1", "--maxschedchunk", "1", "--max-worker-restart", "100", "-p", "no:benchmark", "-v"]
+        isolated = ["-n", "1", "--maxschedchunk", "1", "--max-worker-restart", "100", "-v"]
         status = int(pytest.main([*words, *isolated], plugins=[recorder]))
     if status not in (0, 1):  # nothing was collected, or it was interrupted
         return status
@@ -288,7 +294,7 @@ def main() -> int:
         help="folder for the JSON, named after the device, or a file .json; the plots go beside it",
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no case later; the most important come first")
-    parser.add_argument("--cap", type=float, metavar="S", help="seconds that a case may take (1200, on a GPU 60)")
+    parser.add_argument("--cap", type=float, metavar="S", help="seconds that a case may take (1200, on a GPU 90)")
     parser.add_argument("--no-compile", action="store_true", help="leave the providers of torch.compile out")
     parser.add_argument("--list", action="store_true", help="print the cases and end; needs no such device")
     parser.add_argument("--plot-only", type=Path, metavar="RESULTS.json", help="draw the plots of these results and end")

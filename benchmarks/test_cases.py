@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import faulthandler
 import importlib
@@ -44,8 +45,13 @@ CAP = float(_setting("CAP", "inf"))  # seconds of a case, after which its proces
 LAST_WORDS = _setting("LAST_WORDS", os.devnull)  # the file where a process that ends so says why
 _ceilings.DEVICE = _setting("DEVICE", "cpu")
 SELECTED = [case for case in cases() if case.quick or not QUICK]
-if math.isfinite(UNTIL) or _ceilings.DEVICE == "cuda":  # what matters most comes first
-    SELECTED.sort(key=lambda case: (case.priority, not case.quick))
+if math.isfinite(UNTIL) or _ceilings.DEVICE == "cuda":  # what matters most comes first, and a case of each op before another
+    seen: collections.Counter[tuple[int, str]] = collections.Counter()
+    places = {}
+    for case in SELECTED:
+        places[case.name] = (case.priority, not case.quick, seen[case.priority, case.op])
+        seen[case.priority, case.op] += 1
+    SELECTED.sort(key=lambda case: places[case.name])
 
 
 @pytest.fixture

@@ -17,7 +17,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import __main__ as suite
-from benchmarks import _ceilings, bench_autoregressive_inverse, bench_overhead, bench_pixelcnn, profiling, readme_table
+from benchmarks import (
+    _ceilings,
+    bench_autoregressive_inverse,
+    bench_overhead,
+    bench_pixelcnn,
+    profiling,
+    readme_table,
+    test_cases,
+)
 from benchmarks._case import PROVIDERS, Case, measure
 from benchmarks.test_cases import cases
 
@@ -229,7 +237,6 @@ class FakeGPU:
         monkeypatch.setattr(_ceilings, "DEVICE", "cuda")
         for name, value in (("COPIED", 1 << 12), ("SIZES", {"cuda": 8, "cpu": 8})):
             monkeypatch.setattr(_ceilings, name, value)
-        monkeypatch.setattr(_ceilings, "clocks", lambda: {"clocks.sm": 1980.0})
 
     def debug(self, mode):
         self.mode = mode
@@ -246,6 +253,9 @@ class FakeGPU:
 
 @pytest.fixture
 def gpu(monkeypatch):
+    monkeypatch.setattr(_ceilings.shutil, "which", lambda tool: f"/bin/{tool}")
+    said = types.SimpleNamespace(stdout="1980, 2619, 1980, 45, 300.5\n")
+    monkeypatch.setattr(_ceilings.subprocess, "run", lambda *_, **__: said)
     for name in ("copy_bandwidth", "matrix_rate"):  # without what they remember
         monkeypatch.setattr(_ceilings, name, getattr(_ceilings, name).__wrapped__)
     with OnCPU():
@@ -290,7 +300,8 @@ def test_a_gpu_is_timed_by_events_on_inputs_in_turn_and_by_graphs(gpu, monkeypat
     assert p["genfast"]["peak_bytes"] == 75
     assert p["genfast"]["share_of_copy"] == pytest.approx((1 << 20) / 1e-4 / 4e9)
     assert p["genfast"]["share_of_matrix_rate"] == pytest.approx((1 << 20) / 1e-4 / 1e12)
-    assert found["clocks"] == [{"clocks.sm": 1980.0}] * 2
+    clocks = {"clocks.sm": 1980.0, "clocks.mem": 2619.0, "clocks.max.sm": 1980.0, "temperature.gpu": 45.0, "power.draw": 300.5}
+    assert found["clocks"] == [clocks] * 2
     results = {"environment": {"device": "fake"}, "cases": [found], "overhead": []}
     assert "graph ms" in suite.table(results)
 
@@ -317,6 +328,36 @@ def test_ceilings_of_a_gpu(gpu, monkeypatch):
     assert found["matrix_rate"] == {kind: pytest.approx(2 * 8**3 / 1e-3) for kind in ("float32", "tf32", "bfloat16")}
     assert found["l2_bytes"] == 1 << 20
     assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+def test_clocks_that_cannot_be_read_are_none(gpu, monkeypatch):
+    for said in ("", "[N/A], 1, 1, 1, 1"):
+        monkeypatch.setattr(_ceilings.subprocess, "run", lambda *_, said=said, **__: types.SimpleNamespace(stdout=said))
+        assert _ceilings.clocks() is None
+    monkeypatch.setattr(_ceilings.shutil, "which", lambda tool: None)
+    assert _ceilings.clocks() is None
+
+
+def test_an_error_that_a_process_does_not_survive_ends_it(gpu, monkeypatch, tmp_path):
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    def work():
+        raise ValueError("the case")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(test_cases, "LAST_WORDS", str(tmp_path / "words"))
+    with pytest.raises(ValueError, match="the case"):
+        test_cases._guarded(work)
+    assert not (tmp_path / "words").exists()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(test_cases.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        test_cases._guarded(work)
+    assert (tmp_path / "words").read_text().startswith("ValueError: the case\n")
 
 
 def test_products_are_taken_as_a_case_says():
@@ -498,6 +539,7 @@ def test_a_profile_names_the_costs_and_keeps_the_trace(tmp_path, capsys):
     # The forward too, which torch.library runs under another name.
     assert {"genfast::actnorm", "genfast::actnorm_backward"} <= names
     assert "GeneratedBackwardFor_genfast_actnorm_default" not in names
+    assert {count for name, _, _, count in rows if name.startswith("genfast::")} == {profiling.CALLS}
     assert [seconds for _, seconds, _, _ in rows] == sorted((seconds for _, seconds, _, _ in rows), reverse=True)
     assert sum(share for _, _, share, _ in rows) == pytest.approx(1)
     with pytest.raises(ValueError, match=r"--profile 'nope': expected an op, .*affine_coupling.*upfirdn2d"):
