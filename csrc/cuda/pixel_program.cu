@@ -52,7 +52,8 @@ struct Launch {
   bool code_is_shared;
 };
 
-__global__ void __launch_bounds__(kThreads, 1) pixel_program_kernel(const PixelProgramArgs a, const Launch launch) {
+__global__ void __launch_bounds__(kThreads, 1) pixel_program_kernel(const __grid_constant__ PixelProgramArgs a,
+                                                                       const Launch launch) {
   extern __shared__ int32_t code[];
   if (launch.code_is_shared) {
     for (int64_t i = threadIdx.x; i < a.code; i += kThreads) code[i] = a.program[i];
@@ -95,9 +96,10 @@ int pixel_program(const PixelProgramArgs& a, uintptr_t stream) {
       cluster.val.clusterDim.x = unsigned(blocks);
       config.gridDim = dim3(unsigned(teams * blocks));
       config.numAttrs = 1;
-      error = cudaOccupancyMaxActiveClusters(&fit, pixel_program_kernel, &config);
-      if (error) return error;
-      if (fit >= teams) launch.blocks = blocks;
+      if (cudaOccupancyMaxActiveClusters(&fit, pixel_program_kernel, &config))
+        cudaGetLastError();  // a device that has no such clusters
+      else if (fit >= teams)
+        launch.blocks = blocks;
     }
   }
   config.gridDim = dim3(unsigned(teams * launch.blocks));
