@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -103,6 +104,28 @@ def options(elements: int, far: bool, scattered: bool = False) -> dict[str, int]
     """
     registers = 168 if far else 128 if scattered else 0
     return {"num_warps": max(1, min(4, elements // 256))} | ({"maxnreg": registers} if registers else {})
+
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on a device; the interpreter knows no bound."""
+    if device.type == "cpu":
+        return 1 << 20
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16)
+
+
+@functools.lru_cache(1024)
+def parts(programs: int, at_once: int, most: int) -> int:
+    """Into how many parts (at most ``most``) to split the sum of each of ``programs``, of which ``at_once`` run together.
+
+    The fewest whose time, the rounds of programs times the length of a part, is within 6% of the least.
+    """
+    most = max(1, min(most, cdiv(4 * at_once, max(1, programs))))
+    times = [cdiv(programs * n, at_once) / n for n in range(1, most + 1)]
+    return next(n for n, time in enumerate(times, 1) if time <= 1.06 * min(times))
 
 
 @triton.jit

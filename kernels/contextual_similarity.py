@@ -48,10 +48,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, precision, tile_options, variant, wide
+from ._common import MULTIPROCESSORS, Aot, cdiv, parts, precision, tile_options, variant, wide
 from ._math import exp
 
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer owners, and the stream is split
 WHOLE = 256  # channels up to which half types keep whole rows
 ROWS = 32  # rows of a program that joins parts
 ENTRIES = 4  # winners of each row that a program takes at a time
@@ -138,7 +137,8 @@ def _norms(x, norm, size, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.co
 def _best(
     x, y, x_norm, y_norm, prior_rows, prior_columns, statistics, log_sum, value, index, N, M, high, across, splits, scale, eps,
     weight, C: tl.constexpr, DISTANCE: tl.constexpr, NEAREST: tl.constexpr, COLUMNS: tl.constexpr, PRIOR: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The greatest score along the stream and its lowest index: -d_ij with NEAREST, else log A_ij, or S_ij with PRIOR.
 
@@ -162,14 +162,21 @@ def _best(
     if not NEAREST and not COLUMNS:
         least = tl.load(statistics + o, mask=o_in, other=0)[:, None]
         of_sum = tl.load(log_sum + o, mask=o_in, other=0)[:, None]
+    if WHOLE:
+        c = tl.arange(0, BLOCK_K)
+        mine = _load(own, o, o_in, c, C, WIDE)
     first, last = _part(others, splits, split, BLOCK_S)
     for tile in range(first, last):
         s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         s_in = s < others
-        raw = _raw(
-            own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C, DISTANCE, PRECISION, WIDE, BLOCK_O, BLOCK_S,
-            BLOCK_K,
-        )  # fmt: skip
+        if WHOLE:
+            product = tl.dot(mine, tl.trans(_load(other, s, s_in, c, C, WIDE)), input_precision=PRECISION)
+            raw = _from_product(product, own_norm, other_norm, o, s, o_in, s_in, DISTANCE)
+        else:
+            raw = _raw(
+                own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C, DISTANCE, PRECISION, WIDE, BLOCK_O,
+                BLOCK_S, BLOCK_K,
+            )  # fmt: skip
         score = tl.where(raw < 0, 0.0, -raw)  # keeps NaN
         if not NEAREST:
             if COLUMNS:
@@ -509,7 +516,8 @@ class Tile(NamedTuple):
     whole: bool
     warps: int
     stages: int
-    registers: int = 0  # at most, where the assembler's own choice spills
+    registers: int = 0  # at most, where the assembler's own choice spills or leaves room for one program alone
+    at_once: int = 2  # programs that a multiprocessor runs together
 
     @property
     def options(self) -> dict[str, int]:
@@ -547,8 +555,7 @@ def _attend_tile(how: str, half: bool, distance: str, c: int, sums: bool, backwa
 
 def _splits(owners: int, streamed: int, batch: int, tile: Tile) -> int:
     """Parts of the stream, by the shape alone: enough programs, and no part without a tile."""
-    wanted = cdiv(PROGRAMS, cdiv(owners, tile.owners) * batch)
-    return max(1, min(wanted, cdiv(streamed, tile.streamed)))
+    return parts(cdiv(owners, tile.owners) * batch, MULTIPROCESSORS * tile.at_once, cdiv(streamed, tile.streamed))
 
 
 class _Rows(NamedTuple):
@@ -619,7 +626,7 @@ def _extreme(
     _best[(cdiv(owners, tile.owners) * splits, b)](
         rows.x_sweep, rows.y_sweep, rows.x_norm, rows.y_norm, prior.rows, prior.columns, statistics, log_sum, part, at, n, m,
         *prior.sizes, splits, scale, eps, prior.weight, C=c, DISTANCE=rows.distance, NEAREST=nearest, COLUMNS=columns,
-        PRIOR=with_prior, PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth,
+        PRIOR=with_prior, WHOLE=tile.whole, PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth,
         **tile.options,
     )  # fmt: skip
     _pick[(cdiv(owners, 128), b)](
@@ -778,7 +785,7 @@ def _variants() -> list[Aot]:
                         if prior and c != 256:
                             continue
                         t = _best_tile(how, half, distance, c, "least" if nearest else "prior" if prior else "greatest")
-                        blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth)
+                        blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth, WHOLE=t.whole)
                         what = "least" if nearest else f"greatest{' by column' * columns}{', prior' * prior}"
                         ends = dict(NEAREST=bool(nearest), COLUMNS=bool(columns), PRIOR=bool(prior))
                         add(f"{what} {about}", _best, kind, t.options, {"index": "*i32"}, **base, **ends, **blocks)

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import genfast
 from genfast._registry import OPS
 from genfast._verify import relative_error
+from genfast.kernels import _common
 from genfast.kernels import contextual_similarity as contextual_kernels
 from genfast.kernels import gram_matrix as gram_kernels
 from tests.kernels.flow_cases import DTYPES, FORMS, FORWARD, GRADIENT, compare, exact, outputs, run, strided
@@ -62,7 +63,7 @@ def tf32():
 @each_dtype
 def test_gram_parts_of_the_positions(dtype, monkeypatch):
     monkeypatch.setattr(gram_kernels, "STEPS", 1)
-    monkeypatch.setattr(gram_kernels, "PROGRAMS", 9)
+    monkeypatch.setattr(gram_kernels, "MULTIPROCESSORS", 3)
     for n, c, shift in ((1, 67, 0.0), (2, 3, -1.0)):
         features = torch.randn(n, c, 150).to(dtype)
         assert (
@@ -72,10 +73,32 @@ def test_gram_parts_of_the_positions(dtype, monkeypatch):
         check_style(features, torch.randn(1, c, c), shift=shift)
 
 
-@each_dtype
-def test_gram_large_tiles(dtype, monkeypatch):
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize(("wide", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)])
+def test_gram_large_tiles(wide, dtype, monkeypatch):
+    """With and without parts; on the diagonal and beside it."""
     monkeypatch.setattr(gram_kernels, "LARGE_FROM", 2)
-    check_gram(torch.randn(1, 130, 20).to(dtype))
+    monkeypatch.setattr(gram_kernels, "WIDE_FROM", 2 if wide else 1 << 30)
+    c = 270 if wide else 130
+    assert gram_kernels._gram_tile("tf32", False, c, False, False).halves == 1 + wide
+    check_gram(torch.randn(1, c, 20).to(dtype))
+    monkeypatch.setattr(gram_kernels, "STEPS", 1)
+    check_style(torch.randn(1, c, 130).to(dtype), torch.randn(1, c, c))
+
+
+@pytest.mark.parametrize(
+    ("programs", "at_once", "most", "found"),
+    [(10, 264, 999, 25), (20, 132, 8, 6), (36, 264, 999, 7), (128, 264, 999, 2), (999, 132, 999, 1), (1, 528, 3, 3), (5, 4, 0, 1)],
+)
+def test_gram_parts_leave_no_round_nearly_empty(programs, at_once, most, found):
+    assert _common.parts(programs, at_once, most) == found
+
+
+def test_gram_tiles_fit_the_shared_memory_there_is():
+    for room, stages in ((232448, 4), (166912, 3), (101376, 3)):
+        tile = gram_kernels._gram_tile("ieee", True, 4096, False, False, room)
+        assert tile.stages == stages
+        assert tile.stages * (tile.channels + tile.channels * tile.halves) * tile.depth * 2 <= room
 
 
 @pytest.mark.parametrize("form", FORMS)
