@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +15,41 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 1024  # elements of a tile: 8 a thread in 4 warps, two vector loads of each operand in float32
+
+
+@dataclass
+class Choice:
+    """What a launcher may choose freely, as data: the values it uses now, and what ``python -m benchmarks.tune`` tries.
+
+    A kernel file's TUNABLE names its choices; results must not depend on them beyond rounding.
+    """
+
+    now: dict[str, int]
+    candidates: list[dict[str, int]]
+
+    def __getitem__(self, name: str) -> int:
+        return self.now[name]
+
+    @contextlib.contextmanager
+    def trying(self, candidate: Mapping[str, int]) -> Iterator[None]:
+        """The launcher uses ``candidate`` within."""
+        before, self.now = self.now, {**self.now, **candidate}
+        try:
+            yield
+        finally:
+            self.now = before
+
+
+def every(**values: Iterable[int]) -> list[dict[str, int]]:
+    """Candidates: each combination of the named values."""
+    return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+
+
+def tiles_choice(**more: Iterable[int]) -> Choice:
+    """Of a program that takes a tile at a time: the elements of the tile and those of a thread, and ``more``, present value
+    first."""
+    values = {"tile": (1024, 512, 2048, 4096), "each": (8, 4, 16)} | {k: tuple(v) for k, v in more.items()}
+    return Choice({k: v[0] for k, v in values.items()}, every(**values))
 
 
 class View(NamedTuple):
@@ -97,13 +135,13 @@ def tile(v: View, size: int = TILE) -> tuple[int, int]:
     return min(c, size // s), s
 
 
-def options(elements: int, far: bool, scattered: bool = False) -> dict[str, int]:
-    """Launch options of a tile: eight elements a thread, one to four warps.
+def options(elements: int, far: bool, scattered: bool = False, each: int = 8) -> dict[str, int]:
+    """Launch options of a tile: ``each`` elements a thread.
 
     64-bit addresses, and ``scattered`` loads, need more registers than the assembler grants of itself, which would spill.
     """
     registers = 168 if far else 128 if scattered else 0
-    return {"num_warps": max(1, min(4, elements // 256))} | ({"maxnreg": registers} if registers else {})
+    return {"num_warps": max(1, elements // (32 * each))} | ({"maxnreg": registers} if registers else {})
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200

@@ -18,10 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, memory_format, variant
+from ._common import Aot, Choice, cdiv, every, memory_format, options, tiles_choice, variant
 
-BLOCK = 256  # bytes of bits that a program makes or takes: 2048 elements, 16 a thread
-TILE = 1024
+# Elements of a program and of a thread. Leaky relu: its bits are an eighth as many bytes.
+TUNABLE = {
+    "leaky": Choice(dict(tile=2048, each=16), every(tile=(1024, 2048, 4096, 8192), each=(8, 16, 32))),
+    "smooth": tiles_choice(),
+}
 KINDS = {
     k: i
     for i, k in enumerate(("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", "elu", "selu", "mish"))
@@ -139,9 +142,11 @@ def _launch(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> No
     row_bytes = cdiv(columns, 8)
     total = rows * row_bytes
     if total:
-        _leaky[(cdiv(total, BLOCK),)](
-            x, y, bits, slope, columns, row_bytes, total, APPLY=apply, RELU=slope == 0, BLOCK=BLOCK, num_warps=4
-        )
+        elements, each = TUNABLE["leaky"]["tile"], TUNABLE["leaky"]["each"]
+        _leaky[(cdiv(total, elements // 8),)](
+            x, y, bits, slope, columns, row_bytes, total, APPLY=apply, RELU=slope == 0, BLOCK=elements // 8,
+            **options(elements, False, each=each),
+        )  # fmt: skip
 
 
 def leaky_relu_bits(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
@@ -173,9 +178,10 @@ def _run(x: Tensor, grad: Tensor, tangent: Tensor | None, cotangent: Tensor | No
     y = torch.empty_like(x)
     others = [x if t is None else _dense(t.to(x.dtype), x) for t in (tangent, cotangent)]
     if x.numel():
-        _smooth[(cdiv(x.numel(), TILE),)](
+        elements, each = TUNABLE["smooth"]["tile"], TUNABLE["smooth"]["each"]
+        _smooth[(cdiv(x.numel(), elements),)](
             x, _dense(grad.to(x.dtype), x), *others, y, x.numel(), KIND=KINDS[kind], SECOND=tangent is not None,
-            COTANGENT=cotangent is not None, BLOCK=TILE, num_warps=4,
+            COTANGENT=cotangent is not None, BLOCK=elements, **options(elements, False, each=each),
         )  # fmt: skip
     return y
 
@@ -198,15 +204,18 @@ def _variants() -> list[Aot]:
 
         def add(label: str, kernel: Any, pointers: Any = pointers, **constants: Any) -> None:
             types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-            found.append(variant(f"{label} {kind}", kernel, types, constants, (), num_warps=4))  # noqa: B023
+            choice = TUNABLE["leaky" if kernel is _leaky else "smooth"]
+            block = choice["tile"] // (8 if kernel is _leaky else 1)
+            launch = options(choice["tile"], False, each=choice["each"])
+            found.append(variant(f"{label} {kind}", kernel, types, constants | {"BLOCK": block}, (), **launch))  # noqa: B023
 
         for apply in (False, True):
             for relu in (False, True):
-                add(f"{'apply ' if apply else ''}{'relu' if relu else 'leaky'}", _leaky, APPLY=apply, RELU=relu, BLOCK=BLOCK)
+                add(f"{'apply ' if apply else ''}{'relu' if relu else 'leaky'}", _leaky, APPLY=apply, RELU=relu)
         for name, number in KINDS.items():
-            add(f"{name} chain", _smooth, KIND=number, SECOND=False, COTANGENT=False, BLOCK=TILE)
+            add(f"{name} chain", _smooth, KIND=number, SECOND=False, COTANGENT=False)
             if kind == "fp32":
-                add(f"{name} second", _smooth, KIND=number, SECOND=True, COTANGENT=True, BLOCK=TILE)
+                add(f"{name} second", _smooth, KIND=number, SECOND=True, COTANGENT=True)
     return found
 
 

@@ -19,9 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, options, output, place, tile, variant, view
+from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice, variant, view
 
-ROWS = 1024  # programs a channel tile: fills any GPU of today several times over, and keeps the second kernel short
+# Of a tile its elements and those of a thread. Rows, programs a channel tile: fill any GPU of today several times over, and
+# keep the second kernel short.
+TUNABLE = {
+    "forward": tiles_choice(),
+    "backward": tiles_choice(rows=(1024, 64, 256)),
+}
 
 
 @triton.jit
@@ -147,14 +152,15 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bo
         return y, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     logdet = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     (a, out), vectors = _views(x, y)
-    block_c, block_s = tile(a)
+    choice = TUNABLE["forward"]
+    block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
         a.data, scale.contiguous(), bias.contiguous(), y, logdet, *a.strides, *out.strides, a.c, a.s, 1 if vectors else a.s,
         s_tiles, tiles, LOG_SCALE=log_scale, INVERSE=inverse, BATCH_IN_TILE=vectors, FAR=far, BLOCK_C=block_c,
-        BLOCK_S=block_s, **options(block_c * block_s, far),
+        BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
     )  # fmt: skip
     return y, logdet
 
@@ -173,16 +179,17 @@ def actnorm_backward(
         if grad_y is None:
             dx.zero_()
         else:
-            block_c, block_s = tile(a)
+            choice = TUNABLE["backward"]
+            block_c, block_s = tile(a, choice["tile"])
             c_tiles, s_tiles = cdiv(a.c, block_c), cdiv(a.s, block_s)
             tiles = a.n * s_tiles
-            rows = min(tiles, ROWS)
+            rows = min(tiles, choice["rows"])
             far = a.far or out.far or g.far
             partial = torch.empty((rows, 2, a.c), dtype=torch.float32, device=x.device)
             _backward[(rows * c_tiles,)](
                 g.data, a.data, scale, bias, dx, partial, *g.strides, *a.strides, *out.strides, a.c, a.s, s_tiles, tiles,
                 c_tiles, rows, LOG_SCALE=log_scale, INVERSE=inverse, FAR=far, BLOCK_C=block_c,
-                BLOCK_S=block_s, **options(block_c * block_s, far),
+                BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
             )  # fmt: skip
     if channels:
         _finish[(cdiv(channels, 16),)](
@@ -203,16 +210,20 @@ def _variants() -> list[Aot]:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                found.append(variant(label, kernel, types, constants, ones, **options(1024, ones is None)))
+                choice = TUNABLE["forward" if kernel is _forward else "backward"]
+                if "BLOCK_S" in constants:
+                    constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
+                launch = options(choice["tile"], ones is None, each=choice["each"])
+                found.append(variant(label, kernel, types, constants, ones, **launch))
 
         for inverse in (False, True):
             for log_scale in (False, True) if kind == "fp32" else (True,):
                 label = f"{'inverse ' if inverse else ''}{'log scale ' if log_scale else ''}{kind}"
                 base = dict(LOG_SCALE=log_scale, INVERSE=inverse, FAR=False, BATCH_IN_TILE=False, HAS_LOGDET=True)
-                rows = base | dict(BLOCK_C=1, BLOCK_S=1024)
+                rows = base | dict(BLOCK_C=1, BLOCK_S=0)
                 add(label, ("xs", "ys", "gs"), (_forward, _backward), **rows)
                 add(label, ("ln",), (_finish,), **(base | dict(BLOCK_C=16, BLOCK_R=64)))
-        last = base | dict(BLOCK_C=16, BLOCK_S=64)
+        last = base | dict(BLOCK_C=16, BLOCK_S=0)
         add(f"channels_last {kind}", ("xc", "yc", "gc"), (_forward, _backward), **last)
         add(f"vectors {kind}", ("xc", "yc", "gc"), (_forward,), **(last | dict(BATCH_IN_TILE=True)))
         if kind == "fp16":

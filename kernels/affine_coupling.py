@@ -25,11 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, View, cdiv, memory_format, options, output, place, tile, variant, view
+from ._common import Aot, Choice, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp as _exp
 from ._math import log1p_unit as _log1p
 from ._math import tanh as _tanh
 
+# Of a tile its elements and those of a thread.
+TUNABLE = {way: tiles_choice() for way in ("forward", "backward")}
 _SCALES = ("exp", "sigmoid", "tanh", "softclamp", "additive")
 
 
@@ -78,7 +80,7 @@ def _live(inside, mask, c, s, mc, ms, first, width, MASKED: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, params, alpha, mask, y, logdet, xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_at, t_at, step,
+    x, packed, alpha, mask, y, logdet, xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_at, t_at, step,
     s_tiles, tiles, SCALE: tl.constexpr, INVERSE: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
     BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -88,10 +90,10 @@ def _forward(
     j = c - first
     given = tl.load(x + n * xn + (c * xc + s * xs), mask=inside, other=0)
     value = given.to(tl.float32)
-    t = tl.load(params + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+    t = tl.load(packed + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     r = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
     if SCALE != "additive":
-        r = tl.load(params + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+        r = tl.load(packed + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     a = 1.0
     if ALPHA == "one":
         a = tl.load(alpha).to(tl.float32)
@@ -115,7 +117,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_y, grad_logdet, kept, params, alpha, mask, dx, dparams, dalpha, gn, gc, gs, ln, kn, kc, ks, pn, pc, ps, xn, xc, xs,
+    grad_y, grad_logdet, kept, packed, alpha, mask, dx, dparams, dalpha, gn, gc, gs, ln, kn, kc, ks, pn, pc, ps, xn, xc, xs,
     qn, qc, qs, mc, ms, C, S, width, first, r_at, t_at, step, s_tiles, tiles, HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr,
     SCALE: tl.constexpr, INVERSE: tl.constexpr, KEEP_OUTPUT: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
     BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -129,13 +131,13 @@ def _backward(
     value = zero
     r = zero
     if SCALE != "additive":
-        r = tl.load(params + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+        r = tl.load(packed + n * pn + ((r_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     if HAS_Y:
         d = tl.load(grad_y + n * gn + (c * gc + s * gs), mask=inside, other=0).to(tl.float32)
         if SCALE != "additive":
             value = tl.load(kept + n * kn + (c * kc + s * ks), mask=live, other=0).to(tl.float32)
             if INVERSE != KEEP_OUTPUT:
-                value -= tl.load(params + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
+                value -= tl.load(packed + n * pn + ((t_at + j * step) * pc + s * ps), mask=live, other=0).to(tl.float32)
     g = 0.0
     if HAS_LOGDET:
         if BATCH_IN_TILE:
@@ -189,7 +191,7 @@ class _Call(NamedTuple):
 
 def _call(
     x: Tensor, params: Tensor, others: list[Tensor], params_like: list[Tensor], alpha: Tensor | None, mask: Tensor | None,
-    scale: str, layout: str, last: bool, inverse: bool,
+    scale: str, layout: str, last: bool, inverse: bool, choice: Choice,
 ) -> _Call:  # fmt: skip
     """``others`` are shaped like x, ``params_like`` like params."""
     views = [view(t) for t in (x, *others, params, *params_like)]
@@ -207,20 +209,20 @@ def _call(
         bytes_, mc, ms = m.data, m.c_stride, m.s_stride if m.s > 1 else 0
     batch_in_tile = a.s == 1
     if step == 1 and mask is None and each != "each" and all(v.flat for v in views) and not a.walks_channels:
-        batch_in_tile = a.c * a.s <= TILE
+        batch_in_tile = a.c * a.s <= choice["tile"]
         g = 1 if batch_in_tile else math.gcd(a.c, width)
         first, width, r_at, t_at = (v * a.s if batch_in_tile else v // g for v in (first, width, r_at, t_at))
         views = [v.transposed() if batch_in_tile else v.grouped(g) for v in views]
     elif batch_in_tile:
         views = [v.transposed() for v in views]
     a = views[0]
-    block_c, block_s = tile(a)
+    block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
     far = any(v.far for v in views)
     constants = dict(
         SCALE=scale, INVERSE=inverse, ALPHA=each, MASKED=mask is not None, BATCH_IN_TILE=batch_in_tile,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, mask is not None),
+        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, mask is not None, choice["each"]),
     )  # fmt: skip
     sizes = (a.c, a.s, width, first, r_at, t_at, step, s_tiles, tiles)
     return _Call(views, (bytes_, mc, ms), sizes, (a.n * tiles,), a.n * s_tiles, tiles, constants)
@@ -236,7 +238,7 @@ def affine_coupling(
         logdet = torch.zeros(batch, dtype=torch.float32, device=x.device)
     if not x.numel():
         return y, logdet
-    call = _call(x, params, [y], [], alpha, mask, scale, layout, last, inverse)
+    call = _call(x, params, [y], [], alpha, mask, scale, layout, last, inverse, TUNABLE["forward"])
     a, out, p = call.views
     partial = y
     if scale != "additive":
@@ -263,7 +265,7 @@ def affine_coupling_backward(
     if not kept.numel():
         return dx, dparams, dalpha
     d = kept if grad_y is None else grad_y
-    call = _call(kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse)
+    call = _call(kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse, TUNABLE["backward"])
     a, g, out, p, q = call.views
     partial = dalpha
     if alpha is not None:
@@ -282,7 +284,7 @@ def _variants() -> list[Aot]:
     found = []
     ones = ("xs", "ps", "ys", "ks", "gs", "qs", "ms", "ln", "step")
     for kind in ("fp32", "bf16", "fp16"):
-        data = ("x", "params", "alpha", "y", "grad_y", "kept", "dx", "dparams")
+        data = ("x", "packed", "alpha", "y", "grad_y", "kept", "dx", "dparams")
         pointers = dict.fromkeys(data, f"*{kind}") | {"mask": "*u8"}
         pointers |= dict.fromkeys(("logdet", "grad_logdet", "dalpha"), "*fp32")
 
@@ -290,12 +292,14 @@ def _variants() -> list[Aot]:
             label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, kind: str = kind,
             **base: Any,
         ) -> None:  # fmt: skip
-            block = dict(BLOCK_C=16, BLOCK_S=64) if rows else dict(BLOCK_C=1, BLOCK_S=TILE)
+            block = dict(BLOCK_C=16 if rows else 1)
             base = dict(MASKED=False, BATCH_IN_TILE=False, FAR=ones is None) | block | base
             back = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=base["INVERSE"])
             for kernel, constants in ((_forward, base), (_backward, back)):
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-                launch = options(TILE, ones is None, base["MASKED"])
+                choice = TUNABLE[kernel.fn.__name__[1:]]
+                constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
+                launch = options(choice["tile"], ones is None, base["MASKED"], choice["each"])
                 found.append(variant(f"{label} {kind}", kernel, types, constants, ones, **launch))
 
         for scale in _SCALES if kind == "fp32" else ("sigmoid",):  # the data's type changes loads and stores alone

@@ -18,10 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, variant, view
+from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp, log1p_unit, tanh_of
 
-ROWS = 1024  # programs a channel tile, as in actnorm
+# Of a tile its elements and those of a thread; rows, programs a channel tile, as in actnorm.
+TUNABLE = {
+    "forward": tiles_choice(),
+    "backward": tiles_choice(rows=(1024, 64, 256)),
+}
 CODES = {"linear": 0, "relu": 1, "lrelu": 2, "tanh": 3, "sigmoid": 4, "elu": 5, "selu": 6, "softplus": 7, "swish": 8}
 
 
@@ -127,9 +131,9 @@ def _derivative(
         tl.store(partial + row.to(tl.int64) * C + c, tl.sum(total, axis=1)[:, None], mask=c < C)
 
 
-def _options(elements: int, far: bool) -> dict[str, int]:
+def _options(elements: int, far: bool, each: int = 8) -> dict[str, int]:
     """Launch options of a derivative's tile, whose sums need more registers than the assembler grants of itself."""
-    return options(elements, far) | {"maxnreg": 240 if far else 128}
+    return options(elements, far, each=each) | {"maxnreg": 240 if far else 128}
 
 
 def _seen(bias: Tensor | None, *tensors: Tensor) -> list[View]:
@@ -148,14 +152,15 @@ def bias_act(x: Tensor, bias: Tensor | None, act: str, alpha: float, gain: float
     if not x.numel():
         return y
     a, out = _seen(bias, x, y)
-    block_c, block_s = tile(a)
+    choice = TUNABLE["forward"]
+    block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
         a.data, x if bias is None else bias.contiguous(), y, *a.strides, *out.strides, a.c, a.s, alpha, gain,
         0.0 if clamp is None else clamp, s_tiles, tiles, ACT=CODES[act], BIAS=bias is not None, CLAMP=clamp is not None,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far),
+        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
     )  # fmt: skip
     return y
 
@@ -168,17 +173,18 @@ def _derive(
     if not x.numel():
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
     a, out, d, e = _seen(bias, x, dx, grad_y, grad_y if grad_dx is None else grad_dx)
-    block_c, block_s = tile(a)
+    choice = TUNABLE["backward"]
+    block_c, block_s = tile(a, choice["tile"])
     c_tiles, s_tiles = cdiv(a.c, block_c), cdiv(a.s, block_s)
     tiles = a.n * s_tiles
-    rows = tiles if bias is None else min(tiles, ROWS)
+    rows = tiles if bias is None else min(tiles, choice["rows"])
     far = a.far or out.far or d.far or e.far
     partial = torch.empty((rows, a.c) if bias is not None else 0, dtype=torch.float32, device=x.device)
     _derivative[(rows * c_tiles,)](
         e.data, d.data, a.data, x if bias is None else bias.contiguous(), dx, partial, *e.strides, *d.strides, *a.strides,
         *out.strides, a.c, a.s, alpha, gain, 0.0 if clamp is None else clamp, s_tiles, tiles, c_tiles, rows, ACT=CODES[act],
         SECOND=grad_dx is not None, BIAS=bias is not None, CLAMP=clamp is not None, FAR=far, BLOCK_C=block_c,
-        BLOCK_S=block_s, **_options(block_c * block_s, far),
+        BLOCK_S=block_s, **_options(block_c * block_s, far, choice["each"]),
     )  # fmt: skip
     return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
@@ -207,11 +213,13 @@ def _variants() -> list[Aot]:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                launch = (options if kernel is _forward else _options)(1024, ones is None)
+                choice = TUNABLE["forward" if kernel is _forward else "backward"]
+                constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
+                launch = (options if kernel is _forward else _options)(choice["tile"], ones is None, each=choice["each"])
                 found.append(variant(label, kernel, types, constants, ones, **launch))
 
-        both, rows = (_forward, _derivative), dict(BLOCK_C=1, BLOCK_S=1024, FAR=False, SECOND=False)
-        last = rows | dict(BLOCK_C=64, BLOCK_S=16)
+        both, rows = (_forward, _derivative), dict(BLOCK_C=1, BLOCK_S=0, FAR=False, SECOND=False)
+        last = rows | dict(BLOCK_C=64)
         along, across = ("xs", "ys", "gs", "es"), ("xc", "yc", "gc", "ec")
         for act, code in CODES.items() if kind == "fp32" else [("lrelu", 2), ("swish", 8)]:
             base = dict(ACT=code, BIAS=True, CLAMP=True)

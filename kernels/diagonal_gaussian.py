@@ -21,8 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, memory_format, options, variant
+from ._common import Aot, cdiv, memory_format, options, tiles_choice, variant
 from .interpolate import Rows, rows
+
+# Of a tile its elements and those of a thread.
+TUNABLE = {way: tiles_choice() for way in ("forward", "backward")}
 
 
 @triton.jit
@@ -131,15 +134,15 @@ def _backward(
         tl.store(dnoise + at * D + element, pull.to(dnoise.dtype.element_ty), mask=there)
 
 
-def _tile(n: int, size: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most TILE elements."""
-    columns = min(TILE, triton.next_power_of_2(size))
-    return min(TILE // columns, triton.next_power_of_2(n)), columns
+def _tile(n: int, size: int, elements: int) -> tuple[int, int]:
+    """Rows and columns of a tile of at most ``elements``."""
+    columns = min(elements, triton.next_power_of_2(size))
+    return min(elements // columns, triton.next_power_of_2(n)), columns
 
 
-def _options(elements: int, far: bool) -> dict[str, int]:
+def _options(elements: int, far: bool, each: int = 8) -> dict[str, int]:
     """Of a launch: with 64-bit addresses of up to eleven tensors it takes more registers than elsewhere."""
-    return options(elements, far) | ({"maxnreg": 232} if far else {})
+    return options(elements, far, each=each) | ({"maxnreg": 232} if far else {})
 
 
 def _laid(form: torch.memory_format, *given: Tensor | None) -> tuple[list[Any], list[int]]:
@@ -160,17 +163,18 @@ def diagonal_gaussian(
         return torch.zeros(mean.shape[0], **zeros), torch.zeros(mean.shape[1:] if per_dimension else 0, **zeros), z
     n, size = mean.shape[0], mean[0].numel()
     data, strides = _laid(form, mean, log_variance, noise, prior_mean, prior_log_variance)
-    block_n, block_d = _tile(n, size)
+    choice = TUNABLE["forward"]
+    block_n, block_d = _tile(n, size, choice["tile"])
     tiles, blocks = cdiv(size, block_d), cdiv(n, block_n)
     partial = torch.empty((n, tiles), **zeros)
     columns = torch.empty((blocks, *mean.shape[1:]) if per_dimension else 0, **zeros)
     if per_dimension and columns.dim() > 2:
         columns = torch.empty_like(columns, memory_format=form)
-    far = size >= 2**31 - TILE
+    far = size >= 2**31 - 2**16  # no tile is as large
     _forward[(blocks * tiles,)](
         *(mean if t is None else t for t in data), z, partial, columns, *strides, n, size, tiles, NOISE=noise is not None,
         PRIOR_MEAN=prior_mean is not None, PRIOR_VARIANCE=prior_log_variance is not None, COLUMNS=per_dimension, FAR=far,
-        BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far),
+        BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far, choice["each"]),
     )  # fmt: skip
     return partial.sum(1), columns.sum(0).contiguous() if per_dimension else columns, z
 
@@ -192,9 +196,10 @@ def diagonal_gaussian_backward(
         if grad_dimension is not None:
             own = form if mean.dim() > 2 else torch.contiguous_format
             grad_dimension = grad_dimension.unsqueeze(0).contiguous(memory_format=own)
-        block_n, block_d = _tile(n, size)
+        choice = TUNABLE["backward"]
+        block_n, block_d = _tile(n, size, choice["tile"])
         tiles = cdiv(size, block_d)
-        far = size >= 2**31 - TILE
+        far = size >= 2**31 - 2**16
         pointers = [mean if t is None else t for t in data]
         _backward[(cdiv(n, block_n) * tiles,)](
             *pointers[:5], mean if grad_kl is None else grad_kl.contiguous(),
@@ -203,7 +208,7 @@ def diagonal_gaussian_backward(
             PRIOR_VARIANCE=prior_log_variance is not None, KL=grad_kl is not None, DIMENSION=grad_dimension is not None,
             SAMPLE=grad_z is not None and noise is not None,
             WANTED=sum(1 << k for k, (t, w) in enumerate(zip(given, wanted)) if t is not None and w), FAR=far,
-            BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far),
+            BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far, choice["each"]),
         )  # fmt: skip
     return found[0], found[1], found[2], found[3], found[4]
 
@@ -217,11 +222,14 @@ def _variants() -> list[Aot]:
 
         def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
             named = {name: types[name] for name in kernel.arg_names if name in types}
-            found.append(variant(label, kernel, named, constants, ones, **_options(TILE, constants["FAR"])))
+            choice = TUNABLE[kernel.fn.__name__[1:]]
+            size, far = choice["tile"], constants["FAR"]
+            constants |= dict(BLOCK_N=1, BLOCK_D=size) if far else dict(BLOCK_N=size // 32, BLOCK_D=32)
+            found.append(variant(label, kernel, named, constants, ones, **_options(size, far, choice["each"])))
 
         for far in (False, True):
             label = f"{' far' if far else ''} {kind}"
-            base: dict[str, Any] = dict(FAR=far, BLOCK_N=1 if far else TILE // 32, BLOCK_D=TILE if far else 32)
+            base: dict[str, Any] = dict(FAR=far)
             ones = None if far else ("tiles",)
             whole: dict[str, Any] = dict(PRIOR_MEAN=True, PRIOR_VARIANCE=True)
             none: dict[str, Any] = dict(PRIOR_MEAN=False, PRIOR_VARIANCE=False)

@@ -24,10 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, output, variant, view
+from ._common import Aot, Choice, View, cdiv, every, options, output, variant, view
 from ._math import exp, log1p_unit, tanh_of
 
-TILE = 256  # components times positions: two a thread, of which each holds ten gradients
+# Of a tile its components times positions, and those of a thread, which holds ten gradients of each in the backward.
+TUNABLE = {
+    way: Choice(dict(tile=256, each=2), every(tile=(128, 256, 512, 1024), each=(1, 2, 4))) for way in ("forward", "backward")
+} | {"sample": Choice(dict(tile=256, each=2), every(tile=(128, 256, 512), each=(1, 2, 4)))}
 
 
 @triton.jit
@@ -113,12 +116,12 @@ def _place(s_tiles, S, K, FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.
 
 @triton.jit
 def _forward(
-    params, x, nll, pn, pc, ps, xn, xc, xs, ln, ls, S, K, top, s_tiles, COLORS: tl.constexpr, FAR: tl.constexpr,
+    packed, x, nll, pn, pc, ps, xn, xc, xs, ln, ls, S, K, top, s_tiles, COLORS: tl.constexpr, FAR: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float32) * top
-    base = params + n * pn + s * ps
+    base = packed + n * pn + s * ps
     levels = x + n * xn + s * xs
     logits = tl.load(base + _at(0, k, K, pc), mask=inside, other=float("-inf")).to(tl.float32)
     logits = tl.where(live, logits, 0.0)
@@ -149,12 +152,12 @@ def _forward(
 
 @triton.jit
 def _backward(
-    params, x, grad, dparams, pn, pc, ps, xn, xc, xs, ln, ls, qn, qc, qs, S, K, top, s_tiles, COLORS: tl.constexpr,
+    packed, x, grad, dparams, pn, pc, ps, xn, xc, xs, ln, ls, qn, qc, qs, S, K, top, s_tiles, COLORS: tl.constexpr,
     FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float32) * top
-    base = params + n * pn + s * ps
+    base = packed + n * pn + s * ps
     levels = x + n * xn + s * xs
     to = dparams + n * qn + s * qs
     kind = dparams.dtype.element_ty
@@ -223,13 +226,13 @@ def _draw(base, block, mean, uniforms, uc, c, chosen, K, pc, heat, half, live):
 
 @triton.jit
 def _sample(
-    params, uniforms, out, heat_high, heat_low, pn, pc, ps, un, uc, us, yn, yc, ys, S, K, top, s_tiles, COLORS: tl.constexpr,
+    packed, uniforms, out, heat_high, heat_low, pn, pc, ps, un, uc, us, yn, yc, ys, S, K, top, s_tiles, COLORS: tl.constexpr,
     FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float64) * top
     heat = tl.full((1, 1), 0.0, tl.float64) + heat_high + heat_low  # a float64 argument arrives as a float32
-    base = params + n * pn + s * ps
+    base = packed + n * pn + s * ps
     given = uniforms + n * un + s * us
     to = out + n * yn + s * ys
     logits = tl.load(base + _at(0, k, K, pc), mask=inside, other=float("-inf")).to(tl.float64)
@@ -256,18 +259,18 @@ def _flat(v: View) -> View:
     return View(v.data, 1, v.c, v.n, 0, v.c_stride, v.n_stride) if v.s == 1 else v
 
 
-def _sizes(a: View, colors: int, levels: int, far: bool) -> tuple[tuple[int, ...], tuple[int], dict[str, Any]]:
+def _sizes(a: View, colors: int, levels: int, far: bool, choice: Choice) -> tuple[tuple[int, ...], tuple[int], dict[str, Any]]:
     """Sizes, grid and constants of a launch over params ``a``."""
     k = a.c // (10 if colors == 3 else 3)
     block_k = triton.next_power_of_2(k)
-    block_s = min(max(1, TILE // block_k), triton.next_power_of_2(a.s))
+    block_s = min(max(1, choice["tile"] // block_k), triton.next_power_of_2(a.s))
     s_tiles = cdiv(a.s, block_s)
-    constants = dict(COLORS=colors, FAR=far, BLOCK_K=block_k, BLOCK_S=block_s, **_options(block_k * block_s))
+    constants = dict(COLORS=colors, FAR=far, BLOCK_K=block_k, BLOCK_S=block_s, **_options(block_k * block_s, choice))
     return (a.s, k, levels - 1, s_tiles), (a.n * s_tiles,), constants
 
 
-def _options(elements: int) -> dict[str, int]:
-    return {"num_warps": max(1, min(8, elements // 64))}
+def _options(elements: int, choice: Choice) -> dict[str, int]:
+    return {"num_warps": min(8, options(elements, False, each=choice["each"])["num_warps"])}
 
 
 def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int) -> Tensor:
@@ -276,7 +279,7 @@ def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int) -> 
     if not nll.numel():
         return nll
     a, b, out = (_flat(view(t)) for t in (params, x, nll.unsqueeze(1)))
-    sizes, grid, constants = _sizes(a, x.shape[1], levels, a.far or b.far)
+    sizes, grid, constants = _sizes(a, x.shape[1], levels, a.far or b.far, TUNABLE["forward"])
     _forward[grid](a.data, b.data, nll, *a.strides, *b.strides, out.n_stride, out.s_stride, *sizes, **constants)
     return nll
 
@@ -287,7 +290,7 @@ def discretized_logistic_mixture_nll_backward(params: Tensor, x: Tensor, grad: T
     if not dparams.numel():
         return dparams
     a, b, g, out = (_flat(view(t)) for t in (params, x, grad.unsqueeze(1), dparams))
-    sizes, grid, constants = _sizes(a, x.shape[1], levels, a.far or b.far or out.far)
+    sizes, grid, constants = _sizes(a, x.shape[1], levels, a.far or b.far or out.far, TUNABLE["backward"])
     _backward[grid](
         a.data, b.data, g.data, dparams, *a.strides, *b.strides, g.n_stride, g.s_stride, *out.strides, *sizes, **constants
     )
@@ -302,7 +305,7 @@ def discretized_logistic_mixture_sample(
     if not out.numel():
         return out
     a, b, y = (_flat(view(t)) for t in (params, uniforms.float(), out))
-    sizes, grid, constants = _sizes(a, channels, levels, a.far or b.far)
+    sizes, grid, constants = _sizes(a, channels, levels, a.far or b.far, TUNABLE["sample"])
     high = float(torch.tensor(temperature, dtype=torch.float32))
     _sample[grid](a.data, b.data, out, high, temperature - high, *a.strides, *b.strides, *y.strides, *sizes, **constants)
     return out
@@ -311,13 +314,13 @@ def discretized_logistic_mixture_sample(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
-        pointers = dict.fromkeys(("params", "dparams"), f"*{kind}") | {"x": "*i64", "out": "*i64"}
+        pointers = dict.fromkeys(("packed", "dparams"), f"*{kind}") | {"x": "*i64", "out": "*i64"}
         pointers |= dict.fromkeys(("nll", "grad", "uniforms"), "*fp32") | dict.fromkeys(("heat_high", "heat_low"), "fp32")
 
         def add(label: str, ones: tuple[str, ...] | None, pointers: Any = pointers, kind: str = kind, **base: Any) -> None:
             for kernel in (_forward, _backward, _sample):
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-                launch = _options(base["BLOCK_K"] * base["BLOCK_S"])
+                launch = _options(base["BLOCK_K"] * base["BLOCK_S"], TUNABLE[kernel.fn.__name__[1:]])
                 found.append(variant(f"{label} {kind}", kernel, types, base, ones, **launch))
 
         rows, last = ("ps", "xs", "ls", "us", "ys", "qs"), ("pc", "xs", "ls", "us", "ys", "qc")

@@ -19,10 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, options, output, place, tile, variant, view
+from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp, tanh
 
-ROWS = 1024  # programs a channel tile, as in actnorm
+# Of a tile its elements and those of a thread; rows, programs a channel tile, as in actnorm.
+TUNABLE = {
+    "forward": tiles_choice(),
+    "backward": tiles_choice(rows=(1024, 64, 256)),
+}
 
 
 @triton.jit
@@ -101,9 +105,9 @@ def _backward(
         tl.store(at + block, tl.sum(total_g, axis=1)[:, None], mask=c < C)
 
 
-def _options(elements: int, far: bool, summed: bool) -> dict[str, int]:
+def _options(elements: int, far: bool, summed: bool, each: int = 8) -> dict[str, int]:
     """Launch options of a tile; sums over 64-bit addresses need more registers than those."""
-    return options(elements, far) | ({"maxnreg": 240} if far and summed else {})
+    return options(elements, far, each=each) | ({"maxnreg": 240} if far and summed else {})
 
 
 def _spread(bias: Tensor | None, x: Tensor, v: View) -> tuple[Tensor, tuple[int, int, int]]:
@@ -132,13 +136,15 @@ def gated_activation(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     if a.s == 1:
         a, strides = _vectors(a, strides)
         out, _ = _vectors(out, strides)
-    block_c, block_s = tile(out)
+    choice = TUNABLE["forward"]
+    block_c, block_s = tile(out, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(out.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
         a.data, given, y, *a.strides, *strides, *out.strides, out.c, a.s, out.c // groups, s_tiles, tiles,
-        BIAS=bias is not None, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far),
+        BIAS=bias is not None, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s,
+        **options(block_c * block_s, far, each=choice["each"]),
     )  # fmt: skip
     return y
 
@@ -158,17 +164,18 @@ def gated_activation_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, gr
         out, _ = _vectors(out, strides)
         d, _ = _vectors(d, strides)
     channels = a.c // 2
-    block_c, block_s = tile(a._replace(c=channels))
+    choice = TUNABLE["backward"]
+    block_c, block_s = tile(a._replace(c=channels), choice["tile"])
     c_tiles, s_tiles = cdiv(channels, block_c), cdiv(a.s, block_s)
     tiles = s_tiles if each else a.n * s_tiles
-    rows = min(tiles, max(1, ROWS // a.n) if each else ROWS) if summed else tiles
+    rows = min(tiles, max(1, choice["rows"] // a.n) if each else choice["rows"]) if summed else tiles
     outer = a.n if each else 1
     far = a.far or out.far or d.far
     partial = torch.empty((outer, rows, a.c) if summed else 0, dtype=torch.float32, device=x.device)
     _backward[(outer * rows * c_tiles,)](
         d.data, a.data, given, dx, partial, *d.strides, *a.strides, *strides, *out.strides, channels, a.s, channels // groups,
         s_tiles, tiles, c_tiles, rows, BIAS=bias is not None, SUM=summed, BY_SAMPLE=each, FAR=far, BLOCK_C=block_c,
-        BLOCK_S=block_s, **_options(block_c * block_s, far, summed),
+        BLOCK_S=block_s, **_options(block_c * block_s, far, summed, choice["each"]),
     )  # fmt: skip
     if bias is None or not summed:
         return dx, dbias
@@ -184,11 +191,13 @@ def _variants() -> list[Aot]:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
-                launch = _options(1024, ones is None, constants.get("SUM", False))
+                choice = TUNABLE[kernel.fn.__name__[1:]]
+                constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
+                launch = _options(choice["tile"], ones is None, constants.get("SUM", False), choice["each"])
                 found.append(variant(label, kernel, types, constants, ones, **launch))
 
-        both, last = (_forward, _backward), dict(BLOCK_C=64, BLOCK_S=16)
-        base = dict(BIAS=False, SUM=False, BY_SAMPLE=False, FAR=False, BLOCK_C=1, BLOCK_S=1024)
+        both, last = (_forward, _backward), dict(BLOCK_C=64)
+        base = dict(BIAS=False, SUM=False, BY_SAMPLE=False, FAR=False, BLOCK_C=1, BLOCK_S=0)
         add(f"plain {kind}", ("xs", "ys", "gs"), both, **base)
         add(f"spatial bias {kind}", ("xs", "ys", "gs", "bs"), both, **(base | dict(BIAS=True)))
         add(f"bias {kind}", ("xs", "ys", "gs", "bc"), both, **(base | dict(BIAS=True, SUM=True)))

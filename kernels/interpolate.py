@@ -17,7 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, memory_format, options, variant, view
+from ._common import Aot, Choice, cdiv, memory_format, options, tiles_choice, variant, view
+
+# Of a tile its elements and those of a thread.
+TUNABLE = {way: tiles_choice() for way in ("forward", "backward")}
 
 
 class Rows(NamedTuple):
@@ -30,7 +33,7 @@ class Rows(NamedTuple):
 
     @property
     def far(self) -> bool:
-        return self.size >= 2**31 - TILE
+        return self.size >= 2**31 - 2**16  # no tile is as large
 
 
 def rows(x: Tensor, form: torch.memory_format) -> Rows:
@@ -44,8 +47,8 @@ def rows(x: Tensor, form: torch.memory_format) -> Rows:
     return Rows(v.data, v.n, v.c * v.s, v.n_stride)
 
 
-def block(size: int) -> int:
-    return min(TILE, triton.next_power_of_2(size))
+def block(size: int, choice: Choice) -> int:
+    return min(choice["tile"], triton.next_power_of_2(size))
 
 
 @triton.jit
@@ -92,11 +95,12 @@ def interpolate(real: Tensor, fake: Tensor, epsilon: Tensor) -> Tensor:
     if not y.numel():
         return y
     r, f = rows(real, form), rows(fake, form)
-    size = block(r.size)
+    choice = TUNABLE["forward"]
+    size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     _forward[(r.n * tiles,)](
         r.data, f.data, epsilon.contiguous(), y, r.stride, f.stride, r.size, tiles, FAR=r.far, BLOCK=size,
-        **options(size, r.far),
+        **options(size, r.far, each=choice["each"]),
     )  # fmt: skip
     return y
 
@@ -111,12 +115,14 @@ def interpolate_backward(
     if not real.numel():
         return dreal, dfake, epsilon.new_zeros(epsilon.shape if wanted[2] else 0)
     g, r, f = rows(grad, form), rows(real, form), rows(fake, form)
-    size = block(r.size)
+    choice = TUNABLE["backward"]
+    size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     partial = torch.empty((r.n, tiles) if wanted[2] else 0, dtype=torch.float32, device=real.device)
     _backward[(r.n * tiles,)](
         g.data, r.data, f.data, epsilon.contiguous(), dreal, dfake, partial, g.stride, r.stride, f.stride, r.size, tiles,
-        REAL=wanted[0], FAKE=wanted[1], EPSILON=wanted[2], FAR=r.far, BLOCK=size, **options(size, r.far),
+        REAL=wanted[0], FAKE=wanted[1], EPSILON=wanted[2], FAR=r.far, BLOCK=size,
+        **options(size, r.far, each=choice["each"]),
     )  # fmt: skip
     return dreal, dfake, partial.sum(1).to(epsilon.dtype) if wanted[2] else epsilon.new_empty(0)
 
@@ -129,9 +135,11 @@ def _variants() -> list[Aot]:
 
         def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
-            found.append(variant(label, kernel, own, constants, ones, **options(TILE, constants["FAR"])))
+            choice = TUNABLE[kernel.fn.__name__[1:]]
+            launch = options(choice["tile"], constants["FAR"], each=choice["each"])
+            found.append(variant(label, kernel, own, constants | {"BLOCK": choice["tile"]}, ones, **launch))
 
-        base = dict(FAR=False, BLOCK=TILE)
+        base = dict(FAR=False)
         add(f"plain {kind}", _forward, (), **base)
         add(f"far {kind}", _forward, None, **(base | dict(FAR=True)))
         add(f"all gradients {kind}", _backward, (), **(base | dict(REAL=True, FAKE=True, EPSILON=True)))

@@ -9,7 +9,7 @@ k_ij = exp(-sum_c |M_ic - M_jc|), s_ijc = sign(M_ic - M_jc):
 M, V (N, B, C), g, o (N, B). A program takes rows i of one kernel b and walks over all j in tiles, so each sum is one
 program's own: no atomics, and no array over pairs. It computes a pair twice, once from either side, where the C++ kernel
 counts it for both: N^2 B (3 C + 10) FLOPs forward, against 4 N B C bytes, so bound by arithmetic. Inputs are copied with N
-innermost. The gradients of FEATURES features at a time stay in registers; beyond so many, programs recompute distances.
+innermost. The gradients of a few features at a time stay in registers; beyond so many, programs recompute distances.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, variant
+from ._common import Aot, Choice, cdiv, every, variant
 from ._math import exp
 
-FEATURES = 16  # at most so many hold their gradients in one program
-SUMS, GRADIENTS = 32, 16  # rows i and rows j of a tile
+# Rows i and rows j of a tile; features, at most so many hold their gradients in one program.
+TUNABLE = {
+    "forward": Choice(dict(size=32, warps=4), every(size=(16, 32, 64), warps=(1, 2, 4, 8))),
+    "backward": Choice(dict(size=16, features=16, warps=4), every(size=(16, 32), features=(4, 8, 16), warps=(2, 4, 8))),
+}
 REGISTERS = 128  # of a thread of the backward, which the assembler does not grant of itself
 
 
@@ -116,8 +119,9 @@ def pairwise_l1_kernel_sum(m: Tensor, include_self: bool) -> Tensor:
     n, b, c = m.shape
     o = torch.empty((b, n), dtype=torch.float32, device=m.device)
     if n and b:
-        tiles = cdiv(n, SUMS)
-        _forward[(b * tiles,)](_inner(m), o, n, c, tiles, SELF=include_self, SIZE=SUMS, num_warps=4)
+        size, warps = TUNABLE["forward"]["size"], TUNABLE["forward"]["warps"]
+        tiles = cdiv(n, size)
+        _forward[(b * tiles,)](_inner(m), o, n, c, tiles, SELF=include_self, SIZE=size, num_warps=warps)
     return _outer(o)
 
 
@@ -128,11 +132,12 @@ def _gradients(m: Tensor, grad: Tensor, tangent: Tensor | None) -> tuple[Tensor,
     dg, dm = torch.zeros_like(g), torch.empty_like(inner)
     if n and b:
         # With no feature at all, one tile still writes dg.
-        features = min(FEATURES, triton.next_power_of_2(max(c, 1)))
-        tiles, c_tiles = cdiv(n, GRADIENTS), max(1, cdiv(c, features))
+        choice = TUNABLE["backward"]
+        features = min(choice["features"], triton.next_power_of_2(max(c, 1)))
+        tiles, c_tiles = cdiv(n, choice["size"]), max(1, cdiv(c, features))
         _backward[(b * tiles * c_tiles,)](
-            inner, t, g, dg, dm, n, c, tiles, c_tiles, SECOND=tangent is not None, SIZE=GRADIENTS, FEATURES=features,
-            num_warps=4, maxnreg=REGISTERS,
+            inner, t, g, dg, dm, n, c, tiles, c_tiles, SECOND=tangent is not None, SIZE=choice["size"],
+            FEATURES=features, num_warps=choice["warps"], maxnreg=REGISTERS,
         )  # fmt: skip
     return _outer(dg), _outer(dm)
 
@@ -155,17 +160,19 @@ def _variants() -> list[Aot]:
         def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
             launch = {"maxnreg": REGISTERS} if kernel is _backward else {}
-            found.append(variant(label, kernel, own, constants, ones, num_warps=4, **launch))
+            choice = TUNABLE[kernel.fn.__name__[1:]]
+            constants["SIZE"] = choice["size"]
+            found.append(variant(label, kernel, own, constants, ones, num_warps=choice["warps"], **launch))
 
         for ones, label in (((), "32-bit sizes"), (None, "64-bit sizes")):
             for include_self in (True, False):
                 of = "all" if include_self else "others"
-                add(f"{of}, {label} {kind}", _forward, ones, SELF=include_self, SIZE=SUMS)
+                add(f"{of}, {label} {kind}", _forward, ones, SELF=include_self)
             for second in (False, True):
                 of = "second" if second else "first"
-                for features in (FEATURES, 8):
+                for features in (TUNABLE["backward"]["features"], 8):
                     about = f"{of}, {features} features, {label} {kind}"
-                    add(about, _backward, ones, SECOND=second, SIZE=GRADIENTS, FEATURES=features)
+                    add(about, _backward, ones, SECOND=second, FEATURES=features)
     return found
 
 

@@ -19,9 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, options, output, tile, variant, view
+from ._common import Aot, Choice, View, cdiv, every, options, output, tile, tiles_choice, variant, view
 
-PARTS = 256  # programs a group and feature
+PARTS = 256  # partial sums that the second kernel reads at once
+# Of a tile its elements and those of a thread; parts, programs a group and feature.
+TUNABLE = {
+    "forward": Choice(dict(tile=1024, each=8, parts=256), every(tile=(512, 1024, 2048), each=(4, 8), parts=(64, 256, 1024))),
+    "backward": tiles_choice(),
+}
 
 
 @triton.jit
@@ -129,15 +134,15 @@ def _backward(
         tl.store(dx + n * yn + (c * yc + s * ys), out.to(dx.dtype.element_ty), mask=inside)
 
 
-def _options(far: bool) -> dict[str, int]:
+def _options(elements: int, far: bool, choice: Choice) -> dict[str, int]:
     """Launch options; 64-bit addresses need more registers than the assembler grants of itself."""
-    return options(1024, far) | {"maxnreg": 240 if far else 128}
+    return options(elements, far, each=choice["each"]) | {"maxnreg": 240 if far else 128}
 
 
-def _tiles(a: View, features: int) -> tuple[int, int, int, int]:
+def _tiles(a: View, features: int, choice: Choice) -> tuple[int, int, int, int]:
     """A tile of a feature, and how many there are along positions and in all."""
     part = a._replace(c=a.c // features)
-    block_c, block_s = tile(part)
+    block_c, block_s = tile(part, choice["tile"])
     s_tiles = cdiv(part.s, block_s)
     return block_c, block_s, s_tiles, cdiv(part.c, block_c) * s_tiles
 
@@ -150,13 +155,14 @@ def minibatch_stddev(x: Tensor, group_size: int, features: int, eps: float) -> T
     a, out = view(x), view(y)
     group = min(group_size, a.n)
     m, channels = a.n // group, a.c // features
-    block_c, block_s, s_tiles, tiles = _tiles(a, features)
-    parts = min(tiles, PARTS)
+    choice = TUNABLE["forward"]
+    block_c, block_s, s_tiles, tiles = _tiles(a, features, choice)
+    parts = min(tiles, choice["parts"])
     far = a.far or out.far
     partial = torch.empty((m, features, parts), dtype=torch.float32, device=x.device)
     _forward[(m * features * parts,)](
         a.data, y, partial, *a.strides, *out.strides, channels, a.s, m, group, features, eps, s_tiles, tiles, parts, FAR=far,
-        BLOCK_C=block_c, BLOCK_S=block_s, **_options(far),
+        BLOCK_C=block_c, BLOCK_S=block_s, **_options(block_c * block_s, far, choice),
     )  # fmt: skip
     _fill[(a.n * features,)](
         partial, y, *out.strides, a.c, a.s, m, features, float(channels * a.s), parts, FAR=far, BLOCK_P=PARTS, BLOCK_S=256
@@ -172,7 +178,8 @@ def minibatch_stddev_backward(grad_y: Tensor, x: Tensor, group_size: int, featur
     a, out, d = view(x), view(dx), view(grad_y)
     group = min(group_size, a.n)
     m, channels = a.n // group, a.c // features
-    block_c, block_s, s_tiles, tiles = _tiles(a, features)
+    choice = TUNABLE["backward"]
+    block_c, block_s, s_tiles, tiles = _tiles(a, features, choice)
     far = a.far or out.far or d.far
     k = torch.empty((m, features), dtype=torch.float32, device=x.device)
     _gather[(m * features,)](
@@ -180,7 +187,7 @@ def minibatch_stddev_backward(grad_y: Tensor, x: Tensor, group_size: int, featur
     )
     _backward[(m * features * tiles,)](
         d.data, a.data, k, dx, *d.strides, *a.strides, *out.strides, channels, a.s, m, group, features, eps, s_tiles, tiles,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **_options(far),
+        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **_options(block_c * block_s, far, choice),
     )  # fmt: skip
     return dx
 
@@ -190,16 +197,17 @@ def _variants() -> list[Aot]:
     for kind in ("fp32", "bf16", "fp16"):
         pointers = dict.fromkeys(("x", "y", "grad_y", "dx"), f"*{kind}") | dict.fromkeys(("partial", "k"), "*fp32")
         pointers |= dict.fromkeys(("eps", "elements", "count"), "fp32")
-        for label, ones, far, block_c, block_s in (
-            ("rows", ("xs", "ys", "gs"), False, 1, 1024), ("channels_last", ("xc", "yc", "gc"), False, 64, 16),
-            ("any strides", None, True, 64, 16),
+        for label, ones, far, block_c in (
+            ("rows", ("xs", "ys", "gs"), False, 1), ("channels_last", ("xc", "yc", "gc"), False, 64),
+            ("any strides", None, True, 64),
         ):  # fmt: skip
             for kernel in (_forward, _fill, _gather, _backward):
                 tiled = kernel in (_forward, _backward)
-                base = dict(FAR=far, BLOCK_C=block_c, BLOCK_S=block_s if tiled else 256, BLOCK_P=PARTS)
+                choice = TUNABLE["forward" if kernel in (_forward, _fill) else "backward"]
+                base = dict(FAR=far, BLOCK_C=block_c, BLOCK_S=choice["tile"] // block_c if tiled else 256, BLOCK_P=PARTS)
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-                launch = _options(far) if tiled else {}
+                launch = _options(choice["tile"], far, choice) if tiled else {}
                 found.append(variant(f"{label} {kind}", kernel, types, constants, ones, **launch))
     return found
 

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, options, output, variant, view
+from ._common import Aot, Choice, View, cdiv, every, options, output, variant, view
 
-TILE = 2048  # elements of a tile
+# Of a tile its elements and those of a thread.
+TUNABLE = {"norm": Choice(dict(tile=2048, each=16), every(tile=(1024, 2048, 4096, 8192), each=(4, 8, 16, 32)))}
 
 
 @triton.jit
@@ -65,17 +66,17 @@ def _norm(
 
 def _blocks(a: View) -> tuple[int, int]:
     """Channels and positions of a tile: all channels where they are contiguous and fit, else whole sectors of positions."""
-    c, s = triton.next_power_of_2(a.c), triton.next_power_of_2(a.s)
+    c, s, size = triton.next_power_of_2(a.c), triton.next_power_of_2(a.s), TUNABLE["norm"]["tile"]
     if a.walks_channels:
-        c = min(c, TILE)
-        return c, min(s, TILE // c)
-    s = min(s, max(32, TILE // c))
-    return min(c, TILE // s), s
+        c = min(c, size)
+        return c, min(s, size // c)
+    s = min(s, max(32, size // c))
+    return min(c, size // s), s
 
 
 def _options(far: bool) -> dict[str, int]:
     """Launch options; 64-bit addresses need more registers than the assembler grants of itself."""
-    return options(TILE // 2, far) | {"maxnreg": 240 if far else 128}
+    return options(TUNABLE["norm"]["tile"], far, each=TUNABLE["norm"]["each"]) | {"maxnreg": 240 if far else 128}
 
 
 def _run(grad_y: Tensor | None, x: Tensor, eps: float) -> Tensor:
@@ -107,14 +108,14 @@ def pixel_norm_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def _variants() -> list[Aot]:
-    found = []
+    found, size = [], TUNABLE["norm"]["tile"]
     for kind in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("x", "y", "grad_y"), f"*{kind}") | {"eps": "fp32"}
         for backward in (False, True):
             way = "backward " if backward else ""
             for label, ones, far, block_c, block_s in (
-                ("channels_last", ("xc", "yc", "gc"), False, 512, 4), ("rows", ("xs", "ys", "gs"), False, 64, 32),
-                ("any strides", None, True, 64, 32),
+                ("channels_last", ("xc", "yc", "gc"), False, 512, size // 512),
+                ("rows", ("xs", "ys", "gs"), False, size // 32, 32), ("any strides", None, True, size // 32, 32),
             ):  # fmt: skip
                 constants = dict(BACKWARD=backward, WHOLE=label == "channels_last", FAR=far, BLOCK_C=block_c, BLOCK_S=block_s)
                 found.append(variant(f"{way}{label} {kind}", _norm, types, constants, ones, **_options(far)))

@@ -17,10 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, memory_format, options, variant
+from ._common import Aot, Choice, cdiv, every, memory_format, options, tiles_choice, variant
 from .interpolate import block, place, rows
 
-PROGRAMS = 1024  # about so many in all
+# Of a tile its elements and those of a thread; programs, about so many in all.
+TUNABLE = {
+    "forward": Choice(
+        dict(tile=1024, each=8, programs=1024), every(tile=(512, 1024, 2048), each=(4, 8), programs=(1024, 4096, 16384))
+    ),
+    "backward": tiles_choice(),
+}
 
 
 @triton.jit
@@ -58,11 +64,14 @@ def sample_norm(x: Tensor, squared: bool) -> Tensor:
     if not x.numel():
         return torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     r = rows(x, memory_format(x))
-    size = block(r.size)
+    choice = TUNABLE["forward"]
+    size = block(r.size, choice)
     tiles = cdiv(r.size, size)
-    parts = min(tiles, max(1, PROGRAMS // r.n))
+    parts = min(tiles, max(1, choice["programs"] // r.n))
     partial = torch.empty((r.n, parts), dtype=torch.float64, device=x.device)
-    _forward[(r.n * parts,)](r.data, partial, r.stride, r.size, tiles, parts, FAR=r.far, BLOCK=size, **options(size, r.far))
+    _forward[(r.n * parts,)](
+        r.data, partial, r.stride, r.size, tiles, parts, FAR=r.far, BLOCK=size, **options(size, r.far, each=choice["each"])
+    )
     total = partial.sum(1)
     return (total if squared else total.sqrt()).float()
 
@@ -74,11 +83,12 @@ def sample_norm_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -
     if not x.numel():
         return dx
     r = rows(x, form)
-    size = block(r.size)
+    choice = TUNABLE["backward"]
+    size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     _backward[(r.n * tiles,)](
         grad.contiguous(), r.data, norm.contiguous(), dx, r.stride, r.size, tiles, SQUARED=squared, FAR=r.far, BLOCK=size,
-        **options(size, r.far),
+        **options(size, r.far, each=choice["each"]),
     )  # fmt: skip
     return dx
 
@@ -90,9 +100,11 @@ def _variants() -> list[Aot]:
 
         def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
-            found.append(variant(label, kernel, own, constants, ones, **options(TILE, constants["FAR"])))
+            choice = TUNABLE[kernel.fn.__name__[1:]]
+            launch = options(choice["tile"], constants["FAR"], each=choice["each"])
+            found.append(variant(label, kernel, own, constants | {"BLOCK": choice["tile"]}, ones, **launch))
 
-        base = dict(FAR=False, BLOCK=TILE)
+        base = dict(FAR=False)
         add(f"plain {kind}", _forward, (), **base)
         add(f"one part {kind}", _forward, ("parts",), **base)
         add(f"far {kind}", _forward, None, **(base | dict(FAR=True)))

@@ -36,11 +36,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, variant
+from ._common import Aot, Choice, cdiv, variant
 from ._math import exp as _exp
 from ._math import log1p_unit as _log1p
 
 HELD = 16  # logits of a row that a thread holds at most
+# Elements of a program and its warps, where a thread takes an element.
+TUNABLE = {
+    way: Choice(dict(block=64, warps=2), [dict(block=32 * w * k, warps=w) for w in (1, 2, 4, 8) for k in (1, 2)])
+    for way in ("forward", "backward")
+}
 
 # ---- kernels ----
 
@@ -345,10 +350,10 @@ def _split(params: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     return params[..., :bins], params[..., bins : 2 * bins], params[..., 2 * bins :]
 
 
-def _block(bins: int) -> tuple[int, int]:
+def _block(bins: int, choice: Choice) -> tuple[int, int]:
     """Elements and warps of a program; from 32 bins on lanes share an element, so that each holds 16 logits of a row."""
     if bins <= HELD:
-        return 64, 2
+        return choice["block"], choice["warps"]
     return 32 * HELD // triton.next_power_of_2(bins), 1
 
 
@@ -374,8 +379,10 @@ def _scalars(
     return first, low_2, (*second, derivative, 1 / abs(math.log(slope)) if zuko else 0.0, scale)
 
 
-def _constants(bins: int, tails: str, convention: str, inverse: bool, n: int, steps: Sequence[int]) -> dict[str, Any]:
-    block, warps = _block(bins)
+def _constants(
+    bins: int, tails: str, convention: str, inverse: bool, n: int, steps: Sequence[int], choice: Choice
+) -> dict[str, Any]:
+    block, warps = _block(bins, choice)
     return dict(
         BINS=bins, TAILS=tails, ZUKO=convention == "zuko", INVERSE=inverse, FAR=n * max(steps) >= 2**31,
         BLOCK_K=triton.next_power_of_2(bins), BLOCK=block, num_warps=warps,
@@ -392,7 +399,7 @@ def rational_quadratic_spline(
     n, bins = x.numel(), widths.shape[-1]
     if n:
         logits, steps = zip(*map(_rows, (heights, widths, derivatives) if inverse else (widths, heights, derivatives)))
-        constants = _constants(bins, tails, convention, inverse, n, steps)
+        constants = _constants(bins, tails, convention, inverse, n, steps, TUNABLE["forward"])
         first, low, rest = _scalars(bins, convention == "zuko", inverse, tuple(options))
         _forward[(cdiv(n, constants["BLOCK"]),)](_flat(x), *logits, y, logdet, *steps, 1, n, *first, low, *rest, **constants)
     return y, logdet
@@ -415,7 +422,7 @@ def _launch_backward(
         order = (1, 0, 2) if inverse else (0, 1, 2)
         logits, steps = zip(*(_rows(parameters[i]) for i in order))
         into, grad_steps = zip(*(_rows(grads[i]) for i in order))
-        constants = _constants(bins, tails, convention, inverse, n, (*steps, *grad_steps))
+        constants = _constants(bins, tails, convention, inverse, n, (*steps, *grad_steps), TUNABLE["backward"])
         first, _, rest = _scalars(bins, convention == "zuko", inverse, tuple(options))
         _backward[(cdiv(n, constants["BLOCK"]),)](
             x if grad_y is None else _flat(grad_y), x if grad_logdet is None else _flat(grad_logdet), x, *logits, dx, *into,
@@ -449,19 +456,18 @@ def _variants() -> list[Aot]:
     found = []
 
     def add(label: str, kind: str, bins: int, tails: str, zuko: bool, inverse: bool, far: bool = False) -> None:
-        block, warps = _block(bins)
-        base = dict(
-            BINS=bins, TAILS=tails, ZUKO=zuko, INVERSE=inverse, FAR=far, BLOCK_K=triton.next_power_of_2(bins), BLOCK=block,
-        )  # fmt: skip
+        base = dict(BINS=bins, TAILS=tails, ZUKO=zuko, INVERSE=inverse, FAR=far, BLOCK_K=triton.next_power_of_2(bins))
         count = {"linear": bins - 1, "circular": bins, "none": bins + 1}[tails]
         back = base | dict(HAS_Y=True, HAS_LOGDET=True, BLOCK_D=triton.next_power_of_2(count))
         for kernel, constants in ((_forward, base), (_backward, back)):
+            block, warps = _block(bins, TUNABLE[kernel.fn.__name__[1:]])
             sizes = [name for name in kernel.arg_names if name.endswith("_row") or name == "step"]
             types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("first_row")], f"*{kind}")
             types |= dict.fromkeys([name for name in types if name.endswith("logdet")], "*fp32")
             floats = kernel.arg_names[kernel.arg_names.index("low") : kernel.arg_names.index("BINS")]
             types |= dict.fromkeys(floats, "fp32") | dict.fromkeys(sizes, "i64" if far else "i32")
-            found.append(variant(f"{label} {kind}", kernel, types, constants, None if far else (), num_warps=warps))
+            ones = None if far else ()
+            found.append(variant(f"{label} {kind}", kernel, types, constants | {"BLOCK": block}, ones, num_warps=warps))
 
     for zuko in (False, True):
         for inverse in (False, True):

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, memory_format, options, variant
+from ._common import Aot, cdiv, memory_format, options, tiles_choice, variant
 
+# Of a tile its elements and those of a thread.
+TUNABLE = {"move": tiles_choice()}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -72,22 +74,24 @@ def squeeze(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     _, c, h, w = wide.shape
     last = form is not torch.contiguous_format
     rows, inner = (h * w, c) if last else (c * h, w)
-    block_i = min(triton.next_power_of_2(inner), TILE)
-    block_r = min(triton.next_power_of_2(rows), TILE // block_i)
+    choice = TUNABLE["move"]
+    block_i = min(triton.next_power_of_2(inner), choice["tile"])
+    block_r = min(triton.next_power_of_2(rows), choice["tile"] // block_i)
     row_tiles = cdiv(rows, block_r)
     tiles = row_tiles * cdiv(inner, block_i)
     far = any(sum(size * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 2**31 for t in (wide, deep))
     _move[(n * tiles,)](
         wide, deep, *wide.stride(), *deep.stride(), c, h, w, row_tiles, tiles, F=f, INVERSE=inverse,
         DEPTH_FIRST=order == "space_to_depth", CHANNELS_LAST=last, FAR=far, BLOCK_R=block_r, BLOCK_I=block_i,
-        **options(block_r * block_i, far),
+        **options(block_r * block_i, far, each=choice["each"]),
     )  # fmt: skip
     return y
 
 
 def _variants() -> list[Aot]:
     found = []
-    base = dict(F=2, FAR=False, BLOCK_R=16, BLOCK_I=64)
+    elements, each = TUNABLE["move"]["tile"], TUNABLE["move"]["each"]
+    base = dict(F=2, FAR=False, BLOCK_R=elements // 64, BLOCK_I=64)
     for inverse in (False, True):
         for depth in (False, True):
             for last in (False, True):
@@ -97,9 +101,10 @@ def _variants() -> list[Aot]:
                 for kind in ("i32", "i16") if not (depth or last) else ("i32",):
                     label = f"{name}{' channels_last' if last else ''} {kind}"
                     types = dict.fromkeys(("x", "y"), f"*{kind}")
-                    found.append(variant(label, _move, types, constants, ones, **options(TILE, False)))
+                    found.append(variant(label, _move, types, constants, ones, **options(elements, False, each=each)))
         far = base | dict(INVERSE=inverse, DEPTH_FIRST=False, CHANNELS_LAST=False, FAR=True, F=3)
-        found.append(variant(f"{name} any strides i64", _move, {"x": "*i64", "y": "*i64"}, far, **options(TILE, True)))
+        types = {"x": "*i64", "y": "*i64"}
+        found.append(variant(f"{name} any strides i64", _move, types, far, **options(elements, True, each=each)))
     return found
 
 

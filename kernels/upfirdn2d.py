@@ -18,8 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, memory_format, options, variant
+from ._common import Aot, Choice, cdiv, every, memory_format, options, variant
 
+# Of a tile its elements, those of them along the contiguous axis, and those of a thread.
+TUNABLE = {
+    "filter": Choice(
+        dict(tile=1024, inner=256, each=8), every(tile=(256, 512, 1024, 2048), inner=(64, 128, 256), each=(2, 4, 8))
+    )
+}
 SPLIT = 16  # products an output from which two passes of a separable filter cost less than one
 
 
@@ -81,7 +87,7 @@ def _shift(padding: int, up: int) -> tuple[int, int]:
 
 def _options(elements: int, far: bool, taps: int) -> dict[str, int]:
     """Taps along W are unrolled, and many of them need the registers that 64-bit addresses do."""
-    return options(elements, far or taps > 8, scattered=True)
+    return options(elements, far or taps > 8, True, TUNABLE["filter"]["each"])
 
 
 def _launch(
@@ -96,8 +102,9 @@ def _launch(
     n, c, oh, ow = shape
     last = form is not torch.contiguous_format
     rows, inner = (oh * ow, c) if last else (c * oh, ow)
-    block_i = min(triton.next_power_of_2(inner), 256)
-    block_r = min(triton.next_power_of_2(rows), TILE // block_i)
+    choice = TUNABLE["filter"]
+    block_i = min(triton.next_power_of_2(inner), choice["inner"])
+    block_r = min(triton.next_power_of_2(rows), choice["tile"] // block_i)
     row_tiles = cdiv(rows, block_r)
     tiles = row_tiles * cdiv(inner, block_i)
     far = any(sum(s * t for s, t in zip(t.shape[1:], t.stride()[1:])) >= 2**31 for t in (x, y))
@@ -129,13 +136,15 @@ def upfirdn2d(
 
 def _variants() -> list[Aot]:
     found = []
-    base = dict(UX=1, UY=1, DX=1, DY=1, SEPARABLE=False, FLIP=False, CHANNELS_LAST=False, FAR=False, BLOCK_R=16, BLOCK_I=64)
+    elements = TUNABLE["filter"]["tile"]
+    base = dict(UX=1, UY=1, DX=1, DY=1, SEPARABLE=False, FLIP=False, CHANNELS_LAST=False, FAR=False)
+    base |= dict(BLOCK_R=elements // 64, BLOCK_I=64)
 
     def add(label: str, kind: str, ones: tuple[str, ...] | None, size: tuple[int, int], **changed: Any) -> None:
         constants = base | changed
         constants |= dict(FW=size[0], FH=size[1], TAPS_X=cdiv(size[0], constants["UX"]), TAPS_Y=cdiv(size[1], constants["UY"]))
         types = dict(x=f"*{kind}", y=f"*{kind}", f="*fp32", gain="fp32")
-        found.append(variant(label, _filter, types, constants, ones, **_options(TILE, constants["FAR"], size[0])))
+        found.append(variant(label, _filter, types, constants, ones, **_options(elements, constants["FAR"], size[0])))
 
     for kind in ("fp32", "bf16", "fp16"):
         for name, factors in (("up", dict(UX=2, UY=2)), ("down", dict(DX=2, DY=2, FLIP=True)), ("filter", {})):

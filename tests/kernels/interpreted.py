@@ -189,7 +189,7 @@ def test_actnorm_strides(form):
 def test_actnorm_more_tiles_than_rows(monkeypatch):
     import genfast.kernels.actnorm as kernel
 
-    monkeypatch.setattr(kernel, "ROWS", 3)
+    monkeypatch.setitem(kernel.TUNABLE["backward"].now, "rows", 3)
     cases.check_actnorm(torch.randn(7, 4, 9, 9), torch.float32, False, True)
 
 
@@ -325,7 +325,7 @@ def test_gated_activation_strides(form):
 def test_gated_activation_more_tiles_than_rows(monkeypatch):
     import genfast.kernels.gated_activation as kernel
 
-    monkeypatch.setattr(kernel, "ROWS", 3)
+    monkeypatch.setitem(kernel.TUNABLE["backward"].now, "rows", 3)
     for bias in (torch.randn(8), torch.randn(7, 8)):
         cases.check_gated(torch.randn(7, 8, 40, 40), bias, 1, torch.float32)
 

@@ -74,7 +74,7 @@ def test_bias_act_64_bit_offsets(monkeypatch):
 
 
 def test_bias_act_more_tiles_than_programs(monkeypatch):
-    monkeypatch.setattr(bias_act_kernels, "ROWS", 3)
+    monkeypatch.setitem(bias_act_kernels.TUNABLE["backward"].now, "rows", 3)
     check_bias_act(torch.randn(5, 2, 1500), torch.randn(2), "tanh")
 
 
@@ -154,7 +154,7 @@ def test_minibatch_stddev_strides(form):
 
 
 def test_minibatch_stddev_more_tiles_than_programs(monkeypatch):
-    monkeypatch.setattr(minibatch_stddev_kernels, "PARTS", 2)
+    monkeypatch.setitem(minibatch_stddev_kernels.TUNABLE["forward"].now, "parts", 2)
     check_minibatch_stddev(torch.randn(4, 4, 1300), 2, 2)
 
 

@@ -67,7 +67,7 @@ def test_sample_norm_strides(form):
 def test_sample_norm_more_tiles_than_programs(monkeypatch):
     import genfast.kernels.sample_norm as kernel
 
-    monkeypatch.setattr(kernel, "PROGRAMS", 6)
+    monkeypatch.setitem(kernel.TUNABLE["forward"].now, "programs", 6)
     _check_norm(torch.randn(2, 9000))
 
 
