@@ -40,6 +40,11 @@ class Choice:
             self.now = before
 
 
+def by_rule(*candidates: dict[str, int]) -> Choice:
+    """Of a tile that a rule of the file chooses by the sizes: nothing else now, or in its place a candidate's fields."""
+    return Choice({}, list(candidates))
+
+
 def every(**values: Iterable[int]) -> list[dict[str, int]]:
     """Candidates: each combination of the named values."""
     return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
@@ -149,9 +154,9 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have on a device; the interpreter knows no bound."""
-    if device.type == "cpu":
-        return 1 << 20
+    """Bytes that a program may have on a device; as much as on an H200 where none is there to be asked."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 227 << 10
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16)
 
 

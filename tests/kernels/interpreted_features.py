@@ -277,7 +277,7 @@ def check_contextual(
 @pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
 def test_contextual_parts_and_batches(distance, over, monkeypatch):
     """More tiles than one on each side, shared between programs."""
-    monkeypatch.setattr(contextual_kernels, "PROGRAMS", 4)
+    monkeypatch.setattr(contextual_kernels, "MULTIPROCESSORS", 3)
     n, m = (20, 35) if distance == "l1" else (70, 66)
     check_contextual(rows(n, 5, distance, 2), rows(m, 5, distance, 2), distance, over)
 
@@ -326,7 +326,7 @@ def test_contextual_rows_that_win_nothing():
 
 @pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
 def test_contextual_ties_go_to_the_lowest_index(distance, monkeypatch):
-    monkeypatch.setattr(contextual_kernels, "PROGRAMS", 8)
+    monkeypatch.setattr(contextual_kernels, "MULTIPROCESSORS", 5)
     y = rows(6, 4, distance).repeat(1, 12, 1)
     x = rows(5, 4, distance).repeat(1, 14, 1)
     for over in ("sources", "targets"):
