@@ -565,7 +565,8 @@ def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least"
     if half or how == "tf32":
         owners, streamed = (64, 64) if score == "prior" else (128, 128 if score == "least" and distance == "cosine" else 64)
         whole = _depth(c, WHOLE)
-        if half and c <= WHOLE and score != "prior" and 2 * whole * (owners + 2 * streamed) <= room:
+        light = score == "least" or score == "greatest" and distance == "cosine"
+        if half and c <= WHOLE and light and 2 * whole * (owners + 2 * streamed) <= room:
             return Tile(owners, streamed, whole, whole, True, 8, 2, 255 if whole == WHOLE else 0, 1 if whole > 128 else 2)
         return Tile(owners, streamed, _depth(c, 64 if half else 32), 16, False, 8, 3, at_once=2 if score == "least" else 1)
     return Tile(64, 64, 16, 16, False, 8 if score == "prior" else 4, 2, 224, 1 if score == "prior" else 2)

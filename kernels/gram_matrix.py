@@ -41,9 +41,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import MULTIPROCESSORS, Aot, View, cdiv, output, precision, shared_memory, tile_options, variant, view, wide
+from ._common import (
+    MULTIPROCESSORS,
+    Aot,
+    View,
+    by_rule,
+    cdiv,
+    output,
+    precision,
+    shared_memory,
+    tile_options,
+    variant,
+    view,
+    wide,
+)
 from ._common import parts as parts_of
 
+# Each of the tile's fields that another than the rule's is tried of.
+TUNABLE = {
+    "forward": by_rule(*(
+        dict(channels=c, halves=h, depth=d, warps=w, stages=s, registers=0, at_once=n)
+        for c, h, d, w, s, n in (
+            (128, 2, 64, 8, 4, 1), (128, 2, 64, 8, 3, 1), (128, 1, 64, 8, 3, 2), (128, 1, 64, 8, 4, 1), (128, 1, 64, 4, 3, 2),
+            (128, 1, 128, 8, 3, 1), (64, 2, 64, 4, 4, 2), (64, 1, 64, 4, 3, 4), (64, 1, 64, 4, 4, 3), (64, 1, 128, 4, 3, 2),
+        )
+    )),
+    "product": by_rule(*(
+        dict(channels=c, positions=p, depth=64, warps=w, stages=s, registers=0)
+        for c, p, w, s in ((128, 128, 8, 4), (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 3), (64, 128, 4, 4))
+    )),
+}  # fmt: skip
 LARGE_FROM, WIDE_FROM = 512, 1024  # channels from which tiles of 128 by 128, and of 128 by 256, pay
 LAYERS = 32  # at most so many in a launch, whose arguments have 4 KB
 STEPS = 8  # at least so many steps of a product for each part
@@ -342,7 +369,7 @@ def _gram_tile(how: str, half: bool, c: int, odd: bool, widened: bool, room: int
         return Tile(64, 64, 16, 8, 2, 224, at_once=1)
     depth = 64 if half and not widened else 32
     stages = min(4, room // (49 << 10))
-    if c >= WIDE_FROM and not widened and stages > 2:
+    if c >= WIDE_FROM and half and not widened and stages > 2:
         return Tile(128, 256, depth, 8, stages, halves=2, at_once=1)
     if c >= LARGE_FROM and not widened:
         return Tile(128, 128, depth, 8, 3, at_once=2)
@@ -383,6 +410,7 @@ def _triangle(features: Tensor, scale: float, shift: float, direct: bool, out: T
     v = view(features)
     how, half, widened = _arithmetic(features, shift)
     tile = _gram_tile(how, half, v.c, _odd(v), widened, shared_memory(features.device))
+    tile = tile._replace(**TUNABLE["forward"].now)
     parts = _parts(v, tile)
     direct = direct and parts.splits == 1
     if not direct:
@@ -538,6 +566,7 @@ def _times(features: Tensor, matrix: Tensor, by: Tensor | None, scale: float, sh
     v, to = view(features), view(out)
     how = precision(features)
     tile = _product_tile(how, features.dtype is not torch.float32, v.c, _odd(v) or _odd(to))
+    tile = tile._replace(**TUNABLE["product"].now)
     c_tiles = cdiv(v.c, tile.channels)
     _product[(c_tiles * cdiv(v.s, tile.positions), v.n)](
         matrix.contiguous(), v.data, matrix if by is None else by.contiguous(), out, v.c, v.s, *v.strides, *to.strides, c_tiles,
@@ -627,7 +656,9 @@ def _layer_variants() -> list[Aot]:
             ("", 64, 16, False), ("", 64, 1, False), (" channels_last", 64, 16, False), ("", 512, 16, False),
             (" shift", 64, 16, True),
         ):  # fmt: skip
-            if kind == "fp16" and (form or aligned == 1) or c == 512 and _gram_tile(how, half, c, False, False, 0).channels == 64:
+            if kind == "fp16" and (form or aligned == 1):
+                continue
+            if c == 512 and _gram_tile(how, half, c, False, False, 0).channels == 64:
                 continue
             widened = half and shifted
             t = _gram_tile(how, half, c, False, widened, 0)

@@ -42,9 +42,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, options, output, precision, tile, tile_options, variant, view, wide
+from ._common import MULTIPROCESSORS, Aot, by_rule, cdiv, options, output, precision, tile, tile_options, variant, view, wide
 
-MULTIPROCESSORS = 132  # of an H100 or H200: fewer tiles than these, and smaller tiles pay
+# Each of the tile's fields that another than the rule's is tried of.
+_TILES = [
+    dict(rows=r, columns=c, depth=d, warps=w, stages=s, registers=0)
+    for r, c, d, w, s in (
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
+        (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (256, 64, 64, 8, 3), (64, 64, 64, 4, 4),
+        (128, 128, 32, 8, 4), (256, 128, 32, 8, 4),
+    )
+]  # fmt: skip
+TUNABLE = {"product": by_rule(*_TILES), "weight_grad": by_rule(*_TILES)}
 PACKED_BELOW = 9  # channels up to which a step of the product runs over taps and channels alike
 TRANSPOSE_FROM = 1024  # taps times channels from which the weight gradient of half types in NCHW repays two transposing copies
 ROWS = 1024  # programs a channel tile of the gradient through the activation, as in actnorm.py
@@ -503,6 +512,7 @@ def _launch(
     how = precision(x)
     far = source.far or target.far
     t = _tile(how, x.dtype is not torch.float32, far, source.last, target.positions, outer, inner, groups)
+    t = t._replace(**TUNABLE["product"].now)
     packed = inner < PACKED_BELOW
     depth = inner if packed else cdiv(inner, t.depth) * t.depth
     rows = cdiv(found.live * depth, t.depth) * t.depth
@@ -566,7 +576,7 @@ def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, groups: int, foun
         outer,
         found.live * inner if packed else inner,
         packed,
-    )
+    )._replace(**TUNABLE["weight_grad"].now)
     o_tiles, p_tiles = cdiv(outer, t.rows), cdiv(source.positions, t.depth)
     tiles = o_tiles * (cdiv(found.live * inner, t.columns) if packed else found.live * cdiv(inner, t.columns))
     size = found.live * dweight.shape[0] * inner
