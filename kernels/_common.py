@@ -153,11 +153,11 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have on a device; as much as on an H200 where none is there to be asked."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 227 << 10
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16)
+def hopper(device: torch.device) -> bool:
+    """Whether tiles may take what an H100 or H200 has of shared memory and registers; so too where there is no GPU to ask."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.lru_cache(1024)

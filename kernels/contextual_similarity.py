@@ -53,9 +53,9 @@ from ._common import (
     Aot,
     by_rule,
     cdiv,
+    hopper,
     parts,
     precision,
-    shared_memory,
     tile_options,
     variant,
     wide,
@@ -67,7 +67,6 @@ ROWS = 32  # rows of a program that joins parts
 ENTRIES = 4  # winners of each row that a program takes at a time
 OWNERS = 4  # rows whose gradient a program joins
 DISTANCES = ("cosine", "l2", "l1")
-ROOMS = 227 << 10, 99 << 10  # bytes of shared memory, of an H100 or H200 and of a consumer's card
 _STEPS = [
     dict(owners=o, streamed=s, depth=64, channels=16, whole=0, warps=8, stages=3, registers=r, at_once=n)
     for o, s, r, n in ((128, 128, 0, 1), (128, 128, 128, 2), (128, 64, 0, 1), (128, 256, 0, 1), (256, 64, 0, 1))
@@ -555,10 +554,10 @@ def _depth(c: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(c)))
 
 
-def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least", room: int = ROOMS[0]) -> Tile:
+def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least", large: bool = False) -> Tile:
     """``score``: "least", "greatest" or "prior", each of which needs more registers for an element of the product.
 
-    ``room``: bytes of shared memory there are.
+    ``large``: on a GPU whose tiles may be.
     """
     if distance == "l1":
         return Tile(32, 32, 16, 16, False, 4, 2, at_once=4)
@@ -566,19 +565,19 @@ def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least"
         owners, streamed = (64, 64) if score == "prior" else (128, 128 if score == "least" and distance == "cosine" else 64)
         whole = _depth(c, WHOLE)
         light = score == "least" or score == "greatest" and distance == "cosine"
-        if half and c <= WHOLE and light and 2 * whole * (owners + 2 * streamed) <= room:
-            return Tile(owners, streamed, whole, whole, True, 8, 2, 255 if whole == WHOLE else 0, 1 if whole > 128 else 2)
+        if half and c <= WHOLE and light and large:
+            return Tile(owners, streamed, whole, whole, True, 8, 2, at_once=1 if whole > 128 else 2)
         return Tile(owners, streamed, _depth(c, 64 if half else 32), 16, False, 8, 3, at_once=2 if score == "least" else 1)
     return Tile(64, 64, 16, 16, False, 8 if score == "prior" else 4, 2, 224, 1 if score == "prior" else 2)
 
 
 def _attend_tile(
-    how: str, half: bool, distance: str, c: int, sums: bool, backward: bool, room: int = ROOMS[0]
+    how: str, half: bool, distance: str, c: int, sums: bool, backward: bool, large: bool = False
 ) -> Tile:  # fmt: skip
     if distance == "l1":
         return Tile(16, 16, 16, FEATURES, False, 4, 2, at_once=4) if sums else Tile(32, 32, 16, 16, False, 4, 2, at_once=4)
     if not sums:
-        return _best_tile(how, half, distance, c, "greatest", room)
+        return _best_tile(how, half, distance, c, "greatest", large)
     if half:
         channels = _depth(c, 128 if backward and c > WHOLE else 256)
         streamed = 32 if backward and c > 128 else 64
@@ -656,7 +655,7 @@ def _extreme(
     b, n, m, c = rows.sizes
     with_prior = prior.there and not nearest
     score = "least" if nearest else "prior" if with_prior else "greatest"
-    tile = _best_tile(rows.how, rows.half, rows.distance, c, score, shared_memory(rows.x.device))
+    tile = _best_tile(rows.how, rows.half, rows.distance, c, score, hopper(rows.x.device))
     tile = tile._replace(**TUNABLE[score].now)
     owners, streamed = (m, n) if columns else (n, m)
     splits = _splits(owners, streamed, b, tile)
@@ -665,8 +664,8 @@ def _extreme(
     _best[(cdiv(owners, tile.owners) * splits, b)](
         rows.x_sweep, rows.y_sweep, rows.x_norm, rows.y_norm, prior.rows, prior.columns, statistics, log_sum, part, at, n, m,
         *prior.sizes, splits, scale, eps, prior.weight, C=c, DISTANCE=rows.distance, NEAREST=nearest, COLUMNS=columns,
-        PRIOR=with_prior, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth,
-        **tile.options,
+        PRIOR=with_prior, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners,
+        BLOCK_S=tile.streamed, BLOCK_K=tile.depth, **tile.options,
     )  # fmt: skip
     _pick[(cdiv(owners, 128), b)](
         part, at, value, index, poison, owners, stride, splits, NEAREST=nearest, LOG=not with_prior, BLOCK=128, num_warps=4
@@ -679,7 +678,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """_attend: the parts of the masses, the moments and the sums, and how many parts."""
     b, n, m, c = rows.sizes
-    tile = _attend_tile(rows.how, rows.half, rows.distance, c, sums, backward is not None, shared_memory(rows.x.device))
+    tile = _attend_tile(rows.how, rows.half, rows.distance, c, sums, backward is not None, hopper(rows.x.device))
     tile = tile._replace(**TUNABLE["backward" if backward else "sums" if sums else "mass"].now)
     owners, streamed = (m, n) if columns else (n, m)
     splits = _splits(owners, streamed, b, tile)
@@ -793,13 +792,6 @@ def contextual_similarity_backward(
     return dx, dy
 
 
-def _sizes(distance: str, kind: str) -> list[tuple[int, int]]:
-    """Channels and bytes of shared memory to compile for."""
-    if distance != "cosine" or kind != "bf16":
-        return [(256, ROOMS[0])]
-    return [(64, ROOMS[0]), (256, ROOMS[0]), (256, ROOMS[1]), (512, ROOMS[0])]
-
-
 def _variants() -> list[Aot]:
     found = []
     floats = dict.fromkeys(
@@ -825,21 +817,21 @@ def _variants() -> list[Aot]:
             for distance in DISTANCES:
                 if (distance == "l1" and how == "tf32") or (distance != "cosine" and kind == "fp16"):
                     continue
-                for c, room in _sizes(distance, kind):
+                for c in (64, 256, 512) if distance == "cosine" and kind == "bf16" else (256,):
                     base = dict(C=c, DISTANCE=distance, PRECISION=how, WIDE=False)
-                    about = f"{distance} {c} {how}{', small' * (room < ROOMS[0])}"
+                    about = f"{distance} {c} {how}"
                     for nearest, columns, prior in ((1, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1)):
-                        if prior and (c != 256 or room < ROOMS[0]):
+                        if prior and c != 256:
                             continue
-                        t = _best_tile(how, half, distance, c, "least" if nearest else "prior" if prior else "greatest", room)
+                        t = _best_tile(how, half, distance, c, "least" if nearest else "prior" if prior else "greatest")
                         blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth, WHOLE=t.whole)
                         what = "least" if nearest else f"greatest{' by column' * columns}{', prior' * prior}"
                         ends = dict(NEAREST=bool(nearest), COLUMNS=bool(columns), PRIOR=bool(prior))
                         add(f"{what} {about}", _best, kind, t.options, {"index": "*i32"}, **base, **ends, **blocks)
                     for columns, backward, sums in ((0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)):
-                        if sums and (distance == "l1" and not backward or room < ROOMS[0]):
+                        if distance == "l1" and sums and not backward:
                             continue
-                        t = _attend_tile(how, half, distance, c, bool(sums), bool(backward), room)
+                        t = _attend_tile(how, half, distance, c, bool(sums), bool(backward))
                         blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth, BLOCK_C=t.channels, WHOLE=t.whole)
                         ends = dict(COLUMNS=bool(columns), BACKWARD=bool(backward), SUM=bool(sums), SOURCES=True)
                         what = f"{'columns' if columns else 'rows'}{' back' * backward}{' sums' * sums}"

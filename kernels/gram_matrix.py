@@ -47,9 +47,9 @@ from ._common import (
     View,
     by_rule,
     cdiv,
+    hopper,
     output,
     precision,
-    shared_memory,
     tile_options,
     variant,
     view,
@@ -363,14 +363,13 @@ def _odd(v: View) -> bool:
     return v.far or 1 not in (v.c_stride, v.s_stride)
 
 
-def _gram_tile(how: str, half: bool, c: int, odd: bool, widened: bool, room: int = 1 << 20) -> Tile:
-    """``widened``: operands of half types that are multiplied as float32; ``room``: bytes of shared memory there are."""
+def _gram_tile(how: str, half: bool, c: int, odd: bool, widened: bool, large: bool = False) -> Tile:
+    """``widened``: operands of half types that are multiplied as float32; ``large``: on a GPU whose tiles may be."""
     if odd or how == "ieee" and not half:
         return Tile(64, 64, 16, 8, 2, 224, at_once=1)
     depth = 64 if half and not widened else 32
-    stages = min(4, room // (49 << 10))
-    if c >= WIDE_FROM and half and not widened and stages > 2:
-        return Tile(128, 256, depth, 8, stages, halves=2, at_once=1)
+    if c >= WIDE_FROM and large and not widened:
+        return Tile(128, 256, depth, 8, 4, halves=2, at_once=1)
     if c >= LARGE_FROM and not widened:
         return Tile(128, 128, depth, 8, 3, at_once=2)
     return Tile(64, 64, depth, 4, 3)
@@ -409,7 +408,7 @@ def _triangle(features: Tensor, scale: float, shift: float, direct: bool, out: T
     """_gram: into ``out`` where one part is all there is and ``direct``, else parts."""
     v = view(features)
     how, half, widened = _arithmetic(features, shift)
-    tile = _gram_tile(how, half, v.c, _odd(v), widened, shared_memory(features.device))
+    tile = _gram_tile(how, half, v.c, _odd(v), widened, hopper(features.device))
     tile = tile._replace(**TUNABLE["forward"].now)
     parts = _parts(v, tile)
     direct = direct and parts.splits == 1
@@ -514,7 +513,7 @@ def style_loss_layers(
     first = features[0]
     n, layers = len(first), len(views)
     how, half, widened = _arithmetic(first, shift)
-    tile = _gram_tile(how, half, min(v.c for v in views), False, widened, room=0)
+    tile = _gram_tile(how, half, min(v.c for v in views), False, widened)
     parts = _layer_parts(views, tile)
     counts = [n * p.tiles * p.splits for p in parts]
     at = _sums(counts)
@@ -605,9 +604,7 @@ def _variants() -> list[Aot]:
         half = kind != "fp32"
         for how in ("ieee",) if half else ("ieee", "tf32"):
             for form, ones in (("", rows), (" channels_last", last), (" any strides", None)):
-                for c in (64, 512, 1024):
-                    if c == 1024 and _gram_tile(how, half, c, ones is None, False).halves == 1:
-                        continue
+                for c in (64, 512):
                     if c == 64 and (how == "ieee" and not half or ones is None) or kind == "fp16" and (form or c == 64):
                         continue
                     base = dict(LAST=ones is last, OUT_LAST=ones is last, SHIFT=False, PRECISION=how, WIDE=False)
@@ -616,8 +613,6 @@ def _variants() -> list[Aot]:
                         label = f"{'entries' if direct else 'part'} {c} {how}{form}"
                         blocks = dict(BLOCK_C=t.channels, BLOCK_K=t.depth, HALVES=t.halves, BY_ITSELF=t.by_itself)
                         add(label, _gram, kind, ones, t.options, DIRECT=direct, **base, **blocks)
-                    if c == 1024:
-                        continue
                     t = _product_tile(how, half, c, ones is None)
                     blocks = dict(BLOCK_C=t.channels, BLOCK_P=t.positions, BLOCK_K=t.depth, BY=True)
                     add(f"{c} {how}{form}", _product, kind, ones, t.options, **base, **blocks)
@@ -658,10 +653,10 @@ def _layer_variants() -> list[Aot]:
         ):  # fmt: skip
             if kind == "fp16" and (form or aligned == 1):
                 continue
-            if c == 512 and _gram_tile(how, half, c, False, False, 0).channels == 64:
+            if c == 512 and _gram_tile(how, half, c, False, False).channels == 64:
                 continue
             widened = half and shifted
-            t = _gram_tile(how, half, c, False, widened, 0)
+            t = _gram_tile(how, half, c, False, widened)
             base = dict(LAST=form == " channels_last", SHIFT=shifted, ALIGNED=aligned, PRECISION="tf32" if widened else how)
             options = _layer_options(t, aligned, shifted)
             blocks = dict(WIDE=widened, BY_ITSELF=t.by_itself, BLOCK_C=t.channels, BLOCK_K=t.depth)
