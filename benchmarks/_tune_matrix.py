@@ -104,7 +104,7 @@ _MASK = ("B", 1, "interleaved", [1, 1], 1)
 def convolution(size: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, int]:
     """channels_last images, a weight and the FLOPs of its dense convolution."""
     n, c, side, k = size
-    x = torch.randn(n, c, side, side, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(n, side, side, c, device=device).to(dtype).movedim(3, 1)
     weight = (torch.randn(c, c, k, k, device=device) / (c * k * k) ** 0.5).to(dtype)
     return x, weight, 2 * x.numel() * c * k * k
 

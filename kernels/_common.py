@@ -161,13 +161,14 @@ def hopper(device: torch.device) -> bool:
 
 
 @functools.lru_cache(1024)
-def parts(programs: int, at_once: int, most: int) -> int:
+def parts(programs: int, at_once: int, most: int, joining: float = 0.0) -> int:
     """Into how many parts (at most ``most``) to split the sum of each of ``programs``, of which ``at_once`` run together.
 
-    The fewest whose time, the rounds of programs times the length of a part, is within 6% of the least.
+    The fewest whose time is within 6% of the least: the rounds of programs, each as long as its part, and where there are
+    several ``joining`` longer (as a share of the whole sum), for what is written and read again.
     """
     most = max(1, min(most, cdiv(4 * at_once, max(1, programs))))
-    times = [cdiv(programs * n, at_once) / n for n in range(1, most + 1)]
+    times = [cdiv(programs * n, at_once) * (1 / n + (joining if n > 1 else 0.0)) for n in range(1, most + 1)]
     return next(n for n, time in enumerate(times, 1) if time <= 1.06 * min(times))
 
 

@@ -3,30 +3,37 @@
     G = scale F' F'^T                            dF = scale (dG + dG^T) F'
     L_n = factor sum_ij (G_nij - A_nij)^2        dF_n = 4 factor scale dL_n D_n F'_n,  D = G - (A + A^T) / 2
 
-Only tiles of the lower triangle are computed. A style layer has few channels and many positions, so its tiles are too few to
-fill a device: the positions are split (by the shape alone), and a second kernel adds the parts in order, scales, and writes the
-entry and its mirror, so that G is symmetric to the bit; for the style loss it takes the difference and its square there, so
-that G itself is never written. Without a split the product's own epilogue scales and mirrors. The backward is one product by a
-symmetric matrix, with the scale and the gradient of the loss in its epilogue. The layers of a style loss share one launch of
-each forward kernel (two of the first where some lie in channels_last and some do not): pointers, sizes and strides are passed
-as tuples of arguments, so that nothing is copied to the device and a CUDA graph can hold the call, and a program finds its
-layer by its number. There the positions are split such that all programs of all layers have about the same number of steps,
-and all have the tile of the layer with the fewest channels.
+Only tiles of the lower triangle are computed; those on the diagonal read their rows once. A style layer has few channels and
+many positions, so its tiles are too few to fill a device: the positions are split (by the shape alone), and a second kernel
+adds the parts in order, scales, and writes the entry and its mirror, so that G is symmetric to the bit; for the style loss it
+takes the difference and its square there, so that G itself is never written. Without a split the product's own epilogue scales
+and mirrors. The backward is one product by a symmetric matrix, with the scale and the gradient of the loss in its epilogue. The
+layers of a style loss share one launch of each forward kernel (two of the first where some lie in channels_last and some do
+not): pointers, sizes and strides are passed as tuples of arguments, so that nothing is copied to the device and a CUDA graph
+can hold the call, and a program finds its layer by its number. There the positions are split such that all programs of all
+layers have about the same number of steps, and all have the tile of the layer with the fewest channels.
 
 FLOPs: C (C + BLOCK) S a sample forward, 2 C^2 S backward. Bytes: F once forward (its rows are read again by the tiles beside
-them, from L2), F and dF once backward; C^2 floats a part between the two kernels, at most about 600 tiles of 16 KB in all.
-In bfloat16 C FLOPs a byte, where an H200's tensor cores balance at 206: layers of 64 and 128 channels are bound by memory,
-where the triangle saves nothing and one read of F is all, 256 is balanced, 512 is bound by arithmetic with 36 of 64 tiles of 64
-(10 of 16 of 128). In float32 on FMA units, which balance at 14 FLOPs a byte, all are bound by arithmetic, so the triangle is
-worth up to 1.8 times. No GPU was at hand: none of this is measured.
+them, from L2), F and dF once backward; C^2 floats a part between the two kernels, as many parts as leave no round of programs
+nearly empty and repay their joining. In bfloat16 C FLOPs a byte, where an H200's tensor cores balance at 206: layers of 64 and
+128 channels are bound by memory, where the triangle saves nothing and one read of F is all, 256 is balanced, 512 is bound by
+arithmetic with 36 of 64 tiles of 64 (10 of 16 of 128, 20 of 32 of 128 by 256 at 1024). In float32 on FMA units, which balance
+at 14 FLOPs a byte, all are bound by arithmetic, so the triangle is worth up to 1.8 times.
 
 Tiles (sm_90): 64 x 64 by 64 positions, four warps and three stages (48 KB), four programs a multiprocessor, since the number of
-programs is what is short; 128 x 128 from 512 channels on in half types and TF32, which halves the reads from L2, if there are
-enough of them. FMA units: 64 x 64 by 16, eight warps. Products of the backward 128 x 128 by 64 (96 KB).
+programs is what is short; 128 x 128 from 512 channels on in half types and TF32, two programs (96 KB each); 128 x 256 from 1024
+on an H100 or H200 (192 KB). All products are wgmma of operands in shared memory, filled by 16-byte copies two or three steps
+ahead. FMA units: 64 x 64 by 16, eight warps. Products of the backward 128 x 128 by 64 (96 KB).
 Half types multiply on the tensor cores and add in float32; a shift is added in float32 and then multiplied as TF32. For float16
 the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means are below its
 range.
 float32 follows torch.backends.cuda.matmul.allow_tf32. Features are read where they lie, also in channels_last.
+
+Predicted, not yet run on a GPU (bfloat16 on an H200, cuBLAS at 790 TFLOP/s): a multiprocessor gets about 39 bytes a cycle from
+L2, where tiles of 128 x 128 ask for 64 at the full rate (32 on the diagonal) and of 128 x 256 for 48, so 60% (90%) and 80% of
+it. Tile times alone then give 1.1 times cuBLAS's dense product at 512 channels, 1.3 at 1024 and 1.4 at 2048: 1.6 is out of
+reach of tiles that no cluster shares. What one sample of 512 channels and 2^14 positions gains, joining its 25 parts takes: 20
+us, on a par; 2048 channels and 2^12 positions: 72 tiles for 132 multiprocessors, 1.1 times.
 """
 
 from __future__ import annotations
@@ -393,7 +400,8 @@ def _parts(v: View, tile: Tile) -> _Parts:
     rows = cdiv(v.c, tile.channels * tile.halves)
     tiles = rows * (rows + 1) // 2 * tile.halves
     blocks = max(1, cdiv(v.s, tile.depth))
-    steps = cdiv(blocks, parts_of(tiles * v.n, MULTIPROCESSORS * tile.at_once, blocks // STEPS))
+    joining = (2 + tile.channels * tile.halves / 64) / blocks
+    steps = cdiv(blocks, parts_of(tiles * v.n, MULTIPROCESSORS * tile.at_once, blocks // STEPS, joining))
     return _Parts(tiles, cdiv(blocks, steps), steps)
 
 

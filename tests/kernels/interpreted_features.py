@@ -86,20 +86,12 @@ def test_gram_large_tiles(wide, dtype, monkeypatch):
     check_style(torch.randn(1, c, 130).to(dtype), torch.randn(1, c, c))
 
 
-@pytest.mark.parametrize(
-    ("programs", "at_once", "most", "found"),
-    [
-        (10, 264, 999, 25),
-        (20, 132, 8, 6),
-        (36, 264, 999, 7),
-        (128, 264, 999, 2),
-        (999, 132, 999, 1),
-        (1, 528, 3, 3),
-        (5, 4, 0, 1),
-    ],
-)
-def test_gram_parts_leave_no_round_nearly_empty(programs, at_once, most, found):
-    assert _common.parts(programs, at_once, most) == found
+def test_gram_parts_leave_no_round_nearly_empty():
+    for programs, at_once, most, joining, found in (
+        (10, 264, 999, 0.0, 25), (20, 132, 8, 0.0, 6), (36, 264, 999, 0.0, 7), (999, 132, 999, 0.0, 1), (1, 528, 3, 0.0, 3),
+        (5, 4, 0, 0.0, 1), (72, 132, 8, 0.1, 3), (36, 264, 999, 0.9, 1),
+    ):  # fmt: skip
+        assert _common.parts(programs, at_once, most, joining) == found
 
 
 @pytest.mark.parametrize("form", FORMS)
