@@ -81,6 +81,7 @@ TUNABLE = {
 LARGE_FROM, WIDE_FROM = 512, 1024  # channels from which tiles of 128 by 128, and of 128 by 256, pay
 LAYERS = 32  # at most so many in a launch, whose arguments have 4 KB
 STEPS = 8  # at least so many steps of a product for each part
+JOINING = 1.0  # weighs the steps that writing and reading a part are predicted to take
 
 
 @triton.jit
@@ -400,7 +401,7 @@ def _parts(v: View, tile: Tile) -> _Parts:
     rows = cdiv(v.c, tile.channels * tile.halves)
     tiles = rows * (rows + 1) // 2 * tile.halves
     blocks = max(1, cdiv(v.s, tile.depth))
-    joining = (2 + tile.channels * tile.halves / 64) / blocks
+    joining = JOINING * (2 + tile.channels * tile.halves / 64) / blocks
     steps = cdiv(blocks, parts_of(tiles * v.n, MULTIPROCESSORS * tile.at_once, blocks // STEPS, joining))
     return _Parts(tiles, cdiv(blocks, steps), steps)
 

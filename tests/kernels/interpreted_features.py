@@ -63,6 +63,7 @@ def tf32():
 @each_dtype
 def test_gram_parts_of_the_positions(dtype, monkeypatch):
     monkeypatch.setattr(gram_kernels, "STEPS", 1)
+    monkeypatch.setattr(gram_kernels, "JOINING", 0)
     monkeypatch.setattr(gram_kernels, "MULTIPROCESSORS", 3)
     for n, c, shift in ((1, 67, 0.0), (2, 3, -1.0)):
         features = torch.randn(n, c, 150).to(dtype)
@@ -83,6 +84,7 @@ def test_gram_large_tiles(wide, dtype, monkeypatch):
     assert gram_kernels._gram_tile("ieee", True, c, False, False, True).halves == 1 + wide
     check_gram(torch.randn(1, c, 20).to(dtype))
     monkeypatch.setattr(gram_kernels, "STEPS", 1)
+    monkeypatch.setattr(gram_kernels, "JOINING", 0)
     check_style(torch.randn(1, c, 130).to(dtype), torch.randn(1, c, c))
 
 
