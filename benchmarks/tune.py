@@ -28,6 +28,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
+from triton.runtime.errors import OutOfResources
 
 from genfast.kernels._common import Choice
 
@@ -258,8 +259,8 @@ def run(case: Case, compiled: Sequence[Compiled], copy: float) -> dict[str, Any]
                     row["wrong"] = f"differs from the present choice by {row['error']:.1e}"
                     continue
                 row["ms"] = milliseconds([j.work for j in jobs])
-            except torch.cuda.OutOfMemoryError:
-                row["wrong"] = "out of memory"
+            except (torch.cuda.OutOfMemoryError, OutOfResources) as lacking:
+                row["wrong"] = f"out of memory: {str(lacking).splitlines()[0]}"
                 continue
         row["share_of_copy"] = first.bytes / (row["ms"] / 1e3) / copy if first.bytes else None
         row["tflops"] = first.flops / row["ms"] / 1e9 if first.flops else None

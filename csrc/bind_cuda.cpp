@@ -21,8 +21,8 @@ T* ptr(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void check(int error) {
-  if (error) throw std::runtime_error(std::string("genfast._cuda: ") + error_string(error));
+void check(const char* op, int error) {
+  if (error) throw std::runtime_error(std::string("genfast::") + op + ": CUDA said: " + failure(error));
 }
 
 PluArgs factors(Address perm, Address lower, Address upper, Address sign_s, Address log_s, Address scale, Address bias,
@@ -47,7 +47,7 @@ PYBIND11_MODULE(_cuda, m) {
     PluArgs a = factors(perm, lower, upper, sign_s, log_s, scale, bias, c, log_scale, batch, positions);
     a.weight = ptr(weight), a.folded = ptr(folded), a.logdet = ptr(logdet);
     py::gil_scoped_release release;
-    check(plu_weight(a, stream));
+    check("plu_weight", plu_weight(a, stream));
   });
   m.def("plu_weight_backward",
         [](Address stream, Address workspace, Address inverse_perm, Address grad_weight, Address grad_folded,
@@ -60,7 +60,7 @@ PYBIND11_MODULE(_cuda, m) {
           a.grad_lower = ptr(grad_lower), a.grad_upper = ptr(grad_upper), a.grad_log_s = ptr(grad_log_s);
           a.grad_scale = ptr(grad_scale), a.grad_bias = ptr(grad_bias);
           py::gil_scoped_release release;
-          check(plu_weight_backward(a, stream));
+          check("plu_weight_backward", plu_weight_backward(a, stream));
         });
   m.def("pixel_program", [](Address stream, Address program, Address weights, Address statics, Address cache, Address images,
                             Address uniforms, Address record, Address scratch, int64_t code, int64_t weight_floats,
@@ -73,11 +73,11 @@ PYBIND11_MODULE(_cuda, m) {
     a.image_floats = image_floats, a.record_size = record_size, a.n = n;
     a.first_row = first_row, a.last_row = last_row, a.given = given, a.temperature = temperature;
     py::gil_scoped_release release;
-    check(pixel_program(a, stream));
+    check("pixel_program", pixel_program(a, stream));
   });
   m.def("degree_ordered_scratch", [](int64_t n, int64_t rows) {
     int64_t floats = 0;
-    check(degree_ordered_scratch(n, rows, &floats));
+    check("autoregressive_inverse", degree_ordered_scratch(n, rows, &floats));
     return floats;
   });
   m.def("degree_ordered", [](Address stream, Address item_list, Address tables, Address order, Address weights,
@@ -93,7 +93,7 @@ PYBIND11_MODULE(_cuda, m) {
     a.inverse = inverse, a.zuko = zuko;
     for (size_t i = 0; i < options.size() && i < std::size(a.options); ++i) a.options[i] = options[i];
     py::gil_scoped_release release;
-    check(degree_ordered(a, stream));
+    check("autoregressive_inverse", degree_ordered(a, stream));
   });
   m.def("degree_ordered_backward", [](Address stream, Address item_list, Address tables, Address order, Address weights,
                                       Address grad_x, Address slopes, Address by_value, Address constant, Address kept,
@@ -105,7 +105,7 @@ PYBIND11_MODULE(_cuda, m) {
     a.constant = ptr(constant), a.kept = ptr(kept), a.scratch = ptr(scratch);
     a.n = n, a.rows = a.units = units, a.items = items, a.inputs = inputs, a.width = width;
     py::gil_scoped_release release;
-    check(degree_ordered_backward(a, stream));
+    check("autoregressive_inverse_backward", degree_ordered_backward(a, stream));
   });
   m.def("pixel_rnn", [](Address stream, bool diagonal, Address gates, Address weight, Address h0, Address c0, Address h,
                         Address kept, Address carry, int64_t n, int64_t hidden, int64_t depth, int64_t height, int64_t width,
@@ -115,7 +115,7 @@ PYBIND11_MODULE(_cuda, m) {
     a.h = ptr(h), a.kept = ptr(kept), a.carry = ptr(carry);
     a.n = n, a.hidden = hidden, a.depth = depth, a.height = height, a.width = width, a.taps = taps;
     py::gil_scoped_release release;
-    check(pixel_rnn(a, stream));
+    check(diagonal ? "diagonal_lstm" : "row_lstm", pixel_rnn(a, stream));
   });
   m.def("pixel_rnn_backward", [](Address stream, bool diagonal, Address grad_h, Address grad_kept, Address kept,
                                  Address weight, Address c0, Address dgates, Address carry, int64_t n, int64_t hidden,
@@ -125,6 +125,6 @@ PYBIND11_MODULE(_cuda, m) {
     a.weight = ptr(weight), a.c0 = ptr(c0), a.dgates = ptr(dgates), a.carry = ptr(carry);
     a.n = n, a.hidden = hidden, a.depth = hidden, a.height = height, a.width = width, a.taps = taps;
     py::gil_scoped_release release;
-    check(pixel_rnn_backward(a, stream));
+    check(diagonal ? "diagonal_lstm_backward" : "row_lstm_backward", pixel_rnn_backward(a, stream));
   });
 }

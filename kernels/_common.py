@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,11 @@ class Choice:
             yield
         finally:
             self.now, self.narrow = before
+
+
+def by_rule(*candidates: dict[str, int]) -> Choice:
+    """Of a tile that a rule of the file chooses by the sizes: nothing else now, or in its place a candidate's fields."""
+    return Choice({}, list(candidates))
 
 
 def every(**values: Iterable[int]) -> list[dict[str, int]]:
@@ -147,6 +153,29 @@ def options(elements: int, far: bool, scattered: bool = False, each: int = 8) ->
     """
     registers = 168 if far else 128 if scattered else 0
     return {"num_warps": max(1, elements // (32 * each))} | ({"maxnreg": registers} if registers else {})
+
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether tiles may take what an H100 or H200 has of shared memory and registers; so too where there is no GPU to ask."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.lru_cache(1024)
+def parts(programs: int, at_once: int, most: int, joining: float = 0.0) -> int:
+    """Into how many parts (at most ``most``) to split the sum of each of ``programs``, of which ``at_once`` run together.
+
+    The fewest whose time is within 6% of the least: the rounds of programs, each as long as its part, and where there are
+    several ``joining`` longer (as a share of the whole sum), for what is written and read again.
+    """
+    most = max(1, min(most, cdiv(4 * at_once, max(1, programs))))
+    times = [cdiv(programs * n, at_once) * (1 / n + (joining if n > 1 else 0.0)) for n in range(1, most + 1)]
+    return next(n for n, time in enumerate(times, 1) if time <= 1.06 * min(times))
 
 
 @triton.jit

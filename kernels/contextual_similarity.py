@@ -28,15 +28,21 @@ N = M = 4096, C = 256 in bfloat16 4 MB from memory for 26 GFLOP, 6500 FLOPs a by
 so bound by arithmetic, where eager moves 61 arrays of N x M (4.1 GB). N M exponentials a sweep of _attend: 1 for 2 C FLOPs,
 hidden below the product from C = 64 on.
 
-Tiles (sm_90): _best 128 x 128 by 64 channels in half types (96 KB for three stages, of the 99 KB that a consumer card has too;
-128 FLOPs a byte from L2), 32 channels in TF32, and 128 x 64 where an element of the product costs more registers than a
-minimum; 64 x 64 by 16 on the FMA units. _attend holds whole rows up to 256 channels in half types, so that the streamed tile is
-loaded once and is the operand of both products, with 64 x 64 (backward 64 x 32) accumulators of e; wider rows, and float32, run
-over channels in steps and write 64 to 256 channels of the sum a program, each of which computes e again. l1 has no product:
-32 x 32 tiles, a feature at a time, and gradients 16 features at a time, 3 N M C and 10 N M C FLOPs.
-Half types take products on tensor cores and keep all sums, statistics and logarithms in float32; e in [0, 1] alone is rounded
-to the type for its product. float32 follows torch.backends.cuda.matmul.allow_tf32; with d clamped at zero TF32 stays finite.
-None of it was measured on a GPU.
+Tiles (sm_90): in half types up to 256 channels on an H100 or H200 _best and the sums of e hold their owners' whole rows in
+shared memory (64 KB) and stream 128 or 64 rows at a time, the next while these are multiplied; else _best takes 128 x 128 by 64
+channels (96 KB for three stages, of the 99 KB that a consumer card has too; 128 FLOPs a byte from L2), 32 channels in TF32, and
+128 x 64 where an element of the product costs more registers than a minimum; 64 x 64 by 16 on the FMA units. _attend holds
+whole rows up to 256 channels in half types, so that the streamed tile is loaded once and is the operand of both products, with
+64 x 64 (backward 64 x 32) accumulators of e; wider rows, and float32, run over channels in steps and write 64 to 256 channels
+of the sum a program, each of which computes e again. l1 has no product: 32 x 32 tiles, a feature at a time, and gradients 16
+features at a time, 3 N M C and 10 N M C FLOPs. Half types take products on tensor cores and keep all sums, statistics and
+logarithms in float32; e in [0, 1] alone is rounded to the type for its product. float32 follows
+torch.backends.cuda.matmul.allow_tf32; with d clamped at zero TF32 stays finite.
+
+Predicted, not yet run on a GPU (N = M = 16384, C = 256, bfloat16 on an H200 at 790 TFLOP/s): a tile of 128 x 128 takes 2048
+cycles of wgmma, 32 bytes a cycle from L2, and about 800 (nearest), 1600 (winner) and 2600 (exponentials) of its four
+schedulers, which do not overlap with one program a multiprocessor: 72%, 56% and 44% of the rate, so 0.24 + 0.31 + 0.39 ms for
+the sweeps of the forward. Eager moves some 25 arrays of 1 GB there, about 6 ms: 6 times as long.
 """
 
 from __future__ import annotations
@@ -48,15 +54,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, precision, tile_options, variant, wide
+from ._common import (
+    MULTIPROCESSORS,
+    Aot,
+    by_rule,
+    cdiv,
+    hopper,
+    parts,
+    precision,
+    tile_options,
+    variant,
+    wide,
+)
 from ._math import exp
 
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer owners, and the stream is split
 WHOLE = 256  # channels up to which half types keep whole rows
 ROWS = 32  # rows of a program that joins parts
 ENTRIES = 4  # winners of each row that a program takes at a time
 OWNERS = 4  # rows whose gradient a program joins
 DISTANCES = ("cosine", "l2", "l1")
+_STEPS = [
+    dict(owners=o, streamed=s, depth=64, channels=16, whole=0, warps=8, stages=3, registers=r, at_once=n)
+    for o, s, r, n in ((128, 128, 0, 1), (128, 128, 128, 2), (128, 64, 0, 1), (128, 256, 0, 1), (256, 64, 0, 1))
+]
+_WHOLES = [
+    dict(owners=o, streamed=s, depth=256, channels=256, whole=1, warps=w, stages=k, registers=0, at_once=n)
+    for o, s, w, k, n in ((128, 128, 8, 2, 1), (128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (64, 64, 4, 2, 2), (64, 128, 4, 2, 1))
+]
+# Each of the tile's fields that another than the rule's is tried of; whole rows have at most 256 channels.
+TUNABLE = {
+    **{score: by_rule(*_STEPS, *_WHOLES) for score in ("least", "greatest", "mass")},
+    "prior": by_rule(*_STEPS),
+    "sums": by_rule(*_WHOLES),
+    "backward": by_rule(dict(streamed=64), dict(owners=128, streamed=32), dict(stages=3), dict(warps=4)),
+}
 FEATURES = 16  # of an l1 gradient's program
 
 
@@ -138,7 +169,8 @@ def _norms(x, norm, size, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.co
 def _best(
     x, y, x_norm, y_norm, prior_rows, prior_columns, statistics, log_sum, value, index, N, M, high, across, splits, scale, eps,
     weight, C: tl.constexpr, DISTANCE: tl.constexpr, NEAREST: tl.constexpr, COLUMNS: tl.constexpr, PRIOR: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The greatest score along the stream and its lowest index: -d_ij with NEAREST, else log A_ij, or S_ij with PRIOR.
 
@@ -162,14 +194,21 @@ def _best(
     if not NEAREST and not COLUMNS:
         least = tl.load(statistics + o, mask=o_in, other=0)[:, None]
         of_sum = tl.load(log_sum + o, mask=o_in, other=0)[:, None]
+    if WHOLE:
+        c = tl.arange(0, BLOCK_K)
+        mine = _load(own, o, o_in, c, C, WIDE)
     first, last = _part(others, splits, split, BLOCK_S)
     for tile in range(first, last):
         s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         s_in = s < others
-        raw = _raw(
-            own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C, DISTANCE, PRECISION, WIDE, BLOCK_O, BLOCK_S,
-            BLOCK_K,
-        )  # fmt: skip
+        if WHOLE:
+            product = tl.dot(mine, tl.trans(_load(other, s, s_in, c, C, WIDE)), input_precision=PRECISION)
+            raw = _from_product(product, own_norm, other_norm, o, s, o_in, s_in, DISTANCE)
+        else:
+            raw = _raw(
+                own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C, DISTANCE, PRECISION, WIDE, BLOCK_O,
+                BLOCK_S, BLOCK_K,
+            )  # fmt: skip
         score = tl.where(raw < 0, 0.0, -raw)  # keeps NaN
         if not NEAREST:
             if COLUMNS:
@@ -509,7 +548,8 @@ class Tile(NamedTuple):
     whole: bool
     warps: int
     stages: int
-    registers: int = 0  # at most, where the assembler's own choice spills
+    registers: int = 0  # at most, where the assembler's own choice spills or leaves room for one program alone
+    at_once: int = 2  # programs that a multiprocessor runs together
 
     @property
     def options(self) -> dict[str, int]:
@@ -520,35 +560,44 @@ def _depth(c: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(c)))
 
 
-def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least") -> Tile:
-    """``score``: "least", "greatest" or "prior", each of which needs more registers for an element of the product."""
+def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least", large: bool = False) -> Tile:
+    """``score``: "least", "greatest" or "prior", each of which needs more registers for an element of the product.
+
+    ``large``: on a GPU whose tiles may be.
+    """
     if distance == "l1":
-        return Tile(32, 32, 16, 16, False, 4, 2)
+        return Tile(32, 32, 16, 16, False, 4, 2, at_once=4)
     if half or how == "tf32":
         owners, streamed = (64, 64) if score == "prior" else (128, 128 if score == "least" and distance == "cosine" else 64)
-        return Tile(owners, streamed, _depth(c, 64 if half else 32), 16, False, 8, 3)
-    return Tile(64, 64, 16, 16, False, 8 if score == "prior" else 4, 2, 224)
+        whole = _depth(c, WHOLE)
+        light = score == "least" or score == "greatest" and distance == "cosine"
+        if half and c <= WHOLE and light and large:
+            return Tile(owners, streamed, whole, whole, True, 8, 2, at_once=1 if whole > 128 else 2)
+        return Tile(owners, streamed, _depth(c, 64 if half else 32), 16, False, 8, 3, at_once=2 if score == "least" else 1)
+    return Tile(64, 64, 16, 16, False, 8 if score == "prior" else 4, 2, 224, 1 if score == "prior" else 2)
 
 
-def _attend_tile(how: str, half: bool, distance: str, c: int, sums: bool, backward: bool) -> Tile:
+def _attend_tile(
+    how: str, half: bool, distance: str, c: int, sums: bool, backward: bool, large: bool = False
+) -> Tile:  # fmt: skip
     if distance == "l1":
-        return Tile(16, 16, 16, FEATURES, False, 4, 2) if sums else Tile(32, 32, 16, 16, False, 4, 2)
+        return Tile(16, 16, 16, FEATURES, False, 4, 2, at_once=4) if sums else Tile(32, 32, 16, 16, False, 4, 2, at_once=4)
     if not sums:
-        return _best_tile(how, half, distance, c, "greatest")
+        return _best_tile(how, half, distance, c, "greatest", large)
     if half:
         channels = _depth(c, 128 if backward and c > WHOLE else 256)
         streamed = 32 if backward and c > 128 else 64
         depth = _depth(c, 32 if backward else 64)
-        return Tile(64, streamed, depth, channels, c <= WHOLE, 8 if backward or channels > 128 else 4, 2)
+        warps = 8 if backward or channels > 128 else 4
+        return Tile(64, streamed, depth, channels, c <= WHOLE, warps, 2, at_once=2 if channels <= 64 else 1)
     if how == "tf32":
-        return Tile(64, 32 if backward else 64, _depth(c, 32), _depth(c, 128), False, 8, 2)
-    return Tile(64, 32, 16, _depth(c, 64), False, 8 if backward else 4, 2, 224)
+        return Tile(64, 32 if backward else 64, _depth(c, 32), _depth(c, 128), False, 8, 2, at_once=1)
+    return Tile(64, 32, 16, _depth(c, 64), False, 8 if backward else 4, 2, 224, 1 if backward else 2)
 
 
 def _splits(owners: int, streamed: int, batch: int, tile: Tile) -> int:
     """Parts of the stream, by the shape alone: enough programs, and no part without a tile."""
-    wanted = cdiv(PROGRAMS, cdiv(owners, tile.owners) * batch)
-    return max(1, min(wanted, cdiv(streamed, tile.streamed)))
+    return parts(cdiv(owners, tile.owners) * batch, MULTIPROCESSORS * tile.at_once, cdiv(streamed, tile.streamed))
 
 
 class _Rows(NamedTuple):
@@ -611,7 +660,9 @@ def _extreme(
     """_best and its join."""
     b, n, m, c = rows.sizes
     with_prior = prior.there and not nearest
-    tile = _best_tile(rows.how, rows.half, rows.distance, c, "least" if nearest else "prior" if with_prior else "greatest")
+    score = "least" if nearest else "prior" if with_prior else "greatest"
+    tile = _best_tile(rows.how, rows.half, rows.distance, c, score, hopper(rows.x.device))
+    tile = tile._replace(**TUNABLE[score].now)
     owners, streamed = (m, n) if columns else (n, m)
     splits = _splits(owners, streamed, b, tile)
     part = torch.empty((b, splits, owners), dtype=torch.float32, device=rows.x.device)
@@ -619,8 +670,8 @@ def _extreme(
     _best[(cdiv(owners, tile.owners) * splits, b)](
         rows.x_sweep, rows.y_sweep, rows.x_norm, rows.y_norm, prior.rows, prior.columns, statistics, log_sum, part, at, n, m,
         *prior.sizes, splits, scale, eps, prior.weight, C=c, DISTANCE=rows.distance, NEAREST=nearest, COLUMNS=columns,
-        PRIOR=with_prior, PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth,
-        **tile.options,
+        PRIOR=with_prior, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners,
+        BLOCK_S=tile.streamed, BLOCK_K=tile.depth, **tile.options,
     )  # fmt: skip
     _pick[(cdiv(owners, 128), b)](
         part, at, value, index, poison, owners, stride, splits, NEAREST=nearest, LOG=not with_prior, BLOCK=128, num_warps=4
@@ -633,7 +684,8 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """_attend: the parts of the masses, the moments and the sums, and how many parts."""
     b, n, m, c = rows.sizes
-    tile = _attend_tile(rows.how, rows.half, rows.distance, c, sums, backward is not None)
+    tile = _attend_tile(rows.how, rows.half, rows.distance, c, sums, backward is not None, hopper(rows.x.device))
+    tile = tile._replace(**TUNABLE["backward" if backward else "sums" if sums else "mass"].now)
     owners, streamed = (m, n) if columns else (n, m)
     splits = _splits(owners, streamed, b, tile)
     mass = torch.empty((b, splits, owners), dtype=torch.float32, device=rows.x.device)
@@ -643,7 +695,7 @@ def _sweep(
     _attend[(cdiv(owners, tile.owners) * splits, b, max(1, cdiv(c, tile.channels)) if sums else 1)](
         rows.x_sweep, rows.y_sweep, rows.x, rows.y, rows.x_norm, rows.y_norm, statistics, rate, top, listed, count, winner,
         pull, mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns,
-        BACKWARD=backward is not None, SUM=sums, SOURCES=sources, WHOLE=tile.whole, PRECISION=rows.how, WIDE=rows.wide,
+        BACKWARD=backward is not None, SUM=sums, SOURCES=sources, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide,
         BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth, BLOCK_C=tile.channels, **tile.options,
     )  # fmt: skip
     return mass, moment, out, splits
@@ -778,7 +830,7 @@ def _variants() -> list[Aot]:
                         if prior and c != 256:
                             continue
                         t = _best_tile(how, half, distance, c, "least" if nearest else "prior" if prior else "greatest")
-                        blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth)
+                        blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth, WHOLE=t.whole)
                         what = "least" if nearest else f"greatest{' by column' * columns}{', prior' * prior}"
                         ends = dict(NEAREST=bool(nearest), COLUMNS=bool(columns), PRIOR=bool(prior))
                         add(f"{what} {about}", _best, kind, t.options, {"index": "*i32"}, **base, **ends, **blocks)

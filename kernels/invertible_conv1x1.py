@@ -25,10 +25,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, output, precision, variant, view, wide
+from ._common import Aot, Choice, View, cdiv, output, precision, variant, view, wide
 
 LIBRARY_ABOVE = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 _DEPTH = 16  # channels a step of the product: the least that every Triton release takes
+# Of the product's tile: positions, warps and registers of its rule where 0.
+TUNABLE = {
+    "product": Choice(
+        {"positions": 0, "depth": _DEPTH, "warps": 0, "stages": 2, "registers": 0},
+        [
+            dict(positions=p, depth=d, warps=w, stages=s, registers=r)
+            for p, d, w, s, r in (
+                (0, 16, 4, 2, 0), (0, 16, 4, 3, 255), (0, 32, 0, 2, 0), (0, 32, 4, 2, 255), (32, 16, 4, 2, 255),
+                (64, 16, 4, 2, 255), (128, 16, 8, 2, 255), (128, 32, 8, 3, 255), (256, 16, 8, 2, 255),
+            )
+        ],
+    )
+}  # fmt: skip
 
 
 @triton.jit
@@ -162,15 +175,22 @@ def _launch_mix(
     channels, out = weight.shape[0], view(y)
     a, b, has_a, has_b = _pair(x, x_b, out)
     rest = view(y_b) if y_b.shape[1] else out
+    choice = TUNABLE["product"]
     far = _far(a, b, out, rest)
     block_o, block_p = _mix_tile(channels, y.dtype, far)
+    block_p = choice["positions"] or block_p
     o_tiles = cdiv(channels, block_o)
+    launch = _options(block_o, far)
+    launch = {
+        "num_warps": choice["warps"] or launch["num_warps"], "num_stages": choice["stages"],
+        "maxnreg": choice["registers"] or launch["maxnreg"],
+    }  # fmt: skip
     exact = weight.dtype is not y.dtype and y.dtype is not torch.float32 and not wide(y)
     _mix[(cdiv(out.n * out.s, block_p) * o_tiles,)](
         a.data, b.data, weight, weight if bias is None else bias.contiguous(), y, y_b, *a.strides, *b.strides, *out.strides,
         *rest.strides, *weight.stride(), channels, out.s, out.n * out.s, first, out.c, o_tiles, HAS_A=has_a, HAS_B=has_b,
         SPLIT=out.c < channels, BIAS=bias is not None, PRECISION=precision(y), EXACT=exact, WIDE=wide(y),
-        FAR=far, BLOCK_O=block_o, BLOCK_P=block_p, BLOCK_K=_DEPTH, **_options(block_o, far),
+        FAR=far, BLOCK_O=block_o, BLOCK_P=block_p, BLOCK_K=choice["depth"], **launch,
     )  # fmt: skip
 
 

@@ -22,13 +22,14 @@ from L2), plus the weights. 5x5 of type B at 128 channels: 425 984 FLOPs and 512
 byte where an H200's tensor cores balance at 206; 416 in float32 where its FMA units balance at 14. So bound by FLOPs down to
 about 32 channels in half types and 5 in float32; a first layer of half type (3 channels, 7x7: 70 FLOPs a byte) by memory.
 
-Estimates for an H200, not measured. Counted in what the compiler makes for sm_90 at 128 channels: the float32 loop is 81% FMA
-instructions at 16 warps a multiprocessor, so 65 to 75% of the FMA peak. The bfloat16 loop in channels_last takes 338 issue
-slots while its products take 512 cycles of the tensor cores, with 16-byte loads two steps ahead, so 50 to 60% of their peak;
-in NCHW a shifted row has no alignment, so half types load 2 bytes a thread and not ahead: 30 to 45%, and channels_last is the
-form for them. A dense convolution of the masked weight multiplies k^2 taps for (k^2 + 1) / 2: 1.8, 1.92 and 1.96 times the
-FLOPs for 3x3, 5x5 and 7x7; cropped to the rows down to the centre's it is 1.2, 1.15 and 1.12 times. With cuDNN at 70 to 80% of
-either peak: in float32 1.5 to 1.8 times as fast as dense and on a par with cropped; in bfloat16 1.2 to 1.5 times and 0.75 to
+Predicted for an H200, not yet run on a GPU. Counted in what the compiler makes for sm_90 at 128 channels: the float32 loop is
+81% FMA instructions at 16 warps a multiprocessor, so 65 to 75% of the FMA peak. The bfloat16 loop in channels_last takes 338
+issue slots while its products (wgmma) take 512 cycles of the tensor cores, with 16-byte loads two steps ahead; a tile of 128 x
+128 asks L2 for 64 bytes a cycle at their full rate, of about 39 that a multiprocessor gets, so 50 to 60% of it (256 x 128: 48
+bytes); in NCHW a shifted row has no alignment, so half types load 2 bytes a thread and not ahead: 30 to 45%, and channels_last
+is the form for them. A dense convolution of the masked weight multiplies k^2 taps for (k^2 + 1) / 2: 1.8, 1.92 and 1.96 times
+the FLOPs for 3x3, 5x5 and 7x7; cropped to the rows down to the centre's it is 1.2, 1.15 and 1.12 times. With cuDNN at 70 to 80%
+of either peak: in float32 1.5 to 1.8 times as fast as dense and on a par with cropped; in bfloat16 1.2 to 1.5 times and 0.75 to
 0.95, plus the passes saved by fusing padding, mask, bias and activation, which weigh the more the fewer the channels.
 """
 
@@ -42,9 +43,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, options, output, precision, tile, tile_options, variant, view, wide
+from ._common import MULTIPROCESSORS, Aot, by_rule, cdiv, options, output, precision, tile, tile_options, variant, view, wide
 
-MULTIPROCESSORS = 132  # of an H100 or H200: fewer tiles than these, and smaller tiles pay
+# Each of the tile's fields that another than the rule's is tried of.
+_TILES = [
+    dict(rows=r, columns=c, depth=d, warps=w, stages=s, registers=0)
+    for r, c, d, w, s in (
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
+        (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (256, 64, 64, 8, 3), (64, 64, 64, 4, 4),
+        (128, 128, 32, 8, 4), (256, 128, 32, 8, 4),
+    )
+]  # fmt: skip
+TUNABLE = {"product": by_rule(*_TILES), "weight_grad": by_rule(*_TILES)}
 PACKED_BELOW = 9  # channels up to which a step of the product runs over taps and channels alike
 TRANSPOSE_FROM = 1024  # taps times channels from which the weight gradient of half types in NCHW repays two transposing copies
 ROWS = 1024  # programs a channel tile of the gradient through the activation, as in actnorm.py
@@ -503,6 +513,7 @@ def _launch(
     how = precision(x)
     far = source.far or target.far
     t = _tile(how, x.dtype is not torch.float32, far, source.last, target.positions, outer, inner, groups)
+    t = t._replace(**TUNABLE["product"].now)
     packed = inner < PACKED_BELOW
     depth = inner if packed else cdiv(inner, t.depth) * t.depth
     rows = cdiv(found.live * depth, t.depth) * t.depth
@@ -566,7 +577,7 @@ def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, groups: int, foun
         outer,
         found.live * inner if packed else inner,
         packed,
-    )
+    )._replace(**TUNABLE["weight_grad"].now)
     o_tiles, p_tiles = cdiv(outer, t.rows), cdiv(source.positions, t.depth)
     tiles = o_tiles * (cdiv(found.live * inner, t.columns) if packed else found.live * cdiv(inner, t.columns))
     size = found.live * dweight.shape[0] * inner

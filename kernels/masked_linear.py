@@ -32,9 +32,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ._common import Aot, cdiv, precision, tile_options, variant, wide
+from ._common import MULTIPROCESSORS, Aot, by_rule, cdiv, precision, tile_options, variant, wide
 
-MULTIPROCESSORS = 132  # of an H100 or H200: with fewer tiles than these, smaller ones pay
+# Each of the tile's fields that another than the rule's is tried of.
+_TILES = [
+    dict(rows=r, columns=c, depth=d, warps=w, stages=s, registers=0)
+    for r, c, d, w, s in (
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4), (32, 64, 64, 4, 4), (32, 32, 64, 2, 4),
+    )
+]  # fmt: skip
+TUNABLE = {"product": by_rule(*_TILES), "weight_grad": by_rule(*_TILES)}
 ROWS = 1024  # programs a column of tiles of the gradient through the activation, as in masked_conv.py
 
 # ---- kernels ----
@@ -254,7 +262,7 @@ def _launch(
     out, inputs = weight.shape
     depth, width = (out, inputs) if transposed else (inputs, out)
     how, half, far = precision(a), a.dtype is not torch.float32, _far(a, y)
-    t = _tile(how == "ieee" and not half, half, far, a.shape[0], width)
+    t = _tile(how == "ieee" and not half, half, far, a.shape[0], width)._replace(**TUNABLE["product"].now)
     tiles = cdiv(width, t.columns)
     deep, broad = cdiv(depth, t.depth) * t.depth, tiles * t.columns
     # TF32 takes operands whose depth lies together and nothing else.
@@ -312,7 +320,7 @@ def _through(grad: Tensor, y: Tensor | None, rows: Tensor) -> tuple[Tensor, Tens
 def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, staircase: tuple[Tensor, ...]) -> None:
     out, inputs = dweight.shape
     how, half, far = precision(x), x.dtype is not torch.float32, _far(d, x)
-    t = _grad_tile(how == "ieee" and not half, half, far, out, inputs, x.shape[0])
+    t = _grad_tile(how == "ieee" and not half, half, far, out, inputs, x.shape[0])._replace(**TUNABLE["weight_grad"].now)
     o_tiles, i_tiles, n_tiles = cdiv(out, t.rows), cdiv(inputs, t.columns), cdiv(x.shape[0], t.depth)
     # As many programs as run at once, at 16 warps a multiprocessor, half of them over dead weights; none of under 8 steps.
     at_once = 2 * MULTIPROCESSORS * 16 // t.warps

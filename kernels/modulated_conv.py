@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TILE, Aot, cdiv, options, output, place, tile, variant, view
+from ._common import TILE, Aot, cdiv, options, output, place, tile, tiles_choice, variant, view
 
+TUNABLE = {"forward": tiles_choice()}
 SPREAD = 512  # programs below which the backward splits channels over programs too, and adds dnoise up afterwards
 
 
@@ -86,7 +87,8 @@ def channel_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
         return y
     a, out = view(x), view(y)
     z = None if noise is None else view(noise)
-    block_c, block_s = tile(a)
+    choice = TUNABLE["forward"]
+    block_c, block_s = tile(a, choice["tile"])
     s_tiles = cdiv(a.s, block_s)
     tiles = cdiv(a.c, block_c) * s_tiles
     far = a.far or out.far
@@ -94,7 +96,7 @@ def channel_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
     _scale[(a.n * tiles,)](
         a.data, scale, a.data if z is None else z.data, y, *a.strides, *scale.stride(), noise_n, noise_s, *out.strides, a.c,
         a.s, s_tiles, tiles, HAS_NOISE=z is not None, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s,
-        **options(block_c * block_s, far),
+        **options(block_c * block_s, far, each=choice["each"]),
     )  # fmt: skip
     return y
 

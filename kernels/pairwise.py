@@ -23,10 +23,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, precision, variant, wide
+from ._common import Aot, Choice, cdiv, precision, variant, wide
 from ._math import exp
 
 BLOCK, FEATURES = 64, 32  # rows and columns of a tile, features of a step
+TUNABLE = {
+    "sums": Choice(
+        {"block": BLOCK, "features": FEATURES, "warps": 0, "stages": 3, "registers": 0},
+        [
+            dict(block=b, features=f, warps=w, stages=s, registers=r)
+            for b, f, w, s, r in (
+                (64, 32, 4, 3, 0), (64, 32, 8, 3, 0), (64, 64, 4, 3, 0), (64, 64, 4, 4, 0), (128, 64, 8, 3, 0),
+                (128, 32, 8, 3, 0), (128, 32, 8, 4, 0), (64, 16, 8, 3, 0),
+            )
+        ],
+    )
+}  # fmt: skip
 PANEL = 1 << 24  # weights that are written at once
 KERNELS = {"rbf": 0, "imq": 1, "polynomial": 2}
 
@@ -208,12 +220,15 @@ def pairwise_kernel_sum(
     if not (b and n and m):
         return torch.zeros((b, n), dtype=torch.float32, device=x.device)
     rows, other, xn, yn = _prepared(x, y, kernel == "polynomial")
-    i_tiles, j_tiles = cdiv(n, BLOCK), cdiv(m, BLOCK)
+    choice = TUNABLE["sums"]
+    block, launch = choice["block"], _launch(rows)
+    launch |= {"num_warps": choice["warps"] or launch["num_warps"], "num_stages": choice["stages"]}
+    i_tiles, j_tiles = cdiv(n, block), cdiv(m, block)
     partial = torch.empty((j_tiles, b, n), dtype=torch.float32, device=x.device)
     _sums[(b * i_tiles * j_tiles,)](
         rows, other, xn, yn, _on_device(tuple(scales), x.device), partial, offset, b, n, m, c, i_tiles, j_tiles,
-        COUNT=len(scales), DEGREE=degree, KERNEL=KERNELS[kernel], SAME=y is None, EXCLUDE=exclude_diagonal, BLOCK=BLOCK,
-        FEATURES=FEATURES, maxnreg=REGISTERS, **_launch(rows),
+        COUNT=len(scales), DEGREE=degree, KERNEL=KERNELS[kernel], SAME=y is None, EXCLUDE=exclude_diagonal, BLOCK=block,
+        FEATURES=choice["features"], maxnreg=choice["registers"] or REGISTERS, **launch,
     )  # fmt: skip
     return partial.sum(0)
 

@@ -134,7 +134,10 @@ int plu_weight_backward(const PluArgs& a, uintptr_t stream) {
   return cudaGetLastError();
 }
 
-const char* error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }
+const char* failure(int error) {
+  cudaGetLastError();
+  return cudaGetErrorString(cudaError_t(error));
+}
 
 }  // namespace cuda
 }  // namespace genfast

@@ -71,7 +71,7 @@ int pixel_rnn_backward(const PixelRnnArgs& args, uintptr_t stream);
 int degree_ordered(const DegreeOrderedArgs& args, uintptr_t stream);
 int degree_ordered_backward(const DegreeOrderedArgs& args, uintptr_t stream);
 int degree_ordered_scratch(int64_t n, int64_t rows, int64_t* floats);  // what scratch must hold on this device: 0 is none
-const char* error_string(int error);
+const char* failure(int error);  // what it says; the runtime forgets it, or the next launch would report it again
 
 }  // namespace cuda
 }  // namespace genfast

@@ -161,15 +161,23 @@ class Engine {
     const int32_t across = lanes / split, lane = team_.rank % lanes, slice = lane / across;
     const int32_t source_row = points.row * s.stride / s.up, source_column = points.column * s.stride / s.up;
     const int32_t apart = distance(points, s.a, s.stride);  // an upsampled row is written `up` apart, from neighbours
+    const int32_t add_apart = s.b < 0 ? 0 : distance(points, s.b, s.up);
     const float* base = image(points.image);
     for (int32_t start = team_.rank / lanes * across; start < units; start += team_.size / lanes * across) {
       const int32_t unit = smaller(start + lane % across, units - 1), tile = unit / groups, group = unit - tile * groups;
+      const int32_t first = tile * M;
+      // Asked for before the products, whose own way to the second cache then hides this one's.
+      const float4 none{0.f, 0.f, 0.f, 0.f};
+      const float4 bias = s.bias < 0 ? none : constant_at(reinterpret_cast<const float4*>(a_.weights + s.bias) + group);
+      const float* add =
+          s.b < 0 ? nullptr : image(points.image) + place(s.b, points.row, points.column) + s.b_offset + 4 * group;
+      const float4 alone = M == 1 && add ? *reinterpret_cast<const float4*>(add + first * add_apart) : none;
       int32_t shift[M];
       float4 sum[M];
       GENFAST_UNROLL
       for (int m = 0; m < M; ++m) {
-        shift[m] = smaller(tile * M + m, points.count - 1) * apart;
-        sum[m] = {0.f, 0.f, 0.f, 0.f};
+        shift[m] = smaller(first + m, points.count - 1) * apart;
+        sum[m] = none;
       }
       const float4* weight = reinterpret_cast<const float4*>(a_.weights + s.weight) + group;
       for (int32_t t = 0; t < s.segments; ++t) {
@@ -211,19 +219,14 @@ class Engine {
         }
       }
       if (slice || start + lane % across >= units) continue;
-      const int32_t first = tile * M;
-      const float4 bias = s.bias < 0 ? float4{0.f, 0.f, 0.f, 0.f}
-                                     : constant_at(reinterpret_cast<const float4*>(a_.weights + s.bias) + group);
-      const int32_t out_apart = distance(points, s.out, s.up), add_apart = s.b < 0 ? 0 : distance(points, s.b, s.up);
+      const int32_t out_apart = distance(points, s.out, s.up);
       float* out = image(points.image) + place(s.out, points.row, points.column) + s.out_offset + 4 * group;
-      const float* add =
-          s.b < 0 ? nullptr : image(points.image) + place(s.b, points.row, points.column) + s.b_offset + 4 * group;
       GENFAST_UNROLL
       for (int m = 0; m < M; ++m) {
         if (first + m >= points.count) break;
         float4 y = {sum[m].x + bias.x, sum[m].y + bias.y, sum[m].z + bias.z, sum[m].w + bias.w};
         if (add) {
-          const float4 z = *reinterpret_cast<const float4*>(add + (first + m) * add_apart);
+          const float4 z = M == 1 ? alone : *reinterpret_cast<const float4*>(add + (first + m) * add_apart);
           y = {y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w};
         }
         if (s.relu) y = {fmaxf(y.x, 0.f), fmaxf(y.y, 0.f), fmaxf(y.z, 0.f), fmaxf(y.w, 0.f)};

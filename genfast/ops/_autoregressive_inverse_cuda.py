@@ -35,6 +35,11 @@ def _engine_options(transform: str, options: Sequence[float]) -> tuple[int, int,
     return _TRANSFORMS[transform], int(bins), int(tails), not flip, bool(zuko), rest
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """What the engine loads four floats at a time: a slice of something larger may begin anywhere."""
+    return t.clone() if t.data_ptr() % 16 else t
+
+
 def _scratch(z: Tensor, rows: int) -> Tensor | None:
     floats = _CUDA.degree_ordered_scratch(len(z), rows)
     return z.new_empty(floats) if floats else None
@@ -47,7 +52,7 @@ def forward(
     plan = level_items(code, z.device)
     if plan.size >= _MOST:
         return reference.autoregressive_inverse(z, packed, statics, code, transform, options)
-    z, packed = z.contiguous(), packed.to(z.dtype).contiguous()
+    z, packed = z.contiguous(), _aligned(packed.to(z.dtype).contiguous())
     statics = None if statics is None else statics.to(z.dtype).contiguous()
     x, logdet = torch.empty_like(z), z.new_empty(len(z))
     if len(z):

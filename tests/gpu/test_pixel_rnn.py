@@ -64,3 +64,14 @@ def test_the_layers_compile_and_equal_the_cpu():
         torch.testing.assert_close(layer(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refused_launch_is_named_and_forgotten():
+    """More shared memory than a block may have; the next launch does not report it again."""
+    kernels = pytest.importorskip("genfast._cuda")
+    with pytest.raises(RuntimeError, match=r"genfast::row_lstm: CUDA said: "):
+        kernels.pixel_rnn(0, False, *[0] * 7, 1, 64, 64, 1, 10**5, 3)
+    gates, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 2, 3)
+    with genfast.backend("cuda"):
+        h = ops.row_lstm(gates.cuda(), weight.cuda())
+    torch.testing.assert_close(h.cpu(), ops.row_lstm(gates, weight), rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import genfast
 from genfast._registry import OPS
 from genfast._verify import relative_error
+from genfast.kernels import _common
 from genfast.kernels import contextual_similarity as contextual_kernels
 from genfast.kernels import gram_matrix as gram_kernels
 from tests.kernels.flow_cases import DTYPES, FORMS, FORWARD, GRADIENT, compare, exact, outputs, run, strided
@@ -62,7 +63,8 @@ def tf32():
 @each_dtype
 def test_gram_parts_of_the_positions(dtype, monkeypatch):
     monkeypatch.setattr(gram_kernels, "STEPS", 1)
-    monkeypatch.setattr(gram_kernels, "PROGRAMS", 9)
+    monkeypatch.setattr(gram_kernels, "JOINING", 0)
+    monkeypatch.setattr(gram_kernels, "MULTIPROCESSORS", 3)
     for n, c, shift in ((1, 67, 0.0), (2, 3, -1.0)):
         features = torch.randn(n, c, 150).to(dtype)
         assert (
@@ -72,10 +74,26 @@ def test_gram_parts_of_the_positions(dtype, monkeypatch):
         check_style(features, torch.randn(1, c, c), shift=shift)
 
 
-@each_dtype
-def test_gram_large_tiles(dtype, monkeypatch):
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize(("wide", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)])
+def test_gram_large_tiles(wide, dtype, monkeypatch):
+    """With and without parts; on the diagonal and beside it."""
     monkeypatch.setattr(gram_kernels, "LARGE_FROM", 2)
-    check_gram(torch.randn(1, 130, 20).to(dtype))
+    monkeypatch.setattr(gram_kernels, "WIDE_FROM", 2 if wide else 1 << 30)
+    c = 270 if wide else 130
+    assert gram_kernels._gram_tile("ieee", True, c, False, False, True).halves == 1 + wide
+    check_gram(torch.randn(1, c, 20).to(dtype))
+    monkeypatch.setattr(gram_kernels, "STEPS", 1)
+    monkeypatch.setattr(gram_kernels, "JOINING", 0)
+    check_style(torch.randn(1, c, 130).to(dtype), torch.randn(1, c, c))
+
+
+def test_gram_parts_leave_no_round_nearly_empty():
+    for programs, at_once, most, joining, found in (
+        (10, 264, 999, 0.0, 25), (20, 132, 8, 0.0, 6), (36, 264, 999, 0.0, 7), (999, 132, 999, 0.0, 1), (1, 528, 3, 0.0, 3),
+        (5, 4, 0, 0.0, 1), (72, 132, 8, 0.1, 3), (36, 264, 999, 0.9, 1),
+    ):  # fmt: skip
+        assert _common.parts(programs, at_once, most, joining) == found
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -254,7 +272,7 @@ def check_contextual(
 @pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
 def test_contextual_parts_and_batches(distance, over, monkeypatch):
     """More tiles than one on each side, shared between programs."""
-    monkeypatch.setattr(contextual_kernels, "PROGRAMS", 4)
+    monkeypatch.setattr(contextual_kernels, "MULTIPROCESSORS", 3)
     n, m = (20, 35) if distance == "l1" else (70, 66)
     check_contextual(rows(n, 5, distance, 2), rows(m, 5, distance, 2), distance, over)
 
@@ -303,7 +321,7 @@ def test_contextual_rows_that_win_nothing():
 
 @pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
 def test_contextual_ties_go_to_the_lowest_index(distance, monkeypatch):
-    monkeypatch.setattr(contextual_kernels, "PROGRAMS", 8)
+    monkeypatch.setattr(contextual_kernels, "MULTIPROCESSORS", 5)
     y = rows(6, 4, distance).repeat(1, 12, 1)
     x = rows(5, 4, distance).repeat(1, 14, 1)
     for over in ("sources", "targets"):

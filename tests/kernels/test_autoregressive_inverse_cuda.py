@@ -59,9 +59,10 @@ def library(tmp_path_factory):
 @pytest.fixture
 def gpu(library, monkeypatch):
     """The op's path for a GPU on CPU tensors; ``team`` is (samples a block, warps, order of threads reversed)."""
-    state = SimpleNamespace(team=(1, 1, False), launches=0)
+    state = SimpleNamespace(team=(1, 1, False), launches=0, misaligned=[])
 
     def run(args, backward):
+        state.misaligned.append(args.weights % 16)
         assert library.degree_ordered(ctypes.byref(args), backward, *state.team), "a thread waits for others that never come"
         state.launches += 1
 
@@ -234,6 +235,19 @@ def test_a_nan_stays_with_its_sample_and_what_follows(gpu):
     z[1, 4] = float("nan")
     x = cuda.forward(z, program.packed(), None, program.code, "affine:exp", AFFINE)[0]
     assert torch.equal(x.isnan(), torch.tensor([[i == 1 and j >= 4 for j in range(7)] for i in range(3)]))
+
+
+def test_weights_that_are_a_slice_are_loaded_as_vectors(gpu):
+    """A GPU loads four floats from a multiple of 16 bytes, or fails; the emulation says where they lie."""
+    gpu.team = (4, 2, False)
+    torch.manual_seed(0)
+    program, z = DegreeProgram.build(made(7, (20,), 2)), torch.randn(3, 7)
+    packed = program.packed()
+    off = torch.cat([packed.new_zeros(1), packed])[1:]
+    assert off.data_ptr() % 16
+    found, expected = (cuda.forward(z, p, None, program.code, "affine:exp", AFFINE) for p in (off, packed))
+    assert gpu.misaligned == [0, 0]
+    assert all(map(torch.equal, found, expected))
 
 
 def test_no_samples(gpu):
