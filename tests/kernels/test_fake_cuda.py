@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from importlib import import_module
 
 import pytest
@@ -52,6 +53,53 @@ def test_layers_steps_and_samplers_are_launched_as_a_gpu_takes_them():
     with fake_cuda.FakeCuda() as gpu:
         fake_cuda.check_cases(gpu)
     assert not gpu.problems, "\n".join(map(str, gpu.problems))
+
+
+# ---- the tests for a GPU, as far as they go without one ----
+
+ON_A_GPU = ["actnorm, ", "autoregressive_inverse, ", "row_lstm, ", "masked_linear, ", "ActNorm", "PixelCNN sampling, class"]
+
+
+@pytest.mark.parametrize("start", ON_A_GPU)
+def test_the_tests_of_capture_run(start, monkeypatch):
+    """All but what they compare: numbers there are none."""
+    from tests.gpu import test_capture as tests
+
+    label = next(label for label in tests.CALLS if label.startswith(start))
+    monkeypatch.setattr(tests, "close", lambda found, expected: None)
+    functions = [getattr(tests, name) for name in dir(tests) if name.startswith("test_")]
+    assert len(functions) == 4
+    with fake_cuda.FakeCuda() as gpu:
+        for function in functions:
+            function(label)
+    assert not gpu.problems, "\n".join(map(str, gpu.problems))
+    assert gpu.launches or gpu.engines
+
+
+def test_the_tests_of_capture_see_a_copy_from_the_host(monkeypatch):
+    from tests.gpu import test_capture as tests
+    from tests.kernels.capture_cases import Case
+
+    case = Case(lambda x: [x * torch.tensor([2.0], device="cuda")], [torch.zeros(3)], [])
+    monkeypatch.setitem(tests.CALLS, "copies", (None, lambda device: case._replace(inputs=[case.inputs[0].to(device)])))
+    monkeypatch.setattr(tests, "close", lambda found, expected: None)
+    with fake_cuda.FakeCuda() as gpu:
+        tests.test_a_replay_is_what_eager_gives("copies")
+        tests.test_the_current_stream_is_used_and_nothing_waits("copies")
+    assert [problem.what for problem in gpu.problems] == ["copies host to device in each call"]
+
+
+def test_the_cuda_sources_take_no_memory_and_wait_for_nothing():
+    sources = {p.name: p.read_text() for p in (fake_cuda.ROOT / "csrc" / "cuda").iterdir()}
+    assert len(sources) >= 6
+    for name, text in sources.items():
+        forbidden = re.findall(
+            r"cuda(?:Malloc|Free|HostAlloc|Memcpy|Memset|\w*Synchronize|StreamCreate|EventCreate)\w*|cudaStream_t\(0", text
+        )
+        assert not forbidden, (name, forbidden)
+        for launch in re.findall(r"<<<(.*?)>>>", text):
+            assert launch.count(",") >= 3, (name, launch)  # grid, block, shared memory, stream
+        assert text.count("cudaLaunchKernelEx(") == text.count("config.stream = "), name
 
 
 # ---- what the harness sees ----
