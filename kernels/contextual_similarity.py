@@ -48,7 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, precision, tile_options, variant, wide
+from ._common import Aot, cdiv, check_samples, precision, tile_options, variant, wide
 from ._math import exp
 
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: fewer owners, and the stream is split
@@ -655,6 +655,7 @@ def contextual_similarity(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(value, winner, statistics, nearest, mean) of genfast::contextual_similarity."""
     b, n, c = x.shape
+    check_samples("contextual_similarity", b)
     m = y.shape[1]
     sources = over == "sources"
     owners = m if sources else n

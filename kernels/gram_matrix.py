@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, output, precision, tile_options, variant, view, wide
+from ._common import Aot, View, cdiv, check_samples, output, precision, tile_options, variant, view, wide
 
 PROGRAMS = 528  # four for each multiprocessor of an H100 or H200: fewer tiles, and the positions are split
 LARGE_FROM = 512  # channels from which tiles of 128 pay
@@ -347,6 +347,7 @@ def _arithmetic(x: Tensor, shift: float) -> tuple[str, bool, bool]:
 def _triangle(features: Tensor, scale: float, shift: float, direct: bool, out: Tensor) -> tuple[Tensor, _Parts, Tile]:
     """_gram: into ``out`` where one part is all there is and ``direct``, else parts."""
     v = view(features)
+    check_samples("gram_matrix", v.n)
     how, half, widened = _arithmetic(features, shift)
     tile = _gram_tile(how, half, v.c, _odd(v), widened)
     parts = _parts(v, tile)
@@ -446,6 +447,7 @@ def style_loss_layers(
         return torch.stack([value for value, _ in found]), torch.cat([difference.flatten() for _, difference in found])
     first = features[0]
     n, layers = len(first), len(views)
+    check_samples("style_loss", n)
     how, half, widened = _arithmetic(first, shift)
     tile = _gram_tile(how, half, min(v.c for v in views), False, widened)
     parts = _layer_parts(views, tile)
