@@ -136,6 +136,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def check_samples(op: str, n: int) -> None:
+    """For grids with an axis of samples, of which CUDA takes 65535 in a second axis."""
+    if n > 65535:
+        raise ValueError(f"{op}: a batch of {n} samples, expected at most 65535 on a GPU; split the batch")
+
+
 def tile(v: View, size: int = TILE) -> tuple[int, int]:
     """Channels and positions of a tile of at most ``size`` elements, longest along the axis that is contiguous."""
     c, s = triton.next_power_of_2(v.c), triton.next_power_of_2(v.s)

@@ -59,6 +59,7 @@ from ._common import (
     Aot,
     by_rule,
     cdiv,
+    check_samples,
     hopper,
     parts,
     precision,
@@ -707,6 +708,7 @@ def contextual_similarity(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(value, winner, statistics, nearest, mean) of genfast::contextual_similarity."""
     b, n, c = x.shape
+    check_samples("contextual_similarity", b)
     m = y.shape[1]
     sources = over == "sources"
     owners = m if sources else n

@@ -54,6 +54,7 @@ from ._common import (
     View,
     by_rule,
     cdiv,
+    check_samples,
     hopper,
     output,
     precision,
@@ -416,6 +417,7 @@ def _arithmetic(x: Tensor, shift: float) -> tuple[str, bool, bool]:
 def _triangle(features: Tensor, scale: float, shift: float, direct: bool, out: Tensor) -> tuple[Tensor, _Parts, Tile]:
     """_gram: into ``out`` where one part is all there is and ``direct``, else parts."""
     v = view(features)
+    check_samples("gram_matrix", v.n)
     how, half, widened = _arithmetic(features, shift)
     tile = _gram_tile(how, half, v.c, _odd(v), widened, hopper(features.device))
     tile = tile._replace(**TUNABLE["forward"].now)
@@ -521,6 +523,7 @@ def style_loss_layers(
         return torch.stack([value for value, _ in found]), torch.cat([difference.flatten() for _, difference in found])
     first = features[0]
     n, layers = len(first), len(views)
+    check_samples("style_loss", n)
     how, half, widened = _arithmetic(first, shift)
     tile = _gram_tile(how, half, min(v.c for v in views), False, widened)
     parts = _layer_parts(views, tile)

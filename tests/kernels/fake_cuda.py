@@ -297,6 +297,11 @@ class _Event:
         return True
 
 
+class _Graph:
+    def replay(self) -> None:
+        """Nothing runs."""
+
+
 class _Properties:
     name = "NVIDIA H200 (fake)"
     major, minor = 9, 0
@@ -483,6 +488,18 @@ class FakeCuda:
         finally:
             self._streams[device] = before
 
+    @contextlib.contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        before, self.settled, self.capturing = (self.settled, self.capturing), True, True
+        try:
+            with self.stream(self.new_stream()):
+                yield
+        finally:
+            self.settled, self.capturing = before
+
+    def _set_sync_debug_mode(self, mode: str) -> None:
+        self.settled = mode == "error"
+
     def new_stream(self, device: Any = None) -> _Stream:
         self._next += 256
         return _Stream(torch.device("cuda", self._current if device is None else self._index(device)), AIR // 2 + self._next)
@@ -533,7 +550,9 @@ class FakeCuda:
             "is_available": lambda: True, "is_initialized": lambda: False, "synchronize": self._wait,
             "get_device_properties": self._property, "get_device_capability": lambda *_: (9, 0),
             "get_device_name": lambda *_: _Properties.name, "is_current_stream_capturing": self._is_capturing,
-            "_lazy_init": lambda: None,
+            "_lazy_init": lambda: None, "graph": self.graph, "CUDAGraph": _Graph, "manual_seed": lambda seed: None,
+            "set_sync_debug_mode": self._set_sync_debug_mode, "_sleep": lambda cycles: None,
+            "mem_get_info": lambda: (_Properties.total_memory, _Properties.total_memory), "memory_reserved": lambda: 0,
         }.items():  # fmt: skip
             patch(torch.cuda, name, value)
         for name in ("ops.pixel_rnn", "ops._autoregressive_inverse_cuda", "ops.invertible_conv1x1", "sampling.sampler"):

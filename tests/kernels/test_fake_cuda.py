@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import re
 from importlib import import_module
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("a GPU is visible, on which tests/gpu runs the same calls for real", allow_module_level=True)
 
 import genfast
 from tests.kernels import fake_cuda
@@ -52,6 +56,92 @@ def test_layers_steps_and_samplers_are_launched_as_a_gpu_takes_them():
     with fake_cuda.FakeCuda() as gpu:
         fake_cuda.check_cases(gpu)
     assert not gpu.problems, "\n".join(map(str, gpu.problems))
+
+
+# ---- the tests for a GPU, as far as they go without one ----
+
+ON_A_GPU = ["actnorm, ", "autoregressive_inverse, ", "row_lstm, ", "masked_linear, ", "ActNorm", "PixelCNN sampling, class"]
+
+
+@pytest.mark.parametrize("start", ON_A_GPU)
+def test_the_tests_of_capture_run(start, monkeypatch):
+    """All but what they compare: numbers there are none."""
+    from tests.gpu import test_capture as tests
+
+    label = next(label for label in tests.CALLS if label.startswith(start))
+    monkeypatch.setattr(tests, "close", lambda found, expected: None)
+    functions = [getattr(tests, name) for name in dir(tests) if name.startswith("test_")]
+    assert len(functions) == 4
+    with fake_cuda.FakeCuda() as gpu:
+        for function in functions:
+            function(label)
+    assert not gpu.problems, "\n".join(map(str, gpu.problems))
+    assert gpu.launches or gpu.engines
+
+
+def test_the_tests_of_capture_see_a_copy_from_the_host(monkeypatch):
+    from tests.gpu import test_capture as tests
+    from tests.kernels.capture_cases import Case
+
+    case = Case(lambda x: [x * torch.tensor([2.0], device="cuda")], [torch.zeros(3)], [])
+    monkeypatch.setitem(tests.CALLS, "copies", (None, lambda device: case._replace(inputs=[case.inputs[0].to(device)])))
+    monkeypatch.setattr(tests, "close", lambda found, expected: None)
+    with fake_cuda.FakeCuda() as gpu:
+        tests.test_a_replay_is_what_eager_gives("copies")
+        tests.test_the_current_stream_is_used_and_nothing_waits("copies")
+    assert [problem.what for problem in gpu.problems] == ["copies host to device in each call"]
+
+
+def test_the_cuda_sources_take_no_memory_and_wait_for_nothing():
+    sources = {p.name: p.read_text() for p in (fake_cuda.ROOT / "csrc" / "cuda").iterdir()}
+    assert len(sources) >= 6
+    for name, text in sources.items():
+        forbidden = re.findall(
+            r"cuda(?:Malloc|Free|HostAlloc|Memcpy|Memset|\w*Synchronize|StreamCreate|EventCreate)\w*|cudaStream_t\(0", text
+        )
+        assert not forbidden, (name, forbidden)
+        for launch in re.findall(r"<<<(.*?)>>>", text):
+            assert launch.count(",") >= 3, (name, launch)  # grid, block, shared memory, stream
+        assert text.count("cudaLaunchKernelEx(") == text.count("config.stream = "), name
+
+
+# ---- sizes that no test can hold ----
+
+
+def test_batches_beyond_an_axis_of_the_grid_are_refused(gpu):
+    x = torch.empty(65536, 4, 8, device="cuda")
+    for call in (lambda: genfast.ops.gram_matrix(x), lambda: genfast.ops.contextual_similarity(x, x)):
+        with pytest.raises(ValueError, match="a batch of 65536 samples, expected at most 65535 on a GPU"):
+            call()
+    genfast.ops.gram_matrix(x[1:])
+    assert not gpu.problems
+
+
+def wide_calls():
+    """More than 2^31 elements: as many samples, as one sample, and channels_last."""
+    empty = functools.partial(torch.empty, dtype=torch.float16, device="cuda")
+    for shape in ((70000, 4, 128, 128), (1, 4, 40000, 20000)):
+        for form in (torch.contiguous_format, torch.channels_last):
+            x = empty(shape, memory_format=form)
+            yield lambda x=x: genfast.ops.actnorm(x, empty(4), empty(4))
+            yield lambda x=x: genfast.ops.affine_coupling(x, x, scale="sigmoid")
+            yield lambda x=x: genfast.ops.bias_act(x, empty(4), act="lrelu")
+            yield lambda x=x: genfast.ops.gated_activation(x)
+            yield lambda x=x: genfast.ops.pixel_norm(x)
+            yield lambda x=x: genfast.ops.squeeze(x)
+            yield lambda x=x: genfast.ops.masked_conv2d(x, empty(4, 4, 3, 3), mask_type="B")
+            yield lambda x=x: genfast.ops.invertible_conv1x1(x, empty(4, 4).float())
+            yield lambda x=x: genfast.ops.upsample2d(x, torch.ones(4, device="cuda"))
+    yield lambda: genfast.ops.rational_quadratic_spline_packed(empty(2**26), empty(2**26, 35), 12, bound=3.0)
+    yield lambda: genfast.ops.gram_matrix(empty(2, 512, 2048, 2048))
+
+
+def test_grids_of_tensors_beyond_two_to_the_31_elements(gpu):
+    """That a grid holds them; that their offsets do is what the kernels' tests of 64-bit offsets are about."""
+    for call in wide_calls():
+        call()
+    assert not gpu.problems, "\n".join(map(str, gpu.problems))
+    assert len(gpu.launches) > 30
 
 
 # ---- what the harness sees ----
