@@ -26,10 +26,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in D
 
 @pytest.fixture(autouse=True)
 def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def like(dtype=torch.float32):
