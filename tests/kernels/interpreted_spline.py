@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
@@ -31,18 +30,6 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture(autouse=True)
-def _one_rounding(monkeypatch):
-    """Triton 3.6's interpreter rounds the product of a fused multiply-add too, which no GPU does."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def fma(self, x, y, z):
-        exact = x.data.astype(np.float64) * y.data + z.data  # of float32 numbers
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
