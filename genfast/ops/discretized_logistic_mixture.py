@@ -300,6 +300,7 @@ def discretized_logistic_mixture_sample(
         _check.floating(_SAMPLE, params=params)
         _mixtures(_SAMPLE, params.shape, channels, levels)
         shape = (params.shape[0], 1 + channels, *params.shape[2:])
-        uniforms = torch.rand(shape, generator=generator, device=params.device)
+        where = params.device if generator is None else generator.device
+        uniforms = torch.rand(shape, generator=generator, device=where).to(params.device)
     result: Tensor = OP_SAMPLE(params.detach(), uniforms.detach(), channels, levels, float(temperature))
     return result

@@ -163,7 +163,8 @@ def interpolate(
     if epsilon is None:
         _check_pair(real, fake)
         dtype = real.dtype if real.element_size() >= 4 else torch.float32
-        epsilon = torch.rand(real.shape[0], generator=generator, dtype=dtype, device=real.device)
+        where = real.device if generator is None else generator.device
+        epsilon = torch.rand(real.shape[0], generator=generator, dtype=dtype, device=where).to(real.device)
     elif generator is not None:
         raise ValueError(f"{_NAME}: both epsilon and generator are given, expected one of them")
     if isinstance(real, Tensor) and real.dim() == 1 and isinstance(fake, Tensor) and fake.dim() == 1:

@@ -8,7 +8,7 @@ import torch
 import genfast
 from genfast import ops
 from genfast._registry import OPS
-from genfast._verify import errors
+from genfast._verify import _prepared, errors
 from tests.conftest import SAMPLE_IDS, SAMPLES
 from tests.kernels import flow_cases as cases
 from tests.kernels.flow_cases import COUPLINGS, DTYPES, FORMS, FORWARD, GRADIENT
@@ -174,12 +174,7 @@ def test_compiled_equals_eager():
 
 @triton_samples
 def test_opcheck(op, sample):
-    args = [a.to(GPU, torch.float32) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in sample.args]
-    args = [a.to(GPU) if isinstance(a, torch.Tensor) else a for a in args]
-    for i, a in enumerate(args):
-        if isinstance(a, torch.Tensor) and a.is_floating_point():
-            a.requires_grad_(i not in sample.constant)
-    torch.library.opcheck(op.overload, tuple(args))
+    torch.library.opcheck(op.overload, tuple(_prepared(sample, torch.float32, "cuda")))
 
 
 def test_cuda_tensors_prefer_the_kernels():
@@ -189,3 +184,13 @@ def test_cuda_tensors_prefer_the_kernels():
     with genfast.backend("reference"):
         expected = ops.affine_coupling(x, params)
     torch.testing.assert_close(ops.affine_coupling(x, params), expected)
+
+
+@pytest.mark.parametrize("draw", [
+    lambda g, **on: ops.interpolate(torch.zeros(9, 2, **on), torch.ones(9, 2, **on), generator=g),
+    lambda g, **on: ops.discretized_logistic_mixture_sample(torch.zeros(3, 100, 4, **on), generator=g),
+], ids=["interpolate", "discretized_logistic_mixture_sample"])  # fmt: skip
+def test_a_generator_of_the_cpu_draws_the_same_for_the_gpu(draw):
+    expected, found = (draw(torch.Generator().manual_seed(3), device=where) for where in ("cpu", "cuda"))
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected)

@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +23,9 @@ FAMILIES = ["affine_coupling", "actnorm", "channel_mix", "squeeze", "gated_activ
 
 
 PENALTY = ["interpolate", "sample_norm", "spectral_norm", "minibatch_discrimination", "64_bit"]
+
+# Triton 3.6's interpreter makes scalars of arrays of one element, which NumPy 2.4 refuses; 3.9's does not.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
 
 RUNS = [
     *((f, "interpreted") for f in FAMILIES),
@@ -50,6 +54,7 @@ def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(OLD, reason=f"the interpreter of triton {triton.__version__} needs numpy below 2.4")
 @pytest.mark.parametrize("run", RUNS, ids=[f"{family}-{file}" for family, file in RUNS])
 def test_interpreted(run):
     done = _run(*run)
