@@ -281,6 +281,36 @@ def test_findings_belong_to_the_call_they_are_in():
     assert found["nade, triton, one, dense"]["first"] == "the call did not end"
 
 
+def test_the_sanitizer_goes_on_after_a_call_that_ends_its_process(tmp_path, monkeypatch, capsys):
+    names = [
+        "actnorm, triton, 4-D, dense",
+        "squeeze, triton, by 2, dense",
+        "nade, triton, one, dense",
+        "bias_act, triton, x, dense",
+    ]
+    monkeypatch.setattr(gpu_check, "tool", lambda name: name)
+    monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 2)
+    last = f"sanitize: {names[3]}\nsanitize: done\n========= ERROR SUMMARY: 0 errors\n"
+    says = {f"{kind}_0_{i + 1}": {"log": log, "status": i} for kind in ("memcheck",) for i, log in enumerate((SANITIZED, last))}
+    whole = "".join(f"sanitize: {name}\nsanitize: done\n" for name in names)
+    runner = Pretend(
+        sanitizer={"log": "\n".join(names)}, racecheck_0_1={"log": f"{whole}========= RACECHECK SUMMARY: 0"}, **says
+    )
+    one = check(tmp_path, runner)
+    assert gpu_check.perform(one, ["sanitizer"]) == 1
+    assert [c[c.index("--skip") + 1] for c in runner.commands if "memcheck" in c] == ["0", "3"]
+    calls = {(c["tool"], c["call"]): c["errors"] for c in one.checks["sanitizer"]["calls"]}
+    assert len(calls) == 8
+    assert [calls["memcheck", name] for name in names] == [0, 2, 1, 0]
+    assert sum(n for (tool, _), n in calls.items() if tool == "racecheck") == 0
+    assert "sanitizer: memcheck: squeeze, triton, by 2, dense: 2, Invalid __global__ read" in capsys.readouterr().out
+    assert gpu_check.sanitized(one.checks["sanitizer"], {"actnorm"}) == ("memcheck clean, racecheck clean", True)
+    assert gpu_check.sanitized(one.checks["sanitizer"], {"squeeze"})[1] is False
+    runner.says["racecheck_0_1"] = {"log": whole + "Device not supported"}
+    assert gpu_check.perform(one, ["sanitizer"]) == 1
+    assert "racecheck did not watch" in capsys.readouterr().out
+
+
 STEP = "_ZN7genfast4cuda46_GLOBAL__N__15eac8a0_10_pixel_step_cu_5195523f10pixel_stepEPKf"
 PTXAS = f"""ptxas info    : Compiling entry function '{STEP}' for 'sm_90'
 ptxas info    : Function properties for {STEP}
