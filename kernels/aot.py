@@ -1,8 +1,8 @@
 """Compiles every Triton kernel ahead of time, without a GPU: ``python -m genfast.kernels.aot [--arch 80 90 100 gfx942]``.
 
 Each kernel file lists its variants in ``AOT``. Prints registers a thread, shared memory and spilled bytes of each, as they
-stand in the binary, and exits with 1 if one does not compile, spills, or is in no file's list. A kernel here has no arrays of
-its own, so whatever stack a thread has is spilled registers.
+stand in the binary, and exits with 1 if one does not compile, spills, computes in float64, or is in no file's list. A kernel
+here has no arrays of its own, so whatever stack a thread has is spilled registers.
 
 gfx942 is AMD's, with 512 vector registers and 64 KB of shared memory; a limit on registers is NVIDIA's alone, and a spill there
 is listed and no failure, since nothing there has been tuned.
@@ -119,14 +119,15 @@ def compile_one(job: tuple[str, int, str]) -> Report:
     source = ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants, attrs=attrs)
     warnings.simplefilter("ignore")
     try:
+        options = {name: value for name, value in v.options.items() if not (amd(arch) and name == "maxnreg")}
+        compiled = triton.compile(source, target=target(arch), options=options)
+        if "f64" in compiled.asm["ttir"]:  # none is meant to: a constant that float32 does not hold makes it so unseen
+            return report._replace(error="computes in float64")
         if amd(arch):
-            options = {name: value for name, value in v.options.items() if name != "maxnreg"}
-            compiled = triton.compile(source, target=target(arch), options=options)
             registers, spilled = _amd_resources(compiled.asm["amdgcn"])
             if compiled.metadata.shared > 65536:
                 return report._replace(error=f"needs {compiled.metadata.shared} bytes of shared memory, of 65536")
         else:
-            compiled = triton.compile(source, target=target(arch), options=v.options)
             with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
                 binary.write(compiled.asm["cubin"])
                 binary.flush()

@@ -400,7 +400,7 @@ def _share(
         u = tl.load(grad + b * won + at, mask=there, other=0).to(tl.float32) * a
         if PRIOR:
             u *= 1.0 - weight
-        t = 1.0 - (tl.log(tl.maximum(a, 1e-38)) + of_log[:, None]) / scale
+        t = 1.0 - (tl.log(tl.maximum(a, 2e-38)) + of_log[:, None]) / scale
         t = tl.maximum(t, (least / r)[:, None])
         of_u += tl.sum(u, axis=1)
         of_ut += tl.sum(u * t, axis=1)

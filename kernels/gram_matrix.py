@@ -167,19 +167,27 @@ def _join(
 
 
 @triton.jit
-def _of(values, starts, LAYERS: tl.constexpr):
-    """The value for this program's layer; a layer's programs follow its start, which is coded as ``_coded`` says."""
+def _of(values, starts, LAYERS: tl.constexpr, ALIGNED: tl.constexpr = 1):
+    """The value for this program's layer; a layer's programs follow its start, which is coded as ``_coded`` says.
+
+    ALIGNED divides it: told here and not to the caller, since Triton 3.6 forgets what is told of a call's result.
+    """
     program = tl.program_id(0) * 2 + 3
     found = values[0]
     for layer in tl.static_range(1, LAYERS):
         found = tl.where(program >= starts[layer], values[layer], found)
+    if ALIGNED > 1:
+        found = tl.multiple_of(found, ALIGNED)
     return found
 
 
 @triton.jit
-def _number(values, starts, LAYERS: tl.constexpr):
+def _number(values, starts, LAYERS: tl.constexpr, ALIGNED: tl.constexpr = 1):
     """As _of, of numbers that ``_coded`` made."""
-    return (_of(values, starts, LAYERS) - 3) >> 1
+    found = (_of(values, starts, LAYERS) - 3) >> 1
+    if ALIGNED > 1:
+        found = tl.multiple_of(found, ALIGNED)
+    return found
 
 
 @triton.jit
@@ -190,21 +198,13 @@ def _gram_layers(
 ):  # fmt: skip
     """One part of a tile of a layer. ALIGNED divides all strides and the extent of the axis whose stride is 1."""
     n = tl.program_id(1).to(tl.int64)
-    x = _of(f, starts, LAYERS)
-    C = _number(channels, starts, LAYERS)
-    S = _number(positions, starts, LAYERS)
-    n_stride = _number(n_strides, starts, LAYERS)
-    stride = _number(strides, starts, LAYERS)
+    x = _of(f, starts, LAYERS, 16 if ALIGNED > 1 else 1)
+    C = _number(channels, starts, LAYERS, ALIGNED if LAST else 1)
+    S = _number(positions, starts, LAYERS, 1 if LAST else ALIGNED)
+    n_stride = _number(n_strides, starts, LAYERS, ALIGNED)
+    stride = _number(strides, starts, LAYERS, ALIGNED)
     parts = _number(splits, starts, LAYERS)
     length = _number(steps, starts, LAYERS)
-    if ALIGNED > 1:
-        x = tl.multiple_of(x, 16)
-        n_stride = tl.multiple_of(n_stride, ALIGNED)
-        stride = tl.multiple_of(stride, ALIGNED)
-        if LAST:
-            C = tl.multiple_of(C, ALIGNED)
-        else:
-            S = tl.multiple_of(S, ALIGNED)
     x += n * n_stride
     rest = tl.program_id(0) - _number(starts, starts, LAYERS)
     tile = rest // parts

@@ -136,10 +136,10 @@ def _options(block: int, far: bool) -> dict[str, int]:
     return {"num_warps": 4 if small else 8, "num_stages": 2, "maxnreg": 255 if far else 168 if small else 128}
 
 
-def _mix_tile(channels: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Output channels and positions of a tile."""
+def _mix_tile(channels: int, dtype: torch.dtype, far: bool) -> tuple[int, int]:
+    """Output channels and positions of a tile; offsets of 64 bits take registers that sums would have."""
     block = min(128, max(16, triton.next_power_of_2(channels)))
-    if dtype is torch.float32:
+    if dtype is torch.float32 or far:
         return block, 32 if block == 128 else 64
     return block, 128 if block < 64 else 64
 
@@ -162,9 +162,9 @@ def _launch_mix(
     channels, out = weight.shape[0], view(y)
     a, b, has_a, has_b = _pair(x, x_b, out)
     rest = view(y_b) if y_b.shape[1] else out
-    block_o, block_p = _mix_tile(channels, y.dtype)
-    o_tiles = cdiv(channels, block_o)
     far = _far(a, b, out, rest)
+    block_o, block_p = _mix_tile(channels, y.dtype, far)
+    o_tiles = cdiv(channels, block_o)
     exact = weight.dtype is not y.dtype and y.dtype is not torch.float32 and not wide(y)
     _mix[(cdiv(out.n * out.s, block_p) * o_tiles,)](
         a.data, b.data, weight, weight if bias is None else bias.contiguous(), y, y_b, *a.strides, *b.strides, *out.strides,
@@ -270,13 +270,13 @@ def _variants() -> list[Aot]:
                         continue
                     base = absent | dict(PRECISION=how, FAR=ones is None)
                     label = f"{channels} channels {kind} {how}{form}"
-                    o, p = _mix_tile(channels, dtype)
+                    o, p = _mix_tile(channels, dtype, ones is None)
                     mix = dict(HAS_A=True, HAS_B=True, SPLIT=True, BIAS=True, BLOCK_O=o, BLOCK_P=p, BLOCK_K=_DEPTH)
                     add(label, _mix, kind, "fp32", ones, o, EXACT=kind != "fp32", **mix, **base)
                     o, p = _grad_tile(channels, dtype)
                     grad = dict(HAS_D=True, HAS_D_B=True, HAS_B=True, BLOCK=o, BLOCK_P=p)
                     add(label, _weight_grad, kind, "fp32", ones, o, **grad, **base)
-        o, p = _mix_tile(48, dtype)
+        o, p = _mix_tile(48, dtype, False)
         mix = dict(HAS_A=True, HAS_B=False, SPLIT=False, BIAS=False, BLOCK_O=o, BLOCK_P=p, BLOCK_K=_DEPTH)
         add(f"48 channels {kind} whole", _mix, kind, kind, rows, o, EXACT=False, PRECISION="ieee", **mix, **absent)
         add(f"sums to {kind}", _finish, kind, kind, ("wi",), 16, BLOCK_E=64, BLOCK_R=32)

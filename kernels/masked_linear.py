@@ -106,7 +106,7 @@ def _product(
         total = tl.dot(value, w, total, input_precision=PRECISION)
     into = o
     if not SORTED:
-        into = tl.load(order + o, mask=o < width, other=0)
+        into = tl.load(order + o, mask=o < width, other=0).to(tl.int32)
     if BIAS:
         total += tl.load(bias + into, mask=o < width, other=0).to(tl.float32)[None, :]
     if RELU:

@@ -73,6 +73,13 @@ def _clip(logits, at, known, scale, limit, ZUKO: tl.constexpr):
 
 
 @triton.jit
+def _at(i, row, j, step):
+    """Where logits j of elements i are. Threads are to walk along elements, which Triton 3.9 chooses by itself and 3.6 does
+    not: so they are said to lie together in pairs, and not to be aligned, lest two be loaded as one."""
+    return tl.max_contiguous(tl.multiple_of((i * row)[None, :] + j * step, (1, 1)), (1, 2))
+
+
+@triton.jit
 def _weights(logits, at, known, live, scale, limit, ZUKO: tl.constexpr):
     """e^(logit - largest), 0 beyond the last bin: bins are axis 0."""
     raw, _ = _clip(logits, at, known, scale, limit, ZUKO)
@@ -189,12 +196,12 @@ def _forward(
     there = i < N
     known = (j < BINS) & there[None, :]
     value = tl.load(x + i, mask=there, other=0).to(tl.float32)
-    e = _weights(first, (i * first_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    e = _weights(first, _at(i, first_row, j, step), known, j < BINS, scale, limit, ZUKO)
     k, part, total, _, own = _part(
         value, e, j, low, low_rest, first_least, first_least_rest, first_free, first_free_rest, BINS, ZUKO
     )
     extent = first_least + first_free * own / total
-    e = _weights(second, (i * second_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    e = _weights(second, _at(i, second_row, j, step), known, j < BINS, scale, limit, ZUKO)
     second_free = second_free / tl.sum(e, axis=0)
     before, own = _sums(e, j, k)
     to = second_low + (second_least * k + second_free * before)
@@ -234,7 +241,7 @@ def _logit_grad(
     g = tl.where(j < k[None, :], by_start[None, :], tl.where(j == k[None, :], by_size[None, :], 0.0)) - mean[None, :]
     by_logit = scale
     if ZUKO:
-        _, by_logit = _clip(logits, (i * row)[None, :] + j * step, known, scale, limit, ZUKO)
+        _, by_logit = _clip(logits, _at(i, row, j, step), known, scale, limit, ZUKO)
     g = tl.where(outside[None, :], 0.0, e * g * ((free / total)[None, :] * by_logit))
     tl.store(grad + (i * grad_row)[None, :] + j, g.to(grad.dtype.element_ty), mask=known)
 
@@ -261,11 +268,11 @@ def _backward(
     if HAS_LOGDET:
         gl = tl.load(grad_logdet + i, mask=there, other=0).to(tl.float32)
     outside = _outside(value, low, high, ZUKO)
-    e = _weights(first, (i * first_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    e = _weights(first, _at(i, first_row, j, step), known, j < BINS, scale, limit, ZUKO)
     k, part, total, before, own = _part(
         value, e, j, low, low_rest, first_least, first_least_rest, first_free, first_free_rest, BINS, ZUKO
     )
-    f = _weights(second, (i * second_row)[None, :] + j * step, known, j < BINS, scale, limit, ZUKO)
+    f = _weights(second, _at(i, second_row, j, step), known, j < BINS, scale, limit, ZUKO)
     second_total = tl.sum(f, axis=0)
     second_before, second_own = _sums(f, j, k)
     extent = first_least + first_free * own / total
@@ -352,6 +359,11 @@ def _block(bins: int) -> tuple[int, int]:
     return 32 * HELD // triton.next_power_of_2(bins), 1
 
 
+def _registers(bins: int, far: bool) -> dict[str, int]:
+    """Of the backward: with few bins the assembler aims at fewer registers than it needs, and spills."""
+    return {"maxnreg": 128} if bins <= 8 and not far else {}
+
+
 def _pair(v: float) -> tuple[float, float]:
     """v in float32, and what that lost."""
     high = struct.unpack("f", struct.pack("f", v))[0]
@@ -421,6 +433,7 @@ def _launch_backward(
             x if grad_y is None else _flat(grad_y), x if grad_logdet is None else _flat(grad_logdet), x, *logits, dx, *into,
             *steps, *grad_steps, 1, n, *first, *rest, HAS_Y=grad_y is not None,
             HAS_LOGDET=grad_logdet is not None, BLOCK_D=triton.next_power_of_2(parameters[2].shape[-1]), **constants,
+            **_registers(bins, constants["FAR"]),
         )  # fmt: skip
     return dx
 
@@ -455,13 +468,13 @@ def _variants() -> list[Aot]:
         )  # fmt: skip
         count = {"linear": bins - 1, "circular": bins, "none": bins + 1}[tails]
         back = base | dict(HAS_Y=True, HAS_LOGDET=True, BLOCK_D=triton.next_power_of_2(count))
-        for kernel, constants in ((_forward, base), (_backward, back)):
+        for kernel, constants, launch in ((_forward, base, {}), (_backward, back, _registers(bins, far))):
             sizes = [name for name in kernel.arg_names if name.endswith("_row") or name == "step"]
             types = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("first_row")], f"*{kind}")
             types |= dict.fromkeys([name for name in types if name.endswith("logdet")], "*fp32")
             floats = kernel.arg_names[kernel.arg_names.index("low") : kernel.arg_names.index("BINS")]
             types |= dict.fromkeys(floats, "fp32") | dict.fromkeys(sizes, "i64" if far else "i32")
-            found.append(variant(f"{label} {kind}", kernel, types, constants, None if far else (), num_warps=warps))
+            found.append(variant(f"{label} {kind}", kernel, types, constants, None if far else (), num_warps=warps, **launch))
 
     for zuko in (False, True):
         for inverse in (False, True):

@@ -80,8 +80,8 @@ def _shift(padding: int, up: int) -> tuple[int, int]:
 
 
 def _options(elements: int, far: bool, taps: int) -> dict[str, int]:
-    """Taps along W are unrolled, and many of them need the registers that 64-bit addresses do."""
-    return options(elements, far or taps > 8, scattered=True)
+    """Taps along W are unrolled, and many of them need all the registers that there are."""
+    return options(elements, far, scattered=True) | ({"maxnreg": 255} if taps > 8 else {})
 
 
 def _launch(

@@ -228,8 +228,8 @@ class MADE(nn.Module):
             raise ValueError(
                 f"{name}: context has shape {tuple(context.shape)}, expected {(x.shape[0], self.context_features)}"
             )
-        first, *middle = self._masked()
-        last = middle.pop() if middle else None
+        layers = list(self._masked())
+        first, middle, last = layers[0], layers[1:-1], layers[-1] if len(layers) > 1 else None
         inner = self.activation if last is not None and not self.residual else "none"
         if context is None or self.context is None:
             h = first(x, inner)

@@ -231,7 +231,12 @@ def test_doctests_of_the_package_run():
     for info in pkgutil.walk_packages(genfast.__path__, "genfast."):
         if ".kernels" in info.name or info.name.endswith(("__main__", "_cpu", "_cuda")):
             continue
-        module = importlib.import_module(info.name)
+        try:
+            module = importlib.import_module(info.name)
+        except ModuleNotFoundError as error:
+            if error.name not in ("nflows", "normflows", "zuko"):
+                raise
+            continue  # the integration of a peer that is not installed
         finder = doctest.DocTestFinder(exclude_empty=True)
         for test in finder.find(module, globs={}):
             if test.examples:
