@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gpu_check, readme_table
 from benchmarks.gpu_check import Check, Done
-from genfast import _verify
+from genfast import _registry, _verify
 
 DEVICE = {"name": "NVIDIA H200", "capability": [9, 0], "torch": "2.11.0"}
 ROW = {"device": "cuda", "forward": 1e-7, "backward": 1e-7, "excess": 0.1, "worst": "x", "samples": 3, "error": ""}
@@ -162,7 +162,8 @@ def test_what_a_part_leaves_goes_to_the_next(tmp_path, monkeypatch):
     for name in ("verify", "tests"):
         monkeypatch.setattr(one, name, lambda seconds, name=name: given.setdefault(name, seconds) and "")
     gpu_check.perform(one, ["verify", "tests"])
-    assert given["verify"] == pytest.approx(240)
+    shares = gpu_check.SHARES
+    assert given["verify"] == pytest.approx(480 * shares["verify"] / (shares["verify"] + shares["tests"]))
     assert given["tests"] == pytest.approx(480, abs=1)
 
 
@@ -381,6 +382,55 @@ def test_a_kernel_that_crashes_hangs_or_spoils_costs_its_row_alone(monkeypatch):
     assert rows["hang"].error == "no answer in 2 s"
     assert len({rows[op].worst for op in "abcd"}) == 4
     assert list(_verify.in_children(tasks, 0, True, 2, time.monotonic() - 1)) == []
+
+
+def test_odd_shapes_find_a_kernel_that_takes_all_for_dense(monkeypatch):
+    import torch
+
+    op = _registry.OPS["actnorm"]
+
+    def dense(x, *rest):
+        return op.reference(x.as_strided(x.shape, torch.empty(x.shape).stride()), *rest)
+
+    monkeypatch.setitem(op.kernels, "cpu", dense)
+    task = _verify.Task("actnorm", "cpu", "cpu", "float32")
+    assert _verify.row(task, 0, False).passed
+    found = _verify.row(task, 0, True)
+    assert not found.passed
+    assert found.worst.endswith(("strided", "channels_last"))
+
+    def broken(*args):
+        raise RuntimeError("launch failed\nand more")
+
+    monkeypatch.setitem(op.kernels, "cpu", broken)
+    found = _verify.row(task, 0, False)
+    assert not found.passed
+    assert found.error == "RuntimeError: launch failed"
+
+
+def test_where_plain_pytorch_loses_much_a_kernel_may_lose_a_little_more(monkeypatch):
+    import torch
+
+    op, call = _registry.OPS["actnorm"], (None, "dense")
+    plain = [(0.0, 0.0)]
+    monkeypatch.setattr(_verify, "errors", lambda *args: plain[0])
+    assert _verify.excess((2e-6, 1e-5), op, call, torch.float32) == pytest.approx(1)
+    assert _verify.excess((4e-6, 0.0), op, call, torch.float32) == pytest.approx(2)
+    plain[0] = (1e-6, 0.0)
+    assert _verify.excess((8e-6, 0.0), op, call, torch.float32) == pytest.approx(0.5)
+    assert _verify.excess((0.0, 1e-3), op, call, torch.float32) == pytest.approx(100)
+    plain[0] = (0.0, 0.5)
+    assert _verify.excess((0.0, 0.6), op, call, torch.float32) == 0  # nothing can be told
+
+
+def test_every_op_has_odd_shapes():
+    import torch
+
+    for op in _registry.OPS.values():
+        if op.samples is not None and op.name not in ("plu_weight", "style_loss_layers"):  # a square, and lists
+            kinds = {s.label.split(", ")[-1] for s, _ in _verify.odd(op, list(op.samples(torch.Generator().manual_seed(0))))}
+            assert {"strided", "batch of 1"} <= kinds, op.name
+            assert kinds & {"empty batch", "batch of 37"}, op.name
 
 
 def test_verify_in_children_keeps_its_rows_and_names_what_it_left_out(tmp_path, capsys):
