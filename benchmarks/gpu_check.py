@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 SHARES = {"build": 0.13, "verify": 0.2, "tests": 0.25, "sanitizer": 0.14, "benchmarks": 0.25, "table": 0.03}
 PARTS = (*list(SHARES)[:-1], "tune", "table")
 UNRUN = "not yet run on a GPU"
-BATCH = 60  # tests of a process
+BATCH = 120  # tests of a process
 LATE = "its time was over"
 HANGS = 150.0  # seconds without a word after which a test is ended
 # What is imported, what pip calls it, and what for.
