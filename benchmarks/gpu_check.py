@@ -341,7 +341,7 @@ def summary(report: Mapping[str, Any], of: Mapping[str, Sequence[str]]) -> tuple
 def verified(found: Mapping[str, Any], ops: Sequence[str]) -> tuple[str, bool]:
     """The dtypes in which every op passes on a kernel of ours, or what does not; whether that is all."""
     if not ops:
-        return "by its tests", True
+        return "see its tests", True
     rows = [r for r in found.get("rows", []) if r["op"] in ops]
     left = sum(r["op"] in ops for r in found.get("left_out", []))
     failed = [f"{r['op']} {r['backend']} {r['dtype']}" for r in rows if not r["passed"]]
