@@ -40,10 +40,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Of the minutes. What a part does not use, the next may.
-SHARES = {"build": 0.18, "verify": 0.2, "tests": 0.2, "sanitizer": 0.14, "benchmarks": 0.25, "table": 0.03}
+SHARES = {"build": 0.13, "verify": 0.2, "tests": 0.25, "sanitizer": 0.14, "benchmarks": 0.25, "table": 0.03}
 PARTS = (*list(SHARES)[:-1], "tune", "table")
 UNRUN = "not yet run on a GPU"
-BATCH = 60  # tests of a process
+BATCH = 120  # tests of a process
 LATE = "its time was over"
 HANGS = 150.0  # seconds without a word after which a test is ended
 # What is imported, what pip calls it, and what for.
@@ -70,8 +70,10 @@ MADE_UP = {
     "power.draw": "120.00",
 }  # fmt: skip
 PROBE = """
-import json, torch
+import importlib.metadata, importlib.util, json, platform, torch
 found = {"torch": torch.__version__, "cuda": torch.version.cuda, "available": torch.cuda.is_available()}
+found |= {"python": platform.python_version()}
+found |= {"triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None}
 if found["available"]:
     p = torch.cuda.get_device_properties(0)
     found |= {"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory, "l2": p.L2_cache_size,
@@ -250,7 +252,8 @@ def findings(text: str) -> dict[str, dict[str, Any]]:
             if line.startswith("sanitize: raised") and not found[now]["first"]:
                 found[now] |= {"errors": found[now]["errors"] + 1, "first": line.removeprefix("sanitize: raised ")}
         elif (
-            re.match(r"=+ (Invalid|Misaligned|Program hit|Error:|Warning:|Race|Potential|Uninit|Barrier|Unknown)", line) and now
+            re.match(r"=+ (Invalid|Misaligned|Program hit|Error:|Warning: Race|Race|Potential|Uninit|Barrier|Unknown)", line)
+            and now
         ):
             found[now]["errors"] += 1
             found[now]["first"] = found[now]["first"] or line.lstrip("= ")
@@ -338,7 +341,7 @@ def summary(report: Mapping[str, Any], of: Mapping[str, Sequence[str]]) -> tuple
 def verified(found: Mapping[str, Any], ops: Sequence[str]) -> tuple[str, bool]:
     """The dtypes in which every op passes on a kernel of ours, or what does not; whether that is all."""
     if not ops:
-        return "by its tests", True
+        return "see its tests", True
     rows = [r for r in found.get("rows", []) if r["op"] in ops]
     left = sum(r["op"] in ops for r in found.get("left_out", []))
     failed = [f"{r['op']} {r['backend']} {r['dtype']}" for r in rows if not r["passed"]]
@@ -432,7 +435,8 @@ class Check:
             self.report = json.loads(self.out.read_text())
         self.checks: dict[str, Any] = self.report.setdefault("gpu_check", {})
         self.env = {
-            "TRITON_CACHE_DIR": str(self.folder / "triton"), "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
+            "TRITON_CACHE_DIR": str(self.folder / "triton"), "TRITON_INTERPRET": "0", "GENFAST_BACKEND": "",
+            "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
                 p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p
             ),
         }  # fmt: skip
@@ -619,9 +623,14 @@ class Check:
         if program is None:
             return "all: compute-sanitizer was not found"
         deadline, parts = time.monotonic() + seconds, max(1, min(8, (os.cpu_count() or 2) // 2))
+        listed = self.python("sanitizer", "tests.gpu.sanitize", "--list", seconds=seconds)
+        names = listed.text.strip().splitlines()
+        if listed.status:
+            self.fail(f"sanitizer: {listed.last()}")
+            return "all"
         jobs = [(kind, i) for i in range(parts) for kind in ("memcheck", "racecheck")]
         with ThreadPoolExecutor(len(jobs)) as pool:
-            found = list(pool.map(lambda job: self.sanitize(program, *job, parts, deadline), jobs))
+            found = list(pool.map(lambda job: self.sanitize(program, *job, parts, names[job[1] :: parts], deadline), jobs))
         calls = [c for some, _ in found for c in some]
         late = sum(n for _, n in found)
         before = self.checks.get("sanitizer", {"calls": []})
@@ -632,26 +641,25 @@ class Check:
         self.note(f"{sum(not c['errors'] for c in calls)} of {len(calls)} calls clean")
         return f"{late} calls" if late else ""
 
-    def sanitize(self, program: str, kind: str, i: int, parts: int, deadline: float) -> tuple[list[dict[str, Any]], int]:
+    def sanitize(
+        self, program: str, kind: str, i: int, parts: int, names: Sequence[str], deadline: float
+    ) -> tuple[list[dict[str, Any]], int]:
         """One share of the calls under one tool, in one process after another; (what was found, how many were left out)."""
-        own = self.python(f"{kind}-{i}-list", "tests.gpu.sanitize", "--list", "--part", f"{i}/{parts}", seconds=120)
-        names = own.text.strip().splitlines() if own.status == 0 else []
         found: dict[str, dict[str, Any]] = {}
         attempt = 0
         while len(found) < len(names) and time.monotonic() < deadline:
             attempt += 1
-            command = [
-                program, "--tool", kind, "--report-api-errors", "no", "--print-limit", "5", sys.executable, "-m",
-                "tests.gpu.sanitize", "--part", f"{i}/{parts}", "--skip", str(len(found)),
-            ]  # fmt: skip
+            options = ["--tool", kind, "--print-limit", "5"] + ["--report-api-errors", "no"] * (kind == "memcheck")
+            command = [program, *options, sys.executable, "-m", "tests.gpu.sanitize", "--part", f"{i}/{parts}"]
             # Without PyTorch's own blocks of memory, which hide what is beyond a tensor's end.
             env = {**self.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            done = self.run(command, self.folder / f"{kind}-{i}-{attempt}.log", deadline - time.monotonic(), env)
+            log = self.folder / f"{kind}-{i}-{attempt}.log"
+            done = self.run([*command, "--skip", str(len(found))], log, deadline - time.monotonic(), env)
             some = findings(done.text)
             if done.status is None:  # ended in the middle of the last one, which tells nothing
                 some = {name: at for name, at in some.items() if at["ended"]}
-            if not some and done.status is not None:
-                self.fail(f"sanitizer: {kind}: {done.last()}")
+            elif not some or "SUMMARY" not in done.text and not any(at["errors"] for at in some.values()):
+                self.fail(f"sanitizer: {kind} did not watch: {done.last()}")  # a device that it does not support, say
                 break
             found |= some
         calls = [{"tool": kind, "call": name, "errors": at["errors"], "first": at["first"]} for name, at in found.items()]
@@ -675,7 +683,7 @@ class Check:
         for f in self.report.get("failed", []):
             self.fail(f"benchmarks: {f['case']}: {f['error'].splitlines()[0]}")
         self.note(f"{len(self.report['cases'])} cases; log in {done.log}")
-        return "; ".join(self.report.get("left_out", [])) or ("the rest" if done.status is None else "")
+        return "; ".join([*self.report.get("left_out", []), *["the rest, since they were ended"] * (done.status is None)])
 
     def add(self, new: dict[str, Any]) -> None:
         """The benchmarks' results among those that there are; a case measured now has neither failed nor been left out."""

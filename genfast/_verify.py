@@ -303,9 +303,7 @@ class _Children:
         if self.child is None:
             self.said.seek(0)
             self.said.truncate()
-            self.child = subprocess.Popen(
-                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
-            )
+            self.child = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True)
         child, late = self.child, threading.Event()
         assert child.stdin is not None
         assert child.stdout is not None
@@ -430,7 +428,8 @@ def run(
 
     def rows() -> Iterator[Row]:
         for where in dict.fromkeys(task.device for task in wanted):
-            some = [task for task in wanted if task.device == where]
+            # Kernels before the reference, whose rows are those to spare where time is short.
+            some = sorted((task for task in wanted if task.device == where), key=lambda task: task.backend == "reference")
             odd_here = where == "cuda" if odd_shapes is None else odd_shapes
             if jobs is None and where == "cpu":
                 for task in some:

@@ -119,12 +119,11 @@ def compile_one(job: tuple[str, int, str]) -> Report:
     source = ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants, attrs=attrs)
     warnings.simplefilter("ignore")
     try:
-        amds = amd(arch)
-        options = {name: value for name, value in v.options.items() if not (amds and name == "maxnreg")}
+        options = {name: value for name, value in v.options.items() if not (amd(arch) and name == "maxnreg")}
         compiled = triton.compile(source, target=target(arch), options=options)
         if "f64" in compiled.asm["ttir"]:  # none is meant to: a constant that float32 does not hold makes it so unseen
             return report._replace(error="computes in float64")
-        if amds:
+        if amd(arch):
             registers, spilled = _amd_resources(compiled.asm["amdgcn"])
             if compiled.metadata.shared > 65536:
                 return report._replace(error=f"needs {compiled.metadata.shared} bytes of shared memory, of 65536")

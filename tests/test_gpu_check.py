@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gpu_check, readme_table
 from benchmarks.gpu_check import Check, Done
-from genfast import _verify
+from genfast import _registry, _verify
 
 DEVICE = {"name": "NVIDIA H200", "capability": [9, 0], "torch": "2.11.0"}
 ROW = {"device": "cuda", "forward": 1e-7, "backward": 1e-7, "excess": 0.1, "worst": "x", "samples": 3, "error": ""}
@@ -162,7 +162,8 @@ def test_what_a_part_leaves_goes_to_the_next(tmp_path, monkeypatch):
     for name in ("verify", "tests"):
         monkeypatch.setattr(one, name, lambda seconds, name=name: given.setdefault(name, seconds) and "")
     gpu_check.perform(one, ["verify", "tests"])
-    assert given["verify"] == pytest.approx(240)
+    shares = gpu_check.SHARES
+    assert given["verify"] == pytest.approx(480 * shares["verify"] / (shares["verify"] + shares["tests"]))
     assert given["tests"] == pytest.approx(480, abs=1)
 
 
@@ -281,6 +282,36 @@ def test_findings_belong_to_the_call_they_are_in():
     assert found["nade, triton, one, dense"]["first"] == "the call did not end"
 
 
+def test_the_sanitizer_goes_on_after_a_call_that_ends_its_process(tmp_path, monkeypatch, capsys):
+    names = [
+        "actnorm, triton, 4-D, dense",
+        "squeeze, triton, by 2, dense",
+        "nade, triton, one, dense",
+        "bias_act, triton, x, dense",
+    ]
+    monkeypatch.setattr(gpu_check, "tool", lambda name: name)
+    monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 2)
+    last = f"sanitize: {names[3]}\nsanitize: done\n========= ERROR SUMMARY: 0 errors\n"
+    says = {f"{kind}_0_{i + 1}": {"log": log, "status": i} for kind in ("memcheck",) for i, log in enumerate((SANITIZED, last))}
+    whole = "".join(f"sanitize: {name}\nsanitize: done\n" for name in names)
+    runner = Pretend(
+        sanitizer={"log": "\n".join(names)}, racecheck_0_1={"log": f"{whole}========= RACECHECK SUMMARY: 0"}, **says
+    )
+    one = check(tmp_path, runner)
+    assert gpu_check.perform(one, ["sanitizer"]) == 1
+    assert [c[c.index("--skip") + 1] for c in runner.commands if "memcheck" in c] == ["0", "3"]
+    calls = {(c["tool"], c["call"]): c["errors"] for c in one.checks["sanitizer"]["calls"]}
+    assert len(calls) == 8
+    assert [calls["memcheck", name] for name in names] == [0, 2, 1, 0]
+    assert sum(n for (tool, _), n in calls.items() if tool == "racecheck") == 0
+    assert "sanitizer: memcheck: squeeze, triton, by 2, dense: 2, Invalid __global__ read" in capsys.readouterr().out
+    assert gpu_check.sanitized(one.checks["sanitizer"], {"actnorm"}) == ("memcheck clean, racecheck clean", True)
+    assert gpu_check.sanitized(one.checks["sanitizer"], {"squeeze"})[1] is False
+    runner.says["racecheck_0_1"] = {"log": whole + "Device not supported"}
+    assert gpu_check.perform(one, ["sanitizer"]) == 1
+    assert "racecheck did not watch" in capsys.readouterr().out
+
+
 STEP = "_ZN7genfast4cuda46_GLOBAL__N__15eac8a0_10_pixel_step_cu_5195523f10pixel_stepEPKf"
 PTXAS = f"""ptxas info    : Compiling entry function '{STEP}' for 'sm_90'
 ptxas info    : Function properties for {STEP}
@@ -351,6 +382,55 @@ def test_a_kernel_that_crashes_hangs_or_spoils_costs_its_row_alone(monkeypatch):
     assert rows["hang"].error == "no answer in 2 s"
     assert len({rows[op].worst for op in "abcd"}) == 4
     assert list(_verify.in_children(tasks, 0, True, 2, time.monotonic() - 1)) == []
+
+
+def test_odd_shapes_find_a_kernel_that_takes_all_for_dense(monkeypatch):
+    import torch
+
+    op = _registry.OPS["actnorm"]
+
+    def dense(x, *rest):
+        return op.reference(x.as_strided(x.shape, torch.empty(x.shape).stride()), *rest)
+
+    monkeypatch.setitem(op.kernels, "cpu", dense)
+    task = _verify.Task("actnorm", "cpu", "cpu", "float32")
+    assert _verify.row(task, 0, False).passed
+    found = _verify.row(task, 0, True)
+    assert not found.passed
+    assert found.worst.endswith(("strided", "channels_last"))
+
+    def broken(*args):
+        raise RuntimeError("launch failed\nand more")
+
+    monkeypatch.setitem(op.kernels, "cpu", broken)
+    found = _verify.row(task, 0, False)
+    assert not found.passed
+    assert found.error == "RuntimeError: launch failed"
+
+
+def test_where_plain_pytorch_loses_much_a_kernel_may_lose_a_little_more(monkeypatch):
+    import torch
+
+    op, call = _registry.OPS["actnorm"], (None, "dense")
+    plain = [(0.0, 0.0)]
+    monkeypatch.setattr(_verify, "errors", lambda *args: plain[0])
+    assert _verify.excess((2e-6, 1e-5), op, call, torch.float32) == pytest.approx(1)
+    assert _verify.excess((4e-6, 0.0), op, call, torch.float32) == pytest.approx(2)
+    plain[0] = (1e-6, 0.0)
+    assert _verify.excess((8e-6, 0.0), op, call, torch.float32) == pytest.approx(0.5)
+    assert _verify.excess((0.0, 1e-3), op, call, torch.float32) == pytest.approx(100)
+    plain[0] = (0.0, 0.5)
+    assert _verify.excess((0.0, 0.6), op, call, torch.float32) == 0  # nothing can be told
+
+
+def test_every_op_has_odd_shapes():
+    import torch
+
+    for op in _registry.OPS.values():
+        if op.samples is not None and op.name not in ("plu_weight", "style_loss_layers"):  # a square, and lists
+            kinds = {s.label.split(", ")[-1] for s, _ in _verify.odd(op, list(op.samples(torch.Generator().manual_seed(0))))}
+            assert {"strided", "batch of 1"} <= kinds, op.name
+            assert kinds & {"empty batch", "batch of 37"}, op.name
 
 
 def test_verify_in_children_keeps_its_rows_and_names_what_it_left_out(tmp_path, capsys):
