@@ -18,8 +18,9 @@ evaluation and its logarithm. One pass over the parameters each way, the backwar
 A thread takes an element and holds one row of logits at a time in registers, so that threads exchange nothing: a tile has bins
 along its first axis and elements along its second. From 32 bins on two or four lanes share an element. Rows are read by threads
 that lie a row apart, from lines that stay in L1 meanwhile; the gradients of the logits cross shared memory, to be written in
-whole lines. What the compiler makes for sm_90 at 8 bins is 720 instructions an element forward and 1200 backward, which an H200
-issues in about the time that its memory takes: 86% and 100% of that (estimated at 1.7 GHz, not measured).
+whole lines. What the compiler makes for sm_90 at 8 bins is about 620 instructions an element forward and 1040 backward, issued
+by an H200 in 88% and 78% of the time that its memory takes in float32, in 176% and 157% in bfloat16, where issue is the bound
+(benchmarks.sass; predicted, not yet run on a GPU; 704 and 1185 before divisions became reciprocals: 101% and 88%).
 float32 within, whatever the data. Each element has one writer, so two runs give the same bits.
 """
 
