@@ -12,9 +12,9 @@ log-scales and coefficients, the conditioning on the colours before, all bins an
 next power of two) by some positions, in registers. The forward reads params and x once and writes nll (400 bytes a position
 of 10 components in float32), the backward reads them once and writes the gradient (800). Bound by the issue of instructions:
 some 630 a component forward and 790 backward take 3.7 and 2.4 times as long as the bytes in float32, of which 16 / 10 goes to
-the padding of 10 components to 16 (benchmarks.sass for an H200; predicted, not yet run on a GPU).
-The sampler works in float64, since a pixel
-that rounding puts on another level would change every pixel drawn after it; it is small.
+the padding of 10 components to 16 (benchmarks.sass for an H200; predicted, not yet run on a GPU). The
+sampler works in float64, since a pixel that rounding puts on another level would change every pixel drawn after it; it is
+small.
 """
 
 from __future__ import annotations
