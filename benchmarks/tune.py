@@ -237,11 +237,11 @@ def copying(nbytes: int) -> float:
     return 8 * sources[0].numel() / milliseconds(works) * 1e3
 
 
-def run(case: Case, compiled: Sequence[Compiled], copy: float) -> dict[str, Any]:
+def run(case: Case, compiled: Sequence[Compiled], copy: float, device: str = "cuda") -> dict[str, Any]:
     """Times the candidates of a case; those that spill or differ are marked and not timed."""
     torch.manual_seed(0)
-    jobs = [case.make("cuda")]
-    jobs += [case.make("cuda") for _ in range(max(1, min(7, ROTATED // max(1, jobs[0].bytes))))]
+    jobs = [case.make(device)]
+    jobs += [case.make(device) for _ in range(max(1, min(7, ROTATED // max(1, jobs[0].bytes))))]
     first = jobs[0]
     expected = results(first.work)
     rows: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@
 x (N, C, S), s and b (C,), logdet (N,). Fused: the affine map and the log-determinant (added up over C by one program of each
 sample); in the backward dx and both sums over batch and positions. The forward reads x and writes y (8 bytes an element in
 float32, 2 FLOPs), the backward reads d and x and writes dx (12 bytes, 5 FLOPs): both bound by memory bandwidth, one pass
-each. Up to ROWS programs a channel tile walk over the tiles and write one partial sum each; a second, tiny kernel adds them
+each. Up to 'rows' programs a channel tile walk over the tiles and write one partial sum each; a second, tiny kernel adds them
 in an order that depends on the shape alone.
 """
 

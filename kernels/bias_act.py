@@ -5,8 +5,9 @@
 
 x (N, C, S). Fused: the sum, f, the gain and the clamp; in the derivatives, which recompute v, also the sums over batch and
 positions. One pass each: the forward reads x and writes y (8 bytes an element in float32), the backward reads d and x and
-writes dx (12), the second order reads e too (16). At most 40 FLOPs: bound by memory bandwidth. For the sums, up to ROWS
-programs a channel tile walk over the tiles and write one partial sum each, added in an order that depends on the shape alone.
+writes dx (12), the second order reads e too (16). At most 40 FLOPs: bound by memory bandwidth. For the sums, up to
+'rows' programs a channel tile walk over the tiles and write one partial sum each, added in an order that depends on the shape
+alone.
 """
 
 from __future__ import annotations

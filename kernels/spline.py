@@ -18,8 +18,9 @@ evaluation and its logarithm. One pass over the parameters each way, the backwar
 A thread takes an element and holds one row of logits at a time in registers, so that threads exchange nothing: a tile has bins
 along its first axis and elements along its second. From 32 bins on two or four lanes share an element. Rows are read by threads
 that lie a row apart, from lines that stay in L1 meanwhile; the gradients of the logits cross shared memory, to be written in
-whole lines. What the compiler makes for sm_90 at 8 bins is 720 instructions an element forward and 1200 backward, which an H200
-issues in about the time that its memory takes: 86% and 100% of that (estimated at 1.7 GHz, not measured).
+whole lines. What the compiler makes for sm_90 at 8 bins is about 620 instructions an element forward and 1040 backward, issued
+by an H200 in 88% and 78% of the time that its memory takes in float32, in 176% and 157% in bfloat16, where issue is the bound
+(benchmarks.sass; predicted, not yet run on a GPU; 704 and 1185 before divisions became reciprocals: 101% and 88%).
 float32 within, whatever the data. Each element has one writer, so two runs give the same bits.
 """
 
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from ._common import Aot, Choice, cdiv, variant
 from ._math import exp as _exp
+from ._math import inverse as _inverse
 from ._math import log1p_unit as _log1p
 
 HELD = 16  # logits of a row that a thread holds at most
@@ -48,15 +50,6 @@ TUNABLE = {
 }
 
 # ---- kernels ----
-
-
-@triton.jit
-def _exp_below(t):
-    """e^t for t <= 0 to two ulp: the hardware's 2^x of the rounded product, times what the rounding lost."""
-    high = t * 1.4426950408889634
-    low = tl.fma(t, 1.4426950408889634, -high) + t * 1.925963033500e-8  # log2(e) beyond float32
-    e = tl.exp2(high)
-    return tl.where(t > -80.0, tl.fma(e, low * 0.6931471805599453, e), e)
 
 
 @triton.jit
@@ -71,7 +64,7 @@ def _clip(logits, at, known, scale, limit, ZUKO: tl.constexpr):
     raw = tl.load(logits + at, mask=known, other=0).to(tl.float32) * scale
     by_logit = scale
     if ZUKO:
-        by_logit = 1.0 / (1.0 + tl.abs(raw) * (2.0 * limit))
+        by_logit = _inverse(1.0 + tl.abs(raw) * (2.0 * limit))
         raw = raw * by_logit
         by_logit = by_logit * by_logit * scale
     return raw, by_logit
@@ -89,7 +82,7 @@ def _weights(logits, at, known, live, scale, limit, ZUKO: tl.constexpr):
     """e^(logit - largest), 0 beyond the last bin: bins are axis 0."""
     raw, _ = _clip(logits, at, known, scale, limit, ZUKO)
     raw = tl.where(live, raw, -float("inf"))
-    return _exp_below(raw - tl.max(raw, axis=0)[None, :])
+    return _exp(raw - tl.max(raw, axis=0)[None, :])
 
 
 @triton.jit
@@ -121,12 +114,12 @@ def _part(
     all_upper = tl.sum(upper, axis=0)
     all_lower = tl.sum(lower, axis=0)
     total = all_upper + all_lower
-    starts = low + (least * j + (free / total)[None, :] * (tl.cumsum(e, axis=0) - e))
-    above = x[None, :] > starts if ZUKO else x[None, :] >= starts
-    k = tl.sum((above & (j > 0) & (j < BINS)).to(tl.int32), axis=0)
+    ends = low + (least * (j + 1) + (free * _inverse(total))[None, :] * tl.cumsum(e, axis=0))
+    passed = (x[None, :] > ends if ZUKO else x[None, :] >= ends) & (j < BINS - 1)
+    k = tl.sum(passed.to(tl.int32), axis=0)
     own = tl.sum(tl.where(j == k[None, :], e, 0.0), axis=0)
-    before = tl.sum(tl.where(j < k[None, :], upper, 0.0), axis=0)
-    before_lower = tl.sum(tl.where(j < k[None, :], lower, 0.0), axis=0)
+    before = tl.sum(tl.where(passed, upper, 0.0), axis=0)
+    before_lower = tl.sum(tl.where(passed, lower, 0.0), axis=0)
     # (x - low - k least) S - free (sum of e before k), in pairs of a number and what its rounding lost
     n = k.to(tl.float32)
     shift = n * least
@@ -154,13 +147,13 @@ def _slope(derivatives, row, i, there, least, limit, BINS: tl.constexpr, TAILS: 
         column = tl.where(i == BINS, 0, i)
     raw = tl.load(derivatives + row + column, mask=free, other=0).to(tl.float32)
     if ZUKO:
-        by_logit = 1.0 / (1.0 + tl.abs(raw) * limit)
+        by_logit = _inverse(1.0 + tl.abs(raw) * limit)
         value = _exp(raw * by_logit)
         by_logit = value * by_logit * by_logit
     else:
         z = _exp(-tl.abs(raw))
         value = tl.where(free, least + (tl.maximum(raw, 0.0) + _log1p(z)), 1.0)
-        by_logit = tl.where(raw >= 0, 1.0, z) / (1.0 + z)
+        by_logit = tl.where(raw >= 0, 1.0, z) * _inverse(1.0 + z)
     return tl.where(raw == raw, value, raw), by_logit  # the maximum drops a NaN
 
 
@@ -205,19 +198,19 @@ def _forward(
     k, part, total, _, own = _part(
         value, e, j, low, low_rest, first_least, first_least_rest, first_free, first_free_rest, BINS, ZUKO
     )
-    extent = first_least + first_free * own / total
+    extent = first_least + first_free * own * _inverse(total)
     e = _weights(second, _at(i, second_row, j, step), known, j < BINS, scale, limit, ZUKO)
-    second_free = second_free / tl.sum(e, axis=0)
+    second_free = second_free * _inverse(tl.sum(e, axis=0))
     before, own = _sums(e, j, k)
     to = second_low + (second_least * k + second_free * before)
     reach = second_least + second_free * own
     d0, _ = _slope(derivatives, i * derivatives_row, k, there, least, limit, BINS, TAILS, ZUKO)
     d1, _ = _slope(derivatives, i * derivatives_row, k + 1, there, least, limit, BINS, TAILS, ZUKO)
-    s = extent / reach if INVERSE else reach / extent
+    s = extent * _inverse(reach) if INVERSE else reach * _inverse(extent)
     theta = _theta(part, s, d0, d1, INVERSE)
     rest = 1.0 - theta
     t = theta * rest
-    by_e = 1.0 / (s * (1.0 - 2.0 * t) + (d0 + d1) * t)
+    by_e = _inverse(s * (1.0 - 2.0 * t) + (d0 + d1) * t)
     q = d1 * theta * theta + 2.0 * s * t + d0 * rest * rest
     rise = tl.log(q * (s * by_e) * (s * by_e))
     if INVERSE:
@@ -242,12 +235,13 @@ def _logit_grad(
     ZUKO: tl.constexpr,
 ):  # fmt: skip
     """Back from the start and the size of bin k to the logits."""
-    mean = (before * by_start + own * by_size) / total
+    by_total = _inverse(total)
+    mean = (before * by_start + own * by_size) * by_total
     g = tl.where(j < k[None, :], by_start[None, :], tl.where(j == k[None, :], by_size[None, :], 0.0)) - mean[None, :]
     by_logit = scale
     if ZUKO:
         _, by_logit = _clip(logits, _at(i, row, j, step), known, scale, limit, ZUKO)
-    g = tl.where(outside[None, :], 0.0, e * g * ((free / total)[None, :] * by_logit))
+    g = tl.where(outside[None, :], 0.0, e * g * ((free * by_total)[None, :] * by_logit))
     tl.store(grad + (i * grad_row)[None, :] + j, g.to(grad.dtype.element_ty), mask=known)
 
 
@@ -280,19 +274,20 @@ def _backward(
     f = _weights(second, _at(i, second_row, j, step), known, j < BINS, scale, limit, ZUKO)
     second_total = tl.sum(f, axis=0)
     second_before, second_own = _sums(f, j, k)
-    extent = first_least + first_free * own / total
-    reach = second_least + second_free * second_own / second_total
+    extent = first_least + first_free * own * _inverse(total)
+    reach = second_least + second_free * second_own * _inverse(second_total)
     d0, d0_by_logit = _slope(derivatives, i * derivatives_row, k, there, least, limit, BINS, TAILS, ZUKO)
     d1, d1_by_logit = _slope(derivatives, i * derivatives_row, k + 1, there, least, limit, BINS, TAILS, ZUKO)
     w = reach if INVERSE else extent
     h = extent if INVERSE else reach
-    s = h / w
+    by_w, by_h = _inverse(w), _inverse(h)
+    s = h * by_w
     theta = _theta(part, s, d0, d1, INVERSE)
     rest = 1.0 - theta
     t = theta * rest
-    by_e = 1.0 / (s * (1.0 - 2.0 * t) + (d0 + d1) * t)
+    by_e = _inverse(s * (1.0 - 2.0 * t) + (d0 + d1) * t)
     q = d1 * theta * theta + 2.0 * s * t + d0 * rest * rest
-    by_q = 1.0 / q
+    by_q = _inverse(q)
     part = (s * theta * theta + d0 * t) * by_e
     above = (s * rest * rest + d1 * t) * by_e  # 1 - part
     part_theta = s * q * by_e * by_e
@@ -300,16 +295,16 @@ def _backward(
     log_theta -= 2.0 * (d0 + d1 - 2.0 * s) * (rest - theta) * by_e
     if INVERSE:
         gl = -gl
-        g = -(gy * w + gl * log_theta) / part_theta  # what moves part moves theta the other way
-        out = -g / h
-        g_x0, g_w, g_y0, g_h = gy, gy * theta, g / h, g * part / h
+        g = -(gy * w + gl * log_theta) * _inverse(part_theta)  # what moves part moves theta the other way
+        out = -g * by_h
+        g_x0, g_w, g_y0, g_h = gy, gy * theta, -out, -out * part
     else:
         g = gy * h
-        out = (g * part_theta + gl * log_theta) / w
+        out = (g * part_theta + gl * log_theta) * by_w
         g_x0, g_w, g_y0, g_h = -out, -out * theta, gy, gy * part
-    g_s = g * t * (d1 * theta * theta - d0 * rest * rest) * by_e * by_e + gl * 2.0 * t * (by_q + (d0 + d1) / s * by_e)
-    g_w -= g_s * s / w
-    g_h += g_s / w
+    g_s = g * t * (d1 * theta * theta - d0 * rest * rest) * by_e * by_e + gl * 2.0 * t * (by_q + (d0 + d1) * (w * by_h) * by_e)
+    g_w -= g_s * s * by_w
+    g_h += g_s * by_w
     g_d0 = g * t * by_e * above + gl * (rest * rest * by_q - 2.0 * t * by_e)
     g_d1 = gl * (theta * theta * by_q - 2.0 * t * by_e) - g * t * by_e * part
     if TAILS == "none":

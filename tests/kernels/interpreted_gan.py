@@ -116,7 +116,7 @@ def test_pixel_norm_strides(form):
 
 
 def test_pixel_norm_more_channels_than_a_tile(monkeypatch):
-    monkeypatch.setattr(pixel_norm_kernels, "TILE", 64)
+    monkeypatch.setitem(pixel_norm_kernels.TUNABLE["norm"].now, "tile", 64)
     check_pixel_norm(torch.randn(2, 70, 9))
     check_pixel_norm(torch.randn(2, 70, 3, 5).contiguous(memory_format=torch.channels_last))
     check_pixel_norm(torch.randn(9, 70))

@@ -40,6 +40,7 @@ RUNS = [
     ("", "interpreted_diagonal_gaussian"),
     ("pairwise", "interpreted_pairwise"),
     ("", "interpreted_spline"),
+    ("", "interpreted_tune"),
     ("", "interpreted_masked_linear"),
     ("", "interpreted_nade"),
     ("nade", "interpreted"),
