@@ -414,13 +414,32 @@ def test_where_plain_pytorch_loses_much_a_kernel_may_lose_a_little_more(monkeypa
     op, call = _registry.OPS["actnorm"], (None, "dense")
     plain = [(0.0, 0.0)]
     monkeypatch.setattr(_verify, "errors", lambda *args: plain[0])
-    assert _verify.excess((2e-6, 1e-5), op, call, torch.float32) == pytest.approx(1)
-    assert _verify.excess((4e-6, 0.0), op, call, torch.float32) == pytest.approx(2)
+
+    def excess(*found):
+        return _verify.excess(found, op, call, torch.float32)
+
+    assert excess(2e-6, 1e-5) == (pytest.approx(1), "")
+    assert excess(4e-6, 0.0) == (pytest.approx(2), "")
     plain[0] = (1e-6, 0.0)
-    assert _verify.excess((8e-6, 0.0), op, call, torch.float32) == pytest.approx(0.5)
-    assert _verify.excess((0.0, 1e-3), op, call, torch.float32) == pytest.approx(100)
+    assert excess(8e-6, 0.0) == (pytest.approx(0.5), "conditioned")
+    assert excess(0.0, 1e-3) == (pytest.approx(100), "")
     plain[0] = (0.0, 0.5)
-    assert _verify.excess((0.0, 0.6), op, call, torch.float32) == 0  # nothing can be told
+    assert excess(0.0, 0.6) == (0.0, "untold")
+    assert excess(0.0, float("inf"))[0] == float("inf")  # a value that is not finite is told everywhere
+
+
+def test_a_row_says_what_its_verdict_rests_on(monkeypatch):
+    task = _verify.Task("actnorm", "cpu", "reference", "float32")
+    monkeypatch.setattr(_verify, "excess", lambda *args: (0.0, "untold"))
+    found = _verify.row(task, 0, False)
+    assert not found.passed
+    assert found.error == "plain PyTorch loses all on every call"
+    assert found.remark == f" ({found.samples} of {found.samples} tell nothing)"
+    kinds = iter(["conditioned"] + [""] * 999)
+    monkeypatch.setattr(_verify, "excess", lambda *args: (0.5, next(kinds)))
+    found = _verify.row(task, 0, False)
+    assert found.passed
+    assert found.remark == f" (1 of {found.samples} calls held to plain PyTorch's loss)"
 
 
 def test_every_op_has_odd_shapes():
