@@ -182,7 +182,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     found = {case["case"]: case for case in new["cases"]}
     kept = [found.pop(case["case"], case) for case in old["cases"]]
     cases = sorted([*kept, *found.values()], key=lambda case: case["case"].split()[0])
-    whole = new | {"cases": cases, "overhead": new["overhead"] or old["overhead"]}
+    whole = old | new | {"cases": cases, "overhead": new["overhead"] or old["overhead"]}
     if "ceilings" in old:
         whole["ceilings"] = new.get("ceilings") or old["ceilings"]
     return whole
@@ -255,15 +255,15 @@ def run(a: argparse.Namespace) -> int:
         path = a.out
     else:
         path = a.out / f"{slug(results['environment']['device'])}{'-quick' if a.quick else ''}.json"
-    old = None
-    if a.filter and a.update and path.exists():
-        old = json.loads(path.read_text())
-    elif a.filter and a.out.suffix != ".json":
+    if a.filter and not a.update and a.out.suffix != ".json":
         path = path.with_name(f"{path.stem}-part.json")
+    old = json.loads(path.read_text()) if path.exists() else {}
 
     def kept(results: dict[str, Any]) -> dict[str, Any]:
         ordered = results | {"cases": sorted(results["cases"], key=lambda case: case["op"])}
-        return ordered if old is None else merged(old, ordered)
+        if a.filter and a.update and old:
+            return merged(old, ordered)
+        return {key: old[key] for key in ("gpu_check",) if key in old} | ordered  # what make gpu-check found stays
 
     with tempfile.TemporaryDirectory() as folder:
         last_words = Path(folder, "last-words.txt")

@@ -4,7 +4,7 @@
     verify      every op, backend and dtype over odd shapes against float64 (genfast verify --device cuda)
     tests       tests/gpu
     sanitizer   compute-sanitizer's memcheck and racecheck over small calls of every kernel
-    benchmarks  python -m benchmarks --device cuda, the issue's goals first
+    benchmarks  python -m benchmarks --device cuda, one case of each op first
     tune        python -m benchmarks.tune; only where it is named
     table       what the Triton kernels came to in registers, one row per operation, and what remains unproven
 
@@ -389,7 +389,7 @@ def used(kernels: Iterable[Mapping[str, Any]], names: Iterable[str]) -> tuple[st
 
 def bound_share(case: Mapping[str, Any]) -> tuple[float, str]:
     """genfast's share of what bounds the case, with the case's name."""
-    ours = case["providers"]["genfast"]
+    ours = case["providers"].get("genfast", {})
     shares = {"copy": ours.get("share_of_copy"), "matrix rate": ours.get("share_of_matrix_rate")}
     known = {k: v for k, v in shares.items() if v is not None}
     if not known:

@@ -37,7 +37,7 @@ def on_gpu(case: str, gpus: list[dict[str, Any]]) -> str:
     for results in gpus:
         for found in results.get("cases", []):
             p = found["providers"]
-            if found["case"] == case and proven(results, family(found)):
+            if found["case"] == case and "genfast" in p and proven(results, family(found)):
                 against = p.get("reference", {}).get("times_genfast")
                 return ", ".join(filter(None, ("" if against is None else f"{against:.2f}x", share(p["genfast"])))) or "-"
     return UNRUN
@@ -116,9 +116,9 @@ def gpu_rows(results: dict[str, Any], gpus: list[dict[str, Any]]) -> str:
     for gpu in gpus:
         lines = []
         for case in gpu.get("cases", []):
-            if case["case"] in here or not proven(gpu, family(case)):
-                continue
             p = case["providers"]
+            if case["case"] in here or "genfast" not in p or not proven(gpu, family(case)):
+                continue
             names = dict.fromkeys(name.split()[0] for name in p if name.split()[0] not in ("genfast", "floor"))
             times = {n: [q["times_genfast"] for m, q in p.items() if m.split()[0] == n and q["times_genfast"]] for n in names}
             said = ", ".join(f"{min(values):.2f}x {name}" for name, values in times.items() if values)

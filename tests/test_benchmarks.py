@@ -166,12 +166,13 @@ def test_the_25_gaussians_run_side_by_side_on_the_same_numbers(tmp_path, capsys)
 
 
 def test_new_cases_take_the_place_of_old_ones():
-    old = {"cases": [{"case": "a x", "v": 1}, {"case": "c", "v": 1}], "overhead": [1], "environment": "old"}
+    old = {"cases": [{"case": "a x", "v": 1}, {"case": "c", "v": 1}], "overhead": [1], "environment": "old", "gpu_check": 3}
     new = {"cases": [{"case": "c", "v": 2}, {"case": "b", "v": 2}], "overhead": [], "environment": "new"}
     found = suite.merged(old, new)
     assert [(c["case"], c["v"]) for c in found["cases"]] == [("a x", 1), ("b", 2), ("c", 2)]
     assert found["overhead"] == [1]
     assert found["environment"] == "new"
+    assert found["gpu_check"] == 3  # of another program
 
 
 class OnCPU(TorchFunctionMode):
