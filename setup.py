@@ -8,11 +8,13 @@ Every kernel under csrc/cpu is compiled once per x86-64 level and picked at run 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +53,11 @@ def sources(folder: str, suffix: str) -> list[str]:
 
 
 class BuildExt(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One folder for every way to build, so that a wheel takes the objects that an installation made.
+        self.build_temp = str(Path("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"))
+
     def run(self) -> None:
         super().run()
         link = ROOT / "genfast" / "kernels"
@@ -80,11 +87,16 @@ class BuildExt(build_ext):
             for level in levels
         ]
 
+        made_by = hashlib.sha256(repr((compiler, flags, LEVELS, sys.version)).encode()).hexdigest()[:8]
+        changed = max(Path(p).stat().st_mtime for p in (*ext.depends, "setup.py"))
+
         def build(job: tuple[str, list[str], str]) -> list[str]:
             source, extra, level = job
-            return self.compiler.compile(
-                [source], output_dir=str(Path(self.build_temp, level)), extra_postargs=extra, depends=ext.depends
-            )
+            folder = str(Path(self.build_temp, f"{level}-{made_by}"))
+            objects: list[str] = self.compiler.object_filenames([source], output_dir=folder)
+            if all(Path(o).exists() and Path(o).stat().st_mtime > changed for o in objects):
+                return objects
+            return self.compiler.compile([source], output_dir=folder, extra_postargs=extra, depends=ext.depends)
 
         print(f"genfast: compiling {len(jobs)} objects for {', '.join(levels)}", flush=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:

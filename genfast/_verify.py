@@ -242,7 +242,7 @@ def tasks(ops: Sequence[str] | None, device: str | None, dtype: str | None) -> l
 
 
 def excess(found: tuple[float, float], op: Op, call: tuple[Sample, str], dtype: torch.dtype) -> tuple[float, str]:
-    """The larger of the two errors over what is allowed, and what it was held to: "" (the tolerance), "conditioned", "untold"."""
+    """The larger error over what is allowed, and what it was held to: "" (the tolerance), "conditioned" or "untold"."""
     allowed = TOLERANCES[dtype]
     worst = max(f / a for f, a in zip(found, allowed))
     if worst <= 1:

@@ -574,7 +574,9 @@ def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least"
         light = score == "least" or score == "greatest" and distance == "cosine"
         if half and c <= WHOLE and light and large:
             return Tile(owners, streamed, whole, whole, True, 8, 2, at_once=1 if whole > 128 else 2)
-        return Tile(owners, streamed, _depth(c, 64 if half else 32), 16, False, 8, 3, at_once=2 if score == "least" else 1)
+        registers = 0 if half or score != "prior" else 168
+        depth = _depth(c, 64 if half else 32)
+        return Tile(owners, streamed, depth, 16, False, 8, 3, registers, at_once=2 if score == "least" else 1)
     return Tile(64, 64, 16, 16, False, 8 if score == "prior" else 4, 2, 224, 1 if score == "prior" else 2)
 
 

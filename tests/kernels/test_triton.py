@@ -49,7 +49,7 @@ RUNS = [
 
 def _run(family: str, file: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", family, f"tests/kernels/{file}.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "GENFAST_INTERPRET_HALF": "1"}
     environment.pop("GENFAST_BACKEND", None)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
