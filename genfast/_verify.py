@@ -276,10 +276,11 @@ def row(task: Task, seed: int, odd_shapes: bool) -> Row:
     except Exception as error:
         said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return Row(**asdict(task), worst=label, samples=count, error=said[:300])
-    told = {"conditioned": kinds["conditioned"], "untold": kinds["untold"]}
-    if count and kinds["untold"] == count:
-        return Row(**asdict(task), worst=worst, samples=count, **told, error="plain PyTorch loses all on every call")
-    return Row(**asdict(task), forward=forward, backward=backward, excess=beyond, worst=worst, samples=count, **told)
+    nothing = "plain PyTorch loses all on every call" if count and kinds["untold"] == count else ""
+    return Row(
+        **asdict(task), forward=forward, backward=backward, excess=beyond, worst=worst, samples=count,
+        conditioned=kinds["conditioned"], untold=kinds["untold"], error=nothing,
+    )  # fmt: skip
 
 
 def spoilt(device: str) -> bool:
