@@ -393,12 +393,6 @@ def in_children(wanted: Sequence[Task], seed: int, odd_shapes: bool, jobs: int, 
             yield found
 
 
-def _write(path: Path, results: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def run(
     ops: Sequence[str] | None = None,
     device: str | None = None,
@@ -425,6 +419,8 @@ def run(
     Raises:
         ValueError: an unknown op, device or dtype, a device that is not there, or a number that is not positive.
     """
+    from .training import write_text  # which the children, who write nothing, need not load
+
     known = [name for name, op in OPS.items() if op.samples is not None]
     for name in ops or ():
         if name not in known:
@@ -467,11 +463,12 @@ def run(
             flush=True,
         )
         if json_path is not None:
-            _write(json_path, results)
+            write_text(json_path, json.dumps(results, indent=1) + "\n")
     done = {(r.op, r.device, r.backend, r.dtype) for r in found}
     left = [task for task in wanted if tuple(asdict(task).values()) not in done]
     if json_path is not None:
-        _write(json_path, results | {"left_out": [asdict(task) for task in left]})
+        text = json.dumps(results | {"left_out": [asdict(task) for task in left]}, indent=1)
+        write_text(json_path, text + "\n")
     if not wanted:
         print("nothing was verified: no backend serves what was asked for")
         return 1

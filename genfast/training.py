@@ -22,12 +22,7 @@ from .data import Dataset
 from .reference.autoregressive import AutoregressiveModel
 from .sampling import LoweringError
 
-check_folder, latest, load_checkpoint, _steps = (
-    checkpoints.check_folder,
-    checkpoints.latest,
-    checkpoints.load,
-    checkpoints.steps,
-)
+latest, load_checkpoint = checkpoints.latest, checkpoints.load
 Model = models.DensityModel | AutoregressiveModel
 
 

@@ -244,5 +244,16 @@ def variant(
     return Aot(label, kernel, _ordered(kernel, signature, constants), dict(constants), launch, aligned)
 
 
+def tiled_variant(
+    choices: Mapping[str, Choice], kind: str, types: Mapping[str, str], label: str, kernel: Any, ones: Iterable[str] | None,
+    **constants: Any,
+) -> Aot:  # fmt: skip
+    """A variant of a kernel that takes a tile of ``kind`` at a time, as the choice of its name has it now."""
+    choice = choices[kernel.fn.__name__[1:]].of(int(kind[2:]) // 8)
+    own = {name: types[name] for name in kernel.arg_names if name in types}
+    launch = options(choice["tile"], constants["FAR"], each=choice["each"])
+    return variant(f"{label} {kind}", kernel, own, constants | {"BLOCK": choice["tile"]}, ones, **launch)
+
+
 def _ordered(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, str]:
     return {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}

@@ -9,15 +9,16 @@ gradients and 8 more for e's. Three FLOPs: bound by memory bandwidth. Sums: one 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, memory_format, options, tiles_choice, variant, view
+from ._common import Aot, cdiv, memory_format, options, tiled_variant, tiles_choice, view
 
 # Of a tile its elements and those of a thread.
 TUNABLE = {way: tiles_choice(dict(tile=2048, each=16)) for way in ("forward", "backward")}
@@ -130,29 +131,15 @@ def interpolate_backward(
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
-        width = int(kind[2:]) // 8
         pointers = ("real", "fake", "y", "grad", "grad_real", "grad_fake")
         types = dict.fromkeys(pointers, f"*{kind}") | {"epsilon": "*fp32", "partial": "*fp32"}
-
-        def add(
-            label: str,
-            kernel: Any,
-            ones: tuple[str, ...] | None,
-            types: dict[str, str] = types,
-            width: int = width,
-            **constants: Any,
-        ) -> None:
-            own = {name: types[name] for name in kernel.arg_names if name in types}
-            choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
-            launch = options(choice["tile"], constants["FAR"], each=choice["each"])
-            found.append(variant(label, kernel, own, constants | {"BLOCK": choice["tile"]}, ones, **launch))
-
+        made = functools.partial(tiled_variant, TUNABLE, kind, types)
         base = dict(FAR=False)
-        add(f"plain {kind}", _forward, (), **base)
-        add(f"far {kind}", _forward, None, **(base | dict(FAR=True)))
-        add(f"all gradients {kind}", _backward, (), **(base | dict(REAL=True, FAKE=True, EPSILON=True)))
-        add(f"real's gradient {kind}", _backward, (), **(base | dict(REAL=True, FAKE=False, EPSILON=False)))
-        add(f"all gradients, far {kind}", _backward, None, **(base | dict(REAL=True, FAKE=True, EPSILON=True, FAR=True)))
+        found.append(made("plain", _forward, (), **base))
+        found.append(made("far", _forward, None, **(base | dict(FAR=True))))
+        found.append(made("all gradients", _backward, (), **(base | dict(REAL=True, FAKE=True, EPSILON=True))))
+        found.append(made("real's gradient", _backward, (), **(base | dict(REAL=True, FAKE=False, EPSILON=False))))
+        found.append(made("all gradients, far", _backward, None, **(base | dict(REAL=True, FAKE=True, EPSILON=True, FAR=True))))
     return found
 
 

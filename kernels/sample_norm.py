@@ -10,14 +10,14 @@ by memory bandwidth. A sample is cut into parts that depend on the shape alone; 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, Choice, cdiv, every, memory_format, options, tiles_choice, variant
+from ._common import Aot, Choice, cdiv, every, memory_format, options, tiled_variant, tiles_choice
 from .interpolate import block, place, rows
 
 # Of a tile its elements and those of a thread; programs, about so many in all.
@@ -96,30 +96,15 @@ def sample_norm_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -
 def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
-        width = int(kind[2:]) // 8
         types = {"x": f"*{kind}", "dx": f"*{kind}", "grad": "*fp32", "norm": "*fp32", "partial": "*fp64"}
-
-        def add(
-            label: str,
-            kernel: Any,
-            ones: tuple[str, ...] | None,
-            types: dict[str, str] = types,
-            width: int = width,
-            **constants: Any,
-        ) -> None:
-            own = {name: types[name] for name in kernel.arg_names if name in types}
-            choice = TUNABLE[kernel.fn.__name__[1:]].of(width)
-            launch = options(choice["tile"], constants["FAR"], each=choice["each"])
-            found.append(variant(label, kernel, own, constants | {"BLOCK": choice["tile"]}, ones, **launch))
-
+        made = functools.partial(tiled_variant, TUNABLE, kind, types)
         base = dict(FAR=False)
-        add(f"plain {kind}", _forward, (), **base)
-        add(f"one part {kind}", _forward, ("parts",), **base)
-        add(f"far {kind}", _forward, None, **(base | dict(FAR=True)))
+        found.append(made("plain", _forward, (), **base))
+        found.append(made("one part", _forward, ("parts",), **base))
+        found.append(made("far", _forward, None, **(base | dict(FAR=True))))
         for squared in (False, True):
-            label = f"{'squared' if squared else 'plain'} {kind}"
-            add(label, _backward, (), **(base | dict(SQUARED=squared)))
-        add(f"far {kind}", _backward, None, **(base | dict(SQUARED=False, FAR=True)))
+            found.append(made("squared" if squared else "plain", _backward, (), **(base | dict(SQUARED=squared))))
+        found.append(made("far", _backward, None, **(base | dict(SQUARED=False, FAR=True))))
     return found
 
 

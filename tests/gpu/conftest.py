@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from genfast import _verify
+
 WITHOUT = None if torch.cuda.is_available() else pytest.mark.skip(reason="needs a CUDA GPU: none is visible")
 
 
@@ -30,7 +32,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
     """No TF32, in products or in convolutions."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with _verify.exact_products():
+        yield
