@@ -88,12 +88,13 @@ class BuildExt(build_ext):
         ]
 
         made_by = hashlib.sha256(repr((compiler, flags, LEVELS, sys.version)).encode()).hexdigest()[:8]
-        changed = max(Path(p).stat().st_mtime for p in (*ext.depends, "setup.py"))
+        shared = max(Path(p).stat().st_mtime for p in (*ext.depends, "setup.py") if not p.endswith((".cpp", ".cu", ".cuh")))
 
         def build(job: tuple[str, list[str], str]) -> list[str]:
             source, extra, level = job
             folder = str(Path(self.build_temp, f"{level}-{made_by}"))
             objects: list[str] = self.compiler.object_filenames([source], output_dir=folder)
+            changed = max(shared, Path(source).stat().st_mtime)
             if all(Path(o).exists() and Path(o).stat().st_mtime > changed for o in objects):
                 return objects
             return self.compiler.compile([source], output_dir=folder, extra_postargs=extra, depends=ext.depends)
