@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-defined]
 
 from .. import reference, tangent
+from .._compiler import constant, uncompiled
 from .._registry import LIBRARY, autograd_works
 from ..reference.adversarial import CRITIC_LOSSES, SEPARABLE
 from ..reference.gradient_penalty import KINDS
@@ -476,7 +477,7 @@ def _whole(op: str, critic: Critic, run: Callable[..., Any], *points: Tensor) ->
         wrapper.module = module
 
 
-_whole_uncompiled = torch.compiler.disable(_whole, reason="its DistributedDataParallel looks for unused parameters")
+_whole_uncompiled = uncompiled("its DistributedDataParallel looks for unused parameters")(_whole)
 
 
 def _traceable(critic: Critic) -> bool:
@@ -506,7 +507,7 @@ _NUMBERS = itertools.count()
 _REGISTERED: dict[int, Any] = {}
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _number(thing: Any) -> int:
     """A number by which the op finds a critic or a loss again."""
     for number, found in _REGISTERED.items():
