@@ -18,6 +18,7 @@ from torch import Tensor
 from .autoregressive import AutoregressiveModel
 from .made import MADE as MADENetwork
 from .models import DensityModel
+from .modes import evaluating
 from .nade import NADE as NADELayer
 from .nade import DeepNADE as DeepNADENetwork
 from .nade import mixture_of_gaussians_log_prob, nade_draw
@@ -140,12 +141,8 @@ class VectorModel(AutoregressiveModel):
         if rows is not None:
             uniforms, share, values, mask = uniforms[rows], share[rows], values[rows], mask[rows]
             context = None if context is None else context[rows]
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             x = self._draw(uniforms.to(like)[..., None], context, values, mask, temperature, method == "naive", share)
-        finally:
-            self.train(training)
         return (x * (self.levels - 1)).round().long()
 
 
