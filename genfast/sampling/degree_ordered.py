@@ -37,11 +37,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._contents import Contents
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
-from . import _changes
 from .lowering import LoweringError
 
 ALIGNED = 16  # elements: rows of weights begin at whole vectors
@@ -130,9 +130,8 @@ class DegreeProgram:
     """A masked network, lowered for :func:`genfast.ops.autoregressive_inverse`.
 
     :meth:`build` lowers a list of layers; :meth:`update` takes the same network with other weights, contexts and gates, and
-    lowers it anew only where a mask or a shape has changed. Weights are packed at a call and, where no gradient is asked for,
-    kept until one of them has changed: another tensor, another storage, PyTorch's count of changes in place, or any optimiser's
-    step. An edit through ``.data`` in place goes unseen; write ``with torch.no_grad(): weight.copy_(...)``.
+    lowers it anew only where a mask or a shape has changed. Weights are packed at a call; on the CPU, where no gradient is asked
+    for, they stay packed as long as a comparison finds the contents that they had, however they may be written.
 
     Example:
         >>> import torch, genfast
@@ -145,7 +144,7 @@ class DegreeProgram:
     def __init__(self, layers: Sequence[Layer], structure: _Structure) -> None:
         self.layers = list(layers)
         self._structure = structure
-        self._packed: list[tuple[int, list[tuple[Tensor, tuple[int, int]]], Tensor]] = []  # shared with what update returns
+        self._packed: list[tuple[Contents, Tensor]] = []  # shared with what update returns
 
     @classmethod
     def build(cls, layers: Sequence[Layer], levels: Sequence[int] | Tensor | None = None) -> DegreeProgram:
@@ -217,15 +216,14 @@ class DegreeProgram:
             or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         ):
             return self._pack(tensors, dtype)
-        steps = _changes.steps()
-        for since, key, kept in self._packed:
-            if since != steps or kept.dtype != dtype or len(key) != len(tensors):
-                continue
-            if all(t is k and _changes.mark(t) == mark for t, (k, mark) in zip(tensors, key)):
-                return kept
+        if any(type(t) not in (Tensor, nn.Parameter) or not t.is_cpu for t in tensors):
+            return self._pack(tensors, dtype)  # on a GPU a comparison would wait, and packing does not
+        for contents, packed in self._packed:
+            if packed.dtype == dtype and contents.same(tensors):
+                return packed
         with torch.inference_mode(False), torch.no_grad():
             packed = self._pack(tensors, dtype)
-        self._packed[:] = [(steps, [(t, _changes.mark(t)) for t in tensors], packed)]
+        self._packed[:] = [(Contents(tensors), packed)]
         return packed
 
     def _pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _backend, _pool
+from .._calls import Structure, state, without_numbers
+from .._contents import Contents, marks
 from ..reference.autoregressive import naive_sample
-from . import _changes
-from .lowering import LoweringError, lower
+from ..reference.modes import evaluating
+from . import self_check as checks
+from .lowering import Lowered, LoweringError, lower
 from .program import Program
 
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -29,11 +34,35 @@ def _takes_context(network: nn.Module) -> bool:
     return "context" in inspect.signature(network.forward).parameters
 
 
+@dataclass
+class _Prepared:
+    """A program, and what the network was when it was made."""
+
+    lowered: Lowered
+    structure: Structure
+    contents: Contents
+    marks: tuple[object, ...]
+    checked: bool = False
+
+    def serves(self, structure: Structure, tensors: list[Tensor], device: torch.device) -> bool:
+        if self.structure != structure:
+            return False
+        # Contents on a GPU are compared behind the launch, since looking at them here would wait.
+        return self.marks == marks(tensors) if device.type == "cuda" else self.contents.same(tensors)
+
+
 class Sampler:
     """Draws integer images from a network of :mod:`genfast.nn` layers.
 
     The network is lowered once to a pixel program (:meth:`prepare`; ``print`` shows it); weights are folded and packed
-    again whenever a parameter has changed or an optimiser has made a step (an edit through ``.data`` in place goes unseen).
+    again whenever they, a setting or a hook have changed, which is found by comparing their contents. On a GPU that would
+    wait for it: there steps of optimisers, loading and ordinary changes in place are seen, and after one that goes through
+    ``.data`` the images hold -1 everywhere until :meth:`renew` is called.
+
+    The first time that a program is made, and again when the network's structure has changed, what it computes for a random
+    image is compared with what the network computes (about two forward passes); a difference beyond rounding is a
+    :class:`LoweringError` that names the layer where it begins.
+
     Given the same uniform numbers, "cached" draws the same images as "naive" (up to rounding: a draw that lands within about
     1e-7 of the border between two levels may fall on either).
 
@@ -43,6 +72,7 @@ class Sampler:
             ``network(x)`` or ``network(x, context)``.
         levels: of a colour.
         head: "categorical" or "logistic_mixture".
+        self_check: False leaves out the comparison with the network.
 
     Raises:
         ValueError: an unknown head.
@@ -55,13 +85,16 @@ class Sampler:
         torch.Size([2, 1, 5, 6])
     """
 
-    def __init__(self, network: nn.Module, *, levels: int = 256, head: str = "categorical") -> None:
+    def __init__(
+        self, network: nn.Module, *, levels: int = 256, head: str = "categorical", self_check: bool = True
+    ) -> None:  # fmt: skip
         if head not in HEADS:
             raise ValueError(f"Sampler: head={head!r}, expected one of {', '.join(map(repr, HEADS))}")
         if levels < 2:
             raise ValueError(f"Sampler: levels={levels}, expected at least 2")
-        self.network, self.levels, self.head = network, levels, head
-        self._prepared: dict[Any, tuple[Any, Program, Callable[[Tensor | None], list[Tensor]]]] = {}
+        self.network, self.levels, self.head, self.self_check = network, levels, head, self_check
+        self._prepared: dict[Any, _Prepared] = {}
+        self._proven: dict[Any, Any] = {}  # by shape: the structure whose program agreed with the network
 
     # ---- preparing ----
 
@@ -70,46 +103,97 @@ class Sampler:
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         return device if device.type == "cuda" else torch.device("cpu")
 
-    def _state(self) -> tuple[Any, ...]:
-        """Changes whenever a weight does."""
-        tensors: Iterable[Tensor] = [*self.network.parameters(), *self.network.buffers()]
-        return (_changes.steps(), *(_changes.mark(t) for t in tensors))
-
     def prepare(self, shape: Sequence[int], *, has_context: bool = False) -> Program:
-        """The pixel program for images of ``shape`` (C, H, W) or sequences (C, L), lowered anew only if a weight has changed.
+        """The pixel program for images of ``shape`` (C, H, W) or sequences (C, L), lowered anew if the network has changed.
+
+        With a context the program is compared with the network when the first one is given.
 
         Raises:
-            LoweringError: names the module that has no pixel program.
+            LoweringError: names the module that has no pixel program, or whose program computes something else.
         """
-        return self._program(tuple(shape), has_context)[0]
+        return self._program(tuple(shape), has_context).lowered.program
 
-    def _program(self, shape: tuple[int, ...], has_context: bool) -> tuple[Program, Callable[[Tensor | None], list[Tensor]]]:
-        state = self._state()
+    def renew(self) -> None:
+        """Forgets all programs, so that weights are packed anew."""
+        self._prepared.clear()
+
+    def _lowered(self, shape: tuple[int, ...], has_context: bool, record_all: bool = False) -> Lowered:
+        frames = shape[1] if len(shape) == 4 else 1
+        full = (shape[0], shape[1] * shape[2] if len(shape) == 4 else shape[1], shape[-1] if len(shape) > 2 else 1)
+        device = self._device()
+        with evaluating(self.network):
+            lowered = lower(
+                self.network,
+                full,
+                levels=self.levels,
+                head=self.head,
+                has_context=has_context,
+                frames=frames,
+                panel=0 if device.type == "cuda" else None,
+                dims=len(shape) - 1,
+                record_all=record_all,
+            )
+        if device.type == "cuda":
+            _to_gpu(lowered.program, device)
+        return lowered
+
+    def _program(self, shape: tuple[int, ...], has_context: bool) -> _Prepared:
+        structure, tensors = state(self.network)
         found = self._prepared.get((shape, has_context))
-        if found is None or found[0] != state:
-            frames = shape[1] if len(shape) == 4 else 1
-            full = (shape[0], shape[1] * shape[2] if len(shape) == 4 else shape[1], shape[-1] if len(shape) > 2 else 1)
-            training, device = self.network.training, self._device()
-            self.network.eval()
-            try:
-                program, statics = lower(
-                    self.network,
-                    full,
-                    levels=self.levels,
-                    head=self.head,
-                    has_context=has_context,
-                    frames=frames,
-                    panel=0 if device.type == "cuda" else None,
-                )
-            finally:
-                self.network.train(training)
-            if device.type == "cuda":
-                _to_gpu(program, device)
-            found = (state, program, statics)
+        if found is None or not found.serves(structure, tensors, self._device()):
+            contents, before = Contents(tensors), marks(tensors)
+            found = _Prepared(self._lowered(shape, has_context), structure, contents, before)
             if len(self._prepared) >= SHAPES:
                 self._prepared.clear()
             self._prepared[(shape, has_context)] = found
-        return found[1], found[2]
+            if not has_context:
+                self._prove(found, shape, None)
+        return found
+
+    def _prove(self, prepared: _Prepared, shape: tuple[int, ...], context: Tensor | None) -> None:
+        """Compares a program with the network on a random image, teacher forced, unless this structure has passed before."""
+        if (
+            prepared.checked
+            or not self.self_check
+            or not _comparable(self._device())
+            or (context is not None and not len(context))
+        ):
+            return
+        program = prepared.lowered.program
+        # Numbers among the settings may count calls; those that matter are in the program.
+        key = without_numbers(prepared.structure), program.code.tolist(), prepared.lowered.graph.code
+        if self._proven.get((shape, context is None)) == key:
+            prepared.checked = True
+            return
+        device = next((t.device for t in self.network.parameters()), torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randint(self.levels, (1, *shape), generator=generator).to(device)
+        rest = () if context is None else (context[:1],)
+        try:
+            with checks.quietly(device), evaluating(self.network), _buffers_as_they_were(self.network):
+                prepared.lowered.statics(context)  # an error names the condition as it was given
+                found = self._forced(prepared.lowered, image, context=None if context is None else context[:1])
+                expected = self.network(image, *rest)
+                if prepared.lowered.blocked:
+                    found = found.unflatten(1, (self.levels, shape[0])).transpose(1, 2).flatten(1, 2)
+                error = checks.beyond_rounding(
+                    found.to(expected.device), expected, lambda: checks.in_both_precisions(self.network, _called(image, *rest))
+                )
+                if error is not None:
+                    lowered = self._lowered(shape, context is not None, record_all=True)
+                    record = self._recorded(lowered, image, context=None if context is None else context[:1])[0]
+                    at = checks.first_difference(lowered, record, lambda: self.network(image, *rest), (image, *rest))
+                    raise checks.SelfCheckError(
+                        f"{type(self.network).__name__}: its pixel program differs from the network by {error:.2g} of the "
+                        f"largest output on a random image, and the difference begins at {at}; sample with method='naive', or "
+                        "switch the comparison off with self_check=False"
+                    )
+        except BaseException:
+            self._prepared.pop((shape, context is not None), None)  # not to be trusted the next time either
+            raise
+        prepared.checked = True
+        if bool(expected.isfinite().all()):
+            self._proven[(shape, context is None)] = key
 
     def uniforms_per_pixel(self, channels: int) -> int:
         """Random numbers that a pixel takes: one a colour, and one for the mixture."""
@@ -159,14 +243,32 @@ class Sampler:
         """What each pixel of ``images`` (N, C, H, W) would be drawn from, by the cached engine: the network's output."""
         shape = tuple(images.shape[1:])
         images = images.to(self._device(), torch.int64).contiguous()
-        program, _ = self._program(shape, context is not None)
-        record = torch.empty(len(images), program.height, program.width, program.record, device=images.device)
-        uniforms = torch.zeros(len(images), program.uniforms, *shape[1:], device=images.device)
-        self._run(images, uniforms, shape[1], context, 1.0, False, record)
-        out = record.movedim(-1, 1)
+        prepared = self._program(shape, context is not None)
+        self._prove(prepared, shape, context)
+        out = self._forced(prepared.lowered, images, context)
+        return out if not images.is_cuda else out.masked_fill(~self._unchanged(prepared), float("nan"))
+
+    def _recorded(self, lowered: Lowered, images: Tensor, context: Tensor | None) -> Tensor:
+        """(N, H, W, numbers) what a program records for given images."""
+        program, shape = lowered.program, images.shape[1:]
+        images = images.to(self._device(), torch.int64, copy=True)
+        size = (len(images), program.height, program.width, program.record)
+        record = torch.zeros(size, device=images.device, dtype=torch.float32)
+        uniforms = torch.zeros(len(images), program.uniforms, *shape[1:], device=images.device, dtype=torch.float32)
+        self._execute(lowered, images, uniforms, shape[1], context, 1.0, False, record)
+        return record
+
+    def _forced(self, lowered: Lowered, images: Tensor, context: Tensor | None) -> Tensor:
+        """What a program computes for given images, as the network gives it."""
+        shape = images.shape[1:]
+        out = self._recorded(lowered, images, context).movedim(-1, 1)
         if self.head == "categorical":  # recorded colour by colour
             out = out.unflatten(1, (shape[0], self.levels)).transpose(1, 2).flatten(1, 2)
-        return out.reshape(len(images), program.record, *shape[1:])
+        return out.reshape(len(images), lowered.program.record, *shape[1:])
+
+    def _unchanged(self, prepared: _Prepared) -> Tensor:
+        """bool (): whether the GPU's weights are still those that were packed; nothing waits for it."""
+        return prepared.contents.unchanged(state(self.network)[1])
 
     def _checked(
         self, n: int, shape: tuple[int, ...], method: str, temperature: float, prefix: Tensor | None,
@@ -216,10 +318,22 @@ class Sampler:
         self, images: Tensor, uniforms: Tensor, given: int, context: Tensor | None, temperature: float, progress: bool,
         record: Tensor | None,
     ) -> None:  # fmt: skip
+        shape = tuple(images.shape[1:])
+        prepared = self._program(shape, context is not None)
+        self._prove(prepared, shape, context)
+        self._execute(prepared.lowered, images, uniforms, given, context, temperature, progress, record)
+        if images.is_cuda:
+            images.masked_fill_(~self._unchanged(prepared), -1)
+
+    def _execute(
+        self, lowered: Lowered, images: Tensor, uniforms: Tensor, given: int, context: Tensor | None, temperature: float,
+        progress: bool, record: Tensor | None,
+    ) -> None:  # fmt: skip
         if _CPU is None and not images.is_cuda:
             raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cpu')[1]}")
-        program, make_statics = self._program(tuple(images.shape[1:]), context is not None)
-        statics = make_statics(context)
+        program = lowered.program
+        with evaluating(self.network):
+            statics = lowered.statics(context)
         if images.is_cuda:
             _run_on_gpu(program, statics, images, uniforms, given, temperature, progress, record)
             return
@@ -244,6 +358,37 @@ class Sampler:
                     )  # fmt: skip
                     advance(min(rows, height - row))
                     row += rows
+
+
+def _comparable(device: torch.device) -> bool:
+    """Whether numbers can be looked at: not while a CUDA graph is captured, under a tracer or with fake tensors."""
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return not fake and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _called(image: Tensor, *rest: Tensor) -> Callable[[nn.Module, torch.dtype], Tensor]:
+    """A call of the network in another precision, which its condition takes too."""
+
+    def call(network: nn.Module, dtype: torch.dtype) -> Tensor:
+        out: Tensor = network(image, *(t.to(dtype) if t.is_floating_point() else t for t in rest))
+        return out
+
+    return call
+
+
+@contextlib.contextmanager
+def _buffers_as_they_were(network: nn.Module) -> Iterator[None]:
+    """Puts back buffers that a forward pass has written into."""
+    before = [(b, b.detach().clone()) for b in network.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            if not torch.equal(buffer, values):
+                with torch.no_grad():
+                    buffer.copy_(values)
 
 
 def _map(values: Tensor, first: int) -> list[int]:
