@@ -6,7 +6,6 @@ What reads a module's weights and settings instead of calling it asks here first
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Collection, Iterator
 from types import FunctionType
 from typing import Any
@@ -29,26 +28,38 @@ _HARMLESS = frozenset(
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
-@functools.cache
-def _changes_nothing(cls: type, base: type) -> bool:
+# Found once for each class; dictionaries rather than functools.cache, of which a compiler warns.
+_UNCHANGED: dict[tuple[type, type], bool] = {}
+_SERVED: dict[tuple[type, tuple[type, ...]], type | None] = {}
+
+
+def changes_nothing(cls: type, base: type) -> bool:
     """Whether a call of ``cls`` is one of ``base``: what lies between them defines nothing that a call could use."""
-    for between in cls.__mro__[: cls.__mro__.index(base)]:
-        for name, value in vars(between).items():
-            if name in _HARMLESS:
-                continue
-            # A method under a new name is called by nothing that the base knows.
-            new = isinstance(value, (FunctionType, classmethod, staticmethod)) and not hasattr(base, name)
-            if not new or name.startswith("__") or name in getattr(base, "__annotations__", {}):
-                return False
-    return True
+    if cls is base:
+        return True
+    found = _UNCHANGED.get((cls, base))
+    if found is None:
+        found = _UNCHANGED[cls, base] = all(
+            _harmless(name, value, base)
+            for between in cls.__mro__[: cls.__mro__.index(base)]
+            for name, value in vars(between).items()
+        )
+    return found
 
 
-@functools.cache
+def _harmless(name: str, value: Any, base: type) -> bool:
+    if name in _HARMLESS:
+        return True
+    # A method under a new name is called by nothing that the base knows.
+    new = isinstance(value, (FunctionType, classmethod, staticmethod)) and not hasattr(base, name)
+    return new and not name.startswith("__") and name not in getattr(base, "__annotations__", {})
+
+
 def _class_that_serves(cls: type, classes: tuple[type, ...]) -> type | None:
-    for base in cls.__mro__:
-        if base in classes:
-            return base if _changes_nothing(cls, base) else None
-    return None
+    if (cls, classes) not in _SERVED:
+        base = next((c for c in cls.__mro__ if c in classes), None)
+        _SERVED[cls, classes] = base if base is not None and changes_nothing(cls, base) else None
+    return _SERVED[cls, classes]
 
 
 def class_of(module: nn.Module) -> type:

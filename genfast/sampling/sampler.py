@@ -155,7 +155,7 @@ class Sampler:
         if (
             prepared.checked
             or not self.self_check
-            or not _comparable(self._device())
+            or not checks.can_look(self._device())
             or (context is not None and not len(context))
         ):
             return
@@ -358,14 +358,6 @@ class Sampler:
                     )  # fmt: skip
                     advance(min(rows, height - row))
                     row += rows
-
-
-def _comparable(device: torch.device) -> bool:
-    """Whether numbers can be looked at: not while a CUDA graph is captured, under a tracer or with fake tensors."""
-    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return False
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    return not fake and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _called(image: Tensor, *rest: Tensor) -> Callable[[nn.Module, torch.dtype], Tensor]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..reference.made import ACTIVATIONS
+from .degree_ordered import Layer
 from .lowering import Lowered, LoweringError, where
 
 TOLERANCE = 32 * torch.finfo(torch.float32).eps  # of the largest value: what needs no second look
@@ -17,6 +20,15 @@ TOLERANCE = 32 * torch.finfo(torch.float32).eps  # of the largest value: what ne
 
 class SelfCheckError(LoweringError):
     """A program computes something else than its network; names the layer where the difference begins."""
+
+
+def can_look(device: torch.device) -> bool:
+    """Whether numbers can be looked at: not while a CUDA graph is captured, under a tracer or with fake tensors."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return device.type != "meta" and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
 @contextlib.contextmanager
@@ -38,7 +50,7 @@ def beyond_rounding(found: Tensor, expected: Tensor, exact: Callable[[], tuple[T
         exact: (output in float64, output in float32) of copies of the network, asked for only where the two differ by more
             than a few units in the last place; None where there are no copies. What these differ by is rounding.
     """
-    finite = expected.isfinite()
+    precision, finite = expected.dtype, expected.isfinite()
     found, expected = (torch.where(finite, t.double(), 0.0) for t in (found, expected))
     scale = largest(expected)
     error = largest(found - expected)
@@ -46,7 +58,7 @@ def beyond_rounding(found: Tensor, expected: Tensor, exact: Callable[[], tuple[T
         return None
     outputs = exact()
     if outputs is None:
-        return None if error <= 128 * TOLERANCE * scale else error / scale
+        return None if error <= 4096 * max(torch.finfo(precision).eps, TOLERANCE / 32) * scale else error / max(scale, 1e-300)
     double, single = (torch.where(finite, t.double(), 0.0) for t in outputs)
     own = largest(found - double)
     return None if own <= 16 * largest(single - double) + TOLERANCE * scale else own / max(scale, 1e-300)
@@ -65,6 +77,41 @@ def in_both_precisions(network: nn.Module, call: Callable[[Any, torch.dtype], Te
     finally:
         torch.set_default_dtype(default)
     return outputs[0], outputs[1]
+
+
+def first_layer(network: nn.Module, layers: Sequence[Layer], call: Callable[[], Any], x: Tensor) -> str:
+    """Which of a degree program's layers is the first that gives something else than the module whose weight it has.
+
+    Args:
+        call: calls the network at ``x`` (N, D).
+    """
+    names = {id(getattr(m, "weight", None)): (name, m) for name, m in network.named_modules()}
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for layer in layers:
+        name, module = names.get(id(layer.weight), ("", None))
+        if module is not None:
+            handles.append(
+                module.register_forward_hook(lambda m, _, out, name=name: outputs.setdefault(name, out.detach().clone()))
+            )
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    values = [x]
+    for i, layer in enumerate(layers, 1):
+        before = ACTIVATIONS[layer.before](values[layer.source])
+        weight = layer.weight if layer.mask is None else torch.where(layer.mask.bool(), layer.weight, 0.0)
+        linear = F.linear(before, weight, layer.bias)
+        y = ACTIVATIONS[layer.after](linear if layer.context is None else linear + layer.context)
+        y = y if layer.gate is None else y * layer.gate
+        values.append(y if layer.residual is None else y + values[layer.residual])
+        name, _ = names.get(id(layer.weight), ("", None))
+        expected = outputs.get(name)
+        if expected is not None and all(largest(v - expected) > 128 * TOLERANCE * largest(expected) for v in (linear, y)):
+            return f"layer {i} ({name})"
+    return f"the {len(layers)} layers, which fit their modules' outputs one by one"
 
 
 class _Recorder(fx.Interpreter):
