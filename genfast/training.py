@@ -230,9 +230,9 @@ class Trainer:
 def draw(model: models.AutoregressiveModel, n: int, *, generator: torch.Generator, **options: Any) -> Tensor:
     """Samples on all ranks, by the cached engine where the model has a pixel program, else by the standard loop."""
     try:
-        return distributed.sample(model, n, generator=generator, **options)
+        return distributed.sample(model, n, generator=generator, **{"method": "cached", **options})
     except LoweringError:
-        return distributed.sample(model, n, generator=generator, method="naive", **options)
+        return distributed.sample(model, n, generator=generator, **{**options, "method": "naive"})
 
 
 def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:

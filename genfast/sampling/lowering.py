@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from torch import Tensor, fx, nn
 from .. import _backend, ops
 from .. import nn as gnn
 from .._calls import class_of, hook_in_the_way, stands_for, weights_of_calls
+from .inputs import Conditions, Unknown
 from .program import Buffer, Program, Step, padded
 
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -44,6 +46,10 @@ _CALLS: dict[str, Callable[[fx.GraphModule, Any], Callable[..., Any]]] = {
 
 class LoweringError(NotImplementedError):
     """A network has no pixel program; names the part that stands in the way."""
+
+
+class NotCausalError(LoweringError):
+    """A network has no pixel program because it sees what it predicts, or what comes later: no sampler is right for it."""
 
 
 @dataclass
@@ -78,13 +84,8 @@ class _Root(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Any) -> Any:
-        return self.network(x)
-
-
-class _ConditionalRoot(_Root):
-    def forward(self, x: Any, context: Any) -> Any:  # type: ignore[override]
-        return self.network(x, context)
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.network(x, *args, **kwargs)
 
 
 class _Proxy(fx.Proxy):
@@ -112,10 +113,27 @@ for _operator in _IN_PLACE_OPERATORS:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
+    def __init__(self, conditions: Conditions) -> None:
         super().__init__(autowrap_modules=(ops,))
+        self.conditions = conditions
         self.image: fx.Node | None = None
         self.dynamic: set[fx.Node] = set()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The image and every condition that is a tensor become placeholders; what else the network is called with is fixed."""
+
+        def entered(label: str, value: Any) -> Any:
+            if value is None or isinstance(value, (bool, int, float, str)):
+                return value
+            if isinstance(value, (Tensor, Unknown)):
+                return self.create_proxy("placeholder", f"condition_{label}", (), {})
+            raise LoweringError(f"the condition {label!r} is a {type(value).__name__}, expected a tensor")
+
+        image = self.create_proxy("placeholder", "image", (), {})
+        c = self.conditions
+        args = [entered(k, v) for k, v in zip(c.names, c.args)]
+        keywords = {k: entered(k, v) for k, v in c.kwargs.items()}
+        return functools.partial(root_fn, **keywords), [self.root, image, *args]
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node: fx.Node = super().create_node(kind, target, *args, **kwargs)
@@ -161,15 +179,15 @@ def _shown(path: str) -> str:
     return path.removeprefix("network").removeprefix(".") or "the network"
 
 
-def trace(network: nn.Module, has_context: bool) -> fx.GraphModule:
-    """``network(x)`` or ``network(x, context)`` as a graph of the modules that this file knows, under "network.".
+def trace(network: nn.Module, conditions: Conditions) -> fx.GraphModule:
+    """The call of ``network`` with an image and ``conditions`` as a graph of the modules that this file knows, under "network.".
 
     Raises:
         LoweringError: its Python code depends on values, or takes other arguments, or a module is called with hooks.
     """
-    root = _ConditionalRoot(network) if has_context else _Root(network)
+    root = _Root(network)
     try:
-        graph = _Tracer().trace(root)
+        graph = _Tracer(conditions).trace(root)
     except LoweringError:
         raise
     except Exception as error:  # whatever a network's own code says of a tensor that has no numbers
@@ -201,11 +219,12 @@ class _Lowering:
     statics: list[fx.Node] = field(default_factory=list)
     views: list[Value] = field(default_factory=list)  # values whose tensors share memory with others'
     where: str = ""
+    conditions: Conditions = field(default_factory=Conditions)
 
     # ---- layout ----
 
-    def error(self, text: str) -> LoweringError:
-        return LoweringError(f"{self.where}: {text}")
+    def error(self, text: str, kind: type[LoweringError] = LoweringError) -> LoweringError:
+        return kind(f"{self.where}: {text}")
 
     def place(self, channels: int) -> list[int]:
         """Where each channel lies: colour by colour, each in whole vectors."""
@@ -278,7 +297,7 @@ class _Lowering:
 
     def when(self, source: str, tap: _Tap) -> str:
         if tap.row > 0:
-            raise self.error("reads rows below its own, so it is not causal")
+            raise self.error("reads rows below its own, so it is not causal", NotCausalError)
         if tap.row < 0 or source in "SR":
             return "R"
         if source == "F" or tap.column > 0:
@@ -295,7 +314,7 @@ class _Lowering:
         source = x.known if not x.late or self.passes == 1 else "P"
         known = max((self.when(source, t) for t in every), key=_ORDER.index, default="R")
         if self.passes > 1 and known == "Q":
-            raise self.error("sees the colour that is still to be drawn")
+            raise self.error("sees the colour that is still to be drawn", NotCausalError)
         if self.passes > 1 and known == "P" and not (self.grouped(out) and self.grouped(x.channels)):
             raise self.error(f"{x.channels} to {out} channels are no multiple of the {self.colours} colours")
         y = self.new(known, out, x.scale * stride // up)
@@ -330,7 +349,8 @@ class _Lowering:
             for later in range(colour + 1 - x.late, self.colours):
                 if bool(t.live[rows][:, self.members(x.channels, later)].any()):
                     raise self.error(
-                        f"lets colour {colour} see colour {later} of its own pixel; give it data_channels={self.colours}"
+                        f"lets colour {colour} see colour {later} of its own pixel; give it data_channels={self.colours}",
+                        NotCausalError,
                     )
 
     def members(self, channels: int, colour: int) -> list[int]:
@@ -578,15 +598,29 @@ class _Lowering:
                 self.after.append(step)
         return y
 
-    def embedded(self, module: gnn.LevelEmbedding) -> Value:
+    def looked_up(self, table: Tensor) -> Value:
+        """The image as a table (levels, C) gives it, colour by colour, or (levels, features) of one colour."""
+        colours = self.shape[0]
+        if table.shape[1] != colours:
+            return self.embedded(table)
+        y = self.new("Q", colours, 1, exact=True)
+        y.late = 1
+        for c in range(colours):
+            column = torch.zeros(len(table), padded(1), dtype=torch.float32)
+            column[:, 0] = table[:, c]
+            step = Step("embed", out=y.buffer, out_offset=c, count=1, weight=self.constant(column), arg0=c, arg1=padded(1))
+            (self.pixel[c] if self.passes > 1 else self.after).append(step)
+        return y
+
+    def embedded(self, weight: Tensor) -> Value:
         if self.shape[0] != 1:
             raise self.error(f"embeds {self.shape[0]} colours, expected one")
-        if module.weight.shape[0] < self.levels:
-            raise self.error(f"has {module.weight.shape[0]} levels, the image has {self.levels}")
-        features = module.weight.shape[1]
+        if weight.shape[0] < self.levels:
+            raise self.error(f"has {weight.shape[0]} levels, the image has {self.levels}")
+        features = weight.shape[1]
         y = self.new("Q", features, 1)
-        table = torch.zeros(module.weight.shape[0], padded(features), dtype=torch.float32)
-        table[:, torch.tensor(y.place)] = module.weight.detach().float().cpu()
+        table = torch.zeros(weight.shape[0], padded(features), dtype=torch.float32)
+        table[:, torch.tensor(y.place)] = weight.detach().float().cpu()
         self.after.append(
             Step("embed", out=y.buffer, count=features, weight=self.constant(table), arg0=0, arg1=padded(features))
         )
@@ -713,6 +747,8 @@ def _call(low: _Lowering, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
         given = {k: v for k, v in given.items() if k in rule.reads}
     if isinstance(operand, Value) and operand.levels and in_place:
         raise low.error("writes in place into the images that the network is given")
+    if module is not None and rule.lower not in _TAKE_LEVELS and any(isinstance(v, Value) and v.levels for v in given.values()):
+        raise low.error("takes floats, and is given whole numbers; say by Sampler(input=...) which floats they are")
     if rule.lower not in _TAKE_LEVELS:
         entered = functools.cache(lambda: low.entered(1.0, 0.0))
         given = {k: entered() if isinstance(v, Value) and v.levels else v for k, v in given.items()}
@@ -768,7 +804,7 @@ def _scale_levels(low: _Lowering, module: gnn.ScaleLevels, x: Value) -> Value:
 def _level_embedding(low: _Lowering, module: gnn.LevelEmbedding, x: Value) -> Value:
     if not x.levels:
         raise low.error("takes the image itself")
-    return low.embedded(module)
+    return low.embedded(module.weight)
 
 
 @_module(gnn.AppendOnes)
@@ -833,7 +869,8 @@ def _one_by_one(low: _Lowering, module: Any, x: Value) -> Value:
     if set(module.kernel_size) != {1} or set(module.stride) != {1} or set(module.padding) - {0}:
         raise low.error(
             f"is {module}, which sees the future; use genfast.nn.MaskedConv{len(module.kernel_size)}d (only 1 x 1 "
-            "convolutions need no mask)"
+            "convolutions need no mask)",
+            NotCausalError,
         )
     dims = len(module.kernel_size)
     return low.convolve(x, _taps(*_dense(module, None), (0,) * dims, (1,) * dims), module.out_channels, _bias(module))
@@ -1159,17 +1196,18 @@ class Lowered:
     """A network's program, and what it was made from."""
 
     program: Program
-    statics: Callable[[Tensor | None], list[Tensor]]  # from the context to the maps that the program reads
+    statics: Callable[[Conditions], list[Tensor]]  # from the conditions to the maps that the program reads
     graph: fx.GraphModule
     recorded: dict[fx.Node, tuple[int, Value]] | None  # where in a pixel's record each value is
     blocked: bool  # the network's output lies colour by colour, not level by level
 
 
 def lower(
-    network: nn.Module, shape: tuple[int, int, int], *, levels: int, head: str = "categorical", has_context: bool = False,
+    network: nn.Module, shape: tuple[int, int, int], *, levels: int, head: str = "categorical",
+    conditions: Conditions | None = None, entry: tuple[float, float] | Tensor | None = None, group_order: str | None = None,
     frames: int = 1, panel: int | None = None, dims: int = 2, record_all: bool = False,
 ) -> Lowered:  # fmt: skip
-    """The pixel program of ``network``, and a function from the context to the maps that it reads.
+    """The pixel program of ``network``, and a function from the conditions to the maps that it reads.
 
     Args:
         network: in evaluation mode; integer images (N, C, H, W) to logits (N, levels * C, H, W), level by level, or to mixture
@@ -1177,6 +1215,10 @@ def lower(
         shape: (C, H, W); of a video (C, frames * H, W).
         frames: of a video (N, C, frames, H, W).
         head: "categorical" or "logistic_mixture".
+        conditions: what the network is called with besides the image; tensors of one row, or :class:`Unknown`.
+        entry: how levels become the floats that the network takes: a factor and what is added, or a table (levels, C) or, of
+            one colour, (levels, features); None where it takes whole numbers.
+        group_order: how the colours lie where no layer says so.
         panel: how many columns of a product's weights lie together; None for what the CPU's engine takes, 0 for all.
         dims: spatial axes of what the network takes: 1 for sequences, 3 for videos.
         record_all: the program also records every value inside the network, to find where it goes wrong; it cannot draw then.
@@ -1185,14 +1227,16 @@ def lower(
         LoweringError: naming the module that has no pixel program.
     """
     with weights_of_calls(network), torch.no_grad():
-        return _lower(network, shape, levels, head, has_context, frames, panel, dims, record_all)
+        given = conditions or Conditions()
+        return _lower(network, shape, levels, head, given, entry, group_order, frames, panel, dims, record_all)
 
 
 def _lower(
-    network: nn.Module, shape: tuple[int, int, int], levels: int, head: str, has_context: bool, frames: int,
-    panel: int | None, dims: int, record_all: bool,
+    network: nn.Module, shape: tuple[int, int, int], levels: int, head: str, conditions: Conditions,
+    entry: tuple[float, float] | Tensor | None, group_order: str | None, frames: int, panel: int | None, dims: int,
+    record_all: bool,
 ) -> Lowered:  # fmt: skip
-    graph = trace(network, has_context)
+    graph = trace(network, conditions)
     nodes = list(graph.graph.nodes)
     image = next(n for n in nodes if n.op == "placeholder")
     dynamic = {image}
@@ -1204,7 +1248,7 @@ def _lower(
     rows = shape[1] // frames
     volumes = [m for m in convs if isinstance(m, gnn.MaskedConv3d)]
     gap = max((max(m.center[1], m.kernel_size[1] - 1 - m.center[1]) * m.dilation[1] for m in volumes), default=0)
-    low = _Lowering(graph, shape, levels, head, panel, dims=dims, recorded={} if record_all else None)
+    low = _Lowering(graph, shape, levels, head, panel, dims=dims, recorded={} if record_all else None, conditions=conditions)
     low.passes = max((m.data_channels for m in convs), default=1)
     low.colours = max(low.passes, shape[0] if head == "categorical" else 1)
     if low.passes not in (1, shape[0]):
@@ -1213,16 +1257,20 @@ def _lower(
     orders = {m.group_order for m in convs if m.data_channels > 1}
     if len(orders) > 1:
         raise LoweringError("its layers have different group_orders")
-    low.order = next(iter(orders), "interleaved")
+    low.order = next(iter(orders), group_order or "interleaved")
+    if group_order not in (None, low.order):
+        raise LoweringError(f"its layers have group_order={low.order!r}, expected {group_order!r}")
     if head == "logistic_mixture" and low.passes > 1:
-        raise LoweringError("a mixture draws all colours at once; its layers must have data_channels=1")
+        raise NotCausalError("a mixture draws all colours at once; its layers must have data_channels=1")
     low.pixel = [[] for _ in range(low.passes)]
 
     result: Any = None
     for node in nodes:
         low.where = where(graph, node)
-        if node is image:
+        if node is image and entry is None:
             low.values[node] = Value("image", "Q", shape[0], -1, 1, [], levels=True)
+        elif node is image:
+            low.values[node] = low.looked_up(entry) if isinstance(entry, Tensor) else low.entered(*entry)
         elif node.op == "output":
             result = node.args[0]
         elif node in dynamic:
@@ -1259,12 +1307,57 @@ def where(graph: fx.GraphModule, node: fx.Node) -> str:
 
 def _materialise(low: _Lowering, a: fx.Node) -> Any:
     """A value of the condition becomes a feature map where it meets the image."""
-    module = low.graph.get_submodule(str(a.target)) if a.op == "call_module" else None
-    if not isinstance(module, gnn.ConditionBias):
-        raise low.error(f"takes {a.name}, which is no genfast.nn.ConditionBias of the context")
     if a not in low.values:
-        low.values[a] = low.static(a, module.out_channels)
+        module = low.graph.get_submodule(str(a.target)) if a.op == "call_module" else None
+        channels = module.out_channels if isinstance(module, gnn.ConditionBias) else _static_channels(low, a)
+        low.values[a] = low.static(a, channels)
     return low.values[a]
+
+
+def _static_channels(low: _Lowering, a: fx.Node) -> int:
+    """How many channels a value of the condition has, by computing it for one image."""
+    if any(isinstance(v, Unknown) for _, v in low.conditions.items()):
+        raise low.error(f"takes {a.name}, which is no genfast.nn.ConditionBias of the context; prepare it with a context")
+    value = _static_values(low.graph, low.conditions, {a}).get(a)
+    if not isinstance(value, Tensor) or value.dim() > low.rank() or not value.is_floating_point():
+        raise low.error(f"takes {a.name}, which is no tensor of the image's axes")
+    value = _as_map(value, low.rank())
+    _, height, width = low.shape
+    sizes = (math.prod(value.shape[2:4]), value.shape[4]) if low.dims == 3 else (*value.shape[2:], 1)[:2]
+    if any(size not in (1, whole) for size, whole in zip(sizes, (height, width))):
+        raise low.error(f"takes {a.name} of {tuple(value.shape[2:])} positions, expected those of the image or one")
+    return int(value.shape[1])
+
+
+def _as_map(value: Tensor, rank: int) -> Tensor:
+    """With leading axes of 1, as an operation with the image's maps broadcasts it."""
+    return value.reshape((1,) * (rank - value.dim()) + tuple(value.shape))
+
+
+def _static_values(graph: fx.GraphModule, conditions: Conditions, taken: set[fx.Node]) -> dict[fx.Node, Any]:
+    """Everything in the graph that does not depend on the image, by running that part of it.
+
+    Raises:
+        LoweringError: one of the nodes that are taken is changed in place afterwards.
+    """
+    values = {f"condition_{label}": value for label, value in conditions.items()}
+    image = next(n for n in graph.graph.nodes if n.op == "placeholder")
+    known: dict[fx.Node, Any] = {}
+    versions: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and node is not image:
+            known[node] = values[str(node.target)]
+        elif node.op == "get_attr":
+            known[node] = operator.attrgetter(str(node.target))(graph)
+        elif node is not image and node.op in _CALLS and all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = _CALLS[node.op](graph, node.target)(*args, **kwargs)
+            if node in taken and isinstance(known[node], Tensor) and not known[node].is_inference():
+                versions[node] = known[node]._version
+    for node, version in versions.items():
+        if known[node]._version != version:
+            raise LoweringError(f"{where(graph, node)}: its output is changed in place, which has no pixel program")
+    return known
 
 
 def _draw(low: _Lowering, y: Value, head: str) -> None:
@@ -1274,7 +1367,7 @@ def _draw(low: _Lowering, y: Value, head: str) -> None:
     if y.levels or any(y.margin):
         raise LoweringError("the output is the image, or a padded map")
     if y.known in "QF":
-        raise LoweringError(f"the output {y.name} depends on the pixel that it predicts")
+        raise NotCausalError(f"the output {y.name} depends on the pixel that it predicts")
     if y.scale != 1:
         raise LoweringError(f"the output has 1/{y.scale} of the image's size")
     if head == "logistic_mixture":
@@ -1290,8 +1383,8 @@ def _draw(low: _Lowering, y: Value, head: str) -> None:
         step = Step("categorical", count=low.levels, a=y.buffer, a_offset=c * per, arg0=c, arg1=c * low.levels)
         if low.passes > 1:
             steps = low.pixel[c]
-            inputs = [s for s in steps if s.kind == "input"]
-            low.pixel[c] = [*(s for s in steps if s.kind != "input"), step, *inputs]
+            inputs = [s for s in steps if s.kind in ("input", "embed")]
+            low.pixel[c] = [*(s for s in steps if s.kind not in ("input", "embed")), step, *inputs]
         else:
             low.pixel[0].append(step)
 
@@ -1315,43 +1408,31 @@ def _finish(low: _Lowering, graph: fx.GraphModule, frames: int, gap: int) -> Low
         torch.cat([*low.weights, torch.zeros(64, dtype=torch.float32)]), [n.name for n in low.statics], frames, gap,
     )  # fmt: skip
     wanted = [(n, torch.tensor(low.values[n].place), low.buffers[low.values[n].buffer].channels) for n in low.statics]
-    image = next(n for n in graph.graph.nodes if n.op == "placeholder")
+    calls = {n: graph.get_submodule(str(n.target)) for n in low.statics if n.op == "call_module"}
+    biases = {n for n, module in calls.items() if isinstance(module, gnn.ConditionBias)}
     places: dict[torch.device, list[Tensor]] = {}  # moved once: a copy from the host cannot be captured
 
-    def statics(context: Tensor | None) -> list[Tensor]:
+    def statics(conditions: Conditions) -> list[Tensor]:
         """The condition's maps (N, rows, columns, channels as they lie), by running its part of the graph."""
         if not wanted:
             return []
         with torch.inference_mode(False), torch.no_grad():
-            return maps(context)
+            return maps(conditions)
 
-    def maps(context: Tensor | None) -> list[Tensor]:
-        known: dict[fx.Node, Any] = {}
-        versions: dict[fx.Node, int] = {}
-        taken = {node for node, _, _ in wanted}
-        for node in graph.graph.nodes:
-            if node.op == "placeholder" and node is not image:
-                known[node] = context
-            elif node.op == "get_attr":
-                known[node] = operator.attrgetter(str(node.target))(graph)
-            elif node is not image and node.op in _CALLS and all(n in known for n in node.all_input_nodes):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-                known[node] = _CALLS[node.op](graph, node.target)(*args, **kwargs)
-                if node in taken and not known[node].is_inference():
-                    versions[node] = known[node]._version
-        for node, version in versions.items():
-            if known[node]._version != version:
-                raise LoweringError(f"{where(graph, node)}: its output is changed in place, which has no pixel program")
+    def maps(conditions: Conditions) -> list[Tensor]:
+        known = _static_values(graph, conditions, {node for node, _, _ in wanted})
         found = []
         device = known[wanted[0][0]].device
         if device not in places:
             places[device] = [place.to(device) for _, place, _ in wanted]
         for (node, _, room), place in zip(wanted, places[device]):
-            value = known[node].float().movedim(1, -1)
+            value = (known[node] if node in biases else _as_map(known[node], low.rank())).float().movedim(1, -1)
             if value.dim() == 5:  # a video: frame below frame
                 value = value.flatten(1, 2)
             if value.dim() < 4:  # one vector for all positions, or a sequence
                 value = value[:, None, None] if value.dim() == 2 else value[:, :, None]
+            if node not in biases and tuple(value.shape[1:3]) != (1, 1):
+                value = value.expand(-1, height, width, -1)
             if value.shape[1:3] not in ((1, 1), (height, width)):
                 size = tuple(value.shape[1:3])
                 raise ValueError(f"context: a map of {size} positions, expected ({height}, {width}) as the image, or a vector")
