@@ -240,12 +240,12 @@ void bind_masked_conv(py::module_& m) {
 
 void bind_pixel_program(py::module_& m) {
   m.def("pixel_program", [](Address program, Address weights, Address statics, Address cache, Address images, Address uniforms,
-                            Address record, int64_t record_size, int64_t n, int64_t group, int64_t first_row, int64_t last_row,
-                            int64_t given, int64_t period, int64_t active, float temperature, int threads) {
+                            Address record, Address faults, int64_t record_size, int64_t n, int64_t group, int64_t first_row,
+                            int64_t last_row, int64_t given, int64_t period, int64_t active, float temperature, int threads) {
     PixelProgramArgs a{};
     a.program = ptr<const int64_t>(program), a.weights = ptr<const float>(weights), a.statics = ptr<const int64_t>(statics);
     a.cache = ptr<float>(cache), a.images = ptr<int64_t>(images), a.uniforms = ptr<const float>(uniforms);
-    a.record = ptr<float>(record), a.record_size = record_size, a.n = n, a.group = group;
+    a.record = ptr<float>(record), a.faults = ptr<int64_t>(faults), a.record_size = record_size, a.n = n, a.group = group;
     a.first_row = first_row, a.last_row = last_row, a.given = given, a.period = period, a.active = active;
     a.temperature = temperature, a.threads = threads;
     GENFAST_CALL(pixel_program, a);

@@ -63,13 +63,13 @@ PYBIND11_MODULE(_cuda, m) {
           check("plu_weight_backward", plu_weight_backward(a, stream));
         });
   m.def("pixel_program", [](Address stream, Address program, Address weights, Address statics, Address cache, Address images,
-                            Address uniforms, Address record, Address scratch, int64_t code, int64_t weight_floats,
-                            int64_t image_floats, int64_t record_size, int64_t n, int32_t first_row, int32_t last_row,
+                            Address uniforms, Address record, Address scratch, Address faults, int64_t code,
+                            int64_t weight_floats, int64_t image_floats, int64_t record_size, int64_t n, int32_t first_row, int32_t last_row,
                             int32_t given, float temperature) {
     PixelProgramArgs a{};
     a.program = ptr<const int32_t>(program), a.weights = ptr<const float>(weights), a.statics = ptr<const int64_t>(statics);
     a.cache = ptr(cache), a.images = ptr<int64_t>(images), a.uniforms = ptr<const float>(uniforms), a.record = ptr(record);
-    a.scratch = ptr<double>(scratch), a.code = code, a.weight_floats = weight_floats;
+    a.scratch = ptr<double>(scratch), a.faults = ptr<int64_t>(faults), a.code = code, a.weight_floats = weight_floats;
     a.image_floats = image_floats, a.record_size = record_size, a.n = n;
     a.first_row = first_row, a.last_row = last_row, a.given = given, a.temperature = temperature;
     py::gil_scoped_release release;

@@ -17,6 +17,7 @@ from . import checkpoints, distributed, losses, metrics, models, ops, reference,
 from .data import Dataset, Points
 from .models import AdversarialModel, Recipe
 from .reference.adversarial import RELATIVISTIC
+from .reference.modes import evaluating
 from .training import TrainingError
 
 
@@ -236,7 +237,8 @@ class AdversarialTrainer:
         """
         if distributed.size() > 1:  # one process goes on with the numbers that torch draws
             distributed.seed(self.seed, len(self.history))
-        self.model.train()
+        if not self.model.training:  # parts that their owner has frozen by eval stay frozen
+            self.model.train()
         updates = [self.critic_update() for _ in range(self.recipe.critic_steps)]
         generator = self.generator_update()
         self._follow()
@@ -326,10 +328,8 @@ def draw_points(samples: Tensor, path: Path, *, real: Tensor | None = None, crit
     if critic is not None:
         line = torch.linspace(-reach, reach, 128)
         at = torch.cartesian_prod(line, line).to(samples.device)
-        training_mode = critic.training
-        with torch.no_grad():
-            values = critic.eval()(at).reshape(128, 128).T.cpu()  # rows are the second coordinate
-        critic.train(training_mode)
+        with torch.no_grad(), evaluating(critic):
+            values = critic(at).reshape(128, 128).T.cpu()  # rows are the second coordinate
         axes.contour(line, line, values, levels=20, cmap="viridis", linewidths=0.7, alpha=0.8)
     if real is not None:
         axes.scatter(real[:, 0].cpu(), real[:, 1].cpu(), s=4, color="#d08a2e", label="data", linewidths=0)

@@ -204,9 +204,6 @@ def _train(a: argparse.Namespace) -> int:
         raise ValueError(f"train: {a.model} takes no {', '.join(unknown) or '--levels; the data decide them'}")
     if autoencoder:
         return _train_autoencoder(a, dataset, config)
-    colours = dataset.shape[0]
-    if "channels" in taken and a.channels is None and taken["channels"].default % (2 * colours):
-        config["channels"] = -(-taken["channels"].default // (2 * colours)) * 2 * colours  # each colour gets its own
     if a.model == "glow" and a.levels is None and min(dataset.shape[1:]) < 16:
         config["levels"] = 2  # the default of three needs multiples of eight, and leaves 8x8 images one position
     out = a.out or Path("out", f"{a.model}-{dataset.name}")

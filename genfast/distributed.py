@@ -353,7 +353,10 @@ def whole(model: Any) -> Any:
     with torch.random.fork_rng():  # the initial weights are drawn, and replaced
         plain = type(model)(**copy.deepcopy(model.config)).to(like.device, like.dtype)
     plain.load_state_dict({name: full(t) for name, t in model.state_dict().items()})
-    return plain.train(model.training)
+    modes = {name: m.training for name, m in model.named_modules()}
+    for name, m in plain.named_modules():
+        m.training = modes.get(name, model.training)
+    return plain
 
 
 # ---- samples ----

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import checkpoints, distributed, models
 from .data import Dataset
 from .reference.autoregressive import AutoregressiveModel
+from .reference.modes import evaluating
 from .sampling import LoweringError
 
 latest, load_checkpoint = checkpoints.latest, checkpoints.load
@@ -148,8 +149,14 @@ class Trainer:
         if any(getattr(m, "_pending", False) for m in self.model.modules()):
             before = self.generator.get_state()
             distributed.seed(self.seed)
-            self._bits(self.model.train(), self._portion(self.batch(), self.generator))
+            self._to_training()
+            self._bits(self.model, self._portion(self.batch(), self.generator))
             self.generator.set_state(before)
+
+    def _to_training(self) -> None:
+        """Puts the model into training mode, unless it is: parts that its owner has frozen by ``eval`` stay frozen."""
+        if not self.model.training:
+            self.objective.train()
 
     def batch(self) -> Tensor:
         """The next batch of whole numbers, over all ranks."""
@@ -178,7 +185,7 @@ class Trainer:
         """
         if distributed.size() > 1:  # one process goes on with the numbers that torch draws
             distributed.seed(self.seed, len(self.losses))
-        self.objective.train()
+        self._to_training()
         loss = self.objective(self._portion(self.batch(), self.generator))
         self.optimizer.zero_grad()
         loss.backward()
@@ -195,10 +202,10 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, limit: int = 1024) -> float:
         """Bits per dimension on the test images, split over the ranks, with noise from a fixed seed."""
-        self.model.eval()
-        model, generator = distributed.whole(self.model), torch.Generator().manual_seed(1)
-        batches = self.data.test[:limit].split(256)
-        parts = [distributed.gather(self._bits(model, self._portion(b, generator))) for b in batches]
+        with evaluating(self.model):
+            model, generator = distributed.whole(self.model), torch.Generator().manual_seed(1)
+            batches = self.data.test[:limit].split(256)
+            parts = [distributed.gather(self._bits(model, self._portion(b, generator))) for b in batches]
         return float(torch.cat(parts).double().mean())
 
     def state(self) -> dict[str, Any]:
@@ -223,9 +230,9 @@ class Trainer:
 def draw(model: models.AutoregressiveModel, n: int, *, generator: torch.Generator, **options: Any) -> Tensor:
     """Samples on all ranks, by the cached engine where the model has a pixel program, else by the standard loop."""
     try:
-        return distributed.sample(model, n, generator=generator, **options)
+        return distributed.sample(model, n, generator=generator, **{"method": "cached", **options})
     except LoweringError:
-        return distributed.sample(model, n, generator=generator, method="naive", **options)
+        return distributed.sample(model, n, generator=generator, **{**options, "method": "naive"})
 
 
 def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import checkpoints, distributed, losses, models, training
 from .data import Dataset
 from .models import AutoencoderModel
+from .reference.modes import evaluating
 from .training import TrainingError
 
 IMPORTANCE_SAMPLES = 64
@@ -79,7 +80,8 @@ class AutoencoderTrainer:
         """
         if distributed.size() > 1:  # one process goes on with the numbers that torch draws
             distributed.seed(self.seed, len(self.history))
-        self.model.train()
+        if not self.model.training:  # parts that their owner has frozen by eval stay frozen
+            self.model.train()
         found: dict[str, float] = {}
         images = self.batch()[distributed.portion(self.batch_size)]
         for phase in self.model.phases:
@@ -119,7 +121,10 @@ class AutoencoderTrainer:
 
         Ranks share the bound of many samples; the rest, some of which couples images, each of them computes whole.
         """
-        self.model.eval()
+        with evaluating(self.model):
+            return self._evaluated(limit)
+
+    def _evaluated(self, limit: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(1)
         images = self.data.test[:limit]
         parts = [self.model.figures(b, generator=generator) for b in images.split(256)]
@@ -237,8 +242,8 @@ def train(
     began = len(trainer.history)
 
     def save() -> None:
-        model.eval()
-        model.fit(data.train[:10_000])
+        with evaluating(model):
+            model.fit(data.train[:10_000])
         checkpoints.save(out, name, model, trainer.state(), data.bins)
 
     def step() -> str:

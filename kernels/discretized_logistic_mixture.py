@@ -212,18 +212,20 @@ def _tanh64(r):
 
 
 @triton.jit
-def _draw(base, block, mean, uniforms, uc, c, chosen, K, pc, heat, half, live):
-    """The level of one colour, rounded half to even, and its value in [-1, 1]."""
+def _draw(base, block, mean, uniforms, uc, c, chosen, K, pc, heat, half, live, total):
+    """The level of one colour, rounded half to even, and its value in [-1, 1]; -1 and NaN where there is nothing to draw."""
     mean += tl.load(base + _at(block, chosen, K, pc), mask=live, other=0).to(tl.float64)
     log_s = tl.load(base + _at(block + 1, chosen, K, pc), mask=live, other=0).to(tl.float64)
     u = tl.load(uniforms + c * uc, mask=live, other=0.5).to(tl.float64)
     u = tl.minimum(tl.maximum(u, 1e-5), 1.0 - 1e-5)
-    value = mean + tl.exp(tl.maximum(log_s, -7.0)) * heat * tl.log(u / (1.0 - u))
+    scale = tl.exp(tl.where(log_s < -7.0, -7.0, log_s))
+    value = mean + scale * heat * tl.log(u / (1.0 - u))
+    fine = (value - value == 0.0) & (total == total)
     value = (tl.minimum(tl.maximum(value, -1.0), 1.0) + 1.0) * half
     level = tl.floor(value + 0.5)
     odd = level - 2.0 * tl.floor(0.5 * level)
     level = tl.where((level - value == 0.5) & (odd == 1.0), level - 1.0, level)
-    return level, level / half - 1.0
+    return tl.where(fine, level, -1.0), tl.where(fine, level / half - 1.0, float("nan"))
 
 
 @triton.jit
@@ -240,19 +242,20 @@ def _sample(
     logits = tl.load(base + _at(0, k, K, pc), mask=inside, other=float("-inf")).to(tl.float64)
     logits = tl.where(live, logits, 0.0)
     p = tl.exp((logits - tl.max(logits, axis=0)[None, :]) / heat)
-    u = tl.load(given, mask=live, other=0.5).to(tl.float64) * tl.sum(p, axis=0)[None, :]
+    total = tl.sum(p, axis=0)[None, :]
+    u = tl.load(given, mask=live, other=0.5).to(tl.float64) * total
     passed = (tl.cumsum(p, axis=0) <= u) & (k < K)
     chosen = tl.minimum(tl.sum(passed.to(tl.int32), axis=0)[None, :], K - 1)
     zero = tl.zeros((1, BLOCK_S), tl.float64)
-    level, red = _draw(base, 1, zero, given, uc, 1, chosen, K, pc, heat, half, live)
+    level, red = _draw(base, 1, zero, given, uc, 1, chosen, K, pc, heat, half, live, total)
     tl.store(to, level.to(tl.int64), mask=live)
     if COLORS == 3:
         a = _tanh64(tl.load(base + _at(3, chosen, K, pc), mask=live, other=0).to(tl.float64))
         b = _tanh64(tl.load(base + _at(6, chosen, K, pc), mask=live, other=0).to(tl.float64))
         c = _tanh64(tl.load(base + _at(9, chosen, K, pc), mask=live, other=0).to(tl.float64))
-        level, green = _draw(base, 4, a * red, given, uc, 2, chosen, K, pc, heat, half, live)
+        level, green = _draw(base, 4, a * red, given, uc, 2, chosen, K, pc, heat, half, live, total)
         tl.store(to + yc, level.to(tl.int64), mask=live)
-        level, _ = _draw(base, 7, b * red + c * green, given, uc, 3, chosen, K, pc, heat, half, live)
+        level, _ = _draw(base, 7, b * red + c * green, given, uc, 3, chosen, K, pc, heat, half, live, total)
         tl.store(to + 2 * yc, level.to(tl.int64), mask=live)
 
 

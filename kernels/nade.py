@@ -88,7 +88,7 @@ def _choose(logits, cols, K, u):
     for k in range(K - 1):  # a scan along the axis would need memory of its own
         reached += tl.sum(tl.where(cols[None, :] == k, weights, 0.0), axis=1)
         level += tl.where(reached <= threshold, 1.0, 0.0)
-    return level.to(tl.int32)
+    return tl.where(threshold == threshold, level, threshold)  # NaN where the logits have no sum
 
 
 @triton.jit
@@ -130,16 +130,19 @@ def _scan(
             PER: tl.constexpr = 2 if KIND == 3 else 1
             u = tl.load(uniforms + place * PER, mask=rows, other=0).to(tl.float32)
             if KIND == 1:
-                value = tl.where(u < _activation(tl.sum(params, axis=1), 0), 1.0, 0.0)
+                chance = _activation(tl.sum(params, axis=1), 0)
+                value = tl.where(chance == chance, tl.where(u < chance, 1.0, 0.0), chance)
             elif KIND == 2:
-                value = _choose(params, cols, P, u).to(tl.float32) / (P - 1)
+                value = _choose(params, cols, P, u) / (P - 1)
             else:
                 K = P // 3
-                which = _choose(params, cols, K, u)
+                level = _choose(params, cols, K, u)
+                which = level.to(tl.int32)
                 second = tl.load(uniforms + place * PER + 1, mask=rows, other=0.5).to(tl.float32)
                 second = tl.minimum(tl.maximum(second, 1e-7), 1.0 - 1e-7)
                 value = _column(params, cols, K + which)
                 value += exp(_column(params, cols, 2 * K + which)) * _normal_quantile(second)
+                value = tl.where(level == level, value, level)
             if GIVEN:
                 stays = tl.load(known + place, mask=rows, other=0) != 0
                 value = tl.where(stays, tl.load(x + place, mask=rows, other=0).to(tl.float32), value)

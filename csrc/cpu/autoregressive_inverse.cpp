@@ -189,7 +189,10 @@ struct Univariate {
   }
 
   GENFAST_INLINE_MEMBER Vec<T> solve(Vec<T> z, const T* params, int64_t apart, Total<T>& logdet) const {
-    if (transform == kBernoulli) return z < logistic<T>(load(params)) ? splat(T(1)) : Vec<T>{};
+    if (transform == kBernoulli) {
+      const Vec<T> chance = logistic<T>(load(params));
+      return chance == chance ? (z < chance ? splat(T(1)) : Vec<T>{}) : chance;  // NaN stays
+    }
     if (transform == kAdditive) return flip ? z + load(params) : z - load(params);
     if (transform == kSpline) return bend(z, params, apart, logdet);
     Vec<T> a, t, s, log_s, unused;

@@ -122,6 +122,7 @@ struct PixelProgramArgs {
   int64_t* images;         // (n, channels, height, width): levels, read and written
   const float* uniforms;   // (n, uniforms, height, width)
   float* record;           // (n, height, width, record_size): what each pixel was drawn from; null: not kept
+  int64_t* faults;         // (n): 1 + (row * width + column) * channels + colour where first nothing could be drawn; 0: nowhere
   int64_t record_size, n, group, first_row, last_row, given;  // image rows below `given` keep their levels
   int64_t period, active;  // of `period` rows the first `active` are the image's, the others zero: the gap between frames
   float temperature;

@@ -17,9 +17,10 @@ namespace genfast {
 namespace GENFAST_ISA {
 
 // Levels of all channels, `ostride` apart. In double throughout: a pixel that rounding puts on another level would change
-// every pixel that is drawn after it.
+// every pixel that is drawn after it. False, and a level of -1, where the logits or the chosen component are not finite; a
+// logit of -infinity only forbids its component.
 template <class T>
-GENFAST_ANYWHERE inline void sample_mixture(const T* params, int64_t stride, int64_t mixtures, int64_t channels,
+GENFAST_ANYWHERE inline bool sample_mixture(const T* params, int64_t stride, int64_t mixtures, int64_t channels,
                                             int64_t levels, T temperature, const float* uniforms, int64_t ustride, int64_t* out,
                                             int64_t ostride) {
   const double heat = double(temperature);
@@ -42,6 +43,7 @@ GENFAST_ANYWHERE inline void sample_mixture(const T* params, int64_t stride, int
   const int64_t each = channels == 3 ? 3 : 2;
   const double half = double(levels - 1) / 2;
   double before[3] = {0, 0, 0};
+  bool finite = total == total;
   for (int64_t c = 0; c < channels; ++c) {
     const T* block = params + (mixtures + c * each * mixtures + chosen) * stride;
     double mean = double(block[0]);
@@ -55,11 +57,13 @@ GENFAST_ANYWHERE inline void sample_mixture(const T* params, int64_t stride, int
     double u = double(uniforms[(1 + c) * ustride]);
     u = u < 1e-5 ? 1e-5 : u > 1 - 1e-5 ? 1 - 1e-5 : u;
     double value = mean + ::exp(log_scale < -7 ? -7 : log_scale) * heat * ::log(u / (1 - u));
+    finite = finite && value - value == 0;
     value = value < -1 ? -1 : value > 1 ? 1 : value;
-    const double level = ::nearbyint((value + 1) * half);
+    const double level = finite ? ::nearbyint((value + 1) * half) : -1;
     before[c] = level / half - 1;
     out[c * ostride] = int64_t(level);
   }
+  return finite;
 }
 
 }  // namespace GENFAST_ISA

@@ -148,7 +148,7 @@ double normal_quantile(double u) {
   return q < 0 ? -y : y;
 }
 
-// The smallest index whose cumulative probability exceeds u, as a number; lanes are samples.
+// The smallest index whose cumulative probability exceeds u, as a number; lanes are samples. NaN where the logits have no sum.
 template <class T>
 Vec<T> choose_level(const T* logits, int64_t count, Vec<T> u) {
   constexpr int n = lanes<T>();
@@ -164,7 +164,7 @@ Vec<T> choose_level(const T* logits, int64_t count, Vec<T> u) {
     reached += exp<T>(load(logits + k * n) - most);
     level += reached <= threshold ? splat(T(1)) : Vec<T>{};
   }
-  return level;
+  return total == total ? level : total;
 }
 
 // x from the parameters (P vectors, lanes are samples) and `per` uniforms a sample.
@@ -176,7 +176,8 @@ Vec<T> draw(int kind, const T* params, int64_t p, const T* uniforms, int64_t str
   const Vec<T> u = load(lane);
   if (kind == NadeArgs::kBernoulli) {
     Vec<T> e;
-    return u < logistic<T>(load(params), e) ? splat(T(1)) : Vec<T>{};
+    const Vec<T> chance = logistic<T>(load(params), e);
+    return chance == chance ? (u < chance ? splat(T(1)) : Vec<T>{}) : chance;
   }
   if (kind == NadeArgs::kCategorical) return choose_level<T>(params, p, u) / T(p - 1);
   const int64_t k = p / 3;
@@ -192,7 +193,7 @@ Vec<T> draw(int kind, const T* params, int64_t p, const T* uniforms, int64_t str
     const T v = uniforms[i * stride + 1];
     other[i] = T(normal_quantile(v < tiny ? tiny : v > 1 - tiny ? T(1) - tiny : v));
   }
-  return mean + exp<T>(log_sigma) * load(other);
+  return chosen == chosen ? mean + exp<T>(log_sigma) * load(other) : chosen;
 }
 
 template <class T, int kAct>

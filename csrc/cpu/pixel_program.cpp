@@ -99,7 +99,7 @@ struct Tile {
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v)
-        store(out + m * ld + v * lanes<F>(), relu ? (acc[m][v] > 0.f ? acc[m][v] : Vec<F>{}) : acc[m][v]);
+        store(out + m * ld + v * lanes<F>(), relu ? (acc[m][v] < 0.f ? Vec<F>{} : acc[m][v]) : acc[m][v]);  // NaN stays
   }
 };
 
@@ -294,7 +294,7 @@ class Engine {
       switch (s.kind) {
         case kCopy: each(out, s.count, [&](int64_t k) { return load(a + k); }); break;
         case kAdd: each(out, s.count, [&](int64_t k) { return load(a + k) + load(b + k); }); break;
-        case kRelu: each(out, s.count, [&](int64_t k) { return load(a + k) > 0.f ? load(a + k) : Vec<F>{}; }); break;
+        case kRelu: each(out, s.count, [&](int64_t k) { return load(a + k) < 0.f ? Vec<F>{} : load(a + k); }); break;
         case kElu: each(out, s.count, [&](int64_t k) { return elu(load(a + k)); }); break;
         case kTanh: each(out, s.count, [&](int64_t k) { return tanh<F>(load(a + k)); }); break;
         case kSigmoid: each(out, s.count, [&](int64_t k) { return logistic(load(a + k)); }); break;
@@ -337,6 +337,11 @@ class Engine {
     if (a_.record) memcpy(a_.record + pixel_of(n, 1, 0, r, c) * a_.record_size + s.arg1, a, size_t(s.count) * sizeof(F));
   }
 
+  // Keeps the first place of an image at which its logits or parameters say nothing that could be drawn.
+  void fault(int64_t n, int64_t colour, int64_t r, int64_t c) const {
+    if (!a_.faults[n]) a_.faults[n] = 1 + (image_row(r) * p_.width + c) * p_.channels + colour;
+  }
+
   // The smallest level whose cumulative probability exceeds the uniform number.
   void categorical(const Step& s, int64_t n, int64_t r, int64_t c, const F* logits) const {
     record(s, n, r, c, logits);
@@ -350,6 +355,7 @@ class Engine {
     for (int64_t k = 0; k < levels; k += lanes<F>()) store(weight.data() + k, exp<F>((load(logits + k) - most) * inverse));
     double total = 0;
     for (int64_t k = 0; k < levels; ++k) total += double(weight[size_t(k)]);
+    if (total != total) fault(n, s.arg0, r, c);  // NaN, infinity, or -infinity throughout, which leave no difference to the most
     const double u = double(uniform(n, s.arg0, r, c)) * total;
     double sum = 0;
     int64_t level = 0;
@@ -364,8 +370,13 @@ class Engine {
     record(s, n, r, c, params);
     if (image_row(r) < a_.given) return;
     const int64_t plane = p_.height * p_.width, at = image_row(r) * p_.width + c;
-    sample_mixture<F>(params, 1, s.arg0, p_.channels, p_.levels, a_.temperature, a_.uniforms + n * p_.uniforms * plane + at, plane,
-                      a_.images + n * p_.channels * plane + at, plane);
+    int64_t* levels = a_.images + n * p_.channels * plane + at;
+    bool drawn = sample_mixture<F>(params, 1, s.arg0, p_.channels, p_.levels, a_.temperature,
+                                   a_.uniforms + n * p_.uniforms * plane + at, plane, levels, plane);
+    for (int64_t k = s.arg0; k < s.count; ++k) drawn = drawn && params[k] - params[k] == 0;  // also of components not chosen
+    if (drawn) return;
+    fault(n, 0, r, c);
+    for (int64_t colour = 0; colour < p_.channels; ++colour) levels[colour * plane] = 0;
   }
 
   F uniform(int64_t n, int64_t index, int64_t r, int64_t c) const {

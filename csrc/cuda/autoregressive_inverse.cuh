@@ -471,10 +471,12 @@ class DegreeOrdered {
       const Params params{row(item.source + r * a_.width) + s, kGroup};
       const float z = row(a_.given + place)[s];
       float logdet = 0.f, x;
-      if (a_.transform == kBernoulli)
-        x = z < logistic(params[0]) ? 1.f : 0.f;
-      else
+      if (a_.transform == kBernoulli) {
+        const float chance = logistic(params[0]);
+        x = z < chance ? 1.f : chance - chance;  // 0, or NaN of NaN
+      } else {
         x = a_.transform == kSpline ? solve_spline(a_, z, params, logdet) : solve_affine(a_, z, params, logdet);
+      }
       row(place)[s] = x;
       row(a_.given + place)[s] = logdet;
       if (exists(s)) a_.x[(first_ + s) * a_.inputs + constant_at(a_.order + place)] = x;

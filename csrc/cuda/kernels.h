@@ -27,6 +27,7 @@ struct PixelProgramArgs {
   const float* uniforms;   // (n, uniforms, height, width)
   float* record;           // (n, height, width, record_size): what each pixel was drawn from; null: not kept
   double* scratch;         // (n, levels)
+  int64_t* faults;         // (n): 1 + (row * width + column) * channels + colour where first nothing could be drawn; 0: nowhere
   int64_t code, weight_floats;  // how many there are
   int64_t image_floats, record_size, n;
   int32_t first_row, last_row, given;  // rows below `given` keep their levels

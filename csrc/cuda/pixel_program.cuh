@@ -4,6 +4,8 @@
 // for its threads, `exchange(x, mask)` gives the x of the thread whose lane differs by `mask`.
 #pragma once
 
+#include <stdio.h>
+
 #include "kernels.h"
 #include "portable.cuh"
 
@@ -229,7 +231,7 @@ class Engine {
           const float4 z = M == 1 ? alone : *reinterpret_cast<const float4*>(add + (first + m) * add_apart);
           y = {y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w};
         }
-        if (s.relu) y = {fmaxf(y.x, 0.f), fmaxf(y.y, 0.f), fmaxf(y.z, 0.f), fmaxf(y.w, 0.f)};
+        if (s.relu) y = {relu(y.x), relu(y.y), relu(y.z), relu(y.w)};
         *reinterpret_cast<float4*>(out + (first + m) * out_apart) = y;
       }
     }
@@ -251,7 +253,7 @@ class Engine {
       switch (s.kind) {
         case kCopy: *out = x; break;
         case kAdd: *out = x + y; break;
-        case kRelu: *out = x > 0.f ? x : 0.f; break;
+        case kRelu: *out = relu(x); break;
         case kElu: *out = elu(x); break;
         case kTanh: *out = tanhf(x); break;
         case kSigmoid: *out = logistic(x); break;
@@ -291,13 +293,34 @@ class Engine {
       if (r < a_.given) continue;
       if (s.kind == kCategorical) {
         categorical(s, n, r, c, params);
-      } else if (lane == 0) {
-        const int64_t plane = int64_t(p_.height()) * p_.width(), at = int64_t(r) * p_.width() + c;
-        sample_mixture<float>(params, 1, s.arg0, p_.channels(), p_.levels(), a_.temperature,
-                              a_.uniforms + n * p_.uniforms() * plane + at, plane, a_.images + n * p_.channels() * plane + at,
-                              plane);
+      } else {
+        float faulty = 0.f;  // also of components that are not chosen
+        for (int32_t k = s.arg0 + lane; k < s.count; k += lanes) faulty = params[k] - params[k] == 0.f ? faulty : 1.f;
+        for (int32_t mask = 1; mask < lanes; mask *= 2) faulty = fmaxf(faulty, team_.exchange(faulty, mask));
+        if (lane == 0) mixture(s, n, r, c, params, faulty == 0.f);
       }
     }
+  }
+
+  GENFAST_DEVICE void mixture(const Step& s, int64_t n, int32_t r, int32_t c, const float* params, bool finite) const {
+    const int64_t plane = int64_t(p_.height()) * p_.width(), at = int64_t(r) * p_.width() + c;
+    int64_t* levels = a_.images + n * p_.channels() * plane + at;
+    const bool drawn = sample_mixture<float>(params, 1, s.arg0, p_.channels(), p_.levels(), a_.temperature,
+                                             a_.uniforms + n * p_.uniforms() * plane + at, plane, levels, plane);
+    if (drawn && finite) return;
+    fault(n, 0, r, c);
+    for (int32_t colour = 0; colour < p_.channels(); ++colour) levels[colour * plane] = 0;
+  }
+
+  // Keeps the first place of an image at which its logits or parameters say nothing that could be drawn, and prints it, since
+  // whoever launched this does not wait.
+  GENFAST_DEVICE void fault(int64_t n, int32_t colour, int32_t r, int32_t c) const {
+    if (a_.faults[n]) return;
+    a_.faults[n] = 1 + (int64_t(r) * p_.width() + c) * p_.channels() + colour;
+#ifdef __CUDA_ARCH__
+    printf("genfast: sample: what image %lld of its part is drawn from is not finite at row %d, column %d, colour %d\n",
+           static_cast<long long>(n), int(r), int(c), int(colour));
+#endif
   }
 
   // The smallest level whose cumulative probability exceeds the uniform number. One lane adds up, in the order of the CPU's
@@ -315,6 +338,7 @@ class Engine {
       double total = 0;
       GENFAST_UNROLL_BY(8)
       for (int32_t k = 0; k < s.count; ++k) sums[k] = total += sums[k];
+      if (total != total) fault(n, s.arg0, r, c);
       const double u = double(a_.uniforms[((n * p_.uniforms() + s.arg0) * p_.height() + r) * p_.width() + c]) * total;
       int32_t low = 0, high = s.count - 1;
       while (low < high) {

@@ -35,6 +35,8 @@ GENFAST_DEVICE T constant_at(const T* p) {
 
 GENFAST_DEVICE int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 
+GENFAST_DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN stays
+
 GENFAST_DEVICE float elu(float x) { return x > 0.f ? x : expm1f(x); }
 
 GENFAST_DEVICE float logistic(float x) { return 1.f / (1.f + expf(-x)); }

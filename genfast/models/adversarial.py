@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nn.spectral_norm import spectral_norm
 from ..reference.adversarial import CRITIC_LOSSES
+from ..reference.modes import evaluating
 
 __all__ = ["AdversarialModel", "Recipe", "leaky_relu", "mlp", "spectral_norm", "stages"]
 
@@ -145,10 +146,6 @@ class AdversarialModel(nn.Module):
             given = (labels,)
         elif context is not None:
             raise ValueError(f"{name}.sample: context was given, and this model has no classes")
-        training = self.generator.training
-        self.generator.eval()
-        try:
+        with evaluating(self.generator):
             drawn: Tensor = self.generator(*(t if rows is None else t[rows] for t in (z, *given)))
-        finally:
-            self.generator.train(training)
         return drawn

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..reference.modes import evaluating
 from .adversarial import mlp, stages
 
 Network = Literal["perceptron", "convolutional"]
@@ -170,13 +171,9 @@ class AutoencoderModel(nn.Module):
         """
         if n < 0 or temperature < 0:
             raise ValueError(f"{type(self).__name__}.sample: n={n} and temperature={temperature}, expected at least 0")
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             z = self.latent(n, generator, temperature)
             return self.levels_of(self.decode(z if rows is None else z[rows]))
-        finally:
-            self.train(training)
 
 
 def squared_error(values: Tensor, target: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import nn, ops
 from ..reference import autoregressive as plain
+from ..sampling import inputs
 from ..sampling.sampler import Sampler
 
 
@@ -37,7 +38,7 @@ class AutoregressiveModel(plain.AutoregressiveModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, shape: Sequence[int] | None = None, *, method: str = "cached", context: Tensor | None = None,
+        self, n: int, shape: Sequence[int] | None = None, *, method: str = "auto", context: inputs.Context = None,
         temperature: float = 1.0, prefix: Tensor | None = None, uniforms: Tensor | None = None,
         generator: torch.Generator | None = None, progress: bool = False, rows: slice | None = None,
     ) -> Tensor:  # fmt: skip
@@ -49,8 +50,10 @@ class AutoregressiveModel(plain.AutoregressiveModel):
         if rows is not None and n >= 0:
             if uniforms is None:
                 device = self.sampler._device() if generator is None else generator.device
-                uniforms = torch.rand((n, self.uniforms_per_pixel(), *shape[1:]), generator=generator, device=device)
-            uniforms, context, prefix = plain.of_rows(rows, n, uniforms, context, prefix)
+                size = (n, self.uniforms_per_pixel(), *shape[1:])
+                uniforms = torch.rand(size, generator=generator, device=device, dtype=torch.float32)
+            uniforms, prefix = plain.of_rows(rows, n, uniforms, prefix)
+            context = inputs.of_rows(context, rows, n)
             n = len(range(n)[rows])
         return self.sampler.sample(
             n, shape, method=method, context=context, temperature=temperature, prefix=prefix,

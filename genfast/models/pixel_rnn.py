@@ -20,13 +20,13 @@ class PixelRNN(AutoregressiveModel):
 
     Args:
         in_channels: colour channels of the images, each seeing those before it.
-        channels: 2h; half of it must be a multiple of in_channels.
+        channels: 2h; half of it must be a multiple of in_channels. By default 32, or what is next to it that fits.
         layers: how many LSTM blocks.
         kind: "row" for Row LSTM, "diagonal" for Diagonal BiLSTM.
         levels: of a colour.
         shape: (C, H, W), what ``sample`` draws unless told otherwise.
 
-    The recurrences have no pixel program: ``sample`` needs ``method="naive"``.
+    The recurrences have no pixel program: ``sample`` runs the standard loop, and says so unless asked for ``method="naive"``.
 
     Raises:
         ValueError: arguments that do not fit, by name.
@@ -41,17 +41,14 @@ class PixelRNN(AutoregressiveModel):
     """
 
     def __init__(
-        self, in_channels: int = 1, channels: int = 32, layers: int = 4, kind: str = "row", levels: int = 256, *,
+        self, in_channels: int = 1, channels: int | None = None, layers: int = 4, kind: str = "row", levels: int = 256, *,
         shape: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, levels, shape)
         _check.choice("PixelRNN", "kind", kind, ("row", "diagonal"))
         if layers < 1:
             raise ValueError(f"PixelRNN: layers={layers}, expected at least 1")
-        if channels < 2 or channels % (2 * in_channels):
-            raise ValueError(
-                f"PixelRNN: channels={channels}, expected a multiple of {2 * in_channels}, twice in_channels={in_channels}"
-            )
+        channels = self.width(channels, 32, 2)
         self.config = {
             "in_channels": in_channels, "channels": channels, "layers": layers, "kind": kind, "levels": levels,
             "shape": self.shape,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._calls import changes_nothing, class_of
 from ..reference import autoregressive_flows as plain
+from ..reference.modes import evaluating
 from .bijection import Bijection
 from .univariate import Fast, spline_options
 
@@ -26,8 +31,9 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
 
     Args:
         network: a :class:`MADE`, or any module with ``forward(x (N, D), context (N, K)) -> (N, D, P)`` of which output i sees
-            only what comes before i in some order, and ``layers(context)``, its :class:`genfast.sampling.Layer`s; without
-            ``layers`` the inverse is ``inverse_plain``.
+            only what comes before i in some order, and a method ``layers(context)``, its :class:`genfast.sampling.Layer`s.
+            Without that method the inverse is ``inverse_plain``; so it is, with a warning, where hooks or a changed forward
+            make a call of the network another function than its layers.
         transform: "affine", P = 2, the shift t then a (P = 1 for ``scale="additive"``), or "spline", P as
             :func:`genfast.ops.rational_quadratic_spline_packed` says.
         scale: s(a) of the affine one: "softclamp" log s = a / (1 + |a| / log 1000), "exp" e^a, "sigmoid" sigmoid(a + 2), or
@@ -50,26 +56,83 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
     def __init__(self, network: nn.Module, *, transform: str = "affine", **options: Any) -> None:
         super().__init__(network, transform=transform, **options)
         self._program: DegreeProgram | None = None
+        self._proven: tuple[object, object] | None = None  # the program's code and the map that agreed with the network
 
     def __getstate__(self) -> dict[str, Any]:  # a copy lowers its own network
-        return self.__dict__ | {"_program": None}
+        return self.__dict__ | {"_program": None, "_proven": None}
 
     def program(self, context: Tensor | None = None) -> DegreeProgram:
-        """The network in the order of its degrees, lowered once."""
-        from ..sampling import DegreeProgram  # which knows our modules
+        """The network in the order of its degrees, lowered once.
 
-        layers = self.network.layers(context)  # type: ignore[operator]
+        Raises:
+            LoweringError: a call of the network is another function than its layers, by name.
+        """
+        from ..sampling.degree_ordered import DegreeProgram, layers_of  # which knows our modules
+
+        layers = layers_of(self.network, context)
         self._program = DegreeProgram.build(layers) if self._program is None else self._program.update(layers)
         return self._program
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not hasattr(self.network, "layers"):
+        from ..sampling.lowering import LoweringError
+
+        if not callable(getattr(type(self.network), "layers", None)):
             return self.inverse_plain(z, context)
-        program = self.program(context)
+        try:
+            if not changes_nothing(class_of(self), MaskedAutoregressive):
+                raise LoweringError(f"{type(self).__name__}: it overrides methods that its inverse does not call")
+            program = self.program(context)
+        except LoweringError as error:
+            warnings.warn(f"MaskedAutoregressive: the inverse takes one pass for each input. {error}", stacklevel=2)
+            return self.inverse_plain(z, context)
+        result = self._solve(z, program)
+        if (self._proven is None or self._proven[0] is not program.code or self._proven[1] != self.map) and z.numel():
+            self._prove(z, context)
+        return result
+
+    def _solve(self, z: Tensor, program: DegreeProgram) -> tuple[Tensor, Tensor]:
         if isinstance(self.map, plain.AffineMap):
             scale = f"affine:{_ENGINE_SCALES[self.map.scale]}"
             return ops.autoregressive_inverse(z, program, scale, flip=self.map.normalising, eps=0.0)
         return ops.autoregressive_inverse(z, program, "spline", bins=self.map.bins, **spline_options(self.map))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prove(self, z: Tensor, context: Tensor | None) -> None:
+        """The first time for a program, and for one with other masks, one row is put through the network itself.
+
+        Each x_i is solved again from z_i and what the network makes of all of x, which must give x_i.
+        """
+        from ..sampling import self_check as checks
+
+        if type(z) is not Tensor or not checks.can_look(z.device):
+            return
+        z, context = z[:1].detach(), None if context is None else context[:1].detach()
+        with checks.quietly(z.device), evaluating(self), torch.inference_mode(False):
+            z, context = z.clone(), None if context is None else context.clone()
+            program = self.program(context)
+            x, logdet = self._solve(z if z.dtype.itemsize > 2 else z.float(), program)
+
+            def again(layer: MaskedAutoregressive, dtype: torch.dtype) -> Tensor:
+                params = layer._params(x.to(dtype), None if context is None else context.to(dtype))
+                return torch.cat([t.flatten() for t in layer._mapped(z.to(dtype), params, True)])
+
+            expected = again(self, z.dtype)
+            outputs = functools.cache(lambda: checks.in_both_precisions(self, again))
+            for part, found in ((slice(0, -1), x.flatten()), (slice(-1, None), logdet)):
+
+                def both(part: slice = part) -> tuple[Tensor, Tensor] | None:
+                    pair = outputs()
+                    return None if pair is None else (pair[0][part], pair[1][part])
+
+                error = checks.beyond_rounding(found, expected[part], both)
+                if error is not None:
+                    call = functools.partial(self._params, x.to(z.dtype), context)
+                    begins = checks.first_layer(self.network, program.layers, call, x.to(z.dtype))
+                    raise checks.SelfCheckError(
+                        f"MaskedAutoregressive: what {type(self.network).__name__}.layers() says differs from what the network "
+                        f"computes, by {error:.2g} of the largest x or logdet for one row; the difference begins at {begins}"
+                    )
+        self._proven = program.code, self.map
 
     def extra_repr(self) -> str:
         return str(self.map)

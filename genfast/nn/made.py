@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
+from .._calls import class_of, stands_for
 from ..reference import made
 from .masked_linear import MaskedLinear
 
@@ -49,13 +50,21 @@ class MADE(made.MADE):
     linear = MaskedLinear
 
     def layers(self, context: Tensor | None = None) -> list[Layer]:
-        """The network as :class:`genfast.sampling.DegreeProgram` takes it, at a context (N, K)."""
-        from ..sampling import Layer  # which knows our modules
+        """The network as :class:`genfast.sampling.DegreeProgram` takes it, at a context (N, K).
+
+        Raises:
+            LoweringError: a layer is no :class:`MaskedLinear`, so that its weight does not say what a call of it gives.
+        """
+        from ..sampling import Layer, LoweringError  # which know our modules
 
         if (context is None) != (self.context is None):
             called = "with" if self.context is None else "without"
             raise ValueError(f"MADE: made with context={self.context_features}, called {called} one")
         linears = [cast("MaskedLinear", linear) for linear in self.linears]
+        for i, linear in enumerate(linears):
+            if stands_for(linear, (MaskedLinear,)) is None:
+                kind = class_of(linear)
+                raise LoweringError(f"MADE: linears.{i} is a {kind.__module__}.{kind.__qualname__}, expected a MaskedLinear")
         last, inner = len(linears) - 1, "none" if self.residual else self.activation
         found = []
         for i, linear in enumerate(linears):

@@ -85,12 +85,64 @@ class _MaskedConv(nn.modules.conv._ConvNd):
                 f"kernel_size={kernel}, dilation={dilation}"
             )
 
+    def _masked(self, mask_type: str, data_channels: int, group_order: str) -> Tensor:
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return reference.conv_mask(shape, self.center, mask_type, data_channels, group_order, self.groups)
+
     @property
     def mask(self) -> Tensor:
         """Which weights are live, bool like ``weight``."""
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        made = reference.conv_mask(shape, self.center, self.mask_type, self.data_channels, self.group_order, self.groups)
-        return made.to(self.weight.device)
+        return self._masked(self.mask_type, self.data_channels, self.group_order).to(self.weight.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Takes checkpoints of masked convolutions that have a ``mask`` buffer, as most PixelCNN code registers one, if it is
+        this layer's mask."""
+        theirs = state_dict.get(f"{prefix}mask")
+        if theirs is not None:
+            state_dict = {k: v for k, v in state_dict.items() if k != f"{prefix}mask"}
+            wrong = self._mask_fault(theirs)
+            if wrong:
+                error_msgs.append(f"{type(self).__name__}: {prefix}mask {wrong}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _mask_fault(self, theirs: Tensor) -> str:
+        """What a checkpoint's mask has that this layer's has not; empty if they are one."""
+        mine = self._masked(self.mask_type, self.data_channels, self.group_order)
+        if theirs.is_meta:
+            return ""
+        theirs = theirs.detach().cpu()
+        try:
+            live = (theirs != 0).broadcast_to(mine.shape)
+        except RuntimeError:
+            return f"has shape {tuple(theirs.shape)}, expected {tuple(mine.shape)}"
+        if not bool(((theirs == 0) | (theirs == 1)).all()):
+            return "holds numbers other than 0 and 1"
+        if torch.equal(live, mine):
+            return ""
+        others = (
+            (t, d, o)
+            for d in sorted({1, 2, 3, self.data_channels})
+            if self.in_channels % d == 0 and self.out_channels % d == 0
+            for t in ("A", "B")
+            for o in (("interleaved", "blocked") if d > 1 else ("interleaved",))
+        )
+        fits = next(
+            (
+                f"mask_type={t!r}, data_channels={d}, group_order={o!r}"
+                for t, d, o in others
+                if torch.equal(live, self._masked(t, d, o))
+            ),
+            None,
+        )
+        first = tuple((live != mine).nonzero()[0].tolist())
+        said = f"it is that of {fits}" if fits else f"they differ first at weight {first}, {int((live != mine).sum())} in all"
+        return (
+            f"is not the mask of this layer, mask_type={self.mask_type!r}, data_channels={self.data_channels}, "
+            f"group_order={self.group_order!r}: {said}"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         function = (ops.masked_conv1d, ops.masked_conv2d, ops.masked_conv3d)[self.dims - 1]
@@ -112,7 +164,8 @@ class _MaskedConv(nn.modules.conv._ConvNd):
 _DOC = """A causal convolution that takes the place of ``nn.Conv{dims}d`` and loads its state_dict (PixelRNN, section 3.4).
 
     Computes live taps only, through :func:`genfast.ops.masked_conv{dims}d`. The stored weight is never changed by a forward
-    pass; its masked entries start at zero and get exactly zero gradient.
+    pass; its masked entries start at zero and get exactly zero gradient. A checkpoint may hold a ``mask`` buffer, which must
+    be this layer's mask and is left out.
 
     Args:
         in_channels, out_channels, kernel_size, dilation, groups, bias, device, dtype: as of ``nn.Conv{dims}d``.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import ops
+from .._contents import Contents
 from ..reference import made
 
 
@@ -43,10 +45,12 @@ class MaskedLinear(made.MaskedLinear):
     def live(self) -> Tensor:
         """The mask, the same tensor until the degrees change."""
         sorts = (self.rows, self.columns, self.counts)
-        kept: tuple[tuple[Tensor, ...], Tensor] | None = self.__dict__.get("_live")
-        if kept is None or any(a is not b for a, b in zip(kept[0], sorts)):
-            kept = self.__dict__["_live"] = sorts, self.mask
-        return kept[1]
+        kept: tuple[tuple[Tensor, ...], Contents | None, Tensor] | None = self.__dict__.get("_live")
+        same = kept is not None and all(a is b for a, b in zip(kept[0], sorts))
+        if kept is None or not (same if kept[1] is None or torch.compiler.is_compiling() else kept[1].same(sorts)):
+            contents = Contents(sorts) if all(type(t) is Tensor and t.is_cpu for t in sorts) else None  # a GPU would wait
+            kept = self.__dict__["_live"] = sorts, contents, self.mask
+        return kept[2]
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         fused = activation if activation == "relu" else "none"

@@ -288,6 +288,9 @@ def discretized_logistic_mixture_sample(
     Raises:
         TypeError: params or uniforms that are not floating point.
         ValueError: shapes, devices, levels or a temperature that do not fit.
+        FloatingPointError: names the first position whose logits or drawn component are not finite (a logit of -inf only
+            forbids its component). On a GPU an assertion there; in a compiled graph or under a functorch transform the level
+            is -1.
 
     Source: PixelCNN++ (arXiv:1701.05517, section 2.1) and the sampler of its published code.
 
@@ -303,4 +306,13 @@ def discretized_logistic_mixture_sample(
         where = params.device if generator is None else generator.device
         uniforms = torch.rand(shape, generator=generator, device=where).to(params.device)
     result: Tensor = OP_SAMPLE(params.detach(), uniforms.detach(), channels, levels, float(temperature))
+    if torch.compiler.is_compiling() or type(result) is not Tensor or _functorch.peek_interpreter_stack() is not None:
+        return result
+    if result.is_cuda:
+        torch._assert_async((result >= 0).all(), f"{_SAMPLE}: params are not finite where a component is drawn from them")
+    elif result.device.type == "cpu" and result.numel() and int(result.min()) < 0:
+        n, channel, *position = (result < 0).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{_SAMPLE}: params are not finite where channel {channel} of sample {n} is drawn, at position {tuple(position)}"
+        )
     return result

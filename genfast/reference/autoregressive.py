@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,45 +17,102 @@ from torch import Tensor, nn
 
 from . import causal
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
+from .modes import evaluating
 
 # ---- drawing ----
 
 
 def draw_categorical(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     """The smallest level whose cumulative probability exceeds the uniform number; logits (..., levels), uniforms (...)."""
-    weight = ((logits.float() - logits.float().amax(-1, keepdim=True)) / temperature).exp().double()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    weight = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp().double()
     sums = weight.cumsum(-1)
     return (sums <= uniforms.double()[..., None] * sums[..., -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
 
 
+def drawable(params: Tensor, colours: int, head: str) -> Tensor:
+    """Whether there is something to draw, (N,), of the logits (N, levels) of a colour or the parameters (N, P) of a mixture.
+
+    A logit of minus infinity forbids its level or component; NaN, plus infinity and logits that forbid all have no meaning.
+    """
+    if head == "categorical":
+        return params.amax(1).isfinite()
+    count = params.shape[1] // (1 + (3 if colours == 3 else 2) * colours)
+    return params[:, :count].amax(1).isfinite() & params[:, count:].isfinite().all(1)
+
+
+def not_drawable(name: str, head: str, image: int, colour: int, position: Sequence[int]) -> FloatingPointError:
+    """The error of a pixel for which :func:`drawable` does not hold."""
+    where = f"image {image}" + (f", colour {colour}" if head == "categorical" else "")
+    what = "logits" if head == "categorical" else "mixture parameters"
+    return FloatingPointError(
+        f"{name}: the network's {what} of {where} at position {tuple(position)} are not finite (a NaN, an infinity, or every "
+        "level forbidden by a logit of -inf)"
+    )
+
+
+def head_channels(name: str, out: Any, images: Tensor, levels: int, head: str) -> int:
+    """The channels of a network's output for ``images``, or an error that says what was expected."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name}: the network gives a {type(out).__name__}, expected a tensor")
+    colours = images.shape[1]
+    per = 1 + (3 if colours == 3 else 2) * colours
+    wanted = levels * colours if head == "categorical" else per
+    fits = out.dim() == images.dim() and out.shape[0] == images.shape[0] and out.shape[2:] == images.shape[2:]
+    if not fits or (out.shape[1] != wanted if head == "categorical" else not out.shape[1] or out.shape[1] % per):
+        channels = f"levels * colours = {wanted}" if head == "categorical" else f"a multiple of {per}"
+        rest = ", ".join(map(str, images.shape[2:]))
+        raise ValueError(
+            f"{name}: the network gives shape {tuple(out.shape)}, expected ({len(images)}, {channels}, {rest}) for "
+            f"{colours} colour{'s' if colours > 1 else ''}"
+        )
+    return int(out.shape[1])
+
+
+def of_colour(logits: Tensor, colours: int, levels: int, colour: int, group_order: str = "interleaved") -> Tensor:
+    """Of logits (N, levels * C, ...) those of one colour, (N, levels, ...): they lie level by level, or colour by colour where
+    the network's colours are "blocked"."""
+    if group_order == "blocked":
+        return logits.unflatten(1, (colours, levels))[:, colour]
+    return logits.unflatten(1, (levels, colours))[:, :, colour]
+
+
 @torch.no_grad()
 def naive_sample(
-    network: nn.Module, images: Tensor, uniforms: Tensor, given: int, *, levels: int, head: str,
-    context: Tensor | None = None, temperature: float = 1.0, progress: bool = False,
+    network: Callable[..., Any], images: Tensor, uniforms: Tensor, given: int, *, levels: int, head: str,
+    context: Tensor | None = None, temperature: float = 1.0, progress: bool = False, group_order: str = "interleaved",
 ) -> Tensor:  # fmt: skip
-    """The standard loop: one forward pass over the whole image per pixel and colour. Fills ``images`` from row ``given``."""
+    """The standard loop: one forward pass over the whole image per pixel and colour. Fills ``images`` from row ``given``.
+
+    Raises:
+        ValueError: an output of another shape than the head's.
+        FloatingPointError: names the first pixel of a row whose logits are not finite.
+    """
     from tqdm import trange
 
-    training = network.training
-    network.eval()
-    try:
+    colours, every = images.shape[1], slice(None)
+    draws = colours if head == "categorical" else 1
+    with evaluating(network):
         for row in trange(given, images.shape[2], unit="row", disable=None if progress else True):
+            # Asked for once a row: of a GPU, each answer is waited for.
+            fits = torch.ones((*images.shape[3:], draws, len(images)), dtype=torch.bool, device=images.device)
             for rest in itertools.product(*(range(size) for size in images.shape[3:])):
                 at = (row, *rest)
-                for k in range(images.shape[1] if head == "categorical" else 1):
+                for k in range(draws):
                     out = network(images) if context is None else network(images, context)
-                    here = out[(slice(None), slice(None), *at)]
-                    u = uniforms[(slice(None), slice(None), *at)]
+                    head_channels("sample", out, images, levels, head)
+                    here, u = out[(every, every, *at)], uniforms[(every, every, *at)]
                     if head == "categorical":
-                        logits = here.unflatten(1, (levels, images.shape[1]))[:, :, k]
-                        images[(slice(None), k, *at)] = draw_categorical(logits, u[:, k], temperature)
+                        params = of_colour(here, colours, levels, k, group_order)
+                        images[(every, k, *at)] = draw_categorical(params, u[:, k], temperature)
                     else:
-                        drawn = discretized_logistic_mixture_sample(
-                            here[..., None], u[..., None], images.shape[1], levels, temperature
-                        )
-                        images[(slice(None), slice(None), *at)] = drawn[..., 0]
-    finally:
-        network.train(training)
+                        params = here
+                        drawn = discretized_logistic_mixture_sample(here[..., None], u[..., None], colours, levels, temperature)
+                        images[(every, every, *at)] = torch.where(drawable(params, colours, head)[:, None], drawn[..., 0], 0)
+                    fits[(*rest, k)] = drawable(params, colours, head)
+            if not bool(fits.all()):
+                *rest, colour, image = (~fits).nonzero()[0].tolist()
+                raise not_drawable("sample", head, image, colour, (row, *rest))
     return images
 
 
@@ -86,6 +143,16 @@ class AutoregressiveModel(nn.Module):
             raise ValueError(f"{name}: shape={tuple(shape)}, expected ({in_channels}, {'H, W' if self.dims == 2 else 'L'})")
         self.in_channels, self.levels = in_channels, levels
         self.shape = None if shape is None else tuple(shape)
+
+    def width(self, channels: int | None, usual: int, per_colour: int = 1) -> int:
+        """Hidden channels: ``usual`` or the next number above it that the colours divide, or those given if they do."""
+        per = per_colour * self.in_channels
+        found = -(-usual // per) * per if channels is None else channels
+        if found < 1 or found % per:
+            twice = "twice " if per_colour == 2 else ""
+            name, colours = type(self).__name__, self.in_channels
+            raise ValueError(f"{name}: channels={channels}, expected a multiple of {per}, {twice}in_channels={colours}")
+        return found
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, levels * C, ...) logits, level by level, or (N, P, ...) mixture parameters."""
@@ -176,7 +243,7 @@ class PixelCNN(AutoregressiveModel):
 
     Args:
         in_channels: colours.
-        channels: of the hidden maps; a multiple of in_channels.
+        channels: of the hidden maps; a multiple of in_channels. By default 64, or what is next to it that is one.
         layers: masked ``kernel_size`` x ``kernel_size`` convolutions, the first included.
         levels: of a colour.
         shape: (C, H, W), what ``sample`` draws unless told otherwise.
@@ -186,10 +253,11 @@ class PixelCNN(AutoregressiveModel):
     """
 
     def __init__(
-        self, in_channels: int = 1, channels: int = 64, layers: int = 8, kernel_size: int = 7, levels: int = 256, *,
+        self, in_channels: int = 1, channels: int | None = None, layers: int = 8, kernel_size: int = 7, levels: int = 256, *,
         shape: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, levels, shape)
+        channels = self.width(channels, 64)
         self.config = {
             "in_channels": in_channels, "channels": channels, "layers": layers, "kernel_size": kernel_size, "levels": levels,
             "shape": self.shape,
@@ -220,7 +288,7 @@ class GatedPixelCNN(AutoregressiveModel):
 
     Args:
         in_channels: colours.
-        channels: of the stacks; a multiple of in_channels.
+        channels: of the stacks; a multiple of in_channels. By default 64, or what is next to it that is one.
         layers: gated layers, the first (type A, 7 x 7) included.
         kernel_size: of the others, odd.
         levels: of a colour.
@@ -232,10 +300,11 @@ class GatedPixelCNN(AutoregressiveModel):
     """
 
     def __init__(
-        self, in_channels: int = 1, channels: int = 64, layers: int = 8, kernel_size: int = 5, levels: int = 256, *,
+        self, in_channels: int = 1, channels: int | None = None, layers: int = 8, kernel_size: int = 5, levels: int = 256, *,
         context_channels: int | None = None, shape: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, levels, shape)
+        channels = self.width(channels, 64)
         self.config = {
             "in_channels": in_channels, "channels": channels, "layers": layers, "kernel_size": kernel_size, "levels": levels,
             "context_channels": context_channels, "shape": self.shape,

@@ -101,7 +101,8 @@ def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options
     "spline": z = the rational-quadratic spline of x, or x that of z with ``flip``; options flip, bins, tails, zuko, its nine.
     """
     if transform == "bernoulli":
-        return (z < params[..., 0].sigmoid()).to(z.dtype), torch.zeros_like(z)
+        chance = params[..., 0].sigmoid()
+        return torch.where(chance.isnan(), chance, (z < chance).to(z.dtype)).to(z.dtype), torch.zeros_like(z)
     if transform == "spline":
         flip, bins, tails, zuko, *rest = options
         return rational_quadratic_spline_packed(

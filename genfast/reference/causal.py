@@ -124,18 +124,26 @@ class Shift(nn.Module):
 
 
 class ScaleLevels(nn.Module):
-    """Integer levels 0 ... levels - 1 to floating point in [-1, 1]: 2 x / (levels - 1) - 1."""
+    """Integer levels 0 ... levels - 1 to floating point in [-1, 1]: 2 x / (levels - 1) - 1.
+
+    The result has the type of the network, as ``double()``, ``half()`` and ``to`` set it; floats keep their own.
+    """
 
     def __init__(self, levels: int) -> None:
         super().__init__()
         if levels < 2:
             raise ValueError(f"ScaleLevels: levels={levels}, expected at least 2")
         self.levels = levels
+        self.register_buffer("like", torch.zeros(()), persistent=False)  # follows the type of the network's parameters
+
+    like: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            x = x.to(torch.get_default_dtype())
-        return x * (2 / (self.levels - 1)) - 1
+        if x.is_floating_point():
+            return x * (2 / (self.levels - 1)) - 1
+        dtype = self.like.dtype
+        wide = x.to(dtype if dtype.itemsize >= 4 else torch.float32)  # a half-precision number has no room for large levels
+        return (wide * (2 / (self.levels - 1)) - 1).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.levels}"

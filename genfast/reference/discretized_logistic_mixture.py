@@ -108,16 +108,20 @@ def discretized_logistic_mixture_sample(
     params: Tensor, uniforms: Tensor, channels: int, levels: int, temperature: float
 ) -> Tensor:
     """Levels (N, C, ...). uniforms (N, 1 + C, ...): the first picks the component by the inverse of its cumulative
-    probability, the others are mapped through the logistic's inverse, x = mu + s T log(u / (1 - u))."""
+    probability, the others are mapped through the logistic's inverse, x = mu + s T log(u / (1 - u)).
+
+    -1 where the logits have no sum (NaN, plus infinity, minus infinity throughout) or the component drawn is not finite."""
     m = mixture(params.double(), channels)
     u = uniforms.float().double()
     cumulative = (m.logits / temperature).softmax(1).cumsum(1)
     k = (cumulative <= u[:, :1]).sum(1, keepdim=True).clamp(max=m.logits.shape[1] - 1)
     v, levels_found = torch.zeros_like(u[:, 1:]), []
+    fine = m.logits.amax(1).isfinite()
     for c in range(channels):
         mean, scale = (t[:, c].gather(1, k)[:, 0] for t in (m.means_given(v), m.log_scales.exp()))
-        value = (mean + scale * temperature * u[:, 1 + c].clamp(1e-5, 1 - 1e-5).logit()).clamp(-1, 1)
-        level = ((value + 1) * (levels - 1) / 2).round()
+        value = mean + scale * temperature * u[:, 1 + c].clamp(1e-5, 1 - 1e-5).logit()
+        fine = fine & value.isfinite()
+        level = ((value.clamp(-1, 1) + 1) * (levels - 1) / 2).round()
         v = torch.cat((v[:, :c], (level * 2 / (levels - 1) - 1)[:, None], v[:, c + 1 :]), 1)
-        levels_found.append(level.long())
+        levels_found.append(torch.where(fine, level, -1).long())
     return torch.stack(levels_found, 1)

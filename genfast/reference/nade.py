@@ -99,18 +99,26 @@ def _chosen(logits: Tensor, uniforms: Tensor) -> Tensor:
     return (sums <= uniforms[..., None] * sums[..., -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
 
 
+def _drawable(x: Tensor, logits: Tensor) -> Tensor:
+    """``x`` (*), or NaN where the logits (*, P) that it was drawn by have no sum."""
+    return x.masked_fill(~logits.amax(-1).isfinite(), float("nan"))
+
+
 def nade_draw(params: Tensor, uniforms: Tensor, kind: str) -> Tensor:
-    """x (*) from params (*, P) and uniforms (*, 1), or (*, 2) for a mixture: its component, then its normal deviate."""
+    """x (*) from params (*, P) and uniforms (*, 1), or (*, 2) for a mixture: its component, then its normal deviate.
+
+    NaN where the parameters say nothing that could be drawn."""
     if kind == "bernoulli":
-        return (uniforms[..., 0] < torch.sigmoid(params[..., 0])).to(params.dtype)
+        chance = torch.sigmoid(params[..., 0])
+        return (uniforms[..., 0] < chance).to(params.dtype).masked_fill(chance.isnan(), float("nan"))
     if kind == "categorical":
-        return _chosen(params, uniforms[..., 0]).to(params.dtype) / max(params.shape[-1] - 1, 1)
+        drawn = _chosen(params, uniforms[..., 0]).to(params.dtype) / max(params.shape[-1] - 1, 1)
+        return _drawable(drawn, params)
     logits, mean, log_sigma = params.chunk(3, -1)
     k = _chosen(logits, uniforms[..., 0])[..., None]
     tiny = 1e-7 if params.dtype is torch.float32 else 1e-12
     normal = torch.special.ndtri(uniforms[..., 1].clamp(tiny, 1 - tiny))
-    drawn: Tensor = mean.gather(-1, k)[..., 0] + log_sigma.gather(-1, k)[..., 0].exp() * normal
-    return drawn
+    return _drawable(mean.gather(-1, k)[..., 0] + log_sigma.gather(-1, k)[..., 0].exp() * normal, logits)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 from .autoregressive import AutoregressiveModel
 from .made import MADE as MADENetwork
 from .models import DensityModel
+from .modes import evaluating
 from .nade import NADE as NADELayer
 from .nade import DeepNADE as DeepNADENetwork
 from .nade import mixture_of_gaussians_log_prob, nade_draw
@@ -87,7 +88,7 @@ class VectorModel(AutoregressiveModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, shape: Sequence[int] | None = None, *, method: str = "cached", context: Tensor | None = None,
+        self, n: int, shape: Sequence[int] | None = None, *, method: str = "auto", context: Tensor | None = None,
         temperature: float = 1.0, prefix: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
         uniforms: Tensor | None = None, generator: torch.Generator | None = None, progress: bool = False,
         rows: slice | None = None,
@@ -95,7 +96,8 @@ class VectorModel(AutoregressiveModel):
         """Draws ``n`` vectors (n, D), int64, in evaluation mode.
 
         Args:
-            method: "cached", in one pass where the model can, or "naive", D passes; both draw the same from the same numbers.
+            method: "auto" or "cached", in one pass where the model can, or "naive", D passes; both draw the same from the same
+                numbers.
             context: (n, K) of a conditional model.
             temperature: divides the logits.
             prefix: (n, k) whole numbers, the first k dimensions; or
@@ -107,8 +109,8 @@ class VectorModel(AutoregressiveModel):
         name = f"{type(self).__name__}.sample"
         if n < 0 or temperature <= 0:
             raise ValueError(f"{name}: n={n} and temperature={temperature}, expected n >= 0 and a positive temperature")
-        if method not in ("cached", "naive"):
-            raise ValueError(f"{name}: method={method!r}, expected 'cached' or 'naive'")
+        if method not in ("auto", "cached", "naive"):
+            raise ValueError(f"{name}: method={method!r}, expected 'auto', 'cached' or 'naive'")
         self.shape_of(shape)
         like = next(self.parameters())
         if prefix is not None:
@@ -140,12 +142,9 @@ class VectorModel(AutoregressiveModel):
         if rows is not None:
             uniforms, share, values, mask = uniforms[rows], share[rows], values[rows], mask[rows]
             context = None if context is None else context[rows]
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             x = self._draw(uniforms.to(like)[..., None], context, values, mask, temperature, method == "naive", share)
-        finally:
-            self.train(training)
+        _check_drawn(name, x)
         return (x * (self.levels - 1)).round().long()
 
 
@@ -189,6 +188,18 @@ class NADE(VectorModel):
             uniforms, self.kind, context=context, given=given, known=known, temperature=temperature
         )
         return found
+
+
+def _check_drawn(name: str, x: Tensor) -> None:
+    """Raises where a sample has NaN, which its parameters were; on a GPU, which is not waited for, an assertion does."""
+    if x.is_cuda:
+        torch._assert_async((x == x).all(), f"{name}: the network's parameters of a dimension are not finite")
+    elif bool(x.isnan().any()):
+        sample, dimension = x.isnan().nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{name}: the network's parameters of dimension {dimension} of sample {sample} are not finite (a NaN, an infinity, "
+            "or every level forbidden by a logit of -inf)"
+        )
 
 
 def _ensemble(dim: int, orders: int, name: str) -> Tensor:
@@ -467,4 +478,5 @@ class RNADE(DensityModel):
         found: Tensor = self.network.sample(
             uniforms.to(like), "gaussian_mixture", context=context, given=given, known=mask, temperature=temperature
         )
+        _check_drawn("RNADE.sample", found)
         return found

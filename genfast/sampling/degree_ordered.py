@@ -35,13 +35,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._calls import changes_nothing, class_of, hook_in_the_way, weights_of_calls
+from .._contents import Contents
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
-from . import _changes
 from .lowering import LoweringError
 
 ALIGNED = 16  # elements: rows of weights begin at whole vectors
@@ -72,6 +74,27 @@ class Layer:
     residual: int | None = None
     context: Tensor | None = None
     gate: Tensor | None = None
+
+
+def layers_of(network: Any, context: Tensor | None = None) -> list[Layer]:
+    """``network.layers(context)`` with the weights that a call would use.
+
+    Raises:
+        LoweringError: a call of the network does more than its ``layers`` can say: a module has hooks or a forward of its own,
+            or a subclass changed the forward and not ``layers``.
+    """
+    name = type(network).__name__
+    for path, module in network.named_modules():
+        hook = hook_in_the_way(module, weights=bool(path)) or ("a forward of its own" if "forward" in module.__dict__ else "")
+        if hook:
+            raise LoweringError(f"{name}: {path or 'it'} has {hook}, which its layers() do not show")
+    cls = class_of(network)
+    owner = next((c for c in cls.__mro__ if "layers" in vars(c)), cls)
+    if not changes_nothing(cls, owner):
+        raise LoweringError(f"{name}: {cls.__qualname__} overrides methods of {owner.__qualname__}, but not layers()")
+    with weights_of_calls(network):
+        layers: list[Layer] = network.layers(context)
+    return layers
 
 
 @dataclass
@@ -112,7 +135,7 @@ class _Structure:
     static_inverse: Tensor
     multiplications: int
     signature: list[tuple[object, ...]]
-    masks: list[tuple[Tensor | None, int, Tensor | None]]  # as given, its version, as it was read
+    masks: list[tuple[Tensor | None, int, Tensor | None]]  # as given, its version, as it was read, on the CPU
     given: tuple[int, ...] | None
     devices: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 
@@ -130,9 +153,8 @@ class DegreeProgram:
     """A masked network, lowered for :func:`genfast.ops.autoregressive_inverse`.
 
     :meth:`build` lowers a list of layers; :meth:`update` takes the same network with other weights, contexts and gates, and
-    lowers it anew only where a mask or a shape has changed. Weights are packed at a call and, where no gradient is asked for,
-    kept until one of them has changed: another tensor, another storage, PyTorch's count of changes in place, or any optimiser's
-    step. An edit through ``.data`` in place goes unseen; write ``with torch.no_grad(): weight.copy_(...)``.
+    lowers it anew only where a mask or a shape has changed. Weights are packed at a call; on the CPU, with no gradient asked
+    for, they stay packed as long as a comparison finds the contents that they had, however they may be written.
 
     Example:
         >>> import torch, genfast
@@ -145,7 +167,7 @@ class DegreeProgram:
     def __init__(self, layers: Sequence[Layer], structure: _Structure) -> None:
         self.layers = list(layers)
         self._structure = structure
-        self._packed: list[tuple[int, list[tuple[Tensor, tuple[int, int]]], Tensor]] = []  # shared with what update returns
+        self._packed: list[tuple[Contents, Tensor]] = []  # shared with what update returns
 
     @classmethod
     def build(cls, layers: Sequence[Layer], levels: Sequence[int] | Tensor | None = None) -> DegreeProgram:
@@ -217,15 +239,14 @@ class DegreeProgram:
             or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         ):
             return self._pack(tensors, dtype)
-        steps = _changes.steps()
-        for since, key, kept in self._packed:
-            if since != steps or kept.dtype != dtype or len(key) != len(tensors):
-                continue
-            if all(t is k and _changes.mark(t) == mark for t, (k, mark) in zip(tensors, key)):
-                return kept
+        if any(type(t) not in (Tensor, nn.Parameter) or not t.is_cpu for t in tensors):
+            return self._pack(tensors, dtype)  # on a GPU a comparison would wait, and packing does not
+        for contents, packed in self._packed:
+            if packed.dtype == dtype and contents.same(tensors):
+                return packed
         with torch.inference_mode(False), torch.no_grad():
             packed = self._pack(tensors, dtype)
-        self._packed[:] = [(steps, [(t, _changes.mark(t)) for t in tensors], packed)]
+        self._packed[:] = [(Contents(tensors), packed)]
         return packed
 
     def _pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -262,8 +283,12 @@ def _signature(layer: Layer) -> tuple[object, ...]:
 def _same_mask(mask: Tensor | None, given: Tensor | None, version: int, read: Tensor | None) -> bool:
     if mask is None or read is None:
         return mask is None and read is None
-    if mask is given and (torch.compiler.is_compiling() or (not mask.is_inference() and mask._version == version)):
+    # On a GPU looking at the contents would wait, so there PyTorch's count of changes must do.
+    counted = torch.compiler.is_compiling() or (not mask.is_cpu and not mask.is_inference() and mask._version == version)
+    if mask is given and counted:
         return True
+    if mask.dtype == torch.bool and mask.is_cpu:
+        return mask.shape == read.shape and torch.equal(mask, read)
     return mask.shape == read.shape and torch.equal(mask.bool().cpu(), read)
 
 

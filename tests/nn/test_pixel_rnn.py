@@ -210,7 +210,7 @@ def test_errors_of_the_model():
     with pytest.raises(ValueError, match="PixelRNN: kind='column', expected one of 'row', 'diagonal'"):
         models.PixelRNN(kind="column")
     with pytest.raises(ValueError, match="PixelRNN: channels=32, expected a multiple of 6"):
-        models.PixelRNN(in_channels=3)
+        models.PixelRNN(in_channels=3, channels=32)
     with pytest.raises(ValueError, match="PixelRNN: levels=1, expected at least 2"):
         models.PixelRNN(levels=1)
     with pytest.raises(ValueError, match=r"PixelRNN: x has shape \(2, 3, 4, 4\), expected \(N, 1, H, W\)"):

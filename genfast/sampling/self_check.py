@@ -1,0 +1,172 @@
+"""A program proves itself once against the network that it was made of, before anything is drawn with it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..reference.made import ACTIVATIONS
+from .degree_ordered import Layer
+from .lowering import Lowered, LoweringError, where
+
+TOLERANCE = 32 * torch.finfo(torch.float32).eps  # of the largest value: what needs no second look
+
+
+class SelfCheckError(LoweringError):
+    """A program computes something else than its network; names the layer where the difference begins."""
+
+
+def can_look(device: torch.device) -> bool:
+    """Whether numbers can be looked at: not while a CUDA graph is captured, under a tracer or with fake tensors."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return device.type != "meta" and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
+@contextlib.contextmanager
+def quietly(device: torch.device) -> Iterator[None]:
+    """Without gradients, autocast or a trace in the random number generators."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def largest(t: Tensor) -> float:
+    return float(t.abs().max()) if t.numel() else 0.0
+
+
+def beyond_rounding(found: Tensor, expected: Tensor, exact: Callable[[], tuple[Tensor, Tensor] | None]) -> float | None:
+    """How far ``found`` is from what the network gives, relative to its largest value, if rounding does not explain it.
+
+    Args:
+        exact: (output in float64, output in float32) of copies of the network, asked for only where the two differ by more
+            than a few units in the last place; None where there are no copies. What these differ by is rounding.
+    """
+    precision, finite = expected.dtype, expected.isfinite()
+    found, expected = (torch.where(finite, t.double(), 0.0) for t in (found, expected))
+    scale = largest(expected)
+    error = largest(found - expected)
+    if error <= TOLERANCE * scale:
+        return None
+    outputs = exact()
+    if outputs is None:
+        return None if error <= 4096 * max(torch.finfo(precision).eps, TOLERANCE / 32) * scale else error / max(scale, 1e-300)
+    double, single = (torch.where(finite, t.double(), 0.0) for t in outputs)
+    own = largest(found - double)
+    return None if own <= 16 * largest(single - double) + TOLERANCE * scale else own / max(scale, 1e-300)
+
+
+def in_both_precisions(network: nn.Module, call: Callable[[Any, torch.dtype], Tensor]) -> tuple[Tensor, Tensor] | None:
+    """``call(copy of network, dtype)`` in float64 and float32; None where the network cannot be copied or called so."""
+    default = torch.get_default_dtype()
+    outputs = []
+    try:
+        for dtype in (torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            outputs.append(call(copy.deepcopy(network).to(dtype), dtype).detach())
+    except Exception:  # whatever a user's network makes of another precision
+        return None
+    finally:
+        torch.set_default_dtype(default)
+    return outputs[0], outputs[1]
+
+
+def first_layer(network: nn.Module, layers: Sequence[Layer], call: Callable[[], Any], x: Tensor) -> str:
+    """Which of a degree program's layers is the first that gives something else than the module whose weight it has.
+
+    Args:
+        call: calls the network at ``x`` (N, D).
+    """
+    names = {id(getattr(m, "weight", None)): (name, m) for name, m in network.named_modules()}
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for layer in layers:
+        name, module = names.get(id(layer.weight), ("", None))
+        if module is not None:
+            handles.append(
+                module.register_forward_hook(lambda m, _, out, name=name: outputs.setdefault(name, out.detach().clone()))
+            )
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    values = [x]
+    for i, layer in enumerate(layers, 1):
+        before = ACTIVATIONS[layer.before](values[layer.source])
+        weight = layer.weight if layer.mask is None else torch.where(layer.mask.bool(), layer.weight, 0.0)
+        linear = F.linear(before, weight, layer.bias)
+        y = ACTIVATIONS[layer.after](linear if layer.context is None else linear + layer.context)
+        y = y if layer.gate is None else y * layer.gate
+        values.append(y if layer.residual is None else y + values[layer.residual])
+        name, _ = names.get(id(layer.weight), ("", None))
+        expected = outputs.get(name)
+        if expected is not None and all(largest(v - expected) > 128 * TOLERANCE * largest(expected) for v in (linear, y)):
+            return f"layer {i} ({name})"
+    return f"the {len(layers)} layers, which fit their modules' outputs one by one"
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps a copy of what each node gave, before anything could write into it."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.outputs: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        if isinstance(out, Tensor):
+            self.outputs[n] = out.detach().clone()
+        return out
+
+
+def first_difference(lowered: Lowered, record: Tensor, call: Callable[[], Any], inputs: tuple[Any, ...]) -> str:
+    """Where the program first differs from the network.
+
+    Args:
+        lowered: with all its values recorded.
+        record: (H, W, numbers) what it recorded for one image; a sequence has W = 1, a video's frames lie one below another.
+        call: runs the network itself, of which the modules' outputs are watched.
+        inputs: of the graph.
+    """
+    graph, recorded = lowered.graph, lowered.recorded or {}
+    recorder = _Recorder(graph)
+    with contextlib.suppress(Exception):  # a graph that does not run is compared as far as it came
+        recorder.run(*inputs)
+    outputs: dict[nn.Module, list[Tensor]] = {}
+
+    def keep(module: nn.Module, _: Any, out: Any) -> None:
+        outputs.setdefault(module, []).append(out.detach().clone() if isinstance(out, Tensor) else None)
+
+    modules = {graph.get_submodule(str(n.target)) for n in recorded if n.op == "call_module"}
+    handles = [m.register_forward_hook(keep) for m in modules]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for node in graph.graph.nodes:
+        expected = recorder.outputs.get(node)
+        if node.op == "call_module":
+            given = outputs.get(graph.get_submodule(str(node.target)), [])
+            expected = given.pop(0) if given else expected
+        if node not in recorded or expected is None:
+            continue
+        at, value = recorded[node]
+        height, width = (size // value.scale for size in record.shape[:2])
+        found = record[:height, :width, at + torch.tensor(value.place, device=record.device)].movedim(-1, 0).double()
+        expected = expected[0].double().to(found.device)
+        if expected.numel() != found.numel():
+            return where(graph, node)
+        difference = found - expected.reshape(found.shape)
+        if not largest(difference) <= 128 * TOLERANCE * largest(expected):
+            return where(graph, node)
+    return "its output"
