@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,12 @@ class Facts:
     coupling: str = ""  # the layer that couples samples
     unsupported: str | None = None
     differentiated_twice: bool = False  # PyTorch's double backward has been seen to work
+    finite_differences: bool = False  # PyTorch's double backward has been seen to be missing
     warned: bool = False
+    joined: set[Any] = field(default_factory=set)  # structures whose joined outputs have equalled the separate ones
+    separate: str = ""  # why batches may not be joined
+    moves: bool = False  # whether a pass draws random numbers or changes buffers
+    warned_separate: bool = False
 
 
 _FACTS: weakref.WeakKeyDictionary[Any, dict[bool, Facts]] = weakref.WeakKeyDictionary()
@@ -57,14 +63,22 @@ def alone(critic: Critic) -> Critic:
     return alone(original.module) if isinstance(original, nn.parallel.DistributedDataParallel) else original
 
 
-def per_sample_outputs(op: str, d: Any, n: int) -> Tensor:
-    """The critic's outputs as (n,), or a clear error."""
+def per_sample_outputs(op: str, d: Any, n: int, patches: bool = False) -> Tensor:
+    """The critic's outputs, one for each of n samples or, with ``patches``, any number; or a clear error."""
     if not isinstance(d, Tensor):
-        raise TypeError(f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample")
-    if d.dim() == 0 or d.shape[0] != n or d.numel() != n:
+        raise TypeError(
+            f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample; give output= the index "
+            "or key of that tensor, or a function that takes it out"
+        )
+    if d.dim() == 0 or d.shape[0] != n or d.numel() == 0 or not (patches or d.numel() == n):
+        several = d.dim() > 1 and d.shape[0] == n and d.numel() > n
+        advice = (
+            "; give patches='sum' to take the sum of a sample's values, as autograd.grad with ones does, or patches='mean', or "
+            "output= a function that leaves one value per sample" if several and not patches else ""
+        )  # fmt: skip
         raise ValueError(
             f"{op}: critic returned shape {tuple(d.shape)} for a batch of {n}, expected one value per sample: ({n},), ({n}, 1) "
-            "or the like; take the mean over what is left inside the critic"
+            f"or the like{advice}"
         )
     if not d.dtype.is_floating_point:
         raise TypeError(f"{op}: critic returned dtype {d.dtype}, expected a floating-point dtype")
@@ -110,6 +124,8 @@ class Pass:
         again: called before the critic is run a second time, where the first shows that more must be kept.
         into: where gradients are added up, if passes share it.
         stack: names of the modules that are running, for ``explain``.
+        read: takes the critic's outputs (N, ...) out of what it returned, given N.
+        mean: whether S is the sum over samples of the mean of their outputs, where a sample has several, not of all outputs.
 
     Raises:
         Unsupported: the critic does something that cannot be followed.
@@ -119,10 +135,12 @@ class Pass:
     def __init__(
         self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool,
         again: Callable[[], None] = lambda: None, stack: list[str] | None = None,
-        into: dict[int, tuple[Tensor, Tensor, bool]] | None = None,
+        into: dict[int, tuple[Tensor, Tensor, bool]] | None = None, read: Callable[[Any, int], Tensor] | None = None,
+        mean: bool = False,
     ) -> None:  # fmt: skip
         self.known = facts(critic)
         self.slope: Tensor | None = None
+        self.read, self.mean = read or functools.partial(per_sample_outputs, op), mean
         self.stack, self.into = stack, into
         try:
             self._record(op, critic, x, context, loss)
@@ -143,8 +161,7 @@ class Pass:
         active = tape.activate(x.detach())
         original = unwrapped(critic)
         with torch.compiler.set_stance("force_eager"), _no_half_autocast(self.device), torch.enable_grad(), tape:
-            d = original(active, *context)
-        per_sample_outputs(op, d, tape.batch)
+            d = self.read(original(active, *context), tape.batch)
         self.slot = tape.slot(d)
         self.constant: Tensor | None = None
         if self.slot < 0 and d.requires_grad:  # it depends on parameters alone
@@ -165,8 +182,9 @@ class Pass:
 
     @property
     def values(self) -> Tensor:
-        """(N,), float32 or better."""
-        return self.output.reshape(-1).to(torch.promote_types(self.output.dtype, torch.float32))
+        """(N,), or (N, ...) where a sample has several outputs; float32 or better."""
+        wide = self.output.to(torch.promote_types(self.output.dtype, torch.float32))
+        return wide.reshape(-1) if wide.numel() == self.tape.batch else wide
 
     @torch.no_grad()
     def input_gradient(self, rows: int, slope: Tensor | None = None, *, all_of_x: bool = False) -> Tensor | None:
@@ -179,7 +197,7 @@ class Pass:
         if self.slot < 0:
             return None
         tape = self.tape
-        start = torch.ones_like(self.output)
+        start = torch.full_like(self.output, tape.batch / self.output.numel() if self.mean else 1.0)
         tape.rows = rows
         if slope is not None:
             tape.shared = True
@@ -237,7 +255,7 @@ class Pass:
 
 
 class _Attach(torch.autograd.Function):
-    """A value whose gradient by each tensor is known already."""
+    """A value whose gradient by each tensor is known already, besides what its own graph leads to."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:
@@ -260,7 +278,7 @@ class _Attach(torch.autograd.Function):
             found = list(_Once.apply(len(found), *found, *ctx.tensors))
         if last:
             ctx.gradients = ctx.tensors = None
-        return (None, None, *found)
+        return (grad if ctx.needs_input_grad[0] else None, None, *found)
 
 
 class _Once(torch.autograd.Function):

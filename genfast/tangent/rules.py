@@ -1041,6 +1041,8 @@ def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         raise Unsupported(f"{name} of an active value into a constant")
     rule = Autograd(tape, func, args, kwargs)
     if not rule.ys:  # comparisons, shapes, indices
+        if not isinstance(rule.result, Tensor):
+            tape.escaped = tape.escaped or name
         return rule.result
     by_id = {id(y): y.detach() for y in rule.ys}
     tape.record(rule, rule.inputs, tuple(by_id.values()))
@@ -1062,6 +1064,7 @@ HANDLERS["otherwise"] = otherwise
 
 @handles(T.detach, T.data.__get__)  # type: ignore[attr-defined]
 def _detach(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tape.escaped = tape.escaped or "detach"
     return args[0].detach()
 
 

@@ -118,6 +118,7 @@ class Tape(TorchFunctionMode):
         self.memory_format = torch.contiguous_format  # that x came in
         self.channels_last = True  # whether convolutions on a CPU may work in channels_last
         self.gradients: dict[int, tuple[Tensor, Tensor, bool]] = {}  # by id of the tensor: (tensor, gradient, if it is fresh)
+        self.escaped = ""  # a call that took values which depend on x out of the tape's sight
         self._cleared: dict[int, Tensor] = {}  # constants looked at; an id says something only while its tensor lives
 
     # ---- recording ----
@@ -163,6 +164,7 @@ class Tape(TorchFunctionMode):
         if func in PASSED or not self._involved(args, kwargs):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():  # the critic cut the gradient here itself
+            self.escaped = self.escaped or getattr(func, "__name__", str(func))
             return func(*args, **kwargs)
         handler = HANDLERS.get(func, HANDLERS["otherwise"])
         if self.stack is not None:
@@ -300,6 +302,8 @@ class Tape(TorchFunctionMode):
         self.curved = any(r.curved for r in self.live_rules)
         self.per_sample = all(r.per_sample for r in self.live_rules)
         self.apart = all(self.axes[s] >= 0 for r in self.live_rules for s in r.outs)
+        # a rule that is not live may have made a mask or a number of all samples
+        self.joinable = self.apart and not self.escaped and all(self.axes[s] >= 0 for r in self.rules for s in r.outs)
 
     def chain(self, start: Tensor, rows: int) -> Maybe:
         """b everywhere from dS/d(output) = ``start``; returns b at x, for its first ``rows`` samples at least."""
