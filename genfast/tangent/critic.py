@@ -139,6 +139,7 @@ class Pass:
         mean: bool = False,
     ) -> None:  # fmt: skip
         self.known = facts(critic)
+        self.x = x
         self.slope: Tensor | None = None
         self.read, self.mean = read or functools.partial(per_sample_outputs, op), mean
         self.stack, self.into = stack, into
@@ -275,7 +276,7 @@ class _Attach(torch.autograd.Function):
             else:
                 found.append(g if last and one else g * grad.to(g.dtype))  # given away, where nothing is to be scaled
         if torch.is_grad_enabled():
-            found = list(_Once.apply(len(found), *found, *ctx.tensors))
+            found = once(found, ctx.tensors)
         if last:
             ctx.gradients = ctx.tensors = None
         return (grad if ctx.needs_input_grad[0] else None, None, *found)
@@ -293,6 +294,11 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(
             "the gradient of a penalty was differentiated again, and its second derivative is not kept; use method='autograd'"
         )
+
+
+def once(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``gradients`` by ``tensors``, which raise where they are differentiated again."""
+    return list(_Once.apply(len(gradients), *gradients, *tensors))
 
 
 def attach(value: Tensor, found: Sequence[tuple[Tensor, Tensor | None]], critic: Critic) -> Tensor:
