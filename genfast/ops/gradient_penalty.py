@@ -315,7 +315,7 @@ def _double_backward(call: _Call, critic: Critic, x: Tensor, context: Sequence[T
 
     def checked(at: Tensor, *rest: Tensor) -> Tensor:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            d = call.read(original(at, *rest), len(x))
+            d: Tensor = call.read(original(at, *rest), len(x))
         return d * call.each(d, len(x)) if call.patches == "mean" else d
 
     function = None
@@ -456,7 +456,7 @@ def _with_norms(
     if not value.requires_grad:
         return value, norms
     device = x.device.type
-    cast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     ends = _ends(value, (x, *context))
 
     def again(weights: Tensor) -> Sequence[Tensor | None]:
@@ -466,7 +466,7 @@ def _with_norms(
             return (weights * torch.linalg.vector_norm(g.flatten(1), dim=1)).sum()
 
         own = s._replace(function=weighted, weight=1.0)
-        with torch.enable_grad(), torch.autocast(device, **cast), tangent.restored(critic) as put_back:
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled), tangent.restored(critic) as put_back:
             restart()
             try:
                 total, _ = _run_penalty(call, critic, x, context, own)
