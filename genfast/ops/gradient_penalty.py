@@ -162,40 +162,56 @@ def _fallback(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: 
     return _finite_difference(op, critic, x, context, s)
 
 
-def _unsupported(op: str, critic: Critic, error: tangent.Unsupported, s: _Settings) -> None:
-    """What to do where the rules end: raise if they were asked for, else say so once a critic."""
+def _unsupported(op: str, critic: Critic, error: Exception, s: _Settings) -> None:
+    """What to do where the rules end, and the plain way works: raise if they were asked for, else say so once a critic."""
+    reason = str(error) if isinstance(error, tangent.Unsupported) else f"{type(error).__name__}: {error}"
     if s.method == "exact":
-        raise tangent.Unsupported(f"{op}: method='exact' cannot follow this critic: {error}") from error
+        raise tangent.Unsupported(f"{op}: method='exact' cannot follow this critic: {reason}") from error
     known = tangent.facts(critic)
     if known.unsupported is None:
-        known.unsupported = str(error)
+        known.unsupported = reason
         warnings.warn(
-            f"{op}: double backward is used for this critic, since its exact form cannot be followed: {error}; "
+            f"{op}: double backward is used for this critic, since its exact form cannot be followed: {reason}; "
             "genfast.explain(critic, example) shows its rules",
             stacklevel=4,
         )
 
 
+def _failure(error: Exception, s: _Settings) -> Exception:
+    """An exception of the exact form, after which the plain way is tried: what that raises is the caller's own error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):  # the plain way takes more
+        raise error
+    return error if s.method == "exact" else error.with_traceback(None)  # whose frames hold the record
+
+
+def _exact(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings, start: Any) -> tuple[Tensor, Tensor]:
+    """(value with its gradients, norms) at x by the rules."""
+    recorded = tangent.Pass(op, critic, x, context, loss=False, start=start)
+    value, norms, u = _penalty(recorded.input_gradient(len(x)), len(x), x, s)
+    if not torch.is_grad_enabled():
+        return value, norms
+    _warn_coupled(op, critic)
+    to_x = recorded.sweep(u, to_x=x.requires_grad)
+    found = recorded.gradients()
+    if x.requires_grad:
+        found.append((x, to_x))
+    return tangent.attach(value, found, critic), norms
+
+
 def _run_penalty(op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings) -> tuple[Tensor, Tensor]:
     """(value with its gradients, norms) at x."""
     known = tangent.facts(critic)
+    failed: Exception | None = None
     if s.method in ("auto", "exact") and (known.unsupported is None or s.method == "exact"):
-        with tangent.restored(critic, known.apart is None) as restore:
+        with tangent.restored(critic) as start:
             try:
-                recorded = tangent.Pass(op, critic, x, context, loss=False, again=restore)
-                value, norms, u = _penalty(recorded.input_gradient(len(x)), len(x), x, s)
-                if not torch.is_grad_enabled():
-                    return value, norms
-                _warn_coupled(op, critic)
-                to_x = recorded.sweep(u, to_x=x.requires_grad)
-                found = recorded.gradients()
-                if x.requires_grad:
-                    found.append((x, to_x))
-                return tangent.attach(value, found, critic), norms
-            except tangent.Unsupported as error:
-                restore()
-                _unsupported(op, critic, error, s)
+                return _exact(op, critic, x, context, s, start)
+            except Exception as error:
+                failed = _failure(error, s)
+                start()
     value, norms = _fallback(op, critic, x, context, s)
+    if failed is not None:
+        _unsupported(op, critic, failed, s)
     if torch.is_grad_enabled():  # a zero gradient to every parameter, as the exact form gives
         value = value + tangent.attach(torch.zeros_like(value), [], critic)
     return value, norms
@@ -262,9 +278,10 @@ def _step(
     loss: Callable[[Tensor, Tensor], Tensor], s: _Settings | None, batching: str,
 ) -> CriticLoss:  # fmt: skip
     known = tangent.facts(critic)
+    failed: Exception | None = None
     exact = (s is None or s.kind != "ar1") and (s is None or s.method in ("auto", "exact"))
     if exact and (known.unsupported is None or (s is not None and s.method == "exact")):
-        with tangent.restored(critic, known.apart is None) as restore:
+        with tangent.restored(critic) as restore:
             try:
                 # On a CPU one batch after another meets warmer caches, and takes less memory.
                 together = batching == "together" or (batching == "auto" and not real.is_cpu)
@@ -274,16 +291,19 @@ def _step(
                         return found
                     restore()
                 return _separate(op, critic, real, fake, at, contexts, loss, s, restore)
-            except tangent.Unsupported as error:
+            except Exception as error:
+                failed = _failure(error, s or _NO_PENALTY)
                 restore()
-                _unsupported(op, critic, error, s or _NO_PENALTY)
     d_real, d_fake = (tangent.per_sample_outputs(op, critic(x, *c), len(x)).reshape(-1) for x, c in zip((real, fake), contexts))
     wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in (d_real, d_fake)]
     adversarial = loss(*wide)
     penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)
     if s is not None:
         points, chosen = _points(real, fake, at, contexts, s.kind)
-        penalty, norms = _penalty_only(op, critic, points, chosen, s)
+        penalty, norms = _penalty_only(op, critic, points, chosen, s if failed is None else s._replace(method="autograd"))
+        _check_finite(op, penalty, norms)
+    if failed is not None:
+        _unsupported(op, critic, failed, s or _NO_PENALTY)
     return CriticLoss(
         adversarial + penalty, adversarial.detach(), penalty.detach(), wide[0].detach(), wide[1].detach(), norms.detach()
     )
@@ -327,7 +347,7 @@ def _stacked(
     rows = 0 if s is None else n + m if kind == "r1r2" else parts[0][0].shape[0]
     x = _stack([p for p, _ in parts])
     context = [_stack(c) if len(c) > 1 else c[0] for c in zip(*(c for _, c in parts))]
-    recorded = tangent.Pass(op, critic, x, context, loss=True, again=restore)
+    recorded = tangent.Pass(op, critic, x, context, loss=True, start=restore)
     if not recorded.tape.apart:
         return None
     shared = recorded.tape.per_sample  # else the loss needs a chain of its own
@@ -378,7 +398,7 @@ def _separate(
     wanted = torch.is_grad_enabled()
 
     def record(x: Tensor, context: Sequence[Tensor], has_loss: bool) -> tangent.Pass:
-        return tangent.Pass(op, critic, x, context, loss=has_loss and wanted, again=restore, into=gradients)
+        return tangent.Pass(op, critic, x, context, loss=has_loss and wanted, into=gradients)
 
     def finish(x: Tensor, recorded: tangent.Pass, slope: Tensor | None, has_penalty: bool) -> None:
         """The sweeps over one of the passes; its record is dropped."""
