@@ -301,6 +301,9 @@ def main() -> int:
     parser.add_argument(
         "--profile", metavar="OP", help="write a Chrome trace of genfast's work in a case, given by its op or its own name"
     )
+    parser.add_argument(
+        "--allow-missing-kernels", action="store_true", help="measure even where genfast's kernels are missing: its references"
+    )
     a = parser.parse_args()
     if a.plot_only is not None:
         if not a.plot_only.is_file():
@@ -313,6 +316,16 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             parser.error("--device cuda, but no CUDA GPU is visible to PyTorch")
+    if not a.list and not a.allow_missing_kernels:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error below says the same
+            from genfast._backend import has_kernels, missing_kernels
+
+        if not has_kernels(a.device):
+            why = missing_kernels() if a.device == "cpu" else "no CUDA or Triton kernels can run here; genfast info says why"
+            parser.error(f"{why}. --allow-missing-kernels measures the references all the same")
     if a.profile is not None:
         os.environ["GENFAST_BENCH_DEVICE"] = a.device  # read where the cases are made
         from benchmarks import profiling

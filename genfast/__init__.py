@@ -3,13 +3,15 @@
 import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
 
 from . import data, integrations, losses, metrics, models, nn, ops, reference, sampling
-from ._backend import BackendError, backend
+from ._backend import BackendError, MissingKernelsWarning, backend, has_kernels, warn_of_missing_kernels
 from ._info import info
 from .integrations import accelerate, restore
 from .tangent import explain
 
 __version__ = "0.1.0"
 __all__ = [
-    "BackendError", "accelerate", "backend", "data", "explain", "info", "integrations", "losses", "metrics", "models", "nn",
-    "ops", "reference", "restore", "sampling",
+    "BackendError", "MissingKernelsWarning", "accelerate", "backend", "data", "explain", "has_kernels", "info", "integrations",
+    "losses", "metrics", "models", "nn", "ops", "reference", "restore", "sampling",
 ]  # fmt: skip
+
+warn_of_missing_kernels()

@@ -12,7 +12,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +34,10 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
 }
+
+
+class MissingKernelsWarning(RuntimeWarning):
+    """The compiled kernels are missing, so that every op runs its plain PyTorch reference; ``import genfast`` says it once."""
 
 
 class BackendError(RuntimeError):
@@ -81,6 +87,48 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 def extension(name: str) -> tuple[ModuleType | None, str]:
     """The compiled module ``genfast._cpu`` or ``genfast._cuda``, or None and the reason."""
     return _load(f"genfast.{name}")
+
+
+def has_kernels(device: str | torch.device = "cpu") -> bool:
+    """Whether compiled kernels, and not the plain PyTorch references, serve tensors on ``device``.
+
+    Args:
+        device: "cpu" or "cuda", or a ``torch.device``. Other types of device have no kernels.
+
+    Example:
+        >>> import genfast
+        >>> genfast.has_kernels("mps")
+        False
+    """
+    device_type = torch.device(device).type
+    return any(not unusable(name, device_type) for name in PREFERENCE.get(device_type, ()) if name != "reference")
+
+
+def missing_kernels() -> str:
+    """Why the CPU kernels are missing and what to do about it, for a warning or an error; empty where they are there."""
+    _, reason = extension("_cpu")
+    if not reason:
+        return ""
+    package = Path(__file__).resolve().parent
+    if (package.parent / "csrc" / "bind_cpu.cpp").exists():
+        return (
+            f"genfast was imported from the source folder {package}, in which its kernels are not built and which shadows an "
+            "installed genfast: run from another folder, or build them there with 'pip install -e .' "
+            f"({reason})"
+        )
+    return f"genfast's CPU kernels are missing ({reason}): install it again with a C++ compiler present"
+
+
+def warn_of_missing_kernels() -> None:
+    """Says at import that the references run, unless ``GENFAST_BACKEND=reference`` asks for them."""
+    problem = missing_kernels()
+    if problem and forced != "reference":
+        warnings.warn(
+            f"{problem}. Until then every op runs its plain PyTorch reference: right, and slow. GENFAST_BACKEND=reference "
+            "silences this warning",
+            MissingKernelsWarning,
+            stacklevel=3,
+        )
 
 
 def triton_kernel(family: str, name: str, check: Callable[..., None] | None = None) -> Callable[..., Any]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .._compiler import uncompiled
+
 Normalization: TypeAlias = "str | tuple[Sequence[float], Sequence[float]] | None"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of colours in [0, 1], for torchvision's networks
 # Convolutions in each of the five blocks (Simonyan and Zisserman, arXiv:1409.1556, table 1, columns D and E).
@@ -78,7 +80,7 @@ class _Hooked(nn.Module):
         self.network = network
         self.wanted = tuple(wanted)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # hooks that come and go, and an exception
+    @uncompiled("hooks come and go, and an exception ends the pass")
     def forward(self, x: Tensor, copies: set[str]) -> dict[str, Tensor]:
         kept = _Kept(copies)
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import itertools
 import math
-import random
 import sys
 import warnings
 import weakref
@@ -326,76 +325,89 @@ def _double_backward(call: _Call, critic: Critic, x: Tensor, context: Sequence[T
     return value, norms.detach()
 
 
+_MISSING = ("not implemented", "double backward", "higher order", "once_differentiable", "no autograd formula")
+
+
 def _fallback(call: _Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings) -> tuple[Tensor, Tensor]:
     """Double backward by PyTorch; where that is not implemented, finite differences."""
     known = tangent.facts(critic)
-    if s.method == "autograd" or (s.method != "finite-difference" and not known.finite_differences):
-        with tangent.restored(critic, not known.differentiated_twice) as restore:
-            try:
-                value, norms = _double_backward(call, critic, x, context, s)
-                if s.method == "auto" and value.requires_grad and not known.differentiated_twice:
-                    # a missing second derivative shows only now
-                    torch.autograd.grad(value, _ends(value, (x, *context)), retain_graph=True, allow_unused=True)
-                    known.differentiated_twice = True
-                return value, norms
-            except (NotImplementedError, RuntimeError) as error:
-                missing = any(
-                    m in str(error)
-                    for m in (
-                        "not implemented",
-                        "double backward",
-                        "higher order",
-                        "once_differentiable",
-                        "no autograd formula",
-                    )
-                )
-                if s.method == "autograd" or not missing:
-                    raise
-                restore()
-                known.finite_differences = True
-                warnings.warn(
-                    f"{call.op}: PyTorch has no double backward here ({error}); finite differences are used", stacklevel=4
-                )
+    if s.method == "finite-difference" or (known.finite_differences and s.method != "autograd"):
+        return _finite_difference(call, critic, x, context, s)
+    restore = None if known.differentiated_twice else tangent.State(critic)
+    try:
+        value, norms = _double_backward(call, critic, x, context, s)
+        if s.method == "auto" and value.requires_grad and not known.differentiated_twice:
+            # a missing second derivative shows only now
+            torch.autograd.grad(value, _ends(value, (x, *context)), retain_graph=True, allow_unused=True)
+            known.differentiated_twice = True
+        return value, norms
+    except (NotImplementedError, RuntimeError) as error:
+        if s.method == "autograd" or not any(words in str(error) for words in _MISSING):
+            raise
+        reason = str(error)
+    if restore is not None:
+        restore()
+    known.finite_differences = True
+    warnings.warn(f"{call.op}: PyTorch has no double backward here ({reason}); finite differences are used", stacklevel=4)
     return _finite_difference(call, critic, x, context, s)
 
 
-def _unsupported(op: str, critic: Critic, error: tangent.Unsupported, s: _Settings) -> None:
-    """What to do where the rules end: raise if they were asked for, else say so once a critic."""
+def _unsupported(op: str, critic: Critic, error: Exception, s: _Settings) -> None:
+    """What to do where the rules end, and the plain way works: raise if they were asked for, else say so once a critic."""
+    reason = str(error) if isinstance(error, tangent.Unsupported) else f"{type(error).__name__}: {error}"
     if s.method == "exact":
-        raise tangent.Unsupported(f"{op}: method='exact' cannot follow this critic: {error}") from error
+        raise tangent.Unsupported(f"{op}: method='exact' cannot follow this critic: {reason}") from error
     known = tangent.facts(critic)
     if known.unsupported is None:
-        known.unsupported = str(error)
+        known.unsupported = reason
         warnings.warn(
-            f"{op}: double backward is used for this critic, since its exact form cannot be followed: {error}; "
+            f"{op}: double backward is used for this critic, since its exact form cannot be followed: {reason}; "
             "genfast.explain(critic, example) shows its rules",
             stacklevel=4,
         )
 
 
-def _run_penalty(call: _Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings) -> tuple[Tensor, Tensor]:
-    """(value with its gradients, norms) at x."""
-    op = call.op
+def _failure(error: Exception, s: _Settings) -> Exception:
+    """An exception of the exact form, after which the plain way is tried: what that raises is the caller's own error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):  # the plain way takes more
+        raise error
+    return error if s.method == "exact" else error.with_traceback(None)  # whose frames hold the record
+
+
+def _exact(
+    call: _Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings, start: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """(value with its gradients, norms) at x by the rules."""
+    recorded = tangent.Pass(
+        call.op, critic, x, context, loss=False, start=start, read=call.read, mean=call.patches == "mean"
+    )  # fmt: skip
+    value, norms, u = _penalty(call.op, recorded.input_gradient(len(x)), x, len(x), s)
+    if not torch.is_grad_enabled():
+        return value, norms
+    _warn_coupled(call.op, critic)
+    to_x = recorded.sweep(u, to_x=x.requires_grad)
+    collected = recorded.gradients()
+    if x.requires_grad:
+        collected.append((x, to_x))
+    return tangent.attach(value, collected, critic), norms
+
+
+def _run_penalty(
+    call: _Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings, plain: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(value with its gradients, norms) at x; ``plain``: the exact form has failed already."""
     known = tangent.facts(critic)
-    if s.method in ("auto", "exact") and (known.unsupported is None or s.method == "exact"):
-        with tangent.restored(critic, known.apart is None) as restore:
+    failed: Exception | None = None
+    if s.method in ("auto", "exact") and (known.unsupported is None or s.method == "exact") and not plain:
+        with tangent.restored(critic) as start:
             try:
-                recorded = tangent.Pass(
-                    op, critic, x, context, loss=False, again=restore, read=call.read, mean=call.patches == "mean"
-                )
-                value, norms, u = _penalty(op, recorded.input_gradient(len(x)), x, len(x), s)
-                if not torch.is_grad_enabled():
-                    return value, norms
-                _warn_coupled(op, critic)
-                to_x = recorded.sweep(u, to_x=x.requires_grad)
-                found = recorded.gradients()
-                if x.requires_grad:
-                    found.append((x, to_x))
-                return tangent.attach(value, found, critic), norms
-            except tangent.Unsupported as error:
-                restore()
-                _unsupported(op, critic, error, s)
+                return _exact(call, critic, x, context, s, start)
+            except Exception as error:
+                failed = _failure(error, s)
+                start()
     value, norms = _fallback(call, critic, x, context, s)
+    if failed is not None:
+        _unsupported(call.op, critic, failed, s)
     if torch.is_grad_enabled():  # a zero gradient to every parameter, as the exact form gives
         value = value + tangent.attach(torch.zeros_like(value), [], critic)
     return value, norms
@@ -450,8 +462,7 @@ def _with_norms(
     """
     if not torch.is_grad_enabled():
         return _run_penalty(call, critic, x, context, s)
-    start = tangent.restored(critic)
-    restart = start.__enter__()
+    start = tangent.State(critic)
     value, norms = _run_penalty(call, critic, x, context, s)
     if not value.requires_grad:
         return value, norms
@@ -460,14 +471,13 @@ def _with_norms(
     ends = _ends(value, (x, *context))
 
     def again(weights: Tensor) -> Sequence[Tensor | None]:
-        assert start is not None  # which holds what ``restart`` puts back
-
         def weighted(g: Tensor) -> Tensor:
-            return (weights * torch.linalg.vector_norm(g.flatten(1), dim=1)).sum()
+            norms: Tensor = torch.linalg.vector_norm(g.flatten(1), dim=1)
+            return (weights * norms).sum()
 
         own = s._replace(function=weighted, weight=1.0)
         with torch.enable_grad(), torch.autocast(device, dtype, enabled), tangent.restored(critic) as put_back:
-            restart()
+            start()
             try:
                 total, _ = _run_penalty(call, critic, x, context, own)
                 return torch.autograd.grad(total, ends, allow_unused=True, retain_graph=True)
@@ -491,17 +501,20 @@ def _ar1(
 
 def _penalty_only(
     call: _Call, critic: Critic, points: Sequence[Tensor], contexts: Sequence[Sequence[Tensor]], s: _Settings,
-    differentiable: bool = False,
+    differentiable: bool = False, plain: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum over batches of points (one, or real and fake for "r1r2"; for "ar1" real and what is near it).
 
-    differentiable: whether the norms carry a gradient.
+    differentiable: whether the norms carry a gradient. plain: the exact form has failed already.
     """
     if s.kind == "ar1":
         return _ar1(call, critic, points, contexts[0], s)
     values, norms = [], []
     for x, context in zip(points, contexts):
-        value, norm = (_with_norms if differentiable else _run_penalty)(call, critic, x, context, s)
+        if differentiable:
+            value, norm = _with_norms(call, critic, x, context, s)
+        else:
+            value, norm = _run_penalty(call, critic, x, context, s, plain)
         values.append(value)
         norms.append(norm)
     return sum(values[1:], start=values[0]), torch.cat(norms)
@@ -531,6 +544,7 @@ def _step(
 ) -> CriticLoss:  # fmt: skip
     op = call.op
     known = tangent.facts(critic)
+    failed: Exception | None = None
     exact = (s is None or s.kind != "ar1") and (s is None or s.method in ("auto", "exact"))
     if exact and (known.unsupported is None or (s is not None and s.method == "exact")):
         with tangent.restored(critic) as restore:
@@ -542,15 +556,18 @@ def _step(
                 if step is None:
                     step = _separate(call, critic, real, fake, at, contexts, loss, s, restore, batching)
                 return step
-            except tangent.Unsupported as error:
+            except Exception as error:
+                failed = _failure(error, s or _NO_PENALTY)
                 restore()
-                _unsupported(op, critic, error, s or _NO_PENALTY)
     d_real, d_fake = (call.logits(call.read(critic(x, *c), len(x)), len(x)) for x, c in zip((real, fake), contexts))
     adversarial = loss(d_real, d_fake)
     penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)
     if s is not None:
         points, chosen = _points(real, fake, at, contexts, s.kind)
-        penalty, norms = _penalty_only(call, critic, points, chosen, s)
+        penalty, norms = _penalty_only(call, critic, points, chosen, s, plain=failed is not None)
+        _check_finite(op, penalty, norms)
+    if failed is not None:
+        _unsupported(op, critic, failed, s or _NO_PENALTY)
     return CriticLoss(
         adversarial + penalty, adversarial.detach(), penalty.detach(), d_real.detach(), d_fake.detach(), norms.detach()
     )
@@ -606,7 +623,7 @@ def _joined(
 
         def record() -> tangent.Pass:
             return tangent.Pass(
-                call.op, critic, x, context, loss=loss, again=restore, into=into, read=call.read, mean=call.patches == "mean"
+                call.op, critic, x, context, loss=loss, start=restore, into=into, read=call.read, mean=call.patches == "mean"
             )
 
         recorded = record()
@@ -674,26 +691,27 @@ def _compare(call: _Call, critic: Critic, parts: Sequence[Part], restore: Callab
     """Why parts may not be joined, or "": their outputs as one batch beside those of each, from the same state."""
     known = tangent.facts(critic)
     original = tangent.unwrapped(critic)
-    before = _state(critic)
     # Equal batches would have equal means, and hide that the critic subtracts one.
     unlike = [_unlike(i, x, context) for i, (x, context) in enumerate(parts)]
 
     def outputs(x: Tensor, context: Sequence[Tensor]) -> Tensor:
-        restore()
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             return call.read(original(x.detach().requires_grad_(), *context), len(x)).detach()
 
     x, context = torch.cat([p for p, _ in unlike]), [torch.cat(c) for c in zip(*(c for _, c in unlike))]
+    before = tangent.State(critic)
     outputs(x, context)
-    moved = _state(critic)
-    known.moves = known.moves or not all(map(_same, before, moved))
+    known.moves = known.moves or before.moved()
     if known.moves and batching == "auto":
         restore()
         return ""
+    results = []
     with _Undropped():
-        joined = outputs(x, context)
-        separate = torch.cat([outputs(p, c) for p, c in unlike])
+        for p, c in [(x, context), *unlike]:
+            restore()
+            results.append(outputs(p, c))
     restore()
+    joined, separate = results[0], torch.cat(results[1:])
     off = _apart_by(separate, joined)
     if off <= _rounding(separate):
         return ""
@@ -705,23 +723,6 @@ def _unlike(i: int, x: Tensor, context: Sequence[Tensor]) -> tuple[Tensor, list[
     factor = 0.5**i
     changed = [c * factor if c.is_floating_point() else c[:1].expand_as(c) if i else c for c in context]
     return x.detach() * factor, [c.detach() for c in changed]
-
-
-def _state(critic: Critic) -> list[Any]:
-    """What a pass may change: random number generators and buffers."""
-    state: list[Any] = [torch.get_rng_state(), random.getstate()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state.append(torch.cuda.get_rng_state())
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state += [kind, torch.from_numpy(keys.astype("int64")), rest]
-    if isinstance(critic, nn.Module):
-        state += [t.detach().clone() for t in (*critic.buffers(), *(p for p in critic.parameters() if not p.requires_grad))]
-    return state
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(torch.equal(a, b)) if isinstance(a, Tensor) else bool(a == b)
 
 
 def _stacked(
@@ -802,7 +803,7 @@ def _separate(
 
     def record(x: Tensor, context: Sequence[Tensor], has_loss: bool) -> tangent.Pass:
         return tangent.Pass(
-            op, critic, x, context, loss=has_loss and wanted, again=restore, into=gradients, read=call.read,
+            op, critic, x, context, loss=has_loss and wanted, into=gradients, read=call.read,
             mean=call.patches == "mean",
         )  # fmt: skip
 
