@@ -173,17 +173,22 @@ def _own_penalty(op: str, g: Tensor | None, like: Tensor, n: int, s: _Settings) 
     wide.requires_grad_()
     with torch.enable_grad():
         value = s.weight * _value(op, s.function, wide)
-        ends = _ends(value)
-        others = [t for t in ends if t is not wide]
-        if len(others) == len(ends):
-            raise ValueError(f"{op}: penalty does not depend on the gradient that it was given, expected a function of it")
-        (u,) = torch.autograd.grad(value, wide, retain_graph=bool(others))
+        others = [t for t in _ends(value) if t is not wide]
+        u = _slope(op, value, wide, bool(others))
+    return value if others else value.detach(), norms, None if zero else u.to(g.dtype)
+
+
+def _slope(op: str, value: Tensor, gradient: Tensor, keep: bool) -> Tensor:
+    """The derivative of a penalty of the user's own by the gradient that it is of."""
+    (u,) = torch.autograd.grad(value, gradient, retain_graph=keep, allow_unused=True) if value.requires_grad else (None,)
+    if u is None:
+        raise ValueError(f"{op}: penalty does not depend on the gradient that it was given, expected a function of it")
     if u.is_cpu and bool(value.detach().isfinite()) and not bool(u.isfinite().all()):
         raise FloatingPointError(
             f"{op}: the derivative of penalty is not finite, though its value is; a root at a gradient of zero does that: use "
             "torch.linalg.vector_norm, or add a small number under the root"
         )
-    return value if others else value.detach(), norms, None if zero else u.to(g.dtype)
+    return u
 
 
 def _ends(value: Tensor, boundaries: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -317,11 +322,17 @@ def _double_backward(call: _Call, critic: Critic, x: Tensor, context: Sequence[T
             d: Tensor = call.read(original(at, *rest), len(x))
         return d * call.each(d, len(x)) if call.patches == "mean" else d
 
-    function = None
-    if s.function is not None:
-        function = functools.partial(_value, call.op, s.function)
+    def own(g: Tensor) -> Tensor:
+        assert s.function is not None
+        value = _value(call.op, s.function, g.to(torch.promote_types(g.dtype, torch.float32)))
+        if g.requires_grad and torch.is_grad_enabled():
+            _slope(call.op, value, g, True)
+        return value
+
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        value, norms = reference.gradient_penalty(checked, x, s.kind, s.weight, s.target, context, function)
+        value, norms = reference.gradient_penalty(
+            checked, x, s.kind, s.weight, s.target, context, None if s.function is None else own
+        )
     return value, norms.detach()
 
 
