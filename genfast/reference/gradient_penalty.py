@@ -61,16 +61,20 @@ def penalty_of_norms(norms: Tensor, kind: str, weight: float, target: float) -> 
 
 
 def gradient_penalty(
-    critic: Callable[..., Tensor], at: Tensor, kind: str, weight: float, target: float, context: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor]:
+    critic: Callable[..., Tensor], at: Tensor, kind: str, weight: float, target: float, context: Sequence[Tensor] = (),
+    penalty: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(penalty, norms (N,)) of the critic's gradient at the points ``at`` (N, ...), differentiable by autograd to any order.
 
-    The norm is over all but the batch axis; its gradient where a sample's gradient is zero is zero.
+    The norm is over all but the batch axis; its gradient where a sample's gradient is zero is zero. ``penalty``, a function of
+    the gradient (N, ...) to a scalar, takes the place of the ``kind``.
     """
     if not at.requires_grad:
         at = at.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(at, *context).sum(), at, create_graph=True)
     norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    if penalty is not None:
+        return weight * penalty(gradient), norms
     if kind in ("r1", "r2", "r1r2"):  # without the root, which has no second derivative at zero
         return weight / 2 * gradient.square().flatten(1).sum(1).mean(), norms
     return penalty_of_norms(norms, kind, weight, target), norms

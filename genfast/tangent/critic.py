@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .tape import MoreNeeded, Tape
+from .proof import prove
+from .state import State, facts, modules, unwrapped
+from .tape import MoreNeeded, PlainLayoutNeeded, Tape
 
 Critic = Callable[..., Tensor]
-
-
-@dataclass
-class Facts:
-    """What earlier passes over a critic have shown, in one of its modes (training or not)."""
-
-    curved: bool = False
-    apart: bool | None = None  # whether every rule keeps samples apart
-    channels_last: bool = True  # whether no layer wants another memory format
-    coupling: str = ""  # the layer that couples samples
-    unsupported: str | None = None
-    differentiated_twice: bool = False  # PyTorch's double backward has been seen to work
-    warned: bool = False
-
-
-_FACTS: weakref.WeakKeyDictionary[Any, dict[bool, Facts]] = weakref.WeakKeyDictionary()
-
-
-def facts(critic: Critic) -> Facts:
-    """The facts known of this critic; to be updated in place."""
-    try:
-        known = _FACTS.setdefault(unwrapped(critic), {})
-    except TypeError:  # no weak references to it
-        return Facts(curved=True)
-    mode = bool(getattr(critic, "training", False))
-    if mode not in known:
-        wanting = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)  # whose kernels copy channels_last
-        modules = critic.modules() if isinstance(critic, nn.Module) else ()
-        known[mode] = Facts(channels_last=not any(isinstance(m, wanting) for m in modules))
-    return known[mode]
-
-
-def unwrapped(critic: Critic) -> Critic:
-    """A compiled module's original: a tape cannot look into the compiled one."""
-    return getattr(critic, "_orig_mod", critic)
 
 
 def alone(critic: Critic) -> Critic:
@@ -57,39 +23,26 @@ def alone(critic: Critic) -> Critic:
     return alone(original.module) if isinstance(original, nn.parallel.DistributedDataParallel) else original
 
 
-def per_sample_outputs(op: str, d: Any, n: int) -> Tensor:
-    """The critic's outputs as (n,), or a clear error."""
+def per_sample_outputs(op: str, d: Any, n: int, patches: bool = False) -> Tensor:
+    """The critic's outputs, one for each of n samples or, with ``patches``, any number; or a clear error."""
     if not isinstance(d, Tensor):
-        raise TypeError(f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample")
-    if d.dim() == 0 or d.shape[0] != n or d.numel() != n:
+        raise TypeError(
+            f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample; give output= the index "
+            "or key of that tensor, or a function that takes it out"
+        )
+    if d.dim() == 0 or d.shape[0] != n or d.numel() == 0 or not (patches or d.numel() == n):
+        several = d.dim() > 1 and d.shape[0] == n and d.numel() > n
+        advice = (
+            "; give patches='sum' to take the sum of a sample's values, as autograd.grad with ones does, or patches='mean', or "
+            "output= a function that leaves one value per sample" if several and not patches else ""
+        )  # fmt: skip
         raise ValueError(
             f"{op}: critic returned shape {tuple(d.shape)} for a batch of {n}, expected one value per sample: ({n},), ({n}, 1) "
-            "or the like; take the mean over what is left inside the critic"
+            f"or the like{advice}"
         )
     if not d.dtype.is_floating_point:
         raise TypeError(f"{op}: critic returned dtype {d.dtype}, expected a floating-point dtype")
     return d
-
-
-@contextlib.contextmanager
-def restored(critic: Critic, wanted: bool = True) -> Iterator[Callable[[], None]]:
-    """A function that takes back what passes have done to buffers and random numbers."""
-    if not wanted:
-        yield lambda: None
-        return
-    buffers = [(b, b.clone()) for b in critic.buffers()] if isinstance(critic, nn.Module) else []
-    state = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-
-    def restore() -> None:
-        with torch.no_grad():
-            for b, before in buffers:
-                b.copy_(before)
-        torch.set_rng_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-
-    yield restore
 
 
 @contextlib.contextmanager
@@ -107,9 +60,12 @@ class Pass:
 
     Args:
         loss: whether a loss will share the pass (``sweep(slope=...)``).
-        again: called before the critic is run a second time, where the first shows that more must be kept.
+        start: puts the state back that the critic is in before the pass, where the caller has taken it.
         into: where gradients are added up, if passes share it.
         stack: names of the modules that are running, for ``explain``.
+        read: takes the critic's outputs (N, ...) out of what it returned, given N.
+        mean: whether S is the sum over samples of the mean of their outputs, where a sample has several, not of all outputs.
+        proving: whether calls that PyTorch differentiates are first compared with double backward.
 
     Raises:
         Unsupported: the critic does something that cannot be followed.
@@ -118,33 +74,80 @@ class Pass:
 
     def __init__(
         self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool,
-        again: Callable[[], None] = lambda: None, stack: list[str] | None = None,
-        into: dict[int, tuple[Tensor, Tensor, bool]] | None = None,
+        start: Callable[[], None] | None = None, stack: list[str] | None = None,
+        into: dict[int, tuple[Tensor, Tensor, bool]] | None = None, proving: bool = True,
+        read: Callable[[Any, int], Tensor] | None = None, mean: bool = False,
     ) -> None:  # fmt: skip
         self.known = facts(critic)
+        self.modules = modules(critic)
+        self.device = x.device.type
+        self.x = x
         self.slope: Tensor | None = None
+        self.read, self.mean = read or functools.partial(per_sample_outputs, op), mean
         self.stack, self.into = stack, into
-        try:
-            self._record(op, critic, x, context, loss)
-        except MoreNeeded:
-            self.known.curved = True
-            again()
-            self._record(op, critic, x, context, loss)
+        if start is None:
+            start = State(critic, self.known.foreign)
+        self._repeated(op, critic, x, context, loss, start)
+        unproven = self._unproven(x) if proving else set()
+        if unproven:
+            rows = min(2, x.shape[0]) if self.tape.apart else x.shape[0]
+            del self.tape
+            start()
+            self._prove(op, critic, x, context, rows, start)
+            self.known.proven |= unproven
+            start()
+            self._repeated(op, critic, x, context, loss, start)
+
+    def _prove(
+        self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], rows: int, start: Callable[[], None]
+    ) -> None:  # fmt: skip
+        def record(at: Tensor, given: Sequence[Tensor]) -> Pass:
+            return Pass(op, critic, at, given, loss=False, start=start, proving=False, read=self.read)
+
+        def outputs(at: Tensor, *given: Tensor) -> Tensor:
+            return self.read(original(at, *given), len(at))
+
+        original = unwrapped(critic)
+        parameters = [p for m in self.modules for p in m.parameters() if p.requires_grad]
+        with torch.compiler.set_stance("force_eager"), _no_half_autocast(self.device):
+            prove(outputs, x, context, rows, record, parameters, start)
+
+    def _unproven(self, x: Tensor) -> set[Any]:
+        """The calls in the record whose derivatives by PyTorch have not been compared with double backward as a whole."""
+        names = {rule.proven for rule in self.tape.live_rules if rule.proven}
+        if self.tape.hooked:
+            names.add("saved by hooks")
+        if not names:
+            return names
+        kind = (x.dtype, torch.is_autocast_enabled(self.device))
+        return {(name, *kind) for name in names} - self.known.proven
+
+    def _repeated(
+        self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool, start: Callable[[], None]
+    ) -> None:  # fmt: skip
+        """Records a pass, again where the first shows that more must be kept, or another layout."""
+        while True:
+            try:
+                return self._record(op, critic, x, context, loss)
+            except MoreNeeded:
+                self.known.curved = True
+            except PlainLayoutNeeded:
+                self.known.channels_last = False
+            start()
 
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
-        self.tape = tape = Tape(keep_inputs=loss or self.known.curved, stack=self.stack)
+        self.tape = tape = Tape(keep_inputs=loss or self.known.curved is not False, stack=self.stack)
         tape.batch = x.shape[0]
         tape.channels_last = self.known.channels_last
+        tape.modules = self.modules
         if self.into is not None:
             tape.gradients = self.into
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             tape.memory_format = torch.channels_last
-        self.device = x.device.type
         active = tape.activate(x.detach())
         original = unwrapped(critic)
         with torch.compiler.set_stance("force_eager"), _no_half_autocast(self.device), torch.enable_grad(), tape:
-            d = original(active, *context)
-        per_sample_outputs(op, d, tape.batch)
+            d = self.read(original(active, *context), tape.batch)
         self.slot = tape.slot(d)
         self.constant: Tensor | None = None
         if self.slot < 0 and d.requires_grad:  # it depends on parameters alone
@@ -156,7 +159,7 @@ class Pass:
             tape.live_rules = []
         if tape.curved and not tape.keep_inputs:
             raise MoreNeeded
-        self.known.curved = tape.curved
+        self.known.curved = bool(self.known.curved) or tape.curved
         if self.known.apart is None and not tape.apart:
             self.known.coupling = next((r.couples for r in tape.live_rules if r.couples), "")
             if not self.known.coupling and tape.couples(self.output):
@@ -165,8 +168,9 @@ class Pass:
 
     @property
     def values(self) -> Tensor:
-        """(N,), float32 or better."""
-        return self.output.reshape(-1).to(torch.promote_types(self.output.dtype, torch.float32))
+        """(N,), or (N, ...) where a sample has several outputs; float32 or better."""
+        wide = self.output.to(torch.promote_types(self.output.dtype, torch.float32))
+        return wide.reshape(-1) if wide.numel() == self.tape.batch else wide
 
     @torch.no_grad()
     def input_gradient(self, rows: int, slope: Tensor | None = None, *, all_of_x: bool = False) -> Tensor | None:
@@ -179,7 +183,7 @@ class Pass:
         if self.slot < 0:
             return None
         tape = self.tape
-        start = torch.ones_like(self.output)
+        start = torch.full_like(self.output, tape.batch / self.output.numel() if self.mean else 1.0)
         tape.rows = rows
         if slope is not None:
             tape.shared = True
@@ -237,7 +241,7 @@ class Pass:
 
 
 class _Attach(torch.autograd.Function):
-    """A value whose gradient by each tensor is known already."""
+    """A value whose gradient by each tensor is known already, besides what its own graph leads to."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:
@@ -257,10 +261,10 @@ class _Attach(torch.autograd.Function):
             else:
                 found.append(g if last and one else g * grad.to(g.dtype))  # given away, where nothing is to be scaled
         if torch.is_grad_enabled():
-            found = list(_Once.apply(len(found), *found, *ctx.tensors))
+            found = once(found, ctx.tensors)
         if last:
             ctx.gradients = ctx.tensors = None
-        return (None, None, *found)
+        return (grad if ctx.needs_input_grad[0] else None, None, *found)
 
 
 class _Once(torch.autograd.Function):
@@ -275,6 +279,11 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(
             "the gradient of a penalty was differentiated again, and its second derivative is not kept; use method='autograd'"
         )
+
+
+def once(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``gradients`` by ``tensors``, which raise where they are differentiated again."""
+    return list(_Once.apply(len(gradients), *gradients, *tensors))
 
 
 def attach(value: Tensor, found: Sequence[tuple[Tensor, Tensor | None]], critic: Critic) -> Tensor:

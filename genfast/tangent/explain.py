@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .critic import Critic, Pass, alone, restored
+from .critic import Critic, Pass, alone
+from .state import restored
 from .tape import Tape, Unsupported
 
 
@@ -85,7 +86,7 @@ def _named_pass(critic: Critic, x: Tensor, context: Sequence[Tensor], restore: C
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))  # type: ignore[misc]
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
-        return Pass("explain", critic, x, context, loss=True, again=restore, stack=stack)
+        return Pass("explain", critic, x, context, loss=True, start=restore, stack=stack)
     finally:
         for h in hooks:
             h.remove()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops._layout import memory_format
 from ..ops.activation import OP_APPLY, OP_CHAIN, OP_LEAKY, OP_SECOND, apply_bits_, leaky_relu_bits_
-from .rules import T, _named, _pairs, check_in_place, handles, otherwise, overwritten, scale
+from .rules import T, _named, _pairs, handles, may_overwrite, otherwise, overwritten, scale
 from .tape import HANDLERS, Handler, Maybe, Rule, Tape, add_rows
 
 LEAKY_RELU_BITS, APPLY_BITS = OP_LEAKY.direct, OP_APPLY.direct
@@ -58,14 +58,13 @@ def _sign_mask(default: float, fixed: bool = False, in_place: bool = False) -> H
             slope = default
         else:
             x, slope, inplace = _named(args, kwargs, ("input", "negative_slope", "inplace"), (default, in_place))
-        if inplace:
-            check_in_place(tape, func, x)
-        value = x.detach()
+        own = bool(inplace) and may_overwrite(tape, func, x)
+        value = x.data if own else x.detach()  # what is written through ``data`` counts no version
         if value.is_cpu and value.element_size() < 4:  # no kernel packs the bits of these
             rule: Rule = Masked(value > 0, slope)
             y: Any = F.leaky_relu(value, slope)
         else:
-            rule = SignMask(value, slope, value if inplace else None)
+            rule = SignMask(value, slope, value if own else None)
             y, rule.y = rule.y, None
         if inplace:
             return overwritten(tape, rule, (x,), x, y)
@@ -141,10 +140,10 @@ def _hardtanh(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     else:
         x, low, high, inplace = _named(args, kwargs, ("input", "min_val", "max_val", "inplace"), (-1.0, 1.0, False))
     if inplace:
-        return otherwise(tape, func, args, kwargs)
+        may_overwrite(tape, func, x)
     v = x.detach()
-    rule = Masked((v > low) & (v < high))
-    return tape.record(rule, (x,), v.clamp(low, high))
+    rule, y = Masked((v > low) & (v < high)), v.clamp(low, high)
+    return overwritten(tape, rule, (x,), x, y) if inplace else tape.record(rule, (x,), y)
 
 
 class Masked(Rule):
@@ -249,14 +248,21 @@ def _smooth(kind: Callable[[dict[str, Any]], str | None], names: tuple[str, ...]
         if len(args) > len(names) or any(k not in names for k in kwargs):
             return otherwise(tape, func, args, kwargs)
         given = dict(zip(names, _named(args, kwargs, names, defaults)))
-        form = None if given.get("inplace") else kind(given)
+        form = kind(given)
         x = given["input"].detach()
         if form is None or not x.dim() or x.dtype not in (torch.float32, torch.float64):
             return otherwise(tape, func, args, kwargs)
+        inplace = given.get("inplace")
+        if inplace:
+            may_overwrite(tape, func, given["input"])
         rule = Smooth(x, form)
         options = [given[n] for n in names[1:] if n != "inplace"]
         y = func(x, *options) if func is not F.gelu else F.gelu(x, approximate=given["approximate"])
-        return tape.record(rule, (given["input"],), y)
+        return (
+            overwritten(tape, rule, (given["input"],), given["input"], y)
+            if inplace
+            else tape.record(rule, (given["input"],), y)
+        )
 
     return handler
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from ..ops.linear import OP, OP_INPUT, OP_WEIGHT
-from .tape import HANDLERS, PASSED, Handler, Maybe, Rule, Tape, Unsupported, add_rows
+from .tape import HANDLERS, PASSED, Handler, Maybe, PlainLayoutNeeded, Rule, Tape, Unsupported, add_rows
 
 T = torch.Tensor
 LINEAR, LINEAR_INPUT, LINEAR_WEIGHT = OP.direct, OP_INPUT.direct, OP_WEIGHT.direct
@@ -38,9 +38,16 @@ def trainable(x: Any) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product of ``x`` is done."""
+    """The dtype in which a product of ``x`` is done: autocast leaves float64 alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _mixed(*tensors: Any) -> bool:
+    """Whether the factors of a product differ in dtype after autocast, which PyTorch refuses."""
+    return len({autocast_dtype(x) for x in tensors if isinstance(x, Tensor)}) > 1
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +137,7 @@ class Linear(Weighted):
 @handles(F.linear)
 def _linear(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias = _named(args, kwargs, ("input", "weight", "bias"), (None,))
-    if tape.slot(x) < 0 or tape.slot(weight) >= 0 or tape.slot(bias) >= 0 or x.dim() < 2:
+    if tape.slot(x) < 0 or tape.slot(weight) >= 0 or tape.slot(bias) >= 0 or x.dim() < 2 or _mixed(x, weight, bias):
         return otherwise(tape, func, args, kwargs)
     rule = Linear(tape, x, weight, bias)
     y, rule.y = rule.y, None
@@ -149,6 +156,7 @@ class Convolution(Weighted):
         self.to: dict[str, Any] = {"dtype": autocast_dtype(x)}
         if x.dim() == 4 and x.is_cpu and tape.channels_last:
             self.to["memory_format"] = torch.channels_last  # oneDNN's convolutions are 1.1 to 4 times as fast
+            tape.converted = tape.converted or not x.is_contiguous(memory_format=torch.channels_last)
         to, dtype = self.to, self.to["dtype"]
         self.w = weight.detach().to(**to)
         x = x.detach().to(**to)
@@ -221,6 +229,8 @@ def _convolution(n: int, transposed: bool) -> Handler:
         output_padding, groups, dilation = rest if transposed else (0, rest[1], rest[0])
         if tape.slot(x) < 0 or tape.slot(weight) >= 0 or tape.slot(bias) >= 0 or x.dim() != n + 2 or not x.shape[0]:
             return otherwise(tape, func, args, kwargs)
+        if _mixed(x, weight, bias):
+            return otherwise(tape, func, args, kwargs)
         stride, dilation = _sizes(stride, n), _sizes(dilation, n)
         if isinstance(padding, str):
             total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
@@ -282,9 +292,10 @@ class Scale(Rule):
 def scale(tape: Tape, x: Tensor, m: Tensor) -> Tensor:
     """Records m x; m a tensor that does not depend on x."""
     rule = Scale(tape, x, m)
-    rule.per_sample = x.dim() > 0 and m.dim() <= x.dim()
-    y: Tensor = tape.record(rule, (x,), x.detach() * rule.value)
-    return y
+    y = x.detach() * rule.value
+    rule.per_sample = y.dim() == x.dim() > 0 and y.shape[0] == x.shape[0]
+    result: Tensor = tape.record(rule, (x,), y)
+    return result
 
 
 class Add(Rule):
@@ -344,7 +355,7 @@ def add(a: Any, b: Any, beta: float, place: Tensor | None, alpha: float, tape: T
     rule = Add(terms)
     left, right = (x.detach() if isinstance(x, Tensor) else x for x in (a, b))
     if place is not None:
-        y = left.add_(right, alpha=beta)
+        y = place.data.add_(right, alpha=beta)  # ``data`` counts no version: what rules keep is in other memory
     else:
         y = torch.add(left, right, alpha=beta) if alpha == 1 else torch.sub(right, left, alpha=-alpha)
     rule.prefix = all(x.shape == y.shape for x, active, _ in terms if active)
@@ -353,24 +364,58 @@ def add(a: Any, b: Any, beta: float, place: Tensor | None, alpha: float, tape: T
     return rule, [x for x, active, _ in terms if active], y
 
 
-def _whole_storage(x: Tensor) -> bool:
-    """Whether nothing else reads the memory of ``x``, so that it can be overwritten."""
+def _readers(x: Tensor) -> int:
+    """How many tensors other than ``x`` read its memory."""
     # one for the tensor and one for the storage object that asks
-    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) <= 2  # type: ignore[attr-defined]
+    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata) - 2  # type: ignore[attr-defined]
+    return count
 
 
 def overwritten(tape: Tape, rule: Rule, inputs: Sequence[Tensor], place: Tensor, y: Tensor) -> Tensor:
-    """Records a rule whose output takes the place of ``place`` (active)."""
+    """Records a rule whose output takes the place of ``place``."""
     tape.record(rule, inputs, y)
-    if y.data_ptr() != place.data_ptr() or y.shape != place.shape or y.dtype != place.dtype:
+    return taken(tape, place, y)
+
+
+def taken(tape: Tape, place: Tensor, y: Tensor) -> Tensor:
+    """``place`` with the active ``y`` in its place."""
+    slot = tape.slot(y)
+    if slot < 0 or y.shape != place.shape or y.dtype != place.dtype:
+        raise Unsupported(f"{tape.calling} in place, whose result does not depend on x or has another shape or dtype")
+    if y.data_ptr() != place.data_ptr():
         place.data = y.detach()
-    place._genfast_slot = (tape.serial, rule.outs[0])  # type: ignore[attr-defined]
+    if tape.slot(place) < 0:
+        place.requires_grad_()
+    tape.move(place, slot)
     return place
 
 
-def check_in_place(tape: Tape, func: Any, place: Any) -> None:
-    if not isinstance(place, Tensor) or not _whole_storage(place):
-        raise Unsupported(f"{_name(func)} in place on memory that another tensor reads")
+def may_overwrite(tape: Tape, func: Any, place: Any) -> bool:
+    """Whether the memory of ``place`` may be overwritten: nothing else reads it.
+
+    Where only rules do, which keep what their sweeps need, the result takes its place in memory of its own (False).
+    A constant becomes active, as it does in PyTorch.
+    """
+    if not isinstance(place, Tensor):
+        raise Unsupported(f"{_name(func)} in place on a {type(place).__name__}")
+    readers = _readers(place)
+    slot = tape.slot(place)
+    if slot < 0:
+        parts = (part for m in tape.modules for part in m.modules())
+        lasting = any(place is x for part in parts for x in (*part.buffers(False), *vars(part).values()))
+        if readers or place.requires_grad or lasting or not place.dtype.is_floating_point:
+            raise Unsupported(f"{_name(func)} of a value that depends on x into a tensor that does not")
+        return False
+    if readers:
+        pointer = place.untyped_storage().data_ptr()
+        for rule in tape.rules:
+            for held in vars(rule).values():
+                for x in held if isinstance(held, list) else (held,):
+                    readers -= isinstance(x, Tensor) and x.untyped_storage().data_ptr() == pointer
+        if readers > 0:
+            raise Unsupported(f"{_name(func)} in place on memory that another tensor reads")
+        return False
+    return True
 
 
 def _arithmetic(sign: float, reverse: bool = False, in_place: bool = False) -> Handler:
@@ -379,12 +424,9 @@ def _arithmetic(sign: float, reverse: bool = False, in_place: bool = False) -> H
         alpha = sign * kwargs.get("alpha", args[2] if len(args) > 2 else 1)
         if "out" in kwargs or any(isinstance(x, Tensor) and not x.is_floating_point() for x in (a, b)):
             return otherwise(tape, func, args, kwargs)
-        if in_place and tape.slot(a) >= 0:
-            check_in_place(tape, func, a)
-            rule, inputs, y = add(a, b, alpha, a, 1, tape)
-            return overwritten(tape, rule, inputs, a, y)
         if in_place:
-            raise Unsupported(f"{_name(func)} of an active value into a constant")
+            rule, inputs, y = add(a, b, alpha, a if may_overwrite(tape, func, a) else None, 1, tape)
+            return overwritten(tape, rule, inputs, a, y)
         rule, inputs, y = add(a, b, 1, None, alpha, tape) if reverse else add(a, b, alpha, None, 1, tape)
         return tape.record(rule, inputs, y)
 
@@ -485,7 +527,9 @@ class MatMul(Rule):
         self.curved = all(self.active)
         self.y: Maybe = self.a @ self.b
         active = [x for x, on in zip((a, b), self.active) if on]
-        self.per_sample = all(x.dim() == self.y.dim() >= 3 for x in active) or (self.active == (True, False) and a.dim() >= 2)
+        self.per_sample = all(x.dim() == self.y.dim() and x.shape[0] == self.y.shape[0] for x in active) and (
+            self.y.dim() >= 3 or self.active == (True, False)
+        )
         self.saved: tuple[Maybe, Maybe, Maybe] = (None, None, None)
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
@@ -564,6 +608,8 @@ class MatMul(Rule):
 def _matmul(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     a, b = args[0], args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
     if "out" in kwargs or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 2:
+        return otherwise(tape, func, args, kwargs)
+    if _mixed(a, b):
         return otherwise(tape, func, args, kwargs)
     if tape.slot(b) < 0 and b.dim() == 2:
         with torch.enable_grad():
@@ -863,6 +909,84 @@ def _join(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return tape.record(rule, [x for x in tensors if tape.slot(x) >= 0], func([x.detach() for x in tensors], dim))
 
 
+class SetItem(Rule):
+    """y = x with ``value`` at ``key``; one or both active."""
+
+    kind = "exact, linear"
+
+    def __init__(self, key: Any, active: tuple[bool, bool], shapes: tuple[torch.Size, torch.Size], per_sample: bool) -> None:
+        self.key, self.active, self.shapes, self.per_sample = key, active, shapes, per_sample
+
+    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+        assert g[0] is not None
+        found: list[Maybe] = []
+        if self.active[0]:
+            rest = g[0].clone()
+            rest[self.key] = 0
+            found.append(rest)
+        if self.active[1]:
+            found.append(_summed(g[0][self.key], self.shapes[1]))
+        return found
+
+    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        if not wanted:
+            return [None]
+        directions = iter(t)
+        base, value = (next(directions) if on else None for on in self.active)
+        like = base if base is not None else value
+        assert like is not None
+        y = like.new_zeros(self.shapes[0]) if base is None else base.clone()
+        y[self.key] = 0 if value is None else value
+        return [y]
+
+
+def _summed(g: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a value that was broadcast, and may have had more axes of length one than its place."""
+    return (
+        g.sum_to_size(shape) if g.dim() >= len(shape) else g.reshape((1,) * (len(shape) - g.dim()) + g.shape).sum_to_size(shape)
+    )
+
+
+def _put(place: Tensor, key: Any, value: Any) -> Tensor:
+    y = place.clone()
+    y[key] = value
+    return y
+
+
+def _has_active(tape: Tape, key: Any) -> bool:
+    return any(_has_active(tape, k) for k in key) if isinstance(key, (tuple, list)) else tape.slot(key) >= 0
+
+
+@handles(T.__setitem__)
+def _setitem(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    place, key, value = args
+    active = (tape.slot(place) >= 0, tape.slot(value) >= 0)
+    if not any(active) or _has_active(tape, key):
+        raise Unsupported("an assignment at an index that depends on x")
+    may_overwrite(tape, func, place)
+    if trainable(value) and not active[1]:
+        taken(tape, place, otherwise(tape, _put, args, {}))
+        return None
+    base, new = place.detach(), value.detach() if isinstance(value, Tensor) else value
+    y = _put(base, key, new)
+    per_sample = _index(base, func, (key,), {}) and (not active[1] or value.dim() == base[key].dim() == base.dim())
+    if per_sample and active[1]:
+        per_sample = value.shape[0] == base.shape[0]
+    if isinstance(key, (list, Tensor)) or isinstance(key, tuple) and any(isinstance(k, (list, Tensor)) for k in key):
+        key = _fixed_key(key)
+    shapes = (base.shape, value.shape if isinstance(value, Tensor) else torch.Size())
+    rule = SetItem(key, active, shapes, per_sample)
+    taken(tape, place, tape.record(rule, [x for x, on in zip((place, value), active) if on], y))
+    return None
+
+
+def _fixed_key(key: Any) -> Any:
+    """An index in memory of its own, since the critic may change its own afterwards."""
+    if isinstance(key, tuple):
+        return tuple(_fixed_key(k) for k in key)
+    return key.clone() if isinstance(key, Tensor) else list(key) if isinstance(key, list) else key
+
+
 @handles(torch.where, T.where)
 def _where(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs or len(args) != 3 or any(isinstance(x, Tensor) and tape.slot(x) < 0 and x.requires_grad for x in args):
@@ -904,19 +1028,73 @@ class Where(Rule):
         return [torch.where(self.condition, zero if a is None else a, zero if b_ is None else b_)]
 
 
-# ---- dropout ----
+# ---- random numbers ----
 
 
-@handles(F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout)
+def _plain_like(tape: Tape, x: Tensor, function: Any = torch.empty_like, **options: Any) -> Tensor:
+    """``function(x)`` in the memory order that x has in plain code, in which random numbers are drawn.
+
+    Only convolutions work in another order here, and four axes show whether that is so.
+    """
+    if not tape.converted or options.get("memory_format") not in (None, torch.preserve_format):
+        y: Tensor = function(x, **options)
+        return y
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise PlainLayoutNeeded
+    y = function(x, **(options | {"memory_format": tape.memory_format}))
+    return y
+
+
+@handles(
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout, torch.dropout_,
+    torch.feature_dropout_,
+)  # fmt: skip
 def _dropout(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, p, training, *rest = _named(args, kwargs, ("input", "p", "training", "inplace"), (0.5, True, False))
+    if func in (torch.dropout, torch.feature_dropout, torch.dropout_, torch.feature_dropout_):
+        x, p, training = _named(args, kwargs, ("input", "p", "train"), ())
+        inplace = func in (torch.dropout_, torch.feature_dropout_)
+        draw = torch.dropout if func in (torch.dropout, torch.dropout_) else torch.feature_dropout
+    else:
+        x, p, training, inplace = _named(args, kwargs, ("input", "p", "training", "inplace"), (0.5, True, False))
+        draw = func
     if not training or p == 0:
         return x
-    ones = torch.ones_like(x, memory_format=tape.memory_format if x.dim() == 4 else torch.contiguous_format)
-    mask = func(ones, p, training)  # the same draws as on x itself
-    if rest and rest[0]:
+    of_elements = draw in (F.dropout, torch.dropout)  # one draw an element, in their order in memory, or one a channel
+    ones = _plain_like(tape, x.detach(), torch.ones_like) if of_elements else torch.ones_like(x)
+    mask = draw(ones, p, True)  # the same draws as on x itself
+    if not inplace:
+        return scale(tape, x, mask)
+    may_overwrite(tape, func, x)
+    return taken(tape, x, scale(tape, x, mask))
+
+
+@handles(torch.rand_like, torch.randn_like, torch.empty_like, torch.zeros_like, torch.ones_like)
+def _like(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Constants of the shape of x. Those without numbers may be filled with random ones next."""
+    x = args[0] if args else kwargs["input"]
+    if len(args) > 1 or kwargs.get("requires_grad"):
         return otherwise(tape, func, args, kwargs)
-    return scale(tape, x, mask)
+    options = {k: v for k, v in kwargs.items() if k != "input"}
+    try:
+        return _plain_like(tape, x.detach(), func, **options)
+    except PlainLayoutNeeded:
+        if func in (torch.rand_like, torch.randn_like):
+            raise
+        return func(x.detach(), **options)
+
+
+# What draws a number for each element of what it is given, and where the argument stands that says whether it does.
+DRAWING = {
+    "alpha_dropout": 2, "bernoulli": -1, "gumbel_softmax": -1, "multinomial": -1, "normal": -1, "poisson": -1,
+    "randint_like": -1, "rrelu": 3,
+}  # fmt: skip
+
+
+def _draws(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    place = DRAWING.get(name)
+    if place is None:
+        return False
+    return place < 0 or bool(kwargs.get("training", args[place] if len(args) > place else False))
 
 
 # ---- everything else ----
@@ -936,7 +1114,7 @@ class Autograd(Rule):
     curved = True
     per_sample = False
 
-    def __init__(self, tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> None:
         self.inputs: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.locals: list[Tensor] = []
@@ -964,7 +1142,8 @@ class Autograd(Rule):
         self.ys = [y for y in found if isinstance(y, Tensor) and y.requires_grad]
         self.edges = [get_gradient_edge(y) for y in self.ys]  # the graph without its outputs' memory
         self.shapes = [(y.shape, y.dtype, y.device) for y in self.ys]
-        self.name = _name(func)
+        self.name = name or _name(func)
+        self.proven = "" if self.name in _ELEMENTWISE else self.name
         self.kind = f"{type(self).kind} ({self.name})"
         self.pulled: list[tuple[Tensor, int]] = []
         self.cotangents: list[Tensor] = []
@@ -1019,28 +1198,58 @@ class Autograd(Rule):
         return [_sum(a, b) for a, b in zip(found[: len(self.active)], self.curvature)]
 
 
+REFUSED = {
+    "__deepcopy__", "__reduce_ex__", "__set__", "__delete__", "apply_", "as_strided", "as_strided_", "backward", "grad",
+    "map_", "map2_", "register_hook", "register_post_accumulate_grad_hook", "resize_", "resize_as_", "retain_grad", "set_",
+    "share_memory_", "swap_tensors", "_make_dual", "make_dual",
+}  # fmt: skip
+IN_PLACE_OPERATORS = {
+    f"__i{n}__": f"__{n}__"
+    for n in ("add", "sub", "mul", "truediv", "div", "pow", "matmul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift")
+}
+
+
+def _out_of_place(func: Any, name: str) -> Any:
+    """What a function that works in place computes; None for one that does not."""
+    if name in IN_PLACE_OPERATORS:
+        return getattr(T, IN_PLACE_OPERATORS[name], None)
+    if name == "copy_":
+        return lambda place, source, non_blocking=False: source.to(place.dtype).expand_as(place).clone()
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    found = next((getattr(where, name[:-1]) for where in (T, torch, F) if hasattr(where, name[:-1])), None)
+    if found is None or name[:-1] in ("bernoulli", "requires_grad"):
+        raise Unsupported(f"{name} of a value that depends on x")
+    return found
+
+
 def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Records any function by PyTorch's own derivatives."""
     name = _name(func)
-    if (
-        "out" in kwargs
-        or name == "__setitem__"
-        or name in ("as_strided", "requires_grad_", "backward", "retain_grad", "register_hook")
-    ):
+    if name == "requires_grad_" and (args[1] if len(args) > 1 else kwargs.get("requires_grad", True)):
+        return args[0]  # it does already
+    if "out" in kwargs or name in REFUSED:
         raise Unsupported(f"{name} of a value that depends on x")
-    place = None
-    if name.startswith("__i") and hasattr(T, "__" + name[3:]) and name not in ("__invert__", "__int__", "__index__"):
-        place, func = args[0], getattr(T, "__" + name[3:])
-    elif name.endswith("_") and not name.endswith("__") and hasattr(T, name[:-1]):
-        place, func = args[0], getattr(T, name[:-1])
+    if tape.converted and _draws(name, args, kwargs):
+        raise PlainLayoutNeeded
+    place, twin = None, _out_of_place(func, name)
+    if twin is not None:
+        place, func = args[0] if args else kwargs["input"], twin
+        handler = HANDLERS.get(twin)
+        if handler is not None:
+            may_overwrite(tape, func, place)
+            result = handler(tape, twin, args, kwargs)
+            return place if result is place else taken(tape, place, result)
     elif kwargs.get("inplace"):
-        place, kwargs = args[0], kwargs | {"inplace": False}
+        place, kwargs = args[0] if args else kwargs["input"], kwargs | {"inplace": False}
     if place is not None:
-        check_in_place(tape, func, place)
-    if isinstance(place, Tensor) and tape.slot(place) < 0:
-        raise Unsupported(f"{name} of an active value into a constant")
-    rule = Autograd(tape, func, args, kwargs)
+        may_overwrite(tape, func, place)
+    rule = Autograd(tape, func, args, kwargs, name)
     if not rule.ys:  # comparisons, shapes, indices
+        if place is not None:
+            raise Unsupported(f"{name} of a value that depends on x, with a result that does not")
+        if not isinstance(rule.result, Tensor):
+            tape.escaped = tape.escaped or name
         return rule.result
     by_id = {id(y): y.detach() for y in rule.ys}
     tape.record(rule, rule.inputs, tuple(by_id.values()))
@@ -1050,11 +1259,7 @@ def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
     result = tree_map(outside, rule.result)
     rule.result, rule.ys = None, []
-    if place is not None:
-        place.data = result.detach()
-        place._genfast_slot = result._genfast_slot
-        return place
-    return result
+    return result if place is None else taken(tape, place, result)
 
 
 HANDLERS["otherwise"] = otherwise
@@ -1062,12 +1267,13 @@ HANDLERS["otherwise"] = otherwise
 
 @handles(T.detach, T.data.__get__)  # type: ignore[attr-defined]
 def _detach(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tape.escaped = tape.escaped or "detach"
     return args[0].detach()
 
 
 def _name(func: Any) -> str:
-    name: str = getattr(func, "__name__", str(func))
-    return name
+    name: str = getattr(func, "__name__", "") or str(func)
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # of an attribute
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:

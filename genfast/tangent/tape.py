@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,26 @@ class Unsupported(Exception):
 
 class MoreNeeded(Exception):
     """A layer with curvature appeared in a pass that had kept no activations, since earlier passes had none."""
+
+
+class PlainLayoutNeeded(Exception):
+    """Random numbers were to be drawn in the memory order of a tensor that another order of channels has changed."""
+
+
+class _Untouched(torch.autograd.graph.saved_tensors_hooks):
+    """Saves tensors as they are, whatever a checkpoint around the call would do: its recomputation is of another function."""
+
+    def __init__(self) -> None:
+        super().__init__(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def version(tensor: Tensor) -> int:
+    """How often the memory of ``tensor`` has been written to in place; tensors of inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Rule:
@@ -63,6 +83,8 @@ class Rule:
     outs: tuple[int, ...]
     module = ""
     called = ""
+    proven = ""  # the name of a call whose derivatives are compared with PyTorch's double backward once; "" for rules of ours
+    saved_versions: tuple[tuple[str, int], ...] = ()
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         """Where the batch, along ``axis`` of the input x, lies in the output y; -1 where samples meet, or it is not known."""
@@ -79,6 +101,19 @@ class Rule:
 
     def release(self) -> None:
         """Lets go of what its sweeps have used."""
+
+    def watch(self) -> None:
+        """Notes the versions of all tensors that the rule keeps."""
+        self.saved_versions = tuple((name, version(x)) for name, x in vars(self).items() if isinstance(x, Tensor))
+
+    def check(self) -> None:
+        """Makes sure that none has been written to since: PyTorch's own backward refuses that too."""
+        for name, before in self.saved_versions:
+            x = getattr(self, name, None)
+            if isinstance(x, Tensor) and version(x) != before:
+                raise Unsupported(
+                    f"a tensor {tuple(x.shape)} that {self.called or self.kind} needs was changed in place after use"
+                )
 
     def chain(self, tape: Tape, b: list[Maybe]) -> list[Maybe]:
         """J^T b; what is needed of b later is kept."""
@@ -108,6 +143,11 @@ class Tape(TorchFunctionMode):
         self.calling = ""
         self.rules: list[Rule] = []
         self.slots = 0
+        self.versions: list[int] = []  # of each slot's memory, as its function left it
+        self.hooked = False  # whether the critic saves its tensors by hooks, as in a checkpoint
+        self.checked = False  # whether what the rules keep was compared with its versions
+        self.converted = False  # whether a convolution has changed the memory format of what it was given
+        self.modules: Sequence[torch.nn.Module] = ()  # whose buffers a critic may not write active values to
         self.axes = [0]  # where the batch lies in each slot; -1 where samples have met, or it is not known
         self.b: list[Maybe] = []
         self.rows = 0  # the first ones of the batch have a penalty; in the others b is of the loss, where it shares the pass
@@ -118,6 +158,7 @@ class Tape(TorchFunctionMode):
         self.memory_format = torch.contiguous_format  # that x came in
         self.channels_last = True  # whether convolutions on a CPU may work in channels_last
         self.gradients: dict[int, tuple[Tensor, Tensor, bool]] = {}  # by id of the tensor: (tensor, gradient, if it is fresh)
+        self.escaped = ""  # a call that took values which depend on x out of the tape's sight
         self._cleared: dict[int, Tensor] = {}  # constants looked at; an id says something only while its tensor lives
 
     # ---- recording ----
@@ -128,8 +169,14 @@ class Tape(TorchFunctionMode):
             raise Unsupported(f"a value of dtype {tensor.dtype}")
         tensor.requires_grad_()
         tensor._genfast_slot = (self.serial, self.slots)  # type: ignore[attr-defined]
+        self.versions.append(version(tensor))
         self.slots += 1
         return tensor
+
+    def move(self, place: Tensor, slot: int) -> None:
+        """Lets ``place``, whose memory now holds the value of ``slot``, stand for it."""
+        place._genfast_slot = (self.serial, slot)  # type: ignore[attr-defined]
+        self.versions[slot] = version(place)
 
     def slot(self, value: Any) -> int:
         """The slot of an active tensor, or -1."""
@@ -153,36 +200,57 @@ class Tape(TorchFunctionMode):
         rule.outs = tuple(range(first, self.slots))
         if rule.curved and not self.keep_inputs:
             raise MoreNeeded
+        rule.called = self.calling
         if self.stack is not None:
-            rule.module, rule.called = self.stack[-1] if self.stack else "", self.calling
+            rule.module = self.stack[-1] if self.stack else ""
+        rule.watch()
         self.rules.append(rule)
         return outputs
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in PASSED or not self._involved(args, kwargs):
+        if func in PASSED:
+            return func(*args, **kwargs)
+        if "out" in kwargs and kwargs["out"] is None:
+            kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:  # type: ignore[attr-defined]
+            return self._call(func, args, kwargs)
+        self.hooked = True
+        with _Untouched():
+            return self._call(func, args, kwargs)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._involved(args, kwargs):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():  # the critic cut the gradient here itself
+            self.escaped = self.escaped or getattr(func, "__name__", str(func))
             return func(*args, **kwargs)
         handler = HANDLERS.get(func, HANDLERS["otherwise"])
-        if self.stack is not None:
-            self.calling = getattr(func, "__name__", str(func))
+        self.calling = getattr(func, "__name__", "") or str(func)
         torch._C._set_grad_enabled(False)
         try:
             return handler(self, func, args, kwargs)
         finally:
             torch._C._set_grad_enabled(True)
 
-    def _involved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _involved(self, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
         found = False
         for a in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(a, Tensor):
-                if self.slot(a) >= 0:
+                slot = self.slot(a)
+                if slot >= 0:
                     found = True
+                    if version(a) != self.versions[slot] or a.grad_fn is not None:
+                        raise Unsupported(
+                            f"a tensor {tuple(a.shape)} that depends on x was changed in place by a call that PyTorch shows to "
+                            "no function mode, or through its data"
+                        )
                 elif a.requires_grad and a.grad_fn is not None and id(a) not in self._cleared:
                     self._clear(a)
             elif isinstance(a, (tuple, list)):
-                found = self._involved(tuple(a), {}) or found
+                found = self._involved(a, {}) or found
+            elif isinstance(a, dict):
+                found = self._involved(a.values(), {}) or found
         return found
 
     def _clear(self, tensor: Tensor) -> None:
@@ -222,7 +290,7 @@ class Tape(TorchFunctionMode):
         """
         if not self.shared:
             if t is not None:
-                yield 0, b[: t.shape[0]], t
+                yield 0, b[: t.shape[0]] if self.per_sample else b, t
             return
         assert h is not None
         rows = self.rows
@@ -244,7 +312,7 @@ class Tape(TorchFunctionMode):
     def collect_rows(self, parameter: Tensor, gradient: Tensor, start: int) -> None:
         """Adds ``gradient``, of some rows of the batch from ``start`` on, summed to what ``parameter`` has of them."""
         shape = parameter.shape
-        if parameter.dim() < gradient.dim() or shape[0] != self.batch or gradient.shape[0] == self.batch:
+        if not gradient.dim() or parameter.dim() < gradient.dim() or shape[0] != self.batch or gradient.shape[0] == self.batch:
             self.collect(parameter, gradient.sum_to_size(shape))
             return
         full = torch.zeros_like(parameter, dtype=gradient.dtype)
@@ -300,9 +368,19 @@ class Tape(TorchFunctionMode):
         self.curved = any(r.curved for r in self.live_rules)
         self.per_sample = all(r.per_sample for r in self.live_rules)
         self.apart = all(self.axes[s] >= 0 for r in self.live_rules for s in r.outs)
+        # a rule that is not live may have made a mask or a number of all samples
+        self.joinable = self.apart and not self.escaped and all(self.axes[s] >= 0 for r in self.rules for s in r.outs)
+
+    def check(self) -> None:
+        """Makes sure that all that the sweeps read is as the pass has left it."""
+        if not self.checked:
+            for rule in self.live_rules:
+                rule.check()
+        self.checked = True
 
     def chain(self, start: Tensor, rows: int) -> Maybe:
         """b everywhere from dS/d(output) = ``start``; returns b at x, for its first ``rows`` samples at least."""
+        self.check()
         self.b = [None] * self.slots
         self.b[self.output] = start
         owned: set[int] = set()
@@ -400,6 +478,7 @@ class Tape(TorchFunctionMode):
 
     def sweep(self, direction: Maybe, start: Maybe, to_x: bool) -> Maybe:
         """Tangents along ``direction`` and then the second sweep from ``start``; returns c at x."""
+        self.check()
         if direction is not None or (self.shared and self.rows):
             self._last: dict[int, Rule] = {s: rule for rule in self.live_rules for s in rule.ins}
             self._readers = Counter(s for rule in self.live_rules for s in rule.ins)
