@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._derived import readable
 from ..reference import autoregressive_flows as plain
 from .bijection import Bijection
 from .univariate import Fast, spline_options
@@ -62,8 +64,16 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
         self._program = DegreeProgram.build(layers) if self._program is None else self._program.update(layers)
         return self._program
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _has_program(self) -> bool:
+        """Not under a compiler that comes before the first call, and not where masks or weights cannot be read."""
         if not hasattr(self.network, "layers"):
+            return False
+        if torch.compiler.is_compiling():
+            return self._program is not None
+        return readable(*self.network.parameters(), *self.network.buffers())
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._has_program():
             return self.inverse_plain(z, context)
         program = self.program(context)
         if isinstance(self.map, plain.AffineMap):

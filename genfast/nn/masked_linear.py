@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import ops
+from .._derived import derived
 from ..reference import made
 
 
@@ -43,10 +46,11 @@ class MaskedLinear(made.MaskedLinear):
     def live(self) -> Tensor:
         """The mask, the same tensor until the degrees change."""
         sorts = (self.rows, self.columns, self.counts)
-        kept: tuple[tuple[Tensor, ...], Tensor] | None = self.__dict__.get("_live")
-        if kept is None or any(a is not b for a, b in zip(kept[0], sorts)):
-            kept = self.__dict__["_live"] = sorts, self.mask
-        return kept[1]
+        live = derived(self.__dict__.setdefault("_derived", {}), "live", sorts, lambda: self.mask)
+        return self.mask if live is None else live
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy derives its own
+        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         fused = activation if activation == "relu" else "none"

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .._derived import ordinary
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
 from . import _changes
@@ -160,7 +161,8 @@ class DegreeProgram:
             LoweringError: an input needs itself, or one of its own or a later level.
         """
         given = None if levels is None else tuple(int(i) for i in levels)
-        return cls(layers, _lower(list(layers), given))
+        with ordinary():
+            return cls(layers, _lower(list(layers), given))
 
     def update(self, layers: Sequence[Layer]) -> DegreeProgram:
         """The program of the same network with the tensors of ``layers``."""
@@ -223,7 +225,7 @@ class DegreeProgram:
                 continue
             if all(t is k and _changes.mark(t) == mark for t, (k, mark) in zip(tensors, key)):
                 return kept
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary():
             packed = self._pack(tensors, dtype)
         self._packed[:] = [(steps, [(t, _changes.mark(t)) for t in tensors], packed)]
         return packed
