@@ -5,11 +5,11 @@ import torch  # noqa: F401  before the extensions, so that all share one OpenMP 
 from . import data, integrations, losses, metrics, models, nn, ops, reference, sampling
 from ._backend import BackendError, backend
 from ._info import info
-from .integrations import accelerate, restore
+from .integrations import accelerate, report, restore
 from .tangent import explain
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError", "accelerate", "backend", "data", "explain", "info", "integrations", "losses", "metrics", "models", "nn",
-    "ops", "reference", "restore", "sampling",
+    "ops", "reference", "report", "restore", "sampling",
 ]  # fmt: skip

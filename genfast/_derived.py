@@ -18,6 +18,7 @@ from torch import _C, Tensor
 from torch._C import (
     _functorch,
     _get_tracing_state,
+    _len_torch_dispatch_stack,
 )
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
@@ -25,6 +26,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
 _peek_functorch = _functorch.peek_interpreter_stack
+
+
+def recorded() -> bool:
+    """Whether torch.jit.trace, or a mode of the dispatcher (make_fx, FakeTensorMode), writes down what is called.
+
+    What is taken from memory there, a packed weight for one, would be a constant of what it writes.
+    """
+    return _get_tracing_state() is not None or bool(_len_torch_dispatch_stack())
+
 
 # torch.equal reads a bool at a time: 50 times slower than the C library on a mask.
 _memcmp = ctypes.PyDLL(None).memcmp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -81,9 +82,10 @@ def solve(
             return None
     for i, layer in enumerate(layers):
         mask = layer.mask
-        if mask is not None and mask.dtype != torch.bool:
-            if not derived(kept, ("binary", i), (mask,), lambda mask=mask: _is_binary(mask)):  # type: ignore[misc]
-                return None
+        if mask is None or mask.dtype == torch.bool:
+            continue
+        if not derived(kept, ("binary", i), (mask,), functools.partial(_is_binary, mask)):
+            return None
     layers = _frozen(kept, layers)
     program: DegreeProgram | None = kept.get("program")
     with ordinary():

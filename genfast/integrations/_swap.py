@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._derived import readable
+from .._derived import readable, recorded
 
 KEPT = "_genfast"  # the attribute under which a swapped module keeps what is made once; no copy, pickle or restore has it
 
@@ -138,13 +138,16 @@ def reason_to_leave(module: nn.Module, mixin: type[Swapped]) -> str:
 def covered(*tensors: Tensor | None) -> bool:
     """Whether the kernels take a call: one dtype, float32 or float64, one device, no autocast, and tensors that hold numbers.
 
-    Those of an export, of a FakeTensorMode, of the meta device and of torch.func's transforms go the library's own way.
+    Those of an export, of a FakeTensorMode, of the meta device and of torch.func's transforms go the library's own way, and so
+    does what torch.jit.trace or make_fx records, which then needs no genfast to run.
     """
     given = [t for t in tensors if t is not None]
     dtype, device = given[0].dtype, given[0].device
     if dtype not in (torch.float32, torch.float64) or device.type not in ("cpu", "cuda"):
         return False
-    if torch.is_autocast_enabled(device.type) or not (torch.compiler.is_compiling() or readable(*given)):
+    if torch.is_autocast_enabled(device.type):
+        return False
+    if not torch.compiler.is_compiling() and (recorded() or not readable(*given)):
         return False
     return all(t.dtype == dtype and t.device == device for t in given)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from nflows import transforms as nt
 from nflows.transforms import autoregressive, coupling, made
 from torch import Tensor, nn

@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .._derived import ordinary
+from .._derived import ordinary, recorded
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
 from . import _changes
@@ -212,7 +212,7 @@ class DegreeProgram:
         """The flat weights in the order that ``code`` names; a function of the weights where a gradient is asked for."""
         tensors = self.parameters()
         dtype = tensors[0].dtype if dtype is None else dtype
-        watched = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        watched = torch.compiler.is_compiling() or recorded() or torch._C._functorch.peek_interpreter_stack() is not None
         if (
             watched
             or any(t.is_inference() for t in tensors)
