@@ -36,6 +36,11 @@ def recorded() -> bool:
     return _get_tracing_state() is not None or bool(_len_torch_dispatch_stack())
 
 
+def readable_now(*tensors: Tensor | None) -> bool:
+    """Whether this call may look at the numbers of these tensors, to check them: no compiler or tracer goes through it."""
+    return not _is_compiling() and not recorded() and readable(*tensors)
+
+
 # torch.equal reads a bool at a time: 50 times slower than the C library on a mask.
 _memcmp = ctypes.PyDLL(None).memcmp
 _memcmp.argtypes, _memcmp.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int

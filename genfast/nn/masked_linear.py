@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
-from .._derived import derived
+from .._derived import derived, ordinary
 from ..reference import made
 
 
@@ -36,6 +36,11 @@ class MaskedLinear(made.MaskedLinear):
         >>> layer(torch.randn(5, 3)).shape
         torch.Size([5, 4])
     """
+
+    def _sort(self) -> None:
+        # Also where the degrees are drawn anew, or a checkpoint is loaded, under inference mode: training saves these.
+        with ordinary():
+            super()._sort()
 
     @property
     def staircase(self) -> ops.Staircase:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._derived import ordinary
 from .masked_linear import masked_linear, staircase, staircase_mask
 
 Order = Literal["natural", "reversed", "random"]
@@ -54,9 +53,7 @@ class MaskedLinear(nn.Linear):
 
     def _sort(self) -> None:
         """How the degrees sort; not in the state_dict, since it follows from them."""
-        with ordinary():
-            sorts = staircase(self.in_degrees, self.out_degrees, self.strict)
-        for name, value in zip(("rows", "columns", "counts"), sorts):
+        for name, value in zip(("rows", "columns", "counts"), staircase(self.in_degrees, self.out_degrees, self.strict)):
             self.register_buffer(name, value, persistent=False)
 
     def set_degrees(self, in_degrees: Tensor | Sequence[int], out_degrees: Tensor | Sequence[int]) -> None:
