@@ -5,13 +5,13 @@ import torch  # noqa: F401  before the extensions, so that all share one OpenMP 
 from . import data, integrations, losses, metrics, models, nn, ops, reference, sampling
 from ._backend import BackendError, MissingKernelsWarning, backend, has_kernels, warn_of_missing_kernels
 from ._info import info
-from .integrations import accelerate, restore
+from .integrations import accelerate, report, restore
 from .tangent import explain
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError", "MissingKernelsWarning", "accelerate", "backend", "data", "explain", "has_kernels", "info", "integrations",
-    "losses", "metrics", "models", "nn", "ops", "reference", "restore", "sampling",
+    "losses", "metrics", "models", "nn", "ops", "reference", "report", "restore", "sampling",
 ]  # fmt: skip
 
 warn_of_missing_kernels()

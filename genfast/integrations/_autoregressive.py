@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..sampling import Layer
-from ._masked import activation_name, layer_of, masked_product, solve, staircase
+from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
 from ._swap import Swapped, covered, plain_call
 
 
@@ -21,7 +21,10 @@ class MaskedLinear(Swapped):
 
     @classmethod
     def refuses(cls, module: Any) -> str:
-        return "" if staircase({}, module) else "no sorting makes its mask a staircase"
+        return "no sorting makes its mask a staircase" if no_staircase(module) else ""
+
+    def fill(self) -> None:
+        staircase(self.kept(), self)
 
     def forward(self: Any, x: Tensor) -> Any:
         y = masked_product(self.kept(), self, x)
@@ -134,8 +137,9 @@ class Autoregressive(Swapped):
             made = self.autoregressive_net
             if covered(inputs, context, made.initial_layer.weight) and self.inside(inputs):
                 layers = made_layers(made, context, self.gated)
-                if not isinstance(layers, str):
-                    return solve(self.kept(), layers, inputs, *way)
+                found = None if isinstance(layers, str) else solve(self.kept(), layers, inputs, *way)
+                if found is not None:
+                    return found
         return super().inverse(inputs, context)  # type: ignore[misc]
 
     def inside(self, inputs: Tensor) -> bool:

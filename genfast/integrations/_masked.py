@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .._derived import derived, ordinary, readable, same_numbers
 from ..sampling import DegreeProgram, Layer
-from ._swap import covered, version
+from ._swap import covered
 
 _FUNCTIONS = {
     F.relu: "relu", torch.relu: "relu", F.elu: "elu", torch.tanh: "tanh", F.tanh: "tanh", torch.sigmoid: "sigmoid",
@@ -36,14 +38,24 @@ def activation_name(function: Any) -> str | None:
 
 
 def staircase(kept: dict[Any, Any], linear: Any) -> ops.Staircase | None:
-    """The staircase of ``linear.mask``, found once for each content of the mask; None where it is none."""
-    mask, found = linear.mask, kept.get(("staircase", id(linear)))
-    if found is not None and found[0] is mask and (torch.compiler.is_compiling() or found[1] == version(mask)):
-        made: ops.Staircase | None = found[2]
-        return made
-    made = ops.staircase_from_mask(mask)
-    kept["staircase", id(linear)] = (mask, version(mask), made)
-    return made
+    """The staircase of ``linear.mask``, found once for each content of the mask.
+
+    None where it is none, where the mask weighs what it lets through (it holds more than 0 and 1), and where its numbers
+    cannot be read.
+    """
+    mask: Tensor = linear.mask
+    return derived(
+        kept, ("staircase", id(linear)), (mask,), lambda: ops.staircase_from_mask(mask) if _is_binary(mask) else None
+    )
+
+
+def _is_binary(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+
+
+def no_staircase(linear: Any) -> bool:
+    """Whether a mask that can be read is none; of a meta model nothing is known yet."""
+    return readable(linear.mask) and staircase({}, linear) is None
 
 
 def masked_product(kept: dict[Any, Any], linear: Any, x: Tensor, activation: str = "none") -> Tensor | None:
@@ -60,11 +72,24 @@ def layer_of(linear: Any, **fields: Any) -> Layer:
 
 def solve(
     kept: dict[Any, Any], layers: Sequence[Layer], z: Tensor, transform: str, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """x (N, D) and log |det dx/dz| (N,) from z, through the engine; the program is made once for each set of masks."""
+) -> tuple[Tensor, Tensor] | None:
+    """x (N, D) and log |det dx/dz| (N,) from z, through the engine; the program is made once for each set of masks.
+
+    None where masks, weights or what comes from a context cannot be read, and where a mask holds more than 0 and 1.
+    """
+    for layer in layers:
+        if not readable(layer.weight, layer.bias, layer.mask, layer.context, layer.gate):
+            return None
+    for i, layer in enumerate(layers):
+        mask = layer.mask
+        if mask is None or mask.dtype == torch.bool:
+            continue
+        if not derived(kept, ("binary", i), (mask,), functools.partial(_is_binary, mask)):
+            return None
     layers = _frozen(kept, layers)
     program: DegreeProgram | None = kept.get("program")
-    kept["program"] = program = DegreeProgram.build(layers) if program is None else program.update(layers)
+    with ordinary():
+        kept["program"] = program = DegreeProgram.build(layers) if program is None else program.update(layers)
     found: tuple[Tensor, Tensor] = ops.autoregressive_inverse(z, program, transform, **options)
     return found
 
@@ -80,10 +105,10 @@ def _frozen(kept: dict[Any, Any], layers: Sequence[Layer]) -> list[Layer]:
         return list(layers)  # packed at each call, as a function of the weights
     if tensors[0].is_cpu:
         copies = kept.get("copies", ())
-        if len(copies) != len(tensors) or not all(torch.equal(t, c) for t, c in zip(tensors, copies)):
-            with torch.inference_mode(False):
-                copies = tuple(t.detach().clone() for t in tensors)
-            kept["copies"] = copies
+        with ordinary():
+            if len(copies) != len(tensors) or not all(map(same_numbers, tensors, copies)):
+                copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+                kept["copies"] = copies
     else:
         copies = tuple(t.detach() for t in tensors)  # new objects, so packed anew: no copy need come to the host
     rest = iter(copies)

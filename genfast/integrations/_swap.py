@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._derived import readable, recorded
+
 KEPT = "_genfast"  # the attribute under which a swapped module keeps what is made once; no copy, pickle or restore has it
 
 
@@ -54,6 +56,15 @@ class Swapped:
         found: dict[str, Any] = self.__dict__.setdefault(KEPT, {})
         return found
 
+    def fill(self) -> None:
+        """Makes what calls keep, so that a compiler that comes before the first call finds it."""
+
+    def _apply(self: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        # After a move to another device or dtype the buffers may be other tensors.
+        super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+        _refill(self)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickled as "the mixin over that class": the made class has a name that is another's.
         reduced: Any = super().__reduce_ex__(2)
@@ -61,6 +72,15 @@ class Swapped:
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != KEPT}
         return (_rebuild, (self.mixin, self.original), state, *rest)
+
+
+def _refill(module: Swapped, _: object = None) -> None:
+    """Makes anew what a module keeps; also a hook behind load_state_dict, since another checkpoint's masks may differ.
+
+    A call would see that itself, a graph that was compiled before would not.
+    """
+    module.kept().clear()
+    module.fill()
 
 
 _MADE: dict[Any, type[nn.Module]] = {}
@@ -88,11 +108,16 @@ def _rebuild(mixin: type[Swapped], original: type[nn.Module]) -> Any:
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     """Gives a module the class that has our methods in front of its own."""
     module.__class__ = swapped_class(mixin, type(module))
+    module.register_load_state_dict_post_hook(_refill)
+    _refill(module)  # type: ignore[arg-type]
 
 
 def unswap(module: nn.Module) -> None:
     """Puts back the class that a swapped module had, and drops what it kept."""
     module.__dict__.pop(KEPT, None)
+    hooks = module._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _refill]:
+        del hooks[key]
     module.__class__ = type(module).__dict__["original"]
 
 
@@ -111,10 +136,18 @@ def reason_to_leave(module: nn.Module, mixin: type[Swapped]) -> str:
 
 
 def covered(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take a call: one dtype, float32 or float64, one device, and no autocast."""
+    """Whether the kernels take a call: one dtype, float32 or float64, one device, no autocast, and tensors that hold numbers.
+
+    Those of an export, of a FakeTensorMode, of the meta device and of torch.func's transforms go the library's own way, and so
+    does what torch.jit.trace or make_fx records, which then needs no genfast to run.
+    """
     given = [t for t in tensors if t is not None]
     dtype, device = given[0].dtype, given[0].device
-    if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(device.type):
+    if dtype not in (torch.float32, torch.float64) or device.type not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(device.type):
+        return False
+    if not torch.compiler.is_compiling() and (recorded() or not readable(*given)):
         return False
     return all(t.dtype == dtype and t.device == device for t in given)
 
@@ -128,11 +161,6 @@ def plain_call(module: nn.Module) -> bool:
         or module._backward_hooks
         or "forward" in module.__dict__
     )
-
-
-def version(tensor: Tensor) -> int:
-    """Counts the changes in place; 0 for inference tensors, which count none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def by_path(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from nflows import transforms as nt
 from nflows.transforms import autoregressive, coupling, made
 from torch import Tensor, nn
 
 from .. import ops
+from .._derived import derived
 from ..ops.invertible_conv1x1 import MIX
 from . import _autoregressive as shared
 from . import _linear
 from ._autoregressive import logit_scale, within_unit
-from ._swap import Swapped, covered, version
+from ._swap import Swapped, covered, plain_call
 
 TRANSFORMS = nt.Transform
 CONTAINERS = (nt.CompositeTransform, nt.InverseTransform, nt.MultiscaleCompositeTransform, nt.Permutation)
@@ -260,23 +260,22 @@ class OneByOneConvolution(_linear.LULinear):
     what = "permutation and product as one pass over the channels"
     stands_for = (*_linear.LULinear.stands_for, "forward", "inverse", "_lu_forward_inverse")
 
-    def _order(self: Any) -> Tensor | None:
-        """Which column of L U each channel meets; None where a call is not covered."""
-        kept, permutation = self.kept(), self.permutation._permutation
-        found = kept.get("order")
-        if (
-            found is None
-            or found[0] is not permutation
-            or not (torch.compiler.is_compiling() or found[1] == version(permutation))
-        ):
-            found = kept["order"] = (permutation, version(permutation), permutation.argsort())
-        order: Tensor = found[2]
-        return order
+    def fill(self: Any) -> None:
+        self._order(), _linear._indices(self)
 
-    def _covers(self: Any, inputs: Tensor) -> bool:
-        cached = self.using_cache and not self.training
-        same = inputs.dim() == 4 and inputs.shape[1] == self.features
-        return not cached and same and self.permutation._dim == 1 and covered(inputs, self.bias, self.lower_entries)
+    def _order(self: Any) -> Tensor | None:
+        """Which column of L U each channel meets; None where that cannot be read."""
+        permutation: Tensor = self.permutation._permutation
+        return derived(self.kept(), "order", (permutation,), permutation.argsort)
+
+    def _parts(self: Any, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+        """The order of the channels and the places of L and U; None where a call is not covered."""
+        if (self.using_cache and not self.training) or not plain_call(self.permutation) or self.permutation._dim != 1:
+            return None
+        if inputs.dim() != 4 or inputs.shape[1] != self.features or not covered(inputs, self.bias, self.lower_entries):
+            return None
+        order, indices = self._order(), _linear._indices(self)
+        return None if order is None or indices is None else (order, indices)
 
     def _logabsdet(self: Any, inputs: Tensor) -> Tensor:
         n, _, h, w = inputs.shape
@@ -284,16 +283,18 @@ class OneByOneConvolution(_linear.LULinear):
         return found
 
     def forward(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
-        if not self._covers(inputs):
+        parts = self._parts(inputs)
+        if parts is None:
             return super().forward(inputs, context)  # type: ignore[misc]
-        left, right = _linear.triangles(self)
-        weight = (left @ right).index_select(1, self._order())
+        left, right = _linear.triangles(self, parts[1])
+        weight = (left @ right).index_select(1, parts[0])
         return MIX(inputs, None, weight, self.bias, self.features)[0], self._logabsdet(inputs)
 
     def inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
-        if not self._covers(inputs):
+        parts = self._parts(inputs)
+        if parts is None:
             return super().inverse(inputs, context)  # type: ignore[misc]
-        weight = _linear.weight_inverse(self).index_select(0, self._order())
+        weight = _linear.weight_inverse(self, parts[1]).index_select(0, parts[0])
         return MIX(inputs, None, weight, -(weight @ self.bias), self.features)[0], -self._logabsdet(inputs)
 
 

@@ -17,11 +17,12 @@ from normflows.nets import made
 from torch import Tensor, nn
 
 from .. import ops, reference
+from .._derived import derived
 from ..ops.invertible_conv1x1 import MIX, PLU_WEIGHT
 from . import _autoregressive as shared
 from . import _linear
 from ._autoregressive import spline_refused
-from ._swap import Swapped, covered, version
+from ._swap import Swapped, covered
 
 TRANSFORMS = nf.flows.Flow
 CONTAINERS = (
@@ -124,17 +125,23 @@ class _Mixing(Swapped):
 
     stands_for: ClassVar[tuple[str, ...]] = ("forward", "inverse", "_assemble_W")
 
+    def fill(self: Any) -> None:
+        if self.use_lu:
+            self._perm()
+
+    def _perm(self: Any) -> Tensor | None:
+        """P as indices; None where it is no permutation, or cannot be read."""
+        p: Tensor = self.P
+
+        def make() -> Tensor | None:
+            perm = p.argmax(1)
+            return perm if torch.equal(torch.eye(len(p), dtype=p.dtype, device=p.device)[perm], p) else None
+
+        return derived(self.kept(), "perm", (p,), make)
+
     def _weight(self: Any, inverse: bool) -> Tensor | None:
         """W or its inverse from the factors in one step; None where the peer's own way is to be gone."""
-        if not self.use_lu:
-            return None
-        kept, p = self.kept(), self.P
-        found = kept.get("perm")
-        if found is None or found[0] is not p or not (torch.compiler.is_compiling() or found[1] == version(p)):
-            perm = p.argmax(1)
-            same = torch.equal(torch.eye(len(p), dtype=p.dtype, device=p.device)[perm], p)
-            found = kept["perm"] = (p, version(p), perm if same else None)
-        perm = found[2]
+        perm = self._perm() if self.use_lu else None
         if perm is None:
             return None
         factors = (perm, self.L, self.U, self.sign_S, self.log_S)

@@ -17,9 +17,10 @@ from zuko import transforms as zt
 from zuko.utils import broadcast, unpack
 
 from .. import ops
+from .._derived import derived
 from ..sampling import Layer
-from ._masked import activation_name, layer_of, masked_product, solve, staircase
-from ._swap import Swapped, covered, plain_call, version
+from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
+from ._swap import Swapped, covered, plain_call
 
 TRANSFORMS = zuko.lazy.LazyTransform
 CONTAINERS = (zuko.lazy.LazyComposedTransform, zuko.lazy.LazyInverse)
@@ -190,15 +191,14 @@ class AutoregressiveTransform(zt.AutoregressiveTransform):  # type: ignore[misc]
 
     def __init__(self, module: Any, context: Tensor | None) -> None:
         super().__init__(functools.partial(module.meta, context), module.passes)
-        self.module, self.context = module, context
+        self.module, self.context, self.kept = module, context, module.kept()
 
     @property
     def inv(self) -> Any:
         return _inverse_of(self)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        found: tuple[Tensor, Tensor] | None = self.module.solve(self.context, y)
-        return found
+        return _solve(self.kept, self.module, self.context, y)
 
     def _inverse(self, y: Tensor) -> Any:
         found = self.inverse_and_ladj(y)
@@ -212,15 +212,20 @@ class MaskedMLP(Swapped):
 
     @classmethod
     def refuses(cls, module: Any) -> str:
-        if not any(staircase({}, m) for m in module.modules() if isinstance(m, zuko.nn.MaskedLinear)):
+        if all(no_staircase(m) for m in module.modules() if isinstance(m, zuko.nn.MaskedLinear)):
             return "no sorting makes its masks staircases"
         return ""
 
     @classmethod
     def falls_back(cls, module: Any) -> str:
         linear = [m for m in module.modules() if isinstance(m, zuko.nn.MaskedLinear)]
-        rest = sum(staircase({}, m) is None for m in linear)
+        rest = sum(no_staircase(m) for m in linear)
         return f"{rest} of its {len(linear)} masks are no staircases, and multiply their weights" if rest else ""
+
+    def fill(self: Any) -> None:
+        for m in self.modules():
+            if type(m) is zuko.nn.MaskedLinear:
+                staircase(self.kept(), m)
 
     def forward(self: Any, x: Tensor) -> Any:
         return _run(self.kept(), self, x)
@@ -280,12 +285,19 @@ def _layers(hyper: Any, features: int, context: Tensor | None, lead: tuple[int, 
 
 
 class _Conditioned(Swapped):
-    """A transform of univariate ones whose parameters a network gives."""
+    """A transform of univariate ones whose parameters a network gives.
+
+    A distribution that was made before :func:`restore` goes on with these methods on a module that has its own class again, so
+    they call functions and the peer's class by name, and no method of a mixin.
+    """
 
     def meta(self: Any, c: Tensor | None, x: Tensor) -> Any:
         univariate = univariate_of(self)
         if univariate is None:
-            return super().meta(c, x)  # type: ignore[misc]
+            peer = zuko.flows.MaskedAutoregressiveTransform
+            if isinstance(self, zuko.flows.GeneralCouplingTransform):
+                peer = zuko.flows.GeneralCouplingTransform
+            return peer.meta(self, c, x)
         return _conditioned(self, univariate, c, x)
 
 
@@ -316,25 +328,26 @@ class MaskedAutoregressive(_Conditioned):
     def forward(self: Any, c: Tensor | None = None) -> Any:
         return AutoregressiveTransform(self, c)
 
-    def solve(self: Any, c: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(x, ladj) through the engine; None where it does not cover the call."""
-        univariate = univariate_of(self)
-        way = None if univariate is None else univariate.solved_by()
-        features = _features(self)
-        if (
-            way is None
-            or torch.compiler.is_compiling()
-            or not covered(y, c, self.hyper[0].weight)
-            or y.dim() == 0
-            or y.shape[-1] != features
-        ):
-            return None
-        lead = y.shape[:-1] if c is None else torch.broadcast_shapes(y.shape[:-1], c.shape[:-1])
-        layers = _layers(self.hyper, features, c, lead)
-        if layers is None:
-            return None
-        x, ladj = solve(self.kept(), layers, y.expand(*lead, features).reshape(-1, features), *way)
-        return x.reshape(*lead, features), ladj.reshape(lead)
+
+def _solve(kept: dict[Any, Any], module: Any, c: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(x, ladj) through the engine; None where it does not cover the call."""
+    univariate = univariate_of(module)
+    way = None if univariate is None else univariate.solved_by()
+    features = _features(module)
+    if (
+        way is None
+        or torch.compiler.is_compiling()
+        or not covered(y, c, module.hyper[0].weight)
+        or y.dim() == 0
+        or y.shape[-1] != features
+    ):
+        return None
+    lead = y.shape[:-1] if c is None else torch.broadcast_shapes(y.shape[:-1], c.shape[:-1])
+    layers = _layers(module.hyper, features, c, lead)
+    if layers is None:
+        return None
+    found = solve(kept, layers, y.expand(*lead, features).reshape(-1, features), *way)
+    return None if found is None else (found[0].reshape(*lead, features), found[1].reshape(lead))
 
 
 def _features(module: Any) -> int:
@@ -360,16 +373,21 @@ def _dependent(module: Any, univariate: Univariate, phi: Tensor) -> DependentTra
 class CouplingTransform(zt.CouplingTransform):  # type: ignore[misc]
     """zuko's, with the two halves' places found once."""
 
-    def __init__(self, module: Any, context: Tensor | None) -> None:
+    def __init__(self, module: Any, context: Tensor | None, places: tuple[Tensor, Tensor, Tensor]) -> None:
         Transform.__init__(self)
         self.meta = functools.partial(module.meta, context)
-        self.idx_a, self.idx_b, self.back = module.places()
+        self.idx_a, self.idx_b, self.back = places
 
     @property
     def inv(self) -> Any:
         return _inverse_of(self)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not x.dim() or x.shape[-1] != len(self.back):
+            # zuko's own lets columns go that no index names, and leaves them unwritten in what it returns.
+            raise ValueError(
+                f"GeneralCouplingTransform: x has shape {tuple(x.shape)}, expected a last axis of {len(self.back)} features"
+            )
         return x.index_select(-1, self.idx_a), x.index_select(-1, self.idx_b)
 
     def merge(self, x_a: Tensor, x_b: Tensor, shape: Any) -> Any:
@@ -392,17 +410,22 @@ class GeneralCoupling(_Conditioned):
     def refuses(cls, module: Any) -> str:
         return "its univariate transform has no kernel" if univariate_of(module) is None else ""
 
-    def forward(self: Any, c: Tensor | None = None) -> Any:
-        return CouplingTransform(self, c)
+    def fill(self: Any) -> None:
+        self.places()
 
-    def places(self: Any) -> tuple[Tensor, Tensor, Tensor]:
-        kept, mask = self.kept(), self.mask
-        found = kept.get("places")
-        if found is None or found[0] is not mask or not (torch.compiler.is_compiling() or found[1] == version(mask)):
+    def forward(self: Any, c: Tensor | None = None) -> Any:
+        places = self.places()
+        return super().forward(c) if places is None else CouplingTransform(self, c, places)  # type: ignore[misc]
+
+    def places(self: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the features lie that pass, those that move, and each in both side by side; None where it cannot be read."""
+        mask: Tensor = self.mask
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
             a, b = mask.nonzero().squeeze(-1), (~mask).nonzero().squeeze(-1)
-            found = kept["places"] = (mask, version(mask), (a, b, torch.cat((a, b)).argsort()))
-        places: tuple[Tensor, Tensor, Tensor] = found[2]
-        return places
+            return a, b, torch.cat((a, b)).argsort()
+
+        return derived(self.kept(), "places", (mask,), make)
 
 
 class ElementWise(Swapped):

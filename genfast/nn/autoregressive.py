@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._calls import changes_nothing, class_of
+from .._derived import readable
 from ..reference import autoregressive_flows as plain
 from ..reference.modes import evaluating
 from .bijection import Bijection
@@ -73,10 +74,18 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
         self._program = DegreeProgram.build(layers) if self._program is None else self._program.update(layers)
         return self._program
 
+    def _has_program(self) -> bool:
+        """Not under a compiler that comes before the first call, and not where masks or weights cannot be read."""
+        if not callable(getattr(type(self.network), "layers", None)):
+            return False
+        if torch.compiler.is_compiling():
+            return self._program is not None
+        return readable(*self.network.parameters(), *self.network.buffers())
+
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         from ..sampling.lowering import LoweringError
 
-        if not callable(getattr(type(self.network), "layers", None)):
+        if not self._has_program():
             return self.inverse_plain(z, context)
         try:
             if not changes_nothing(class_of(self), MaskedAutoregressive):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from .. import ops
-from .._contents import Contents
+from .._derived import derived, ordinary
 from ..reference import made
 
 
@@ -36,6 +37,11 @@ class MaskedLinear(made.MaskedLinear):
         torch.Size([5, 4])
     """
 
+    def _sort(self) -> None:
+        # Also where the degrees are drawn anew, or a checkpoint is loaded, under inference mode: training saves these.
+        with ordinary():
+            super()._sort()
+
     @property
     def staircase(self) -> ops.Staircase:
         """The mask as :func:`genfast.ops.masked_linear` takes it."""
@@ -45,12 +51,11 @@ class MaskedLinear(made.MaskedLinear):
     def live(self) -> Tensor:
         """The mask, the same tensor until the degrees change."""
         sorts = (self.rows, self.columns, self.counts)
-        kept: tuple[tuple[Tensor, ...], Contents | None, Tensor] | None = self.__dict__.get("_live")
-        same = kept is not None and all(a is b for a, b in zip(kept[0], sorts))
-        if kept is None or not (same if kept[1] is None or torch.compiler.is_compiling() else kept[1].same(sorts)):
-            contents = Contents(sorts) if all(type(t) is Tensor and t.is_cpu for t in sorts) else None  # a GPU would wait
-            kept = self.__dict__["_live"] = sorts, contents, self.mask
-        return kept[2]
+        live = derived(self.__dict__.setdefault("_derived", {}), "live", sorts, lambda: self.mask)
+        return self.mask if live is None else live
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy derives its own
+        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         fused = activation if activation == "relu" else "none"

@@ -58,9 +58,9 @@ def _check_rows(
 
 
 def _check_numbers(bandwidth: float, eps: float, spatial_weight: float) -> None:
-    if not (math.isfinite(bandwidth) and bandwidth > 0):
+    if not 0 < bandwidth < math.inf:
         raise ValueError(f"{_NAME}: bandwidth={bandwidth}, expected a positive number")
-    if not (math.isfinite(eps) and eps > 0):
+    if not 0 < eps < math.inf:
         raise ValueError(f"{_NAME}: eps={eps}, expected a positive number: a source may lie on a target")
     if not 0 <= spatial_weight < 1:
         raise ValueError(f"{_NAME}: spatial_weight={spatial_weight}, expected 0 <= spatial_weight < 1")
@@ -328,7 +328,7 @@ def contextual_similarity(
     if spatial_weight:
         spatial_bandwidth = bandwidth if spatial_bandwidth is None else spatial_bandwidth
         for name, number in (("bandwidth", spatial_bandwidth), ("eps", spatial_eps), ("scale", spatial_scale)):
-            if not (math.isfinite(number) and number > 0):
+            if not 0 < number < math.inf:
                 raise ValueError(f"{_NAME}: spatial_{name}={number}, expected a positive number")
         prior = _prior(x, y, spatial_bandwidth, spatial_eps, spatial_scale)
     rows, targets = _prepared(x, y, center, distance)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
 
 from .. import _backend, reference
+from .._derived import readable_now
 from .._registry import Op, Sample
 from . import _check
 from ._layout import describe, laid_out, memory_format
@@ -58,7 +58,7 @@ def within(op: str, x: Tensor, levels: int) -> None:
 
     A GPU asserts it when it gets there, as it does for PyTorch's own indices: to raise here would wait for it.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or _functorch.peek_interpreter_stack() is not None:
+    if not readable_now(x):
         return
     info = torch.iinfo(x.dtype)
     if (info.min >= 0 and info.max < levels) or not x.numel():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
+from .._derived import readable_now
 from .._registry import Op, Sample
 from . import _check
 from ._layout import Layout, describe, laid_out, memory_format
@@ -404,7 +405,7 @@ def _inverted(op: str, weight: Tensor | PLU) -> Tensor:
     if isinstance(weight, PLU):
         return reference.plu_inverse(*weight)
     inverse, info = torch.linalg.inv_ex(weight.double())
-    if not torch.compiler.is_compiling() and weight.device.type == "cpu" and int(info):
+    if weight.is_cpu and readable_now(info) and int(info):
         raise ValueError(f"{op}: weight is singular (pivot {int(info)} of its LU factorisation is zero), so it has no inverse")
     result: Tensor = inverse.to(weight.dtype)
     return result

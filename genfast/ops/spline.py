@@ -31,9 +31,9 @@ def _check_options(op: str, bins: int, tails: str, options: Sequence[float]) -> 
     left, right, bottom, top, min_width, min_height, min_derivative, slope, scale = options
     if not 2 <= bins <= MAX_BINS:
         raise ValueError(f"{op}: {bins} bins, expected 2 to {MAX_BINS}")
-    if not (left < right and math.isfinite(right - left)):
+    if not (left < right and abs(right - left) < math.inf):
         raise ValueError(f"{op}: left={left}, right={right}, expected left < right (bound > 0), both finite")
-    if not (bottom < top and math.isfinite(top - bottom)):
+    if not (bottom < top and abs(top - bottom) < math.inf):
         raise ValueError(f"{op}: bottom={bottom}, top={top}, expected bottom < top (bound > 0), both finite")
     for name, minimum in (("min_bin_width", min_width), ("min_bin_height", min_height)):
         if not 0 <= minimum * bins <= 1:
@@ -394,7 +394,7 @@ def _domain(
     if isinstance(bound, Tensor):
         return tails, [-1.0, 1.0, -1.0, 1.0], bound
     bound = float(default if bound is None else bound)
-    if not (bound > 0 and math.isfinite(bound)):
+    if not 0 < bound < math.inf:  # no isfinite: of a compiler's symbolic numbers there is none
         raise ValueError(f"{op}: bound={bound}, expected a positive number")
     return tails, [-bound, bound, -bound, bound], None
 

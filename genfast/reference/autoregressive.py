@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._derived import readable_now
 from . import causal
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .modes import evaluating
@@ -167,7 +168,7 @@ class AutoregressiveModel(nn.Module):
             wanted = f"(N, {self.in_channels}, {'H, W' if self.dims == 2 else 'L'})"
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {wanted}")
         # Of a GPU's tensor only the loss asks, which need not wait for the answer.
-        if not x.is_cuda and x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):
+        if not x.is_cuda and x.numel() and readable_now(x) and (int(x.min()) < 0 or int(x.max()) >= self.levels):
             raise ValueError(f"{name}: x holds values from {int(x.min())} to {int(x.max())}, expected 0 to {self.levels - 1}")
         return x
 

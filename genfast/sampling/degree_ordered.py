@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from .._calls import changes_nothing, class_of, hook_in_the_way, weights_of_calls
 from .._contents import Contents
+from .._derived import ordinary, recorded
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
 from .lowering import LoweringError
@@ -182,7 +183,8 @@ class DegreeProgram:
             LoweringError: an input needs itself, or one of its own or a later level.
         """
         given = None if levels is None else tuple(int(i) for i in levels)
-        return cls(layers, _lower(list(layers), given))
+        with ordinary():
+            return cls(layers, _lower(list(layers), given))
 
     def update(self, layers: Sequence[Layer]) -> DegreeProgram:
         """The program of the same network with the tensors of ``layers``."""
@@ -232,7 +234,7 @@ class DegreeProgram:
         """The flat weights in the order that ``code`` names; a function of the weights where a gradient is asked for."""
         tensors = self.parameters()
         dtype = tensors[0].dtype if dtype is None else dtype
-        watched = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        watched = torch.compiler.is_compiling() or recorded() or torch._C._functorch.peek_interpreter_stack() is not None
         if (
             watched
             or any(t.is_inference() for t in tensors)
@@ -244,7 +246,7 @@ class DegreeProgram:
         for contents, packed in self._packed:
             if packed.dtype == dtype and contents.same(tensors):
                 return packed
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary():
             packed = self._pack(tensors, dtype)
         self._packed[:] = [(Contents(tensors), packed)]
         return packed

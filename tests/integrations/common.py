@@ -43,7 +43,7 @@ def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn
         for p in plain.parameters():
             p.add_(case.noise * torch.randn_like(p))
     fast = copy.deepcopy(plain)
-    report = genfast.accelerate(fast)
+    report = genfast.report(genfast.accelerate(fast))
     assert len(report.swapped) == case.swapped, str(report)
     return plain, fast, x
 

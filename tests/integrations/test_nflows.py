@@ -153,7 +153,7 @@ def test_dropout_and_batch_norm_keep_the_peers_passes():
         plain = MAF(5, 16, **options)
         fast = nt.MaskedAffineAutoregressiveTransform(5, 16, **options)
         fast.load_state_dict(plain.state_dict())
-        report = genfast.accelerate(fast)
+        report = genfast.report(genfast.accelerate(fast))
         assert "passes" in report.swapped[0].falls_back
         x = torch.randn(9, 5)
         for training in (True, False):
@@ -179,7 +179,7 @@ def test_what_is_left_and_why():
     )  # fmt: skip
     torch.nn.utils.parametrizations.weight_norm(linear := nt.LULinear(5), "bias", dim=None)
     model._transforms.append(linear)
-    report = genfast.accelerate(model)
+    report = genfast.report(genfast.accelerate(model))
     reasons = [e.detail for e in report.left]
     assert not report.swapped
     assert "scale" in reasons[0]
@@ -196,7 +196,7 @@ def test_a_subclass_that_leaves_the_methods_alone_is_served():
             return "mine"
 
     model = Named(5)
-    assert genfast.accelerate(model).swapped[0].name == "Named"
+    assert genfast.report(genfast.accelerate(model)).swapped[0].name == "Named"
     assert isinstance(model, Named)
     assert model.name() == "mine"
     genfast.restore(model)
@@ -206,7 +206,7 @@ def test_a_subclass_that_leaves_the_methods_alone_is_served():
 def test_a_module_that_is_held_twice_is_one_entry():
     act = nt.ActNorm(5)
     model = nt.CompositeTransform([act, nt.LULinear(5), act])
-    report = genfast.accelerate(model)
+    report = genfast.report(genfast.accelerate(model))
     assert [e.path for e in report.swapped] == ["_transforms.0, _transforms.2", "_transforms.1"]
     assert model._transforms[0] is act is model._transforms[2]
     assert len(genfast.restore(model).entries) == 2
@@ -214,7 +214,7 @@ def test_a_module_that_is_held_twice_is_one_entry():
 
 def test_a_model_with_nothing_of_theirs():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    report = genfast.accelerate(model)
+    report = genfast.report(genfast.accelerate(model))
     assert str(report) == "nothing to swap: the model holds no module of zuko, nflows or normflows"
     assert report.entries == genfast.restore(model).entries == ()
     for function in (genfast.accelerate, genfast.restore):

@@ -155,7 +155,7 @@ def test_bayesian_models_keep_their_local_trick():
 
 
 def test_report_names_what_is_left():
-    report = genfast.accelerate(nn.ModuleDict({"a": F.NAF(3), "b": F.NCSF(3), "c": F.CNF(2)}))
+    _, report = genfast.accelerate(nn.ModuleDict({"a": F.NAF(3), "b": F.NCSF(3), "c": F.CNF(2)}), report=True)
     text = str(report)
     assert "a.transform.transforms.0 " in text
     assert any(e.name == "FFJTransform" and "no kernel" in e.detail for e in report.left)

@@ -58,7 +58,7 @@ def _after(init: Any) -> Any:
 
 
 def _accelerate(model: torch.nn.Module) -> None:
-    report = genfast.accelerate(model)
+    report = genfast.report(genfast.accelerate(model))
     new = [m for m in model.modules() if isinstance(m, genfast.integrations.Swapped) and m not in seen]
     seen.update(new)
     swapped.update(type(m).__name__ for m in new)
