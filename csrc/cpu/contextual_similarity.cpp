@@ -526,9 +526,9 @@ struct Backward {
       const T g = share() * grad[at] * value[at];
       if (g == T(0)) continue;
       v += double(g);
-      if (s.head[wins[k]] == s.head[nearest[i]]) continue;
-      weighted -= double(g) * a.bandwidth * (std::log(double(value[at])) + log_total);
       const T *from = y + wins[k] * s.c, factor = -g * scale;
+      if (!memcmp(from, near, size_t(s.c) * sizeof(T))) continue;
+      weighted -= double(g) * a.bandwidth * (std::log(double(value[at])) + log_total);
       for (int64_t c = 0; c < s.c; ++c) to[c] += factor * (from[c] - near[c]);
     }
     const T own = T((weighted - v * double(statistics[2 * s.n + i])) * double(scale)), all = T(v) * scale;
