@@ -92,6 +92,7 @@ class Op:
         arguments = self.overload._schema.arguments
         self.tensor_positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
         # The first tensor that is always given decides which dtype is asked of a kernel.
+        self.number_positions = tuple(i for i, a in enumerate(arguments) if "float" in str(a.type))
         self.decides = next(i for i in self.tensor_positions if "Optional" not in str(arguments[i].type))
         self.checked_reference = self._checked(self.reference)
         self.preferred = {device: self._preferred(device) for device in ("cpu", "cuda")}
@@ -107,6 +108,9 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
+        for i in self.number_positions:
+            if type(args[i]) is not float:
+                self._no_gradient(i, args[i])
         if _is_compiling():
             return self.overload(*args)
         if forward_ad._current_level >= 0 or _peek_functorch() is not None:
@@ -137,6 +141,15 @@ class Op:
         if _backend.forced is None and args[self.decides].dtype in dtypes:
             return kernel(*args)  # as _run does, but a call's cost sooner
         return self._run(device, args)
+
+    def _no_gradient(self, position: int, value: Any) -> None:
+        """Raises where a number is a tensor, or a list holds one, that requires a gradient: it would be lost in silence."""
+        for v in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(v, Tensor) and v.requires_grad:
+                raise TypeError(
+                    f"{self.name}: {self.overload._schema.arguments[position].name} is a tensor that requires a gradient, "
+                    "expected a number: no gradient flows to it; detach it"
+                )
 
     def direct(self, *args: Any) -> Any:
         """The op without its derivative, for callers that differentiate by hand and let nothing watch."""

@@ -109,6 +109,8 @@ def _sums(
     d = _argument(
         x + b * N * C, y + b * M * C, xn + b * N, yn + b * M, i, j, N, M, C, KERNEL == 2, BLOCK, FEATURES, PRECISION, WIDE
     )
+    if SAME and KERNEL != 2:  # a row's distance to itself is 0 but for rounding; NaN stays
+        d = tl.where(i[:, None] == j[None, :], d * 0, d)
     counts = (i[:, None] < N) & (j[None, :] < M)
     if EXCLUDE:
         counts = counts & (i[:, None] != j[None, :])
@@ -248,6 +250,8 @@ def _gradient(
     given = g if g is not None else h
     assert given is not None
     right = other.float() if product else torch.cat((other, other.new_ones(b, m, 1)), 2)
+    if y is None and not product:
+        exclude = True  # a row pulls at itself with the greatest weight of all, which would leave its rounding behind
     step = max(BLOCK, PANEL // (b * m) // BLOCK * BLOCK)
     found = []
     for first in range(0, n, step):

@@ -130,9 +130,13 @@ GENFAST_INLINE void slopes(Vec<T> x, Vec<T>& first, Vec<T>& second) {
     const T k2 = T(2 * 0.79788456080286535588), c = T(0.044715);
     const Vec<T> z = limited<T>(x, sizeof(T) == 4 ? T(9.9) : T(20)), w = z * z;  // 2 u is within its limit
     gated_slopes<T>(z, k2 * z * (w * c + T(1)), k2 * (w * (3 * c) + T(1)), k2 * (6 * c) * z, first, second);
-  } else if (kKind == ActivationArgs::kTanh) {  // tanh |x| = -m / (m + 2), s' = 4 (m + 1) / (m + 2)^2 with m = e^-2|x| - 1
-    const Vec<T> m = exp_minus_one<T>(limited<T>(abs<T>(x) * T(-2))), r = T(1) / (m + T(2));
-    first = (m + T(1)) * r * (r * T(4));
+  } else if (kKind == ActivationArgs::kTanh) {  // tanh |x| = -m / (m + 2), s' = 4 e / (m + 2)^2 with e = e^-2|x|, m = e - 1
+    Vec<T> rounded;
+    const Vec<T> z = reduce<T>(limited<T>(abs<T>(x) * T(-2)), rounded), tail = exp_tail(z) * (z * z) + z;
+    const Vec<T> power = from_bits<T>(bits<T>(one) + (bits<T>(rounded) << Types<T>::kMantissa));
+    // Of one series, e and m each without cancelling: m + 1 has lost the digits of e in the tail, e - 1 those of m near zero.
+    const Vec<T> e = power * tail + power, m = power * tail + (power - one), r = T(1) / (m + T(2));
+    first = e * r * (r * T(4));
     second = first * m * r * (x < T(0) ? T(-2) * one : T(2) * one);
     first = x == x ? first : x;
     second = x == x ? second : x;

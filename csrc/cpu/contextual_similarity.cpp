@@ -5,10 +5,18 @@
 //   backward, g' the gradient at the winners, W = dL/dd: W_ij = (V_i A_ij - [winner] g'_ij A_ij) / (h r_i) + [j nearest] rbar_i,
 //   V_i = sum_j g'_ij A_ij;  dx = -W y, dy = -W^T x (cosine).
 //
+// Where x_i lies on its nearest target a, A_ia is 1 to rounding and h r_i is as small as h eps, so W_ia as the difference of its two
+// terms would be rounding times 1 / (h eps). A row's W sums to rbar alone, so every sum over targets is taken relative to the
+// nearest: of d_ij - m_i, of y_j - y_a, and W_ia = -sum of the others + rbar. What remains is proportional to the weight of the
+// other targets, and is zero where that is. For the same reason u_ij takes m_i as the product gives it, so that equal targets are
+// equally near; r_i takes it as float64 gives it. Targets that equal the
+// nearest (flat areas of a picture) count with it.
+//
 // A strip of kStrip rows by M columns stays in a cache: product, minimum and its index, exponentials, sums, the update of the
 // columns' maxima, and with a kept mean the strip's product with y. Nothing is N x M. One product of 2 N M C FLOPs forward (two
 // with the mean); backward O((N + M) C) with the mean, else 4 R M C, 6 R M C with dy, on the R rows that won something.
 // Bound by the FMA rate. A row's numbers depend on no other row and a maximum on no order, so threads do not matter.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -71,6 +79,8 @@ struct Shared {
   T* columns;  // y as (panel, c, block) for the distances
   T* turned;   // y as (panel of c, m, block) for products with it, or null
   T* base;     // what a column adds to its distances; infinite beyond the last
+  uint64_t* key;
+  int64_t *order, *head, *next;  // of columns whose rows are equal, the first and the one that follows, in a ring
 
   // Panels of y, by all threads of the region.
   void pack(const Args& a, const T* y) const {
@@ -84,9 +94,45 @@ struct Shared {
         if (j < m && a.distance == Args::kL2) base[j] = squares(y + j * c);
       }
     }
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < m; ++j) key[j] = mixed(y + j * c), order[j] = head[j] = next[j] = j;
+#pragma omp single
+    link(y);
     if (!turned) return;
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < blocks; ++p) pack_columns(down, 0, m, p * block, c, block, turned + p * block * m);
+  }
+
+  // A number that equal rows share.
+  uint64_t mixed(const T* row) const {
+    constexpr int n = 16;
+    uint32_t part[n] = {};
+    const int64_t words = c * int64_t(sizeof(T) / 4);
+    const char* bytes = reinterpret_cast<const char*>(row);
+    int64_t k = 0;
+    for (; k + n <= words; k += n) {
+      uint32_t word[n];
+      memcpy(word, bytes + k * 4, sizeof word);
+      for (int l = 0; l < n; ++l) part[l] = (part[l] ^ word[l]) * 0x9e3779b1u;
+    }
+    for (; k < words; ++k) {
+      uint32_t word;
+      memcpy(&word, bytes + k * 4, sizeof word);
+      part[k % n] = (part[k % n] ^ word) * 0x9e3779b1u;
+    }
+    uint64_t all = 0;
+    for (uint32_t p : part) all = (all ^ p) * 0x9e3779b97f4a7c15u;
+    return all;
+  }
+
+  // Rings of equal columns in ascending order. A row that shares its key with another but is not equal stays alone.
+  void link(const T* y) const {
+    std::sort(order, order + m, [this](int64_t p, int64_t q) { return key[p] < key[q] || (key[p] == key[q] && p < q); });
+    for (int64_t k = 1; k < m; ++k) {
+      const int64_t j = order[k], first = head[order[k - 1]];
+      if (key[j] != key[first] || memcmp(y + j * c, y + first * c, size_t(c) * sizeof(T))) continue;
+      head[j] = first, next[j] = first, next[order[k - 1]] = j;
+    }
   }
 
   T squares(const T* row) const {
@@ -222,6 +268,15 @@ void times_targets(const Shared<T>& s, const T* strip, int64_t rows, T* out) {
     }
 }
 
+// Writes a value to a column and to those that are equal, and gives their number.
+template <class T>
+int64_t set_equal(const Shared<T>& s, T* row, int64_t column, T value) {
+  int64_t count = 0, j = column;
+  do row[j] = value, ++count, j = s.next[j];
+  while (j != column);
+  return count;
+}
+
 // The maxima so far of each column and their rows, with `rows` rows more, lower ones first.
 template <class T>
 __attribute__((noinline)) void raise(const T* strip, int64_t stride, int64_t wide, int64_t rows, const T* share, int64_t row, T* best,
@@ -289,6 +344,10 @@ Shared<T> shared_of(Cursor& cursor, const Args& a, bool turned) {
   s.stride = s.wide + lanes<T>();  // rows a power of two apart would meet in few sets of a cache
   s.columns = cursor.take<T>(s.wide * a.c);
   s.base = cursor.take<T>(s.wide);
+  s.key = cursor.take<uint64_t>(a.m);
+  s.order = cursor.take<int64_t>(a.m);
+  s.head = cursor.take<int64_t>(a.m);
+  s.next = cursor.take<int64_t>(a.m);
   s.turned = turned ? cursor.take<T>(s.blocks * block * a.m) : nullptr;
   return s;
 }
@@ -312,32 +371,39 @@ struct Forward {
     memset(o.x + rows * s.c, 0, size_t((up(rows, kMaxRows) - rows) * s.c) * sizeof(T));
     distances(a, s, o.x, rows, o.strip, o.least, o.where);
     const bool prior = a.prior_rows;
-    T share[kStrip], totals[kStrip];
+    T share[kStrip], rest[kStrip] = {};  // rest: of exp(u) but for what equals the nearest
+    double totals[kStrip];
+    bool wrong[kStrip] = {};
     bool numbers = true;
     for (int64_t i = 0; i < rows; ++i) {
       T* at = o.strip + i * s.stride;
       const int64_t lowest_ = lowest<T>(o.least + i * lanes<T>(), o.where + i * lanes<T>());
-      T m = at[lowest_];
-      if (sizeof(T) == 4) m = at[lowest_] = exact(a, o.x + i * s.c, y + lowest_ * s.c, s.c);
-      T total, moment;
-      soften(at, s.wide, m, scale_of(a, m), total, moment);
-      const double r = double(m) + a.eps, ratio = double(m) / r;
+      const T base = at[lowest_];
+      T m = base;
+      if (sizeof(T) == 4) m = exact(a, o.x + i * s.c, y + lowest_ * s.c, s.c);
+      T moment;
+      const int64_t equal = set_equal(s, at, lowest_, std::numeric_limits<T>::infinity());
+      soften(at, s.wide, base, scale_of(a, m), rest[i], moment);
+      const double total = totals[i] = double(equal) + double(rest[i]);
+      if (m - m != T(0)) moment = m - m;  // not a number where the distance is none, or infinite
       statistics[row + i] = m;
-      statistics[s.n + row + i] = T((1 - ratio) / a.bandwidth + std::log(double(total)));
-      statistics[2 * s.n + row + i] = T(ratio - a.bandwidth * double(moment) / double(total));
+      statistics[s.n + row + i] = T(std::log(total));
+      statistics[2 * s.n + row + i] = T(-a.bandwidth * double(moment) / total);
       nearest[row + i] = lowest_;
       numbers = numbers && moment == moment;
-      totals[i] = total;
-      share[i] = T((prior ? 1 - a.prior_weight : 1.0) / double(total));
-      if (a.over_targets && !prior) value[row + i] = moment == moment ? share[i] : moment, winner[row + i] = lowest_;
+      wrong[i] = moment != moment;
+      share[i] = T((prior ? 1 - a.prior_weight : 1.0) / total);
+      if (a.over_targets && !prior) value[row + i] = wrong[i] ? moment : share[i], winner[row + i] = lowest_;
     }
     if (mean) {
       times_targets(s, o.strip, rows, o.out);
       for (int64_t i = 0; i < rows; ++i) {
-        const T *from = o.out + i * s.blocks * block_columns<T>(), part = T(1) / totals[i];
-        for (int64_t k = 0; k < s.c; ++k) mean[(row + i) * s.c + k] = from[k] * part;
+        const T *from = o.out + i * s.blocks * block_columns<T>(), *near = y + nearest[row + i] * s.c;
+        const T part = T(1 / totals[i]);
+        for (int64_t k = 0; k < s.c; ++k) mean[(row + i) * s.c + k] = (from[k] - rest[i] * near[k]) * part;
       }
     }
+    for (int64_t i = 0; i < rows; ++i) set_equal(s, o.strip + i * s.stride, nearest[row + i], T(1));
     if (prior)
       for (int64_t i = 0; i < rows; ++i) {
         T* at = o.strip + i * s.stride;
@@ -347,7 +413,7 @@ struct Forward {
         int64_t high = 0;
         for (int64_t j = 1; j < s.m; ++j)
           if (at[j] > at[high]) high = j;
-        value[row + i] = at[high], winner[row + i] = high;
+        value[row + i] = wrong[i] ? std::numeric_limits<T>::quiet_NaN() : at[high], winner[row + i] = high;
       }
     if (!a.over_targets) raise(o.strip, s.stride, s.wide, rows, share, row, o.best, o.owner);
     return numbers;
@@ -447,10 +513,12 @@ struct Backward {
   T share() const { return T(a.prior_rows ? 1 - a.prior_weight : 1.0); }
   int64_t gradient_of(int64_t row, int64_t column) const { return a.over_targets ? row : column; }
 
-  // dx of a row from the kept mean: W y = (V O - sum over its columns of g' A y) / (h r) + rbar y_nearest.
+  // dx of a row from the kept mean, all of it relative to the nearest: W y = (V O - sum over its columns of g' A (y - y_nearest)) /
+  // (h r) + rbar y_nearest, O = sum_j A (y_j - y_nearest).
   void from_mean(int64_t i) const {
-    const double m = double(statistics[i]), r = m + a.eps, ratio = m / r, z = double(statistics[s.n + i]) - (1 - ratio) / a.bandwidth;
+    const double log_total = double(statistics[s.n + i]);
     const T scale = scale_of(a, statistics[i]);
+    const T *near = y + nearest[i] * s.c, *o = mean + i * s.c;
     T* to = dx + i * s.c;
     double v = 0, weighted = 0;
     for (int64_t k = start[i]; k < start[i + 1]; ++k) {
@@ -458,12 +526,12 @@ struct Backward {
       const T g = share() * grad[at] * value[at];
       if (g == T(0)) continue;
       v += double(g);
-      weighted += double(g) * (ratio - a.bandwidth * (std::log(double(value[at])) + z));
       const T *from = y + wins[k] * s.c, factor = -g * scale;
-      for (int64_t c = 0; c < s.c; ++c) to[c] += factor * from[c];
+      if (!memcmp(from, near, size_t(s.c) * sizeof(T))) continue;
+      weighted -= double(g) * a.bandwidth * (std::log(double(value[at])) + log_total);
+      for (int64_t c = 0; c < s.c; ++c) to[c] += factor * (from[c] - near[c]);
     }
     const T own = T((weighted - v * double(statistics[2 * s.n + i])) * double(scale)), all = T(v) * scale;
-    const T *near = y + nearest[i] * s.c, *o = mean + i * s.c;
     for (int64_t c = 0; c < s.c; ++c) to[c] = -(to[c] + all * o[c] + own * near[c]);
     if (a.distance == Args::kL2)
       for (int64_t c = 0; c < s.c; ++c) to[c] = 2 * (to[c] + own * x[i * s.c + c]);
@@ -471,24 +539,28 @@ struct Backward {
 
   // W of `rows` gathered rows, in place of their distances, and dx from it.
   void strip(const Own<T>& o, const int64_t* list, const T* gathered, int64_t rows, T* w) const {
+    double near_sum[kStrip], v_of[kStrip], total_of[kStrip];
     distances(a, s, gathered, rows, w, o.least, o.where);
     for (int64_t k = 0; k < rows; ++k) {
       const int64_t i = list[k], near = nearest[i];
       T* at = w + k * s.stride;
-      const T m = statistics[i], scale = scale_of(a, m);
-      at[near] = m;
-      T total, moment;
-      soften(at, s.wide, m, scale, total, moment);
-      double v = 0, weighted = 0;  // sums over what the row won of g' A, and of g' A u
+      const T m = statistics[i], scale = scale_of(a, m), base = at[near];
+      T rest, moment;
+      const int64_t equal = set_equal(s, at, near, std::numeric_limits<T>::infinity());
+      soften(at, s.wide, base, scale, rest, moment);
+      const double total = double(equal) + double(rest), r = double(m) + a.eps;
+      // Sums over what the row won of g' A, of those that do not equal the nearest, and of g' A u.
+      double v = m - m == T(0) ? 0 : double(m - m), others = 0, weighted = 0;
       for (int64_t q = start[i]; q < start[i + 1]; ++q) {
-        const T e = at[wins[q]];
+        const bool nearest_too = s.head[wins[q]] == s.head[near];
+        const T e = nearest_too ? T(1) : at[wins[q]];
+        o.best[q - start[i]] = e;
         if (e == T(0)) continue;
-        const double g = double(share()) * double(grad[gradient_of(i, wins[q])]) * double(e) / double(total);
-        v += g, weighted += g * std::log(double(e));
+        const double g = double(share()) * double(grad[gradient_of(i, wins[q])]) * double(e) / total;
+        v += g;
+        if (!nearest_too) others += g, weighted += g * std::log(double(e));
       }
-      const double r = double(m) + a.eps, own = (v * double(moment) / double(total) - weighted) / r;
-      const T all = T(v / double(total)) * scale, each = share() / total * scale;
-      for (int64_t q = start[i]; q < start[i + 1]; ++q) o.best[q - start[i]] = at[wins[q]];
+      const T all = T(v / total) * scale;
       const bool clamped = m == T(0) && a.distance != Args::kL1;  // nothing flows through a distance of zero
       if (clamped)
         for (int64_t j = 0; j < s.wide; ++j) at[j] = at[j] == T(1) ? T(0) : at[j] * all;
@@ -496,11 +568,36 @@ struct Backward {
         for (int64_t j = 0; j < s.wide; ++j) at[j] *= all;
       for (int64_t q = start[i]; q < start[i + 1]; ++q) {
         const T e = o.best[q - start[i]];
-        if (!clamped || e != T(1)) at[wins[q]] -= grad[gradient_of(i, wins[q])] * each * e;
+        if (s.head[wins[q]] != s.head[near] && !(clamped && e == T(1))) at[wins[q]] = won(i, q, e, v, total, scale);
       }
-      if (!clamped) at[near] += T(own);
+      // For dx those that equal the nearest are one with it.
+      const double own = (v * double(moment) / total - weighted) / r;
+      near_sum[k] = clamped ? 0 : (others - v * double(rest) / total) * double(scale) + own;
+      v_of[k] = clamped ? 0 : v, total_of[k] = total;
+      at[near] = T(near_sum[k]);
     }
-    if (!dx) return;
+    if (dx) of_rows(o, list, gathered, rows, w);
+    if (!dy) return;
+    for (int64_t k = 0; k < rows; ++k) {
+      const int64_t i = list[k], near = nearest[i];
+      if (s.next[near] == near || v_of[k] == 0) continue;
+      T* at = w + k * s.stride;
+      const T scale = scale_of(a, statistics[i]);
+      double sum = near_sum[k];
+      set_equal(s, at, near, T(v_of[k] / total_of[k] * double(scale)));
+      for (int64_t q = start[i]; q < start[i + 1]; ++q)
+        if (s.head[wins[q]] == s.head[near]) at[wins[q]] = won(i, q, T(1), v_of[k], total_of[k], scale);
+      for (int64_t j = s.next[near]; j != near; j = s.next[j]) sum -= double(at[j]);
+      at[near] = T(sum);
+    }
+  }
+
+  // W of a column that a row won, but for the nearest.
+  T won(int64_t i, int64_t q, T e, double v, double total, T scale) const {
+    return T(double(e) / total * (v - double(share()) * double(grad[gradient_of(i, wins[q])])) * double(scale));
+  }
+
+  void of_rows(const Own<T>& o, const int64_t* list, const T* gathered, int64_t rows, T* w) const {
     if (a.distance == Args::kL1) {
       for (int64_t k = 0; k < rows; ++k) signs(gathered + k * s.c, y, w + k * s.stride, 1, s.m, s.c, dx + list[k] * s.c, T(1));
       return;

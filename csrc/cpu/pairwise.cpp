@@ -5,7 +5,8 @@
 //
 // x (n, c), y (m, c), x itself where y is null. Columns y_j lie in packed panels; a tile of the product x y^T (gemm.h) is taken
 // through the kernel where it lies, in the first cache, and summed: no array over pairs. d_ij = |x_i|^2 + |y_j|^2 - 2 x_i.y_j of
-// rows less their common mean, at least 0; of few features, the sum of squared differences, which cancels nothing. Of x with
+// rows less their common mean, at least 0; of few features, and of rows that are equal to rounding, the sum of squared differences,
+// which cancels nothing. The gradient takes what such rows add from their differences too, and so nothing from a row itself. Of x with
 // itself the sums need the tiles on and above the diagonal only, each pair counted for both rows.
 // FLOPs: 2 n m c and some 20 a pair and scale (sums; half of both with itself), 4 n m c (gradient): bound by the FMA rate,
 // for few features by the kernel's own arithmetic. Rows are added up in groups that depend on the sizes alone.
@@ -135,6 +136,39 @@ GENFAST_INLINE Vec<T> argument(const Problem<T>& p, const T* tile, int64_t i, in
   return d < T(0) ? splat(T(0)) : d;
 }
 
+template <class T>
+T squared_distance(const T* x, const T* y, int64_t c) {
+  constexpr int n = lanes<T>();
+  Vec<T> acc = splat(T(0));
+  int64_t k = 0;
+  for (; k + n <= c; k += n) {
+    const Vec<T> d = load(x + k) - load(y + k);
+    acc += d * d;
+  }
+  T rest = T(0);
+  for (; k < c; ++k) rest += (x[k] - y[k]) * (x[k] - y[k]);
+  return sum<T>(acc) + rest;
+}
+
+// Below so much of the squared norms a distance taken from them is rounding.
+template <class T>
+constexpr T rounding() {
+  return T(8) * std::numeric_limits<T>::epsilon();
+}
+
+// Takes the distances of rows that are equal to rounding from their differences.
+template <class T, int kForm>
+GENFAST_INLINE Vec<T> distance(const Problem<T>& p, const T* tile, int64_t i, int64_t j) {
+  Vec<T> d = argument<T, kForm>(p, tile, i, j);
+  if (kForm != kNorms) return d;
+  uint64_t near = collect<T>(d <= (load(p.yn + j) + p.xn[i]) * rounding<T>());
+  for (; near; near &= near - 1) {
+    const int64_t l = __builtin_ctzll(near);
+    if (j + l < p.m) d[l] = squared_distance(p.x + i * p.xs, p.y + (j + l) * p.ys, p.c);
+  }
+  return d;
+}
+
 // Rows first .. last with all columns, of the same rows with those from the diagonal on, which `columns` (n) then counts too.
 template <class T, int kForm, class K>
 void sum_block(const Problem<T>& p, const K& kernel, int64_t first, int64_t last, double* rows, double* columns) {
@@ -157,7 +191,7 @@ void sum_block(const Problem<T>& p, const K& kernel, int64_t first, int64_t last
         for (int64_t m = 0; m < height; ++m) {
           const int64_t i = row + m;
           for (int64_t v = 0; v < nv; ++v) {
-            Vec<T> k = kernel.value(argument<T, kForm>(p, tile + (m * nv + v) * n, i, column + v * n));
+            Vec<T> k = kernel.value(distance<T, kForm>(p, tile + (m * nv + v) * n, i, column + v * n));
             if (!whole) {
               const Mask<T> j = counting<T>() + typename Types<T>::Int(column + v * n);
               Mask<T> counts = j < typename Types<T>::Int(p.m);
@@ -242,6 +276,7 @@ template <class T, int kForm, class K>
 void gradient_block(const Problem<T>& p, const K& kernel, const T* g, const T* h, int64_t first, int64_t last, T* out) {
   constexpr int n = lanes<T>();
   constexpr int64_t block = block_columns<T>(), wide = weight_columns<T>();
+  constexpr T kNear = rounding<T>();
   alignas(64) T tile[kMaxRows * block];
   Vec<T> acc[kGradientRows];
   const int64_t ld = padded<T>(p.c), rows = last - first;
@@ -263,13 +298,24 @@ void gradient_block(const Problem<T>& p, const K& kernel, const T* g, const T* h
           const T gi = g ? g[i] : T(0);
           for (int64_t v = 0; v < nv; ++v) {
             const int64_t j = column + v * n;
-            Vec<T> w = kernel.slope(argument<T, kForm>(p, tile + (m * nv + v) * n, i, j));
+            const Vec<T> d = distance<T, kForm>(p, tile + (m * nv + v) * n, i, j);
+            Vec<T> w = kernel.slope(d);
             w = w * (h ? load(h + j) + gi : splat(gi));
             if (!whole) {
               const Mask<T> at = counting<T>() + typename Types<T>::Int(j);
               Mask<T> counts = at < typename Types<T>::Int(p.m);
               if (p.exclude) counts &= at != typename Types<T>::Int(i);
               w = counts ? w : splat(T(0));
+            }
+            if (kForm != kProducts) {  // s x - sum w y would round what is near as finely as it weighs, which is most of all
+              uint64_t near = collect<T>(d <= (load(p.yn + j) + p.xn[i]) * kNear);
+              for (; near; near &= near - 1) {
+                const int64_t l = __builtin_ctzll(near);
+                const T weight = w[l], *x = p.x + i * p.xs, *y = p.y + (j + l) * p.ys;
+                w[l] = T(0);
+                if (j + l >= p.m || d[l] == T(0) || weight == T(0)) continue;
+                for (int64_t k = 0; k < p.c; ++k) total[(i - first) * ld + k] -= weight * (x[k] - y[k]);
+              }
             }
             acc[i - first] += w;
             store(weights + (i - first) * wide + (j - from), w);
@@ -285,20 +331,6 @@ void gradient_block(const Problem<T>& p, const K& kernel, const T* g, const T* h
     T* to = out + (first + i) * p.c;
     for (int64_t k = 0; k < p.c; ++k) to[k] = kForm == kProducts ? total[i * ld + k] : s * x[k] - total[i * ld + k];
   }
-}
-
-template <class T>
-T squared_distance(const T* x, const T* y, int64_t c) {
-  constexpr int n = lanes<T>();
-  Vec<T> acc = splat(T(0));
-  int64_t k = 0;
-  for (; k + n <= c; k += n) {
-    const Vec<T> d = load(x + k) - load(y + k);
-    acc += d * d;
-  }
-  T rest = T(0);
-  for (; k < c; ++k) rest += (x[k] - y[k]) * (x[k] - y[k]);
-  return sum<T>(acc) + rest;
 }
 
 // Puts (value, j) behind all that is not greater among `filled` ascending ones; the last of k falls out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of colours in [0, 1
 # Convolutions in each of the five blocks (Simonyan and Zisserman, arXiv:1409.1556, table 1, columns D and E).
 VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 _VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)  # may hand on their input itself
+
+
+# Held for a pass that puts hooks or detached parameters into a network: two such passes at once would see each other's, and
+# the second to end would put back what the first had put in. One lock for all networks, as networks may share modules.
+_PASS = threading.RLock()
 
 
 class _Stop(BaseException):
@@ -83,10 +89,11 @@ class _Hooked(nn.Module):
     @uncompiled("hooks come and go, and an exception ends the pass")
     def forward(self, x: Tensor, copies: set[str]) -> dict[str, Tensor]:
         kept = _Kept(copies)
+        own = threading.get_ident()  # another thread may call the network itself meanwhile
 
         def hook_of(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                if name not in kept.features:
+                if name not in kept.features and threading.get_ident() == own:
                     kept.add(name, output)
                     if len(kept.features) == len(self.wanted):
                         raise _Stop
@@ -172,6 +179,11 @@ class FeatureExtractor(nn.Module):
     into one graph. Any other network is hooked and left by an exception, and torch.compile leaves it as it is; where a layer
     runs twice in one pass, its first output counts. A layer whose output is changed in place behind it (as by
     ``nn.ReLU(inplace=True)``) is kept as a copy.
+
+    Several threads may call one extractor, or several on one network. Passes that need hooks, or whose network has parameters
+    that require gradients, wait for each other; those of a frozen nn.Sequential run at the same time. A thread that trains
+    the network itself meanwhile needs a network of its own: for a pass without ``learn`` its parameters are replaced by
+    detached ones.
 
     Args:
         network: any module, in evaluation mode: batch norm and dropout in training mode are refused unless ``learn``.
@@ -265,10 +277,11 @@ class FeatureExtractor(nn.Module):
                 f"FeatureExtractor: images have shape {tuple(images.shape)}, and normalization has {channels} channels; "
                 f"expected (N, {channels}, ...)"
             )
-        if self._affine[0].device != images.device:
-            self._affine = (self._affine[0].to(images.device), self._affine[1].to(images.device))
+        affine = self._affine  # another thread may replace it by that of its device
+        if affine[0].device != images.device:
+            self._affine = affine = (affine[0].to(images.device), affine[1].to(images.device))
         dtype = torch.promote_types(images.dtype, torch.float32)  # half images are rounded once, behind the normalisation
-        scale, shift = (t.to(dtype).reshape(-1, *[1] * (images.dim() - 2)) for t in self._affine)
+        scale, shift = (t.to(dtype).reshape(-1, *[1] * (images.dim() - 2)) for t in affine)
         return torch.addcmul(shift, images, scale).to(images.dtype)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -277,18 +290,32 @@ class FeatureExtractor(nn.Module):
             said = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"FeatureExtractor: images are {said}, expected a floating-point tensor (uint8 images: x / 255)")
         runs = self._held[1]
-        detached = {} if self.learn else {name: p.detach() for name, p in runs.named_parameters() if p.requires_grad}
 
-        def run() -> dict[str, Tensor]:
-            arguments = (self._normalized(images), self._copies)
-            found: dict[str, Tensor] = functional_call(runs, detached, arguments) if detached else runs(*arguments)
-            return found
+        def run(copies: set[str], learnt: dict[str, Tensor]) -> dict[str, Tensor]:
+            arguments = (self._normalized(images), copies)
+            detached = {} if self.learn else {name: p.detach() for name, p in learnt.items()}
+            features: dict[str, Tensor] = functional_call(runs, detached, arguments) if detached else runs(*arguments)
+            return features
 
+        def learnt_now() -> dict[str, Tensor]:
+            return {name: p for name, p in runs.named_parameters() if p.requires_grad}
+
+        def run_in_turn(copies: set[str]) -> dict[str, Tensor]:
+            if torch.compiler.is_compiling():
+                return run(copies, learnt_now())
+            with _PASS:
+                learnt = learnt_now()
+                if learnt or isinstance(runs, _Hooked):
+                    return run(copies, learnt)
+            return run(copies, learnt)
+
+        copies = self._copies
         try:
-            found = run()
+            found = run_in_turn(copies)
         except _Changed as changed:  # by an operation that no module shows: seen once, and then known
-            self._copies = self._copies | set(changed.names)
-            found = run()
+            copies = copies | set(changed.names)
+            self._copies = self._copies | copies
+            found = run_in_turn(copies)
         return {name: found[name] for name in self.layers}
 
 

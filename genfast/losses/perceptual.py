@@ -69,10 +69,9 @@ class _FeatureLoss(nn.Module):
         if targets is None:
             if self._target is None:
                 raise ValueError(f"{self._name}: y is None and no target is set; pass y, or call set_target(y) first")
-            device = features[self.features.layers[0]].device
-            if self._target[0].device != device:
-                self._target = [t.to(device) for t in self._target]
-            targets = self._target
+            device, targets = features[self.features.layers[0]].device, self._target
+            if targets[0].device != device:
+                self._target = targets = [t.to(device) for t in targets]
         found = [features[name] for name in self.features.layers]
         for name, f, t in zip(self.features.layers, found, targets):
             if t.shape[0] not in (1, f.shape[0]):
@@ -108,7 +107,7 @@ class PerceptualLoss(_FeatureLoss):
         reduction: "mean" over the batch, or "none": one value per sample.
 
     Shape: x (N, C, H, W), y (N or 1, C, H, W), floating point, of one size -> a scalar, or (N,). Half features are compared
-    in float32.
+    in float32. An empty batch has loss 0.
 
     Raises:
         ValueError: names, weights, shapes or options that do not fit, or neither ``y`` nor a target.
@@ -150,7 +149,9 @@ class PerceptualLoss(_FeatureLoss):
             each = each * (weight * x.shape[1] if self.distance == "lpips" else weight)  # over channels a sum
             total = each if total is None else total + each
         assert total is not None
-        return total.mean() if self.reduction == "mean" else total
+        if self.reduction == "none":
+            return total
+        return total.mean() if len(total) else total.sum()  # an empty batch has loss 0
 
 
 class StyleLoss(_FeatureLoss):
@@ -237,7 +238,7 @@ class ContextualLoss(_FeatureLoss):
     def _compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
         total = None
         for weight, x, t in zip(self.weights, features, targets):
-            one: Tensor = weight * self.contextual(x, t.to(x.dtype).expand(x.shape[0], *t.shape[1:]))
+            one: Tensor = weight * self.contextual(x, t.expand(x.shape[0], *t.shape[1:]))
             total = one if total is None else total + one
         assert total is not None
         return total

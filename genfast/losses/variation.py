@@ -18,7 +18,8 @@ def total_variation(x: Tensor, *, kind: str = "anisotropic", reduction: str = "m
         x: (N, C, ...), floating point, at least one spatial axis; half types are summed in float32.
         kind: "anisotropic": sum_k |d_k x|. "isotropic": sqrt(sum_k (d_k x)^2) at each element, with gradient 0 where all
             differences are. "squared": sum_k (d_k x)^2 (Mahendran and Vedaldi, arXiv:1412.0035, section 3, beta = 2).
-        reduction: "mean" over all elements of x, "sum" over them, or "none": (N,), summed over each sample.
+        reduction: "mean" over all elements of x (0 where there are none), "sum" over them, or "none": (N,), summed over each
+            sample.
 
     Raises:
         TypeError: x is not floating point. ValueError: too few axes, or another ``kind`` or ``reduction``.
@@ -50,4 +51,4 @@ def total_variation(x: Tensor, *, kind: str = "anisotropic", reduction: str = "m
         each = torch.stack([(d.abs() if kind == "anisotropic" else d.square()).flatten(1).sum(1) for d in steps]).sum(0)
     if reduction == "none":
         return each
-    return each.sum() if reduction == "sum" else each.mean() / elements
+    return each.mean() / max(1, elements) if reduction == "mean" and len(x) else each.sum()

@@ -50,7 +50,7 @@ class ContextualLoss(nn.Module):
             and (y, x).
 
     forward(x, y): (B, C, *spatial) twice, x generated and y the target; a scalar, or (B,) with reduction="none": the logarithm
-    is of each sample's similarity.
+    is of each sample's similarity. An empty batch has loss 0.
 
     Raises:
         ValueError: an unknown preset; TypeError: an unknown option. Other values are checked at the first call.
@@ -82,7 +82,9 @@ class ContextualLoss(nn.Module):
         pairs = ((x, y), (y, x)) if symmetric else ((x, y),)
         losses = [-(ops.contextual_similarity(*pair, **options, reduction="none") + log_eps).log() for pair in pairs]
         loss: Tensor = (losses[0] + losses[1]) / 2 if symmetric else losses[0]
-        return loss.mean() if reduction == "mean" else loss
+        if reduction == "none":
+            return loss
+        return loss.mean() if len(loss) else loss.sum()  # an empty batch has loss 0
 
     def extra_repr(self) -> str:
         changed = (f"{name}={value!r}" for name, value in self.options.items() if value != _DEFAULTS[name])

@@ -23,6 +23,16 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device")
 
 
+def number(op: str, **values: object) -> None:
+    """No value is a tensor that requires a gradient, which a number would lose in silence; nor has one among its items."""
+    for name, value in values.items():
+        for v in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(v, Tensor) and v.requires_grad:
+                raise TypeError(
+                    f"{op}: {name} is a tensor that requires a gradient, expected a number: no gradient flows to it; detach it"
+                )
+
+
 def choice(op: str, name: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name}={value!r}, expected one of {', '.join(map(repr, allowed))}")

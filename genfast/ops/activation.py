@@ -182,10 +182,11 @@ def apply_bits(x: Tensor, bits: Tensor, slope: float = 0.0) -> Tensor:
         x: any shape, floating point, laid out in memory as the tensor that the bits are of (``x.contiguous(memory_format=...)``
             where it is not).
         bits: of :func:`leaky_relu_bits`, (ceil(numel / 8),), or of :func:`linear`, (N, ceil(C / 8)) for x (N, C).
-        slope: what an element without its bit is multiplied by; for 0 the result is 0 whatever x holds.
+        slope: what an element without its bit is multiplied by; for 0 the result is 0 whatever x holds. A number: no
+            gradient flows to it.
 
     Raises:
-        TypeError, ValueError: dtypes, devices or a number of bits that do not fit.
+        TypeError, ValueError: dtypes, devices or a number of bits that do not fit; a slope that requires a gradient.
 
     Example:
         >>> import torch, genfast
@@ -222,6 +223,7 @@ def leaky_relu_bits_(x: Tensor, slope: float = 0.0) -> Tensor:
         ([6], [-0.5, 2.0, 3.0])
     """
     _check_leaky(x, slope)
+    _check.number("leaky_relu_bits_", slope=slope)
     if _in_place("leaky_relu_bits_", x):
         bits = torch.empty(_bytes(x), dtype=torch.uint8)
         _run_bits(x, x, bits, slope, False)
@@ -246,6 +248,7 @@ def apply_bits_(x: Tensor, bits: Tensor, slope: float = 0.0) -> Tensor:
         [0.5, 1.0, 1.0]
     """
     _check_apply(x, bits, slope)
+    _check.number("apply_bits_", slope=slope)
     if _in_place("apply_bits_", x):
         _run_bits(x, x, bits.contiguous(), slope, True)
         return x

@@ -210,8 +210,6 @@ def _check_maps(x: Tensor, y: Tensor, center: bool | str, distance: str, reducti
         if t.dim() and not math.prod(t.shape[1:]):
             raise ValueError(f"{_NAME}: {name} has shape {tuple(t.shape)}, expected at least one channel and position")
     _check.shape(_NAME, "y", y, (*x.shape[:2], *y.shape[2:]), "batch and channels as x's")
-    if x.dtype != y.dtype:
-        raise TypeError(f"{_NAME}: y has dtype {y.dtype} and x {x.dtype}, expected the same")
     _check.choice(_NAME, "distance", distance, DISTANCES)
     _check.choice(_NAME, "reduction", reduction, ("mean", "none"))
     if center not in CENTERS:
@@ -226,21 +224,23 @@ def _check_maps(x: Tensor, y: Tensor, center: bool | str, distance: str, reducti
 def _rows(x: Tensor, mu: Tensor | None, noise: Tensor | None, unit: bool, dtype: torch.dtype) -> Tensor:
     """x (B, C, N) less mu as rows (B, N, C); unit rows, and zero for those within ``noise`` (squared) of the mean.
 
-    The derivative of x / |x| has no bound near zero: a row of which nothing but rounding is left has none.
+    The derivative of x / |x| has no bound near zero: a row of which nothing but rounding is left has none. What is not
+    finite is no rounding: it stays.
     """
     if mu is not None:
         x = x - mu
     if unit:
         squares = x.square().sum(1, keepdim=True)
-        live = squares > (0 if noise is None else noise)
+        live = ~((squares <= (0 if noise is None else noise)) & squares.isfinite())
         x = torch.where(live, x / torch.where(live, squares, 1).sqrt(), 0)
     return x.mT.to(dtype).contiguous()
 
 
 def _prepared(x: Tensor, y: Tensor, center: bool | str, distance: str) -> tuple[Tensor, Tensor]:
     """Feature maps as the rows that the op takes: centred, and normalised for the cosine, in float32 at the least."""
-    kept = x.dtype if x.is_cuda else _wide(x.dtype)  # the C++ kernels take float32 and float64
-    x, y = (t.flatten(2).to(_wide(t.dtype)) for t in (x, y))
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    kept = dtype if x.is_cuda else _wide(dtype)  # the C++ kernels take float32 and float64
+    x, y = (t.flatten(2).to(_wide(dtype)) for t in (x, y))
     mu = noise = None
     if center:
         mu = y.mean({"sample": (2,), "channel": (1,)}.get(str(center), (0, 2)), keepdim=True)
@@ -263,7 +263,8 @@ def _prior(x: Tensor, y: Tensor, bandwidth: float, eps: float, scale: float) -> 
     """
     squares = []
     for size, other in zip(_grid(x), _grid(y)):
-        here, there = (torch.arange(n, device=x.device, dtype=_wide(x.dtype)) * (scale / n) for n in (size, other))
+        dtype = _wide(torch.promote_types(x.dtype, y.dtype))
+        here, there = (torch.arange(n, device=x.device, dtype=dtype) * (scale / n) for n in (size, other))
         squares.append((here.unsqueeze(1) - there).square())
     down, across = squares
     r = (down.amin(1).unsqueeze(1) + across.amin(1) + eps).flatten() * bandwidth
@@ -293,7 +294,8 @@ def contextual_similarity(
 
     Args:
         x: (B, C, *spatial) floating point features of the source (the generated image).
-        y: (B, C, *spatial) features of the target, in x's dtype; as many positions as x or not.
+        y: (B, C, *spatial) features of the target; as many positions as x or not. Of another dtype than x's (a float32
+            target under autocast) both are taken in the wider.
         bandwidth: h.
         distance: "cosine", 1 - cos of the centred features; "l2", the squared distance; "l1", the sum of differences.
         eps: on that scale. Codes that halve the cosine distance have half of it: 1e-5 there is 2e-5 here.
@@ -308,7 +310,7 @@ def contextual_similarity(
         reduction: "mean" over the batch, or "none".
 
     Returns:
-        CX, a scalar or (B,); float32 for half-precision features.
+        CX, a scalar or (B,); float32 for half-precision features. NaN where a feature is not finite; 0 for an empty batch.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, by name.
@@ -337,4 +339,6 @@ def contextual_similarity(
     keep_mean = keep_mean and distance != "l1" and not spatial_weight
     value: Tensor = OP(rows, targets, *prior, spatial_weight, bandwidth, eps, distance, over, keep_mean)[0]
     found = value.mean(1)
-    return found.mean() if reduction == "mean" else found
+    if reduction == "none":
+        return found
+    return found.mean() if len(found) else found.sum()  # the mean of nothing would be NaN

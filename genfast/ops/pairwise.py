@@ -238,6 +238,14 @@ OP_NEAREST = Op(
 )
 
 
+def _one_dtype(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in the wider dtype: under autocast one of them may be a float32 tensor that was kept."""
+    if y is None or y.dtype is x.dtype:
+        return x, y
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
 def pairwise_kernel_sum(
     x: Tensor, y: Tensor | None = None, *, kernel: str, scales: Sequence[float], degree: int = 3, offset: float = 1.0,
     exclude_diagonal: bool = False,
@@ -251,7 +259,7 @@ def pairwise_kernel_sum(
 
     Args:
         x: (B, N, C) floating point.
-        y: (B, M, C) in x's dtype; None: x itself, at half the work.
+        y: (B, M, C), of another dtype than x's taken with it in the wider; None: x itself, at half the work.
         kernel: "rbf", "imq" or "polynomial".
         scales: s, positive; kernels of several add up.
         degree, offset: of the polynomial.
@@ -270,6 +278,9 @@ def pairwise_kernel_sum(
         >>> genfast.ops.pairwise_kernel_sum(torch.zeros(1, 3, 2), kernel="rbf", scales=[0.5])
         tensor([[3., 3., 3.]])
     """
+    _check.floating(_SUM, x=x, y=y)
+    _check.number(_SUM, scales=list(scales), offset=offset)
+    x, y = _one_dtype(x, y)
     result: Tensor = OP(x, y, kernel, [float(s) for s in scales], degree, offset, exclude_diagonal)
     return result
 
@@ -297,8 +308,7 @@ def _batched(op: str, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | Non
         if y.dim() != x.dim() or y.shape[-1] != x.shape[-1] or y.shape[:-2] != x.shape[:-2]:
             shape = ", ".join("M" if s < 0 else str(s) for s in wanted)
             raise ValueError(f"{op}: y has shape {tuple(y.shape)}, expected ({shape}) as x has {tuple(x.shape)}")
-        if y.dtype != x.dtype:
-            raise TypeError(f"{op}: y has dtype {y.dtype} and x {x.dtype}, expected the same")
+    x, y = _one_dtype(x, y)
     if x.dim() == 3:
         return x, y, False
     return x.unsqueeze(0), None if y is None else y.unsqueeze(0), True
@@ -308,7 +318,9 @@ def _reduced(op: str, value: Tensor, alone: bool, reduction: str) -> Tensor:
     _check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
     if alone:
         return value[0]
-    return value if reduction == "none" else value.mean() if reduction == "mean" else value.sum()
+    if reduction == "none":
+        return value
+    return value.mean() if reduction == "mean" and len(value) else value.sum()  # 0 for an empty batch
 
 
 def _squared_mmd(x: Tensor, y: Tensor, unbiased: bool, options: tuple[Any, ...]) -> Tensor:
@@ -339,7 +351,7 @@ def _median_distance(x: Tensor, y: Tensor) -> Tensor:
         rows = rows[:, ::step].to(_sums_dtype(x))
         i, j = torch.triu_indices(rows.shape[1], rows.shape[1], 1, device=x.device)
         median = torch.cdist(rows, rows)[:, i, j].median(1).values
-        return torch.where(median > 0, median, 1.0)[:, None, None]
+        return torch.where(median == 0, 1.0, median)[:, None, None]  # NaN stays
 
 
 def mmd(
@@ -352,7 +364,8 @@ def mmd(
     mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k summed over the bandwidths.
 
     Args:
-        x, y: (N, C) and (M, C), or (B, N, C) and (B, M, C): a batch of pairs of sets.
+        x, y: (N, C) and (M, C), or (B, N, C) and (B, M, C): a batch of pairs of sets. Of two dtypes both are taken in the
+            wider.
         kernel: "rbf" exp(-d^2 / (2 sigma^2)), "imq" s / (s + d^2), "polynomial" (gamma x.y + offset)^degree.
         bandwidths: sigma of "rbf", s of "imq", one or several. None: for "rbf" the ``"median"``, for "imq" :func:`wae_scales`
             of C features and ``prior_scale``, so that ``mmd(z, prior, kernel="imq")`` is the WAE's penalty (without its
@@ -364,7 +377,7 @@ def mmd(
         reduction: of a batch: "mean", "sum", "none" for (B,).
 
     Returns:
-        A scalar, or (B,); float32 for half-precision rows.
+        A scalar, or (B,); float32 for half-precision rows. The mean of an empty batch is 0.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, by name; fewer than two rows, where unbiased.
@@ -379,6 +392,7 @@ def mmd(
     """
     name = "mmd"
     _check.choice(name, "kernel", kernel, KERNELS)
+    _check.number(name, bandwidths=bandwidths, gamma=gamma, offset=offset, prior_scale=prior_scale)
     x, other, alone = _batched(name, x, y)
     assert other is not None
     _enough(name, x, other, unbiased)
@@ -430,6 +444,7 @@ def kernel_distance(
         torch.Size([5])
     """
     name = "kernel_distance"
+    _check.number(name, gamma=gamma, offset=offset)
     a, b, alone = _batched(name, x, y)
     assert b is not None
     options = ("polynomial", [1.0 / max(1, x.shape[-1]) if gamma is None else float(gamma)], degree, offset)
@@ -466,7 +481,7 @@ def nearest_neighbors(
 
     Args:
         x: (N, C) or (B, N, C) floating point.
-        y: (M, C) or (B, M, C) in x's dtype; None: x itself.
+        y: (M, C) or (B, M, C), of another dtype than x's taken with it in the wider; None: x itself.
         k: how many.
         exclude_self: a row is not its own neighbour, without y only.
         squared: gives squared distances.

@@ -32,16 +32,20 @@ def contextual_similarity(
     x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
     eps: float, distance: str, over: str, keep_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, L_i = log sum_j exp((1 - t_ij)/h) and
-    T_i = sum_j A_ij t_ij as (B, 3, N); the index of m_i (B, N); sum_j A_ij y_j (B, N, C) if ``keep_mean``. Ties go to the
-    lowest index. The prior is P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). Only the maxima have a
-    derivative."""
+    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, log sum_j exp(-t'_ij/h) and sum_j A_ij t'_ij as
+    (B, 3, N), with t'_ij = t_ij - m_i / r_i; the index a of m_i (B, N); sum_j A_ij (y_j - y_a) (B, N, C) if ``keep_mean``.
+    Ties go to the lowest index. The prior is P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). Only the
+    maxima have a derivative.
+
+    A does not see what is added to a row of t. Relative to the nearest target nothing cancels where x_i lies on it, which
+    1 / (h r_i) would magnify."""
     rows, targets = _wide(x), _wide(y)
     d = contextual_distance(rows, targets, distance)
     nearest = d.argmin(2)
-    r = d.gather(2, nearest.unsqueeze(2)) + eps
-    t = d / r
-    logits = (1 - t) / bandwidth
+    at = nearest.unsqueeze(2)
+    least = d.gather(2, at)
+    t = (d - least) / (least + eps)
+    logits = -t / bandwidth
     similarity = a = logits.softmax(2)
     if prior_rows is not None and prior_columns is not None:
         prior = (_wide(prior_rows).unsqueeze(2) * _wide(prior_columns).unsqueeze(1)).flatten(1)
@@ -50,8 +54,11 @@ def contextual_similarity(
     winner = similarity.argmax(axis)
     value = similarity.gather(axis, winner.unsqueeze(axis)).squeeze(axis)
     with torch.no_grad():
-        statistics = torch.stack((d.gather(2, nearest.unsqueeze(2)).squeeze(2), logits.logsumexp(2), (a * t).sum(2)), 1)
-        mean = a @ targets if keep_mean else value.new_empty(0)
+        statistics = torch.stack((least.squeeze(2), logits.logsumexp(2), (a * t).sum(2)), 1)
+        mean = value.new_empty(0)
+        if keep_mean:
+            others = a.scatter(2, at, 0)
+            mean = others @ targets - others.sum(2, keepdim=True) * targets.take_along_dim(at, 1)
     return value, winner, statistics, nearest, mean
 
 
@@ -62,17 +69,20 @@ def contextual_similarity_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of <grad, value> by x and by y, empty where not needed, from the indices alone: what else the forward
     kept is a function of x and y, which a second derivative must see. With g the gradient at the winners, zero elsewhere:
-    dl = A (g - sum_j A g), dt = -dl / h, dd = dt / r, and -sum_j dt t / r at the nearest."""
+    dl = A (g - sum_j A g), dt = -dl / h, dd = dt / r, and -sum_j dt t / r at the nearest. dt sums to zero over a row: at the
+    nearest it is minus the sum of the others, and t is taken relative to it."""
     axis = 1 if over == "sources" else 2
     rows, targets, g = _wide(x), _wide(y), _wide(grad)
     at = nearest.unsqueeze(2)
     d = contextual_distance(rows, targets, distance)
-    r = d.gather(2, at) + eps
-    t = d / r
-    a = ((1 - t) / bandwidth).softmax(2)
+    least = d.gather(2, at)
+    r = least + eps
+    t = (d - least) / r
+    a = (-t / bandwidth).softmax(2)
     share = 1 - prior_weight if prior_rows is not None else 1.0
     weight = torch.zeros_like(a).scatter(axis, winner.unsqueeze(axis), (share * g.to(a.dtype)).unsqueeze(axis))
-    of_t = -a * (weight - (a * weight).sum(2, keepdim=True)) / bandwidth
+    of_t = (-a * (weight - (a * weight).sum(2, keepdim=True)) / bandwidth).scatter(2, at, 0)
+    of_t = of_t.scatter(2, at, -of_t.sum(2, keepdim=True))
     of_d = of_t / r
     of_d = of_d.scatter_add(2, at, -(of_t * t).sum(2, keepdim=True) / r)
     if distance == "l1":
