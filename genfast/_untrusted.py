@@ -78,9 +78,9 @@ def _config(metadata: dict[str, str], file: Path) -> dict[str, Any]:
             check(name, part)
         if isinstance(value, int | float) and not abs(value) <= LARGEST:  # which nan is not either
             raise ValueError(f"checkpoint: {str(file)!r} asks for {name}={value}, expected at most {LARGEST}")
-        if name == "shape" and isinstance(value, list) and all(isinstance(n, int) for n in value):
-            if math.prod(value) > LARGEST_SHAPE:
-                raise ValueError(f"checkpoint: {str(file)!r} asks for shape={value}, expected at most {LARGEST_SHAPE} numbers")
+        whole = name == "shape" and isinstance(value, list) and all(isinstance(n, int) for n in value)
+        if whole and math.prod(value) > LARGEST_SHAPE:
+            raise ValueError(f"checkpoint: {str(file)!r} asks for shape={value}, expected at most {LARGEST_SHAPE} numbers")
 
     for name, value in config.items():
         check(name, value)
@@ -226,7 +226,7 @@ def reader(folder: Path) -> Any:
 
 def planner() -> Any:
     """A planner that reads the numbers and names between the tensors as torch.load's ``weights_only`` does, without code."""
-    from torch.distributed.checkpoint._nested_dict import set_element
+    from torch.distributed.checkpoint._nested_dict import set_element  # type: ignore[attr-defined]
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
     class Planner(DefaultLoadPlanner):

@@ -40,7 +40,9 @@ from . import _files, _untrusted, distributed, models
 KEEP = 2  # checkpoints
 FILES = ("weights.safetensors", "training.json", "state/.metadata")  # without which a checkpoint cannot be resumed
 LOCK = ".lock"
-P, D, R = ParamSpec("P"), TypeVar("D"), TypeVar("R")
+P = ParamSpec("P")
+D = TypeVar("D")
+R = TypeVar("R")
 
 
 def steps(folder: Path) -> list[int]:
