@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -49,20 +51,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Makes the folder where it is missing, and raises OSError where no file can be made in it.
+    """Raises OSError where no file can be made in a folder, which may have to be made itself; leaves nothing behind.
 
     A file is made in it and removed: permissions alone do not show a read-only or a full disk.
 
     Args:
         what: the command and the option, for the message: "sample: --out".
     """
+    missing: list[Path] = []
     try:
+        for path in (folder, *folder.parents):
+            if path.exists():
+                break
+            missing.append(path)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".genfast-") as probe:
             probe.write(b"genfast")
             probe.flush()
     except OSError as error:
         raise OSError(f"{what}: the folder {str(folder)!r} cannot be written to: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
 
 
 def check_file(path: Path, what: str) -> None:
@@ -84,18 +95,32 @@ def check_picture(path: Path, what: str, *, plot: bool = False) -> None:
 
     Args:
         plot: matplotlib writes it, else Pillow.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
-    if plot:
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        known = {f".{suffix}" for suffix in FigureCanvasBase.get_supported_filetypes()}
-    else:
-        from PIL import Image
-
-        Image.init()
-        known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
-    if path.suffix.lower() not in known:
-        raise ValueError(
-            f"{what}={str(path)!r} has the extension {path.suffix!r}, expected that of a picture: .png, .jpg, .webp"
-        )
+    known = _plots(path.suffix.lower()) if plot else _draws(path.suffix.lower())
+    if not known:
+        raise ValueError(f"{what}={str(path)!r} has the extension {path.suffix!r}, expected that of a picture, as .png or .jpg")
     check_file(path, what)
+
+
+def _plots(suffix: str) -> bool:
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError("points are drawn by matplotlib: pip install matplotlib") from error
+    return suffix[1:] in set(FigureCanvasBase.get_supported_filetypes()) - {"pgf"}  # which needs TeX
+
+
+def _draws(suffix: str) -> bool:
+    """Whether Pillow writes what it has for this extension: some formats have no colours, and some need another library."""
+    from PIL import Image
+
+    name = Image.registered_extensions().get(suffix)
+    try:
+        for mode in ("L", "RGB"):
+            Image.new(mode, (8, 8)).save(io.BytesIO(), format=name or "")
+    except (KeyError, OSError, ValueError):
+        return False
+    return True

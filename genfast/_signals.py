@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM: one line while the libraries load, a checkpoint while a model trains, never the middle of a step.
 
-Nothing of torch is imported here, since :func:`quiet_start` runs before it.
+Nothing of torch is imported here, since :func:`quiet_start` runs before it, when this module is first imported.
 """
 
 from __future__ import annotations
@@ -102,3 +102,6 @@ def deferred() -> Iterator[Pending]:
     pending = Pending()
     with _handled(pending):
         yield pending
+
+
+quiet_start()

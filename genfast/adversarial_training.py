@@ -69,6 +69,7 @@ class AdversarialTrainer:
         self, model: AdversarialModel, data: Dataset | Points, *, recipe: Recipe | None = None, batch_size: int = 64,
         seed: int = 0, device: str = "cpu", method: str = "auto",
     ) -> None:  # fmt: skip
+        distributed.check_device(device)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:

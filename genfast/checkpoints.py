@@ -28,7 +28,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,9 +40,7 @@ from . import _files, _untrusted, distributed, models
 KEEP = 2  # checkpoints
 FILES = ("weights.safetensors", "training.json", "state/.metadata")  # without which a checkpoint cannot be resumed
 LOCK = ".lock"
-P = ParamSpec("P")
-D = TypeVar("D")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def steps(folder: Path) -> list[int]:
@@ -125,6 +123,7 @@ def _lock(out: Path) -> Iterator[None]:
     if distributed.first():
         try:
             _files.check_folder(out, "train: --out")
+            out.mkdir(parents=True, exist_ok=True)
             descriptor = _acquire(out / LOCK)
             if descriptor is None:
                 error = BlockingIOError(f"train: another process trains in {str(out)!r}; wait for it or name another folder")
@@ -143,20 +142,18 @@ def _lock(out: Path) -> Iterator[None]:
                 out.rmdir()  # where nothing has been written
 
 
-def holding_folder(
-    train: Callable[Concatenate[str, Any, str | Path, P], R],
-) -> Callable[Concatenate[str, Any, str | Path, P], R]:
+def holding_folder(train: F) -> F:
     """A ``train(name, data, out, ...)`` that holds the folder ``out`` while it runs, so that two runs cannot share it.
 
     Its BlockingIOError means that another process holds the folder.
     """
 
     @functools.wraps(train)
-    def held(name: str, data: D, out: str | Path, *args: P.args, **options: P.kwargs) -> R:
+    def held(name: str, data: Any, out: str | Path, *args: Any, **options: Any) -> Any:
         with _lock(Path(out)):
             return train(name, data, out, *args, **options)
 
-    return held
+    return cast(F, held)
 
 
 # ---- what a state is made of ----
@@ -282,8 +279,10 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, dict[str, str], 
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a weights file that is not one of ours, that is damaged, or that holds what its model cannot.
+        ValueError: a device that is not there; a weights file that is not one of ours, that is damaged, or that holds what its
+            model cannot.
     """
+    distributed.check_device(device)
     path = latest(folder)
     file = path / "weights.safetensors"
     try:

@@ -24,6 +24,7 @@ from .reference.autoregressive import AutoregressiveModel
 from .sampling import LoweringError
 
 latest, load_checkpoint = checkpoints.latest, checkpoints.load
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 Model = models.DensityModel | AutoregressiveModel
 DIVERGED = 10  # times the loss of guessing, or of the first step
 RECENT = 50  # steps over which a loss is judged
@@ -143,6 +144,7 @@ class Trainer:
         device: str = "cpu", clip: float = 50.0, parallel: str = "ddp",
     ) -> None:  # fmt: skip
         distributed.check_strategy(parallel)
+        distributed.check_device(device)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:
@@ -396,7 +398,7 @@ def loop(
                 keep()
                 said = f"stopped at step {done()}; checkpoint kept in {out}"
                 raise _signals.interruption(getattr(error, "signum", signal.SIGINT), said) from None
-        except (TrainingError, FloatingPointError, torch._C._LinAlgError) as error:
+        except (TrainingError, FloatingPointError, LinAlgError) as error:
             said = " ".join(str(error).split())
             if not isinstance(error, TrainingError):
                 said = f"step {done() + 1} has no result: {said}: lower the learning rate"

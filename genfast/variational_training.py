@@ -51,6 +51,7 @@ class AutoencoderTrainer:
         self, model: AutoencoderModel, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
         device: str = "cpu", clip: float = 1000.0,
     ) -> None:  # fmt: skip
+        distributed.check_device(device)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:
@@ -225,10 +226,10 @@ def train(
     """Trains the autoencoder ``models.NAMES[name]`` and leaves a run's folder; returns the metrics that it wrote.
 
     The folder holds ``checkpoint-<step>`` (the last two), ``log.csv``, ``loss.png``, ``samples.png``, ``reconstructions.png``
-    of held-out images, ``latent.png`` where the latent space is a plane with a prior, and ``metrics.json``: among others the held-out
-    figures of the model, of a VAE the evidence lower bound in nats and in bits per dimension, its two parts, and the bound of
-    64 importance-weighted samples. Ctrl-C and SIGTERM write a last checkpoint and then raise KeyboardInterrupt. A picture that
-    cannot be drawn is a line on standard error.
+    of held-out images, ``latent.png`` where the latent space is a plane with a prior, and ``metrics.json``: among others the
+    held-out figures of the model, of a VAE the evidence lower bound in nats and in bits per dimension, its two parts, and the
+    bound of 64 importance-weighted samples. Ctrl-C and SIGTERM write a last checkpoint and then raise KeyboardInterrupt. A
+    picture that cannot be drawn is a line on standard error.
 
     Args:
         config: of the model, beside what the data decide.
