@@ -1,5 +1,6 @@
 """genfast: the hot paths of generative models, fast and exact. See README.md."""
 
+from . import _signals  # noqa: F401, I001  first, since Ctrl-C on the command line may come while torch is loading
 import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
 
 from . import data, integrations, losses, metrics, models, nn, ops, reference, sampling

@@ -419,7 +419,7 @@ def run(
     Raises:
         ValueError: an unknown op, device or dtype, a device that is not there, or a number that is not positive.
     """
-    from .training import write_text  # which the children, who write nothing, need not load
+    from ._files import write_text
 
     known = [name for name, op in OPS.items() if op.samples is not None]
     for name in ops or ():

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ from .models import AdversarialModel, Recipe
 from .reference.adversarial import RELATIVISTIC
 from .reference.modes import evaluating
 from .training import TrainingError
+
+SIDES = ("critic", "generator")
+DIVERGED = (
+    1e4  # times its first loss, or 1: a critic's loss has no scale of its own, and grows by a hundred in runs that do well
+)
 
 
 class StepLosses(NamedTuple):
@@ -64,6 +70,7 @@ class AdversarialTrainer:
         self, model: AdversarialModel, data: Dataset | Points, *, recipe: Recipe | None = None, batch_size: int = 64,
         seed: int = 0, device: str = "cpu", method: str = "auto",
     ) -> None:  # fmt: skip
+        distributed.check_device(device)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:
@@ -214,8 +221,7 @@ class AdversarialTrainer:
         if not math.isfinite(value) or not math.isfinite(norm):
             said = f"{what} is {value}" if not math.isfinite(value) else f"{what} has a gradient of norm {norm}"
             raise TrainingError(
-                f"the {side}'s {said} at step {len(self.history) + 1}: lower the learning rate or raise the penalty's weight; "
-                "the last checkpoint is kept"
+                f"the {side}'s {said} at step {len(self.history) + 1}: lower the learning rate or raise the penalty's weight"
             )
         optimizer.step()
         return value
@@ -256,6 +262,19 @@ class AdversarialTrainer:
             return distributed.sample(self.model, n, generator=torch.Generator().manual_seed(seed))
         finally:
             self.model.generator = live
+
+    def diverged(self) -> str | None:
+        """What to say of a run whose losses are far from those that it began with, judged by its last steps."""
+        recent, first = self.history[-training.RECENT :], self.history[0] if self.history else None
+        for side in SIDES if first is not None else ():
+            value = statistics.median(abs(getattr(h, side)) for h in recent)
+            began = max(1.0, abs(getattr(first, side)))
+            if not value <= DIVERGED * began:
+                return (
+                    f"the run diverged: the {side}'s loss is {value:.4g} after {len(self.history)} steps, {began:.4g} at its "
+                    "first: lower the learning rate or raise the penalty's weight"
+                )
+        return None
 
     # ---- checkpoints ----
 
@@ -301,7 +320,10 @@ class AdversarialTrainer:
 
 def kept_recipe(checkpoint: Path) -> Recipe:
     """The recipe that a checkpoint was trained with."""
-    fields: dict[str, Any] = checkpoints.notes(checkpoint)["recipe"]
+    fields: dict[str, Any] = checkpoints.notes(checkpoint, ["recipe"])["recipe"]
+    expected = {field.name for field in dataclasses.fields(Recipe)}
+    if not isinstance(fields, dict) or set(fields) != expected:
+        raise ValueError(f"train: {str(checkpoint)!r} has recipe={fields!r}, expected {', '.join(sorted(expected))}")
     fields |= {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
     return Recipe(**fields)
 
@@ -368,6 +390,7 @@ def _config(name: str, data: Dataset | Points, config: dict[str, Any]) -> dict[s
     return found | config
 
 
+@checkpoints.holding_folder
 def train(
     name: str, data: Dataset | Points, out: str | Path, *, config: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None, steps: int | None = None, minutes: float | None = None, batch_size: int = 64,
@@ -376,10 +399,10 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains the adversarial model ``models.NAMES[name]`` and leaves a run's folder; returns the metrics that it wrote.
 
-    The folder holds ``checkpoint-<step>`` (the last two), ``loss.png``, ``samples.png``, ``metrics.json``, and in ``progress/``
-    the same latents drawn every so often. Checkpoints hold the averaged generator as the model and the rest beside it, so
-    ``genfast sample`` and ``training.load_checkpoint`` read them. Ctrl-C writes a last checkpoint and then raises
-    KeyboardInterrupt.
+    The folder holds ``checkpoint-<step>`` (the last two), ``log.csv``, ``loss.png``, ``samples.png``, ``metrics.json``, and in
+    ``progress/`` the same latents drawn every so often. Checkpoints hold the averaged generator as the model and the rest
+    beside it, so ``genfast sample`` and ``training.load_checkpoint`` read them. Ctrl-C and SIGTERM write a last checkpoint and
+    then raise KeyboardInterrupt. A picture that cannot be drawn is a line on standard error.
 
     Args:
         config: of the model, beside what the data decide.
@@ -392,11 +415,18 @@ def train(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
-        ValueError: model, data and recipe that do not fit each other or the checkpoint.
-        TrainingError: a loss or a gradient is not finite.
+        FileNotFoundError: ``resume`` is set and there is no checkpoint, or it lacks a file.
+        BlockingIOError: another process trains in ``out``.
+        ValueError: model, data and recipe that do not fit each other or the checkpoint, or a checkpoint that is damaged.
+        ImportError: matplotlib, which draws the curves, is not installed.
+        TrainingError: a loss or a gradient is not finite, or a loss is far from all that it began with.
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)
+    training.check_plots()
+    training.check_length(steps, minutes)
+    if sample_every < 0:
+        raise ValueError(f"train: sample_every={sample_every}, expected at least 0")
     torch.manual_seed(seed)
     found = _config(name, data, config or {})
     model, checkpoint = checkpoints.begin(out, name, resume, found)
@@ -419,19 +449,14 @@ def train(
     def save() -> None:
         checkpoints.save(out, name, model, trainer.state(), data.bins, trainer.weights())
 
-    def step() -> str:
-        at = trainer.step()
-        return f"critic {at.critic:.3f}, generator {at.generator:.3f}"
-
     def every() -> None:
         if sample_every and len(trainer.history) % sample_every == 0:
             picture(out / "progress" / f"step-{len(trainer.history):07d}.png")
 
     seconds = training.loop(
-        step, lambda: len(trainer.history), save, out, title=f"{name} on {data.name}", steps=steps, minutes=minutes,
-        save_every=save_every, every=every,
+        lambda: trainer.step()._asdict(), lambda: len(trainer.history), save, out, title=f"{name} on {data.name}", steps=steps,
+        minutes=minutes, save_every=save_every, every=every, diverged=trainer.diverged,
     )  # fmt: skip
-    picture(out / "samples.png")
     tail = trainer.history[-50:]
     written: dict[str, Any] = {
         "model": name, "data": data.name, "steps": len(trainer.history), "recipe": dataclasses.asdict(trainer.recipe),
@@ -442,10 +467,11 @@ def train(
     if isinstance(data, Points) and data.centres is not None:
         scores = metrics.mode_scores(trainer.sample(10_000), data.centres, data.std)
         written |= {"modes": len(data.centres)} | scores._asdict()
-    text = json.dumps(written, indent=2) + "\n"
-    if distributed.first():
-        curves = {side: [getattr(h, side) for h in trainer.history] for side in ("critic", "generator")}
-        training.plot_losses(curves, out / "loss.png", ylabel="loss")
-        training.write_text(out / "metrics.json", text)
-    read: dict[str, Any] = json.loads(text)
+
+    def curves(path: Path) -> None:
+        if distributed.first():
+            training.plot_losses({side: [getattr(h, side) for h in trainer.history] for side in SIDES}, path, ylabel="loss")
+
+    training.write_results(written, {"loss.png": curves, "samples.png": picture}, out)
+    read: dict[str, Any] = json.loads(json.dumps(written))
     return read

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
+import math
 import os
+import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from . import __version__, _info, _verify, checkpoints, data, distributed, losses, models
+from . import __version__, _files, _info, _signals, _verify, checkpoints, data, distributed, losses, models
+
+BACKGROUND = "behind what is transparent in pictures: white (default), black, #20a0ff"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--root", help="where torchvision's files are")
     train.add_argument("--binary", action="store_true", help="black and white: 1 where a grey level is in the upper half")
     train.add_argument("--size", type=int, default=32, help="side of photo patches and folder images (default 32)")
+    train.add_argument("--background", default="white", metavar="COLOUR", help=BACKGROUND)
     train.add_argument("--out", type=Path, help="the run's folder (default out/MODEL-DATA)")
     train.add_argument("--steps", type=int)
     train.add_argument("--minutes", type=float)
@@ -118,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     style.add_argument("--out", type=Path, default=Path("styled.png"))
     style.add_argument("--sheet", type=Path, metavar="FILE", help="content, style and result side by side")
     style.add_argument("--size", type=int, default=256, help="longer side in pixels (default 256)")
+    style.add_argument("--background", default="white", metavar="COLOUR", help=BACKGROUND)
     style.add_argument("--steps", type=int, default=200)
     style.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs")
     style.add_argument("--loss", choices=("gram", "contextual"), default="gram", help="of the style")
@@ -166,9 +175,23 @@ def _say(text: str) -> None:
         print(text)
 
 
+def _check_numbers(a: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for counts below 1, and for measures that are not positive and finite."""
+    for name in names:
+        value = getattr(a, name)
+        if value is not None and not (0 < value < math.inf):
+            expected = "at least 1" if isinstance(value, int) else "a positive number"
+            raise ValueError(f"{a.command}: {name}={value}, expected {expected}")
+
+
 def _train(a: argparse.Namespace) -> int:
     from . import training
 
+    _check_numbers(a, "steps", "minutes", "batch_size", "size", "lr", "generator_lr", "critic_lr")
+    training.check_plots()
+    if a.out is not None and distributed.first():  # the default name is the data's
+        _files.check_folder(a.out, "train: --out")
+        checkpoints.check_folder(a.out, a.resume)
     config = {
         "levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None,
         "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
@@ -197,7 +220,7 @@ def _train(a: argparse.Namespace) -> int:
         ]
     elif not unknown:
         return _train_adversarial(a, config, recipe)
-    dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
+    dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed, background=a.background)
     dataset = data.binarized(dataset) if a.binary else dataset
     decided = issubclass(models.NAMES[a.model], models.AutoregressiveModel | models.AutoencoderModel)
     if unknown or (decided and a.levels is not None):
@@ -241,7 +264,7 @@ def _train_adversarial(a: argparse.Namespace, config: dict[str, Any], recipe: di
     if a.data in data.POINTS:
         dataset: data.Dataset | data.Points = data.points(a.data, seed=a.seed)
     else:
-        dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed)
+        dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed, background=a.background)
     for side in ("generator_lr", "critic_lr"):
         recipe[side] = a.lr if recipe[side] is None else recipe[side]
     chosen = {k: v for k, v in recipe.items() if v is not None}
@@ -273,7 +296,11 @@ def _sample_adversarial(model: models.AdversarialModel, metadata: dict[str, str]
 def _sample(a: argparse.Namespace) -> int:
     from . import training
 
+    _check_numbers(a, "n")
     model, metadata, checkpoint = checkpoints.load(a.checkpoint, a.device)
+    points = isinstance(model, models.AdversarialModel) and len(model.shape) == 1
+    if distributed.first():
+        _files.check_picture(a.out, "sample: --out", plot=points)
     if isinstance(model, models.AdversarialModel):
         _sample_adversarial(model, metadata, a)
         _say(f"{a.n} samples from step {metadata['step']} in {a.out}")
@@ -283,13 +310,13 @@ def _sample(a: argparse.Namespace) -> int:
     options = {"temperature": a.temperature}
     if isinstance(model, models.AutoregressiveModel):
         options |= {"method": a.method, "progress": distributed.first()}
-    images = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), **options)
-    if len(model.shape) < 3:  # a model of vectors or sequences: square grey images
-        dim = model.shape[-1]
-        side = int(dim**0.5)
-        if side * side != dim:
-            raise ValueError(f"sample: {checkpoint} makes vectors of {dim}, which are no square images")
-        images = images.reshape(-1, 1, side, side)
+    shape = model.shape
+    if len(shape) < 3:  # a model of vectors or sequences: square grey images
+        side = math.isqrt(shape[-1])
+        if side * side != shape[-1]:
+            raise ValueError(f"sample: {checkpoint} makes vectors of {shape[-1]}, which are no square images")
+        shape = (1, side, side)
+    images = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), **options).reshape(-1, *shape)
     if distributed.first():
         training.save_picture(training.image_grid(images, int(metadata["bins"])), a.out)
     _say(f"{a.n} samples from step {metadata['step']} in {a.out}")
@@ -306,7 +333,14 @@ def _feature_network(a: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     if a.network == "random":
         return losses.random_features(seed=a.seed), ((0.5,) * 3, (0.25,) * 3)
     if a.network in ("vgg16", "vgg19"):
-        return losses.vgg_features(a.network, "imagenet" if a.weights is None else a.weights), "imagenet"
+        if a.weights is None:
+            return losses.vgg_features(a.network, "imagenet"), "imagenet"
+        if not a.weights.is_file():
+            raise FileNotFoundError(f"style: --weights={str(a.weights)!r} is no file")
+        try:
+            return losses.vgg_features(a.network, a.weights), "imagenet"
+        except (SafetensorError, pickle.UnpicklingError, EOFError, LookupError) as error:
+            raise ValueError(f"style: --weights={str(a.weights)!r} cannot be read: {error}") from error
     if not file or not Path(file).is_file():
         raise FileNotFoundError(f"style: --network={a.network!r}, expected random, vgg16, vgg19 or FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -323,8 +357,13 @@ def _style(a: argparse.Namespace) -> int:
     from . import training
     from .models import neural_style
 
+    _check_numbers(a, "steps", "size")
+    distributed.check_device(a.device)
+    _files.check_picture(a.out, "style: --out")
+    if a.sheet is not None:
+        _files.check_picture(a.sheet, "style: --sheet")
+    content, style = (neural_style.picture(name, a.size, background=a.background).to(a.device) for name in (a.content, a.style))
     network, normalization = _feature_network(a)
-    content, style = (neural_style.picture(name, a.size).to(a.device) for name in (a.content, a.style))
     chosen: dict[str, Any] = {"style_weight": a.style_weight}
     for name in ("content_layers", "style_layers"):
         chosen[name] = None if getattr(a, name) is None else getattr(a, name).split(",")
@@ -352,30 +391,66 @@ def _bench(a: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status. Errors are one line on standard error and status 2."""
+    """Runs one command; returns its exit status.
+
+    Errors are one line on standard error and status 2, a run that diverged is one and status 1, and Ctrl-C and SIGTERM are one
+    and 128 plus the signal.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"]:  # everything behind it belongs to the suite, options too
         a = argparse.Namespace(command="bench", arguments=words[1:])
     else:
         a = parser().parse_args(words)
     try:
-        if a.command == "info":
-            _info.print_info()
-            return 0
-        if a.command == "verify":
-            options = dict(odd_shapes=a.odd, jobs=a.jobs, minutes=a.minutes, json_path=a.json)
-            return _verify.run(a.op, a.device, a.dtype, a.seed, **options)
-        if a.command == "demo":
-            from . import demo
+        with _signals.raised():
+            status = _run(a)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as error:  # SIGTERM too
+        if os.environ.get("RANK", "0") == "0":
+            print(f"genfast: {error or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signum", signal.SIGINT)
+    except BrokenPipeError:  # whoever read this has read enough
+        _discard_output()
+        return 128 + signal.SIGPIPE
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError) as error:
+        from .training import TrainingError
 
-            return demo.run(a.out, a.seconds)
-        if a.command in ("train", "sample"):
-            with distributed.start(a.device) as a.device:
-                return {"train": _train, "sample": _sample}[a.command](a)
-        return {"bench": _bench, "style": _style}[a.command](a)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
-        print(f"genfast: {'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
-        return 2
+        said = " ".join(str(error).split()) or type(error).__name__
+        print(f"genfast: {'' if rank == '0' else f'rank {rank}: '}error: {said}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _discard_output()
+        return 1 if isinstance(error, TrainingError) else 2
+
+
+def _discard_output() -> None:
+    """Keeps what cannot be written to standard output from failing once more when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(a: argparse.Namespace) -> int:
+    """One command; its exit status."""
+    if a.command == "info":
+        _info.print_info()
+        return 0
+    if a.command == "verify":
+        if a.json is not None:
+            _files.check_file(a.json, "verify: --json")
+        options = dict(odd_shapes=a.odd, jobs=a.jobs, minutes=a.minutes, json_path=a.json)
+        return _verify.run(a.op, a.device, a.dtype, a.seed, **options)
+    if a.command == "demo":
+        from . import demo, training
+
+        _check_numbers(a, "seconds")
+        training.check_plots()
+        _files.check_folder(a.out, "demo: --out")
+        return demo.run(a.out, a.seconds)
+    if a.command in ("train", "sample"):
+        with distributed.start(a.device) as a.device:
+            return {"train": _train, "sample": _sample}[a.command](a)
+    return {"bench": _bench, "style": _style}[a.command](a)

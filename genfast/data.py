@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as whole numbers in [0, bins), uint8 (N, C, H, W), split into train and test."""
+    """Images as whole numbers in [0, bins), uint8 (N, C, H, W), split into train and test.
+
+    Raises:
+        ValueError: fewer than two levels.
+    """
 
     name: str
     train: Tensor
@@ -23,6 +28,10 @@ class Dataset:
     bins: int = 256
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.bins < 2:
+            raise ValueError(f"Dataset: bins={self.bins}, expected at least 2 levels")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -159,7 +168,9 @@ def binarized(data: Dataset) -> Dataset:
     return Dataset(data.name, halves(data.train), halves(data.test), 2, data.train_labels, data.test_labels)
 
 
-def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: str | None = None) -> Dataset:
+def load(
+    name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: str | None = None, background: str = "white"
+) -> Dataset:  # fmt: skip
     """A data set of images by name.
 
     Args:
@@ -170,11 +181,12 @@ def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: s
         count: how many photo patches, test included.
         seed: of the split and of the crops.
         root: where torchvision's files are.
+        background: the colour behind what is transparent in a folder's images; see :func:`picture`.
 
     Raises:
         ImportError: scikit-learn or torchvision is needed and not installed.
         FileNotFoundError: a folder that is not there, or torchvision files that are not.
-        ValueError: a folder without images, or an unknown torchvision set.
+        ValueError: a folder without images or with one that cannot be read, or an unknown torchvision set.
 
     Example:
         >>> import genfast
@@ -189,14 +201,86 @@ def load(name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: s
         return _photos(size, count, seed)
     if name.startswith("torchvision:"):
         return _torchvision(name.split(":", 1)[1], root)
-    return _folder(Path(name), size, seed)
+    return _folder(name, size, seed, background)
+
+
+def picture(file: str | Path, *, background: str = "white") -> Any:
+    """A picture file as a PIL image of mode "RGB", whatever the file holds, upright as its EXIF orientation says.
+
+    Grey levels of 16 bits become the nearest of 8 bits: white is 65535, as PNG, PGM, TIFF and JPEG 2000 have it. What is
+    transparent shows ``background``, in palettes too. Of several frames it is the first.
+
+    Args:
+        file: its name.
+        background: a colour that Pillow knows: "white", "black", "#20a0ff".
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: no picture, or a damaged one.
+        ValueError: no regular file; more pixels than Pillow takes for a picture (twice ``PIL.Image.MAX_IMAGE_PIXELS``); numbers
+            whose white nobody states, which are 32-bit integers and floats; another colour.
+
+    Example:
+        >>> import tempfile, genfast
+        >>> from PIL import Image
+        >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        ...     Image.new("LA", (2, 2), (0, 128)).save(file.name)
+        ...     genfast.data.picture(file.name).getpixel((0, 0))
+        (127, 127, 127)
+    """
+    from PIL import Image, ImageColor, ImageOps
+
+    try:
+        colour = ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise ValueError(f"picture: background={background!r}, expected a colour: white, black, #20a0ff") from error
+    path = Path(file)
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise ValueError(f"picture: {str(path)!r} is no regular file")
+    try:
+        with Image.open(path) as opened:
+            if opened.mode == "F" or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):
+                values = "32-bit integers" if opened.mode == "I" else "floats"
+                raise ValueError(f"picture: {str(path)!r} holds {values}, whose white is not stated; expected 8 or 16 bits")
+            bits = getattr(opened, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample of TIFF, which has 12 bits too
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+            return _rgb(image, 2**bits - 1, colour)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"picture: {str(path)!r} has too many pixels: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever they meet
+        raise OSError(f"picture: {str(path)!r} cannot be read: {error}") from error
+
+
+def _rgb(image: Any, white: int, background: tuple[int, ...]) -> Any:
+    """Any PIL image in "RGB", over the background; ``white`` is that of grey levels of more than 8 bits."""
+    from PIL import Image
+
+    mask = None
+    palette = getattr(image.palette, "mode", "") if image.mode == "P" else ""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if "transparency" in image.info:  # of PNG: one grey level
+            mask = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+        image = Image.fromarray(((values.clip(0, white) * 255 + white // 2) // white).astype(np.uint8))
+    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info or palette.endswith("A"):
+        if image.mode in ("RGBa", "La"):  # premultiplied
+            image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
+        image = image.convert("RGBA")
+        mask = image.getchannel("A")
+    image = image.convert("RGB")
+    if mask is None:
+        return image
+    return Image.composite(image, Image.new("RGB", image.size, background), mask)
 
 
 def _scikit_learn(what: str = "digits and photos need") -> Any:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError(f"genfast.data: {what} scikit-learn: pip install 'genfast[data]'") from error
+        raise ImportError(f"genfast.data: {what} scikit-learn: pip install scikit-learn") from error
     return datasets
 
 
@@ -237,22 +321,20 @@ def _photos(size: int, count: int, seed: int) -> Dataset:
     return Dataset("photos", crops(count - test, 0, border), crops(test, border, width))
 
 
-def _folder(folder: Path, size: int, seed: int) -> Dataset:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"data: {str(folder)!r} is neither 'digits', 'photos', 'torchvision:NAME' nor a folder of images"
-        )
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+def _folder(name: str, size: int, seed: int, background: str) -> Dataset:
+    folder = Path(name)
+    if not name.strip() or not folder.is_dir():
+        raise FileNotFoundError(f"data: {name!r} is neither 'digits', 'photos', 'torchvision:NAME' nor a folder of images")
+    if size < 1:
+        raise ValueError(f"data: size={size}, expected at least 1")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
     if len(files) < 2:
-        raise ValueError(f"data: {str(folder)!r} holds {len(files)} images, expected at least 2 of {', '.join(SUFFIXES)}")
-    from PIL import Image, ImageOps
+        raise ValueError(f"data: {name!r} holds {len(files)} images, expected at least 2 of {', '.join(SUFFIXES)}")
+    from PIL import ImageOps
 
-    images = []
-    for file in files:
-        with Image.open(file) as image:
-            images.append(np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))))
+    images = [np.asarray(ImageOps.fit(picture(file, background=background), (size, size))) for file in files]
     train, test, _, _ = _split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), None, seed)
-    return Dataset(folder.name, train, test)
+    return Dataset(folder.resolve().name or "folder", train, test)
 
 
 def _torchvision(name: str, root: str | None) -> Dataset:

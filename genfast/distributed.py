@@ -59,6 +59,28 @@ def first() -> bool:
     return rank() == 0
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raises ValueError for a device that this machine or this PyTorch does not have.
+
+    Example:
+        >>> from genfast import distributed
+        >>> distributed.check_device("cpu")
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}, expected cpu or cuda") from error
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            why = "no GPU is visible" if torch.version.cuda or torch.version.hip else f"PyTorch {torch.__version__} has no CUDA"
+            raise ValueError(f"device={str(device)!r}, and {why}; expected cpu")
+        if (wanted.index or 0) >= count:
+            raise ValueError(f"device={str(device)!r}, expected cuda:0 to cuda:{count - 1}")
+    elif wanted.type != "cpu" and not (wanted.type == "mps" and torch.backends.mps.is_available()):
+        raise ValueError(f"device={str(device)!r}, expected cpu or cuda")
+
+
 @contextlib.contextmanager
 def start(device: str = "cpu") -> Iterator[str]:
     """Joins the processes that torchrun has started, over gloo or, on GPUs, NCCL; gives the device of this one.
@@ -69,7 +91,7 @@ def start(device: str = "cpu") -> Iterator[str]:
         device: "cpu" or "cuda"; under torchrun that is the GPU LOCAL_RANK.
 
     Raises:
-        ValueError: a numbered GPU under torchrun, or fewer GPUs than processes.
+        ValueError: a device that is not there, a numbered GPU under torchrun, or fewer GPUs than processes.
 
     Example:
         >>> from genfast import distributed
@@ -78,6 +100,7 @@ def start(device: str = "cpu") -> Iterator[str]:
         cpu 0 1
     """
     if _group() or not all(name in os.environ for name in _LAUNCHED):
+        check_device(device)
         yield device
         return
     local, kind = int(os.environ["LOCAL_RANK"]), torch.device(device).type

@@ -24,7 +24,7 @@ class ModeScores(NamedTuple):
     kl: float
 
 
-def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int = 1) -> ModeScores:
+def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int | None = None) -> ModeScores:
     """Modes covered and the share of good samples of a mixture of equal Gaussians.
 
     Good is within three standard deviations of a centre in VEEGAN (arXiv:1705.07761, section 4.1), within four in
@@ -34,7 +34,9 @@ def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int = 
         samples: (N, D), floating point.
         centres: (K, D).
         std: of every Gaussian in every direction.
-        minimum: how many good samples cover a mode; VEEGAN has 1.
+        minimum: how many good samples cover a mode. By default a twentieth of a mode's equal share, N / (20 K), and at least
+            two. One sample, which is enough in VEEGAN, covers modes by chance: of 10,000 points spread evenly over the square
+            of the 25 Gaussians every mode has 7 within three standard deviations, where this default asks for 20.
 
     Raises:
         ValueError: shapes that do not fit, no samples, or a ``std`` or ``minimum`` that is not positive.
@@ -48,6 +50,8 @@ def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int = 
         raise ValueError(
             f"mode_scores: samples {tuple(samples.shape)} and centres {tuple(centres.shape)}, expected (N, D) and (K, D)"
         )
+    if minimum is None:
+        minimum = max(2, -(-len(samples) // (20 * len(centres))))
     if not std > 0 or minimum < 1:
         raise ValueError(f"mode_scores: std={std} and minimum={minimum}, expected positive numbers")
     distance, nearest = torch.cdist(samples.double(), centres.to(samples.device).double()).min(1)
@@ -125,7 +129,7 @@ def _image_scores(
         from torchmetrics.image.inception import InceptionScore
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError as error:
-        raise ImportError("metrics: FID, KID and inception score need torchmetrics: pip install 'genfast[metrics]'") from error
+        raise ImportError("metrics: FID, KID and inception score need torchmetrics: pip install torchmetrics") from error
     width = features(real[:2]).flatten(1).shape[1]
     network = _Features(features, width)
     subset = max(2, min(len(real) // 2, len(fake) // 2, 1000))

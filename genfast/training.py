@@ -2,56 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import signal
+import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoints, distributed, models
+from . import _signals, checkpoints, distributed, models
+from ._files import write_atomically as write_atomically
+from ._files import write_text as write_text
 from .data import Dataset
 from .reference.autoregressive import AutoregressiveModel
 from .reference.modes import evaluating
 from .sampling import LoweringError
 
 latest, load_checkpoint = checkpoints.latest, checkpoints.load
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 Model = models.DensityModel | AutoregressiveModel
+DIVERGED = 10  # times the loss of guessing, or of the first step
+RECENT = 50  # steps over which a loss is judged
+SPEAK = 30.0  # seconds between two lines off a terminal
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is kept."""
+    """Training cannot go on: a run that diverges. Checkpoints that it has written stay."""
 
 
-# ---- files, written whole or not at all ----
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` with a temporary name beside ``path``, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text)
-
-    write_atomically(path, write)
+# ---- pictures, files written whole or not at all ----
 
 
 def image_grid(images: Tensor, bins: int, *, columns: int = 8, scale: int | None = None) -> Any:
@@ -63,7 +48,7 @@ def image_grid(images: Tensor, bins: int, *, columns: int = 8, scale: int | None
     n, c, h, w = images.shape
     columns = min(columns, max(n, 1))
     rows = -(-n // columns)
-    values = (images.float() * (255 / (bins - 1))).round().to(torch.uint8).cpu()
+    values = (images.float() * (255 / max(1, bins - 1))).round().to(torch.uint8).cpu()
     grid = torch.full((c, rows * (h + 1) + 1, columns * (w + 1) + 1), 64, dtype=torch.uint8)
     for i, image in enumerate(values):
         top, left = 1 + i // columns * (h + 1), 1 + i % columns * (w + 1)
@@ -76,6 +61,39 @@ def image_grid(images: Tensor, bins: int, *, columns: int = 8, scale: int | None
 def save_picture(picture: Any, path: Path) -> None:
     """A PIL image as a file, whole or not at all."""
     write_atomically(path, lambda p: picture.save(p))
+
+
+def check_plots() -> None:
+    """Raises ImportError where the curves of a run could not be drawn at its end."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("train: the curves of a run need matplotlib: pip install matplotlib") from error
+
+
+def write_results(metrics: dict[str, Any], pictures: Mapping[str, Callable[[Path], object]], out: Path) -> None:
+    """Writes metrics.json, then each picture under its name; all ranks call this together, and rank 0 writes.
+
+    A picture that fails is a line on standard error and not the run's end. Numbers that are not finite become null, since JSON
+    has no others.
+    """
+    if distributed.first():
+        write_text(out / "metrics.json", json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
+    for name, draw in pictures.items():
+        try:
+            draw(out / name)
+        except Exception as error:  # the run is done, and whatever fails here is less than its weights
+            if distributed.first():
+                said = " ".join(str(error).split()) or type(error).__name__
+                print(f"genfast: {out / name} was not drawn: {said}", file=sys.stderr)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot_losses(curves: dict[str, list[float]], path: Path, *, ylabel: str = "bits per dimension") -> None:
@@ -127,6 +145,7 @@ class Trainer:
         device: str = "cpu", clip: float = 50.0, parallel: str = "ddp",
     ) -> None:  # fmt: skip
         distributed.check_strategy(parallel)
+        distributed.check_device(device)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:
@@ -181,7 +200,7 @@ class Trainer:
         """One update; returns the loss in bits per dimension, over all ranks.
 
         Raises:
-            TrainingError: the loss is not finite, on all ranks together.
+            TrainingError: the loss or its gradient is not finite, on all ranks together.
         """
         if distributed.size() > 1:  # one process goes on with the numbers that torch draws
             distributed.seed(self.seed, len(self.losses))
@@ -191,10 +210,13 @@ class Trainer:
         loss.backward()
         value = distributed.total(float(loss.detach()))[0] / distributed.size()
         if not math.isfinite(value):
+            raise TrainingError(f"the loss is {value} at step {len(self.losses) + 1}: lower the learning rate")
+        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+        if not math.isfinite(norm):
             raise TrainingError(
-                f"the loss is {value} at step {len(self.losses) + 1}: lower the learning rate; the last checkpoint is kept"
+                f"the loss has a gradient of norm {norm} at step {len(self.losses) + 1}: lower the learning rate"
             )
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.losses.append(value)
         return value
@@ -207,6 +229,19 @@ class Trainer:
             batches = self.data.test[:limit].split(256)
             parts = [distributed.gather(self._bits(model, self._portion(b, generator))) for b in batches]
         return float(torch.cat(parts).double().mean())
+
+    def diverged(self, bits: float | None = None) -> str | None:
+        """What to say of a run that is worse than guessing by far, judged by its last steps or by ``bits`` per dimension."""
+        if not self.losses:
+            return None
+        bound = DIVERGED * max(self.losses[0], math.log2(self.data.bins))
+        value = statistics.median(self.losses[-RECENT:]) if bits is None else bits
+        if value <= bound:  # which nan is not
+            return None
+        where = f"after {len(self.losses)} steps" if bits is None else "on held-out images"
+        return (
+            f"the run diverged: {value:.4g} bits/dim {where}, {self.losses[0]:.4g} at its first step: lower the learning rate"
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights to sample from; see :func:`genfast.checkpoints.save`."""
@@ -254,74 +289,144 @@ def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
     return view, {"levels": data.bins, "shape": view.shape}
 
 
-@contextlib.contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """On several ranks: whether Ctrl-C was pressed, in place of raising in the middle of what the others wait for."""
-    pressed = False
+class _Log:
+    """log.csv: step, seconds of training and the figures of each step, in whole rows that are appended together.
 
-    def press(*_: object) -> None:
-        nonlocal pressed
-        pressed = True
+    A run that goes on keeps the rows of its own steps.
+    """
 
-    if distributed.size() == 1 or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step, self.names, self.rows = path, step, "", [""]
+        self.seconds, self.start = 0.0, time.monotonic()
+        if step and path.is_file():
+            self._take(path.read_text(encoding="utf-8").split("\n"))
+
+    def _take(self, lines: list[str]) -> None:
+        self.names = lines[0]
+        rows = [line for line in lines[1:-1] if line.count(",") == self.names.count(",") and line.split(",")[0].isdecimal()]
+        rows = [row for row in rows if int(row.split(",")[0]) <= self.step]
+        if rows:
+            self.seconds = float(rows[-1].split(",")[1])
+        self.rows = [self.names, *rows, ""]
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        names = ",".join(("step", "seconds", *figures))
+        if names != self.names:  # a run that begins, or one of another version
+            self.names, self.rows = names, [names, ""]
+            self.step = 0
+        seconds = self.seconds + time.monotonic() - self.start
+        self.rows[-1:] = [",".join((str(step), f"{seconds:.3f}", *(f"{v:.8g}" for v in figures.values()))), ""]
+
+    def write(self) -> None:
+        """Appends what has been added since the last time."""
+        text = "\n".join(self.rows)
+        if self.rows[0] == self.names and text:
+            write_text(self.path, text)
+        elif text:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        self.rows = [""]
 
 
 def loop(
-    step: Callable[[], str], done: Callable[[], int], save: Callable[[], object], out: Path, *, title: str, steps: int | None,
-    minutes: float | None, save_every: int, every: Callable[[], None] | None = None,
+    step: Callable[[], dict[str, float]], done: Callable[[], int], save: Callable[[], object], out: Path, *, title: str,
+    steps: int | None, minutes: float | None, save_every: int, every: Callable[[], None] | None = None,
+    diverged: Callable[[], str | None] = lambda: None,
 ) -> float:  # fmt: skip
-    """Calls ``step``, which says how it went, until ``done`` is ``steps`` or the minutes are over; returns the seconds.
+    """Calls ``step``, which returns its figures, until ``done`` is ``steps`` or the minutes are over; returns the seconds.
 
-    1000 steps without either. Saves every ``save_every`` steps and at the end, Ctrl-C included, which it raises again, no step
-    twice; calls ``every`` after each step. Ranks stop after the same step: whichever is asked to, or is the first out of time.
+    1000 steps without either. Saves every ``save_every`` steps and at the end, no step twice; calls ``every`` after each step.
+    Off a terminal there is a line on standard error every half minute in the place of the bar; log.csv has all figures.
+    Ctrl-C and SIGTERM let the step end, save, and then raise KeyboardInterrupt (:class:`genfast._signals.Terminated` is one);
+    pressed twice they do so at once. Ranks stop after the same step: whichever is asked to, or is the first out of time.
+
+    Raises:
+        ValueError: fewer than one step, or no time.
+        TrainingError: a step's, or of ``diverged``, which is asked before each checkpoint, with what has been saved.
     """
     from tqdm import tqdm
 
+    check_length(steps, minutes)
     if steps is None and minutes is None:
         steps = 1000
     start, saved = time.monotonic(), done()  # a run that goes on has its checkpoint
+    first = distributed.first()
+    log = _Log(out / "log.csv", done()) if first else None
+    began, spoken = done(), start
 
     def keep() -> None:
         nonlocal saved
         if done() != saved or not saved:
+            said = diverged()
+            if said is not None:
+                raise TrainingError(said)
             save()
             saved = done()
+        if log is not None:
+            log.write()
 
-    hidden = not (distributed.first() and sys.stderr.isatty())
-    bar = tqdm(total=steps, initial=done(), unit="step", disable=hidden, desc=title)
-    with _interruption() as pressed:
+    def stop_if_asked() -> None:
+        pressed, ended = signalled.signum is not None, signalled.signum not in (None, signal.SIGINT)
+        stop, terminated = distributed.total(pressed, ended)
+        if stop:
+            raise _signals.interruption(signal.SIGTERM if terminated else signal.SIGINT)
+
+    def late() -> bool:
+        return bool(distributed.total(minutes is not None and time.monotonic() - start >= 60 * minutes)[0])
+
+    terminal = first and sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=done(), unit="step", disable=not terminal, desc=title)
+    with _signals.deferred() as signalled:
         try:
-            while steps is None or done() < steps:
-                late = minutes is not None and time.monotonic() - start >= 60 * minutes
-                stop, end = distributed.total(pressed(), late)
-                if stop:
-                    raise KeyboardInterrupt
-                if end:
-                    break
-                bar.set_postfix_str(step(), refresh=False)
-                bar.update()
-                if done() % save_every == 0:
-                    keep()
-                if every is not None:
-                    every()
-        except KeyboardInterrupt:
-            keep()
-            if distributed.first():
-                print(f"stopped at step {done()}; checkpoint kept in {out}", file=sys.stderr)
-            raise
+            try:
+                while (steps is None or done() < steps) and not late():
+                    stop_if_asked()
+                    figures = step()
+                    text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                    bar.set_postfix_str(text, refresh=False)
+                    bar.update()
+                    if log is not None:
+                        log.add(done(), figures)
+                        if time.monotonic() - spoken >= SPEAK:
+                            spoken = time.monotonic()
+                            log.write()
+                            if not terminal:
+                                of, rate = "" if steps is None else f" of {steps}", (done() - began) / (spoken - start)
+                                print(f"{title}: step {done()}{of}, {text}, {rate:.2f} steps/s", file=sys.stderr, flush=True)
+                    if done() % save_every == 0:
+                        keep()
+                    if every is not None:
+                        every()
+                keep()
+                stop_if_asked()
+            except KeyboardInterrupt as error:
+                keep()
+                said = f"stopped at step {done()}; checkpoint kept in {out}"
+                raise _signals.interruption(getattr(error, "signum", signal.SIGINT), said) from None
+        except (TrainingError, FloatingPointError, LinAlgError) as error:
+            said = " ".join(str(error).split())
+            if not isinstance(error, TrainingError):
+                said = f"step {done() + 1} has no result: {said}: lower the learning rate"
+            if log is not None:
+                log.write()
+            kept = f"checkpoint-{saved} is kept in {out}" if saved else "there is no checkpoint from before"
+            raise TrainingError(f"{said}; {kept}") from error
         finally:
             bar.close()
-        keep()
     return time.monotonic() - start
 
 
+def check_length(steps: int | None, minutes: float | None) -> None:
+    """Raises ValueError for a run of no steps or no time."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"train: steps={steps}, expected at least 1")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"train: minutes={minutes}, expected a positive number")
+
+
+@checkpoints.holding_folder
 def train(
     name: str, data: Dataset, out: str | Path, *, config: dict[str, Any] | None = None, steps: int | None = None,
     minutes: float | None = None, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
@@ -329,8 +434,9 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains ``models.NAMES[name]`` on ``data`` and leaves a run's folder; returns the metrics that it wrote.
 
-    The folder holds ``checkpoint-<step>`` (the last two), ``loss.png``, ``samples.png`` and ``metrics.json``. Ctrl-C writes
-    a last checkpoint and then raises KeyboardInterrupt; ``resume`` goes on from the newest one.
+    The folder holds ``checkpoint-<step>`` (the last two), ``log.csv``, ``loss.png``, ``samples.png`` and ``metrics.json``.
+    Ctrl-C and SIGTERM write a last checkpoint and then raise KeyboardInterrupt; ``resume`` goes on from the newest one. A
+    picture that cannot be drawn is a line on standard error.
 
     Args:
         config: of the model, beside its shape.
@@ -341,10 +447,16 @@ def train(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
-        TrainingError: the loss is not finite.
+        FileNotFoundError: ``resume`` is set and there is no checkpoint, or it lacks a file.
+        BlockingIOError: another process trains in ``out``.
+        ValueError: model, data and checkpoint that do not fit each other, or a checkpoint that is damaged.
+        ImportError: matplotlib, which draws the curve, is not installed.
+        TrainingError: the loss is not finite, or far above what it began with.
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)
+    check_plots()
+    check_length(steps, minutes)
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AdversarialModel):
         raise ValueError(f"train: {name} is adversarial; train it with genfast.adversarial_training.train")
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AutoencoderModel):
@@ -359,16 +471,10 @@ def train(
         trainer.restore(checkpoint)
     began = len(trainer.losses)
     seconds = loop(
-        lambda: f"{trainer.step():.3f} bits/dim", lambda: len(trainer.losses),
+        lambda: {"bits_per_dim": trainer.step()}, lambda: len(trainer.losses),
         lambda: checkpoints.save(out, name, model, trainer.state(), data.bins), out, title=f"{name} on {data.name}",
-        steps=steps, minutes=minutes, save_every=save_every,
+        steps=steps, minutes=minutes, save_every=save_every, diverged=trainer.diverged,
     )  # fmt: skip
-    model.eval()
-    plain, generator = distributed.whole(model), torch.Generator().manual_seed(seed)
-    if isinstance(plain, models.AutoregressiveModel):
-        samples = draw(plain, 64, generator=generator)
-    else:
-        samples = distributed.sample(plain, 64, generator=generator, temperature=0.8)
     metrics = {
         "model": name, "data": data.name, "steps": len(trainer.losses),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -376,8 +482,23 @@ def train(
         "test_bits_per_dim": trainer.evaluate(), "seconds": seconds,
         "steps_per_second": (len(trainer.losses) - began) / seconds if seconds else 0.0,
     }  # fmt: skip
-    if distributed.first():
-        save_picture(image_grid(samples.reshape(-1, *data.shape), data.bins), out / "samples.png")
-        plot_losses({"train": trainer.losses}, out / "loss.png")
-        write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    plain = distributed.whole(model.eval())
+
+    def samples(path: Path) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        if isinstance(plain, models.AutoregressiveModel):
+            drawn = draw(plain, 64, generator=generator)
+        else:
+            drawn = distributed.sample(plain, 64, generator=generator, temperature=0.8)
+        if distributed.first():
+            save_picture(image_grid(drawn.reshape(-1, *data.shape), data.bins), path)
+
+    def curve(path: Path) -> None:
+        if distributed.first():
+            plot_losses({"train": trainer.losses}, path)
+
+    write_results(metrics, {"loss.png": curve, "samples.png": samples}, out)
+    said = trainer.diverged(metrics["test_bits_per_dim"])
+    if said is not None:
+        raise TrainingError(f"{said}; see {out}")
     return metrics

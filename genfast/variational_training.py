@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .reference.modes import evaluating
 from .training import TrainingError
 
 IMPORTANCE_SAMPLES = 64
+DIVERGED = 100  # times a figure's first value, or the numbers in an image: a nat for each of them
 
 
 class AutoencoderTrainer:
@@ -51,6 +52,7 @@ class AutoencoderTrainer:
         self, model: AutoencoderModel, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
         device: str = "cpu", clip: float = 1000.0,
     ) -> None:  # fmt: skip
+        distributed.check_device(device)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
         if model.shape != data.shape:
@@ -111,9 +113,7 @@ class AutoencoderTrainer:
         value, norm = self._means([loss])[0], float(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
         if not math.isfinite(value) or not math.isfinite(norm):
             said = f"loss is {value}" if not math.isfinite(value) else f"loss has a gradient of norm {norm}"
-            raise TrainingError(
-                f"the {name}'s {said} at step {len(self.history) + 1}: lower the learning rate; the last checkpoint is kept"
-            )
+            raise TrainingError(f"the {name}'s {said} at step {len(self.history) + 1}: lower the learning rate")
 
     @torch.no_grad()
     def evaluate(self, limit: int = 1024) -> dict[str, float]:
@@ -141,6 +141,20 @@ class AutoencoderTrainer:
             found["bits_per_dim"] = losses.bits_per_dim(found["elbo"], self.model.dim)
             found["importance_weighted_bits_per_dim"] = losses.bits_per_dim(found["importance_weighted_bound"], self.model.dim)
         return found
+
+    def diverged(self, held_out: dict[str, Any] | None = None) -> str | None:
+        """What to say of a run with a figure far above what it began with, in its last steps or on ``held_out`` images."""
+        if not self.history:
+            return None
+        recent = self.history[-training.RECENT :]
+        for name, first in self.history[0].items():
+            value = abs(statistics.median(h[name] for h in recent) if held_out is None else held_out.get(f"test_{name}", 0.0))
+            if not value <= DIVERGED * max(self.model.dim, abs(first)):
+                where = f"after {len(self.history)} steps" if held_out is None else "on held-out images"
+                return (
+                    f"the run diverged: {name} is {value:.4g} {where}, {first:.4g} at its first step: lower the learning rate"
+                )
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights to sample from; see :func:`genfast.checkpoints.save`."""
@@ -208,6 +222,7 @@ def _config(name: str, data: Dataset, config: dict[str, Any]) -> dict[str, Any]:
     return found | config
 
 
+@checkpoints.holding_folder
 def train(
     name: str, data: Dataset, out: str | Path, *, config: dict[str, Any] | None = None, steps: int | None = None,
     minutes: float | None = None, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
@@ -215,10 +230,11 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains the autoencoder ``models.NAMES[name]`` and leaves a run's folder; returns the metrics that it wrote.
 
-    The folder holds ``checkpoint-<step>`` (the last two), ``loss.png``, ``samples.png``, ``reconstructions.png`` of held-out
-    images, ``latent.png`` where the latent space is a plane with a prior, and ``metrics.json``: among others the held-out
-    figures of the model, of a VAE the evidence lower bound in nats and in bits per dimension, its two parts, and the bound of
-    64 importance-weighted samples. Ctrl-C writes a last checkpoint and then raises KeyboardInterrupt.
+    The folder holds ``checkpoint-<step>`` (the last two), ``log.csv``, ``loss.png``, ``samples.png``, ``reconstructions.png``
+    of held-out images, ``latent.png`` where the latent space is a plane with a prior, and ``metrics.json``: among others the
+    held-out figures of the model, of a VAE the evidence lower bound in nats and in bits per dimension, its two parts, and the
+    bound of 64 importance-weighted samples. Ctrl-C and SIGTERM write a last checkpoint and then raise KeyboardInterrupt. A
+    picture that cannot be drawn is a line on standard error.
 
     Args:
         config: of the model, beside what the data decide.
@@ -229,11 +245,16 @@ def train(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
-        ValueError: model and data that do not fit each other or the checkpoint.
-        TrainingError: a loss or a gradient is not finite.
+        FileNotFoundError: ``resume`` is set and there is no checkpoint, or it lacks a file.
+        BlockingIOError: another process trains in ``out``.
+        ValueError: model and data that do not fit each other or the checkpoint, or a checkpoint that is damaged.
+        ImportError: matplotlib, which draws the curves, is not installed.
+        TrainingError: a loss or a gradient is not finite, or a loss is far above what it began with.
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)
+    training.check_plots()
+    training.check_length(steps, minutes)
     torch.manual_seed(seed)
     model, checkpoint = checkpoints.begin(out, name, resume, _config(name, data, config or {}))
     trainer = AutoencoderTrainer(model, data, batch_size=batch_size, lr=lr, seed=seed, device=device)
@@ -246,15 +267,11 @@ def train(
             model.fit(data.train[:10_000])
         checkpoints.save(out, name, model, trainer.state(), data.bins)
 
-    def step() -> str:
-        return ", ".join(f"{k} {v:.3f}" for k, v in trainer.step().items())
-
     seconds = training.loop(
-        step, lambda: len(trainer.history), save, out, title=f"{name} on {data.name}", steps=steps, minutes=minutes,
-        save_every=save_every,
+        trainer.step, lambda: len(trainer.history), save, out, title=f"{name} on {data.name}", steps=steps, minutes=minutes,
+        save_every=save_every, diverged=trainer.diverged,
     )  # fmt: skip
     model.eval()
-    drawn = distributed.sample(model, 64, generator=torch.Generator().manual_seed(seed))
     names = list(trainer.history[0]) if trainer.history else []
     tail = trainer.history[-50:]
     written: dict[str, Any] = {
@@ -266,12 +283,29 @@ def train(
         written["likelihood"] = model.likelihood
     written |= {f"train_{k}": sum(h[k] for h in tail) / len(tail) for k in names}
     written |= {f"test_{k}": v for k, v in trainer.evaluate().items()}
-    if distributed.first():
-        training.save_picture(training.image_grid(drawn, data.bins), out / "samples.png")
-        training.save_picture(reconstruction_grid(model, data.test[:32]), out / "reconstructions.png")
-        if model.latent_dim == 2 and model.prior:
-            training.save_picture(latent_grid(model), out / "latent.png")
-        curves = {k: [h[k] for h in trainer.history] for k in names}
-        training.plot_losses(curves, out / "loss.png", ylabel="nats or squared error")
-        training.write_text(out / "metrics.json", json.dumps(written, indent=2) + "\n")
+
+    def samples(path: Path) -> None:
+        drawn = distributed.sample(model, 64, generator=torch.Generator().manual_seed(seed))
+        if distributed.first():
+            training.save_picture(training.image_grid(drawn, data.bins), path)
+
+    def curves(path: Path) -> None:
+        if distributed.first():
+            training.plot_losses({k: [h[k] for h in trainer.history] for k in names}, path, ylabel="nats or squared error")
+
+    def reconstructions(path: Path) -> None:
+        if distributed.first():
+            training.save_picture(reconstruction_grid(model, data.test[:32]), path)
+
+    def latent(path: Path) -> None:
+        if distributed.first():
+            training.save_picture(latent_grid(model), path)
+
+    pictures = {"loss.png": curves, "samples.png": samples, "reconstructions.png": reconstructions}
+    if model.latent_dim == 2 and model.prior:
+        pictures["latent.png"] = latent
+    training.write_results(written, pictures, out)
+    said = trainer.diverged(written)
+    if said is not None:
+        raise TrainingError(f"{said}; see {out}")
     return written

@@ -51,13 +51,23 @@ def test_points_are_those_of_gan_toy():
 def test_modes_by_hand():
     centres = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     samples = torch.tensor([[0.0, 0.0], [0.0, 0.29], [0.0, 0.35], [0.45, 0.0], [1.0, 0.1], [1.0, 0.6]])
-    scores = metrics.mode_scores(samples, centres, 0.1)
+    scores = metrics.mode_scores(samples, centres, 0.1, minimum=1)
     assert scores.covered == 2
     assert scores.within_3 == pytest.approx(3 / 6)
     assert scores.within_4 == pytest.approx(5 / 6)  # 0.6 of (1, 1) is at distance 0.4, give or take rounding
     p = [4 / 6, 1 / 6, 1 / 6]
     assert scores.kl == pytest.approx(sum(v * math.log(4 * v) for v in p))
-    assert metrics.mode_scores(samples, centres, 0.1, minimum=2).covered == 1
+    assert metrics.mode_scores(samples, centres, 0.1).covered == 1  # two at least
+
+
+def test_points_spread_evenly_cover_no_mode():
+    points = data.points("25gaussians", count=10)
+    reach = float(points.centres.max()) * 1.25
+    spread = (2 * torch.rand(10_000, 2, generator=torch.Generator().manual_seed(0)) - 1) * reach
+    assert metrics.mode_scores(spread, points.centres, points.std, minimum=1).covered == 25
+    assert metrics.mode_scores(spread, points.centres, points.std).covered == 0
+    true = points.centres.repeat(400, 1) + points.std * torch.randn(10_000, 2, generator=torch.Generator().manual_seed(0))
+    assert metrics.mode_scores(true, points.centres, points.std).covered == 25
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,7 @@ def test_image_scores_say_what_is_missing(monkeypatch):
     for name in ("torchmetrics", "torchmetrics.image.fid"):
         monkeypatch.setitem(sys.modules, name, None)
     images = torch.rand(4, 1, 2, 2)
-    with pytest.raises(ImportError, match=r"need torchmetrics: pip install 'genfast\[metrics\]'"):
+    with pytest.raises(ImportError, match=r"need torchmetrics: pip install torchmetrics"):
         metrics.image_scores(images, images, torch.nn.Flatten())
     with pytest.raises(ValueError, match="expected two images at least, of one shape"):
         metrics.image_scores(images, images[:1], torch.nn.Flatten())

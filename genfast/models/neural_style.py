@@ -35,15 +35,17 @@ class StyleTransfer(NamedTuple):
     losses: list[float]
 
 
-def picture(name: str, size: int) -> Tensor:
+def picture(name: str, size: int, *, background: str = "white") -> Tensor:
     """A picture as (1, 3, H, W) in [0, 1], its longer side scaled to ``size`` pixels.
 
     Args:
         name: a file that Pillow reads, or "china" or "flower": photographs that scikit-learn ships.
         size: at least 1.
+        background: the colour behind what is transparent; see :func:`genfast.data.picture`.
 
     Raises:
-        FileNotFoundError: no such file. OSError: a file that is no picture. ValueError: a size below 1.
+        FileNotFoundError: no such file. OSError: a file that is no picture. ValueError: a size below 1, or a picture that
+            :func:`genfast.data.picture` refuses.
         ImportError: the two photographs need scikit-learn.
 
     Example:
@@ -51,13 +53,12 @@ def picture(name: str, size: int) -> Tensor:
         >>> picture("china", 64).shape
         torch.Size([1, 3, 43, 64])
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if size < 1:
         raise ValueError(f"picture: size={size}, expected at least 1")
     if Path(name).is_file():
-        with Image.open(name) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        image = data.picture(name, background=background)
     elif name in PICTURES:
         image = Image.fromarray(data._scikit_learn(f"the photograph {name!r} needs").load_sample_image(f"{name}.jpg"))
     else:
