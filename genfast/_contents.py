@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ._compiler import uncompiled
+from ._derived import ordinary, same_numbers
+
 
 class Contents:
     """Copies of tensors, which nothing else can reach, to compare them with later; one read of each for a comparison.
@@ -30,16 +33,18 @@ class Contents:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self.copies = tuple(t.detach().clone() for t in tensors)
+        with ordinary():
+            self.copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` have the dtypes, devices, shapes and elements that were copied; a NaN differs from itself.
+        """Whether ``tensors`` have the dtypes, devices, shapes and, bit by bit, the elements that were copied.
 
         For tensors on a GPU this waits; :meth:`unchanged` does not.
         """
         with torch.no_grad():
-            return self._alike(tensors) and all(torch.equal(t, copy) for t, copy in zip(tensors, self.copies))
+            return self._alike(tensors) and all(
+                same_numbers(t, copy) if t.is_cpu else torch.equal(t, copy) for t, copy in zip(tensors, self.copies)
+            )
 
     def _alike(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self.copies) and all(
@@ -63,7 +68,7 @@ class Contents:
 _steps = 0
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled("it counts in Python")
 def _count(*_: object) -> None:
     global _steps
     _steps += 1

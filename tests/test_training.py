@@ -34,7 +34,14 @@ def test_a_run_leaves_everything_it_should(tmp_path, digits):
     assert 2 < metrics["test_bits_per_dim"] < 6
     assert metrics["steps_per_second"] > 0
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == ["checkpoint-10", "checkpoint-12", "log.csv", "loss.png", "metrics.json", "samples.png"]  # the last two are kept
+    assert names == [
+        "checkpoint-10",
+        "checkpoint-12",
+        "log.csv",
+        "loss.png",
+        "metrics.json",
+        "samples.png",
+    ]  # the last two are kept
     with Image.open(tmp_path / "run" / "samples.png") as picture:
         assert picture.size == (7 * 73, 7 * 73)
     with Image.open(tmp_path / "run" / "loss.png") as picture:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._calls import changes_nothing, class_of
+from .._compiler import uncompiled
 from .._derived import readable
 from ..reference import autoregressive_flows as plain
 from ..reference.modes import evaluating
@@ -105,7 +106,7 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
             return ops.autoregressive_inverse(z, program, scale, flip=self.map.normalising, eps=0.0)
         return ops.autoregressive_inverse(z, program, "spline", bins=self.map.bins, **spline_options(self.map))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled("it compares numbers")
     def _prove(self, z: Tensor, context: Tensor | None) -> None:
         """The first time for a program, and for one with other masks, one row is put through the network itself.
 

@@ -306,7 +306,7 @@ def discretized_logistic_mixture_sample(
         where = params.device if generator is None else generator.device
         uniforms = torch.rand(shape, generator=generator, device=where).to(params.device)
     result: Tensor = OP_SAMPLE(params.detach(), uniforms.detach(), channels, levels, float(temperature))
-    if torch.compiler.is_compiling() or type(result) is not Tensor or _functorch.peek_interpreter_stack() is not None:
+    if not readable_now(result):
         return result
     if result.is_cuda:
         torch._assert_async((result >= 0).all(), f"{_SAMPLE}: params are not finite where a component is drawn from them")

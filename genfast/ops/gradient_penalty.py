@@ -23,6 +23,7 @@ from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-
 from torch.overrides import TorchFunctionMode
 
 from .. import reference, tangent
+from .._compiler import constant, uncompiled
 from .._registry import LIBRARY, autograd_works
 from ..reference.adversarial import CRITIC_LOSSES, SEPARABLE
 from ..reference.gradient_penalty import KINDS
@@ -915,11 +916,11 @@ def _whole(op: str, critic: Critic, run: Callable[..., Any], *points: Tensor) ->
         wrapper.module = module
 
 
-_whole_uncompiled = torch.compiler.disable(_whole, reason="its DistributedDataParallel looks for unused parameters")
-_norms_uncompiled = torch.compiler.disable(
-    _whole, reason="gradient_penalty: return_norms=True, whose norms carry a gradient; 'detached' compiles as one graph"
-)
-_patches_uncompiled = torch.compiler.disable(_whole, reason="critic_step: the number of patches is not known before the call")
+_whole_uncompiled = uncompiled("its DistributedDataParallel looks for unused parameters")(_whole)
+_norms_uncompiled = uncompiled(
+    "gradient_penalty: return_norms=True, whose norms carry a gradient; 'detached' compiles as one graph"
+)(_whole)
+_patches_uncompiled = uncompiled("critic_step: the number of patches is not known before the call")(_whole)
 
 
 def _traceable(critic: Critic) -> bool:
@@ -949,7 +950,7 @@ _NUMBERS = itertools.count()
 _REGISTERED: dict[int, Any] = {}
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _number(thing: Any) -> int:
     """A number by which the op finds a critic or a loss again."""
     for number, found in _REGISTERED.items():

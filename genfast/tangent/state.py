@@ -88,7 +88,7 @@ class _Search:
             for value in list(thing.values())[:64]:
                 self._visit(value, depth - 1)
         elif isinstance(thing, types.ModuleType):
-            if not thing.__name__.split(".")[0] in LIBRARIES:
+            if thing.__name__.split(".")[0] not in LIBRARIES:
                 self.plain.append((thing, depth))
         elif not isinstance(thing, (types.BuiltinFunctionType, types.CodeType)):
             if not isinstance(getattr(thing, "__dict__", {}), types.MappingProxyType):

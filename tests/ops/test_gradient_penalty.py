@@ -136,7 +136,7 @@ def check(entry, kind, dtype, inputs=False, **options):
     tolerance = TOLERANCE[dtype]
     assert value.shape == ()
     assert value.dtype == norms.dtype == dtype
-    assert (norms.requires_grad or not value.requires_grad)
+    assert norms.requires_grad or not value.requires_grad
     close(value.detach(), e_value, tolerance, "value")
     close(norms, e_norms, tolerance, "norms")
     compare(found, e_found, tolerance)
