@@ -64,6 +64,8 @@ def _class_that_serves(cls: type, classes: tuple[type, ...]) -> type | None:
 
 def class_of(module: nn.Module) -> type:
     """The class of a module, before torch's parametrizations made one of their own for it."""
+    if "parametrizations" not in module._modules:
+        return type(module)
     cls: type = parametrize.type_before_parametrizations(module)
     return cls
 
@@ -107,6 +109,20 @@ def hook_in_the_way(module: nn.Module, *, weights: bool = False) -> str:
             if not (weights and hooks is module._forward_pre_hooks and _follows(hook)):
                 return f"{kind} {getattr(hook, '__qualname__', type(hook).__qualname__)}"
     return ""
+
+
+def called_plainly(network: nn.Module) -> bool:
+    """Whether no module of a network has hooks or a forward of its own; quick, for what asks at every call."""
+    module = nn.modules.module
+    if module._global_forward_hooks or module._global_forward_pre_hooks:
+        return False
+    waiting: list[nn.Module] = [network]
+    while waiting:
+        m = waiting.pop()
+        if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+            return False
+        waiting.extend(child for child in m._modules.values() if child is not None)
+    return True
 
 
 @contextlib.contextmanager

@@ -42,8 +42,8 @@ def readable_now(*tensors: Tensor | None) -> bool:
 
 
 # torch.equal reads a bool at a time: 50 times slower than the C library on a mask.
-_memcmp = ctypes.PyDLL(None).memcmp
-_memcmp.argtypes, _memcmp.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+memcmp = ctypes.PyDLL(None).memcmp
+memcmp.argtypes, memcmp.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def same_numbers(tensor: Tensor, copy: Tensor) -> bool:
     if tensor.dtype != copy.dtype or tensor.shape != copy.shape:
         return False
     if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
-        return not _memcmp(tensor.data_ptr(), copy.data_ptr(), tensor.nbytes)
+        return not memcmp(tensor.data_ptr(), copy.data_ptr(), tensor.nbytes)
     return torch.equal(tensor, copy)
 
 
@@ -137,7 +137,7 @@ def derived(store: dict[Any, Any], key: Any, sources: tuple[Tensor, ...], make: 
     if entry is not None and _peek_functorch() is None:
         # The usual call in two microseconds: the same tensors, compared byte by byte with the copies.
         for source, own, (address, copy, size) in zip(sources, entry.sources, entry.bytes):
-            if source is not own or not size or source.data_ptr() != address or _memcmp(address, copy, size):
+            if source is not own or not size or source.data_ptr() != address or memcmp(address, copy, size):
                 break
         else:
             return entry.value

@@ -117,7 +117,7 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
         if type(z) is not Tensor or not checks.can_look(z.device):
             return
         z, context = z[:1].detach(), None if context is None else context[:1].detach()
-        with checks.quietly(z.device), evaluating(self), torch.inference_mode(False):
+        with torch.inference_mode(False), checks.quietly(z.device), evaluating(self):
             z, context = z.clone(), None if context is None else context.clone()
             program = self.program(context)
             x, logdet = self._solve(z if z.dtype.itemsize > 2 else z.float(), program)

@@ -62,7 +62,7 @@ class MADE(made.MADE):
             raise ValueError(f"MADE: made with context={self.context_features}, called {called} one")
         linears = [cast("MaskedLinear", linear) for linear in self.linears]
         for i, linear in enumerate(linears):
-            if stands_for(linear, (MaskedLinear,)) is None:
+            if type(linear) is not MaskedLinear and stands_for(linear, (MaskedLinear,)) is None:
                 kind = class_of(linear)
                 raise LoweringError(f"MADE: linears.{i} is a {kind.__module__}.{kind.__qualname__}, expected a MaskedLinear")
         last, inner = len(linears) - 1, "none" if self.residual else self.activation

@@ -33,6 +33,7 @@ ends[l] are solved from z and their parameters. Some rounds may have no group of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._calls import changes_nothing, class_of, hook_in_the_way, weights_of_calls
+from .._calls import called_plainly, changes_nothing, class_of, hook_in_the_way, weights_of_calls
 from .._contents import Contents
 from .._derived import ordinary, recorded
 from ..ops.autoregressive_inverse import gather_once
@@ -84,8 +85,8 @@ def layers_of(network: Any, context: Tensor | None = None) -> list[Layer]:
         LoweringError: a call of the network does more than its ``layers`` can say: a module has hooks or a forward of its own,
             or a subclass changed the forward and not ``layers``.
     """
-    name = type(network).__name__
-    for path, module in network.named_modules():
+    name, plain = type(network).__name__, called_plainly(network)
+    for path, module in () if plain else network.named_modules():
         hook = hook_in_the_way(module, weights=bool(path)) or ("a forward of its own" if "forward" in module.__dict__ else "")
         if hook:
             raise LoweringError(f"{name}: {path or 'it'} has {hook}, which its layers() do not show")
@@ -93,7 +94,7 @@ def layers_of(network: Any, context: Tensor | None = None) -> list[Layer]:
     owner = next((c for c in cls.__mro__ if "layers" in vars(c)), cls)
     if not changes_nothing(cls, owner):
         raise LoweringError(f"{name}: {cls.__qualname__} overrides methods of {owner.__qualname__}, but not layers()")
-    with weights_of_calls(network):
+    with contextlib.nullcontext() if plain else weights_of_calls(network):
         layers: list[Layer] = network.layers(context)
     return layers
 
@@ -119,6 +120,16 @@ class _Value:
 
 
 @dataclass
+class _Mask:
+    """A mask as it was given, and what it held."""
+
+    given: Tensor | None
+    version: int
+    contents: Contents
+    live: Tensor | None  # bool, on the CPU
+
+
+@dataclass
 class _Structure:
     """What follows from masks and shapes alone."""
 
@@ -136,7 +147,7 @@ class _Structure:
     static_inverse: Tensor
     multiplications: int
     signature: list[tuple[object, ...]]
-    masks: list[tuple[Tensor | None, int, Tensor | None]]  # as given, its version, as it was read, on the CPU
+    masks: list[_Mask]
     given: tuple[int, ...] | None
     devices: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 
@@ -190,7 +201,7 @@ class DegreeProgram:
         """The program of the same network with the tensors of ``layers``."""
         s = self._structure
         same = len(layers) == len(self.layers) and [_signature(layer) for layer in layers] == s.signature
-        if not same or not all(_same_mask(layer.mask, *kept) for layer, kept in zip(layers, s.masks)):
+        if not same or not all(_same_mask(layer.mask, kept) for layer, kept in zip(layers, s.masks)):
             return type(self).build(layers, s.given)
         new = type(self)(layers, s)
         new._packed = self._packed
@@ -282,16 +293,24 @@ def _signature(layer: Layer) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _same_mask(mask: Tensor | None, given: Tensor | None, version: int, read: Tensor | None) -> bool:
-    if mask is None or read is None:
-        return mask is None and read is None
-    # On a GPU looking at the contents would wait, so there PyTorch's count of changes must do.
-    counted = torch.compiler.is_compiling() or (not mask.is_cpu and not mask.is_inference() and mask._version == version)
-    if mask is given and counted:
-        return True
-    if mask.dtype == torch.bool and mask.is_cpu:
-        return mask.shape == read.shape and torch.equal(mask, read)
-    return mask.shape == read.shape and torch.equal(mask.bool().cpu(), read)
+def _same_mask(mask: Tensor | None, kept: _Mask) -> bool:
+    if mask is None or kept.live is None:
+        return mask is None and kept.live is None
+    if torch.compiler.is_compiling():
+        same = mask is kept.given
+    elif mask.is_cpu:
+        same = kept.contents.same([mask])
+    else:  # looking at the contents would wait, so PyTorch's count of changes must do
+        same = mask is kept.given and kept.version == _version(mask) != -1
+    return same or _reads_as(mask, kept)
+
+
+def _reads_as(mask: Tensor, kept: _Mask) -> bool:
+    return kept.live is not None and mask.shape == kept.live.shape and torch.equal(mask.bool().cpu(), kept.live)
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
 
 
 def _check(layers: list[Layer]) -> None:
@@ -560,10 +579,10 @@ def _lower(layers: list[Layer], given: tuple[int, ...] | None) -> _Structure:
     )  # fmt: skip
 
 
-def _kept_mask(mask: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
+def _kept_mask(mask: Tensor | None) -> _Mask:
     if mask is None:
-        return None, 0, None
-    return mask, 0 if mask.is_inference() else mask._version, mask.detach().bool().to("cpu", copy=True)
+        return _Mask(None, 0, Contents([]), None)
+    return _Mask(mask, _version(mask), Contents([mask]), mask.detach().bool().to("cpu", copy=True))
 
 
 def _gather(index: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
