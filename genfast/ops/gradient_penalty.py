@@ -984,9 +984,9 @@ def _op(
     function = _REGISTERED[penalty]() if penalty >= 0 else None
     s = _Settings(kind, weight, target, method, sigma, function) if kind else None
     _check_sharded(call.op, critic)
-    if function is not None:
-        _check_alone(call.op, function, points[0])
     with autograd_works(), torch.enable_grad():
+        if function is not None:
+            _check_alone(call.op, function, points[0])
         leaves = [p.detach().requires_grad_() for p in parameters]
         copies = [x.detach().requires_grad_(w) for x, w in zip((*points, *contexts), wanted)]
         xs, cs = copies[: len(points)], copies[len(points) :]
@@ -1015,12 +1015,12 @@ def _op(
 
 def _check_alone(op: str, penalty: Penalty, like: Tensor) -> None:
     """Raises where a penalty of the user's own depends on more than the gradient, which the compiled op would not see."""
-    with torch.enable_grad():
-        if penalty(torch.ones_like(like, dtype=torch.promote_types(like.dtype, torch.float32))).requires_grad:
-            raise ValueError(
-                f"{op}: penalty depends on tensors that require a gradient, and under torch.compile none would reach them; "
-                f"call {op} outside of what is compiled"
-            )
+    value = penalty(torch.ones_like(like, dtype=torch.promote_types(like.dtype, torch.float32)))
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{op}: penalty depends on tensors that require a gradient, and under torch.compile none would reach them; "
+            f"call {op} outside of what is compiled"
+        )
 
 
 def _own(g: Tensor | None, like: Tensor) -> Tensor:
