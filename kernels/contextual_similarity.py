@@ -8,12 +8,17 @@
     dx_i = (sum_won u f - V_i sum_j A_ij f_ij) / (h r_i) - q_i f_ia,    q_i = (U_i - V_i T_i) / (h r_i), a the nearest
     dy_j = sum_won u f' / (h r_i) - sum_i A_ij V_i f'_ij / (h r_i) - sum_{i: a_i = j} q_i f'_ij,    f' = -d(d_ij)/d(y_j)
 
+Where x_i lies on its nearest a, A_ia is 1 to rounding and h r_i is as small as h eps: what they leave of u_ia - A_ia V_i would be
+rounding times 1 / (h eps). These weights sum to zero over j, so that all sums leave out the nearest and are relative to it:
+t'_ij = (d_ij - m_i) / r_i for t, y_j - y_a in the mean, and for j = a minus the sum of the others. Each sweep knows the nearest by
+its index, since the products of two sweeps need not agree to the bit.
+
 x (B, N, C), y (B, M, C), P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). No array of N x M is written. The
 exponent's scale depends on the row's minimum, so a running softmax cannot be rescaled: three sweeps over the pairs, each a
 product whose tiles end in a reduction along the streamed axis:
 
     _best     owner i: the least d and its index;    owner j (or, with P over targets, i): the greatest S and its index
-    _attend   owner i: sum_j e, sum_j e d and, for the backward, sum_j e y_j;    owner j: sum_i e V_i x_i
+    _attend   owner i: sum_j e, sum_j e (d - m) and, for the backward, sum_j e y_j;    owner j: sum_i e V_i x_i
 
 A program owns a tile of rows (or columns) and streams tiles of the other side. Where owners are too few to fill the device,
 the stream is split, by the shape alone, and small kernels join the parts in order: no atomics, the same bits in each run, ties
@@ -168,8 +173,8 @@ def _norms(x, norm, size, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.co
 
 @triton.jit
 def _best(
-    x, y, x_norm, y_norm, prior_rows, prior_columns, statistics, log_sum, value, index, N, M, high, across, splits, scale, eps,
-    weight, C: tl.constexpr, DISTANCE: tl.constexpr, NEAREST: tl.constexpr, COLUMNS: tl.constexpr, PRIOR: tl.constexpr,
+    x, y, x_norm, y_norm, prior_rows, prior_columns, statistics, nearest, log_sum, value, index, N, M, high, across, splits,
+    scale, eps, weight, C: tl.constexpr, DISTANCE: tl.constexpr, NEAREST: tl.constexpr, COLUMNS: tl.constexpr, PRIOR: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -186,6 +191,7 @@ def _best(
     y_norm += b * M
     statistics += b * 3 * N
     log_sum += b * N
+    nearest += b * N
     owners, others = (M, N) if COLUMNS else (N, M)
     own, other = (y, x) if COLUMNS else (x, y)
     own_norm, other_norm = (y_norm, x_norm) if COLUMNS else (x_norm, y_norm)
@@ -195,6 +201,7 @@ def _best(
     if not NEAREST and not COLUMNS:
         least = tl.load(statistics + o, mask=o_in, other=0)[:, None]
         of_sum = tl.load(log_sum + o, mask=o_in, other=0)[:, None]
+        near = tl.load(nearest + o, mask=o_in, other=-1).to(tl.int32)[:, None]
     if WHOLE:
         c = tl.arange(0, BLOCK_K)
         mine = _load(own, o, o_in, c, C, WIDE)
@@ -215,7 +222,10 @@ def _best(
             if COLUMNS:
                 least = tl.load(statistics + s, mask=s_in, other=0)[None, :]
                 of_sum = tl.load(log_sum + s, mask=s_in, other=0)[None, :]
-            score = (score + least) * (scale / (least + eps)) - of_sum
+                near = tl.load(nearest + s, mask=s_in, other=-1).to(tl.int32)[None, :]
+            score = tl.minimum(score + least, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            score = tl.where(near == (o[:, None] if COLUMNS else s[None, :]), score * 0.0, score)
+            score = score * (scale / (least + eps)) - of_sum
             if PRIOR:
                 i, j = (s[None, :], o[:, None]) if COLUMNS else (o[:, None], s[None, :])
                 inside = o_in[:, None] & s_in[None, :]
@@ -261,12 +271,13 @@ def _pick(
 
 @triton.jit
 def _attend(
-    x, y, x_rows, y_rows, x_norm, y_norm, statistics, rate, rate_top, rows, count, winner, pull, mass, moment, out, N, M,
-    splits, scale, eps, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
+    x, y, x_rows, y_rows, x_norm, y_norm, statistics, nearest, rate, rate_top, rows, count, winner, pull, mass, moment, out, N,
+    M, splits, scale, eps, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
     SUM: tl.constexpr, SOURCES: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums along the stream of e_ij (``mass``), e_ij d_ij (``moment``, forward alone) and, with SUM, e_ij times its row.
+    """Sums along the stream, but for j = a_i, of e_ij (``mass``), e_ij (d_ij - m_i) (``moment``, forward alone) and, with SUM,
+    e_ij times its row.
 
     BACKWARD: over the first ``count`` of ``rows``, with no e where d is zero, and what ``pull`` holds of winners there is set
     to zero. COLUMNS: owners are columns, and e_ij is weighed by rate_i / rate_top. l1 sums e_ij sign(streamed - owner), and
@@ -283,6 +294,7 @@ def _attend(
     x_norm += b * N
     y_norm += b * M
     statistics += b * 3 * N
+    nearest += b * N
     rate += b * N
     rows += b * N
     winner += b * (M if SOURCES else N)
@@ -307,6 +319,7 @@ def _attend(
     of_moment = tl.zeros((BLOCK_O,), dtype=tl.float32)
     if not COLUMNS:
         least = tl.load(statistics + o, mask=o_in, other=1)[:, None]
+        near = tl.load(nearest + o, mask=o_in, other=-1).to(tl.int32)[:, None]
     if WHOLE:
         mine = _load(own, o, o_in, c, C, WIDE)
     if SUM and DISTANCE == "l1":
@@ -329,9 +342,12 @@ def _attend(
             )  # fmt: skip
         if COLUMNS:
             least = tl.load(statistics + s, mask=s_in, other=1)[None, :]
+            near = tl.load(nearest + s, mask=s_in, other=-1).to(tl.int32)[None, :]
         inside = o_in[:, None] & s_in[None, :]
-        d = tl.where(raw < 0, 0.0, raw)
-        e = tl.where(inside, exp((least - d) * (scale / (least + eps))), 0.0)
+        farther = tl.maximum(tl.where(raw < 0, 0.0, raw) - least, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        e = exp(-farther * (scale / (least + eps)))
+        e = tl.where(near == (o[:, None] if COLUMNS else s[None, :]), raw - raw, e)  # 0, but what is not finite stays seen
+        e = tl.where(inside, e, 0.0)
         if BACKWARD and DISTANCE != "l1":  # noqa: SIM102
             if tl.min(least) == 0:  # else no distance here is zero
                 dead = inside & (raw <= 0)
@@ -348,7 +364,7 @@ def _attend(
             e = e * (tl.load(rate + s, mask=s_in, other=0) * unit)[None, :]
         of_mass += tl.sum(e, axis=1)
         if not BACKWARD:
-            of_moment += tl.sum(e * d, axis=1)
+            of_moment += tl.sum(e * farther, axis=1)
         if SUM:
             if DISTANCE == "l1":
                 there = _load(other_rows, s, s_in, c, C, True)
@@ -373,10 +389,11 @@ def _attend(
 
 @triton.jit
 def _finish(
-    mass, moment, out, statistics, log_sum, nearest, value, winner, mean, N, splits, scale, eps, C: tl.constexpr,
+    mass, moment, out, y, statistics, log_sum, nearest, value, winner, mean, N, M, splits, scale, eps, C: tl.constexpr,
     TARGETS: tl.constexpr, MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """L, T and the mean of each row from the parts of _attend; TARGETS: also the greatest A, which is the nearest's."""
+    """log sum_j e, sum_j A t' and the mean, less the nearest, of each row from the parts of _attend; TARGETS: also the greatest A,
+    which is the nearest's."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     there = i < N
@@ -386,16 +403,16 @@ def _finish(
     for k in range(splits):
         total += tl.load(mass + at + k * N, mask=there, other=0)
         of_moment += tl.load(moment + at + k * N, mask=there, other=0)
-    total = tl.where(there, total, 1.0)
-    least = tl.load(statistics + b * 3 * N + i, mask=there, other=0)
-    r = least + eps
-    of_sum = tl.log(total)
-    tl.store(log_sum + b * N + i, of_sum, mask=there)
-    tl.store(statistics + b * 3 * N + N + i, (1.0 - least / r) * scale + of_sum, mask=there)
+    rest = total
+    total = 1.0 + rest
+    r = tl.load(statistics + b * 3 * N + i, mask=there, other=0) + eps
+    tl.store(log_sum + b * N + i, tl.log(total), mask=there)
+    tl.store(statistics + b * 3 * N + N + i, rest, mask=there)
     tl.store(statistics + b * 3 * N + 2 * N + i, of_moment / (total * r), mask=there)
+    near = tl.load(nearest + b * N + i, mask=there, other=0)
     if TARGETS:
         tl.store(value + b * N + i, 1.0 / total, mask=there)
-        tl.store(winner + b * N + i, tl.load(nearest + b * N + i, mask=there, other=0), mask=there)
+        tl.store(winner + b * N + i, near, mask=there)
     if MEAN:
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
@@ -403,22 +420,26 @@ def _finish(
             row = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
             for k in range(splits):
                 row += tl.load(out + (at + k * N)[:, None] * C + c[None, :], mask=inside, other=0)
+            row -= rest[:, None] * tl.load(y + (b * M + near)[:, None] * C + c[None, :], mask=inside, other=0).to(tl.float32)
             tl.store(mean + (b * N + i)[:, None] * C + c[None, :], row / total[:, None], mask=inside)
 
 
 @triton.jit
 def _share(
-    grad, value, winner, order, starts, prior_rows, prior_columns, statistics, rate, swept_rate, pull, toward, N, M, high,
-    across, scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    grad, value, winner, order, starts, prior_rows, prior_columns, statistics, nearest, rate, swept_rate, pull, toward,
+    toward_columns, N, M, high, across, scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Of rows i: what each that they win pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; -q_i toward the nearest."""
+    """Of rows i: what each that they win but the nearest pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; and what the
+    nearest pulls: -q_i, and for columns also minus the sum of all other weights."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     known = i < N
     won = M if SOURCES else N
     least = tl.load(statistics + b * 3 * N + i, mask=known, other=1)
-    of_log = tl.load(statistics + b * 3 * N + N + i, mask=known, other=0)
+    rest = tl.load(statistics + b * 3 * N + N + i, mask=known, other=0)
+    of_log = tl.log(1.0 + rest)
     of_t = tl.load(statistics + b * 3 * N + 2 * N + i, mask=known, other=0)
+    near = tl.load(nearest + b * N + i, mask=known, other=-1).to(tl.int32)
     r = least + eps
     if SOURCES:
         first = tl.load(starts + b * (N + 1) + i, mask=known, other=0).to(tl.int32)
@@ -427,36 +448,43 @@ def _share(
         first = i
         last = tl.where(known, i + 1, i)
     of_u = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    of_others = tl.zeros((BLOCK_R,), dtype=tl.float32)
     of_ut = tl.zeros((BLOCK_R,), dtype=tl.float32)
     for start in range(0, tl.max(last - first), BLOCK_E):
         k = first[:, None] + (start + tl.arange(0, BLOCK_E))[None, :]
         there = k < last[:, None]
         at = tl.load(order + b * M + k, mask=there, other=0).to(tl.int32) if SOURCES else k
         a = tl.load(value + b * won + at, mask=there, other=0)
+        j = at if SOURCES else tl.load(winner + b * N + at, mask=there, other=0).to(tl.int32)
         if PRIOR:
-            j = at if SOURCES else tl.load(winner + b * N + at, mask=there, other=0).to(tl.int32)
             spatial = _prior(prior_rows, prior_columns, j * 0 + i[:, None], j, there, high, across)
             a = tl.maximum((a - weight * spatial) / (1.0 - weight), 0.0)
         u = tl.load(grad + b * won + at, mask=there, other=0).to(tl.float32) * a
         if PRIOR:
             u *= 1.0 - weight
-        t = 1.0 - (tl.log(tl.maximum(a, 2e-38)) + of_log[:, None]) / scale
-        t = tl.maximum(t, (least / r)[:, None])
+        t = tl.maximum(-(tl.log(tl.maximum(a, 2e-38)) + of_log[:, None]) / scale, 0.0)
         of_u += tl.sum(u, axis=1)
+        u = tl.where(j == near[:, None], u * 0.0, u)
+        of_others += tl.sum(u, axis=1)
         of_ut += tl.sum(u * t, axis=1)
         tl.store(pull + b * won + at, u * (scale / r)[:, None], mask=there)
     by = of_u * (scale / r)
     tl.store(rate + b * N + i, by, mask=known)
-    tl.store(swept_rate + b * N + i, by * exp((1.0 - least / r) * scale - of_log), mask=known)
-    tl.store(toward + b * N + i, tl.where(least > 0, (of_u * of_t - of_ut) * (scale / r), 0.0), mask=known)
+    tl.store(swept_rate + b * N + i, by / (1.0 + rest), mask=known)
+    # Where the distance is zero nothing flows to the nearest, and nothing is relative to it.
+    near_pull = tl.where(least == 0, 0.0, (of_u * of_t - of_ut) * (scale / r))
+    of_rest = tl.where(least == 0, 0.0, of_others * (scale / r) - by * (rest / (1.0 + rest)))
+    tl.store(toward + b * N + i, near_pull, mask=known)
+    tl.store(toward_columns + b * N + i, near_pull - of_rest, mask=known)
 
 
 @triton.jit
 def _along(
-    other, order, starts, index, pulls, o, known, c, here, others, b, owners, C: tl.constexpr, L1: tl.constexpr,
+    other, order, starts, index, pulls, o, known, c, here, base, others, b, owners, C: tl.constexpr, L1: tl.constexpr,
     LISTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of pulls, and of pulls times other rows: those that ``order`` lists for each owner or the one at ``index``."""
+    """Sums of pulls, and of pulls times other rows less ``base``: those that ``order`` lists for each owner or the one at
+    ``index``."""
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     of_pulls = tl.zeros((BLOCK_R,), dtype=tl.float32)
     if LISTED:
@@ -479,6 +507,7 @@ def _along(
         if L1:
             difference = row - here[:, None, :]
             row = tl.where(difference > 0, 1.0, 0.0) - tl.where(difference < 0, 1.0, 0.0)
+        row -= base[:, None, :]
         total += tl.sum(row * pull[:, :, None], axis=1)
         of_pulls += tl.sum(pull, axis=1)
     return total, of_pulls
@@ -486,8 +515,8 @@ def _along(
 
 @triton.jit
 def _gradient(
-    own, other, grad, order, starts, index, pull, near_order, near_starts, nearest, toward, rate, swept_rate, rate_top, swept,
-    mass, out, mean, owners, others, splits, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr,
+    own, other, grad, order, starts, index, pull, near_order, near_starts, nearest, toward, statistics, rate, swept_rate,
+    rate_top, swept, mass, out, mean, owners, others, splits, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr,
     LISTED: tl.constexpr, MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some rows (or columns): winners, less the sweep's sum or the mean that was kept, and the nearest."""
@@ -499,16 +528,23 @@ def _gradient(
     other += b * others * C
     L1: tl.constexpr = DISTANCE == "l1"
     here = _load(own, o, known, c, C, True)
+    zero = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    base = zero
+    if not COLUMNS:  # a row's weights sum to that of the nearest alone, which all others are relative to
+        apart = tl.load(statistics + b * 3 * owners + o, mask=known, other=0) > 0
+        base = _load(other, tl.load(nearest + b * owners + o, mask=known, other=0), known & apart, c, C, True)
+        if L1:
+            difference = tl.where(apart[:, None], base - here, 0.0)
+            base = tl.where(difference > 0, 1.0, 0.0) - tl.where(difference < 0, 1.0, 0.0)
     total, pulls = _along(
-        other, order, starts, index, pull, o, known, c, here, others, b, owners, C, L1, LISTED, BLOCK_R,
+        other, order, starts, index, pull, o, known, c, here, base, others, b, owners, C, L1, LISTED, BLOCK_R,
         BLOCK_E if LISTED else 1, BLOCK_C,
     )  # fmt: skip
     near, near_pulls = _along(
-        other, near_order, near_starts, nearest, toward, o, known, c, here, others, b, owners, C, L1, COLUMNS, BLOCK_R,
+        other, near_order, near_starts, nearest, toward, o, known, c, here, zero, others, b, owners, C, L1, COLUMNS, BLOCK_R,
         BLOCK_E if COLUMNS else 1, BLOCK_C,
     )  # fmt: skip
     total += near
-    pulls += near_pulls
     use = known
     if COLUMNS:
         by = tl.zeros((BLOCK_R,), dtype=tl.float32) + tl.load(rate_top)
@@ -522,14 +558,16 @@ def _gradient(
         inside = use[:, None] & (c < C)[None, :]
         row += tl.load(out + (at + k * owners)[:, None] * C + c[None, :], mask=inside, other=0)
         of_mass += tl.load(mass + at + k * owners, mask=use, other=0)
-    total -= by[:, None] * row
+    total -= by[:, None] * (row - of_mass[:, None] * base)
     pulls -= by * of_mass
     if MEAN:
         kept = known & (use == 0)
         by = tl.load(rate + b * owners + o, mask=kept, other=0)
         inside = kept[:, None] & (c < C)[None, :]
         total -= by[:, None] * tl.load(mean + (b * owners + o)[:, None] * C + c[None, :], mask=inside, other=0)
-        pulls -= by
+    if not COLUMNS:
+        pulls = tl.where(apart, 0.0, pulls)
+    pulls += near_pulls
     if DISTANCE == "l2":
         total = 2.0 * (total - here * pulls[:, None])
     to = grad + (b * owners + o)[:, None] * C + c[None, :]
@@ -657,13 +695,13 @@ def _prior_of(prior_rows: Tensor | None, prior_columns: Tensor | None, weight: f
 
 
 def _extreme(
-    rows: _Rows, prior: _Prior, statistics: Tensor, log_sum: Tensor, scale: float, eps: float, nearest: bool, columns: bool,
-    value: Tensor, index: Tensor, stride: int, poison: Tensor,
+    rows: _Rows, prior: _Prior, statistics: Tensor, nearest: Tensor, log_sum: Tensor, scale: float, eps: float, least: bool,
+    columns: bool, value: Tensor, index: Tensor, stride: int, poison: Tensor,
 ) -> None:  # fmt: skip
     """_best and its join."""
     b, n, m, c = rows.sizes
-    with_prior = prior.there and not nearest
-    score = "least" if nearest else "prior" if with_prior else "greatest"
+    with_prior = prior.there and not least
+    score = "least" if least else "prior" if with_prior else "greatest"
     tile = _best_tile(rows.how, rows.half, rows.distance, c, score, hopper(rows.x.device))
     tile = tile._replace(**TUNABLE[score].now)
     owners, streamed = (m, n) if columns else (n, m)
@@ -671,19 +709,19 @@ def _extreme(
     part = torch.empty((b, splits, owners), dtype=torch.float32, device=rows.x.device)
     at = torch.empty((b, splits, owners), dtype=torch.int32, device=rows.x.device)
     _best[(cdiv(owners, tile.owners) * splits, b)](
-        rows.x_sweep, rows.y_sweep, rows.x_norm, rows.y_norm, prior.rows, prior.columns, statistics, log_sum, part, at, n, m,
-        *prior.sizes, splits, scale, eps, prior.weight, C=c, DISTANCE=rows.distance, NEAREST=nearest, COLUMNS=columns,
+        rows.x_sweep, rows.y_sweep, rows.x_norm, rows.y_norm, prior.rows, prior.columns, statistics, nearest, log_sum, part, at,
+        n, m, *prior.sizes, splits, scale, eps, prior.weight, C=c, DISTANCE=rows.distance, NEAREST=least, COLUMNS=columns,
         PRIOR=with_prior, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners,
         BLOCK_S=tile.streamed, BLOCK_K=tile.depth, **tile.options,
     )  # fmt: skip
     _pick[(cdiv(owners, 128), b)](
-        part, at, value, index, poison, owners, stride, splits, NEAREST=nearest, LOG=not with_prior, BLOCK=128, num_warps=4
+        part, at, value, index, poison, owners, stride, splits, NEAREST=least, LOG=not with_prior, BLOCK=128, num_warps=4
     )
 
 
 def _sweep(
-    rows: _Rows, statistics: Tensor, scale: float, eps: float, columns: bool, sums: bool, backward: tuple[Tensor, ...] | None,
-    sources: bool,
+    rows: _Rows, statistics: Tensor, nearest: Tensor, scale: float, eps: float, columns: bool, sums: bool,
+    backward: tuple[Tensor, ...] | None, sources: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """_attend: the parts of the masses, the moments and the sums, and how many parts."""
     b, n, m, c = rows.sizes
@@ -696,8 +734,8 @@ def _sweep(
     out = torch.empty((b, splits, owners, c), dtype=torch.float32, device=rows.x.device) if sums else mass
     rate, top, listed, count, winner, pull = backward or (mass,) * 6
     _attend[(cdiv(owners, tile.owners) * splits, b, max(1, cdiv(c, tile.channels)) if sums else 1)](
-        rows.x_sweep, rows.y_sweep, rows.x, rows.y, rows.x_norm, rows.y_norm, statistics, rate, top, listed, count, winner,
-        pull, mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns,
+        rows.x_sweep, rows.y_sweep, rows.x, rows.y, rows.x_norm, rows.y_norm, statistics, nearest, rate, top, listed, count,
+        winner, pull, mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns,
         BACKWARD=backward is not None, SUM=sums, SOURCES=sources, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide,
         BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth, BLOCK_C=tile.channels, **tile.options,
     )  # fmt: skip
@@ -725,17 +763,17 @@ def contextual_similarity(
         return value, winner, statistics, nearest, mean
     rows, scale = _rows(x, y, distance), 1.0 / bandwidth
     prior = _prior_of(prior_rows, prior_columns, prior_weight, rows.x)
-    _extreme(rows, prior, statistics, log_sum, scale, eps, True, False, statistics, nearest, 3 * n, log_sum)
-    mass, moment, out, splits = _sweep(rows, statistics, scale, eps, False, keep_mean, None, sources)
+    _extreme(rows, prior, statistics, nearest, log_sum, scale, eps, True, False, statistics, nearest, 3 * n, log_sum)
+    mass, moment, out, splits = _sweep(rows, statistics, nearest, scale, eps, False, keep_mean, None, sources)
     by_nearest = not sources and not prior.there
     _finish[(cdiv(n, ROWS), b)](
-        mass, moment, out, statistics, log_sum, nearest, value, winner, mean, n, splits, scale, eps, C=c, TARGETS=by_nearest,
-        MEAN=keep_mean, BLOCK_R=ROWS, BLOCK_C=_depth(c, 64), num_warps=4,
+        mass, moment, out, rows.y, statistics, log_sum, nearest, value, winner, mean, n, m, splits, scale, eps, C=c,
+        TARGETS=by_nearest, MEAN=keep_mean, BLOCK_R=ROWS, BLOCK_C=_depth(c, 64), num_warps=4,
     )  # fmt: skip
     if not by_nearest:
         # A maximum passes over what is not a number, which eager would return.
         poison = (log_sum - log_sum).sum(1)
-        _extreme(rows, prior, statistics, log_sum, scale, eps, False, sources, value, winner, owners, poison)
+        _extreme(rows, prior, statistics, nearest, log_sum, scale, eps, False, sources, value, winner, owners, poison)
     return value, winner, statistics, nearest, mean
 
 
@@ -767,10 +805,10 @@ def contextual_similarity_backward(
     grad, value, winner, statistics, nearest, mean = (t.contiguous() for t in (grad, value, winner, statistics, nearest, mean))
     order, starts = _grouped(winner, n if sources else m) if sources or need_y else (winner, winner)
     pull = torch.empty_like(value)
-    rate, swept_rate, toward = (torch.empty((b, n), dtype=torch.float32, device=x.device) for _ in range(3))
+    rate, swept_rate, toward, toward_columns = (torch.empty((b, n), dtype=torch.float32, device=x.device) for _ in range(4))
     _share[(cdiv(n, ROWS), b)](
-        grad, value, winner, order, starts, prior.rows, prior.columns, statistics, rate, swept_rate, pull, toward, n, m,
-        *prior.sizes, scale, eps, prior.weight, SOURCES=sources, PRIOR=prior.there, BLOCK_R=ROWS,
+        grad, value, winner, order, starts, prior.rows, prior.columns, statistics, nearest, rate, swept_rate, pull, toward,
+        toward_columns, n, m, *prior.sizes, scale, eps, prior.weight, SOURCES=sources, PRIOR=prior.there, BLOCK_R=ROWS,
         BLOCK_E=ENTRIES if sources else 1, num_warps=4,
     )  # fmt: skip
     active = rate != 0
@@ -784,13 +822,13 @@ def contextual_similarity_backward(
         listed, count = _listed(swept)
         pulls = pull.clone() if need_x and need_y else pull
         mass, _, out, splits = _sweep(
-            rows, statistics, scale, eps, columns, True, (swept_rate, top, listed, count, winner, pulls), sources
+            rows, statistics, nearest, scale, eps, columns, True, (swept_rate, top, listed, count, winner, pulls), sources
         )
         near = _grouped(nearest, m) if columns else (nearest, nearest)
         own, other = (rows.y, rows.x) if columns else (rows.x, rows.y)
         _gradient[(cdiv(own.shape[1], OWNERS), b, grid)](
-            own, other, gradient, order, starts, winner, pulls, *near, nearest, toward, rate, swept_rate, top,
-            swept.to(torch.int32), mass, out, mean, own.shape[1], other.shape[1], splits, C=c, DISTANCE=distance,
+            own, other, gradient, order, starts, winner, pulls, *near, nearest, toward_columns if columns else toward,
+            statistics, rate, swept_rate, top, swept.to(torch.int32), mass, out, mean, own.shape[1], other.shape[1], splits, C=c, DISTANCE=distance,
             COLUMNS=columns, LISTED=columns != sources, MEAN=kept and not columns, BLOCK_R=OWNERS, BLOCK_E=ENTRIES,
             BLOCK_C=block, num_warps=4,
         )  # fmt: skip
@@ -808,7 +846,7 @@ def _variants() -> list[Aot]:
         ("x_norm", "y_norm", "prior_rows", "prior_columns", "statistics", "log_sum", "value", "poison"), "*fp32"
     )
     floats |= dict.fromkeys(
-        ("part", "rate", "rate_top", "swept_rate", "toward", "pull", "mass", "moment", "out", "mean"), "*fp32"
+        ("part", "rate", "rate_top", "swept_rate", "toward", "toward_columns", "pull", "mass", "moment", "out", "mean"), "*fp32"
     )
     floats |= {"norm": "*fp32"} | dict.fromkeys(("scale", "eps", "weight"), "fp32")
     ints = dict.fromkeys(("rows", "count", "winner", "order", "starts", "near_order", "near_starts", "nearest"), "*i64")

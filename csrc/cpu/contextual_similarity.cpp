@@ -387,7 +387,7 @@ struct Forward {
       const double total = totals[i] = double(equal) + double(rest[i]);
       if (m - m != T(0)) moment = m - m;  // not a number where the distance is none, or infinite
       statistics[row + i] = m;
-      statistics[s.n + row + i] = T(std::log(total));
+      statistics[s.n + row + i] = T(double(equal - 1) + double(rest[i]));
       statistics[2 * s.n + row + i] = T(-a.bandwidth * double(moment) / total);
       nearest[row + i] = lowest_;
       numbers = numbers && moment == moment;
@@ -516,7 +516,7 @@ struct Backward {
   // dx of a row from the kept mean, all of it relative to the nearest: W y = (V O - sum over its columns of g' A (y - y_nearest)) /
   // (h r) + rbar y_nearest, O = sum_j A (y_j - y_nearest).
   void from_mean(int64_t i) const {
-    const double log_total = double(statistics[s.n + i]);
+    const double log_total = std::log1p(double(statistics[s.n + i]));
     const T scale = scale_of(a, statistics[i]);
     const T *near = y + nearest[i] * s.c, *o = mean + i * s.c;
     T* to = dx + i * s.c;

@@ -32,9 +32,9 @@ def contextual_similarity(
     x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
     eps: float, distance: str, over: str, keep_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, log sum_j exp(-t'_ij/h) and sum_j A_ij t'_ij as
-    (B, 3, N), with t'_ij = t_ij - m_i / r_i; the index a of m_i (B, N); sum_j A_ij (y_j - y_a) (B, N, C) if ``keep_mean``.
-    Ties go to the lowest index. The prior is P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). Only the
+    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, sum_j exp(-t'_ij/h) but for the nearest,
+    which adds 1, and sum_j A_ij t'_ij as (B, 3, N), with t'_ij = t_ij - m_i / r_i; the index a of m_i (B, N);
+    sum_j A_ij (y_j - y_a) (B, N, C) if ``keep_mean``. Ties go to the lowest index. The prior is P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). Only the
     maxima have a derivative.
 
     A does not see what is added to a row of t. Relative to the nearest target nothing cancels where x_i lies on it, which
@@ -54,7 +54,8 @@ def contextual_similarity(
     winner = similarity.argmax(axis)
     value = similarity.gather(axis, winner.unsqueeze(axis)).squeeze(axis)
     with torch.no_grad():
-        statistics = torch.stack((least.squeeze(2), logits.logsumexp(2), (a * t).sum(2)), 1)
+        rest = logits.exp().scatter(2, at, 0).sum(2)
+        statistics = torch.stack((least.squeeze(2), rest, (a * t).sum(2)), 1)
         mean = value.new_empty(0)
         if keep_mean:
             others = a.scatter(2, at, 0)
