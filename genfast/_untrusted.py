@@ -37,8 +37,9 @@ def build(metadata: dict[str, str], tensors: dict[str, Tensor], file: Path) -> A
     """
     bins, config = _bins(metadata, file), _config(metadata, file)
     name = metadata["model"]
-    # Both bounds are far above what building takes for what the file brings, and far below what would be felt.
-    budget = _Shapes(20_000 + 400 * len(tensors), 2**22 + 4 * sum(t.numel() for t in tensors.values()))
+    # Twice what the models here take and more: they make up to four tensors for each of their own, and one for each order.
+    orders = sum(len(t) for t in tensors.values() if t.dim() == 2 and not t.is_floating_point())
+    budget = _Shapes(200 + 8 * len(tensors) + 2 * orders, 2**22 + 4 * sum(t.numel() for t in tensors.values()))
     try:
         with torch.random.fork_rng(devices=[]), budget:
             shapes: dict[str, Tensor] = models.build(name, **config).state_dict()
@@ -93,8 +94,8 @@ class _Shapes(TorchFunctionMode):
     Not the device "meta" for all: constructors read the whole numbers that they make, orders and degrees.
 
     Args:
-        calls: of torch's functions.
-        elements: of whole numbers.
+        calls: of the functions that make tensors.
+        elements: of tensors that take memory.
     """
 
     weights = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye)
@@ -108,16 +109,17 @@ class _Shapes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        if func in self.weights and kwargs.get("device") is None and dtype.is_floating_point:
-            kwargs["device"] = "meta"
-            kwargs.pop("generator", None)
-        out = func(*args, **kwargs)
-        self.calls -= 1
-        self.elements -= out.numel() if func in self.numbers else 0
-        if min(self.calls, self.elements) < 0:
-            raise ValueError("its config asks for more than the file holds")
-        return out
+        if func in self.weights or func in self.numbers:
+            shape = func(*args, **{k: v for k, v in kwargs.items() if k != "generator"} | {"device": "meta"})
+            without = func in self.weights and kwargs.get("device") is None and shape.is_floating_point()
+            self.calls -= 1
+            self.elements -= 0 if without else shape.numel()
+            # Raised nowhere else: what ends a torch.no_grad() comes through here too, and must end it.
+            if min(self.calls, self.elements) < 0:
+                raise ValueError("its config asks for more than the file holds")
+            if without:
+                return shape
+        return func(*args, **kwargs)
 
 
 def _check_shapes(shapes: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:

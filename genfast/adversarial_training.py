@@ -22,9 +22,8 @@ from .reference.modes import evaluating
 from .training import TrainingError
 
 SIDES = ("critic", "generator")
-DIVERGED = (
-    1e4  # times its first loss, or 1: a critic's loss has no scale of its own, and grows by a hundred in runs that do well
-)
+# The values of a critic with slope 1 differ by the diameter of the data, 2 sqrt(D) in [-1, 1]^D; D would be 2.5e11 here.
+DIVERGED = 1e6
 
 
 class StepLosses(NamedTuple):
@@ -264,15 +263,13 @@ class AdversarialTrainer:
             self.model.generator = live
 
     def diverged(self) -> str | None:
-        """What to say of a run whose losses are far from those that it began with, judged by its last steps."""
-        recent, first = self.history[-training.RECENT :], self.history[0] if self.history else None
-        for side in SIDES if first is not None else ():
-            value = statistics.median(abs(getattr(h, side)) for h in recent)
-            began = max(1.0, abs(getattr(first, side)))
-            if not value <= DIVERGED * began:
+        """What to say of a run with a loss that no critic of its data can have, judged by its last steps."""
+        for side in SIDES if self.history else ():
+            value = statistics.median(abs(getattr(h, side)) for h in self.history[-training.RECENT :])
+            if not value <= DIVERGED:
                 return (
-                    f"the run diverged: the {side}'s loss is {value:.4g} after {len(self.history)} steps, {began:.4g} at its "
-                    "first: lower the learning rate or raise the penalty's weight"
+                    f"the run diverged: the {side}'s loss is {value:.4g} after {len(self.history)} steps: lower the learning rate "
+                    "or raise the penalty's weight"
                 )
         return None
 
@@ -419,7 +416,7 @@ def train(
         BlockingIOError: another process trains in ``out``.
         ValueError: model, data and recipe that do not fit each other or the checkpoint, or a checkpoint that is damaged.
         ImportError: matplotlib, which draws the curves, is not installed.
-        TrainingError: a loss or a gradient is not finite, or a loss is far from all that it began with.
+        TrainingError: a loss or a gradient is not finite, or a loss is larger than any critic's.
         KeyboardInterrupt: after the last checkpoint has been written.
     """
     out = Path(out)

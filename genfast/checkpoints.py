@@ -120,6 +120,7 @@ def _lock(out: Path) -> Iterator[None]:
     """
     error: OSError | None = None
     descriptor: int | None = None
+    new = not out.exists()
     if distributed.first():
         try:
             _files.check_folder(out, "train: --out")
@@ -139,7 +140,8 @@ def _lock(out: Path) -> Iterator[None]:
                 (out / LOCK).unlink()
             os.close(descriptor)  # and with it the lock
             with contextlib.suppress(OSError):
-                out.rmdir()  # where nothing has been written
+                if new:
+                    out.rmdir()  # which fails unless nothing has been written
 
 
 def holding_folder(train: F) -> F:

@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
     except KeyboardInterrupt as error:  # SIGTERM too
         if os.environ.get("RANK", "0") == "0":
-            print(f"genfast: {error or 'interrupted'}", file=sys.stderr)
+            print(f"genfast: {str(error) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:  # whoever read this has read enough
         _discard_output()

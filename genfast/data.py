@@ -248,9 +248,9 @@ def picture(file: str | Path, *, background: str = "white") -> Any:
             return _rgb(image, 2**bits - 1, colour)
     except Image.DecompressionBombError as error:
         raise ValueError(f"picture: {str(path)!r} has too many pixels: {error}") from error
-    except ValueError:
-        raise
     except Exception as error:  # readers of damaged files raise whatever they meet
+        if str(error).startswith("picture:"):
+            raise
         raise OSError(f"picture: {str(path)!r} cannot be read: {error}") from error
 
 

@@ -371,7 +371,7 @@ def loop(
         pressed, ended = signalled.signum is not None, signalled.signum not in (None, signal.SIGINT)
         stop, terminated = distributed.total(pressed, ended)
         if stop:
-            raise _signals.interruption(signal.SIGTERM if terminated else signal.SIGINT)
+            raise _signals.interruption(signalled.signum or (signal.SIGTERM if terminated else signal.SIGINT))
 
     def late() -> bool:
         return bool(distributed.total(minutes is not None and time.monotonic() - start >= 60 * minutes)[0])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import genfast
 from genfast import _registry, _verify, cli
@@ -83,13 +86,55 @@ def test_train_then_sample(tmp_path, capsys):
         (["train", "glow", "--parallel", "fsdp"], "parallel='fsdp' needs a process group: start with torchrun"),
         (["train", "gan", "--parallel", "fsdp"], "gan takes no --parallel fsdp"),
         (["train", "gan", "--lazy", "0"], "lazy=0, expected at least 1"),
+        (["train", "glow", "--steps", "-5"], "train: steps=-5, expected at least 1"),
+        (["train", "wgan-gp", "--steps", "0"], "train: steps=0, expected at least 1"),
+        (["train", "vae", "--minutes", "0"], "train: minutes=0.0, expected a positive number"),
+        (["train", "glow", "--lr", "nan"], "train: lr=nan, expected a positive number"),
+        (["train", "glow", "--batch-size", "0"], "train: batch_size=0, expected at least 1"),
+        (["train", "gan", "--sample-every", "-1"], "sample_every=-1, expected at least 0"),
+        (["train", "glow", "--data", ""], "data: '' is neither 'digits', 'photos'"),
+        (["train", "glow", "--data", " "], "data: ' ' is neither 'digits', 'photos'"),
+        (["train", "glow", "--device", "cuda"], "device='cuda', and "),
+        (["train", "glow", "--device", "cuda:99"], "device='cuda:99', "),
+        (["train", "glow", "--device", "meta"], "device='meta', expected cpu or cuda"),
+        (["train", "glow", "--device", "abacus"], "device='abacus', expected cpu or cuda"),
+        (["train", "glow", "--resume", "--out", "nowhere"], "'nowhere' holds no checkpoint to resume"),
+        (["train", "glow", "--out", "file.png/run"], "train: --out: the folder 'file.png/run' cannot be written to: Not a dir"),
+        (["train", "glow", "--out", "file.png"], "train: --out: the folder 'file.png' cannot be written to: File exists"),
+        (["sample", "--checkpoint", "nowhere", "-n", "0"], "sample: n=0, expected at least 1"),
+        (["sample", "--checkpoint", "nowhere", "--device", "cuda"], "device='cuda', and "),
+        (
+            ["style", "--content", "china", "--style", "flower", "--out", "s.docx"],
+            "style: --out='s.docx' has the extension '.docx'",
+        ),
+        (["style", "--content", "china", "--style", "flower", "--out", "s"], "style: --out='s' has the extension ''"),
+        (["style", "--content", "china", "--style", "flower", "--sheet", "s.xbm"], "style: --sheet='s.xbm' has the extension"),
+        (
+            ["style", "--content", "china", "--style", "flower", "--out", "file.png/s.png"],
+            "cannot be written to: Not a directory",
+        ),
+        (["style", "--content", "china", "--style", "flower", "--out", "folder.png"], "style: --out='folder.png' is a folder"),
+        (["style", "--content", "china", "--style", "flower", "--out", "pipe.png"], "--out='pipe.png' is no regular file"),
+        (["style", "--content", "china", "--style", "flower", "--device", "cuda"], "device='cuda', and "),
+        (["style", "--content", "china", "--style", "file.png"], "picture: 'file.png' cannot be read"),
+        (["style", "--content", "pipe.png", "--style", "flower"], "'pipe.png' is neither a file nor one of"),
+        (["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "file.png"], "cannot be read"),
+        (["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "pipe.png"], "is no file"),
+        (["style", "--content", "china", "--style", "flower", "--background", "puce"], "background='puce', expected a colour"),
+        (["verify", "--json", "folder.png"], "verify: --json='folder.png' is a folder"),
+        (["demo", "--seconds", "0"], "demo: seconds=0.0, expected a positive number"),
+        (["demo", "--out", "file.png"], "demo: --out: the folder 'file.png' cannot be written to"),
     ],
 )
 def test_errors_are_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
-    if "cuda" in words and torch.cuda.is_available():
+    if ("cuda" in words or "cuda:99" in words) and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.png").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     assert cli.main(words) == 2
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "out") == ["file.png", "folder.png", "pipe.png"]
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert said[0].startswith("genfast: error: ")
@@ -128,7 +173,7 @@ def test_train_and_sample_a_gan_on_points(tmp_path, capsys):
     assert cli.main(words) == 0
     said = capsys.readouterr().out
     assert "2 steps, critic" in said
-    assert "of 25 modes" in said
+    assert " 0 of 25 modes" in said  # where some of 10,000 samples fall on some by chance
     assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "100"]) == 0
     with Image.open(picture) as image:
         assert min(image.size) > 400
@@ -156,3 +201,108 @@ def test_a_gan_takes_its_recipe_from_the_command_line(tmp_path, capsys):
     none = ["train", "r3gan", "--out", str(tmp_path / "other"), "--width", "8", "--steps", "1", "--penalty", "none"]
     assert cli.main(none) == 0
     assert json.loads((tmp_path / "other" / "metrics.json").read_text())["recipe"]["penalty"] is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One run on images and one on points."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["--batch-size", "8", "--hidden", "4", "--steps", "1"]
+    assert cli.main(["train", "glow", "--flow-steps", "1", "--out", str(folder / "glow"), *words]) == 0
+    assert cli.main(["train", "gan", "--data", "8gaussians", "--out", str(folder / "gan"), *words]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "message"),
+    [
+        ("glow", "s", "sample: --out='s' has the extension ''"),
+        ("glow", "s.svg", "has the extension '.svg'"),
+        ("glow", "s.xbm", "has the extension '.xbm'"),
+        ("gan", "s.bmp", "has the extension '.bmp'"),
+        ("gan", "s.pgf", "has the extension '.pgf'"),
+        ("glow", "file.png/s.png", "sample: --out: the folder 'file.png' cannot be written to"),
+        ("glow", "folder.png", "sample: --out='folder.png' is a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before_samples_are_drawn(trained, tmp_path, capsys, monkeypatch, model, out, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.png").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(cli.distributed, "sample", lambda *a, **k: pytest.fail("samples were drawn"))
+    assert cli.main(["sample", "--checkpoint", str(trained / model), "--out", out]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.png", "folder.png"]
+
+
+@pytest.mark.parametrize(("model", "out"), [("glow", "a.JPG"), ("glow", "new/a.webp"), ("gan", "a.svg"), ("gan", "a.pdf")])
+def test_pictures_of_other_kinds_are_written(trained, tmp_path, capsys, model, out):
+    assert cli.main(["sample", "--checkpoint", str(trained / model), "--out", str(tmp_path / out), "-n", "3"]) == 0
+    assert (tmp_path / out).stat().st_size > 100
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_data_are_read(tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cli.data, "load", lambda *a, **k: pytest.fail("the data were read"))
+    monkeypatch.setattr(cli._files.tempfile, "NamedTemporaryFile", refuse)  # the tests may run as root, whom nothing refuses
+    for words in (["train", "glow"], ["train", "gan"], ["style", "--content", "china", "--style", "flower"], ["demo"]):
+        out = tmp_path / ("s.png" if words[0] == "style" else "run")
+        assert cli.main([*words, "--out", str(out)]) == 2
+        assert "cannot be written to: Permission denied" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["train", "glow"], ["train", "wgan-gp", "--data", "8gaussians"], ["train", "vae"], ["demo"]])
+@pytest.mark.parametrize(
+    ("missing", "command"), [("matplotlib", "pip install matplotlib"), ("sklearn", "pip install scikit-learn")]
+)
+def test_what_a_run_needs_is_known_before_it_trains(tmp_path, capsys, monkeypatch, words, missing, command):
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "sklearn" and "8gaussians" in words:
+        words = ["train", "wgan-gp", "--data", "swissroll"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].endswith(command)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pixelcnn", "--channels", "8", "--layers", "1"],
+        ["glow", "--hidden", "4", "--flow-steps", "1"],
+        ["nade", "--hidden", "4"],
+        ["vae", "--hidden", "4"],
+        ["gan", "--hidden", "4"],
+        ["wgan-gp", "--data", "8gaussians", "--hidden", "4"],
+        ["dcgan", "--width", "4"],
+    ],
+)
+def test_a_run_that_diverges_is_one_line_and_status_1(tmp_path, capsys, words):
+    more = ["--steps", "12", "--batch-size", "8", "--lr", "1e6", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *words, *more]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert "there is no checkpoint from before" in said.err
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_a_checkpoint_without_levels_is_one_line(trained, tmp_path, capsys):
+    model, metadata, folder = genfast.training.load_checkpoint(trained / "glow")
+    (tmp_path / "weights").mkdir()
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, tmp_path / "weights" / "weights.safetensors", {**metadata, "bins": "1", "checksum": ""})
+    assert cli.main(["sample", "--checkpoint", str(tmp_path / "weights"), "--out", str(tmp_path / "s.png")]) == 2
+    assert "bins='1', expected 2 to 65536" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_a_full_standard_output_is_one_line(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "genfast: error: [Errno 28] No space left on device\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genfast import data, models, training
+from genfast import checkpoints, data, models, training
 
 SMALL = {"levels": 2, "steps": 1, "hidden": 4}
 
@@ -71,6 +71,48 @@ def test_every_model_trains_on_images(tmp_path, digits, name):
     assert (tmp_path / "run" / "samples.png").exists()
 
 
+def test_a_run_logs_every_step_once(tmp_path, digits, capsys, monkeypatch):
+    monkeypatch.setattr(training, "SPEAK", 0.0)  # a line for each step in the place of one for half a minute
+    options = {"config": SMALL, "batch_size": 8}
+    training.train("glow", digits, tmp_path / "run", steps=3, **options)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert said[1].startswith("glow on digits: step 2 of 3, bits_per_dim ")
+    assert said[1].endswith(" steps/s")
+    log = tmp_path / "run" / "log.csv"
+    with log.open("a") as file:
+        file.write("4,9.9,1.5\n5,9.")  # of steps that no checkpoint has, the last one torn
+    monkeypatch.setattr(training, "SPEAK", 30.0)
+    metrics = training.train("glow", digits, tmp_path / "run", steps=6, resume=True, batch_size=8)
+    assert capsys.readouterr().err == ""
+    rows = [line.split(",") for line in log.read_text().splitlines()]
+    assert rows[0] == ["step", "seconds", "bits_per_dim"]
+    assert [int(row[0]) for row in rows[1:]] == [1, 2, 3, 4, 5, 6]
+    seconds = [float(row[1]) for row in rows[1:]]
+    assert seconds == sorted(seconds)
+    assert sum(float(row[2]) for row in rows[1:]) / 6 == pytest.approx(metrics["train_bits_per_dim"])
+
+
+def test_a_picture_that_fails_does_not_end_a_run(tmp_path, digits, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        assert (tmp_path / "run" / "metrics.json").exists()  # which comes first, as the weights do
+        assert checkpoints.steps(tmp_path / "run") == [2]
+        raise RuntimeError("no\nfont")
+
+    monkeypatch.setattr(training, "plot_losses", fail)
+    monkeypatch.setattr(training, "image_grid", fail)
+    assert training.train("glow", digits, tmp_path / "run", config=SMALL, steps=2, batch_size=8)["steps"] == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"genfast: {tmp_path / 'run' / name} was not drawn: no font" for name in ("loss.png", "samples.png")]
+
+
+@pytest.mark.parametrize(("steps", "minutes"), [(0, None), (-5, None), (None, 0.0), (None, float("nan"))])
+def test_a_run_has_a_length(tmp_path, digits, steps, minutes):
+    with pytest.raises(ValueError, match="steps=.*, expected at least 1|minutes=.*, expected a positive number"):
+        training.train("glow", digits, tmp_path / "run", steps=steps, minutes=minutes)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("where", ["replace", "save"])
 def test_a_crash_while_saving_keeps_the_last_checkpoint(tmp_path, digits, monkeypatch, where):
     run = tmp_path / "run"
@@ -99,9 +141,39 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, digi
     broken = data.Dataset("digits", digits.train, digits.test, digits.bins)
     real = models.dequantize
     monkeypatch.setattr(training.models, "dequantize", lambda *a, **k: real(*a, **k) * float("nan"))
-    with pytest.raises(training.TrainingError, match="the loss is nan at step 5"):
+    with pytest.raises(training.TrainingError, match="the loss is nan at step 5.*; checkpoint-4 is kept in"):
         training.train("glow", broken, run, steps=8, resume=True)
     assert training.latest(run).name == "checkpoint-4"
+    with pytest.raises(training.TrainingError, match="the loss is nan at step 1.*; there is no checkpoint from before"):
+        training.train("glow", broken, tmp_path / "other", config=SMALL, steps=8)
+    assert not list(tmp_path.glob("other/checkpoint-*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path, digits):
+    trainer = training.Trainer(models.Glow(digits.shape, **SMALL), digits, batch_size=8)
+    trainer.step()
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
+    with pytest.raises(training.TrainingError, match="gradient of norm (nan|inf) at step 2"):
+        trainer.step()
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_a_run_that_is_worse_than_guessing_is_no_result(tmp_path, digits):
+    """With losses that are finite: what a run of 4.9e9 bits/dim had."""
+    options = {"config": {"channels": 8, "layers": 1}, "steps": 12, "batch_size": 8, "lr": 1e6}
+    said = r"diverged: .* bits/dim after {} steps, 4\.\d+ at its first step: lower the learning rate; {}"
+    with pytest.raises(training.TrainingError, match=said.format(12, "there is no checkpoint from before")):
+        training.train("pixelcnn", digits, tmp_path / "run", **options)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.csv"]
+    with pytest.raises(training.TrainingError, match=said.format(2, "checkpoint-1 is kept in")):
+        training.train("pixelcnn", digits, tmp_path / "other", save_every=1, **options)
+    model, _, checkpoint = checkpoints.load(tmp_path / "other")  # not pushed out by worse ones
+    assert checkpoint.name == "checkpoint-1"
+    # After one step it is only what the held-out images cost that shows it; the run has its metrics.
+    with pytest.raises(training.TrainingError, match=r"bits/dim on held-out images, 4\.\d+ at its first step.*; see"):
+        training.train("pixelcnn", digits, tmp_path / "one", **(options | {"steps": 1}))
+    assert json.loads((tmp_path / "one" / "metrics.json").read_text())["test_bits_per_dim"] > 1000
 
 
 def test_interrupting_keeps_a_checkpoint_and_exits_130(tmp_path):
