@@ -154,9 +154,13 @@ class Convolution(Weighted):
         self.weight, self.bias, self.dtype = weight, bias, x.dtype
         self.options = (stride, padding, dilation, transposed, output_padding, groups)
         self.to: dict[str, Any] = {"dtype": autocast_dtype(x)}
-        if x.dim() == 4 and x.is_cpu and tape.channels_last:
-            self.to["memory_format"] = torch.channels_last  # oneDNN's convolutions are 1.1 to 4 times as fast
-            tape.converted = tape.converted or not x.is_contiguous(memory_format=torch.channels_last)
+        if x.dim() == 4 and x.is_cpu:
+            if weight.shape[2:] == (1, 1) and max(stride) > 1 and (x.shape[1] % 16 or weight.shape[0] % 16):
+                # In channels_last these write beyond their memory (oneDNN in torch 2.13, seen with AVX2 and 3 to 6 channels).
+                self.to["memory_format"] = torch.contiguous_format
+            elif tape.channels_last:  # oneDNN's convolutions are 1.1 to 4 times as fast
+                self.to["memory_format"] = torch.channels_last
+                tape.converted = tape.converted or not x.is_contiguous(memory_format=torch.channels_last)
         to, dtype = self.to, self.to["dtype"]
         self.w = weight.detach().to(**to)
         x = x.detach().to(**to)
@@ -406,16 +410,22 @@ def may_overwrite(tape: Tape, func: Any, place: Any) -> bool:
         if readers or place.requires_grad or lasting or not place.dtype.is_floating_point:
             raise Unsupported(f"{_name(func)} of a value that depends on x into a tensor that does not")
         return False
-    if readers:
-        pointer = place.untyped_storage().data_ptr()
-        for rule in tape.rules:
-            for held in vars(rule).values():
-                for x in held if isinstance(held, list) else (held,):
-                    readers -= isinstance(x, Tensor) and x.untyped_storage().data_ptr() == pointer
-        if readers > 0:
-            raise Unsupported(f"{_name(func)} in place on memory that another tensor reads")
-        return False
-    return True
+    if not readers:
+        return True
+    ours = {id(x): x for x in (place._base,) if x is not None}  # handlers make views of aliases that no one else sees
+    if readers == len(ours):
+        return True
+    for rule in tape.rules:
+        for value in vars(rule).values():
+            for x in value if isinstance(value, list) else (value,):
+                if isinstance(x, Tensor) and x is not place:
+                    ours[id(x)] = x
+                    if x._base is not None:
+                        ours[id(x._base)] = x._base
+    pointer = place.untyped_storage().data_ptr()
+    if readers > sum(x.untyped_storage().data_ptr() == pointer for x in ours.values()):
+        raise Unsupported(f"{_name(func)} in place on memory that another tensor reads")
+    return False
 
 
 def _arithmetic(sign: float, reverse: bool = False, in_place: bool = False) -> Handler:

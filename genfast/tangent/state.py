@@ -120,7 +120,7 @@ class _Search:
 
     def _attributes(self, thing: Any, depth: int) -> None:
         held = getattr(thing, "__dict__", {})
-        for name in self.names:
+        for name in tuple(self.names):
             if name in held:
                 self._visit(held[name], depth - 1)
             elif not isinstance(thing, types.ModuleType):
