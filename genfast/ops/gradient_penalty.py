@@ -350,7 +350,9 @@ def _fallback(call: _Call, critic: Critic, x: Tensor, context: Sequence[Tensor],
         value, norms = _double_backward(call, critic, x, context, s)
         if s.method == "auto" and value.requires_grad and not known.differentiated_twice:
             # a missing second derivative shows only now
-            torch.autograd.grad(value, _ends(value, (x, *context)), retain_graph=True, allow_unused=True)
+            with tangent.restored(critic) as put_back:  # a checkpoint runs a part of the critic once more
+                torch.autograd.grad(value, _ends(value, (x, *context)), retain_graph=True, allow_unused=True)
+                put_back()
             known.differentiated_twice = True
         return value, norms
     except (NotImplementedError, RuntimeError) as error:

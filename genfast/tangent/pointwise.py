@@ -248,20 +248,23 @@ def _smooth(kind: Callable[[dict[str, Any]], str | None], names: tuple[str, ...]
         if len(args) > len(names) or any(k not in names for k in kwargs):
             return otherwise(tape, func, args, kwargs)
         given = dict(zip(names, _named(args, kwargs, names, defaults)))
-        form = kind(given)
-        x = given["input"].detach()
-        if form is None or not x.dim() or x.dtype not in (torch.float32, torch.float64):
+        form, place = kind(given), given["input"]
+        if form is None or not place.dim() or place.dtype not in (torch.float32, torch.float64):
             return otherwise(tape, func, args, kwargs)
-        inplace = given.get("inplace")
-        if inplace:
-            may_overwrite(tape, func, given["input"])
+        if given.get("inplace"):
+            may_overwrite(tape, func, place)
+        x = place.detach()
         rule = Smooth(x, form)
         options = [given[n] for n in names[1:] if n != "inplace"]
         y = func(x, *options) if func is not F.gelu else F.gelu(x, approximate=given["approximate"])
         return (
+<<<<<<< HEAD
             overwritten(tape, rule, (given["input"],), given["input"], y)
             if inplace
             else tape.record(rule, (given["input"],), y)
+=======
+            overwritten(tape, rule, (place,), place, y) if given.get("inplace") else tape.record(rule, (place,), y)
+>>>>>>> 1e68d21 (In-place activations take the place of what rules keep; assignments, comparisons and constants that become active have rules)
         )
 
     return handler

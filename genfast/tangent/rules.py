@@ -1129,22 +1129,7 @@ class Autograd(Rule):
         self.leaves: list[Tensor] = []
         self.locals: list[Tensor] = []
         local_inputs: dict[int, Tensor] = {}
-
-        def place(a: Any) -> Any:
-            if isinstance(a, (tuple, list)) and not isinstance(a, torch.Size):
-                return type(a)(place(x) for x in a)
-            if not isinstance(a, Tensor) or not a.requires_grad:
-                return a
-            if id(a) not in local_inputs:
-                local_inputs[id(a)] = alias = a.detach().requires_grad_()
-                if tape.slot(a) >= 0:
-                    self.inputs.append(a)
-                else:
-                    self.leaves.append(a)
-                    self.locals.append(alias)
-            return local_inputs[id(a)]
-
-        new_args, new_kwargs = tuple(place(a) for a in args), {k: place(v) for k, v in kwargs.items()}
+        new_args, new_kwargs = self._local(tape, (args, kwargs), local_inputs)
         self.active = [local_inputs[id(a)] for a in self.inputs]
         with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             self.result = func(*new_args, **new_kwargs)
@@ -1158,6 +1143,24 @@ class Autograd(Rule):
         self.pulled: list[tuple[Tensor, int]] = []
         self.cotangents: list[Tensor] = []
         self.curvature: list[Maybe] = [None] * len(self.inputs)
+
+    def _local(self, tape: Tape, a: Any, made: dict[int, Tensor]) -> Any:
+        """Arguments with an alias, that a derivative can be taken by, of each tensor that requires gradients."""
+        if isinstance(a, dict):
+            return {k: self._local(tape, v, made) for k, v in a.items()}
+        if isinstance(a, (tuple, list)) and not isinstance(a, torch.Size):
+            values = [self._local(tape, x, made) for x in a]
+            return type(a)(*values) if hasattr(a, "_fields") else type(a)(values)
+        if not isinstance(a, Tensor) or not a.requires_grad:
+            return a
+        if id(a) not in made:
+            made[id(a)] = alias = a.detach().requires_grad_()
+            if tape.slot(a) >= 0:
+                self.inputs.append(a)
+            else:
+                self.leaves.append(a)
+                self.locals.append(alias)
+        return made[id(a)]
 
     @property
     def collects(self) -> bool:
@@ -1273,6 +1276,19 @@ def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 HANDLERS["otherwise"] = otherwise
+
+
+def _constant(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What has no derivative: comparisons, positions."""
+    return func(*args, **kwargs)  # gradients are off
+
+
+for _f in _pairs(
+    "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal", "isnan", "isinf",
+    "isfinite", "isclose", "allclose", "equal", "argmax", "argmin", "argsort", "nonzero", "count_nonzero", "signbit",
+    "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__",
+):  # fmt: skip
+    HANDLERS[_f] = _constant
 
 
 @handles(T.detach, T.data.__get__)  # type: ignore[attr-defined]
