@@ -381,11 +381,18 @@ def _unsupported(op: str, critic: Critic, error: Exception, s: _Settings) -> Non
         )
 
 
-def _failure(error: Exception, s: _Settings) -> Exception:
+def _failure(op: str, critic: Critic, error: Exception, s: _Settings) -> Exception:
     """An exception of the exact form, after which the plain way is tried: what that raises is the caller's own error."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):  # the plain way takes more
         raise error
-    return error if s.method == "exact" else error.with_traceback(None)  # whose frames hold the record
+    if s.method == "exact":
+        if isinstance(error, tangent.Unsupported):
+            _unsupported(op, critic, error, s)
+        return error
+    inner: BaseException | None = error
+    while inner is not None:  # the frames hold the record
+        inner = inner.with_traceback(None).__context__
+    return error
 
 
 def _exact(
@@ -417,9 +424,10 @@ def _run_penalty(
             try:
                 return _exact(call, critic, x, context, s, start)
             except Exception as error:
-                failed = _failure(error, s)
                 start()
-    value, norms = _fallback(call, critic, x, context, s)
+                failed = _failure(call.op, critic, error, s)
+    plain_settings = s._replace(method="autograd") if s.method == "exact" else s
+    value, norms = _fallback(call, critic, x, context, plain_settings)
     if failed is not None:
         _unsupported(call.op, critic, failed, s)
     if torch.is_grad_enabled():  # a zero gradient to every parameter, as the exact form gives
@@ -571,8 +579,8 @@ def _step(
                     step = _separate(call, critic, real, fake, at, contexts, loss, s, restore, batching)
                 return step
             except Exception as error:
-                failed = _failure(error, s or _NO_PENALTY)
                 restore()
+                failed = _failure(op, critic, error, s or _NO_PENALTY)
     d_real, d_fake = (call.logits(call.read(critic(x, *c), len(x)), len(x)) for x, c in zip((real, fake), contexts))
     adversarial = loss(d_real, d_fake)
     penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)

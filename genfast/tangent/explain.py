@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .critic import Critic, Pass, alone
+from .critic import Critic, Pass, alone, per_sample_outputs
 from .state import restored
 from .tape import Tape, Unsupported
 
@@ -45,14 +45,19 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
                 recorded.sweep(recorded.input_gradient(len(x)))  # a missing second derivative shows only now
                 restore()
             break
-        except Unsupported as error:
-            text = f"double backward of the whole critic, or finite differences where that is missing: {error}"
+        except Exception as error:
+            reason = str(error)
+            if not isinstance(error, Unsupported):
+                if example is None:
+                    last = error
+                    continue
+                with restored(original) as restore:  # an error of the critic's own is told as it is
+                    per_sample_outputs("explain", original(x, *given), len(x))
+                    restore()
+                reason = f"{type(error).__name__}: {error}"
+            text = f"double backward of the whole critic, or finite differences where that is missing: {reason}"
             print(text)
             return text
-        except (RuntimeError, ValueError, TypeError) as error:
-            if example is not None:
-                raise
-            last = error
     if recorded is None:
         reason = f": {last}" if tried else ""
         raise ValueError(f"explain: no example fits this critic{reason}; give one, such as torch.randn(2, 3, 64, 64)")

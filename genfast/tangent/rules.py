@@ -1041,18 +1041,16 @@ class Where(Rule):
 # ---- random numbers ----
 
 
-def _plain_like(tape: Tape, x: Tensor, function: Any = torch.empty_like, **options: Any) -> Tensor:
+def _plain_like(tape: Tape, x: Tensor, function: Callable[..., Tensor], **options: Any) -> Tensor:
     """``function(x)`` in the memory order that x has in plain code, in which random numbers are drawn.
 
     Only convolutions work in another order here, and four axes show whether that is so.
     """
     if not tape.converted or options.get("memory_format") not in (None, torch.preserve_format):
-        y: Tensor = function(x, **options)
-        return y
+        return function(x, **options)
     if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise PlainLayoutNeeded
-    y = function(x, **(options | {"memory_format": tape.memory_format}))
-    return y
+    return function(x, **(options | {"memory_format": tape.memory_format}))
 
 
 @handles(

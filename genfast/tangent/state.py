@@ -34,12 +34,14 @@ def unwrapped(critic: Any) -> Any:
 
 @dataclass
 class Parts:
-    """What a callable is made of: modules, other objects with attributes, generators, and the code that it runs first."""
+    """What a callable is made of: modules, other objects with attributes, generators, the code that it runs first, and calls
+    into what cannot be looked into."""
 
     modules: list[nn.Module] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)
     generators: list[Any] = field(default_factory=list)
     codes: list[types.CodeType] = field(default_factory=list)
+    opaque: list[Any] = field(default_factory=list)
 
 
 def parts(critic: Any) -> Parts:
@@ -90,11 +92,15 @@ class _Search:
         elif isinstance(thing, types.ModuleType):
             if thing.__name__.split(".")[0] not in LIBRARIES:
                 self.plain.append((thing, depth))
-        elif not isinstance(thing, (types.BuiltinFunctionType, types.CodeType)):
+        elif isinstance(thing, types.BuiltinFunctionType):
+            self.parts.opaque.append(thing)
+        elif not isinstance(thing, types.CodeType):
+            if callable(thing):
+                self.parts.opaque.append(thing)
             if not isinstance(getattr(thing, "__dict__", {}), types.MappingProxyType):
                 self.parts.objects.append(thing)
             self.plain.append((thing, depth))
-            call = getattr(type(thing), "__call__", None)
+            call = _of_class(type(thing), "__call__")
             if isinstance(call, types.FunctionType):
                 self._visit(call, depth)
 
@@ -164,7 +170,8 @@ def _all_modules(roots: list[nn.Module]) -> list[nn.Module]:
 def _copied_generator(thing: Any) -> Callable[[], None] | None:
     """What puts a generator back to where it is now; None for what is no generator."""
     if isinstance(thing, torch.Generator):
-        return functools.partial(thing.set_state, thing.get_state())
+        put_back: Callable[..., Any] = thing.set_state
+        return functools.partial(put_back, thing.get_state())
     if isinstance(thing, random.Random):
         return functools.partial(thing.setstate, thing.getstate())
     numpy = sys.modules.get("numpy")
@@ -240,7 +247,7 @@ class State:
             if m._buffers:
                 self.bindings.append((m._buffers, m._buffers.copy()))
             if m._parameters:
-                self.bindings.append((m._parameters, m._parameters.copy()))  # type: ignore[arg-type]
+                self.bindings.append((m._parameters, m._parameters.copy()))
             self._attributes(m.__dict__)
         for thing in found.objects:
             held = getattr(thing, "__dict__", None)
@@ -314,14 +321,14 @@ class State:
                 value.clear()
                 value.update(before)
         with torch.no_grad():
-            for tensor, before in self.tensors:
+            for tensor, content in self.tensors:
                 if tensor.is_inference():
                     with torch.inference_mode():
-                        tensor.copy_(before)
-                elif tensor.shape != before.shape:
-                    tensor.data = before.clone()
+                        tensor.copy_(content)
+                elif tensor.shape != content.shape:
+                    tensor.data = content.clone()
                 else:  # ``data`` has a version counter of its own: what a graph has saved is valid again with its contents
-                    tensor.data.copy_(before)
+                    tensor.data.copy_(content)
         torch.default_generator.set_state(self.random)
         for i, state in self.devices:
             torch.cuda.set_rng_state(state, i)
@@ -368,21 +375,31 @@ def facts(critic: Any) -> Facts:
     They belong to the modules in it and to its code, so that a new lambda around the same module finds them again.
     """
     original = unwrapped(critic)
+    anchor: Any = original
+    key: Any = bool(getattr(critic, "training", False))
     if isinstance(original, nn.Module):
-        anchor, key, held = original, bool(getattr(critic, "training", False)), [original]
+        held = [original]
     else:
         found = parts(critic)
         held = found.modules
-        things = [*held, *found.codes]
+        things: list[Any] = [*held, *found.codes]
         if not things:
             return Facts(channels_last=False)
         anchor = things[0]
-        key = (tuple(m.training for m in held), tuple(map(weakref.ref, held)), tuple(found.codes))
+        opaque = () if held else tuple(map(_reference, found.opaque))  # all that tells such functions apart
+        key = (tuple(m.training for m in held), tuple(map(weakref.ref, held)), tuple(found.codes), opaque)
     per_mode = _FACTS.setdefault(anchor, {})
     if key not in per_mode:
         wanting = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)  # whose kernels copy channels_last
         per_mode[key] = Facts(channels_last=not any(isinstance(m, wanting) for root in held for m in root.modules()))
     return per_mode[key]
+
+
+def _reference(thing: Any) -> Any:
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return id(thing)
 
 
 @contextlib.contextmanager
