@@ -257,19 +257,7 @@ def _smooth(kind: Callable[[dict[str, Any]], str | None], names: tuple[str, ...]
         rule = Smooth(x, form)
         options = [given[n] for n in names[1:] if n != "inplace"]
         y = func(x, *options) if func is not F.gelu else F.gelu(x, approximate=given["approximate"])
-<<<<<<< HEAD
-        return (
-<<<<<<< HEAD
-            overwritten(tape, rule, (given["input"],), given["input"], y)
-            if inplace
-            else tape.record(rule, (given["input"],), y)
-=======
-            overwritten(tape, rule, (place,), place, y) if given.get("inplace") else tape.record(rule, (place,), y)
->>>>>>> 1e68d21 (In-place activations take the place of what rules keep; assignments, comparisons and constants that become active have rules)
-        )
-=======
         return overwritten(tape, rule, (place,), place, y) if given.get("inplace") else tape.record(rule, (place,), y)
->>>>>>> 2a6d0b0 (Explain tells of failures; functions without modules are told apart by what they call)
 
     return handler
 
