@@ -20,7 +20,6 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -64,6 +63,8 @@ def ordinary() -> Iterator[None]:
         if torch.is_autocast_enabled("cuda"):
             stack.enter_context(torch.autocast("cuda", enabled=False))
         if _peek_functorch() is not None:
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
             stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(_disable_current_modes())
         yield
