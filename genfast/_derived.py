@@ -20,7 +20,6 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -64,6 +63,8 @@ def ordinary() -> Iterator[None]:
         if torch.is_autocast_enabled("cuda"):
             stack.enter_context(torch.autocast("cuda", enabled=False))
         if _peek_functorch() is not None:
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
             stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(_disable_current_modes())
         yield
@@ -148,7 +149,8 @@ def derived(store: dict[Any, Any], key: Any, sources: tuple[Tensor, ...], make: 
             return entry.value
         value = make()
         copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in sources)
-        _must_be_ordinary(key, value)
+        if not _is_ordinary(value):
+            return None
         versions = tuple(map(_version, sources))
         spans = tuple(
             (0, 0, 0) if not t.is_cpu or not t.is_contiguous() else (t.data_ptr(), c.data_ptr(), t.nbytes)
@@ -158,7 +160,7 @@ def derived(store: dict[Any, Any], key: Any, sources: tuple[Tensor, ...], make: 
     return value
 
 
-def _must_be_ordinary(key: Any, value: Any) -> None:
-    for t in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(t, Tensor) and (not readable(t) or t.is_inference()):
-            raise AssertionError(f"{key}: a {type(t).__name__} of another mode would be kept")
+def _is_ordinary(value: Any) -> bool:
+    """Whether any call may use it: of a module on the meta device, nothing is."""
+    tensors = [t for t in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(t, Tensor)]
+    return all(readable(t) and not t.is_inference() for t in tensors)

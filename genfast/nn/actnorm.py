@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
+from .._derived import ordinary, readable
 from .bijection import Bijection
 
 
@@ -53,6 +54,20 @@ class ActNorm(Bijection):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Sets the parameters from a batch ``x`` (N, C, ...), unless that was done before."""
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            if x.is_meta or (type(x).__name__ == "FakeTensor" and not torch.compiler.is_exporting()):
+                return  # a call for shapes alone
+            if not readable(x, self.initialized):
+                raise RuntimeError(
+                    "ActNorm: the first call in training sets the parameters from its batch, which an exported or a batched "
+                    "one cannot; call the model once on a batch before, or call eval()"
+                )
+            with ordinary():
+                self._initialize(x)
+        else:
+            self._initialize(x)
+
+    def _initialize(self, x: Tensor) -> None:
         if bool(self.initialized):
             self._pending = False
             return

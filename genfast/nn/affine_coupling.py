@@ -209,6 +209,9 @@ class _Mix:
     def __init__(self, step: GlowStep, paired: bool) -> None:
         self.step, self.paired = step, paired
 
+    def modules(self) -> list[nn.Module]:
+        return [*self.step.actnorm.modules(), *self.step.conv.modules()]
+
     def forward(self, x: State, context: Tensor | None) -> tuple[Any, Tensor]:
         return self._mix(x, False, self.step.width)
 
@@ -230,6 +233,9 @@ class _Couple:
 
     def __init__(self, step: GlowStep, paired: bool) -> None:
         self.step, self.paired = step, paired
+
+    def modules(self) -> list[nn.Module]:
+        return list(self.step.coupling.modules())
 
     def forward(self, x: tuple[Tensor, Tensor], context: Tensor | None) -> tuple[Any, Tensor]:
         y_a, logdet = self._couple(x[0], self._params(x[1], context), False)

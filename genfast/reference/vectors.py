@@ -260,6 +260,8 @@ class MADE(VectorModel):
 
     def use(self, order: int) -> None:
         """Puts the network's masks into one of the orders."""
+        if len(self.orders) == 1:
+            return  # the only one that the network ever has
         if not torch.equal(self.network.order, self.orders[order]):
             self.network.resample(order=self.orders[order].cpu())
 

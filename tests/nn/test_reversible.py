@@ -141,17 +141,185 @@ def test_an_ill_conditioned_inverse_warns_with_the_measured_drift():
         z.sum().backward()
 
 
-def test_active_dropout_and_batch_norm_are_refused():
-    for layer in (nn.Dropout(0.5), nn.BatchNorm2d(4)):
-        step = gnn.GlowStep(4, nn.Sequential(nn.Conv2d(2, 4, 1), layer))
-        module = gnn.ReversibleSequential(step)
-        with pytest.raises(ValueError, match=f"0.coupling.conditioner.1 is a {type(layer).__name__} in training mode"):
-            module(torch.randn(2, 4, 4, 4))
-        module.eval()(torch.randn(2, 4, 4, 4))
-        step.train()
-        layer.eval()
-        module.train(False)
+class FunctionalDropout(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.3, training=True)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x)
+
+
+class Counter(nn.Module):
+    """A buffer of a user's own that each call moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return x * (1 + 0.1 * self.calls)
+
+
+def moving(kind):
+    """A conditioner whose calls move something."""
+    first, last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+    if kind == "spectral norm":
+        first, last = (nn.utils.parametrizations.spectral_norm(c) for c in (first, last))
+    elif kind == "old spectral norm":
+        first, last = (nn.utils.spectral_norm(c) for c in (first, last))
+    elif kind == "genfast spectral norm":
+        first, last = (gnn.spectral_norm(c) for c in (first, last))
+    between = {
+        "dropout": nn.Dropout(0.3), "functional dropout": FunctionalDropout(), "noise": Noise(), "counter": Counter(),
+        "batch norm": nn.BatchNorm2d(8), "rrelu": nn.RReLU(),
+    }.get(kind, nn.ReLU())  # fmt: skip
+    return nn.Sequential(first, between, last)
+
+
+class Duck(nn.Module):
+    """Somebody's coupling, no Bijection of ours: rebuilding it takes two calls of the conditioner."""
+
+    def __init__(self, conditioner):
+        super().__init__()
+        self.conditioner = conditioner
+
+    def _scales(self, x):
+        s, t = self.conditioner(x).chunk(2, 1)
+        return torch.tanh(s), t
+
+    def forward(self, x, context=None):
+        a, b = x.chunk(2, 1)
+        s, t = self._scales(b)
+        return torch.cat([b, a * s.exp() + t], 1), s.flatten(1).sum(1)
+
+    def inverse(self, z, context=None):
+        b, a = z.chunk(2, 1)
+        s, t = self._scales(b)
+        return torch.cat([(a - t) * (-s).exp(), b], 1), -s.flatten(1).sum(1)
+
+
+KINDS = [
+    "spectral norm", "old spectral norm", "genfast spectral norm", "dropout", "functional dropout", "noise", "counter",
+    "batch norm", "rrelu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["glow", "coupling", "duck"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_call_moves_is_replayed(kind, stage):
+    shared = moving(kind)
+    make = {"glow": lambda c: gnn.GlowStep(4, c), "coupling": lambda c: gnn.AffineCoupling(c, scale="tanh"), "duck": Duck}[
+        stage
+    ]
+    steps = [make(c) for c in (shared, moving(kind), shared)]
+    plain, reversible = gnn.FlowSequential(*steps), gnn.ReversibleSequential(*steps)
+    x = torch.randn(4, 4, 6, 6)
+    plain(x)
+    state = {name: value.clone() for name, value in plain.state_dict().items()}
+    found, after = [], []
+    for chain_ in (plain, reversible):
+        plain.load_state_dict(state)
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            runs = [gradients(chain_, x) for _ in range(2)]  # the second begins where the first has ended
+        found.append([g for _, grads in runs for g in grads])
+        after.append([*(b.clone() for b in plain.buffers()), torch.get_rng_state()])
+    for f, e in zip(found[1], found[0]):
+        torch.testing.assert_close(f, e, rtol=2e-3, atol=2e-5)
+    for f, e in zip(after[1], after[0]):
+        torch.testing.assert_close(f, e)
+
+
+def test_the_backward_meets_the_training_flags_and_the_autocast_of_the_forward():
+    steps = [gnn.AffineCoupling(moving("dropout"), scale="tanh") for _ in range(3)]
+    found = []
+    for kind in (gnn.FlowSequential, gnn.ReversibleSequential):
+        module = kind(*steps).train()
+        torch.manual_seed(1)
+        x = torch.randn(4, 4, 6, 6, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            z, logdet = module(x)
+        module.eval()
+        loss = z.float().square().mean() - logdet.mean()
+        found.append(torch.autograd.grad(loss, [x, *module.parameters()]))
+        assert not any(m.training for m in module.modules())
+    for f, e in zip(*found):
+        torch.testing.assert_close(f, e, rtol=2e-2, atol=2e-3)
+
+
+def test_random_numbers_that_begin_later():
+    steps = [gnn.AffineCoupling(moving("dropout"), scale="tanh") for _ in range(3)]
+    plain, reversible = gnn.FlowSequential(*steps), gnn.ReversibleSequential(*steps)
+    x = torch.randn(4, 4, 6, 6)
+    gradients(reversible.eval(), x)
+    assert reversible._draws is False
+    found = []
+    for chain_ in (plain.train(), reversible.train()):
+        torch.manual_seed(1)
+        found.append([*gradients(chain_, x)[1], torch.get_rng_state()])
+    for f, e in zip(found[1], found[0]):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-5)
+
+
+def test_two_forwards_before_their_backwards():
+    steps = [gnn.AffineCoupling(moving("spectral norm"), scale="tanh") for _ in range(2)]
+    plain, reversible = gnn.FlowSequential(*steps), gnn.ReversibleSequential(*steps)
+    x = torch.randn(4, 4, 6, 6)
+    plain(x)
+    state = {name: value.clone() for name, value in plain.state_dict().items()}
+    found = []
+    for chain_ in (plain, reversible):
+        plain.load_state_dict(state)
+        losses = [chain_(x)[0].square().mean(), chain_(2 * x)[0].square().mean()]
+        found.append([torch.autograd.grad(loss, list(chain_.parameters())) for loss in losses])
+    for f, e in zip(found[1][0] + found[1][1], found[0][0] + found[0][1]):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-5)
+
+
+def test_a_generator_of_a_modules_own_is_refused_by_name():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.generator = nn.Conv2d(2, 4, 1), torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            return self.conv(x) + torch.randn(x.shape[0], 4, *x.shape[2:], generator=self.generator)
+
+    module = gnn.ReversibleSequential(gnn.AffineCoupling(nn.Conv2d(2, 4, 1)), gnn.AffineCoupling(Own()))
+    z, _ = module(torch.randn(2, 4, 4, 4, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"1 \(AffineCoupling\) gives other numbers when the backward calls it again"):
+        z.sum().backward()
+
+
+def test_hooks_and_overridden_forwards_are_called():
+    class Doubled(gnn.GlowStep):
+        def forward(self, x, context=None):
+            z, logdet = super().forward(x, context)
+            return 2 * z, logdet + x[0].numel() * torch.tensor(2.0).log()
+
+        def inverse(self, z, context=None):
+            x, logdet = super().inverse(z / 2, context)
+            return x, logdet - x[0].numel() * torch.tensor(2.0).log()
+
+    steps = [Doubled(4, network(2, 4)) for _ in range(2)]
+    plain, reversible = gnn.FlowSequential(*steps), gnn.ReversibleSequential(*steps)
+    x = torch.randn(2, 4, 6, 6)
+    plain(x)
+    (loss, expected), (again, found) = gradients(plain, x), gradients(reversible, x)
+    torch.testing.assert_close(again, loss)
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-5)
+
+
+def test_batch_norm_flow_in_training_is_refused_by_name():
+    module = gnn.ReversibleSequential(gnn.BatchNormFlow(4))
+    with pytest.raises(ValueError, match="0 is a BatchNormFlow in training mode, which has no inverse"):
         module(torch.randn(2, 4, 4, 4))
+    module.eval()(torch.randn(2, 4, 4, 4))
 
 
 def test_second_derivatives_are_refused():
