@@ -53,8 +53,9 @@ def ordinary() -> Iterator[None]:
     tracing = _get_tracing_state()
     with contextlib.ExitStack() as stack:
         if tracing is not None:
-            _C._set_tracing_state(None)
-            stack.callback(_C._set_tracing_state, tracing)
+            set_tracing: Callable[[object], None] = _C._set_tracing_state  # type: ignore[attr-defined]
+            set_tracing(None)
+            stack.callback(set_tracing, tracing)
         stack.enter_context(_C.DisableTorchFunction())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

@@ -133,13 +133,14 @@ class Autoregressive(Swapped):
 
     def inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
         way = self.engine(self)
-        if not isinstance(way, str) and inputs.dim() == 2 and not torch.compiler.is_compiling():
-            made = self.autoregressive_net
-            if covered(inputs, context, made.initial_layer.weight) and self.inside(inputs):
-                layers = made_layers(made, context, self.gated)
-                found = None if isinstance(layers, str) else solve(self.kept(), layers, inputs, *way)
-                if found is not None:
-                    return found
+        made = self.autoregressive_net
+        fits = inputs.dim() == 2 and inputs.shape[1] == made.initial_layer.weight.shape[1]
+        fits = fits and not torch.compiler.is_compiling() and covered(inputs, context, made.initial_layer.weight)
+        if not isinstance(way, str) and fits and self.inside(inputs):
+            layers = made_layers(made, context, self.gated)
+            found = None if isinstance(layers, str) else solve(self.kept(), layers, inputs, *way)
+            if found is not None:
+                return found
         return super().inverse(inputs, context)  # type: ignore[misc]
 
     def inside(self, inputs: Tensor) -> bool:
