@@ -134,8 +134,13 @@ OP = Op(
 )
 
 
-def actnorm(x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, inverse: bool = False) -> tuple[Tensor, Tensor]:
+def actnorm(
+    x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, inverse: bool = False, shift_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """Activation normalisation: y = s x + b per channel, logdet = H W sum log|s|.
+
+    OpenAI's Glow, rosinality/glow-pytorch, y0ast/Glow-PyTorch and chaiyujin/glow-pytorch shift first, y = s (x + b), with a b
+    of the same shape: ``shift_first=True`` takes their parameters.
 
     Args:
         x: (N, C, ...) floating point.
@@ -143,6 +148,8 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, 
         bias: (C,).
         log_scale: how ``scale`` is to be read.
         inverse: computes x = (y - b) / s and the negated log-determinant.
+        shift_first: y = s (x + b) and x = y / s - b, at one more pass over x. Where x lies far from zero this form is the
+            one whose bias does not round: the other's b is as large as s x.
 
     Returns:
         (y, logdet): y like x; logdet (N,), float32 for half-precision x.
@@ -159,5 +166,14 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, 
         >>> x = torch.randn(2, 3, 8, 8)
         >>> y, logdet = genfast.ops.actnorm(x, torch.full((3,), 2.0), torch.zeros(3))
     """
-    result: tuple[Tensor, Tensor] = OP(x, scale, bias, log_scale, inverse)
-    return result
+    if not shift_first:
+        result: tuple[Tensor, Tensor] = OP(x, scale, bias, log_scale, inverse)
+        return result
+    _check_forward(x, scale, bias)
+    shift = bias.to(torch.promote_types(x.dtype, bias.dtype)).reshape(-1, *[1] * (x.dim() - 2))
+    none = torch.zeros_like(scale)
+    if inverse:
+        y, logdet = OP(x, scale, none, log_scale, True)
+        return (y - shift).to(x.dtype), logdet
+    y, logdet = OP((x + shift).to(x.dtype), scale, none, log_scale, False)
+    return y, logdet
