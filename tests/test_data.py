@@ -177,7 +177,7 @@ def test_a_folder_with_what_is_no_picture_names_it(tmp_path, capsys, name, write
 
 def png():
     file = io.BytesIO()
-    Image.fromarray(RAMP).save(file, "png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (20, 20), dtype=np.uint16)).save(file, "png")
     return file.getvalue()
 
 
