@@ -268,8 +268,8 @@ class AdversarialTrainer:
             value = statistics.median(abs(getattr(h, side)) for h in self.history[-training.RECENT :])
             if not value <= DIVERGED:
                 return (
-                    f"the run diverged: the {side}'s loss is {value:.4g} after {len(self.history)} steps: lower the learning rate "
-                    "or raise the penalty's weight"
+                    f"the run diverged: the {side}'s loss is {value:.4g} after {len(self.history)} steps: lower the learning "
+                    "rate or raise the penalty's weight"
                 )
         return None
 
