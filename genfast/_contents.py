@@ -6,29 +6,15 @@ make, that another library writes into shared memory, or that the replay of a CU
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-
-@functools.cache
-def _memcmp() -> Callable[[int, int, int], int] | None:
-    """C's, five times as fast as torch.equal, which compares one element after the other."""
-    try:
-        function: Any = ctypes.CDLL(None).memcmp
-    except (OSError, TypeError, AttributeError):
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
-    return function  # type: ignore[no-any-return]
-
-
-_PLAIN = (Tensor, Parameter)
+from ._derived import ordinary, same_numbers
 
 
 class Contents:
@@ -47,16 +33,8 @@ class Contents:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        tensors = list(tensors)
-        with torch.inference_mode(False), torch.no_grad():
-            self.copies = tuple(t.detach().clone() for t in tensors)
-        # A clone of a tensor with holes has other strides, so that equal strides mean that there are none.
-        self._plain = tuple(
-            (c.dtype, c.shape, c.stride(), c.data_ptr(), c.nbytes)
-            if type(c) is Tensor and c.is_cpu and not t.is_neg()
-            else None
-            for t, c in zip(tensors, self.copies)
-        )
+        with ordinary():
+            self.copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` have the dtypes, devices, shapes and elements that were copied.
@@ -65,16 +43,12 @@ class Contents:
         """
         if len(tensors) != len(self.copies):
             return False
-        compare = _memcmp()
-        for t, copy, plain in zip(tensors, self.copies, self._plain):
-            if plain is not None and compare is not None and type(t) in _PLAIN and t.is_cpu:
-                dtype, shape, stride, address, nbytes = plain
-                if t.dtype is dtype and t.shape == shape and t.stride() == stride:
-                    if compare(t.data_ptr(), address, nbytes):
+        with torch.no_grad():
+            for t, copy in zip(tensors, self.copies):
+                if t.is_cpu and copy.is_cpu and type(t) in (Tensor, Parameter):
+                    if not same_numbers(t, copy):
                         return False
-                    continue
-            with torch.no_grad():
-                if not (_alike(t, copy) and torch.equal(t, copy)):
+                elif not _alike(t, copy) or not torch.equal(t, copy):
                     return False
         return True
 
