@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -77,6 +78,42 @@ def in_both_precisions(network: nn.Module, call: Callable[[Any, torch.dtype], Te
     finally:
         torch.set_default_dtype(default)
     return outputs[0], outputs[1]
+
+
+def check_row(
+    name: str, module: nn.Module, x: Tensor, logdet: Tensor, again: Callable[[Any, torch.dtype], tuple[Tensor, Tensor]],
+    begins: Callable[[], str],
+) -> None:  # fmt: skip
+    """Compares one row that a degree program has solved with what the module makes of it.
+
+    Each x_i is solved again from z_i and from what the network makes of all of x, which must give x_i.
+
+    Args:
+        x, logdet: (1, D) and (1,), solved by the program.
+        again: (x, logdet) solved so with the module, or a copy of it in another dtype.
+        begins: where a difference begins, in words.
+
+    Raises:
+        SelfCheckError: they differ beyond rounding.
+    """
+    expected = again(module, x.dtype)
+
+    @functools.cache
+    def copies() -> tuple[Tensor, Tensor] | None:
+        return in_both_precisions(module, lambda m, dtype: torch.cat([t.flatten() for t in again(m, dtype)]))
+
+    for part, found, own in ((slice(0, -1), x, expected[0]), (slice(-1, None), logdet, expected[1])):
+
+        def both(part: slice = part) -> tuple[Tensor, Tensor] | None:
+            outputs = copies()
+            return None if outputs is None else (outputs[0][part], outputs[1][part])
+
+        error = beyond_rounding(found.flatten(), own.flatten(), both)
+        if error is not None:
+            raise SelfCheckError(
+                f"{name}: its inverse in the order of degrees differs from what its network says by {error:.2g} of the largest "
+                f"x or log-determinant of one row, and the difference begins at {begins()}"
+            )
 
 
 def first_layer(network: nn.Module, layers: Sequence[Layer], call: Callable[[], Any], x: Tensor) -> str:
