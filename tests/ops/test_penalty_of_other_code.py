@@ -4,6 +4,8 @@ Every critic here is called twice with the same seeds in plain code and by the o
 and the generators afterwards must agree.
 """
 
+# ruff: noqa: NPY002  critics draw from NumPy's global generator
+
 from __future__ import annotations
 
 import copy
@@ -145,7 +147,7 @@ def assigned(m, x):
 def summed_up(m, x):
     total = torch.zeros(N, WIDTH, dtype=x.dtype)
     total += m.a(x).tanh()
-    total.add_(m.b(total.sin()), alpha=0.5)
+    total.add_(m.b(m.a(x).sin()), alpha=0.5)
     factor = torch.ones(N, WIDTH, dtype=x.dtype)
     factor *= total
     factor.mul_(2).div_(3)
@@ -238,10 +240,11 @@ def test_a_step_is_equal_too(name):
     critic, x = build(*EXACT[name]), inputs()
     plain = copy.deepcopy(critic)
     step = ops.critic_step(critic, x, x + 1, loss="minimax", penalty="wgan-gp", points=x, batching="apart", method="exact")
-    gradient = flat(torch.autograd.grad(step.loss, trainable(critic)), trainable(critic))
+    gradient = flat(torch.autograd.grad(step.loss, trainable(critic), allow_unused=True), trainable(critic))
     loss = F.softplus(plain(x + 1)).mean() + F.softplus(-plain(x)).mean()
     expected = (
-        flat(torch.autograd.grad(loss, trainable(plain)), trainable(plain)) + double_backward(plain, x, trainable(plain))[1]
+        flat(torch.autograd.grad(loss, trainable(plain), allow_unused=True), trainable(plain))
+        + double_backward(plain, x, trainable(plain))[1]
     )
     assert float((gradient - expected).norm()) <= 1e-9 * float(expected.norm())
 
@@ -389,8 +392,8 @@ def test_a_step_takes_the_plain_way_too():
     plain = copy.deepcopy(critic)
     penalty, gradient = double_backward(plain, x, trainable(plain))
     loss = F.softplus(plain(x + 1)).mean() + F.softplus(-plain(x)).mean()
-    gradient = gradient + flat(torch.autograd.grad(loss, trainable(plain)), trainable(plain))
-    found = flat(torch.autograd.grad(step.loss, trainable(critic)), trainable(critic))
+    gradient = gradient + flat(torch.autograd.grad(loss, trainable(plain), allow_unused=True), trainable(plain))
+    found = flat(torch.autograd.grad(step.loss, trainable(critic), allow_unused=True), trainable(critic))
     torch.testing.assert_close(step.loss.detach(), (loss + penalty).detach())
     torch.testing.assert_close(found, gradient)
 
@@ -450,13 +453,19 @@ def test_a_proof_is_made_once():
     counted = []
     critic, x = build(lambda m, x: m.out(torch.logcumsumexp(m.a(x), 1))), inputs()
     critic.register_forward_hook(lambda *_: counted.append(1))
-    for _ in range(3):
-        ops.gradient_penalty(critic, x, x, points=x)
-    first = len(counted) - 2
-    assert first > 1
-    ops.gradient_penalty(lambda x: critic(x), x, x, points=x)
-    ops.gradient_penalty(lambda x: critic(x), x, x, points=x)
-    assert len(counted) <= 2 * first + 2 + 2
+
+    def passes(function):
+        counted.clear()
+        ops.gradient_penalty(function, x, x, points=x)
+        return len(counted)
+
+    def fresh():
+        return lambda x: critic(x)
+
+    assert passes(critic) > 1
+    assert passes(critic) == 1
+    assert passes(fresh()) > 1  # whose own code might do more
+    assert passes(fresh()) == 1
 
 
 # dtypes under autocast.
@@ -543,7 +552,7 @@ WRAPPED = {
 def test_a_new_function_at_each_call_runs_the_critic_once(name):
     torch.manual_seed(0)
     critic, counted = Stateful().double(), []
-    critic.norm.register_forward_hook(lambda *_: counted.append(1))
+    critic.norm.register_forward_hook(lambda module, *_: counted.append(1) if module is critic.norm else None)
     agree(critic, inputs(), calls=3, wrap=WRAPPED[name], method="exact")
     assert len(counted) == 3
 
@@ -585,7 +594,7 @@ def test_what_is_remembered_keeps_no_critic_alive():
     critic, x = Stateful(), inputs(torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ops.gradient_penalty(lambda x: critic(x), x, x, points=x)
+        ops.gradient_penalty(functools.partial(called, critic), x, x, points=x)
     gone = weakref.ref(critic)
     del critic
     gc.collect()
