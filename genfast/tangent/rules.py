@@ -1243,7 +1243,8 @@ def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         raise Unsupported(f"{name} of a value that depends on x")
     if tape.converted and _draws(name, args, kwargs):
         raise PlainLayoutNeeded
-    place, twin = None, _out_of_place(func, name)
+    place: Any = None
+    twin = _out_of_place(func, name)
     if twin is not None or kwargs.get("inplace"):
         place = args[0] if args else kwargs["input"]
         may_overwrite(tape, func, place)
