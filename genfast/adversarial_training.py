@@ -448,7 +448,7 @@ def train(
 
     def every() -> None:
         if sample_every and len(trainer.history) % sample_every == 0:
-            picture(out / "progress" / f"step-{len(trainer.history):07d}.png")
+            training.attempt(picture, out / "progress" / f"step-{len(trainer.history):07d}.png")
 
     seconds = training.loop(
         lambda: trainer.step()._asdict(), lambda: len(trainer.history), save, out, title=f"{name} on {data.name}", steps=steps,
