@@ -180,7 +180,7 @@ def _shown(path: str) -> str:
 
 
 def trace(network: nn.Module, conditions: Conditions) -> fx.GraphModule:
-    """The call of ``network`` with an image and ``conditions`` as a graph of the modules that this file knows, under "network.".
+    """The call of ``network`` with an image and ``conditions`` as a graph of modules that this file knows, under "network.".
 
     Raises:
         LoweringError: its Python code depends on values, or takes other arguments, or a module is called with hooks.
