@@ -227,3 +227,14 @@ def test_photos_train_in_colour(tmp_path):
     assert model.config["channels"] == 66
     assert cli.main(["train", "pixelcnn", "--levels", "4", "--out", str(tmp_path / "x")]) == 2
     assert cli.main(["train", "pixelcnn", "--filters", "4", "--out", str(tmp_path / "x")]) == 2
+
+
+@pytest.mark.parametrize("kind", [PixelCNN, GatedPixelCNN, PixelRNN])
+def test_the_default_width_fits_the_colours(kind):
+    usual = {1: 32, 2: 32, 3: 36} if kind is PixelRNN else {1: 64, 2: 64, 3: 66}
+    for colours, channels in usual.items():
+        model = kind(in_channels=colours, layers=1, levels=4)
+        assert model.config["channels"] == channels
+        assert type(model)(**model.config)(torch.zeros(1, colours, 3, 3, dtype=torch.long)).shape == (1, 4 * colours, 3, 3)
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: channels=64, expected a multiple of \d, (twice )?in_channels=3"):
+        kind(in_channels=3, channels=64)

@@ -14,6 +14,7 @@ from torch import nn
 
 from genfast import models
 from genfast import nn as gnn
+from genfast.reference.modes import evaluating
 from genfast.sampling import CausalityError, LoweringError, Sampler, assert_causal, receptive_field, sample_equivalence
 
 LEVELS = 8
@@ -491,3 +492,33 @@ def test_used_samplers_can_be_copied_and_pickled():
     expected = s.sample(3, SHAPE, uniforms=uniforms)
     for other in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
         assert torch.equal(other.sample(3, SHAPE, uniforms=uniforms), expected)
+
+
+class Merging(nn.Linear):
+    """Its weight is another one in evaluation mode, as that of LoRA layers is, which ``train`` sees to."""
+
+    merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data.add_(-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+
+def test_modes_come_back_by_the_modules_own_train():
+    net = nn.Sequential(Merging(2, 2), nn.BatchNorm1d(2).eval(), nn.Sequential(Merging(2, 2).eval(), nn.Dropout()))
+    modes, weights = [m.training for m in net.modules()], [p.clone() for p in net.parameters()]
+
+    def interrupted():
+        with evaluating(net, None):
+            assert not any(m.training for m in net.modules())
+            assert net[0].merged
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert [m.training for m in net.modules()] == modes
+    for p, before in zip(net.parameters(), weights):
+        torch.testing.assert_close(p, before)
