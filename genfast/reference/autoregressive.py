@@ -277,6 +277,7 @@ class PixelCNN(AutoregressiveModel):
         self.out = conv(channels, levels * in_channels, 1, mask_type="B", data_channels=in_channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        causal.check_context(type(self).__name__, context, False)
         h = self.first(self.scale(x))
         for layer in self.body:
             h = h + layer(h)
@@ -413,6 +414,7 @@ class PixelCNNPlusPlus(AutoregressiveModel):
         return x
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        causal.check_context(type(self).__name__, context, False)
         x = self.ones(self.scale(x))
         v = self.one_down(self.first_v(x))
         h = self.one_down(self.first_h[0](x)) + self.one_right(self.first_h[1](x))

@@ -381,6 +381,9 @@ class Sampler:
             except (LoweringError, _backend.BackendError) as error:
                 if method == "cached" or isinstance(error, (NotCausalError, checks.SelfCheckError)):
                     raise
+                with evaluating(*self._modules()):  # what the network itself says of its arguments comes before the warning
+                    rows = slice(0, 1 if isinstance(self.network, nn.Module) else n)
+                    self._called("sample", images[rows], conditions.rows(rows))
                 self._warn(str(error))
         order = self._order("sample", shape, conditions)
         with evaluating(*self._modules()):
@@ -452,7 +455,10 @@ class Sampler:
             uniforms = torch.rand(wanted, generator=generator, device=place, dtype=torch.float32)
         elif tuple(uniforms.shape) != wanted:
             raise ValueError(f"sample: uniforms have shape {tuple(uniforms.shape)}, expected {wanted}")
-        uniforms = uniforms.to(device, torch.float32).contiguous()
+        elif not uniforms.is_cuda and uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+            raise ValueError("sample: uniforms hold values outside [0, 1)")
+        # What lies between the last float32 below 1 and 1 may not become 1.
+        uniforms = uniforms.to(device, torch.float32).clamp(max=1 - 2**-24).contiguous()
         images = torch.zeros((n, *shape), dtype=torch.int64, device=device)
         if prefix is None:
             return images, uniforms, 0
