@@ -257,3 +257,30 @@ def test_the_extension_is_missed_by_name(monkeypatch):
     images = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="genfast::pixel_program"):
         sampling._run_on_gpu(program, [], images, torch.zeros(1, 1, 4, 4), 0, 1.0, False, None)
+
+
+@pytest.mark.parametrize("label", ["one colour", "three colours", "mixture"])
+def test_what_cannot_be_drawn_is_asserted(gpu, label):
+    """Where the CPU's engine raises; a GPU prints the place, and an assertion fails, since nothing waits for it."""
+    gpu.team = (2, 2, 4, False)
+    build, levels, head, shape, condition = CASES[label]
+
+    def faulty():
+        network = build()
+        last = [m for m in network.modules() if isinstance(m, nn.Conv2d | gnn.MaskedConv2d)][-1]
+        with torch.no_grad():
+            last.bias[-1] = float("nan")  # of a level, or a coefficient of a component that need not be drawn
+        return network
+
+    case = (faulty, levels, head, shape, condition)
+    with pytest.raises(FloatingPointError, match=r"image 0.* at position \(0, 0\)"):
+        drawn(gpu, case)
+    network = faulty().eval()
+    full = (shape[0], shape[1], shape[2])
+    program = lower(network, full, levels=levels, head=head, panel=0).program
+    sampling._to_gpu(program, torch.device("cpu"))
+    images, uniforms = torch.zeros(3, *shape, dtype=torch.int64), torch.rand(3, program.uniforms, *shape[1:])
+    with pytest.raises(RuntimeError, match="logits or mixture parameters are not finite"):
+        sampling._run_on_gpu(program, [], images, uniforms, 0, 1.0, False, None)
+    sampling._run_on_gpu(program, [], images, uniforms, shape[1], 1.0, False, None)  # nothing is drawn
+    assert 0 <= int(images.min()) <= int(images.max()) < levels
