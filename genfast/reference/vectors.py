@@ -145,7 +145,7 @@ class VectorModel(AutoregressiveModel):
             context = None if context is None else context[rows]
         with evaluating(self):
             x = self._draw(uniforms.to(like)[..., None], context, values, mask, temperature, method == "naive", share)
-        orders = self.orders if hasattr(self, "orders") else self.network.order[None]
+        orders: Tensor = self.orders if hasattr(self, "orders") else self.network.order[None]  # type: ignore[assignment]
         _check_drawn(name, x, orders[share.to(orders.device)])
         return (x * (self.levels - 1)).round().long()
 

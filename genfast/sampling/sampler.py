@@ -143,7 +143,7 @@ class Sampler:
         if shape not in self._entrances:
             if any(isinstance(v, Unknown) for _, v in conditions.items()):
                 return Entrance(value, False, 0)  # not asked without a condition; a layer that takes floats will say so
-            with torch.no_grad(), evaluating(*self._modules()):
+            with inputs.probing(self.network, self._device()):
                 rows = 1 if isinstance(self.network, nn.Module) else n  # a function may hold conditions of its own
                 found = inputs.entrance(name, self.network, conditions, shape, self.levels, value, self._device(), rows)
             if len(self._entrances) >= SHAPES:
@@ -181,7 +181,7 @@ class Sampler:
         for c in range(colours):
             place: tuple[Any, ...] = (1 + c, c, *at)
             changed[place] = (changed[place] + max(1, self.levels // 2)) % self.levels
-        with torch.no_grad(), evaluating(*self._modules()):
+        with inputs.probing(self.network, self._device()):
             out = self._called(name, changed, conditions.rows(slice(0, 1)).expanded(1 + colours))
         head_channels(name, out, changed, self.levels, self.head)
         every: tuple[Any, ...] = (slice(None), slice(None), *at)
@@ -248,7 +248,7 @@ class Sampler:
             entry = inputs.entry("sample", value, shape, self.levels, device)
         except ValueError as error:
             raise LoweringError(f"{error}; method='naive' takes any") from error
-        with evaluating(network):
+        with inputs.probing(network, device):  # a trace runs what does not hang on the image, such as random numbers
             lowered = lower(
                 network,
                 full,
@@ -381,7 +381,7 @@ class Sampler:
             except (LoweringError, _backend.BackendError) as error:
                 if method == "cached" or isinstance(error, (NotCausalError, checks.SelfCheckError)):
                     raise
-                with evaluating(*self._modules()):  # what the network itself says of its arguments comes before the warning
+                with inputs.probing(self.network, self._device()):  # whose own errors come before the warning
                     rows = slice(0, 1 if isinstance(self.network, nn.Module) else n)
                     self._called("sample", images[rows], conditions.rows(rows))
                 self._warn(str(error))

@@ -15,7 +15,7 @@ from torch import nn
 from genfast import models
 from genfast import nn as gnn
 from genfast.reference.modes import evaluating
-from genfast.sampling import CausalityError, LoweringError, Sampler, assert_causal, receptive_field, sample_equivalence
+from genfast.sampling import CausalityError, LoweringError, Sampler, assert_causal, inputs, receptive_field, sample_equivalence
 
 LEVELS = 8
 SHAPE = (1, 5, 6)
@@ -97,7 +97,8 @@ def test_a_network_of_floats_draws_what_its_users_loop_draws(scale, colours):
     report = sample_equivalence(net, shape, levels=LEVELS, input=how)
     assert report.error < 1e-5
     assert_causal(net, (colours, 3, 3), levels=LEVELS, input=how)
-    assert not agrees(Sampler(Before(torch.Tensor.float, net), levels=LEVELS).sample(6, shape, uniforms=uniforms), expected)
+    unscaled = Sampler(Before(lambda x: x.float(), net), levels=LEVELS)
+    assert not agrees(unscaled.sample(6, shape, uniforms=uniforms), expected)
 
 
 CHECKS = {
@@ -162,8 +163,17 @@ def test_images_that_the_network_does_not_take(method):
     s = Sampler(stack(), levels=LEVELS, input="unit")
     with pytest.raises(ValueError, match=r"Sequential takes no images of \(3, 4, 4\): .*expected 3 input channels"):
         s.sample(1, (3, 4, 4), method=method)
-    with pytest.raises((ValueError, LoweringError), match=r"levels \* colours = 5"):
+    with pytest.raises((ValueError, LoweringError), match=r"levels \* colours = 5"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         Sampler(stack(), levels=5, input="unit").sample(1, (1, 4, 4), method=method)
+
+
+def test_uniform_numbers_outside_their_range():
+    for value in (float("nan"), 1.0, -0.1):
+        with pytest.raises(ValueError, match=r"uniforms hold values outside \[0, 1\)"):
+            Sampler(stack(), levels=LEVELS, input="unit").sample(1, SHAPE, uniforms=torch.full((1, *SHAPE), value))
+    almost = torch.full((1, *SHAPE), 1 - 1e-12, dtype=torch.float64)
+    assert Sampler(stack(), levels=LEVELS, input="unit").sample(1, SHAPE, uniforms=almost).shape == (1, *SHAPE)
 
 
 def test_bad_settings():
@@ -175,6 +185,30 @@ def test_bad_settings():
         Sampler(3)
     with pytest.raises(TypeError, match=r"takes no images of .*torch.int64, expected a floating-point dtype"):
         Sampler(stack(), levels=LEVELS, input="integers").sample(1, SHAPE)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(gnn.ScaleLevels(LEVELS), stack(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) + 0 * torch.rand(())
+
+
+def test_asking_a_network_leaves_no_trace():
+    net = Noisy()
+    s, shape = Sampler(net, levels=LEVELS), (3, 3, 4)
+    state = torch.get_rng_state()
+    with pytest.raises(LoweringError):
+        s.prepare(shape)
+    s._order("sample", shape, inputs.Conditions())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.calls == 0
 
 
 # ---- conditions ----
@@ -259,9 +293,43 @@ def test_a_condition_that_is_added_as_a_map_has_a_program(kind, context):
     assert report.passed, report
 
 
+class Positions(Conditional):
+    """A learned map and a learned vector, which no condition changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.vector = nn.Parameter(torch.randn(1, 8, 5, 6)), nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        return self.out(torch.relu(self.first(self.scale(x)) + self.map + self.vector))
+
+
+class Maps(Conditional):
+    """A condition of the image's size through a convolution that sees all of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, x, image):
+        return self.out(torch.relu(self.first(self.scale(x)) + self.encoder(image)))
+
+
+def test_maps_of_parameters_and_of_conditions_have_a_program():
+    assert sample_equivalence(loud(Positions()), SHAPE, levels=LEVELS).passed
+    net, image = Maps(), torch.randn(2, 2, 5, 6)
+    net.train()
+    assert sample_equivalence(net, SHAPE, levels=LEVELS, context=image).passed
+    assert net.encoder[1].num_batches_tracked == 0  # in evaluation mode, whatever mode it was in
+    with pytest.raises(ValueError, match=r"Maps takes no images of \(1, 5, 6\) with this context: .*must match"):
+        Sampler(net, levels=LEVELS).sample(2, SHAPE, context=image[:, :, :4])
+
+
 @pytest.mark.parametrize(
     ("kind", "context", "message"),
     [
+        (models.PixelCNN, LABEL, "PixelCNN: context is given"),
+        (models.PixelRNN, LABEL, "PixelRNN: context is given"),
         (ByName, None, "the network needs 'label', which context does not give"),
         (ByName, {"lable": LABEL}, "context has 'lable', the network takes 'label'"),
         (ByName, LABEL[:1], "context 'label' has 1 rows, expected n=2"),
@@ -442,10 +510,11 @@ def test_every_module_keeps_its_own_mode(method):
     assert [m.training for m in net.modules()] == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "kind", [models.PixelCNN, models.GatedPixelCNN, models.WaveNet, models.PixelCNNPlusPlus, models.PixelRNN]
-)
+WIDE = [models.PixelCNN, models.GatedPixelCNN, models.WaveNet, models.PixelCNNPlusPlus, models.PixelRNN]
+OTHER_TYPES = [*((k, torch.float64) for k in WIDE), *((k, torch.bfloat16) for k in WIDE[:3]), (WIDE[0], torch.float16)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), OTHER_TYPES)
 def test_networks_of_other_types_are_sampled_in_their_type(kind, dtype):
     levels = {"levels": 4} if kind is not models.PixelCNNPlusPlus else {"levels": 4, "filters": 4, "blocks": 1, "mixtures": 1}
     small = {models.WaveNet: {"residual": 8, "skip": 8, "layers": 2, "stacks": 1}, models.PixelCNNPlusPlus: {"in_channels": 1}}
