@@ -383,7 +383,8 @@ class Sampler:
                     raise
                 with inputs.probing(self.network, self._device()):  # whose own errors come before the warning
                     rows = slice(0, 1 if isinstance(self.network, nn.Module) else n)
-                    self._called("sample", images[rows], conditions.rows(rows))
+                    out = self._called("sample", images[rows], conditions.rows(rows))
+                    head_channels("sample", out, images[rows], self.levels, self.head)
                 self._warn(str(error))
         order = self._order("sample", shape, conditions)
         with evaluating(*self._modules()):
