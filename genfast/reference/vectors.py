@@ -146,7 +146,7 @@ class VectorModel(AutoregressiveModel):
         with evaluating(self):
             x = self._draw(uniforms.to(like)[..., None], context, values, mask, temperature, method == "naive", share)
         orders: Tensor = self.orders if hasattr(self, "orders") else self.network.order[None]  # type: ignore[assignment]
-        _check_drawn(name, x, orders[share.to(orders.device)])
+        _check_drawn(name, x, orders, share)
         return (x * (self.levels - 1)).round().long()
 
 
@@ -192,16 +192,17 @@ class NADE(VectorModel):
         return found
 
 
-def _check_drawn(name: str, x: Tensor, degrees: Tensor) -> None:
+def _check_drawn(name: str, x: Tensor, orders: Tensor, share: Tensor) -> None:
     """Raises where a sample has NaN, which its parameters were; on a GPU, which is not waited for, an assertion does.
 
-    ``degrees`` (N, D) say which dimension was drawn first: what depends on it has become NaN too.
+    ``orders`` (K, D) are degrees, and ``share`` (N,) says which of them drew each: what depends on the first NaN is NaN too.
     """
     if x.is_cuda:
         torch._assert_async((x == x).all(), f"{name}: the network's parameters of a dimension are not finite")
     elif bool(x.isnan().any()):
         sample = int(x.isnan().any(1).nonzero()[0])
-        dimension = int(degrees[sample].masked_fill(~x[sample].isnan(), x.shape[1] + 1).argmin())
+        degrees = orders[int(share[sample])].to(x.device)
+        dimension = int(degrees.masked_fill(~x[sample].isnan(), x.shape[1] + 1).argmin())
         raise FloatingPointError(
             f"{name}: the network's parameters of dimension {dimension} of sample {sample} are not finite (a NaN, an infinity, "
             "or every level forbidden by a logit of -inf)"
@@ -486,5 +487,5 @@ class RNADE(DensityModel):
         found: Tensor = self.network.sample(
             uniforms.to(like), "gaussian_mixture", context=context, given=given, known=mask, temperature=temperature
         )
-        _check_drawn("RNADE.sample", found, self.network.order.expand(len(found), -1))
+        _check_drawn("RNADE.sample", found, self.network.order[None], torch.zeros(len(found), dtype=torch.int64))
         return found

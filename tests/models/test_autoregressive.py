@@ -94,13 +94,13 @@ def test_the_likelihood_is_the_sum_of_the_conditionals():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: PixelCNN(3, 64), ValueError, "out_channels=64 is not a multiple of data_channels=3"),
+        (lambda: PixelCNN(3, 64), ValueError, "PixelCNN: channels=64, expected a multiple of 3, in_channels=3"),
         (lambda: PixelCNN(kernel_size=4), ValueError, "kernel_size=4, expected an odd"),
         (lambda: PixelCNN(layers=0), ValueError, "layers=0"),
         (lambda: PixelCNN(levels=1), ValueError, "levels=1"),
         (lambda: PixelCNN(0), ValueError, "in_channels=0"),
         (lambda: PixelCNN(shape=(3, 4, 4)), ValueError, r"shape=\(3, 4, 4\), expected \(1, H, W\)"),
-        (lambda: GatedPixelCNN(3, 64), ValueError, "channels=64 is not a multiple of data_channels=3"),
+        (lambda: GatedPixelCNN(3, 64), ValueError, "GatedPixelCNN: channels=64, expected a multiple of 3, in_channels=3"),
         (lambda: GatedPixelCNN(kernel_size=4), ValueError, "kernel_size=4"),
         (lambda: PixelCNNPlusPlus(2), ValueError, "in_channels=2, expected 1 or 3"),
         (lambda: PixelCNNPlusPlus(filters=0), ValueError, "filters=0"),
