@@ -284,7 +284,7 @@ def nade_sample(
             each dimension knowing those before it.
 
     Returns:
-        x (N, D), in the dtype of ``uniforms``; it has no derivative.
+        x (N, D), in the dtype of ``uniforms``; it has no derivative. NaN where the parameters say nothing that could be drawn.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, by name.

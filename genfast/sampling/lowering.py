@@ -180,7 +180,7 @@ def _shown(path: str) -> str:
 
 
 def trace(network: nn.Module, conditions: Conditions) -> fx.GraphModule:
-    """The call of ``network`` with an image and ``conditions`` as a graph of the modules that this file knows, under "network.".
+    """The call of ``network`` with an image and ``conditions`` as a graph of modules that this file knows, under "network.".
 
     Raises:
         LoweringError: its Python code depends on values, or takes other arguments, or a module is called with hooks.
@@ -1267,10 +1267,8 @@ def _lower(
     result: Any = None
     for node in nodes:
         low.where = where(graph, node)
-        if node is image and entry is None:
-            low.values[node] = Value("image", "Q", shape[0], -1, 1, [], levels=True)
-        elif node is image:
-            low.values[node] = low.looked_up(entry) if isinstance(entry, Tensor) else low.entered(*entry)
+        if node is image:
+            low.values[node] = _image(low, entry)
         elif node.op == "output":
             result = node.args[0]
         elif node in dynamic:
@@ -1281,6 +1279,13 @@ def _lower(
         raise LoweringError("the network's output is not one tensor that depends on the image")
     _draw(low, low.values[result], head)
     return _finish(low, graph, frames, gap)
+
+
+def _image(low: _Lowering, entry: tuple[float, float] | Tensor | None) -> Value:
+    """What the network is given: whole numbers, or floats made of them."""
+    if entry is None:
+        return Value("image", "Q", low.shape[0], -1, 1, [], levels=True)
+    return low.looked_up(entry) if isinstance(entry, Tensor) else low.entered(*entry)
 
 
 def _lower_node(low: _Lowering, node: fx.Node, dynamic: set[fx.Node]) -> Any:
