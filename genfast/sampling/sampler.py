@@ -130,6 +130,13 @@ class Sampler:
     def _modules(self) -> list[nn.Module]:
         return inputs.modules_of(self.network)
 
+    @contextlib.contextmanager
+    def _probing(self) -> Iterator[None]:
+        """Around calls of the network that are no part of a sample: they leave no trace in it or in random numbers."""
+        modules = self._modules()
+        with checks.quietly(self._device()), evaluating(*modules), _buffers_as_they_were(*modules):
+            yield
+
     def _device(self) -> torch.device:
         """Where images are drawn: the GPU that holds the network, or the CPU."""
         device = next((p.device for m in self._modules() for p in m.parameters()), torch.device("cpu"))
@@ -143,7 +150,7 @@ class Sampler:
         if shape not in self._entrances:
             if any(isinstance(v, Unknown) for _, v in conditions.items()):
                 return Entrance(value, False, 0)  # not asked without a condition; a layer that takes floats will say so
-            with torch.no_grad(), evaluating(*self._modules()):
+            with self._probing():
                 rows = 1 if isinstance(self.network, nn.Module) else n  # a function may hold conditions of its own
                 found = inputs.entrance(name, self.network, conditions, shape, self.levels, value, self._device(), rows)
             if len(self._entrances) >= SHAPES:
@@ -181,7 +188,7 @@ class Sampler:
         for c in range(colours):
             place: tuple[Any, ...] = (1 + c, c, *at)
             changed[place] = (changed[place] + max(1, self.levels // 2)) % self.levels
-        with torch.no_grad(), evaluating(*self._modules()):
+        with self._probing():
             out = self._called(name, changed, conditions.rows(slice(0, 1)).expanded(1 + colours))
         head_channels(name, out, changed, self.levels, self.head)
         every: tuple[Any, ...] = (slice(None), slice(None), *at)
@@ -283,7 +290,9 @@ class Sampler:
     def _prove(self, prepared: _Prepared, shape: tuple[int, ...], conditions: Conditions) -> None:
         """Compares a program with the network on a random image, teacher forced, unless this structure has passed before."""
         one = conditions.rows(slice(0, 1))
-        if prepared.checked or not self.self_check or not checks.can_look(self._device()) or any(not len(t) for t in one.tensors()):
+        if prepared.checked or not self.self_check or any(not len(t) for t in one.tensors()):
+            return
+        if not checks.can_look(self._device()):
             return
         place = shape, conditions.structure()
         program = prepared.lowered.program
@@ -316,7 +325,7 @@ class Sampler:
                 if error is not None:
                     lowered = self._lowered(shape, conditions, record_all=True)
                     record = self._recorded(lowered, image, one)[0]
-                    at = checks.first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()))
+                    at = checks.first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()), error)
                     raise checks.SelfCheckError(
                         f"{type(network).__name__}: its pixel program differs from the network by {error:.2g} of the "
                         f"largest output on a random image, and the difference begins at {at}; sample with method='naive', or "
@@ -522,9 +531,9 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def _buffers_as_they_were(network: nn.Module) -> Iterator[None]:
+def _buffers_as_they_were(*networks: nn.Module) -> Iterator[None]:
     """Puts back buffers that a forward pass has written into."""
-    before = [(b, b.detach().clone()) for b in network.buffers()]
+    before = [(b, b.detach().clone()) for network in networks for b in network.buffers()]
     try:
         yield
     finally:
