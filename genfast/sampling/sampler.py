@@ -283,9 +283,9 @@ class Sampler:
     def _prove(self, prepared: _Prepared, shape: tuple[int, ...], conditions: Conditions) -> None:
         """Compares a program with the network on a random image, teacher forced, unless this structure has passed before."""
         one = conditions.rows(slice(0, 1))
-        if prepared.checked or not self.self_check or not checks.can_look(self._device()):
+        if prepared.checked or not self.self_check or any(not len(t) for t in one.tensors()):
             return
-        if any(not len(t) for t in one.tensors()):
+        if not checks.can_look(self._device()):
             return
         place = shape, conditions.structure()
         program = prepared.lowered.program
@@ -318,7 +318,7 @@ class Sampler:
                 if error is not None:
                     lowered = self._lowered(shape, conditions, record_all=True)
                     record = self._recorded(lowered, image, one)[0]
-                    at = checks.first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()))
+                    at = checks.first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()), error)
                     raise checks.SelfCheckError(
                         f"{type(network).__name__}: its pixel program differs from the network by {error:.2g} of the "
                         f"largest output on a random image, and the difference begins at {at}; sample with method='naive', or "
@@ -531,9 +531,9 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def _buffers_as_they_were(network: nn.Module) -> Iterator[None]:
+def _buffers_as_they_were(*networks: nn.Module) -> Iterator[None]:
     """Puts back buffers that a forward pass has written into."""
-    before = [(b, b.detach().clone()) for b in network.buffers()]
+    before = [(b, b.detach().clone()) for network in networks for b in network.buffers()]
     try:
         yield
     finally:

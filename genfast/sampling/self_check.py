@@ -165,7 +165,9 @@ class _Recorder(fx.Interpreter):
         return out
 
 
-def first_difference(lowered: Lowered, record: Tensor, call: Callable[[], Any], inputs: tuple[Any, ...]) -> str:
+def first_difference(
+    lowered: Lowered, record: Tensor, call: Callable[[], Any], inputs: tuple[Any, ...], error: float
+) -> str:  # fmt: skip
     """Where the program first differs from the network.
 
     Args:
@@ -173,6 +175,7 @@ def first_difference(lowered: Lowered, record: Tensor, call: Callable[[], Any], 
         record: (H, W, numbers) what it recorded for one image; a sequence has W = 1, a video's frames lie one below another.
         call: runs the network itself, of which the modules' outputs are watched.
         inputs: of the graph.
+        error: of the output, relative to its largest value: what begins it is not much smaller.
     """
     graph, recorded = lowered.graph, lowered.recorded or {}
     recorder = _Recorder(graph)
@@ -204,6 +207,6 @@ def first_difference(lowered: Lowered, record: Tensor, call: Callable[[], Any], 
         if expected.numel() != found.numel():
             return where(graph, node)
         difference = found - expected.reshape(found.shape)
-        if not largest(difference) <= 128 * TOLERANCE * largest(expected):
+        if not largest(difference) <= min(max(error / 10, 2 * TOLERANCE), 128 * TOLERANCE) * largest(expected):
             return where(graph, node)
     return "its output"
