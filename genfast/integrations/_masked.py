@@ -107,7 +107,7 @@ def _frozen(kept: dict[Any, Any], layers: Sequence[Layer]) -> list[Layer]:
         copies = kept.get("copies", ())
         with ordinary():
             if len(copies) != len(tensors) or not all(map(same_numbers, tensors, copies)):
-                copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+                copies = tuple(t.detach().clone() for t in tensors)
                 kept["copies"] = copies
     else:
         copies = tuple(t.detach() for t in tensors)  # new objects, so packed anew: no copy need come to the host
