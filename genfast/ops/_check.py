@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,26 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             first, first_name = t, name
         elif t.device != first.device:
             raise ValueError(f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device")
+
+
+def shapes(op: str, **expected: tuple[Tensor | None, Sequence[int], str]) -> None:
+    """Of each tensor the shape that goes with it, and why; None is not looked at. For the arguments of backward ops."""
+    for name, (tensor, size, why) in expected.items():
+        if tensor is not None:
+            shape(op, name, tensor, tuple(size), why)
+
+
+def same_dtype(op: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """All given tensors have ``dtype``, where a kernel converts nothing."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}")
+
+
+def flags(op: str, name: str, value: Sequence[bool], count: int) -> None:
+    """A list of so many flags."""
+    if len(value) != count:
+        raise ValueError(f"{op}: {name} holds {len(value)} flags, expected {count}")
 
 
 def choice(op: str, name: str, value: str, allowed: Collection[str]) -> None:

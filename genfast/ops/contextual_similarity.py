@@ -57,6 +57,22 @@ def _check_rows(
         raise ValueError(f"{_NAME}: keep_mean=True with distance='l1', whose gradient has no use for the mean")
 
 
+def _check_backward(
+    grad: Tensor, x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float,
+    bandwidth: float, eps: float, distance: str, over: str, value: Tensor, winner: Tensor, statistics: Tensor,
+    nearest: Tensor, mean: Tensor, *_: Any,
+) -> None:  # fmt: skip
+    _check_rows(x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, False)
+    op, (b, n, c) = f"{_NAME}_backward", x.shape
+    of = (b, y.shape[1] if over == "sources" else n)
+    _check.shapes(
+        op, grad=(grad, of, "that of value"), value=(value, of, f"for over={over!r}"), winner=(winner, of, f"for over={over!r}"),
+        statistics=(statistics, (b, 3, n), "three a source"), nearest=(nearest, (b, n), "one a source"),
+        mean=(mean, (b, n, c) if mean.numel() else (0,), "x's shape, or (0,) where it was not kept"),
+    )  # fmt: skip
+    _check.same_dtype(op, _wide(x.dtype), value=value, statistics=statistics, mean=mean)
+
+
 def _check_numbers(bandwidth: float, eps: float, spatial_weight: float) -> None:
     if not (math.isfinite(bandwidth) and bandwidth > 0):
         raise ValueError(f"{_NAME}: bandwidth={bandwidth}, expected a positive number")
@@ -185,6 +201,9 @@ _OP_BACKWARD = Op(
     "float prior_weight, float bandwidth, float eps, str distance, str over, Tensor value, Tensor winner, Tensor statistics, "
     "Tensor nearest, Tensor mean, bool need_x, bool need_y) -> (Tensor, Tensor)",
     reference=reference.contextual_similarity_backward,
+    check=_check_backward,
+    check_before_kernels=True,
+    argument_dtypes={"winner": (torch.int64,), "nearest": (torch.int64,)},
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

@@ -62,6 +62,18 @@ def check_masked_conv(
         _check.shape(op, "bias", bias, (out,), "one per output channel")
 
 
+def _check_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
+    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str, wanted: Sequence[bool],
+) -> None:  # fmt: skip
+    check_masked_conv(x, weight, None, mask_type, data_channels, group_order, dilation, groups, center, activation)
+    op, of = f"{_NAME}_backward", (x.shape[0], weight.shape[0], *x.shape[2:])
+    _check.shapes(op, grad_y=(grad_y, of, "that of the output"))
+    if activation == "relu":  # without it y is not read
+        _check.shapes(op, y=(y, of, "that of the output"))
+    _check.flags(op, "wanted", wanted, 3)
+
+
 class _Plan(NamedTuple):
     sizes: Tensor  # what bind_cpu.cpp reads: numbers, then the live taps
     centre: Tensor | None  # uint8 (O, C / groups): which pairs of the centre tap are live; None for all
@@ -239,6 +251,8 @@ _OP_BACKWARD = Op(
     f"masked_conv_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor y, {_OPTIONS}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.masked_conv_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

@@ -124,6 +124,17 @@ def _check_forward(
     _check.choice(_NAME, "activation", activation, _ACTIVATIONS)
 
 
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor,
+    wanted: Sequence[bool],
+) -> None:  # fmt: skip
+    _check_forward(x, weight, None, rows, columns, counts, "none")
+    op, of = f"{_NAME}_backward", (x.shape[0], weight.shape[0])
+    _check.shapes(op, grad=(grad, of, "that of the output"), y=(y, of, "that of the output"))
+    _check.same_dtype(op, x.dtype, grad=grad, y=y)
+    _check.flags(op, "wanted", wanted, 3)
+
+
 def _rows(t: Tensor) -> tuple[Tensor, int]:
     """A matrix whose rows are contiguous, copied only where it must be, and how far apart they lie."""
     row, column = t.stride()
@@ -241,11 +252,15 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 _STAIRCASE = "Tensor rows, Tensor columns, Tensor counts"
+_INTEGERS: dict[str, tuple[torch.dtype, ...] | None] = {name: (torch.int64,) for name in Staircase._fields}
 
 _OP_BACKWARD = Op(
     f"masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, {_STAIRCASE}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.masked_linear_backward,
+    check=_check_backward,
+    check_before_kernels=True,
+    argument_dtypes=_INTEGERS,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
@@ -253,6 +268,7 @@ _OP_BACKWARD = Op(
 OP = Op(
     f"masked_linear(Tensor x, Tensor weight, Tensor? bias, {_STAIRCASE}, str activation) -> Tensor",
     reference=reference.masked_linear,
+    argument_dtypes=_INTEGERS,
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
