@@ -313,7 +313,7 @@ OP = Op(
 gather_once = Op(
     "gather_once(Tensor x, Tensor index, Tensor inverse) -> Tensor",
     reference=_gather_reference,
-    argument_dtypes={"index": (torch.int64,), "inverse": (torch.int64,)},
+    argument_dtypes={"index": (torch.int32, torch.int64), "inverse": (torch.int32, torch.int64)},
     check=_check_gather,
     fake=_fake_gather,
     kernels={},
