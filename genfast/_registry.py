@@ -55,7 +55,8 @@ _KINDS = {
     "List[bool]": "B",
 }  # fmt: skip
 _EXPECTED = {"i": "an int", "f": "a number", "g": "a number or None", "b": "a bool", "s": "a str"}
-_REFUSED, _ON_CPU, _ON_CUDA, _REQUIRES_GRAD, _OTHER_DTYPE = 0, 1, 2, 4, 8  # as in csrc/guard.cpp
+_REFUSED, _ON_CPU, _ON_CUDA, _REQUIRES_GRAD, _OTHER_DTYPE, _EMPTY = 0, 1, 2, 4, 8, 16  # as in csrc/guard.cpp
+_PLAIN_WAY = _OTHER_DTYPE | _EMPTY
 _KEPT_CHECKS = 4096
 
 
@@ -77,11 +78,11 @@ def _scalar_is(kind: str, a: Any) -> bool:
 
 
 def _guard_in_python(signature: Signature, args: tuple[Any, ...]) -> int:
-    """Whether a kernel may see ``args``: 0 where not, else the device, whether a gradient is asked for and whether a dtype is
-    none of the kernel's. What csrc/guard.cpp does, for installations without the extension."""
+    """Whether a kernel may see ``args``: 0 where not, else the device, whether a gradient is asked for, whether a dtype is none
+    of the kernel's and whether a tensor is empty. What csrc/guard.cpp does, for installations without the extension."""
     device = flags = 0
     for kind, cpu, cuda, a in zip(signature.kinds, signature.cpu, signature.cuda, args, strict=True):
-        if kind not in "Tt":
+        if kind not in "TtE":
             items = (a,) if kind.islower() else a if isinstance(a, (list, tuple)) else (Ellipsis,)
             if kind == "V" or not all(_scalar_is(kind.lower(), item) for item in items):
                 return _REFUSED
@@ -97,6 +98,8 @@ def _guard_in_python(signature: Signature, args: tuple[Any, ...]) -> int:
         flags |= (_REQUIRES_GRAD if a.requires_grad else 0) | (
             0 if a.dtype in (cpu if here == _ON_CPU else cuda) else _OTHER_DTYPE
         )
+        if kind != "E" and not a.numel():
+            flags |= _EMPTY
     return device | flags
 
 
@@ -152,6 +155,9 @@ class Op:
     argument_dtypes: dict[str, tuple[torch.dtype, ...] | None] = field(default_factory=dict)
     # The check looks at shapes, dtypes and options alone, and is made here before every kernel, once for each of them.
     check_before_kernels: bool = False
+    # Tensor arguments of which an empty one says that something was not kept, where any other says that there is nothing to
+    # do: then the reference runs, since no kernel is made for sizes of zero.
+    may_be_empty: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.name = self.schema.split("(", 1)[0]
@@ -161,9 +167,9 @@ class Op:
         self.overload = getattr(torch.ops.genfast, self.name).default
         arguments = self.overload._schema.arguments
         self.argument_names = tuple(a.name for a in arguments)
-        self.kinds = "".join(_KINDS[str(a.type)] for a in arguments)
-        self.tensor_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "TtV")
-        unknown = set(self.argument_dtypes) - {self.argument_names[i] for i in self.tensor_positions}
+        self.kinds = "".join("E" if a.name in self.may_be_empty else _KINDS[str(a.type)] for a in arguments)
+        self.tensor_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "TtEV")
+        unknown = {*self.argument_dtypes, *self.may_be_empty} - {self.argument_names[i] for i in self.tensor_positions}
         if unknown:
             raise ValueError(f"declare: {self.name!r} has no tensor argument {', '.join(sorted(unknown))}")
         # The first floating-point tensor that is always there decides which dtype is asked of a kernel.
@@ -201,7 +207,7 @@ class Op:
         if answer & _REQUIRES_GRAD and is_grad_enabled():
             return self.function.apply(*args)
         device = "cpu" if answer & _ON_CPU else "cuda"
-        if answer & _OTHER_DTYPE or _backend.forced is not None:
+        if answer & _PLAIN_WAY or _backend.forced is not None:
             return self._select(device, args)(*args)
         return self.preferred[device][0](*args)  # as _run does, but a call's cost sooner
 
@@ -216,7 +222,7 @@ class Op:
         answer = _guard(self.signature, args)
         if not answer:
             args = tuple(_materialised(a) for a in self.admit(args))
-        elif not answer & _OTHER_DTYPE and _backend.forced is None:
+        elif not answer & _PLAIN_WAY and _backend.forced is None:
             return self.preferred[device_type][0](*args)
         return self._select(device_type, args)(*args)
 
@@ -248,8 +254,8 @@ class Op:
             raise TypeError(f"{self.name}: got {len(args)} arguments, expected {', '.join(self.argument_names)}")
         admitted = []
         for name, kind, a in zip(self.argument_names, self.kinds, args):
-            if kind in "Tt":
-                if a is not None or kind == "T":
+            if kind in "TtE":
+                if a is not None or kind != "t":
                     self._admit_tensor(name, a)
                 admitted.append(a)
             elif kind.islower():
@@ -292,6 +298,9 @@ class Op:
             for t in args[i] if isinstance(args[i], (list, tuple)) else (args[i],):
                 if t is not None:
                     yield self.argument_names[i], t
+
+    def _is_empty(self, args: tuple[Any, ...]) -> bool:
+        return any(not t.numel() for name, t in self._named_tensors(args) if name not in self.may_be_empty)
 
     def _taken(self, device_type: str) -> list[tuple[torch.dtype, ...]]:
         """Of each argument the dtypes that the preferred kernel takes."""
@@ -354,7 +363,11 @@ class Op:
                     f"genfast::{self.name}: backend {_backend.forced!r} cannot serve {dtype} tensors "
                     f"of shapes {shapes} on {device_type}: {reason}"
                 )
-            return self.kernels.get(_backend.forced, self.checked_reference)
+            if not self._is_empty(args):
+                return self.kernels.get(_backend.forced, self.checked_reference)
+            return self.checked_reference
+        if self._is_empty(args):
+            return self.checked_reference
         for name in _backend.PREFERENCE[device_type]:
             if not self.refusal(name, device_type, args):
                 return self.kernels.get(name, self.checked_reference)

@@ -127,8 +127,6 @@ void backward(const ActNormArgs& a) {
     ds[c] = T(a.log_scale ? dlog : dlog / s);
     db[c] = T(a.inverse ? -sum_d / s : sum_d);
   }
-  free(sums);
-  free(mul);
 }
 
 }  // namespace

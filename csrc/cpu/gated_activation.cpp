@@ -191,7 +191,6 @@ void gated(const GatedActivationArgs& a) {
         for (int64_t i = 0; i < wide; ++i) total[i] += total[k * wide + i];
       for (int64_t i = 0; i < wide; ++i) out[o * wide + i] = chunks ? T(total[i]) : T(0);
     }
-    free(partial);
   }
 }
 

@@ -21,17 +21,19 @@ class Workspace {
 
   explicit Workspace(int64_t count, Content content = kUninitialised) {
     if (count < 0 || count > INT64_MAX / int64_t(sizeof(T)) - 64) throw std::bad_alloc();
-    const size_t elements = count ? size_t(count) : 1;
-    data_ = static_cast<T*>(content == kZeros ? calloc(elements, sizeof(T)) : malloc(elements * sizeof(T)));
-    if (!data_) throw std::bad_alloc();
+    const size_t bytes = size_t(count) * sizeof(T) + 64;
+    block_ = content == kZeros ? calloc(bytes, 1) : malloc(bytes);
+    if (!block_) throw std::bad_alloc();
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(block_) + 63) & ~uintptr_t(63));
   }
-  ~Workspace() { free(data_); }
+  ~Workspace() { free(block_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   T* get() const { return data_; }
 
  private:
-  T* data_;
+  void* block_;
+  T* data_;  // at the start of a cache line
 };
 
 // As many elements for each thread of a team, whole cache lines apart.

@@ -96,6 +96,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
+def _check_code(code: Tensor, z: Tensor, packed: Tensor, statics: Tensor | None) -> None:
+    """The numbers of a program are indices for the kernels. Looked at anew at each call: they take a small part of its time."""
+    columns = 0 if statics is None else statics.shape[1]
+    error: str = _CPU.degree_program_error(code.data_ptr(), len(code), z.shape[1], len(packed), columns)
+    if error:
+        raise ValueError(f"{_NAME}: code is no DegreeProgram's: {error}")
+
+
 def _fake(
     z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -121,6 +129,7 @@ def _cpu(
 ) -> tuple[Tensor, Tensor]:
     _check_forward(z, packed, statics, code, transform, options)
     z, packed, statics, code = z.contiguous(), packed.to(z.dtype).contiguous(), _like(statics, z), code.contiguous()
+    _check_code(code, z, packed, statics)
     x, logdet = torch.empty_like(z), z.new_empty(len(z))
     if len(z):
         _CPU.autoregressive_inverse(
@@ -139,6 +148,7 @@ def _cpu_backward(
     statics, grad_x, grad_logdet = (_like(t, z) for t in (statics, grad_x, grad_logdet))
     packed, x = packed.to(z.dtype).contiguous(), x.to(z.dtype).contiguous()
     z, code = z.contiguous(), code.contiguous()
+    _check_code(code, z, packed, statics)
     dz = torch.empty_like(z)
     dpacked = packed.new_empty(packed.shape if weights else 0)
     dstatics = z.new_empty(0 if statics is None else statics.shape)

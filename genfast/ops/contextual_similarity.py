@@ -68,7 +68,7 @@ def _check_backward(
     _check.shapes(
         op, grad=(grad, of, "that of value"), value=(value, of, f"for over={over!r}"), winner=(winner, of, f"for over={over!r}"),
         statistics=(statistics, (b, 3, n), "three a source"), nearest=(nearest, (b, n), "one a source"),
-        mean=(mean, (b, n, c) if mean.numel() else (0,), "x's shape, or (0,) where it was not kept"),
+        mean=(mean, (b, n, c) if mean.dim() == 3 else (0,), "x's shape, or (0,) where it was not kept"),
     )  # fmt: skip
     _check.same_dtype(op, _wide(x.dtype), value=value, statistics=statistics, mean=mean)
 
@@ -149,7 +149,11 @@ def _cpu_backward(
     dx, dy = found = _fake_backward(grad, x, y, need_x, need_y)
     if x.numel() and (need_x or need_y):
         options = (prior_weight, bandwidth, eps, distance, over)
-        kept = (t.contiguous() for t in (value, winner, statistics, nearest, mean))
+        kept = [t.contiguous() for t in (value, winner, statistics, nearest, mean)]
+        of = x.shape[1] if over == "sources" else y.shape[1]
+        for name, index, size in (("winner", kept[1], of), ("nearest", kept[3], y.shape[1])):
+            if not _CPU.indices_within(index.data_ptr(), index.numel(), size):
+                raise ValueError(f"{_NAME}_backward: {name} has values that are not from 0 to {size - 1}")
         tensors = (*kept, grad.to(x.dtype).contiguous(), dx, dy)
         _call(True, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, tensors)
     return found
@@ -204,6 +208,7 @@ _OP_BACKWARD = Op(
     check=_check_backward,
     check_before_kernels=True,
     argument_dtypes={"winner": (torch.int64,), "nearest": (torch.int64,)},
+    may_be_empty=("mean",),
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

@@ -49,6 +49,8 @@ def check_masked_conv(
             raise ValueError(f"{op}: {name} are {value}, not a multiple of data_channels={data_channels}")
         if value % groups:
             raise ValueError(f"{op}: {name} are {value}, not a multiple of groups={groups}")
+    if not out:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected at least one output channel")
     if weight.shape[1] * groups != channels:
         raise ValueError(
             f"{op}: weight has shape {tuple(weight.shape)}, expected {channels // groups} input channels per group "
