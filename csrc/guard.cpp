@@ -177,7 +177,8 @@ std::string degree_program_error(std::uintptr_t address, int64_t length, int64_t
     if (ends[i] < last || ends[i] > inputs) return "its levels end outside of the inputs";
   if (inputs && (!levels || ends[levels - 1] != inputs)) return "its levels leave inputs out";
   if (!fits(parameters, inputs * width, units)) return "its parameters lie outside of its units";
-  int64_t all = inputs;
+  constexpr int64_t kSlack = 64;  // arrays end with whole vectors
+  int64_t all = inputs + kSlack;
   for (int64_t i = 0; i < layers; ++i) {
     const int64_t* l = layer + kLayer * i;
     const int64_t kind = l[0], source = l[2], source_units = l[3], first = l[4], count = l[5], bias = l[6], residual = l[10];
@@ -189,7 +190,7 @@ std::string degree_program_error(std::uintptr_t address, int64_t length, int64_t
       if (column >= 0 && !fits(column, count, statics)) return where + " has a context or gate outside of statics";
     if (kind == 1 && !table(l[9], count)) return where + " takes from outside of the units";
     if (residual >= 0 && !table(residual, count)) return where + " adds what lies outside of the units";
-    all += count;
+    all += count + kSlack;
   }
   if (units > all) return "it has more units than its layers make";
   for (int64_t i = 0; i < groups; ++i) {
