@@ -26,13 +26,22 @@ import torch
 from torch import Tensor
 
 import genfast
-from genfast import _registry, losses, ops
+from genfast import _registry, ops
 
+# Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check: with other
+# numbers in their place a kernel and the reference need not agree.
+DERIVED = {
+    "autoregressive_inverse_backward": ("x",), "contextual_similarity_backward": ("value", "statistics", "mean", "winner",
+    "nearest"), "discretized_logistic_mixture_nll": ("x", "levels"), "discretized_logistic_mixture_nll_backward": ("x", "levels"),
+    "masked_conv_backward": ("y",), "masked_linear_backward": ("y",), "row_lstm_backward": ("kept",),
+    "diagonal_lstm_backward": ("kept",), "sample_norm_backward": ("norm",), "spectral_norm_backward": ("u", "v", "sigma"),
+    "style_loss_backward": ("difference",),
+}  # fmt: skip
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn,
 )  # fmt: skip
-ERRORS = (TypeError, ValueError, genfast.BackendError, NotImplementedError)
+ERRORS = (TypeError, ValueError, RuntimeError)
 # Words by which an error may name what it means, beside the arguments' names.
 WORDS = ("batch", "channels", "shape", "device", "dtype", "features", "group", "taps", "rows", "bins", "kernel", "perm", "code")
 
@@ -110,25 +119,6 @@ def public_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], d
     for name, calls in table.items():
         for args, kwargs in calls:
             yield name, getattr(ops, name), args, kwargs
-    for name in losses.__all__:
-        made = _loss(name, g)
-        if made is not None:
-            yield name, made[0], made[1], {}
-
-
-def _loss(name: str, g: torch.Generator) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """A loss that takes two batches of scores or of features and nothing else."""
-    thing = getattr(losses, name)
-    if not inspect.isfunction(thing):
-        return None
-    parameters = inspect.signature(thing).parameters.values()
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    args = tuple(torch.randn(4, 6, generator=g) for _ in needed)
-    try:
-        thing(*args)
-    except Exception:  # it takes other arguments than these
-        return None
-    return thing, args
 
 
 def declared_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
@@ -219,7 +209,7 @@ def changed_tensor(t: Tensor, draw: random.Random) -> tuple[str, Any]:
 
 def changed_number(value: Any, draw: random.Random) -> tuple[str, Any]:
     other = draw.choice((None, -1, 0, 1, 2, 7, 0.5, float("nan"), "x", True, torch.tensor(1), np.float32(0.5), [1], (0, 0)))
-    return f"{value!r} -> {other!r}", other
+    return f"{value!r:.40} -> {other!r:.40}", other
 
 
 def changed(value: Any, draw: random.Random) -> tuple[str, Any]:
@@ -244,7 +234,7 @@ def outcome(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         raise
     except Exception as error:
         return error
-    return [o for o in torch.utils._pytree.tree_leaves(out) if isinstance(o, Tensor)]
+    return [o.detach() for o in torch.utils._pytree.tree_leaves(out) if isinstance(o, Tensor)]
 
 
 def names_of(function: Callable[..., Any]) -> set[str]:
@@ -254,8 +244,8 @@ def names_of(function: Callable[..., Any]) -> set[str]:
     return names | {n for op in _registry.OPS.values() for n in op.argument_names} | set(ops.PLU._fields)
 
 
-def complaint(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What is wrong with a call; empty where nothing is."""
+def complaint(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], numbers: bool = True) -> str:
+    """What is wrong with a call; empty where nothing is. ``numbers``: whether those of both must agree."""
     out = outcome(function, args, kwargs)
     with genfast.backend("reference"):
         expected = outcome(function, args, kwargs)
@@ -267,6 +257,8 @@ def complaint(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
             return f"{which}{type(result).__name__}: {text[:300]}"
         if not any(name in text for name in (*names_of(function), *WORDS)):
             return f"{which}error names no argument: {type(result).__name__}: {text[:300]}"
+    if not numbers:
+        return ""
     if isinstance(out, Exception) or isinstance(expected, Exception):
         if isinstance(out, Exception) != isinstance(expected, Exception):
             return f"the kernel gave {_short(out)}, the reference {_short(expected)}"
@@ -279,7 +271,7 @@ def complaint(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         if a.is_floating_point():
             rtol = {torch.float64: 1e-5, torch.float32: 2e-3}.get(a.dtype, 5e-2)
             scale = float(b.double().nan_to_num(0, 0, 0).abs().amax()) + 1e-3
-            if not torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol * scale, equal_nan=True):
+            if not torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol * scale + 1e-5, equal_nan=True):
                 return f"numbers differ by {float((a.double() - b.double()).nan_to_num(0).abs().amax())} of {scale}"
         elif not a.dtype.is_floating_point and a.dtype not in (torch.uint8,) and not torch.equal(a, b):
             return "integers differ"
@@ -300,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log", type=Path, help="where the current call is written down")
     a = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     table = [call for call in (*public_calls(), *declared_calls()) if a.only in call[0]]
     wrong: dict[str, str] = {}
 
@@ -323,7 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
             label = f"{name}: {key} {what}"
         if a.log is not None:
             a.log.write_text(label)
-        problem = complaint(function, tuple(args), kwargs)
+        derived = DERIVED.get(name.rpartition(".")[2], ()) if name.startswith("torch.ops") else ()
+        numbers = not derived or function.default._schema.arguments[place].name not in derived
+        problem = complaint(function, tuple(args), kwargs, numbers)
         if problem:
             wrong.setdefault(label, problem)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are floating point, on one device."""
+    """All given tensors are floating point, on one device. The first is always there; of the others None is not looked at."""
     first: Tensor | None = None
     for name, t in tensors.items():
-        if t is None:
+        if t is None and first is not None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
@@ -22,6 +24,25 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             first, first_name = t, name
         elif t.device != first.device:
             raise ValueError(f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device")
+
+
+def tensors(op: str, **named: Any) -> None:
+    """All are tensors: before what would ask for a shape or for an axis."""
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            what = repr(t) if t is None or isinstance(t, (bool, int, float, str)) else f"a {type(t).__name__}"
+            raise TypeError(f"{op}: {name} is {what}, expected a torch.Tensor")
+
+
+def readable(t: Tensor) -> bool:
+    """Whether numbers can be looked at: not on a GPU, which would be waited for, nor under a tracer or a transform."""
+    return type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+
+
+def permutation(op: str, name: str, order: Tensor) -> None:
+    """``order`` holds each of 0 to n - 1 once. For references: kernels look at the numbers themselves."""
+    if readable(order) and not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise ValueError(f"{op}: {name} is no permutation of 0 to {len(order) - 1}")
 
 
 def shapes(op: str, **expected: tuple[Tensor | None, Sequence[int], str]) -> None:

@@ -59,7 +59,7 @@ def _check_forward(
     _check.choice(_NAME, "transform", transform, TRANSFORMS)
     if code.dtype != torch.int64 or code.dim() != 1 or len(code) < reference.PROGRAM_HEADER:
         raise ValueError(f"{_NAME}: code is {code.dtype} of shape {tuple(code.shape)}, expected a DegreeProgram's int64 vector")
-    if type(code) is not Tensor:  # under a tracer numbers are not to be had
+    if code.is_meta or type(code) is not Tensor:  # under a tracer numbers are not to be had
         return
     inputs, width, *_, columns, size, _ = _header(code)
     if z.dim() != 2 or z.shape[1] != inputs:

@@ -227,6 +227,7 @@ OP = Op(
 
 
 def _check_maps(x: Tensor, y: Tensor, center: bool | str, distance: str, reduction: str) -> None:
+    _check.tensors(_NAME, x=x, y=y)
     _check.floating(_NAME, x=x, y=y)
     for name, t in (("x", x), ("y", y)):
         if t.dim() < 3:

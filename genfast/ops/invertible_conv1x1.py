@@ -263,6 +263,16 @@ def _check_plu_backward(
     _check.same_dtype(op, log_s.dtype, grad_weight=grad_weight, grad_folded=grad_folded, grad_logdet=grad_logdet)
 
 
+def _reference_plu(perm: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check.permutation("invertible_conv1x1", "perm", perm)
+    return reference.plu_weight(perm, *rest)
+
+
+def _reference_plu_backward(*args: Any) -> tuple[Tensor, ...]:
+    _check.permutation("invertible_conv1x1", "perm", args[3])
+    return reference.plu_weight_backward(*args)
+
+
 def _fake_plu(
     perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
@@ -287,7 +297,7 @@ def _cpu_plu(
     perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
+    _check_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
     weight, folded, logdet = _fake_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
     tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     _CPU.plu_weight(
@@ -401,7 +411,7 @@ _PLU_ARGUMENTS = (
 PLU_BACKWARD = Op(
     f"plu_weight_backward(Tensor? grad_weight, Tensor? grad_folded, Tensor? grad_logdet, {_PLU_ARGUMENTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.plu_weight_backward,
+    reference=_reference_plu_backward,
     check=_check_plu_backward,
     check_before_kernels=True,
     argument_dtypes={"perm": (torch.int64,)},
@@ -412,7 +422,7 @@ PLU_BACKWARD = Op(
 
 PLU_WEIGHT = Op(
     f"plu_weight({_PLU_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    reference=reference.plu_weight,
+    reference=_reference_plu,
     argument_dtypes={"perm": (torch.int64,)},
     check=_check_plu,
     fake=_fake_plu,
@@ -439,6 +449,8 @@ def _determinant(op: str, weight: Tensor) -> Tensor:
 def _inverted(op: str, weight: Tensor | PLU) -> Tensor:
     """W^-1 from its triangular factors, solved in float64: C is small, the positions are many."""
     if isinstance(weight, PLU):
+        _check_plu(*weight, None, None)
+        _check.permutation(op, "perm", weight.perm)
         return reference.plu_inverse(*weight)
     inverse, info = torch.linalg.inv_ex(weight.double())
     if not torch.compiler.is_compiling() and weight.device.type == "cpu" and int(info):

@@ -272,8 +272,8 @@ OP = Op(
 
 
 def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    found = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(found) != dims:
+    found = (value,) * dims if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(found) != dims or not all(isinstance(v, (int, torch.SymInt)) for v in found):
         raise ValueError(f"{op}: {name}={value!r}, expected one number or {dims}")
     return found
 

@@ -86,6 +86,7 @@ def staircase_from_mask(mask: Tensor) -> Staircase | None:
         >>> genfast.ops.staircase_from_mask(torch.eye(2)) is None
         True
     """
+    _check.tensors("staircase_from_mask", mask=mask)
     if mask.dim() != 2:
         raise ValueError(f"staircase_from_mask: mask has shape {tuple(mask.shape)}, expected (O, I)")
     live = mask != 0
@@ -156,6 +157,26 @@ def _no_staircase(counts: Tensor) -> ValueError:
         f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and "
         "nondecreasing counts of 0 to I, as genfast.ops.staircase makes them"
     )
+
+
+def _check_values(rows: Tensor, columns: Tensor, counts: Tensor) -> None:
+    """For the reference: the kernels look at the numbers themselves."""
+    _check.permutation(_NAME, "rows", rows)
+    _check.permutation(_NAME, "columns", columns)
+    if not _check.readable(counts) or not len(counts):
+        return
+    if int(counts[0]) < 0 or int(counts[-1]) > len(columns) or bool((counts.diff() < 0).any()):
+        raise _no_staircase(counts)
+
+
+def _reference(*args: Any) -> Tensor:
+    _check_values(*args[3:6])
+    return reference.masked_linear(*args)
+
+
+def _reference_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_values(*args[4:7])
+    return reference.masked_linear_backward(*args)
 
 
 _CHECKED: set[Any] = set()  # calls that passed, by everything that the check looks at
@@ -257,7 +278,7 @@ _INTEGERS: dict[str, tuple[torch.dtype, ...] | None] = {name: (torch.int64,) for
 _OP_BACKWARD = Op(
     f"masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, {_STAIRCASE}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
-    reference=reference.masked_linear_backward,
+    reference=_reference_backward,
     check=_check_backward,
     check_before_kernels=True,
     argument_dtypes=_INTEGERS,
@@ -267,7 +288,7 @@ _OP_BACKWARD = Op(
 
 OP = Op(
     f"masked_linear(Tensor x, Tensor weight, Tensor? bias, {_STAIRCASE}, str activation) -> Tensor",
-    reference=reference.masked_linear,
+    reference=_reference,
     argument_dtypes=_INTEGERS,
     check=_check_forward,
     fake=_fake,

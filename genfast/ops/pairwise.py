@@ -385,6 +385,7 @@ def mmd(
         torch.Size([])
     """
     name = "mmd"
+    _check.tensors(name, x=x, y=y)
     _check.choice(name, "kernel", kernel, KERNELS)
     x, other, alone = _batched(name, x, y)
     assert other is not None
@@ -437,6 +438,7 @@ def kernel_distance(
         torch.Size([5])
     """
     name = "kernel_distance"
+    _check.tensors(name, x=x, y=y)
     a, b, alone = _batched(name, x, y)
     assert b is not None
     options = ("polynomial", [1.0 / max(1, x.shape[-1]) if gamma is None else float(gamma)], degree, offset)
