@@ -172,9 +172,11 @@ class Op:
         unknown = {*self.argument_dtypes, *self.may_be_empty} - {self.argument_names[i] for i in self.tensor_positions}
         if unknown:
             raise ValueError(f"declare: {self.name!r} has no tensor argument {', '.join(sorted(unknown))}")
-        # The first floating-point tensor that is always there decides which dtype is asked of a kernel.
+        # The first floating-point tensor that is always there and no gradient decides which dtype is asked of a kernel, which
+        # converts the others to that one.
         given = [i for i in self.tensor_positions if self.kinds[i] != "t"]
-        self.decides = next((i for i in given if self.argument_names[i] not in self.argument_dtypes), given[0])
+        floats = [i for i in given if self.argument_names[i] not in self.argument_dtypes] or given
+        self.decides = next((i for i in floats if not self.argument_names[i].startswith("grad")), floats[0])
         self._passed: set[Any] = set()
         if self.check_before_kernels:
             self.kernels = {name: self._checks_once(kernel) for name, kernel in self.kernels.items()}
