@@ -14,6 +14,11 @@
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
+
+namespace genfast {
+void bind_guard(py::module_& m);  // guard.cpp
+}
+
 using namespace genfast;
 
 namespace {
@@ -772,6 +777,7 @@ void bind_fma_rate(py::module_& m) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "genfast's C++ kernels";
   m.def("isa", &isa_name, "The instruction set in use; GENFAST_CPU_ISA=v4|v3|base asks for a lower one.");
+  bind_guard(m);
   bind_affine_coupling(m);
   bind_actnorm(m);
   bind_invertible_conv1x1(m);

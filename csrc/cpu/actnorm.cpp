@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -49,8 +50,8 @@ template <class T>
 void forward(const ActNormArgs& a) {
   const T *scale = static_cast<const T*>(a.scale), *bias = static_cast<const T*>(a.bias);
   T* y = static_cast<T*>(a.y);
-  T* coefficients = static_cast<T*>(malloc(size_t(4 * a.c + 1) * sizeof(T)));
-  T *mul = coefficients, *add = mul + a.c, *mul_low = add + a.c, *add_low = mul_low + a.c;
+  const Workspace<T> coefficients(4 * a.c);
+  T *mul = coefficients.get(), *add = mul + a.c, *mul_low = add + a.c, *add_low = mul_low + a.c;
   double unit = 0;
   for (int64_t c = 0; c < a.c; ++c) {
     const double s = a.log_scale ? ::exp(double(scale[c])) : double(scale[c]);
@@ -77,21 +78,22 @@ void forward(const ActNormArgs& a) {
       for (int64_t c = 0; c < a.c; ++c) out[c] = affine(x[c], mul[c], mul_low[c], add[c], add_low[c]);
     }
   }
-  free(coefficients);
 }
 
 template <class T>
 void backward(const ActNormArgs& a) {
   const T *scale = static_cast<const T*>(a.scale), *bias = static_cast<const T*>(a.bias);
   T *dx = static_cast<T*>(a.y), *ds = static_cast<T*>(a.grad_scale), *db = static_cast<T*>(a.grad_bias);
-  T* mul = static_cast<T*>(malloc(size_t(a.c + 1) * sizeof(T)));
+  const Workspace<T> factors(a.c);
+  T* mul = factors.get();
   for (int64_t c = 0; c < a.c; ++c) {
     const double s = a.log_scale ? ::exp(double(scale[c])) : double(scale[c]);
     mul[c] = T(a.inverse ? 1 / s : s);
   }
   const int64_t rows = a.channels_last ? a.n * a.s : a.n;  // what the groups share out
   const int64_t groups = rows < kGroups ? (rows ? rows : 1) : kGroups;
-  double* sums = static_cast<double*>(calloc(size_t(groups * 2 * a.c + 1), sizeof(double)));
+  const Workspace<double> all_sums(groups * 2 * a.c, Workspace<double>::kZeros);
+  double* sums = all_sums.get();
   const int threads = a.n * a.c * a.s < kSerial ? 1 : a.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t g = 0; g < groups; ++g) {
@@ -143,8 +145,6 @@ void backward(const ActNormArgs& a) {
     ds[c] = T(a.log_scale ? dlog : dlog / s);
     db[c] = T(a.inverse ? -sum_d / s : sum_d);
   }
-  free(sums);
-  free(mul);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -526,7 +527,8 @@ void run(const AffineCouplingArgs& a, bool backward) {
   int64_t chunks = a.grad_alpha && a.channels_last ? 1 : (kChunks + a.n - 1) / a.n;
   chunks = chunks < units ? chunks : units;
   const int64_t items = a.n * chunks;
-  double* partial = backward ? nullptr : static_cast<double*>(malloc(size_t(items) * sizeof(double)));
+  const Workspace<double> parts(backward ? 0 : items);
+  double* partial = backward ? nullptr : parts.get();
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t n = item / chunks, k = item % chunks;
@@ -540,7 +542,6 @@ void run(const AffineCouplingArgs& a, bool backward) {
     for (int64_t k = 0; k < chunks; ++k) total += partial[n * chunks + k];
     static_cast<T*>(a.logdet)[n] = T(total);
   }
-  free(partial);
 }
 
 }  // namespace

@@ -32,6 +32,14 @@ def _check_forward(x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
     check_channels(_NAME, x, scale, bias)
 
 
+def _check_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, *_: Any
+) -> None:
+    op = f"{_NAME}_backward"
+    check_channels(op, x, scale, bias)
+    _check.shapes(op, grad_y=(grad_y, x.shape, "that of x"), grad_logdet=(grad_logdet, x.shape[:1], "one per sample"))
+
+
 def _fake(x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=memory_format(x))
     return y, x.new_empty((x.shape[0],), dtype=torch.float32 if x.element_size() < 4 else x.dtype)
@@ -118,6 +126,8 @@ _OP_BACKWARD = Op(
     "actnorm_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor scale, Tensor bias, bool log_scale, "
     "bool inverse) -> (Tensor, Tensor, Tensor)",
     reference=reference.actnorm_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

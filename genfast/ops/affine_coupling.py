@@ -57,6 +57,17 @@ def _check_forward(
     _check_options(x, width, alpha, mask, scale)
 
 
+def _check_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
+    mask: Tensor | None, scale: str, layout: str, *_: Any,
+) -> None:  # fmt: skip
+    _check_forward(kept, params, alpha, mask, scale, layout)
+    _check.shapes(
+        f"{_NAME}_backward", grad_y=(grad_y, kept.shape, "that of kept"),
+        grad_logdet=(grad_logdet, kept.shape[:1], "one per sample"),
+    )  # fmt: skip
+
+
 def _check_options(x: Tensor, width: int, alpha: Tensor | None, mask: Tensor | None, scale: str) -> None:
     if alpha is not None:
         _check.floating(_NAME, x=x, alpha=alpha)
@@ -235,6 +246,9 @@ _OP_BACKWARD = Op(
     "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output, bool shift_first=False) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.affine_coupling_backward,
+    check=_check_backward,
+    check_before_kernels=True,
+    argument_dtypes={"mask": (torch.bool,)},
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
@@ -243,6 +257,7 @@ OP = Op(
     "affine_coupling(Tensor x, Tensor params, Tensor? alpha, Tensor? mask, str scale, str layout, bool last, "
     "bool inverse, bool keep_output, bool shift_first=False) -> (Tensor, Tensor)",
     reference=reference.affine_coupling,
+    argument_dtypes={"mask": (torch.bool,)},
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
