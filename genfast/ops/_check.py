@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 
+from .._derived import readable_now
 from .._registry import check_number
 
 
@@ -42,14 +42,9 @@ def tensors(op: str, **named: Any) -> None:
             raise TypeError(f"{op}: {name} is {what}, expected a torch.Tensor")
 
 
-def readable(t: Tensor) -> bool:
-    """Whether numbers can be looked at: not on a GPU, which would be waited for, nor under a tracer or a transform."""
-    return type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
-
-
 def permutation(op: str, name: str, order: Tensor) -> None:
     """``order`` holds each of 0 to n - 1 once. For references: kernels look at the numbers themselves."""
-    if readable(order) and not torch.equal(order.sort().values, torch.arange(len(order))):
+    if order.is_cpu and readable_now(order) and not torch.equal(order.sort().values, torch.arange(len(order))):
         raise ValueError(f"{op}: {name} is no permutation of 0 to {len(order) - 1}")
 
 

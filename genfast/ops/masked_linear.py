@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._derived import readable_now
 from .._registry import Op, Sample
 from . import _check
 from ._autocast import autocast
@@ -163,7 +164,7 @@ def _check_values(rows: Tensor, columns: Tensor, counts: Tensor) -> None:
     """For the reference: the kernels look at the numbers themselves."""
     _check.permutation(_NAME, "rows", rows)
     _check.permutation(_NAME, "columns", columns)
-    if not _check.readable(counts) or not len(counts):
+    if not counts.is_cpu or not readable_now(counts) or not len(counts):
         return
     if int(counts[0]) < 0 or int(counts[-1]) > len(columns) or bool((counts.diff() < 0).any()):
         raise _no_staircase(counts)
