@@ -205,3 +205,17 @@ def test_shapes_that_do_not_fit_are_named(digits):
         training.Trainer(models.Glow((1, 8, 8), levels=1, steps=1), digits, batch_size=0)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         training.load_checkpoint("nowhere")
+
+
+def test_what_is_frozen_by_eval_stays_frozen(digits):
+    """A backbone or a batch norm that its owner has put into evaluation mode alone, through steps and evaluations."""
+    model = models.PixelCNNPlusPlus(1, 4, 1, 1, digits.bins, dropout=0.5, shape=digits.shape)
+    model.encode_v[0].eval()
+    modes = [m.training for m in model.modules()]
+    trainer = training.Trainer(model, digits, batch_size=2)
+    for act in (trainer.step, lambda: trainer.evaluate(2), trainer.step):
+        act()
+        assert [m.training for m in model.modules()] == modes
+    model.eval()
+    trainer.step()
+    assert all(m.training for m in model.modules())

@@ -89,7 +89,7 @@ class VectorModel(AutoregressiveModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, shape: Sequence[int] | None = None, *, method: str = "auto", context: Tensor | None = None,
+        self, n: int, shape: Sequence[int] | None = None, *, method: str = "auto", context: Any = None,
         temperature: float = 1.0, prefix: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
         uniforms: Tensor | None = None, generator: torch.Generator | None = None, progress: bool = False,
         rows: slice | None = None,

@@ -203,3 +203,13 @@ def test_errors_name_the_argument(make, error, message):
 def test_every_name_is_exported():
     for name in NAMES:
         assert models.NAMES[name].__name__ in genfast.models.__all__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_that_are_not_numbers_are_refused(name):
+    model = models.NAMES[name](shape=(1, 4, 4), levels=5, hidden=4)
+    with torch.no_grad():
+        list(model.decoder.parameters())[-1].fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=rf"{type(model).__name__}: .* not numbers \(NaN\), first in image 0"):
+        model.reconstruct(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    assert model.levels_of(torch.tensor([math.inf, -math.inf])).tolist() == [4, 0]

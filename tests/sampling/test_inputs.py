@@ -445,6 +445,15 @@ def test_a_relu_does_not_hide_what_is_not_a_number(hidden):
             Sampler(net, levels=4).sample(1, SHAPE, method=method)
 
 
+def test_a_weight_that_is_not_a_number_is_found_where_pixels_are_drawn():
+    model = models.PixelCNN(1, 4, 2, 3, 4)
+    with torch.no_grad():
+        model.first.weight[0, 0, 0, 0] = float("nan")  # a tap that lies outside the image in the first row and column
+    for method in ("cached", "naive"):
+        with pytest.raises(FloatingPointError, match="logits of image 0, colour 0 at position"):
+            model.sample(1, (1, 3, 4), method=method)
+
+
 # ---- the order of colours ----
 
 
