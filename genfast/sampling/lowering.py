@@ -24,7 +24,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -678,10 +678,13 @@ _MODULES: dict[type, _Rule] = {}
 _REFUSED = (gnn.RowLSTM, gnn.DiagonalBiLSTM)  # so that they are named as a whole
 
 
-def _function(signature: Callable[..., Any], *targets: Any, in_place: Sequence[Any] = ()) -> Any:
+_Lower = TypeVar("_Lower", bound=Callable[..., Any])
+
+
+def _function(signature: Callable[..., Any], *targets: Any, in_place: Sequence[Any] = ()) -> Callable[[_Lower], _Lower]:
     """Registers a rule for functions, operators and (as strings) methods of tensors, all of this signature."""
 
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def register(rule: _Lower) -> _Lower:
         reads = frozenset(inspect.signature(rule).parameters) - {"low"}
         for writes, several in ((False, targets), (True, in_place)):
             for target in several:
@@ -691,10 +694,10 @@ def _function(signature: Callable[..., Any], *targets: Any, in_place: Sequence[A
     return register
 
 
-def _module(*classes: type) -> Any:
+def _module(*classes: type) -> Callable[[_Lower], _Lower]:
     """Registers a rule for modules of these classes; it is given the module and, by the names of forward, the arguments."""
 
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def register(rule: _Lower) -> _Lower:
         reads = frozenset(inspect.signature(rule).parameters) - {"low", "module", "x"}
         for cls in classes:
             _MODULES[cls] = _Rule(rule, reads)

@@ -181,7 +181,7 @@ def first_difference(
     recorder = _Recorder(graph)
     with contextlib.suppress(Exception):  # a graph that does not run is compared as far as it came
         recorder.run(*inputs)
-    outputs: dict[nn.Module, list[Tensor]] = {}
+    outputs: dict[nn.Module, list[Tensor | None]] = {}
 
     def keep(module: nn.Module, _: Any, out: Any) -> None:
         outputs.setdefault(module, []).append(out.detach().clone() if isinstance(out, Tensor) else None)
