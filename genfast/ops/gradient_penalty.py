@@ -1215,7 +1215,8 @@ def gradient_penalty(
         method: "exact" by the rules of ``genfast.tangent``, or an error that says what has none; "finite-difference", two more
             passes forward and back, for critics of opaque kernels (error about 1e-4 in float32); "autograd", PyTorch's double
             backward; "auto" takes the first of exact, autograd and finite-difference that works, and warns if that is not the
-            first. ``genfast.explain(critic)`` prints the rule of each part.
+            first. The first call that meets a function without a rule of ours, or a checkpoint, compares the exact form with
+            double backward, and takes the latter where they differ. ``genfast.explain(critic)`` prints the rule of each part.
         sigma: the step of "ar1".
         return_norms: also returns the norms, (N,). They carry a gradient, so that a loss may be made of them; to find it, their
             backward pass runs the critic once more, from the buffers and random numbers that this call met. "detached": without
