@@ -30,7 +30,7 @@ LEVELS = {
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
 
 
 def openmp() -> tuple[list[str], list[str]]:
@@ -149,7 +149,7 @@ def find_nvcc() -> str | None:
 
 def extensions() -> list[Pybind11Extension]:
     depends = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*"))]
-    found = [Pybind11Extension("genfast._cpu", ["csrc/bind_cpu.cpp"], include_dirs=["csrc"], depends=depends)]
+    found = [Pybind11Extension("genfast._cpu", ["csrc/bind_cpu.cpp", "csrc/guard.cpp"], include_dirs=["csrc"], depends=depends)]
     wanted = os.environ.get("GENFAST_CUDA", "auto")
     if wanted != "0" and (ROOT / "csrc" / "bind_cuda.cpp").exists():
         if find_nvcc() is not None:

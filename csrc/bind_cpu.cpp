@@ -14,6 +14,11 @@
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
+
+namespace genfast {
+void bind_guard(py::module_& m);  // guard.cpp
+}
+
 using namespace genfast;
 
 namespace {
@@ -76,7 +81,7 @@ void bind_affine_coupling(py::module_& m) {
   m.def("affine_coupling", [](Address x, Address params, Address y, Address logdet, Address alpha, Address mask, int threads,
                               bool is_double, int64_t xn, int64_t xc, int64_t xs, int64_t pn, int64_t pc, int64_t ps, int64_t n,
                               int64_t c, int64_t s, int64_t width, int64_t r_offset, int64_t t_offset, int64_t step, int scale,
-                              bool last, bool inverse, bool channels_last) {
+                              bool last, bool inverse, bool channels_last, bool shift_first) {
     AffineCouplingArgs a{};
     a.is_double = is_double;
     a.x = view(x, xn, xc, xs);
@@ -86,7 +91,8 @@ void bind_affine_coupling(py::module_& m) {
     a.alpha = ptr<>(alpha);
     a.mask = ptr<const uint8_t>(mask);
     a.n = n, a.c = c, a.s = s, a.width = width, a.r_offset = r_offset, a.t_offset = t_offset, a.step = step;
-    a.scale = scale, a.last = last, a.inverse = inverse, a.channels_last = channels_last, a.threads = threads;
+    a.scale = scale, a.last = last, a.inverse = inverse, a.channels_last = channels_last, a.shift_first = shift_first;
+    a.threads = threads;
     GENFAST_CALL(affine_coupling, a);
   });
   m.def("affine_coupling_backward",
@@ -94,7 +100,7 @@ void bind_affine_coupling(py::module_& m) {
            int64_t kc, int64_t ks, Address params, int64_t pn, int64_t pc, int64_t ps, Address dx, Address dparams,
            Address alpha, Address dalpha, Address mask, int64_t n, int64_t c, int64_t s, int64_t width, int64_t r_offset,
            int64_t t_offset, int64_t step, int scale, bool last, bool inverse, bool keep_output, bool channels_last,
-           int threads) {
+           bool shift_first, int threads) {
           AffineCouplingArgs a{};
           a.is_double = is_double;
           a.x = view(kept, kn, kc, ks);
@@ -108,7 +114,7 @@ void bind_affine_coupling(py::module_& m) {
           a.mask = ptr<const uint8_t>(mask);
           a.n = n, a.c = c, a.s = s, a.width = width, a.r_offset = r_offset, a.t_offset = t_offset, a.step = step;
           a.scale = scale, a.last = last, a.inverse = inverse, a.keep_output = keep_output;
-          a.channels_last = channels_last, a.threads = threads;
+          a.channels_last = channels_last, a.shift_first = shift_first, a.threads = threads;
           GENFAST_CALL(affine_coupling_backward, a);
         });
 }
@@ -771,6 +777,7 @@ void bind_fma_rate(py::module_& m) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "genfast's C++ kernels";
   m.def("isa", &isa_name, "The instruction set in use; GENFAST_CPU_ISA=v4|v3|base asks for a lower one.");
+  bind_guard(m);
   bind_affine_coupling(m);
   bind_actnorm(m);
   bind_invertible_conv1x1(m);

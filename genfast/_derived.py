@@ -19,6 +19,7 @@ from torch._C import (
     _functorch,
     _get_tracing_state,
     _len_torch_dispatch_stack,
+    _len_torch_function_stack,
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -51,10 +52,23 @@ T = TypeVar("T")
 def ordinary() -> Iterator[None]:
     """In this block PyTorch makes ordinary tensors and reads their numbers, in whatever mode the caller is."""
     tracing = _get_tracing_state()
+    if not (
+        tracing is not None
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _peek_functorch() is not None
+        or torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    ):  # as most calls are: the rest would cost them some tens of microseconds
+        with torch.no_grad():
+            yield
+        return
     with contextlib.ExitStack() as stack:
         if tracing is not None:
-            _C._set_tracing_state(None)
-            stack.callback(_C._set_tracing_state, tracing)
+            set_tracing: Callable[[object], None] = _C._set_tracing_state  # type: ignore[attr-defined]
+            set_tracing(None)
+            stack.callback(set_tracing, tracing)
         stack.enter_context(_C.DisableTorchFunction())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -87,10 +101,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def same_numbers(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether two tensors of the CPU agree bit by bit, in dtype and in shape; ``copy`` is contiguous."""
+    """Whether two tensors of the CPU agree bit by bit, in dtype and in shape; ``copy`` is a clone, so dense."""
     if tensor.dtype != copy.dtype or tensor.shape != copy.shape:
         return False
-    if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
+    if tensor.stride() == copy.stride() and not tensor.is_neg() and not tensor.is_conj():
         return not memcmp(tensor.data_ptr(), copy.data_ptr(), tensor.nbytes)
     return torch.equal(tensor, copy)
 
@@ -148,12 +162,12 @@ def derived(store: dict[Any, Any], key: Any, sources: tuple[Tensor, ...], make: 
         if entry is not None and all(map(_same, sources, entry.sources, entry.versions, entry.copies)):
             return entry.value
         value = make()
-        copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in sources)
+        copies = tuple(t.detach().clone() for t in sources)
         if not _is_ordinary(value):
             return None
         versions = tuple(map(_version, sources))
         spans = tuple(
-            (0, 0, 0) if not t.is_cpu or not t.is_contiguous() else (t.data_ptr(), c.data_ptr(), t.nbytes)
+            (0, 0, 0) if not t.is_cpu or t.stride() != c.stride() else (t.data_ptr(), c.data_ptr(), t.nbytes)
             for t, c in zip(sources, copies)
         )
         store[key] = _Entry(sources, versions, copies, spans, value)

@@ -3,7 +3,8 @@
 The C library returns large freed blocks to the system and asks for them anew, and each new page then costs a fault: measured
 0.6 us per 4 KiB, where a kernel writes those 4 KiB in 0.05 us. So outputs from 1 MiB on are made on storages that the pool
 keeps, and hands out again once nothing else refers to them: no tensor, view, saved activation, NumPy array or storage
-object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool off.
+object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool off. A block that has not been asked for in a
+while goes, the longest unused first, and so does one that a user has resized or shared with another process.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -20,42 +21,114 @@ from torch import Tensor, UntypedStorage
 MINIMUM = 1 << 20  # smaller blocks come from the C library's heap, which does keep them
 
 limit = int(os.environ.get("GENFAST_POOL_BYTES", 512 << 20))
-_kept: dict[int, deque[UntypedStorage]] = {}
+_STALE = 512  # requests after which a block that served none of them is let go
+_TRIMMED = 4  # blocks that a request looks at, to let stale ones go
+
+_blocks: OrderedDict[int, UntypedStorage] = OrderedDict()  # by number, the longest unused first
+_asked: dict[int, int] = {}  # of each block: its size, which a user may have changed since
+_used: dict[int, int] = {}  # of each block: the request that it last served
+_sizes: dict[int, deque[int]] = {}  # the blocks of each size, the one handed out longest ago first
 _total = 0
+_requests = 0
 _lock = threading.Lock()
 
 
-def _uses(storage: UntypedStorage) -> int:
-    """References to the memory from tensors."""
-    count: int = torch._C._storage_Use_Count(storage._cdata)
-    return count
+def _references(number: int) -> int:
+    """To a block's object and its memory, together."""
+    storage = _blocks[number]
+    memory: int = torch._C._storage_Use_Count(storage._cdata)
+    return memory + sys.getrefcount(storage)
 
 
-def _idle(storage: UntypedStorage, nbytes: int) -> bool:
-    """Whether the pool alone holds a storage: one reference from C++, and from Python the deque, the loop and the call."""
-    return (
-        _uses(storage) == 1
-        and sys.getrefcount(storage) <= 4
-        and storage.nbytes() == nbytes  # a user may have resized it
-        and not storage.is_shared()  # or given it to another process
-    )
+def _references_of_the_pool() -> int:
+    """What :func:`_references` gives for a block that nothing else refers to, which depends on the version of Python."""
+    _blocks[-1] = UntypedStorage(1)
+    try:
+        return _references(-1)
+    finally:
+        del _blocks[-1]
+
+
+_ALONE = _references_of_the_pool()
+
+
+def _changed(number: int) -> bool:
+    """Whether a user has resized a block or given it to another process."""
+    storage = _blocks[number]
+    return storage.nbytes() != _asked[number] or storage.is_shared()
+
+
+def _forget(number: int) -> None:
+    global _total
+    size = _asked.pop(number)
+    del _blocks[number], _used[number]
+    numbers = _sizes[size]
+    numbers.remove(number)
+    if not numbers:
+        del _sizes[size]
+    _total -= size
+
+
+def _trim(nbytes: int, most: int) -> None:
+    """Lets go of stale blocks, and of any that are idle while ``nbytes`` more would not fit; looks at so many at most."""
+    for _ in range(min(most, len(_blocks))):
+        number = next(iter(_blocks))
+        crowded = _total + nbytes > limit
+        if _changed(number):
+            _forget(number)
+        elif _references(number) > _ALONE:  # in use: as good as new
+            _blocks.move_to_end(number)
+            _used[number] = _requests
+        elif crowded or _requests - _used[number] > _STALE:
+            _forget(number)
+        else:
+            return
 
 
 def _take(nbytes: int) -> UntypedStorage | None:
-    global _total
-    with _lock:
-        queue = _kept.setdefault(nbytes, deque())
-        for _ in range(len(queue)):
-            storage = queue.popleft()
-            queue.append(storage)  # the one handed out longest ago is tried first
-            if _idle(storage, nbytes):
-                return storage
+    global _total, _requests
+    # Not waited for: the holder may be this very thread, interrupted by the garbage collector or by a signal.
+    lock = _lock
+    if not lock.acquire(blocking=False):
+        return None
+    try:
+        _requests += 1
+        numbers = _sizes.get(nbytes, ())
+        for number in list(numbers):
+            if _changed(number):
+                _forget(number)
+            elif _references(number) <= _ALONE:
+                _used[number] = _requests
+                _blocks.move_to_end(number)
+                _sizes[nbytes].remove(number)
+                _sizes[nbytes].append(number)
+                _trim(0, _TRIMMED)
+                return _blocks[number]
+        if nbytes > limit:
+            return None
+        _trim(nbytes, len(_blocks) if _total + nbytes > limit else _TRIMMED)
         if _total + nbytes > limit:
             return None
         storage = UntypedStorage(nbytes)
-        queue.append(storage)
+        _blocks[_requests], _asked[_requests], _used[_requests] = storage, nbytes, _requests
+        _sizes.setdefault(nbytes, deque()).append(_requests)
         _total += nbytes
         return storage
+    finally:
+        lock.release()
+
+
+def _after_fork() -> None:
+    """In a child process: another thread may have held the lock, or been in the middle of a change."""
+    global _lock, _total
+    _lock = threading.Lock()
+    for table in (_blocks, _asked, _used, _sizes):
+        table.clear()
+    _total = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def empty_strided(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -79,5 +152,6 @@ def clear() -> None:
     """Lets go of all that is kept; tensors in use keep their memory."""
     global _total
     with _lock:
-        _kept.clear()
+        for table in (_blocks, _asked, _used, _sizes):
+            table.clear()
         _total = 0

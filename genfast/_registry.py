@@ -2,7 +2,7 @@
 
 Every op, forward or backward, is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments,
 ``check`` (raises before anything runs), ``fake`` (shapes only), ``kernels`` by backend (each checks its arguments itself,
-so that it can do so from a cached plan), and its derivative. An op without a ``backward`` of its own is differentiated
+so that it can do so from a cached plan, unless ``check_before_kernels`` says that it is done here), and its derivative. An op without a ``backward`` of its own is differentiated
 through its reference, to any order, so nothing ever returns a missing or a wrong derivative. An op that takes lists of
 tensors needs a ``backward`` of its own, and always dispatches.
 
@@ -10,11 +10,16 @@ tensors needs a ``backward`` of its own, and always dispatches.
 ``register_autograd`` still cost 5 and 60 microseconds a call, so a plain eager call that nothing watches (no compiler,
 no functorch transform, no dispatch or function mode, no tensor subclass, no profiler) goes straight to the kernel, under an
 ``autograd.Function`` made of the same two functions that ``register_autograd`` was given. Everything else dispatches.
+
+No path to a kernel goes round :func:`_guard`: a kernel takes addresses, so every tensor argument must be dense, have memory of
+its own, lie on the device of the others and have a dtype that the declaration names for it. What is not so runs the plain
+way, or is refused by :meth:`Op.admit` with an error that names the argument.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +46,78 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _AUTOGRAD = [torch._C.DispatchKey.ADInplaceOrView, torch._C.DispatchKey.AutogradFunctionality]
 
 OPS: dict[str, Op] = {}
+
+_FLOATS = _backend.DTYPES["reference"]
+# The letter of an argument's type, as csrc/guard.cpp reads it.
+_KINDS = {
+    "Tensor": "T", "Optional[Tensor]": "t", "List[Tensor]": "V", "int": "i", "SymInt": "i", "float": "f",
+    "Optional[float]": "g", "bool": "b", "str": "s", "List[int]": "I", "List[SymInt]": "I", "List[float]": "F",
+    "List[bool]": "B",
+}  # fmt: skip
+_EXPECTED = {"i": "an int", "f": "a number", "g": "a number or None", "b": "a bool", "s": "a str"}
+_REFUSED, _ON_CPU, _ON_CUDA, _REQUIRES_GRAD, _OTHER_DTYPE, _EMPTY = 0, 1, 2, 4, 8, 16  # as in csrc/guard.cpp
+_PLAIN_WAY = _OTHER_DTYPE | _EMPTY
+_KEPT_CHECKS = 4096
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the guard looks for: the arguments' kinds, and by device the dtypes that the preferred kernel takes of each."""
+
+    kinds: str
+    cpu: list[tuple[torch.dtype, ...]]
+    cuda: list[tuple[torch.dtype, ...]]
+
+
+def _scalar_is(kind: str, a: Any) -> bool:
+    if kind == "i":
+        return type(a) is int
+    if kind in "fg":
+        return type(a) in (float, int) or (kind == "g" and a is None)
+    return type(a) is (bool if kind == "b" else str)
+
+
+def _guard_in_python(signature: Signature, args: tuple[Any, ...]) -> int:
+    """Whether a kernel may see ``args``: 0 where not, else the device, whether a gradient is asked for, whether a dtype is none
+    of the kernel's and whether a tensor is empty. What csrc/guard.cpp does, for installations without the extension."""
+    device = flags = 0
+    for kind, cpu, cuda, a in zip(signature.kinds, signature.cpu, signature.cuda, args, strict=True):
+        if kind not in "TtE":
+            items = (a,) if kind.islower() else a if isinstance(a, (list, tuple)) else (Ellipsis,)
+            if kind == "V" or not all(_scalar_is(kind.lower(), item) for item in items):
+                return _REFUSED
+            continue
+        if a is None and kind == "t":
+            continue
+        if type(a) not in _PLAIN or a.is_nested or a.layout is not torch.strided or a.is_neg() or a._is_zerotensor():
+            return _REFUSED
+        here = _ON_CPU if a.is_cpu else _ON_CUDA if a.is_cuda else _REFUSED
+        if not here or device not in (0, here):
+            return _REFUSED
+        device = here
+        flags |= (_REQUIRES_GRAD if a.requires_grad else 0) | (
+            0 if a.dtype in (cpu if here == _ON_CPU else cuda) else _OTHER_DTYPE
+        )
+        if kind != "E" and not a.numel():
+            flags |= _EMPTY
+    return device | flags
+
+
+_guard: Callable[[Any, tuple[Any, ...]], int] = _guard_in_python
+_signature: Callable[[str, Any, Any], Any] = Signature
+_CPU: Any = _backend.extension("_cpu")[0]
+if _CPU is not None:
+    _CPU.guard_types(Tensor, torch.nn.Parameter, torch.strided)
+    _guard, _signature = _CPU.guard, _CPU.signature
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """Raises where ``value``, which is to be a number or a list of them, is or holds a tensor that requires a gradient."""
+    for v in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(v, Tensor) and v.requires_grad:
+            raise TypeError(
+                f"{op}: {name} is a tensor that requires a gradient, expected a number: no gradient flows to it; detach it"
+            )
 
 
 @contextlib.contextmanager
@@ -77,11 +154,19 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     kernels: dict[str, Callable[..., Any]]
-    check: Callable[..., None] | None = None
+    check: Callable[..., None]
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
     samples: Callable[[torch.Generator], Iterable[Sample]] | None = None
     dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=lambda: dict(_backend.DTYPES))
+    # Of the tensor arguments that are not floating point, by name: the dtypes that the reference and every kernel take. None
+    # for any: then a kernel takes those of ``dtypes``, and the reference all.
+    argument_dtypes: dict[str, tuple[torch.dtype, ...] | None] = field(default_factory=dict)
+    # The check looks at shapes, dtypes and options alone, and is made here before every kernel, once for each of them.
+    check_before_kernels: bool = False
+    # Tensor arguments of which an empty one says that something was not kept, where any other says that there is nothing to
+    # do: then the reference runs, since no kernel is made for sizes of zero.
+    may_be_empty: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.name = self.schema.split("(", 1)[0]
@@ -90,12 +175,24 @@ class Op:
         LIBRARY.define(self.schema)
         self.overload = getattr(torch.ops.genfast, self.name).default
         arguments = self.overload._schema.arguments
-        self.tensor_positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
-        # The first tensor that is always given decides which dtype is asked of a kernel.
-        self.number_positions = tuple(i for i, a in enumerate(arguments) if "float" in str(a.type))
-        self.decides = next(i for i in self.tensor_positions if "Optional" not in str(arguments[i].type))
+        self.argument_names = tuple(a.name for a in arguments)
+        self.kinds = "".join("E" if a.name in self.may_be_empty else _KINDS[str(a.type)] for a in arguments)
+        self.tensor_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "TtEV")
+        self.number_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "fgF")
+        unknown = {*self.argument_dtypes, *self.may_be_empty} - {self.argument_names[i] for i in self.tensor_positions}
+        if unknown:
+            raise ValueError(f"declare: {self.name!r} has no tensor argument {', '.join(sorted(unknown))}")
+        # The first floating-point tensor that is always there and no gradient decides which dtype is asked of a kernel, which
+        # converts the others to that one.
+        given = [i for i in self.tensor_positions if self.kinds[i] != "t"]
+        floats = [i for i in given if self.argument_names[i] not in self.argument_dtypes] or given
+        self.decides = next((i for i in floats if not self.argument_names[i].startswith("grad")), floats[0])
+        self._passed: set[Any] = set()
+        if self.check_before_kernels:
+            self.kernels = {name: self._checks_once(kernel) for name, kernel in self.kernels.items()}
         self.checked_reference = self._checked(self.reference)
         self.preferred = {device: self._preferred(device) for device in ("cpu", "cuda")}
+        self.signature = _signature(self.kinds, *(self._taken(device) for device in ("cpu", "cuda")))
         for device in self.preferred:
             LIBRARY.impl(self.name, self._entry(device), device.upper())
         LIBRARY.impl(self.name, self.checked_reference, "CompositeExplicitAutograd")
@@ -108,48 +205,32 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        for i in self.number_positions:
-            if type(args[i]) is not float:
-                self._no_gradient(i, args[i])
         if _is_compiling():
+            self._no_lost_gradient(args)
             return self.overload(*args)
         if forward_ad._current_level >= 0 or _peek_functorch() is not None:
             # A torch.library op has no tangent rule, where PyTorch would return zeros in silence, and none for functorch.
+            self._no_lost_gradient(args)
             return self.checked_reference(*args)
         if _len_torch_dispatch_stack() or _len_torch_function_stack() or _get_tracing_state() or _profiler_enabled():
+            self._no_lost_gradient(args)
             return self.overload(*args)
-        device = ""
-        requires_grad = False
-        for i in self.tensor_positions:
-            a = args[i]
-            if a is None:
-                continue
-            if type(a) not in _PLAIN or a.is_neg():
-                if not isinstance(a, Tensor) and self.check is not None:
-                    self.check(*args)  # names the argument, as the dispatcher's own error would not
-                return self.overload(*args)
-            here = "cpu" if a.is_cpu else "cuda" if a.is_cuda else "other"
-            if device and here != device:
-                return self.overload(*args)
-            device = here
-            requires_grad = requires_grad or a.requires_grad
-        if device not in self.preferred:
-            return self.overload(*args)
-        if requires_grad and is_grad_enabled():
+        answer = _guard(self.signature, args)
+        if not answer:
+            # The dispatcher materialises views that are negated or zero, and knows subclasses; the rest is refused by name.
+            return self.overload(*self._admit_types(args))
+        if answer & _REQUIRES_GRAD and is_grad_enabled():
             return self.function.apply(*args)
-        kernel, dtypes = self.preferred[device]
-        if _backend.forced is None and args[self.decides].dtype in dtypes:
-            return kernel(*args)  # as _run does, but a call's cost sooner
-        return self._run(device, args)
+        device = "cpu" if answer & _ON_CPU else "cuda"
+        if answer & _PLAIN_WAY or _backend.forced is not None:
+            return self._select(device, args)(*args)
+        return self.preferred[device][0](*args)  # as _run does, but a call's cost sooner
 
-    def _no_gradient(self, position: int, value: Any) -> None:
-        """Raises where a number is a tensor, or a list holds one, that requires a gradient: it would be lost in silence."""
-        for v in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(v, Tensor) and v.requires_grad:
-                raise TypeError(
-                    f"{self.name}: {self.overload._schema.arguments[position].name} is a tensor that requires a gradient, "
-                    "expected a number: no gradient flows to it; detach it"
-                )
+    def _no_lost_gradient(self, args: tuple[Any, ...]) -> None:
+        """Raises where a number is a tensor that requires a gradient, which would be lost in silence."""
+        for i in self.number_positions:
+            if type(args[i]) is not float:
+                check_number(self.name, self.argument_names[i], args[i])
 
     def direct(self, *args: Any) -> Any:
         """The op without its derivative, for callers that differentiate by hand and let nothing watch."""
@@ -159,22 +240,117 @@ class Op:
         return self.checked_reference(*args)
 
     def _run(self, device_type: str, args: tuple[Any, ...]) -> Any:
-        if _backend.forced is None:
-            kernel, dtypes = self.preferred[device_type]
-            first = args[self.decides]
-            if isinstance(first, (list, tuple)):
-                first = first[0]
-            if first is not None and first.dtype in dtypes:
-                return kernel(*args)
+        answer = _guard(self.signature, args)
+        if not answer:
+            args = tuple(_materialised(a) for a in self.admit(args))
+        elif not answer & _PLAIN_WAY and _backend.forced is None:
+            return self.preferred[device_type][0](*args)
         return self._select(device_type, args)(*args)
 
-    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        check = self.check
+    def admit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """``args`` with numbers as Python's own, or an error that names the argument which the op does not take.
 
-        def checked(*args: Any) -> Any:
-            if check is not None:
+        Raises:
+            TypeError: an argument of another type, a tensor that is not dense, or of a dtype that is not declared.
+            ValueError: tensors on several devices, and whatever the op's own check finds.
+        """
+        args = self._admit_types(args)
+        self.check(*args)
+        first, first_name = None, ""
+        for name, t in self._named_tensors(args):
+            allowed = self.argument_dtypes.get(name, _FLOATS)
+            if allowed is not None and t.dtype not in allowed:
+                kind = "a floating-point dtype" if allowed is _FLOATS else f"{_names(allowed)}"
+                raise TypeError(f"{self.name}: {name} has dtype {t.dtype}, expected {kind}")
+            if first is None:
+                first, first_name = t, name
+            elif t.device != first.device:
+                raise ValueError(
+                    f"{self.name}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device"
+                )
+        return args
+
+    def _admit_types(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) != len(self.kinds):
+            raise TypeError(f"{self.name}: got {len(args)} arguments, expected {', '.join(self.argument_names)}")
+        admitted = []
+        for name, kind, a in zip(self.argument_names, self.kinds, args):
+            if kind in "TtE":
+                if a is not None or kind != "t":
+                    self._admit_tensor(name, a)
+                admitted.append(a)
+            elif kind.islower():
+                admitted.append(self._admit_number(name, kind, a))
+            elif not isinstance(a, (list, tuple)):
+                raise TypeError(f"{self.name}: {name} is {_described(a)}, expected a list")
+            elif kind == "V":
+                for t in a:
+                    self._admit_tensor(name, t)
+                admitted.append(list(a))
+            else:
+                admitted.append([self._admit_number(name, kind.lower(), item) for item in a])
+        return tuple(admitted)
+
+    def _admit_tensor(self, name: str, a: Any) -> None:
+        if not isinstance(a, Tensor):
+            raise TypeError(f"{self.name}: {name} is {_described(a)}, expected a torch.Tensor")
+        if a.is_nested or a.layout is not torch.strided or a.is_quantized:
+            what = "nested" if a.is_nested else "quantised" if a.is_quantized else f"of layout {a.layout}"
+            raise TypeError(f"{self.name}: {name} is a tensor that is {what}, expected a dense one (torch.strided)")
+
+    def _admit_number(self, name: str, kind: str, a: Any) -> Any:
+        if _scalar_is(kind, a) or isinstance(a, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return a
+        check_number(self.name, name, a)
+        try:
+            if kind == "i" and not isinstance(a, Tensor):
+                return operator.index(a)
+            if kind in "fg" and not isinstance(a, (Tensor, str, bytes)):
+                return float(a)
+            if kind == "b" and not isinstance(a, Tensor) and operator.index(a) in (0, 1):
+                return bool(a)
+        except (TypeError, ValueError):
+            # NumPy's bool is the one flag that is no index.
+            if kind == "b" and type(a).__module__ == "numpy" and type(a).__name__ in ("bool_", "bool"):
+                return bool(a)
+        raise TypeError(f"{self.name}: {name} is {_described(a)}, expected {_EXPECTED[kind]}")
+
+    def _named_tensors(self, args: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+        for i in self.tensor_positions:
+            for t in args[i] if isinstance(args[i], (list, tuple)) else (args[i],):
+                if t is not None:
+                    yield self.argument_names[i], t
+
+    def _is_empty(self, args: tuple[Any, ...]) -> bool:
+        return any(not t.numel() for name, t in self._named_tensors(args) if name not in self.may_be_empty)
+
+    def _taken(self, device_type: str) -> list[tuple[torch.dtype, ...]]:
+        """Of each argument the dtypes that the preferred kernel takes."""
+        taken: list[tuple[torch.dtype, ...]] = []
+        for i, name in enumerate(self.argument_names):
+            declared = self.argument_dtypes.get(name, _FLOATS)
+            taken.append(self.preferred[device_type][1] if i == self.decides or declared is None else declared)
+        return taken
+
+    def _checks_once(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        check, passed = self.check, self._passed
+
+        def checking(*args: Any) -> Any:
+            key = tuple(
+                [(a.shape, a.dtype) if isinstance(a, Tensor) else tuple(a) if isinstance(a, (list, tuple)) else a for a in args]
+            )
+            if key not in passed:
                 check(*args)
-            return function(*args)
+                if len(passed) >= _KEPT_CHECKS:
+                    passed.clear()
+                passed.add(key)
+            return kernel(*args)
+
+        return checking
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            return function(*self.admit(args))
 
         return checked
 
@@ -206,7 +382,11 @@ class Op:
                     f"genfast::{self.name}: backend {_backend.forced!r} cannot serve {dtype} tensors "
                     f"of shapes {shapes} on {device_type}: {reason}"
                 )
-            return self.kernels.get(_backend.forced, self.checked_reference)
+            if not self._is_empty(args):
+                return self.kernels.get(_backend.forced, self.checked_reference)
+            return self.checked_reference
+        if self._is_empty(args):
+            return self.checked_reference
         for name in _backend.PREFERENCE[device_type]:
             if not self.refusal(name, device_type, args):
                 return self.kernels.get(name, self.checked_reference)
@@ -216,9 +396,14 @@ class Op:
         """Why ``backend`` cannot serve a call with ``args``; empty when it can."""
         if backend != "reference" and backend not in self.kernels:
             return "the op has no kernel for it"
-        for tensor in _tensors(args):
-            if tensor.dtype.is_floating_point and tensor.dtype not in self.dtypes[backend]:
-                return f"its kernel takes {_names(self.dtypes[backend])}, not {_names([tensor.dtype])}"
+        for name, tensor in self._named_tensors(args) if args else ():
+            taken = self.argument_dtypes.get(name, self.dtypes[backend])
+            if taken is None:
+                taken = self.dtypes[backend]
+                if backend == "reference":
+                    continue
+            if tensor.dtype not in taken:
+                return f"its kernel takes {_names(taken)}{'' if taken is self.dtypes[backend] else f' for {name}'}, not {_names([tensor.dtype])}"
         return _backend.unusable(backend, device_type)
 
     def _reference_backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -266,6 +451,24 @@ def _save_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _tensors(args: Iterable[Any]) -> list[Tensor]:
     """All of them, those in lists too."""
     return [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+
+
+def _described(a: Any) -> str:
+    if a is None or isinstance(a, (bool, int, float, str)):
+        return repr(a)
+    if isinstance(a, Tensor):
+        return f"a tensor of shape {tuple(a.shape)}"
+    return f"a {type(a).__name__}"
+
+
+def _materialised(a: Any) -> Any:
+    """A tensor that has its numbers in memory as they are: neither a view that is read with its sign changed, nor one of
+    zeros that has no memory."""
+    if not isinstance(a, Tensor):
+        return a
+    if a._is_zerotensor():
+        return torch.zeros(a.shape, dtype=a.dtype, device=a.device)
+    return a.resolve_neg()
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

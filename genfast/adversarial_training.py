@@ -268,8 +268,8 @@ class AdversarialTrainer:
             value = statistics.median(abs(getattr(h, side)) for h in self.history[-training.RECENT :])
             if not value <= DIVERGED:
                 return (
-                    f"the run diverged: the {side}'s loss is {value:.4g} after {len(self.history)} steps: lower the learning rate "
-                    "or raise the penalty's weight"
+                    f"the run diverged: the {side}'s loss is {value:.4g} after {len(self.history)} steps: lower the learning "
+                    "rate or raise the penalty's weight"
                 )
         return None
 
@@ -448,7 +448,7 @@ def train(
 
     def every() -> None:
         if sample_every and len(trainer.history) % sample_every == 0:
-            picture(out / "progress" / f"step-{len(trainer.history):07d}.png")
+            training.attempt(picture, out / "progress" / f"step-{len(trainer.history):07d}.png")
 
     seconds = training.loop(
         lambda: trainer.step()._asdict(), lambda: len(trainer.history), save, out, title=f"{name} on {data.name}", steps=steps,

@@ -195,6 +195,7 @@ def load(
     """
     if name in POINTS:
         raise ValueError(f"data: {name!r} are points, which genfast.data.points makes and GANs train on; expected images")
+    _colour(background)  # whose name is wrong whatever the data are
     if name == "digits":
         return _digits(seed)
     if name == "photos":
@@ -228,13 +229,9 @@ def picture(file: str | Path, *, background: str = "white") -> Any:
         ...     genfast.data.picture(file.name).getpixel((0, 0))
         (127, 127, 127)
     """
-    from PIL import Image, ImageColor, ImageOps
+    from PIL import Image, ImageOps
 
-    try:
-        colour = ImageColor.getrgb(background)[:3]
-    except ValueError as error:
-        raise ValueError(f"picture: background={background!r}, expected a colour: white, black, #20a0ff") from error
-    path = Path(file)
+    path, colour = Path(file), _colour(background)
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
         raise ValueError(f"picture: {str(path)!r} is no regular file")
     try:
@@ -252,6 +249,15 @@ def picture(file: str | Path, *, background: str = "white") -> Any:
         if str(error).startswith("picture:"):
             raise
         raise OSError(f"picture: {str(path)!r} cannot be read: {error}") from error
+
+
+def _colour(name: str) -> tuple[int, ...]:
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(name)[:3]
+    except ValueError as error:
+        raise ValueError(f"picture: background={name!r}, expected a colour: white, black, #20a0ff") from error
 
 
 def _rgb(image: Any, white: int, background: tuple[int, ...]) -> Any:

@@ -80,12 +80,16 @@ def write_results(metrics: dict[str, Any], pictures: Mapping[str, Callable[[Path
     if distributed.first():
         write_text(out / "metrics.json", json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
     for name, draw in pictures.items():
-        try:
-            draw(out / name)
-        except Exception as error:  # the run is done, and whatever fails here is less than its weights
-            if distributed.first():
-                said = " ".join(str(error).split()) or type(error).__name__
-                print(f"genfast: {out / name} was not drawn: {said}", file=sys.stderr)
+        attempt(draw, out / name)
+
+
+def attempt(draw: Callable[[Path], object], path: Path) -> None:
+    """Draws a picture of a run, or says on standard error why there is none: whatever fails is less than the run's weights."""
+    try:
+        draw(path)
+    except Exception as error:
+        if distributed.first():
+            print(f"genfast: {path} was not drawn: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
 
 
 def _finite(value: Any) -> Any:

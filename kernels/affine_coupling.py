@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp as _exp
 from ._math import inverse as _inverse
@@ -253,9 +254,11 @@ def _call(
 
 def affine_coupling(
     x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool,
-    keep_output: bool,
+    keep_output: bool, shift_first: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, logdet) of genfast::affine_coupling."""
+    """(y, logdet) of genfast::affine_coupling; with the shift first plain PyTorch's, as these kernels have no such form."""
+    if shift_first:
+        return reference.affine_coupling(x, params, alpha, mask, scale, layout, last, inverse, keep_output, True)
     y, batch = output(x), x.shape[0]
     if not x.numel() or scale == "additive":
         logdet = torch.zeros(batch, dtype=torch.float32, device=x.device)
@@ -280,9 +283,13 @@ def affine_coupling(
 
 def affine_coupling_backward(
     grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
-    mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool,
+    mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool, shift_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dparams, dalpha) of genfast::affine_coupling_backward."""
+    """(dx, dparams, dalpha) of genfast::affine_coupling_backward; with the shift first plain PyTorch's."""
+    if shift_first:
+        return reference.affine_coupling_backward(
+            grad_y, grad_logdet, kept, params, alpha, mask, scale, layout, last, inverse, keep_output, True
+        )
     dx, dparams = output(kept), torch.empty_like(params, memory_format=memory_format(kept))
     dalpha = kept.new_empty(0) if alpha is None else torch.zeros_like(alpha)
     if not kept.numel():

@@ -8,10 +8,10 @@
     dx_i = (sum_won u f - V_i sum_j A_ij f_ij) / (h r_i) - q_i f_ia,    q_i = (U_i - V_i T_i) / (h r_i), a the nearest
     dy_j = sum_won u f' / (h r_i) - sum_i A_ij V_i f'_ij / (h r_i) - sum_{i: a_i = j} q_i f'_ij,    f' = -d(d_ij)/d(y_j)
 
-Where x_i lies on its nearest a, A_ia is 1 to rounding and h r_i is as small as h eps: what they leave of u_ia - A_ia V_i would be
+Where x_i lies on its nearest a, A_ia is 1 to rounding and h r_i is as small as h eps: what is left of u_ia - A_ia V_i would be
 rounding times 1 / (h eps). These weights sum to zero over j, so that all sums leave out the nearest and are relative to it:
-t'_ij = (d_ij - m_i) / r_i for t, y_j - y_a in the mean, and for j = a minus the sum of the others. Each sweep knows the nearest by
-its index, since the products of two sweeps need not agree to the bit.
+t'_ij = (d_ij - m_i) / r_i for t, y_j - y_a in the mean, and for j = a minus the sum of the others. Each sweep knows the nearest
+by its index, since the products of two sweeps need not agree to the bit.
 
 x (B, N, C), y (B, M, C), P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). No array of N x M is written. The
 exponent's scale depends on the row's minimum, so a running softmax cannot be rescaled: three sweeps over the pairs, each a
@@ -174,8 +174,9 @@ def _norms(x, norm, size, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.co
 @triton.jit
 def _best(
     x, y, x_norm, y_norm, prior_rows, prior_columns, statistics, nearest, log_sum, value, index, N, M, high, across, splits,
-    scale, eps, weight, C: tl.constexpr, DISTANCE: tl.constexpr, NEAREST: tl.constexpr, COLUMNS: tl.constexpr, PRIOR: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
+    scale, eps, weight, C: tl.constexpr, DISTANCE: tl.constexpr, NEAREST: tl.constexpr, COLUMNS: tl.constexpr,
+    PRIOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The greatest score along the stream and its lowest index: -d_ij with NEAREST, else log A_ij, or S_ij with PRIOR.
@@ -392,8 +393,9 @@ def _finish(
     mass, moment, out, y, statistics, log_sum, nearest, value, winner, mean, N, M, splits, scale, eps, C: tl.constexpr,
     TARGETS: tl.constexpr, MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """log sum_j e, sum_j A t' and the mean, less the nearest, of each row from the parts of _attend; TARGETS: also the greatest A,
-    which is the nearest's."""
+    """sum_j e but for the nearest, sum_j A t' and the mean less the nearest,
+    of each row from the parts of _attend; TARGETS: also
+    the greatest A, which is the nearest's."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     there = i < N
@@ -427,7 +429,8 @@ def _finish(
 @triton.jit
 def _share(
     grad, value, winner, order, starts, prior_rows, prior_columns, statistics, nearest, rate, swept_rate, pull, toward,
-    toward_columns, N, M, high, across, scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    toward_columns, N, M, high, across, scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Of rows i: what each that they win but the nearest pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; and what the
     nearest pulls: -q_i, and for columns also minus the sum of all other weights."""
@@ -828,7 +831,8 @@ def contextual_similarity_backward(
         own, other = (rows.y, rows.x) if columns else (rows.x, rows.y)
         _gradient[(cdiv(own.shape[1], OWNERS), b, grid)](
             own, other, gradient, order, starts, winner, pulls, *near, nearest, toward_columns if columns else toward,
-            statistics, rate, swept_rate, top, swept.to(torch.int32), mass, out, mean, own.shape[1], other.shape[1], splits, C=c, DISTANCE=distance,
+            statistics, rate, swept_rate, top, swept.to(torch.int32), mass, out, mean, own.shape[1], other.shape[1], splits,
+            C=c, DISTANCE=distance,
             COLUMNS=columns, LISTED=columns != sources, MEAN=kept and not columns, BLOCK_R=OWNERS, BLOCK_E=ENTRIES,
             BLOCK_C=block, num_warps=4,
         )  # fmt: skip

@@ -179,7 +179,7 @@ def test_a_run_leaves_everything_it_should(tmp_path, digits):
     assert written["steps"] == 12
     assert written["recipe"]["loss"] == "nonsaturating"
     names = sorted(p.name for p in run.iterdir())
-    assert names == ["checkpoint-10", "checkpoint-12", "loss.png", "metrics.json", "progress", "samples.png"]
+    assert names == ["checkpoint-10", "checkpoint-12", "log.csv", "loss.png", "metrics.json", "progress", "samples.png"]
     assert sorted(p.name for p in (run / "progress").iterdir()) == ["step-0000006.png", "step-0000012.png"]
     with Image.open(run / "samples.png") as picture:
         assert picture.size == (7 * 73, 7 * 73)

@@ -111,7 +111,7 @@ def test_train_then_sample(tmp_path, capsys):
         (["style", "--content", "china", "--style", "flower", "--sheet", "s.xbm"], "style: --sheet='s.xbm' has the extension"),
         (
             ["style", "--content", "china", "--style", "flower", "--out", "file.png/s.png"],
-            "cannot be written to: Not a directory",
+            "style: --out: the folder 'file.png' cannot be written to",
         ),
         (["style", "--content", "china", "--style", "flower", "--out", "folder.png"], "style: --out='folder.png' is a folder"),
         (["style", "--content", "china", "--style", "flower", "--out", "pipe.png"], "--out='pipe.png' is no regular file"),
@@ -121,6 +121,7 @@ def test_train_then_sample(tmp_path, capsys):
         (["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "file.png"], "cannot be read"),
         (["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "pipe.png"], "is no file"),
         (["style", "--content", "china", "--style", "flower", "--background", "puce"], "background='puce', expected a colour"),
+        (["train", "glow", "--background", "puce"], "background='puce', expected a colour"),
         (["verify", "--json", "folder.png"], "verify: --json='folder.png' is a folder"),
         (["demo", "--seconds", "0"], "demo: seconds=0.0, expected a positive number"),
         (["demo", "--out", "file.png"], "demo: --out: the folder 'file.png' cannot be written to"),
@@ -173,7 +174,8 @@ def test_train_and_sample_a_gan_on_points(tmp_path, capsys):
     assert cli.main(words) == 0
     said = capsys.readouterr().out
     assert "2 steps, critic" in said
-    assert " 0 of 25 modes" in said  # where some of 10,000 samples fall on some by chance
+    covered = int(said.split(" of 25 modes")[0].split()[-1])
+    assert covered <= 3  # where single ones of 10,000 samples fall on several by chance
     assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "100"]) == 0
     with Image.open(picture) as image:
         assert min(image.size) > 400

@@ -88,6 +88,10 @@ def test_grey_levels_of_16_bits_become_the_nearest_of_8(tmp_path, name, write):
     assert np.abs(values - GREY[:, :, None]).max() <= (1 if "twelve" in name else 0)
 
 
+def pair(first, second):
+    return Image.fromarray(np.uint8([[first, second]]))
+
+
 def palette(path, transparency):
     image = Image.new("P", (2, 1))
     image.putpalette([0, 0, 0, 200, 100, 0])
@@ -101,11 +105,11 @@ def palette(path, transparency):
         ("index.png", lambda path: palette(path, 0), (1, 0)),
         ("index.gif", lambda path: palette(path, 0), (1, 0)),
         ("shares.png", lambda path: palette(path, bytes([255, 51])), (0, 0.8)),
-        ("rgba.png", lambda path: Image.fromarray(np.uint8([[[0, 0, 0, 0], [200, 100, 0, 204]]])).save(path), (1, 0.2)),
-        ("rgba.webp", lambda path: Image.fromarray(np.uint8([[[0, 0, 0, 0], [200, 100, 0, 204]]])).save(path, lossless=True), (1, 0.2)),
-        ("rgb.png", lambda path: Image.fromarray(np.uint8([[[0, 0, 0], [200, 100, 0]]])).save(path, transparency=(0, 0, 0)), (1, 0)),
+        ("rgba.png", lambda path: pair([0, 0, 0, 0], [200, 100, 0, 204]).save(path), (1, 0.2)),
+        ("rgba.webp", lambda path: pair([0, 0, 0, 0], [200, 100, 0, 204]).save(path, lossless=True), (1, 0.2)),
+        ("rgb.png", lambda path: pair([0, 0, 0], [200, 100, 0]).save(path, transparency=(0, 0, 0)), (1, 0)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("background", [None, "black", "#20a0ff"])
 def test_what_is_transparent_shows_the_background(tmp_path, name, write, share, background):
     write(tmp_path / name)
@@ -140,7 +144,7 @@ def test_a_folder_trains_on_what_its_pictures_show(tmp_path):
     assert data.load(str(tmp_path), size=4, background="black").train.unique().tolist() == [0]
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
-    Image.fromarray(np.uint8([[[255, 0, 0], [0, 0, 255]]])).resize((16, 8)).save(tmp_path / "0.jpg", exif=exif, quality=100)
+    pair([255, 0, 0], [0, 0, 255]).resize((16, 8)).save(tmp_path / "0.jpg", exif=exif, quality=100)
     assert data.picture(tmp_path / "0.jpg").size == (8, 16)
 
 
@@ -173,7 +177,7 @@ def test_a_folder_with_what_is_no_picture_names_it(tmp_path, capsys, name, write
 
 def png():
     file = io.BytesIO()
-    Image.fromarray(RAMP).save(file, "png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (20, 20), dtype=np.uint16)).save(file, "png")
     return file.getvalue()
 
 

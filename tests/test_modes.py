@@ -1,12 +1,13 @@
 """Whatever mode of PyTorch a first call comes in, it gives what an ordinary call gives, and leaves nothing of the mode behind.
 
-A first call in the mode, then a training step; both are compared with those of a copy that never saw the mode. For every op,
-module and model, and for the accelerated models of other libraries.
+A first call in the mode, then a training step; both are compared with those of a copy that never saw the mode. For modules,
+models, the accelerated models of other libraries, and ops.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap
+from torch.utils._pytree import tree_map_only
 
 import genfast
 from genfast import models
 from genfast import nn as gnn
+
+from .conftest import SAMPLES
 
 Call = Callable[[Any, Tensor], "Tensor | Sequence[Tensor]"]
 
@@ -29,7 +33,7 @@ Call = Callable[[Any, Tensor], "Tensor | Sequence[Tensor]"]
 class Subject:
     """A module that takes one tensor, and what is called of it.
 
-    plain: for an accelerated model, the same one without; a mode that the plain one cannot do is not asked for.
+    accelerated: a model of another library, of which a mode is asked for only where the plain model can do it.
     """
 
     make: Callable[[], nn.Module]
@@ -95,11 +99,11 @@ def own() -> dict[str, Subject]:
         "ReversibleSequential": Subject(lambda: ready(gnn.ReversibleSequential(gnn.GlowStep(4, conv()))), images),
         "Spline": Subject(lambda: gnn.Spline(4), vectors),
         "SplineCoupling": Subject(lambda: gnn.SplineCoupling(nn.Linear(2, 2 * 23)), vectors),
-        "IAF": Subject(lambda: models.IAF(4, hidden=8), vectors, log_prob),
-        "MAF": Subject(lambda: models.MAF(4, hidden=8).eval(), vectors, log_prob),
-        "MAF inverse": Subject(lambda: models.MAF(4, hidden=8).eval(), vectors, inverse),
-        "NSF": Subject(lambda: ready_model(models.NSF(4, hidden=8)), vectors, log_prob),
-        "NICE": Subject(lambda: models.NICE(4, hidden=8), vectors, log_prob),
+        "IAF": Subject(lambda: models.IAF(4, hidden=8, transforms=2), vectors, log_prob),
+        "MAF": Subject(lambda: models.MAF(4, hidden=8, transforms=2).eval(), vectors, log_prob),
+        "MAF inverse": Subject(lambda: models.MAF(4, hidden=8, transforms=2).eval(), vectors, inverse),
+        "NSF": Subject(lambda: ready_model(models.NSF(4, hidden=8, transforms=1)), vectors, log_prob),
+        "NICE": Subject(lambda: models.NICE(4, hidden=8, couplings=2), vectors, log_prob),
         "LinearFlow": Subject(lambda: ready_model(models.LinearFlow(4)), vectors, log_prob),
         "Glow": Subject(lambda: ready_model(models.Glow((1, 8, 8), levels=1, steps=2, hidden=8)), rows(3, 1, 8, 8), log_prob),
         "RealNVP": Subject(lambda: ready_model(models.RealNVP((1, 8, 8), hidden=4)).eval(), rows(3, 1, 8, 8), log_prob),
@@ -271,8 +275,25 @@ def attempt(mode: str, module: Called, x: Tensor) -> Exception | None:
     return None
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("mode", MODES)
+# Minutes of one core go into the compiles and exports of everything and into tracing the large models, so all of it is for
+# GENFAST_EVERY_MODE=1; each kind of what is kept between calls has a case here.
+SLOW = {
+    "export": ("zuko NICE", "nflows LULinear"),
+    "compile": ("PixelCNN", "normflows mixing"),
+    "dynamic": ("Spline", "zuko MAF"),
+}
+LARGE = {"DeepNADE", "GatedPixelCNN", "PixelCNN++", "PixelRNN", "RealNVP", "RNADE", "WaveNet", "MAF"}
+
+
+def pairs() -> list[tuple[str, str]]:
+    if os.environ.get("GENFAST_EVERY_MODE") == "1":
+        return [(mode, name) for mode in MODES for name in EVERY]
+    found = [(mode, name) for mode in MODES if mode not in SLOW for name in EVERY if name not in LARGE]
+    found += [("inference", name) for name in EVERY if name in LARGE]
+    return found + [(mode, name) for mode, names in SLOW.items() for name in names]
+
+
+@pytest.mark.parametrize(("mode", "name"), pairs())
 def test_a_first_call_in_a_mode(mode: str, name: str) -> None:
     subject = EVERY[name]
     torch.manual_seed(0)
@@ -287,3 +308,28 @@ def test_a_first_call_in_a_mode(mode: str, name: str) -> None:
     if error is not None and (not subject.accelerated or attempt(mode, plain, x) is None):
         raise error
     same(step(module, x), step(reference, x))
+
+
+FIRST = {op.name: (op, sample) for op, sample in reversed(SAMPLES)}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_an_ops_first_call_in_a_mode(name: str) -> None:
+    op, sample = FIRST[name]
+    args = tree_map_only(Tensor, Tensor.clone, list(sample.args))
+    with torch.inference_mode():
+        inside = flat(op(*args))
+    with FakeTensorMode() as mode:
+        shapes = flat(op(*tree_map_only(Tensor, mode.from_tensor, args)))
+    outside = flat(op(*args))
+    for i, f, o in zip(inside, shapes, outside):
+        assert torch.equal(i, o) or bool((i.isnan() == o.isnan()).all())
+        assert (f.shape, f.dtype, f.device) == (o.shape, o.dtype, o.device)
+    leaves = [
+        a.requires_grad_() for k, a in enumerate(args)
+        if isinstance(a, Tensor) and a.is_floating_point() and k not in sample.constant
+    ]  # fmt: skip
+    with_gradients = [o for o in flat(op(*args)) if o.requires_grad and o.numel()]
+    if with_gradients:
+        grads = torch.autograd.grad([o.sum() for o in with_gradients], leaves, allow_unused=True)
+        assert not any(g.is_inference() for g in grads if g is not None)

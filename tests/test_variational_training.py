@@ -99,7 +99,15 @@ def test_a_vae_learns_real_digits_and_its_bound_is_the_sum_of_its_parts(tmp_path
     assert independent_pixels(digits) == pytest.approx(2.43, abs=0.01)
     assert written["test_bits_per_dim"] < 2.2
     names = sorted(p.name for p in run.iterdir())
-    assert names == ["checkpoint-400", "checkpoint-500", "loss.png", "metrics.json", "reconstructions.png", "samples.png"]
+    assert names == [
+        "checkpoint-400",
+        "checkpoint-500",
+        "log.csv",
+        "loss.png",
+        "metrics.json",
+        "reconstructions.png",
+        "samples.png",
+    ]
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.size == (7 * 73, 7 * 73)
     model, metadata, _ = training.load_checkpoint(run)

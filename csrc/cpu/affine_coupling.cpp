@@ -2,6 +2,7 @@
 //
 //   forward  y_a = s(r) x_a + t, y_b = x_b, logdet[n] = sum log s;   inverse  x_a = (y_a - t) / s
 //   backward with l = log s, d = grad_y, g = grad_logdet:  dx = s d, dt = d, dr = l'(r) (s x d + g), s x = y - t
+// With the shift first (OpenAI's Glow) y_a = s (x_a + t), x_a = y_a / s - t, and dt = s d, dr = l'(r) (y d + g).
 //
 // x (N, C, S), params (N, 2C', S), logdet (N,). Everything from the conditioner's output to y and logdet is one pass:
 // split, scale map, product, shift, concatenation and reduction. Per transformed element the forward reads x, r, t and
@@ -14,6 +15,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -34,7 +36,23 @@ struct Row {  // n elements of one call to a row kernel
   const uint8_t* mask;
   T *y, *dr, *dt, *dalpha, *logdet;  // dalpha and logdet: per element, or null
   bool stream;                       // whether y, dr and dt go past the cache; they are aligned then
+  bool shift_first;
 };
+
+// tanh r and 1 - tanh^2, whose difference would have no digits left in the tail: of e = e^-2|r| and m = e - 1, both from one series.
+template <class T>
+GENFAST_INLINE void tanh_and_slope(Vec<T> r, Vec<T>& th, Vec<T>& slope) {
+  const T limit = sizeof(T) == 4 ? T(-87) : T(-700);
+  Vec<T> z = abs<T>(r) * T(-2), rounded;
+  z = z < limit ? splat(limit) : z;
+  const Vec<T> part = reduce<T>(z, rounded), tail = exp_tail(part) * (part * part) + part;
+  const Vec<T> power = from_bits<T>(bits<T>(splat(T(1))) + (bits<T>(rounded) << Types<T>::kMantissa));
+  const Vec<T> e = power * tail + power, m = power * tail + (power - T(1)), q = T(1) / (m + T(2));
+  const Vec<T> positive = -m * q;
+  th = r < T(0) ? -positive : positive;
+  th = r == r ? th : r;
+  slope = r == r ? e * q * (q * T(4)) : r;
+}
 
 // log s, s (or 1/s for the inverse), d log s / dr and tanh r.
 template <class T, int kScale, bool kInverse>
@@ -55,9 +73,9 @@ GENFAST_INLINE void scale_map(Vec<T> r, Vec<T> alpha, Vec<T>& l, Vec<T>& s, Vec<
   }
   l = r;
   if (kScale == kTanh) {
-    th = tanh<T>(r);
+    tanh_and_slope<T>(r, th, slope);
     l = alpha * th;
-    slope = alpha * (one - th * th);
+    slope = alpha * slope;
   } else if (kScale == kSoftclamp) {
     const Vec<T> q = one / (one + abs<T>(r) * T(1.0 / 6.907755278982137));  // log 1000
     l = r * q;
@@ -103,7 +121,8 @@ GENFAST_INLINE Vec<T> forward_step(const Row<T>& a, int64_t i, int n) {
   const Vec<T> alpha = kScale == kTanh && a.alpha ? L::get(a.alpha + i, n) : splat(a.alpha_value);
   Vec<T> l, s, slope, th;
   scale_map<T, kScale, kInverse>(r, alpha, l, s, slope, th);
-  Vec<T> y = kInverse ? (x - t) * s : s * x + t;
+  const Vec<T> before = a.shift_first ? t : zero, behind = a.shift_first ? zero : t;  // the scale; one of them is zero
+  Vec<T> y = kInverse ? (x - behind) * s - before : s * (x + before) + behind;
   if (kSelect) {
     y = live ? y : x;
     l = live ? l : zero;
@@ -143,15 +162,21 @@ GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i, int n) {
   const Vec<T> alpha = kScale == kTanh && a.alpha ? L::get(a.alpha + i, n) : splat(a.alpha_value);
   Vec<T> l, s, slope, th;
   scale_map<T, kScale, kInverse>(r, alpha, l, s, slope, th);
-  Vec<T> dx = s * d, dt = kInverse ? -dx : d, dl = zero;
+  Vec<T> dx = s * d, dl = zero;
+  const Vec<T> shifted = a.shift_first != kInverse ? dx : d;
+  Vec<T> dt = kInverse ? -shifted : shifted;
   if (kScale != kAdditive) {
     constexpr bool kShift = kInverse != kOutput;  // the kept tensor stands on t's side of the affine map
     const Vec<T> x = L::get(a.x + i, n), g = a.g ? L::get(a.g + i, n) : splat(a.g_value);
-    const Vec<T> centred = kShift ? x - L::get(a.t + i, n) : x;
+    Vec<T> centred = x;  // in x's units where it is the input, in y's where it is the output, and without the shift
+    if (a.shift_first != kShift) {
+      const Vec<T> t = L::get(a.t + i, n);
+      centred = a.shift_first ? x + t : x - t;
+    }
     if (kInverse)
-      dl = -((kOutput ? x : centred * s) * d + g);
+      dl = -((kOutput ? centred : centred * s) * d + g);
     else
-      dl = (kOutput ? centred : x * s) * d + g;
+      dl = (kOutput ? centred : centred * s) * d + g;
   }
   Vec<T> dr = dl * slope;
   if (kSelect) {
@@ -243,6 +268,7 @@ struct Problem {
     Row<T> row{};
     row.alpha_value = T(1);
     row.g_value = backward ? static_cast<const T*>(a.grad_logdet)[n] : T(0);
+    row.shift_first = a.shift_first;
     return row;
   }
 };
@@ -501,7 +527,8 @@ void run(const AffineCouplingArgs& a, bool backward) {
   int64_t chunks = a.grad_alpha && a.channels_last ? 1 : (kChunks + a.n - 1) / a.n;
   chunks = chunks < units ? chunks : units;
   const int64_t items = a.n * chunks;
-  double* partial = backward ? nullptr : static_cast<double*>(malloc(size_t(items) * sizeof(double)));
+  const Workspace<double> parts(backward ? 0 : items);
+  double* partial = backward ? nullptr : parts.get();
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t n = item / chunks, k = item % chunks;
@@ -515,7 +542,6 @@ void run(const AffineCouplingArgs& a, bool backward) {
     for (int64_t k = 0; k < chunks; ++k) total += partial[n * chunks + k];
     static_cast<T*>(a.logdet)[n] = T(total);
   }
-  free(partial);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -174,9 +175,11 @@ void run(const BiasActArgs& a) {
     const int64_t width = a.c * each * times, rows = (size + width - 1) / width;
     const int64_t together = width >= kColumns / 2 ? kFewRows : kRows;
     const int64_t chunks = (rows + together - 1) / together, columns = (width + kColumns - 1) / kColumns;
-    T* pattern = static_cast<T*>(malloc(size_t(width) * sizeof(T)));
+    const Workspace<T> patterns(width);
+    const Workspace<double> parts(summed ? chunks * width : 0);
+    T* pattern = patterns.get();
     for (int64_t i = 0; i < width; ++i) pattern[i] = bias ? bias[i / each % a.c] : T(0);
-    if (summed) partial = static_cast<double*>(malloc(size_t(chunks * width + 1) * sizeof(double)));
+    if (summed) partial = parts.get();
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t item = 0; item < chunks * columns; ++item) {
       const int64_t chunk = item / columns, first = item % columns * kColumns;
@@ -195,7 +198,6 @@ void run(const BiasActArgs& a) {
       if (summed)
         for (int64_t i = 0; i < wide; ++i) partial[chunk * width + first + i] = double(sums[i]);
     }
-    free(pattern);
     if (summed) {
       for (int64_t chunk = 1; chunk < chunks; ++chunk)
         for (int64_t i = 0; i < width; ++i) partial[i] += partial[chunk * width + i];
@@ -208,7 +210,8 @@ void run(const BiasActArgs& a) {
     }
   } else {
     const int64_t stretches = (a.s + kStretch - 1) / kStretch, items = a.n * a.c * stretches;
-    if (summed) partial = static_cast<double*>(malloc(size_t(items + 1) * sizeof(double)));
+    const Workspace<double> parts(summed ? items : 0);
+    if (summed) partial = parts.get();
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t item = 0; item < items; ++item) {
       const int64_t line = item / stretches, from = item % stretches * kStretch;
@@ -228,7 +231,6 @@ void run(const BiasActArgs& a) {
       }
     }
   }
-  free(partial);
 }
 
 // Where f costs more than f' alone, derivatives without a clamp leave it out.

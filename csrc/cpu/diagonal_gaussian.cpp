@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -63,8 +64,10 @@ void forward(const DiagonalGaussianArgs& a) {
   constexpr int width = lanes<T>();
   const int64_t chunks = (a.d + kChunk - 1) / kChunk, groups = (a.n + kGroup - 1) / kGroup;
   const int threads = a.n * a.d < kSerial ? 1 : a.threads;
-  double* sums = static_cast<double*>(malloc(size_t(a.n * chunks + 1) * sizeof(double)));
-  T* columns = a.dimension ? static_cast<T*>(malloc(size_t(groups * a.d + 1) * sizeof(T))) : nullptr;
+  const Workspace<double> all_sums(a.n * chunks);
+  const Workspace<T> all_columns(a.dimension ? groups * a.d : 0);
+  double* sums = all_sums.get();
+  T* columns = a.dimension ? all_columns.get() : nullptr;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < groups * chunks; ++item) {
     const int64_t first = item / chunks * kGroup, last = first + kGroup < a.n ? first + kGroup : a.n;
@@ -113,8 +116,6 @@ void forward(const DiagonalGaussianArgs& a) {
       static_cast<T*>(a.dimension)[i] = T(total);
     }
   }
-  free(sums);
-  free(columns);
 }
 
 template <class T, bool kSample, bool kPrior>

@@ -14,6 +14,7 @@
 #include "kernels.h"
 #include "mixture.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -231,14 +232,12 @@ void run(const LogisticMixtureArgs& a) {
   const int64_t positions = a.channels_last ? a.n * a.s : a.s;  // in a row of blocks
   const int64_t per_row = (positions + kLanes - 1) / kLanes, blocks = a.channels_last ? per_row : a.n * per_row;
   const int threads = a.n * a.s < kSerial ? 1 : a.threads;
+  const PerThread<T> memory(threads, (2 * width + k) * kLanes);
 #pragma omp parallel num_threads(threads)
   {
-    void* memory = nullptr;
-    const bool have = posix_memalign(&memory, 64, size_t(2 * width + k) * kLanes * sizeof(T)) == 0;
-    T *scratch = static_cast<T*>(memory), *columns = scratch + (width + k) * kLanes;
+    T *scratch = memory.get(), *columns = scratch + (width + k) * kLanes;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < blocks; ++item) {
-      if (!have) continue;
       const int64_t row = a.channels_last ? 0 : item / per_row, start = (item - row * per_row) * kLanes;
       const int count = positions - start < kLanes ? int(positions - start) : kLanes;
       const int64_t index = row * positions + start;  // among all N S positions
@@ -286,7 +285,6 @@ void run(const LogisticMixtureArgs& a) {
         for (int64_t j = 0; j < width; ++j) store_part(out + j * a.s, load(to + j * kLanes), count);
       }
     }
-    free(memory);
   }
 }
 

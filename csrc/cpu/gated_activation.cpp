@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -122,7 +123,8 @@ void gated(const GatedActivationArgs& a) {
   // Partial sums (outer, chunks, 2C), which one sample or all share out.
   const int64_t outer = by_sample ? a.n : 1, inner = a.channels_last ? (by_sample ? a.s : a.n * a.s) : (by_sample ? 1 : a.n);
   const int64_t chunks = a.channels_last ? (inner + kChunk - 1) / kChunk : inner;
-  double* partial = summed ? static_cast<double*>(calloc(size_t(outer * chunks * wide + 1), sizeof(double))) : nullptr;
+  const Workspace<double> parts(summed ? outer * chunks * wide : 0, Workspace<double>::kZeros);
+  double* partial = summed ? parts.get() : nullptr;
   T *y = static_cast<T*>(a.y);
   if (!a.channels_last) {
     // Where a group's halves are runs of their own and no bias changes along them, a half is one row.
@@ -149,9 +151,10 @@ void gated(const GatedActivationArgs& a) {
       run<T, kBackward>(a, row, length, summed ? sums + cf : nullptr, summed ? sums + cg : nullptr);
     }
   } else {
+    const PerThread<T> all_sums(threads, summed ? wide : 0);
 #pragma omp parallel num_threads(threads)
     {
-      T* sums = summed ? static_cast<T*>(malloc(size_t(wide) * sizeof(T))) : nullptr;
+      T* sums = summed ? all_sums.get() : nullptr;
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < outer * chunks; ++item) {
         const int64_t first = item / chunks * inner, from = item % chunks * kChunk;
@@ -178,7 +181,6 @@ void gated(const GatedActivationArgs& a) {
         if (summed)
           for (int64_t i = 0; i < wide; ++i) partial[item * wide + i] = double(sums[i]);
       }
-      free(sums);
     }
   }
   if (summed) {
@@ -189,7 +191,6 @@ void gated(const GatedActivationArgs& a) {
         for (int64_t i = 0; i < wide; ++i) total[i] += total[k * wide + i];
       for (int64_t i = 0; i < wide; ++i) out[o * wide + i] = chunks ? T(total[i]) : T(0);
     }
-    free(partial);
   }
 }
 

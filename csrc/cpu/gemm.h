@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <new>
 
 #include "transpose.h"
 #include "vec.h"
@@ -153,7 +154,9 @@ class Scratch {
     const size_t bytes = (size_t(elements) * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
       free(data_);
+      size_ = 0;
       data_ = aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
       size_ = bytes;
     }
     return static_cast<T*>(data_);

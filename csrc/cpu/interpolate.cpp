@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -20,7 +21,8 @@ template <class T>
 void backward(const InterpolateArgs& a) {
   const int64_t chunks = (a.d + kChunk - 1) / kChunk;
   const int threads = a.n * a.d < kSerial ? 1 : a.threads;
-  double* sums = a.grad_epsilon ? static_cast<double*>(malloc(size_t(a.n * chunks + 1) * sizeof(double))) : nullptr;
+  const Workspace<double> all_sums(a.grad_epsilon ? a.n * chunks : 0);
+  double* sums = a.grad_epsilon ? all_sums.get() : nullptr;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < a.n * chunks; ++item) {
     const int64_t n = item / chunks, from = item % chunks * kChunk, size = a.d - from < kChunk ? a.d - from : kChunk;
@@ -51,7 +53,6 @@ void backward(const InterpolateArgs& a) {
     for (int64_t k = 0; k < chunks; ++k) sum += sums[n * chunks + k];
     static_cast<T*>(a.grad_epsilon)[n] = T(sum);
   }
-  free(sums);
 }
 
 }  // namespace

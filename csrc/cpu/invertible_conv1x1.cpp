@@ -10,8 +10,12 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -140,16 +144,18 @@ void mix_last(const ChannelMixArgs& a) {
   constexpr int L = lanes<T>();
   const int64_t pitch = (a.c + L - 1) / L * L;
   const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
-  T* w = static_cast<T*>(calloc(size_t((a.c + 1) * pitch), sizeof(T)));  // (in, out), padded; then the bias
+  const Workspace<T> matrix((a.c + 1) * pitch, Workspace<T>::kZeros);
+  T* w = matrix.get();  // (in, out), padded; then the bias
   for (int64_t o = 0; o < a.c; ++o) {
     for (int64_t i = 0; i < a.c; ++i) w[i * pitch + o] = a.transposed ? weight[i * a.c + o] : weight[o * a.c + i];
     w[a.c * pitch + o] = bias ? bias[o] : T(0);
   }
   const int64_t tiles = (a.s + kPanel - 1) / kPanel;
   const int threads = a.n * a.c * a.s < kSerial ? 1 : a.threads;
+  const PerThread<T> panels(threads, 2 * kPanel * pitch);
 #pragma omp parallel num_threads(threads)
   {
-    T* x = static_cast<T*>(malloc(size_t(2 * kPanel * pitch) * sizeof(T)));
+    T* x = panels.get();
     T* y = x + kPanel * pitch;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < a.n * tiles; ++item) {
@@ -170,9 +176,7 @@ void mix_last(const ChannelMixArgs& a) {
       for (int64_t p = 0; p < count && rest; ++p)
         for (int64_t c = a.split; c < a.c; ++c) *out++ = y[p * pitch + c];
     }
-    free(x);
   }
-  free(w);
 }
 
 // acc[o][i] += d[p][o] x[p][i..] over a panel of positions; sums is (C, pitch).
@@ -253,11 +257,13 @@ void weight_grad(const ChannelMixArgs& a) {
   const int64_t pitch = (a.c + L - 1) / L * L, size = (a.c + 1) * pitch;
   const int64_t tiles = a.channels_last ? (a.s + kPanel - 1) / kPanel : 1;
   const int64_t items = a.n * tiles, groups = items < kGroups ? (items ? items : 1) : kGroups;
-  T* sums = static_cast<T*>(calloc(size_t(groups * size), sizeof(T)));
+  const Workspace<T> all_sums(groups * size, Workspace<T>::kZeros);
+  T* sums = all_sums.get();
   const int threads = a.n * a.c * a.s < kSerial ? 1 : a.threads;
+  const PerThread<T> buffers(threads, 2 * kPanel * pitch);
 #pragma omp parallel num_threads(threads)
   {
-    T* buffer = static_cast<T*>(malloc(size_t(2 * kPanel * pitch) * sizeof(T)));
+    T* buffer = buffers.get();
 #pragma omp for schedule(static)
     for (int64_t g = 0; g < groups; ++g) {
       T *own = sums + g * size, *bias = own + a.c * pitch;
@@ -269,7 +275,6 @@ void weight_grad(const ChannelMixArgs& a) {
           weight_grad_sample<T>(a, n, own, bias, pitch);
       }
     }
-    free(buffer);
   }
   T *dw = static_cast<T*>(a.grad_weight), *db = static_cast<T*>(a.grad_bias);
   for (int64_t o = 0; o <= a.c; ++o)  // the last row holds the bias
@@ -278,18 +283,30 @@ void weight_grad(const ChannelMixArgs& a) {
       for (int64_t g = 0; g < groups; ++g) total += sums[g * size + o * pitch + i];
       (o < a.c ? dw[o * a.c + i] : db[i]) = total;
     }
-  free(sums);
 }
 
 // ---- the C x C matrix W = P L (U + diag(sign e^log_s)), with the activation norm before it folded in ----
+
+// The rows of the matrix are read and written where the permutation says, and it may come from a file.
+void check_permutation(const PluArgs& a) {
+  Workspace<uint8_t> seen(a.c, Workspace<uint8_t>::kZeros);
+  for (int64_t i = 0; i < a.c; ++i) {
+    const int64_t row = a.perm[i];
+    if (row < 0 || row >= a.c || seen.get()[row]++)
+      throw std::invalid_argument("invertible_conv1x1: perm is no permutation of 0 to " + std::to_string(a.c - 1) +
+                                  ": perm[" + std::to_string(i) + "] is " + std::to_string(row));
+  }
+}
 
 template <class T>
 struct Plu {
   const PluArgs& a;
   int64_t c;
+  Workspace<T> both;
   T *right, *product;  // (C, C) each: U + diag, and L (U + diag)
-  explicit Plu(const PluArgs& args) : a(args), c(args.c) {
-    right = static_cast<T*>(calloc(size_t(2 * c * c), sizeof(T)));
+  explicit Plu(const PluArgs& args) : a(args), c(args.c), both(2 * c * c, Workspace<T>::kZeros) {
+    check_permutation(args);
+    right = both.get();
     product = right + c * c;
     const T *lower = static_cast<const T*>(a.lower), *upper = static_cast<const T*>(a.upper);
     for (int64_t i = 0; i < c; ++i) {
@@ -307,7 +324,6 @@ struct Plu {
       }
     }
   }
-  ~Plu() { free(right); }
   T diagonal(int64_t i) const {
     return T(double(static_cast<const T*>(a.sign_s)[i]) * ::exp(double(static_cast<const T*>(a.log_s)[i])));
   }
@@ -356,7 +372,8 @@ void plu_backward(const PluArgs& a) {
   double g = 0;
   for (int64_t n = 0; n < a.batch && a.grad_logdet; ++n) g += double(static_cast<const T*>(a.grad_logdet)[n]);
   g *= double(a.positions);
-  T* da = static_cast<T*>(calloc(size_t(c * c + 2 * c), sizeof(T)));  // P^T grad W, then two rows of column sums
+  const Workspace<T> sums(c * c + 2 * c, Workspace<T>::kZeros);
+  T* da = sums.get();  // P^T grad W, then two rows of column sums
   T *ds = da + c * c, *s = ds + c;
   for (int64_t j = 0; j < c; ++j) s[j] = T(plu.scale(j));
   for (int64_t i = 0; i < c; ++i) {
@@ -402,7 +419,6 @@ void plu_backward(const PluArgs& a) {
     dlog_s[k] = T(double(row[k]) * double(plu.diagonal(k)) + g);
     memset(row, 0, size_t(k + 1) * sizeof(T));
   }
-  free(da);
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ struct AffineCouplingArgs {
   const uint8_t* mask;
   int64_t n, c, s, width, r_offset, t_offset, step;
   int scale;
-  bool last, inverse, keep_output, channels_last;
+  bool last, inverse, keep_output, channels_last, shift_first;
   int threads;
 };
 

@@ -15,6 +15,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "transpose.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -47,16 +48,8 @@ struct Border {
 };
 
 template <class T>
-class Buffer {  // uninitialised; vectors that run over the end of the last row read the slack
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(malloc(size_t(size + 2 * block_columns<T>()) * sizeof(T)))) {}
-  ~Buffer() { free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
+struct Buffer : Workspace<T> {  // uninitialised; vectors that run over the end of the last row read the slack
+  explicit Buffer(int64_t size) : Workspace<T>(size + 2 * block_columns<T>()) {}
 };
 
 // Rows [y0, y1) and columns [x0, x1) of slice z of sample n as (row, column, channel); zero outside the image.
@@ -192,10 +185,13 @@ void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>&
   const int64_t down = (a.h + rows - 1) / rows, chunks = down * across, plane = (rows + halo) * pitch;
   const std::vector<Run> found = runs(c.taps, c.groups == 1);
   const int64_t k = int64_t(c.taps.size()) * ci, wide = padded<T>(c.out);
+  const int64_t slack = 2 * block_columns<T>();
+  const PerThread<T> copies(a.threads, slices * plane + slack), lines(a.threads, columns * wide + slack);
+  const PerThread<Segment> all_segments(a.threads, int64_t(found.size()));
 #pragma omp parallel num_threads(a.threads)
   {
-    Buffer<T> copy(slices * plane), line(columns * wide);
-    std::vector<Segment> segments(found.size());
+    T *const copy = copies.get(), *const line = lines.get();
+    Segment* const segments = all_segments.get();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < a.n * a.d * chunks; ++task) {
       const int64_t n = task / (a.d * chunks), z = task / chunks % a.d;
@@ -203,7 +199,7 @@ void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>&
       const int64_t x0 = task % across * columns, count = std::min(a.w, x0 + columns) - x0;
       for (int64_t s = 0; s < slices; ++s)
         copy_block(source, n, z - b.z0 + s, y0 - b.y0, y1 + b.y1, x0 - b.x0, x0 + columns + b.x1, a, c.in,
-                   copy.get() + s * plane);
+                   copy + s * plane);
       for (int64_t g = 0; g < c.groups; ++g)
         for (int64_t block = 0; block < co; block += block_columns<T>()) {
           const int64_t width = std::min(block_columns<T>(), padded<T>(co - block)), nv = width / lanes<T>();
@@ -218,23 +214,23 @@ void convolve(const MaskedConvArgs& a, const Convolution<T>& c, const Source<T>&
                 segments[used++] = {(b.z0 + t.z) * plane + t.y * pitch + t.x * c.in, at * width, length};
               at += length;
             }
-            const T* base = copy.get() + (row - y0 + b.y0) * pitch + b.x0 * c.in + g * ci;
+            const T* base = copy + (row - y0 + b.y0) * pitch + b.x0 * c.in + g * ci;
             const bool direct = ys[1] == 1;
             T* out = y + n * ys[0] + z * ys[2] + row * ys[3] + x0 * ys[4] + (g * co + block) * ys[1];
             for (int64_t tile = 0; tile < tiles(count); ++tile) {
               const int64_t x = tile_start(count, tile), height = tile_start(count, tile + 1) - x;
               Positions<T> end{c.bias.get() + g * padded<T>(co) + block, nullptr, wide, std::min(width, co - block), relu};
-              end.out = direct ? out + x * ys[4] : line.get() + x * wide;
+              end.out = direct ? out + x * ys[4] : line + x * wide;
               if (direct) end.ld = ys[4];
-              run<T>(height, nv, end, base + x * c.in, c.in, 1, segments.data(), int64_t(used), panel, width);
+              run<T>(height, nv, end, base + x * c.in, c.in, 1, segments, int64_t(used), panel, width);
             }
             if (direct) continue;
             if (ys[4] == 1) {
-              transpose<T>(line.get(), wide, count, std::min(width, co - block), out, ys[1]);
+              transpose<T>(line, wide, count, std::min(width, co - block), out, ys[1]);
               continue;
             }
             for (int64_t j = 0; j < std::min(width, co - block); ++j)
-              for (int64_t x = 0; x < count; ++x) out[j * ys[1] + x * ys[4]] = line.get()[x * wide + j];
+              for (int64_t x = 0; x < count; ++x) out[j * ys[1] + x * ys[4]] = line[x * wide + j];
           }
         }
     }
@@ -277,18 +273,18 @@ void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, cons
   const int64_t positions = std::max<int64_t>(64, kCache / int64_t(sizeof(T)) / std::max<int64_t>(1, a.cout));
   const int64_t columns = std::min(a.w, positions), rows = std::max<int64_t>(1, std::min(a.h, positions / columns));
   memset(sums.get(), 0, size_t(size) * sizeof(T));
+  const PerThread<Segment> all_segments(a.threads, rows);
 #pragma omp parallel num_threads(a.threads)
   {
-    std::vector<Segment> segments;
+    Segment* const segments = all_segments.get();
     for (int64_t n = 0; n < a.n; ++n)
       for (int64_t z = 0; z < a.d; ++z) {
         const T* base = copy.get() + (n * depth + z) * plane;
         for (int64_t y0 = 0; y0 < a.h; y0 += rows)
           for (int64_t x0 = 0; x0 < a.w; x0 += columns) {  // a block of d that stays in the cache while all items use it
             const int64_t y1 = std::min(a.h, y0 + rows), count = std::min(columns, a.w - x0);
-            segments.clear();
             for (int64_t y = y0; y < y1; ++y)
-              segments.push_back({y * pitch + x0 * a.cin, (((n * a.d + z) * a.h + y) * a.w + x0) * a.cout, count});
+              segments[y - y0] = {y * pitch + x0 * a.cin, (((n * a.d + z) * a.h + y) * a.w + x0) * a.cout, count};
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < int64_t(items.size()); ++i) {
               const Item& item = items[size_t(i)];
@@ -296,7 +292,7 @@ void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, cons
               const int64_t from = std::max(y0, -item.y), to = std::min(y1, a.h - item.y);  // rows that meet x
               if (from >= to) continue;
               run<T>(item.height, item.nv, Onto<T>{sums.get() + item.out, wide, false}, base + item.a, 1, a.cin,
-                     segments.data() + (from - y0), to - from, d + item.d, a.cout);
+                     segments + (from - y0), to - from, d + item.d, a.cout);
             }
           }
       }
@@ -314,9 +310,14 @@ void weight_gradient(const MaskedConvArgs& a, const std::vector<Tap>& taps, cons
       }
 }
 
+// Taps that a dilation puts farther away than the image is large meet zeros alone; left out, they widen no border.
 std::vector<Tap> taps_of(const MaskedConvArgs& a) {
+  const auto within = [](int64_t offset, int64_t size) { return -size < offset && offset < size; };
   std::vector<Tap> taps;
-  for (int64_t t = 0; t < a.tap_count; ++t) taps.push_back({a.taps[4 * t], a.taps[4 * t + 1], a.taps[4 * t + 2], a.taps[4 * t + 3]});
+  for (int64_t t = 0; t < a.tap_count; ++t) {
+    const Tap tap{a.taps[4 * t], a.taps[4 * t + 1], a.taps[4 * t + 2], a.taps[4 * t + 3]};
+    if (within(tap.z, a.d) && within(tap.y, a.h) && within(tap.x, a.w)) taps.push_back(tap);
+  }
   return taps;
 }
 

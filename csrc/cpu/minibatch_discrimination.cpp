@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -130,11 +131,6 @@ void unpack(const T* x, int64_t rows, int64_t kernels, int64_t dims, int64_t wid
       for (int64_t c = 0; c < dims; ++c) out[(i * kernels + from + l) * dims + c] = x[c * n + l];
 }
 
-template <class T>
-T* vectors_of(int64_t count) {
-  return static_cast<T*>(calloc(size_t(count + 1), GENFAST_VECTOR_BYTES));
-}
-
 template <class T, Mode kMode>
 void run(const PairwiseL1Args& a) {
   constexpr int n = lanes<T>();
@@ -146,7 +142,8 @@ void run(const PairwiseL1Args& a) {
   // What is copied of a slab: m, v, g; what is summed: dm, o.
   const int64_t copied = rows * (wide * (kMode == kSecond ? 2 : 1) + (gradients ? 1 : 0));
   const int64_t summed = rows * ((gradients ? wide : 0) + (sums ? 1 : 0));
-  T *inputs = vectors_of<T>(slabs * copied), *outputs = vectors_of<T>(slabs * groups * summed);
+  const Workspace<T> all_inputs(slabs * copied * n, Workspace<T>::kZeros), all_outputs(slabs * groups * summed * n, Workspace<T>::kZeros);
+  T *inputs = all_inputs.get(), *outputs = all_outputs.get();
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -181,8 +178,6 @@ void run(const PairwiseL1Args& a) {
       if (gradients) unpack(total, rows, a.b, a.c, wide, slab * n, static_cast<T*>(a.grad_m));
     }
   }
-  free(inputs);
-  free(outputs);
 }
 
 template <class T>

@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -88,8 +89,10 @@ void run(const MinibatchStddevArgs& a) {
   const int64_t piece = length < kBlock ? length : kBlock, pieces = (length + piece - 1) / piece;
   const int64_t together = pieces > 1 ? 1 : (kBlock + length - 1) / length, blocks = (lines + together - 1) / together * pieces;
   const int64_t cells = groups * a.features;
-  double* sums = static_cast<double*>(calloc(size_t(cells * (kBackward ? a.group : blocks + 1)), sizeof(double)));
-  T* value = static_cast<T*>(malloc(size_t(cells) * sizeof(T)));  // t, or k
+  const Workspace<double> all_sums(cells * (kBackward ? a.group : blocks + 1), Workspace<double>::kZeros);
+  const Workspace<T> values(cells);
+  double* sums = all_sums.get();
+  T* value = values.get();  // t, or k
   if (kBackward) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t item = 0; item < cells * a.group; ++item) {
@@ -150,8 +153,6 @@ void run(const MinibatchStddevArgs& a) {
         for (int64_t f = 0; f < a.features; ++f) rest[a.channels_last ? s * wide + f : f * a.s + s] = t[f];
     }
   }
-  free(value);
-  free(sums);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -64,7 +65,8 @@ template <class T>
 void backward(const ChannelScaleArgs& a) {
   const int64_t chunk = a.channels_last ? (kChunk + a.c - 1) / (a.c ? a.c : 1) * 4 : kChunk;
   const int64_t chunks = (a.s + chunk - 1) / chunk, items = a.n * chunks;
-  double* sums = static_cast<double*>(calloc(size_t(items * a.c + 1), sizeof(double)));
+  const Workspace<double> all_sums(items * a.c, Workspace<double>::kZeros);
+  double* sums = all_sums.get();
   const int threads = a.n * a.c * a.s < kSerial ? 1 : a.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < items; ++item) {
@@ -79,7 +81,6 @@ void backward(const ChannelScaleArgs& a) {
       for (int64_t k = 0; k < chunks; ++k) sum += sums[(n * chunks + k) * a.c + c];
       da[n * a.c + c] = T(sum);
     }
-  free(sums);
 }
 
 template <class T, int TAPS>

@@ -13,6 +13,7 @@
 // 2 P + 2 FLOPs and an activation (some 20 instructions) a hidden unit and step: bound by arithmetic.
 #include "gemm.h"
 #include "kernels.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -487,8 +488,9 @@ void backward(const NadeArgs& a) {
   const int64_t blocks = (a.h + width - 1) / width, parts = a.d * a.n;
   const int threads = a.n * a.d * a.h < kSerial ? 1 : a.threads;
   // Sums over hidden units are taken by block and then in the order of the blocks, whatever the threads.
-  T* dx = a.grad_x ? static_cast<T*>(malloc(size_t(blocks * parts) * sizeof(T))) : nullptr;
-  T* drho = a.grad_rescale ? static_cast<T*>(calloc(size_t(blocks * a.d), sizeof(T))) : nullptr;
+  const Workspace<T> all_dx(a.grad_x ? blocks * parts : 0);
+  const Workspace<T> all_drho(a.grad_rescale ? blocks * a.d : 0, Workspace<T>::kZeros);
+  T *dx = a.grad_x ? all_dx.get() : nullptr, *drho = a.grad_rescale ? all_drho.get() : nullptr;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch scratch;
@@ -516,8 +518,6 @@ void backward(const NadeArgs& a) {
       }
     }
   }
-  free(dx);
-  free(drho);
 }
 
 template <class T, int kAct>

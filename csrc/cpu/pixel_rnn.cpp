@@ -10,6 +10,7 @@
 // Per position 8 k h^2 FLOPs forward and 16 k h^2 backward against 4 (4 + 5 + 1) h bytes: bound by the multipliers.
 // Samples are shared out in groups that do not depend on the thread count; each sums its weight gradient in the order of its
 // samples and steps, and the groups are summed in double, so the bits do not depend on the thread count either.
+#include <new>
 #include <math.h>
 #include <stdlib.h>
 
@@ -38,6 +39,7 @@ struct Scratch {
   void* block;
   T* data;
   explicit Scratch(int64_t count) : block(calloc(size_t(count) * sizeof(T) + 64, 1)) {
+    if (!block) throw std::bad_alloc();
     data = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(block) + 63) & ~uintptr_t(63));
   }
   ~Scratch() { free(block); }
@@ -570,18 +572,19 @@ struct Backward {
   void reduce() {
     const int64_t n = ch.count, positions = scan.positions, taps = scan.taps;
     const T* weight = static_cast<const T*>(a.weight);
+    Scratch<double> totals(4 * n);
 #pragma omp parallel for num_threads(a.threads) schedule(static)
     for (int64_t gate = 0; gate < 4; ++gate) {
-      Scratch<double> total(n);
+      double* total = totals.data + gate * n;
       for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t out = 0; out < n; ++out) {
-          memset(total.data, 0, size_t(n) * sizeof(double));
+          memset(total, 0, size_t(n) * sizeof(double));
           for (int64_t g = 0; g < groups; ++g) {
             const T* part = dweight + (((g * taps + tap) * 4 + gate) * ch.padded + out) * ch.padded;
-            for (int64_t in = 0; in < n; ++in) total.data[in] += double(part[in]);
+            for (int64_t in = 0; in < n; ++in) total[in] += double(part[in]);
           }
           T* row = static_cast<T*>(a.grad_weight) + (gate * n + out) * n * taps + tap;
-          for (int64_t in = 0; in < n; ++in) row[in * taps] = T(total.data[in]);
+          for (int64_t in = 0; in < n; ++in) row[in * taps] = T(total[in]);
         }
     }
     for (int64_t i = 0; a.c0 && i < positions * n; ++i) {

@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -60,7 +61,8 @@ void forward(const SampleNormArgs& a) {
   const int64_t chunks = (a.d + kChunk - 1) / kChunk;
   const int threads = a.n * a.d < kSerial ? 1 : a.threads;
   const T* x = static_cast<const T*>(a.x);
-  double* sums = static_cast<double*>(malloc(size_t(a.n * chunks + 1) * sizeof(double)));
+  const Workspace<double> all_sums(a.n * chunks);
+  double* sums = all_sums.get();
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < a.n * chunks; ++item) {
     const int64_t n = item / chunks, from = item % chunks * kChunk;
@@ -73,7 +75,6 @@ void forward(const SampleNormArgs& a) {
     if (sizeof(T) == 8 && !a.squared && (sum < kSmall || sum > kLarge)) norm = scaled_norm(x + n * a.x_stride, a.d);
     static_cast<T*>(a.out)[n] = T(norm);
   }
-  free(sums);
 }
 
 template <class T>

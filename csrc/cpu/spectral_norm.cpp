@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -148,7 +149,8 @@ void forward(const SpectralNormArgs& a) {
   T *u = static_cast<T*>(a.u), *v = static_cast<T*>(a.v);
   const int64_t columns = a.a * a.b, total = columns * a.h;
   const int threads = total < kSerial ? 1 : a.threads;
-  T* product = static_cast<T*>(malloc(size_t((a.h > columns ? a.h : columns) + 1) * sizeof(T)));
+  const Workspace<T> products(a.h > columns ? a.h : columns);
+  T* product = products.get();
   double sigma = 0;
   for (int64_t k = 0; k < a.iterations; ++k) {
     if (a.from_v) {
@@ -169,7 +171,6 @@ void forward(const SpectralNormArgs& a) {
     times(a, w, v, product, threads);
     sigma = dot(u, product, a.h);
   }
-  free(product);
   *static_cast<T*>(a.sigma) = T(sigma);
   T* out = static_cast<T*>(a.out);
   const T inverse = T(1 / sigma);
@@ -185,7 +186,8 @@ void backward(const SpectralNormArgs& a) {
   const int64_t total = a.a * a.h * a.b, chunks = (total + kChunk - 1) / kChunk;
   const int threads = total < kSerial ? 1 : a.threads;
   const double sigma = double(*static_cast<const T*>(a.sigma));
-  double* sums = static_cast<double*>(malloc(size_t(chunks + 1) * sizeof(double)));
+  const Workspace<double> all_sums(chunks);
+  double* sums = all_sums.get();
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t k = 0; k < chunks; ++k) {
     const int64_t to = least(total, (k + 1) * kChunk);
@@ -196,7 +198,6 @@ void backward(const SpectralNormArgs& a) {
   }
   double inner = 0;
   for (int64_t k = 0; k < chunks; ++k) inner += sums[k];
-  free(sums);
   const double along = (a.grad_sigma ? double(*static_cast<const T*>(a.grad_sigma)) : 0.0) - inner / sigma / sigma;
   const T inverse = T(1 / sigma);
   const bool swapped = a.b == 1;  // (a, h): v down the rows and u along them

@@ -15,6 +15,7 @@
 #include "kernels.h"
 #include "transpose.h"
 #include "vec.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -235,17 +236,17 @@ Filter<T> factor(const Upfirdn2dArgs& a, T* store) {
 
 // Along one axis, output q U + r meets element q D + offset through tap: U phases, each with its own list of taps.
 struct Axis {
-  int64_t U, D, *start, *tap, *offset, lowest, highest;
+  int64_t U, D, *start, *tap, *offset, lowest, highest;  // the lists are in memory of the caller
 };
 
-Axis phases(int64_t up, int64_t down, int64_t before, int64_t taps) {
+Axis phases(int64_t up, int64_t down, int64_t before, int64_t taps, int64_t* lists) {
   int64_t g = up;
   for (int64_t b = down; b;) {
     const int64_t rest = g % b;
     g = b, b = rest;
   }
   Axis a{up / g, down / g, nullptr, nullptr, nullptr, 0, 0};
-  a.start = static_cast<int64_t*>(malloc(size_t(a.U + 1 + 2 * a.U * taps) * sizeof(int64_t)));
+  a.start = lists;
   a.tap = a.start + a.U + 1, a.offset = a.tap + a.U * taps;
   int64_t count = 0;
   for (int64_t r = 0; r < a.U; ++r) {
@@ -295,12 +296,28 @@ struct Scratch {
 };
 
 template <class T>
-Scratch<T> make_scratch(const Plan<T>& p) {
-  const int64_t taps = p.across.start[p.across.U];
+int64_t taps_of(const Plan<T>& p) {
+  return p.across.start[p.across.U];
+}
+
+template <class T>
+int64_t elements_of(const Plan<T>& p) {
+  return p.lines * p.length + p.flat + p.phase + p.fh + taps_of(p);
+}
+
+template <class T>
+int64_t pointers_of(const Plan<T>& p) {
+  return p.fh + taps_of(p);
+}
+
+template <class T>
+Scratch<T> make_scratch(const Plan<T>& p, T* elements, const T** pointers) {
+  const int64_t taps = taps_of(p);
   Scratch<T> s;
-  s.line = static_cast<T*>(calloc(size_t(p.lines * p.length + p.flat + p.phase + p.fh + taps + 1), sizeof(T)));
+  memset(elements, 0, size_t(elements_of(p)) * sizeof(T));
+  s.line = elements;
   s.flat = s.line + p.lines * p.length, s.phase = s.flat + p.flat, s.by_row = s.phase + p.phase, s.by_column = s.by_row + p.fh;
-  s.rows = static_cast<const T**>(malloc(size_t(p.fh + taps + 1) * sizeof(T*)));
+  s.rows = pointers;
   s.columns = s.rows + p.fh;
   for (int64_t k = 0; k < taps; ++k) {
     const int64_t place = floor_div(p.across.offset[k], p.lines);
@@ -308,12 +325,6 @@ Scratch<T> make_scratch(const Plan<T>& p) {
     s.by_column[k] = p.filter.row[p.across.tap[k]];
   }
   return s;
-}
-
-template <class T>
-void free_scratch(Scratch<T>& s) {
-  free(s.line);
-  free(s.rows);
 }
 
 // out[(i U + phase) c + e] (+)= line[i c + e]; C is c, or 0
@@ -410,10 +421,13 @@ void narrow(const Upfirdn2dArgs& a, const Filter<T>& filter, const Axis& across,
   constexpr int64_t L = lanes<T>();
   const int64_t blocks = (a.c + L - 1) / L, size = a.h * a.w, out_size = a.oh * a.ow;
   const Plan<T> p = make_plan(a, filter, across, down, L, a.w * L, kStore);
+  const PerThread<T> elements(threads, elements_of(p)), images(threads, (size + out_size) * L);
+  const PerThread<const T*> pointers(threads, pointers_of(p));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<T> s = make_scratch(p);
-    T *in = static_cast<T*>(calloc(size_t((size + out_size) * L), sizeof(T))), *out = in + size * L;
+    Scratch<T> s = make_scratch(p, elements.get(), pointers.get());
+    T *in = images.get(), *out = in + size * L;
+    memset(in, 0, size_t((size + out_size) * L) * sizeof(T));
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < a.n * blocks; ++item) {
       const int64_t n = item / blocks, first = item % blocks * L, count = a.c - first < L ? a.c - first : L;
@@ -424,8 +438,6 @@ void narrow(const Upfirdn2dArgs& a, const Filter<T>& filter, const Axis& across,
       }
       transpose(out, L, out_size, count, static_cast<T*>(a.y) + (n * a.c + first) * out_size, out_size);
     }
-    free(in);
-    free_scratch(s);
   }
 }
 
@@ -434,9 +446,11 @@ void wide(const Upfirdn2dArgs& a, const Filter<T>& filter, const Axis& across, c
   const bool past = a.n * a.c * a.oh * a.ow * int64_t(sizeof(T)) > kCached;
   const Plan<T> p = make_plan(a, filter, across, down, a.channels_last ? a.c : 1, a.xh, past ? kPast : kStore);
   const int64_t planes = a.channels_last ? a.n : a.n * a.c;
+  const PerThread<T> elements(threads, elements_of(p));
+  const PerThread<const T*> pointers(threads, pointers_of(p));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<T> s = make_scratch(p);
+    Scratch<T> s = make_scratch(p, elements.get(), pointers.get());
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < planes * a.oh; ++item) {
       const int64_t plane = item / a.oh, o = item % a.oh;
@@ -444,16 +458,17 @@ void wide(const Upfirdn2dArgs& a, const Filter<T>& filter, const Axis& across, c
       T* out = static_cast<T*>(a.y) + item * a.ow * p.c;
       output_row(p, s, static_cast<const T*>(a.x) + start, o / down.U, o % down.U, out);
     }
-    free_scratch(s);
   }
 }
 
 template <class T>
 void run(const Upfirdn2dArgs& a) {
   constexpr int64_t L = lanes<T>();
-  T* coefficients = static_cast<T*>(malloc(size_t(a.fh + a.fh * a.fw) * sizeof(T)));
-  const Filter<T> filter = factor<T>(a, coefficients);
-  const Axis across = phases(a.upx, a.downx, a.padx0, a.fw), down = phases(a.upy, a.downy, a.pady0, a.fh);
+  const Workspace<T> coefficients(a.fh + a.fh * a.fw);
+  const Workspace<int64_t> lists_across(a.upx + 1 + 2 * a.upx * a.fw), lists_down(a.upy + 1 + 2 * a.upy * a.fh);
+  const Filter<T> filter = factor<T>(a, coefficients.get());
+  const Axis across = phases(a.upx, a.downx, a.padx0, a.fw, lists_across.get());
+  const Axis down = phases(a.upy, a.downy, a.pady0, a.fh, lists_down.get());
   const int threads = a.n * a.c * (a.oh * a.ow + a.h * a.w) < kSerial ? 1 : a.threads;
   // Measured: below three vectors a row, and while both images of a vector of channels fit the second cache.
   const bool few = (a.w < 3 * L || a.ow < 3 * L) && a.c >= L / 2 && (a.h * a.w + a.oh * a.ow) * L * int64_t(sizeof(T)) <= 1 << 19;
@@ -461,9 +476,6 @@ void run(const Upfirdn2dArgs& a) {
     narrow<T>(a, filter, across, down, threads);
   else
     wide<T>(a, filter, across, down, threads);
-  free(across.start);
-  free(down.start);
-  free(coefficients);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..sampling import Layer
 from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
-from ._swap import Swapped, covered, plain_call
+from ._swap import Swapped, covered, of_library, plain_call
 
 
 class MaskedLinear(Swapped):
@@ -72,6 +73,9 @@ def made_layers(made: Any, context: Tensor | None, gated: bool) -> list[Layer] |
     ]
     if not all(plain_call(m) for m in (made, *blocks, *linear)):
         return "hooks watch the network"
+    changed = [type(m).__name__ for m in (made, *blocks, *linear) if not of_library(m)]
+    if changed:
+        return f"{changed[0]} overrides methods of the library's class"
     names = [activation_name(m.activation) for m in (made, *blocks) if hasattr(m, "activation")]
     if any(n is None for n in names):
         return "the engine does not have the network's activation"
@@ -133,18 +137,28 @@ class Autoregressive(Swapped):
 
     def inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Any:
         way = self.engine(self)
-        if not isinstance(way, str) and inputs.dim() == 2 and not torch.compiler.is_compiling():
-            made = self.autoregressive_net
-            if covered(inputs, context, made.initial_layer.weight) and self.inside(inputs):
-                layers = made_layers(made, context, self.gated)
-                found = None if isinstance(layers, str) else solve(self.kept(), layers, inputs, *way)
-                if found is not None:
-                    return found
+        made = self.autoregressive_net
+        fits = inputs.dim() == 2 and inputs.shape[1] == made.initial_layer.weight.shape[1]
+        fits = fits and not torch.compiler.is_compiling() and covered(inputs, context, made.initial_layer.weight)
+        if not isinstance(way, str) and fits and self.inside(inputs):
+            layers = made_layers(made, context, self.gated)
+            solved = None
+            if not isinstance(layers, str):
+                first = None if context is None else context[:1].detach()
+                solved = solve(self.kept(), layers, inputs, *way, self, made, functools.partial(_again, context=first))
+            if solved is not None:
+                return solved
         return super().inverse(inputs, context)  # type: ignore[misc]
 
     def inside(self, inputs: Tensor) -> bool:
         """Whether the elementwise transform has these values in its domain."""
         return True
+
+
+def _again(module: Any, x: Tensor, z: Tensor, dtype: torch.dtype, *, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    params = module.autoregressive_net(x, None if context is None else context.to(dtype))
+    found: tuple[Tensor, Tensor] = module._elementwise_inverse(z, params)
+    return found
 
 
 def within_unit(x: Tensor) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .._derived import derived, ordinary, readable, same_numbers
-from ..sampling import DegreeProgram, Layer
+from .._derived import derived, ordinary, readable, readable_now
+from ..reference.modes import evaluating
+from ..sampling import DegreeProgram, Layer, self_check
 from ._swap import covered
 
 _FUNCTIONS = {
@@ -70,10 +70,21 @@ def layer_of(linear: Any, **fields: Any) -> Layer:
     return Layer(linear.weight, linear.bias, linear.mask, **fields)
 
 
+Again = Callable[[Any, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
+
 def solve(
-    kept: dict[Any, Any], layers: Sequence[Layer], z: Tensor, transform: str, options: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
+    kept: dict[Any, Any], layers: Sequence[Layer], z: Tensor, transform: str, options: dict[str, Any], module: Any,
+    network: nn.Module, again: Again,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """x (N, D) and log |det dx/dz| (N,) from z, through the engine; the program is made once for each set of masks.
+
+    The first time for a program, one row is put through the module itself.
+
+    Args:
+        module: whose inverse this is; ``network`` is the part of it that the layers stand for.
+        again: ``again(module or a copy, x, z, dtype)`` solves the row z (1, D) for x and logdet, with what the module's network
+            makes of all of x in that dtype.
 
     None where masks, weights or what comes from a context cannot be read, and where a mask holds more than 0 and 1.
     """
@@ -86,30 +97,20 @@ def solve(
             continue
         if not derived(kept, ("binary", i), (mask,), functools.partial(_is_binary, mask)):
             return None
-    layers = _frozen(kept, layers)
     program: DegreeProgram | None = kept.get("program")
     with ordinary():
         kept["program"] = program = DegreeProgram.build(layers) if program is None else program.update(layers)
     found: tuple[Tensor, Tensor] = ops.autoregressive_inverse(z, program, transform, **options)
+    settings = transform, tuple(options.items())
+    proven = kept.get("proven")
+    if z.numel() and (proven is None or proven[0] is not program.code or proven[1] != settings):
+        if not self_check.can_look(z.device) or not readable_now(z):
+            return found
+        x, logdet, z = (t[:1].detach() for t in (*found, z))
+        with ordinary(), self_check.quietly(z.device), evaluating(module):
+            self_check.check_row(
+                type(module).__name__, module, x, logdet, lambda m, dtype: again(m, x.to(dtype), z.to(dtype), dtype),
+                lambda: self_check.first_layer(network, program.layers, lambda: again(module, x, z, z.dtype), x),
+            )  # fmt: skip
+        kept["proven"] = program.code, settings
     return found
-
-
-def _frozen(kept: dict[Any, Any], layers: Sequence[Layer]) -> list[Layer]:
-    """The layers with weights by which the program knows whether its packed ones are still right.
-
-    It goes by PyTorch's counts of in-place changes, which edits through ``.data`` do not raise. So without gradients the
-    weights are compared, element by element, with copies that nothing else can reach.
-    """
-    tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return list(layers)  # packed at each call, as a function of the weights
-    if tensors[0].is_cpu:
-        copies = kept.get("copies", ())
-        with ordinary():
-            if len(copies) != len(tensors) or not all(map(same_numbers, tensors, copies)):
-                copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
-                kept["copies"] = copies
-    else:
-        copies = tuple(t.detach() for t in tensors)  # new objects, so packed anew: no copy need come to the host
-    rest = iter(copies)
-    return [replace(layer, weight=next(rest), bias=None if layer.bias is None else next(rest)) for layer in layers]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._calls import changes_nothing, class_of
 from .._derived import readable, recorded
 
 KEPT = "_genfast"  # the attribute under which a swapped module keeps what is made once; no copy, pickle or restore has it
@@ -161,6 +162,13 @@ def plain_call(module: nn.Module) -> bool:
         or module._backward_hooks
         or "forward" in module.__dict__
     )
+
+
+def of_library(module: nn.Module) -> bool:
+    """Whether a module has a class of a library that is served, or a subclass that changes nothing that a call could use."""
+    cls = type(module).__dict__.get("original", class_of(module))
+    base = next((c for c in cls.__mro__ if c.__module__.partition(".")[0] in ("nflows", "normflows", "zuko", "torch")), None)
+    return base is not None and changes_nothing(cls, base)
 
 
 def by_path(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:

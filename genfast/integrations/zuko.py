@@ -20,7 +20,7 @@ from .. import ops
 from .._derived import derived
 from ..sampling import Layer
 from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
-from ._swap import Swapped, covered, plain_call
+from ._swap import Swapped, covered, of_library, plain_call
 
 TRANSFORMS = zuko.lazy.LazyTransform
 CONTAINERS = (zuko.lazy.LazyComposedTransform, zuko.lazy.LazyInverse)
@@ -281,7 +281,7 @@ def _layers(hyper: Any, features: int, context: Tensor | None, lead: tuple[int, 
                 pending = name
         return at if pending == "none" else None
 
-    return layers if plain_call(hyper) and add(hyper, 0) else None
+    return layers if plain_call(hyper) and of_library(hyper) and add(hyper, 0) else None
 
 
 class _Conditioned(Swapped):
@@ -346,7 +346,15 @@ def _solve(kept: dict[Any, Any], module: Any, c: Tensor | None, y: Tensor) -> tu
     layers = _layers(module.hyper, features, c, lead)
     if layers is None:
         return None
-    found = solve(kept, layers, y.expand(*lead, features).reshape(-1, features), *way)
+    context = None if c is None else c.expand(*lead, c.shape[-1]).reshape(-1, c.shape[-1])[:1].detach()
+
+    def again(m: Any, x: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        by = zuko.flows.MaskedAutoregressiveTransform.meta(m, None if context is None else context.to(dtype), x)
+        solved: tuple[Tensor, Tensor] = by.inv.call_and_ladj(z)
+        return solved
+
+    rows = y.expand(*lead, features).reshape(-1, features)
+    found = solve(kept, layers, rows, *way, module, module.hyper, again)
     return None if found is None else (found[0].reshape(*lead, features), found[1].reshape(lead))
 
 

@@ -103,7 +103,16 @@ class AutoencoderModel(nn.Module):
         return images.to(like.device).to(like.dtype) * (2 / (self.levels - 1)) - 1
 
     def levels_of(self, values: Tensor) -> Tensor:
-        """Values in [-1, 1], what is beyond clipped, as the nearest whole numbers in [0, levels)."""
+        """Values in [-1, 1], what is beyond clipped, as the nearest whole numbers in [0, levels).
+
+        Raises:
+            FloatingPointError: values that are not numbers; on a GPU an assertion there.
+        """
+        message = f"{type(self).__name__}: values of images that are not numbers (NaN)"
+        if values.is_cuda:
+            torch._assert_async((values == values).all(), message)
+        elif bool(values.isnan().any()):
+            raise FloatingPointError(f"{message}, first in image {int(values.isnan().flatten(1).any(1).nonzero()[0])}")
         return ((values + 1) * ((self.levels - 1) / 2)).round().clamp(0, self.levels - 1).long()
 
     def encode(self, images: Tensor) -> Tensor:

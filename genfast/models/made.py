@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 
 from .. import nn, ops
 from ..reference import vectors as plain
-from ..sampling.degree_ordered import DegreeProgram, Layer
+from ..sampling import self_check
+from ..sampling.degree_ordered import DegreeProgram, layers_of
+from ..sampling.lowering import LoweringError
 from .autoregressive import AutoregressiveModel
 
 
@@ -33,17 +37,31 @@ class MADE(plain.MADE, AutoregressiveModel):
             return super()._in_order(uniforms, context, given, known, temperature, naive)
         # Below 0 any probability is above the number, and no number is above 1: what is known needs no other way.
         u = uniforms[..., 0].where(~known, 1 - 2 * given)
-        return ops.autoregressive_inverse(u, self._program(context, temperature), "bernoulli")[0]
+        try:
+            program = self._program(context, temperature)
+        except LoweringError as error:
+            warnings.warn(f"MADE: a sample takes one pass for each feature. {error}", stacklevel=2)
+            return super()._in_order(uniforms, context, given, known, temperature, naive)
+        x: Tensor = ops.autoregressive_inverse(u, program, "bernoulli")[0]
+        if self.__dict__.get("_proven") != program.code.tolist() and len(x) and self_check.can_look(x.device):
+            self._prove(u[:1], x[:1], None if context is None else context[:1], temperature)
+            self.__dict__["_proven"] = program.code.tolist()
+        return x
+
+    def _prove(self, u: Tensor, x: Tensor, context: Tensor | None, temperature: float) -> None:
+        """Each feature of one row is drawn again from its number and what the network makes of the whole row."""
+        with self_check.quietly(x.device):
+            logits = self.network(x) if context is None else self.network(x, context)
+        logit = (u / (1 - u)).log() * temperature
+        expected = logits[..., 0] if logits.dim() == 3 else logits
+        # Numbers on the border, and what is known (whose numbers are outside [0, 1]), fall on either side.
+        clear = (u > 0) & (u < 1) & ((expected - logit).abs() > 1e-3 * (1 + expected.abs()))
+        if bool(((x > 0) != (logit < expected))[clear].any()):
+            raise self_check.SelfCheckError("MADE: samples in the order of degrees differ from what the network's passes draw")
 
     def _program(self, context: Tensor | None, temperature: float) -> DegreeProgram:
         """The network as a degree program, its last layer divided by the temperature."""
-        linears = list(self.network.linears)
-        layers = [
-            Layer(layer.weight, layer.bias, layer.mask, after="none" if layer is linears[-1] else self.network.activation)
-            for layer in linears
-        ]
-        if context is not None:
-            layers[0].context = self.network.context(context)
+        layers = layers_of(self.network, context)
         if temperature != 1:
             last = layers[-1]
             last.weight = last.weight / temperature

@@ -57,6 +57,7 @@ def picture(name: str, size: int, *, background: str = "white") -> Tensor:
 
     if size < 1:
         raise ValueError(f"picture: size={size}, expected at least 1")
+    data._colour(background)
     if Path(name).is_file():
         image = data.picture(name, background=background)
     elif name in PICTURES:

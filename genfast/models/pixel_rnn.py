@@ -10,6 +10,7 @@ from torch import nn as tnn
 
 from .. import nn
 from ..ops import _check
+from ..reference.causal import check_context
 from .autoregressive import AutoregressiveModel
 
 
@@ -66,6 +67,7 @@ class PixelRNN(AutoregressiveModel):
         self.out = conv(channels, levels * in_channels, 1, "B")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_context("PixelRNN", context, False)
         y: Tensor = self.first(self.scale(x))
         for lstm, up in zip(self.lstms, self.ups):
             y = y + up(lstm(y))

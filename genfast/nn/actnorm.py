@@ -25,6 +25,7 @@ class ActNorm(Bijection):
     Args:
         channels: C; inputs are (N, C, ...).
         eps: a channel with a standard deviation below this is not scaled up any further.
+        shift_first: y = e^log_scale (x + bias), as OpenAI's Glow and its ports have it; see :func:`genfast.ops.actnorm`.
 
     Raises:
         ValueError: a first batch without a single position, from which nothing can be set.
@@ -34,12 +35,13 @@ class ActNorm(Bijection):
         >>> z, logdet = genfast.nn.ActNorm(3)(torch.randn(8, 3, 4, 4))
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int, *, eps: float = 1e-6, shift_first: bool = False) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"ActNorm: channels={channels}, expected at least 1")
         self.channels = channels
         self.eps = eps
+        self.shift_first = shift_first
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
@@ -81,17 +83,17 @@ class ActNorm(Bijection):
         mean, square = sums[1 : self.channels + 1] / sums[0], sums[self.channels + 1 :] / sums[0]
         deviation = (square - mean**2).clamp_min(0).sqrt().clamp_min(self.eps)
         self.log_scale.copy_(-deviation.log())
-        self.bias.copy_(-mean / deviation)
+        self.bias.copy_(-mean if self.shift_first else -mean / deviation)
         self.initialized.fill_(True)
         self._pending = False
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self._pending and self.training:
             self.initialize(x)
-        return ops.actnorm(x, self.log_scale, self.bias, log_scale=True)
+        return ops.actnorm(x, self.log_scale, self.bias, log_scale=True, shift_first=self.shift_first)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.actnorm(z, self.log_scale, self.bias, log_scale=True, inverse=True)
+        return ops.actnorm(z, self.log_scale, self.bias, log_scale=True, inverse=True, shift_first=self.shift_first)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}"
+        return f"{self.channels}{', shift_first=True' if self.shift_first else ''}"

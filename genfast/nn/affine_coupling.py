@@ -31,6 +31,8 @@ class AffineCoupling(Bijection):
         width: C', the number of transformed channels; C // 2 without.
         transform: whether the "first" or the "last" channels are transformed.
         alpha: for ``scale="tanh"``: a float, or "learn" for one learned factor per channel (needs ``width``).
+        shift_first: y_a = s(r) (x_a + t), as OpenAI's Glow, its ports and chrischute/real-nvp have it; the same conditioner
+            is another function under the other convention, without an error. See :func:`genfast.ops.affine_coupling`.
 
     Raises:
         ValueError: options that do not fit, or a conditioner whose output has the wrong shape.
@@ -55,6 +57,7 @@ class AffineCoupling(Bijection):
         transform: Literal["first", "last"] = "first",
         layout: Layout = "scale_shift",
         alpha: float | Literal["learn"] | None = None,
+        shift_first: bool = False,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
@@ -70,6 +73,7 @@ class AffineCoupling(Bijection):
             raise TypeError(f"AffineCoupling: mask has dtype {mask.dtype}, expected torch.bool (True: passed through)")
         self.conditioner = conditioner
         self.scale, self.width, self.transform, self.layout = scale, width, transform, layout
+        self.shift_first = shift_first
         self.register_buffer("mask", mask)
         self.alpha: Any = alpha
         if alpha == "learn":
@@ -97,7 +101,7 @@ class AffineCoupling(Bijection):
     def _couple(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         return ops.affine_coupling(
             x, params, scale=self.scale, mask=self.mask, inverse=inverse, alpha=self.alpha, layout=self.layout,
-            transform=self.transform,
+            transform=self.transform, shift_first=self.shift_first,
         )  # fmt: skip
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -130,7 +134,8 @@ class AffineCoupling(Bijection):
 
     def extra_repr(self) -> str:
         masked = "" if self.mask is None else f", mask={tuple(self.mask.shape)}"
-        return f"scale={self.scale!r}, transform={self.transform!r}, layout={self.layout!r}{masked}"
+        first = ", shift_first=True" if self.shift_first else ""
+        return f"scale={self.scale!r}, transform={self.transform!r}, layout={self.layout!r}{first}{masked}"
 
 
 def conditioned(network: nn.Module, seen: Tensor, context: Tensor | None, width: int, scale: str) -> Tensor:
@@ -157,6 +162,8 @@ class GlowStep(Bijection):
         channels: C >= 2.
         conditioner: maps (N, C - C // 2, ...) to (N, 2 (C // 2), ...).
         plu, scale, layout: as in :class:`InvertibleConv1x1` and :class:`AffineCoupling`.
+        shift_first: the norm and the coupling shift before they scale, as in OpenAI's Glow, rosinality/glow-pytorch,
+            y0ast/Glow-PyTorch and chaiyujin/glow-pytorch.
 
     Source: Glow (arXiv:1807.03039, section 3, figure 2a).
 
@@ -174,14 +181,17 @@ class GlowStep(Bijection):
         plu: bool = True,
         scale: Scale = "sigmoid",
         layout: Layout = "scale_shift",
+        shift_first: bool = False,
     ) -> None:
         super().__init__()
         if channels < 2:
             raise ValueError(f"GlowStep: channels={channels}, expected at least 2")
         self.channels, self.width = channels, channels // 2
-        self.actnorm = ActNorm(channels)
+        self.actnorm = ActNorm(channels, shift_first=shift_first)
         self.conv = InvertibleConv1x1(channels, plu=plu)
-        self.coupling = AffineCoupling(conditioner, scale=scale, width=self.width, layout=layout)
+        self.coupling = AffineCoupling(
+            conditioner, scale=scale, width=self.width, layout=layout, shift_first=shift_first
+        )  # fmt: skip
 
     def stages(self, paired: bool) -> list[Any]:
         return [_Mix(self, paired), _Couple(self, paired)]
@@ -220,9 +230,24 @@ class _Mix:
 
     def _mix(self, x: State, inverse: bool, split: int | None) -> tuple[Any, Tensor]:
         norm, weight = self.step.actnorm, self.step.conv.factors()
-        return ops.actnorm_conv1x1(  # type: ignore[call-overload,no-any-return]
-            x, norm.log_scale, norm.bias, weight, log_scale=True, split=split, inverse=inverse
+        if not norm.shift_first:
+            return ops.actnorm_conv1x1(  # type: ignore[call-overload,no-any-return]
+                x, norm.log_scale, norm.bias, weight, log_scale=True, split=split, inverse=inverse
+            )
+        if not inverse:
+            x = self._shifted(x, norm.bias)
+        y, logdet = ops.actnorm_conv1x1(  # type: ignore[call-overload]
+            x, norm.log_scale, torch.zeros_like(norm.bias), weight, log_scale=True, split=split, inverse=inverse
         )
+        return self._shifted(y, -norm.bias) if inverse else y, logdet
+
+    @staticmethod
+    def _shifted(x: State, by: Tensor) -> State:
+        """x, or both halves of it, with ``by`` added to the channels."""
+        if isinstance(x, Tensor):
+            return x + by.reshape(-1, *[1] * (x.dim() - 2))
+        first, second = by.split([x[0].shape[1], x[1].shape[1]])
+        return _Mix._shifted(x[0], first), _Mix._shifted(x[1], second)  # type: ignore[return-value]
 
     def rebuild(self, z: State, context: Tensor | None) -> Rebuilt:
         return rebuild(self, z, context)
@@ -266,7 +291,9 @@ class _Couple:
 
     def _couple(self, x_a: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         coupling = self.step.coupling
-        return ops.affine_coupling(x_a, params, scale=coupling.scale, inverse=inverse, layout=coupling.layout)
+        return ops.affine_coupling(
+            x_a, params, scale=coupling.scale, inverse=inverse, layout=coupling.layout, shift_first=coupling.shift_first
+        )
 
     def _joined(self, y_a: Tensor, y_b: Tensor) -> State:
         return (y_a, y_b) if self.paired else torch.cat((y_a, y_b), 1)

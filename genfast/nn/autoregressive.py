@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +107,7 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
 
     @uncompiled("it compares numbers")
     def _prove(self, z: Tensor, context: Tensor | None) -> None:
-        """The first time for a program, and for one with other masks, one row is put through the network itself.
-
-        Each x_i is solved again from z_i and what the network makes of all of x, which must give x_i.
-        """
+        """The first time for a program, and for one with other masks, one row is put through the network itself."""
         from ..sampling import self_check as checks
 
         if type(z) is not Tensor or not checks.can_look(z.device):
@@ -122,26 +118,16 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
             program = self.program(context)
             x, logdet = self._solve(z if z.dtype.itemsize > 2 else z.float(), program)
 
-            def again(layer: MaskedAutoregressive, dtype: torch.dtype) -> Tensor:
-                params = layer._params(x.to(dtype), None if context is None else context.to(dtype))
-                return torch.cat([t.flatten() for t in layer._mapped(z.to(dtype), params, True)])
+            def again(layer: MaskedAutoregressive, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+                own = z.dtype if dtype == x.dtype and layer is self else dtype
+                params = layer._params(x.to(own), None if context is None else context.to(own))
+                return layer._mapped(z.to(own), params, True)
 
-            expected = again(self, z.dtype)
-            outputs = functools.cache(lambda: checks.in_both_precisions(self, again))
-            for part, found in ((slice(0, -1), x.flatten()), (slice(-1, None), logdet)):
-
-                def both(part: slice = part) -> tuple[Tensor, Tensor] | None:
-                    pair = outputs()
-                    return None if pair is None else (pair[0][part], pair[1][part])
-
-                error = checks.beyond_rounding(found, expected[part], both)
-                if error is not None:
-                    call = functools.partial(self._params, x.to(z.dtype), context)
-                    begins = checks.first_layer(self.network, program.layers, call, x.to(z.dtype))
-                    raise checks.SelfCheckError(
-                        f"MaskedAutoregressive: what {type(self.network).__name__}.layers() says differs from what the network "
-                        f"computes, by {error:.2g} of the largest x or logdet for one row; the difference begins at {begins}"
-                    )
+            name = f"MaskedAutoregressive of a {type(self.network).__name__}"
+            checks.check_row(
+                name, self, x, logdet, again,
+                lambda: checks.first_layer(self.network, program.layers, lambda: again(self, x.dtype), x.to(z.dtype)),
+            )  # fmt: skip
         self._proven = program.code, self.map
 
     def extra_repr(self) -> str:

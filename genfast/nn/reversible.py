@@ -278,7 +278,7 @@ def _moved_of(stages: list[Any], moved: list[Tensor], device: torch.device) -> l
     rest = iter(buffers)
     states = list(generators.unbind())
     states = states if len(states) == len(stages) else states * len(stages)
-    cuda = list(cuda_generators.unbind()) or [None] * len(stages)
+    cuda: list[Tensor | None] = [*cuda_generators.unbind()] or [None] * len(stages)
     if cuda_generators.numel() and not cuda_generators.any():  # a graph was being captured, whose generators replay themselves
         cuda = [None] * len(stages)
     return [
@@ -332,7 +332,12 @@ def _rebuilt(stage: Any, before: _Moved, state: State, context: Tensor | None) -
     if own and (not isinstance(stage, nn.Module) or is_ours(stage)):
         result: Rebuilt = stage.rebuild(state, context)
         return result
-    return rebuild(stage, state, context, lambda: (_set_generators(before), _set_buffers(_buffers(stage), before.buffers)))
+
+    def between() -> None:
+        _set_generators(before)
+        _set_buffers(_buffers(stage), before.buffers)
+
+    return rebuild(stage, state, context, between)
 
 
 @torch.no_grad()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+
+from .._registry import check_number
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are floating point, on one device."""
+    """All given tensors are floating point, on one device. The first is always there; of the others None is not looked at."""
     first: Tensor | None = None
     for name, t in tensors.items():
-        if t is None:
+        if t is None and first is not None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
@@ -26,11 +31,46 @@ def floating(op: str, **tensors: Tensor | None) -> None:
 def number(op: str, **values: object) -> None:
     """No value is a tensor that requires a gradient, which a number would lose in silence; nor has one among its items."""
     for name, value in values.items():
-        for v in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(v, Tensor) and v.requires_grad:
-                raise TypeError(
-                    f"{op}: {name} is a tensor that requires a gradient, expected a number: no gradient flows to it; detach it"
-                )
+        check_number(op, name, value)
+
+
+def tensors(op: str, **named: Any) -> None:
+    """All are tensors: before what would ask for a shape or for an axis."""
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            what = repr(t) if t is None or isinstance(t, (bool, int, float, str)) else f"a {type(t).__name__}"
+            raise TypeError(f"{op}: {name} is {what}, expected a torch.Tensor")
+
+
+def readable(t: Tensor) -> bool:
+    """Whether numbers can be looked at: not on a GPU, which would be waited for, nor under a tracer or a transform."""
+    return type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+
+
+def permutation(op: str, name: str, order: Tensor) -> None:
+    """``order`` holds each of 0 to n - 1 once. For references: kernels look at the numbers themselves."""
+    if readable(order) and not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise ValueError(f"{op}: {name} is no permutation of 0 to {len(order) - 1}")
+
+
+def shapes(op: str, **expected: tuple[Tensor | None, Sequence[int], str]) -> None:
+    """Of each tensor the shape that goes with it, and why; None is not looked at. For the arguments of backward ops."""
+    for name, (tensor, size, why) in expected.items():
+        if tensor is not None:
+            shape(op, name, tensor, tuple(size), why)
+
+
+def same_dtype(op: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """All given tensors have ``dtype``, where a kernel converts nothing."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}")
+
+
+def flags(op: str, name: str, value: Sequence[bool], count: int) -> None:
+    """A list of so many flags."""
+    if len(value) != count:
+        raise ValueError(f"{op}: {name} holds {len(value)} flags, expected {count}")
 
 
 def choice(op: str, name: str, value: str, allowed: Collection[str]) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._derived import ordinary
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, PRODUCT
 
 # LevelKind and SweepFlags of the engine.
@@ -220,5 +221,6 @@ def level_items(code: Tensor, device: torch.device) -> LevelItems:
     """Made once for each program and device."""
     by_device: dict[torch.device, LevelItems] = _KNOWN.setdefault(code, {})
     if device not in by_device:
-        by_device[device] = LevelItems(code, device)
+        with ordinary():
+            by_device[device] = LevelItems(code, device)
     return by_device[device]

@@ -131,6 +131,7 @@ OP_APPLY = Op(
     reference=reference.apply_bits,
     check=_check_apply,
     fake=_fake_like,
+    argument_dtypes={"bits": (torch.uint8,)},
     kernels={"cpu": _cpu_apply, "triton": _backend.triton_kernel("activation", "apply_bits", _check_apply)},
     setup_context=_setup_apply,
     backward=_backward_apply,

@@ -32,6 +32,14 @@ def _check_forward(x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
     check_channels(_NAME, x, scale, bias)
 
 
+def _check_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, *_: Any
+) -> None:
+    op = f"{_NAME}_backward"
+    check_channels(op, x, scale, bias)
+    _check.shapes(op, grad_y=(grad_y, x.shape, "that of x"), grad_logdet=(grad_logdet, x.shape[:1], "one per sample"))
+
+
 def _fake(x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=memory_format(x))
     return y, x.new_empty((x.shape[0],), dtype=torch.float32 if x.element_size() < 4 else x.dtype)
@@ -118,6 +126,8 @@ _OP_BACKWARD = Op(
     "actnorm_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor scale, Tensor bias, bool log_scale, "
     "bool inverse) -> (Tensor, Tensor, Tensor)",
     reference=reference.actnorm_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
@@ -134,8 +144,13 @@ OP = Op(
 )
 
 
-def actnorm(x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, inverse: bool = False) -> tuple[Tensor, Tensor]:
+def actnorm(
+    x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, inverse: bool = False, shift_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """Activation normalisation: y = s x + b per channel, logdet = H W sum log|s|.
+
+    OpenAI's Glow, rosinality/glow-pytorch, y0ast/Glow-PyTorch and chaiyujin/glow-pytorch shift first, y = s (x + b), with a b
+    of the same shape: ``shift_first=True`` takes their parameters.
 
     Args:
         x: (N, C, ...) floating point.
@@ -143,6 +158,8 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, 
         bias: (C,).
         log_scale: how ``scale`` is to be read.
         inverse: computes x = (y - b) / s and the negated log-determinant.
+        shift_first: y = s (x + b) and x = y / s - b, at one more pass over x. Where x lies far from zero this form is the
+            one whose bias does not round: the other's b is as large as s x.
 
     Returns:
         (y, logdet): y like x; logdet (N,), float32 for half-precision x.
@@ -159,5 +176,14 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, *, log_scale: bool = False, 
         >>> x = torch.randn(2, 3, 8, 8)
         >>> y, logdet = genfast.ops.actnorm(x, torch.full((3,), 2.0), torch.zeros(3))
     """
-    result: tuple[Tensor, Tensor] = OP(x, scale, bias, log_scale, inverse)
-    return result
+    if not shift_first:
+        result: tuple[Tensor, Tensor] = OP(x, scale, bias, log_scale, inverse)
+        return result
+    _check_forward(x, scale, bias)
+    shift = bias.to(torch.promote_types(x.dtype, bias.dtype)).reshape(-1, *[1] * (x.dim() - 2))
+    none = torch.zeros_like(scale)
+    if inverse:
+        y, logdet = OP(x, scale, none, log_scale, True)
+        return (y - shift).to(x.dtype), logdet
+    y, logdet = OP((x + shift).to(x.dtype), scale, none, log_scale, False)
+    return y, logdet

@@ -57,6 +57,17 @@ def _check_forward(
     _check_options(x, width, alpha, mask, scale)
 
 
+def _check_backward(
+    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
+    mask: Tensor | None, scale: str, layout: str, *_: Any,
+) -> None:  # fmt: skip
+    _check_forward(kept, params, alpha, mask, scale, layout)
+    _check.shapes(
+        f"{_NAME}_backward", grad_y=(grad_y, kept.shape, "that of kept"),
+        grad_logdet=(grad_logdet, kept.shape[:1], "one per sample"),
+    )  # fmt: skip
+
+
 def _check_options(x: Tensor, width: int, alpha: Tensor | None, mask: Tensor | None, scale: str) -> None:
     if alpha is not None:
         _check.floating(_NAME, x=x, alpha=alpha)
@@ -115,7 +126,7 @@ class _Plan(NamedTuple):
 @functools.lru_cache(1024)
 def _plan(
     xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ps: tuple[int, ...], p_stride: tuple[int, ...],
-    p_dtype: torch.dtype, scale: str, layout: str, last: bool, inverse: bool,
+    p_dtype: torch.dtype, scale: str, layout: str, last: bool, inverse: bool, shift_first: bool,
 ) -> _Plan | None:  # fmt: skip
     """None where a copy must be made first. Raises for shapes and options that do not fit."""
     width = _check_shapes(xs, ps, scale, layout)
@@ -125,24 +136,24 @@ def _plan(
         return None
     arguments = (
         dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, b.n_stride, b.c_stride, b.s_stride, a.n, a.c, a.s,
-        width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, a.walks_channels,
+        width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, a.walks_channels, shift_first,
     )  # fmt: skip
     return _Plan(a.small, a, torch.empty((), dtype=dtype).expand(a.n), width, arguments)
 
 
 def _cpu(
     x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str,
-    last: bool, inverse: bool, keep_output: bool,
+    last: bool, inverse: bool, keep_output: bool, shift_first: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = x.dtype
     plan = _plan(
-        x.shape, x.stride(), dtype, params.shape, params.stride(), params.dtype, scale, layout, last, inverse
+        x.shape, x.stride(), dtype, params.shape, params.stride(), params.dtype, scale, layout, last, inverse, shift_first
     )  # fmt: skip
     if plan is None:
         _check.floating(_NAME, x=x, params=params)
         x, a = laid_out(x)
         params = laid_out(params.to(dtype), a)[0]
-        return _cpu(x, params, alpha, mask, scale, layout, last, inverse, keep_output)
+        return _cpu(x, params, alpha, mask, scale, layout, last, inverse, keep_output, shift_first)
     small, form, pattern, width, arguments = plan
     if alpha is not None or mask is not None:
         _check_options(x, width, alpha, mask, scale)
@@ -159,7 +170,7 @@ def _cpu(
 
 def _cpu_backward(
     grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
-    mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool,
+    mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool, shift_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, given = kept.dtype, params
     kept, a = laid_out(kept)
@@ -179,7 +190,7 @@ def _cpu_backward(
         kept.data_ptr(), a.n_stride, a.c_stride, a.s_stride, params.data_ptr(), b.n_stride, b.c_stride, b.s_stride,
         dx.data_ptr(), dparams.data_ptr(), 0 if full is None else full.data_ptr(),
         0 if partial is None else partial.data_ptr(), 0 if mask is None else mask.data_ptr(), a.n, a.c, a.s, width,
-        *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, keep_output, a.walks_channels,
+        *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, keep_output, a.walks_channels, shift_first,
         torch.get_num_threads(),
     )  # fmt: skip
     if alpha is None or partial is None:
@@ -191,7 +202,7 @@ def _cpu_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, params, alpha, mask, *ctx.options = inputs
-    keep_output = inputs[-1]
+    keep_output = inputs[8]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0] if keep_output else x, params, alpha, mask)
 
@@ -199,9 +210,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
     kept, params, alpha, mask = ctx.saved_tensors
     if grad_y is None and grad_logdet is None:
-        return (None,) * 9
+        return (None,) * (4 + len(ctx.options))
     dx, dparams, dalpha = _OP_BACKWARD(grad_y, grad_logdet, kept, params, alpha, mask, *ctx.options)
-    return (dx, dparams, None if alpha is None else dalpha, *(None,) * 6)
+    return (dx, dparams, None if alpha is None else dalpha, None, *(None for _ in ctx.options))
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -216,6 +227,13 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
                 label = f"{scale}{' inverse' if inverse else ''} keep {'output' if keep else 'input'}"
                 args = (rand(3, 6, 5, 7), rand(3, 3 * k, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep)
                 yield Sample(label, args)
+    for scale in ("sigmoid", "tanh"):
+        alpha = rand(3) if scale == "tanh" else None
+        for inverse in (False, True):
+            for keep in (False, True):
+                label = f"{scale} shift first{' inverse' if inverse else ''} keep {'output' if keep else 'input'}"
+                args = (rand(3, 6, 5, 7), rand(3, 6, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep, True)
+                yield Sample(label, args)
     board = (torch.arange(5)[:, None] + torch.arange(7)) % 2 == 0
     yield Sample(
         "exp checkerboard", (rand(3, 4, 5, 7), rand(3, 8, 5, 7), None, board[None], "exp", LAYOUTS[2], False, False, False)
@@ -225,16 +243,21 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 _OP_BACKWARD = Op(
     "affine_coupling_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor kept, Tensor params, Tensor? alpha, "
-    "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output, bool shift_first=False) "
+    "-> (Tensor, Tensor, Tensor)",
     reference=reference.affine_coupling_backward,
+    check=_check_backward,
+    check_before_kernels=True,
+    argument_dtypes={"mask": (torch.bool,)},
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
     "affine_coupling(Tensor x, Tensor params, Tensor? alpha, Tensor? mask, str scale, str layout, bool last, "
-    "bool inverse, bool keep_output) -> (Tensor, Tensor)",
+    "bool inverse, bool keep_output, bool shift_first=False) -> (Tensor, Tensor)",
     reference=reference.affine_coupling,
+    argument_dtypes={"mask": (torch.bool,)},
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
@@ -255,8 +278,14 @@ def affine_coupling(
     layout: Literal["scale_shift", "shift_scale", "scale_shift_interleaved", "shift_scale_interleaved"] = "scale_shift",
     transform: Literal["first", "last"] = "first",
     keep: Literal["input", "output"] = "input",
+    shift_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Affine coupling with its log-determinant: y_a = s(r) x_a + t, y_b = x_b, in one pass.
+
+    Published codes scale first, as here and in the papers, or shift first, y_a = s(r) (x_a + t). Both take the same tensors
+    and give the same logdet, so weights of the one run under the other without an error and are another function: pass
+    ``shift_first=True`` for those of OpenAI's Glow, rosinality/glow-pytorch, y0ast/Glow-PyTorch, chaiyujin/glow-pytorch and
+    chrischute/real-nvp (``scale="tanh"``, whose inverse is y / s - t).
 
     Args:
         x: (N, C, ...) floating point; NCHW, channels_last or vectors (N, C).
@@ -273,6 +302,7 @@ def affine_coupling(
         keep: what the backward recomputes from. "input" costs no memory when the conditioner keeps
             x anyway (a view of it), "output" when the next layer keeps y. Nothing else is saved
             but ``params``.
+        shift_first: y_a = s (x_a + t) and x_a = y_a / s - t. On a GPU plain PyTorch computes it.
 
     Returns:
         (y, logdet): y like x; logdet (N,), sum of log s, in float32 for half-precision x.
@@ -299,5 +329,5 @@ def affine_coupling(
         _check.choice(_NAME, "keep", keep, ("input", "output"))
     if alpha is not None and not isinstance(alpha, Tensor):
         alpha = torch.full((1,), float(alpha), dtype=_accumulator(x.dtype), device=x.device)  # no copy from the host
-    result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, last, inverse, keep_output)
+    result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, last, inverse, keep_output, bool(shift_first))
     return result

@@ -59,7 +59,7 @@ def _check_forward(
     _check.choice(_NAME, "transform", transform, TRANSFORMS)
     if code.dtype != torch.int64 or code.dim() != 1 or len(code) < reference.PROGRAM_HEADER:
         raise ValueError(f"{_NAME}: code is {code.dtype} of shape {tuple(code.shape)}, expected a DegreeProgram's int64 vector")
-    if type(code) is not Tensor:  # under a tracer numbers are not to be had
+    if code.is_meta or type(code) is not Tensor:  # under a tracer numbers are not to be had
         return
     inputs, width, *_, columns, size, _ = _header(code)
     if z.dim() != 2 or z.shape[1] != inputs:
@@ -81,8 +81,27 @@ def _check_forward(
         _check.shape(_NAME, "contexts and gates, side by side", statics, (len(z), columns), "one row for each of z")
 
 
+def _check_backward(
+    grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
+    code: Tensor, transform: str, options: Sequence[float], weights: bool,
+) -> None:  # fmt: skip
+    _check_forward(z, packed, statics, code, transform, options)
+    _check.shapes(
+        f"{_NAME}_backward", grad_x=(grad_x, z.shape, "that of z"), x=(x, z.shape, "that of z"),
+        grad_logdet=(grad_logdet, z.shape[:1], "one per sample"),
+    )  # fmt: skip
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def _check_code(code: Tensor, z: Tensor, packed: Tensor, statics: Tensor | None) -> None:
+    """The numbers of a program are indices for the kernels. Looked at anew at each call: they take a small part of its time."""
+    columns = 0 if statics is None else statics.shape[1]
+    error: str = _CPU.degree_program_error(code.data_ptr(), len(code), z.shape[1], len(packed), columns)
+    if error:
+        raise ValueError(f"{_NAME}: code is no DegreeProgram's: {error}")
 
 
 def _fake(
@@ -110,6 +129,7 @@ def _cpu(
 ) -> tuple[Tensor, Tensor]:
     _check_forward(z, packed, statics, code, transform, options)
     z, packed, statics, code = z.contiguous(), packed.to(z.dtype).contiguous(), _like(statics, z), code.contiguous()
+    _check_code(code, z, packed, statics)
     x, logdet = torch.empty_like(z), z.new_empty(len(z))
     if len(z):
         _CPU.autoregressive_inverse(
@@ -123,10 +143,12 @@ def _cpu_backward(
     grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
     code: Tensor, transform: str, options: Sequence[float], weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_backward(grad_x, grad_logdet, z, x, packed, statics, code, transform, options, weights)
     n, double = len(z), z.dtype is torch.float64
     statics, grad_x, grad_logdet = (_like(t, z) for t in (statics, grad_x, grad_logdet))
     packed, x = packed.to(z.dtype).contiguous(), x.to(z.dtype).contiguous()
     z, code = z.contiguous(), code.contiguous()
+    _check_code(code, z, packed, statics)
     dz = torch.empty_like(z)
     dpacked = packed.new_empty(packed.shape if weights else 0)
     dstatics = z.new_empty(0 if statics is None else statics.shape)
@@ -205,6 +227,11 @@ def _gather_reference(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 def _check_gather(x: Tensor, index: Tensor, inverse: Tensor) -> None:
     _check.floating("gather_once", x=x)
+    for name, t in (("index", index), ("inverse", inverse)):
+        if t.dim() != 1:
+            raise ValueError(f"gather_once: {name} has shape {tuple(t.shape)}, expected a vector")
+    if not x.dim():
+        raise ValueError("gather_once: x has shape (), expected at least one axis")
     if len(inverse) != x.shape[-1]:
         raise ValueError(f"gather_once: x has shape {tuple(x.shape)}, expected a last axis of {len(inverse)}")
 
@@ -271,6 +298,8 @@ OP_BACKWARD = Op(
     f"{_NAME}_backward(Tensor? grad_x, Tensor? grad_logdet, Tensor z, Tensor x, Tensor packed, Tensor? statics, Tensor code, "
     "str transform, float[] options, bool weights) -> (Tensor, Tensor, Tensor)",
     reference=reference.autoregressive_inverse_backward,
+    check=_check_backward,
+    argument_dtypes={"code": (torch.int64,)},
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "cuda": _cuda.backward},
     dtypes=_CUDA_DTYPES,
@@ -279,6 +308,7 @@ OP_BACKWARD = Op(
 OP = Op(
     f"{_NAME}(Tensor z, Tensor packed, Tensor? statics, Tensor code, str transform, float[] options) -> (Tensor, Tensor)",
     reference=reference.autoregressive_inverse,
+    argument_dtypes={"code": (torch.int64,)},
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "cuda": _cuda_forward},
@@ -293,6 +323,7 @@ OP = Op(
 gather_once = Op(
     "gather_once(Tensor x, Tensor index, Tensor inverse) -> Tensor",
     reference=_gather_reference,
+    argument_dtypes={"index": (torch.int32, torch.int64), "inverse": (torch.int32, torch.int64)},
     check=_check_gather,
     fake=_fake_gather,
     kernels={},

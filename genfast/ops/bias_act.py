@@ -42,6 +42,16 @@ def _check_forward(x: Tensor, bias: Tensor | None, act: str, alpha: float, gain:
     _check_arguments(x.shape, None if bias is None else bias.shape, act, clamp)
 
 
+def _check_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any) -> None:
+    _check_forward(x, bias, *options)
+    _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, x.shape, "that of x"))
+
+
+def _check_second(grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any) -> None:
+    _check_forward(x, bias, *options)
+    _check.shapes(f"{_NAME}_second", grad_dx=(grad_dx, x.shape, "that of x"), grad_y=(grad_y, x.shape, "that of x"))
+
+
 @functools.lru_cache(1024)
 def _plan(
     xs: tuple[int, ...], stride: tuple[int, ...], bs: tuple[int, ...] | None, act: str, alpha: float, gain: float,
@@ -164,6 +174,8 @@ _OPTIONS = "Tensor x, Tensor? bias, str act, float alpha, float gain, float? cla
 _OP_SECOND = Op(
     f"bias_act_second(Tensor grad_dx, Tensor grad_y, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=reference.bias_act_second,
+    check=_check_second,
+    check_before_kernels=True,
     fake=_fake_second,
     kernels={"cpu": _cpu_second, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_second")},
 )
@@ -171,6 +183,8 @@ _OP_SECOND = Op(
 _OP_BACKWARD = Op(
     f"bias_act_backward(Tensor grad_y, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=reference.bias_act_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
     setup_context=_setup_backward,

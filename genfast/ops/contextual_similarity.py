@@ -57,6 +57,22 @@ def _check_rows(
         raise ValueError(f"{_NAME}: keep_mean=True with distance='l1', whose gradient has no use for the mean")
 
 
+def _check_backward(
+    grad: Tensor, x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float,
+    bandwidth: float, eps: float, distance: str, over: str, value: Tensor, winner: Tensor, statistics: Tensor,
+    nearest: Tensor, mean: Tensor, *_: Any,
+) -> None:  # fmt: skip
+    _check_rows(x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, False)
+    op, (b, n, c) = f"{_NAME}_backward", x.shape
+    of = (b, y.shape[1] if over == "sources" else n)
+    _check.shapes(
+        op, grad=(grad, of, "that of value"), value=(value, of, f"for over={over!r}"), winner=(winner, of, f"for over={over!r}"),
+        statistics=(statistics, (b, 3, n), "three a source"), nearest=(nearest, (b, n), "one a source"),
+        mean=(mean, (b, n, c) if mean.dim() == 3 else (0,), "x's shape, or (0,) where it was not kept"),
+    )  # fmt: skip
+    _check.same_dtype(op, _wide(x.dtype), value=value, statistics=statistics, mean=mean)
+
+
 def _check_numbers(bandwidth: float, eps: float, spatial_weight: float) -> None:
     if not 0 < bandwidth < math.inf:
         raise ValueError(f"{_NAME}: bandwidth={bandwidth}, expected a positive number")
@@ -133,7 +149,11 @@ def _cpu_backward(
     dx, dy = found = _fake_backward(grad, x, y, need_x, need_y)
     if x.numel() and (need_x or need_y):
         options = (prior_weight, bandwidth, eps, distance, over)
-        kept = (t.contiguous() for t in (value, winner, statistics, nearest, mean))
+        kept = [t.contiguous() for t in (value, winner, statistics, nearest, mean)]
+        of = x.shape[1] if over == "sources" else y.shape[1]
+        for name, index, size in (("winner", kept[1], of), ("nearest", kept[3], y.shape[1])):
+            if not _CPU.indices_within(index.data_ptr(), index.numel(), size):
+                raise ValueError(f"{_NAME}_backward: {name} has values that are not from 0 to {size - 1}")
         tensors = (*kept, grad.to(x.dtype).contiguous(), dx, dy)
         _call(True, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, tensors)
     return found
@@ -185,6 +205,10 @@ _OP_BACKWARD = Op(
     "float prior_weight, float bandwidth, float eps, str distance, str over, Tensor value, Tensor winner, Tensor statistics, "
     "Tensor nearest, Tensor mean, bool need_x, bool need_y) -> (Tensor, Tensor)",
     reference=reference.contextual_similarity_backward,
+    check=_check_backward,
+    check_before_kernels=True,
+    argument_dtypes={"winner": (torch.int64,), "nearest": (torch.int64,)},
+    may_be_empty=("mean",),
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
@@ -203,6 +227,7 @@ OP = Op(
 
 
 def _check_maps(x: Tensor, y: Tensor, center: bool | str, distance: str, reduction: str) -> None:
+    _check.tensors(_NAME, x=x, y=y)
     _check.floating(_NAME, x=x, y=y)
     for name, t in (("x", x), ("y", y)):
         if t.dim() < 3:

@@ -41,6 +41,19 @@ def _check_forward(
             _check.shape(_NAME, name, tensor, tuple(mean.shape), "that of mean")
 
 
+def _check_backward(
+    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
+) -> None:  # fmt: skip
+    _check_forward(mean, log_variance, noise, prior_mean, prior_log_variance)
+    op = f"{_NAME}_backward"
+    _check.shapes(
+        op, grad_kl=(grad_kl, mean.shape[:1], "one per sample"), grad_z=(grad_z, mean.shape, "that of mean"),
+        grad_dimension=(grad_dimension, mean.shape[1:], "one per dimension"),
+    )  # fmt: skip
+    _check.flags(op, "wanted", wanted, len(_ARGUMENTS))
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
@@ -159,6 +172,8 @@ _OP_BACKWARD = Op(
     f"{_NAME}_backward({_TENSORS}, Tensor? grad_kl, Tensor? grad_dimension, Tensor? grad_z, bool[] wanted) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.diagonal_gaussian_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

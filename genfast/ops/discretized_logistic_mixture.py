@@ -86,6 +86,12 @@ def _check_forward(params: Tensor, x: Tensor, levels: int) -> None:
     _check_shapes(params.shape, x.shape, levels)
 
 
+def _check_backward(params: Tensor, x: Tensor, grad: Tensor, levels: int) -> None:
+    _check_forward(params, x, levels)
+    expected = (params.shape[0], *params.shape[2:])
+    _check.shapes(f"{_NLL}_backward", grad=(grad, expected, "one per sample and position"))
+
+
 def _fake(params: Tensor, x: Tensor, levels: int) -> Tensor:
     return params.new_empty((params.shape[0], *params.shape[2:]), dtype=_accumulator(params.dtype))
 
@@ -164,6 +170,9 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 _OP_BACKWARD = Op(
     f"{_NLL}_backward(Tensor params, Tensor x, Tensor grad, int levels) -> Tensor",
     reference=reference.discretized_logistic_mixture_nll_backward,
+    check=_check_backward,
+    check_before_kernels=True,
+    argument_dtypes={"x": _INTEGERS},
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_NLL}_backward")},
 )
@@ -171,6 +180,7 @@ _OP_BACKWARD = Op(
 OP = Op(
     f"{_NLL}(Tensor params, Tensor x, int levels) -> Tensor",
     reference=reference.discretized_logistic_mixture_nll,
+    argument_dtypes={"x": _INTEGERS},
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_FAMILY, _NLL, _check_forward)},

@@ -43,6 +43,12 @@ def _check_forward(x: Tensor, bias: Tensor | None, groups: int) -> None:
     _check_shapes(tuple(x.shape), None if bias is None else tuple(bias.shape), groups)
 
 
+def _check_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -> None:
+    _check_forward(x, bias, groups)
+    expected = (x.shape[0], x.shape[1] // 2, *x.shape[2:])
+    _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, expected, "half the channels of x"))
+
+
 def _fake(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     return torch.empty(
         (x.shape[0], x.shape[1] // 2, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
@@ -141,6 +147,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 _OP_BACKWARD = Op(
     "gated_activation_backward(Tensor grad_y, Tensor x, Tensor? bias, int groups) -> (Tensor, Tensor)",
     reference=reference.gated_activation_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

@@ -411,6 +411,9 @@ def style_loss(
     """
     _check.choice("style_loss", "targets_are", targets_are, ("gram", "features"))
     _check.choice("style_loss", "reduction", reduction, ("mean", "none"))
+    for name, value in (("features", features), ("targets", targets)):
+        if not isinstance(value, (Tensor, Sequence)) or isinstance(value, str):
+            raise TypeError(f"style_loss: {name} is a {type(value).__name__}, expected a torch.Tensor or a sequence of them")
     layers = [features] if isinstance(features, Tensor) else list(features)
     given = [targets] if isinstance(targets, Tensor) else list(targets)
     if not layers:
@@ -421,6 +424,7 @@ def style_loss(
         raise ValueError(f"style_loss: {len(weights)} weights for {len(layers)} layers of features; expected one each")
     batch, scales, factors = None, [], []
     for i, (f, a) in enumerate(zip(layers, given)):
+        _check.tensors("style_loss", features=f, targets=a)
         _check.floating("style_loss", features=f, targets=a)
         _check_features("style_loss", f)
         if targets_are == "features":

@@ -34,7 +34,15 @@ def _check_pair(real: Tensor, fake: Tensor) -> None:
 def _check_forward(real: Tensor, fake: Tensor, epsilon: Tensor) -> None:
     _check_pair(real, fake)
     _check.floating(_NAME, real=real, epsilon=epsilon)
+    if real.dim() < 2:
+        raise ValueError(f"{_NAME}: real has shape {tuple(real.shape)}, expected (N, ...) with two axes or more")
     _check.shape(_NAME, "epsilon", epsilon, (real.shape[0],), "one per sample")
+
+
+def _check_backward(grad: Tensor, real: Tensor, fake: Tensor, epsilon: Tensor, wanted: Sequence[bool]) -> None:
+    _check_forward(real, fake, epsilon)
+    _check.shapes(f"{_NAME}_backward", grad=(grad, real.shape, "that of real"))
+    _check.flags(f"{_NAME}_backward", "wanted", wanted, 3)
 
 
 def _fake(real: Tensor, fake: Tensor, epsilon: Tensor) -> Tensor:
@@ -115,6 +123,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 _OP_BACKWARD = Op(
     "interpolate_backward(Tensor grad, Tensor real, Tensor fake, Tensor epsilon, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     reference=reference.interpolate_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

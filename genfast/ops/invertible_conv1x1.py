@@ -59,6 +59,17 @@ def _check_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | Non
         raise ValueError(f"{op}: split={split}, expected 1 to {channels}")
 
 
+def _check_mix_backward(
+    grad_y: Tensor | None, grad_y_b: Tensor | None, x: Tensor, x_b: Tensor | None, weight: Tensor, split: int
+) -> None:
+    _check_mix(x, x_b, weight, None, split)
+    first, second = ((x.shape[0], count, *x.shape[2:]) for count in (split, weight.shape[0] - split))
+    _check.shapes(
+        "channel_mix_backward", grad_y=(grad_y, first, "that of the first half of the output"),
+        grad_y_b=(grad_y_b, second, "that of the second half of the output"),
+    )  # fmt: skip
+
+
 def _halves(x: Tensor, channels: int, split: int) -> tuple[Tensor, Tensor]:
     form = memory_format(x)
     n, rest = x.shape[0], x.shape[2:]
@@ -192,6 +203,8 @@ MIX_BACKWARD = Op(
     "channel_mix_backward(Tensor? grad_y, Tensor? grad_y_b, Tensor x, Tensor? x_b, Tensor weight, int split) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.channel_mix_backward,
+    check=_check_mix_backward,
+    check_before_kernels=True,
     fake=_fake_mix_backward,
     kernels={"cpu": _cpu_mix_backward, "triton": _backend.triton_kernel("invertible_conv1x1", "channel_mix_backward")},
 )
@@ -213,9 +226,16 @@ MIX = Op(
 
 def _check_plu(
     perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
-    bias: Tensor | None, *_: Any,
+    bias: Tensor | None, *options: Any,
 ) -> None:  # fmt: skip
     op = "invertible_conv1x1"
+    for name, t in (("perm", perm), ("lower", lower), ("upper", upper), ("sign_s", sign_s), ("log_s", log_s)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
+    if perm.device != log_s.device:
+        raise ValueError(f"{op}: perm is on {perm.device} and log_s on {log_s.device}; move both to one device")
+    if options and options[1] < 0:
+        raise ValueError(f"{op}: batch={options[1]}, expected at least 0")
     _check.floating(op, lower=lower, upper=upper, sign_s=sign_s, log_s=log_s, scale=scale, bias=bias)
     c = log_s.shape[0] if log_s.dim() == 1 else 0
     if not c:
@@ -229,6 +249,29 @@ def _check_plu(
         raise TypeError(f"{op}: perm has dtype {perm.dtype}, expected torch.int64")
     if any(t is not None and t.dtype != log_s.dtype for t in (lower, upper, sign_s, scale, bias)):
         raise TypeError(f"{op}: lower, upper, sign_s, log_s, scale and bias need one dtype, that of log_s ({log_s.dtype})")
+
+
+def _check_plu_backward(
+    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, *arguments: Any
+) -> None:
+    _check_plu(*arguments)
+    op, log_s, batch = "plu_weight_backward", arguments[4], arguments[8]
+    c = log_s.shape[0]
+    _check.shapes(
+        op, grad_weight=(grad_weight, (c, c), "that of the weight"), grad_folded=(grad_folded, (c,), "one per channel"),
+        grad_logdet=(grad_logdet, (batch,), "one per sample"),
+    )  # fmt: skip
+    _check.same_dtype(op, log_s.dtype, grad_weight=grad_weight, grad_folded=grad_folded, grad_logdet=grad_logdet)
+
+
+def _reference_plu(perm: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check.permutation("invertible_conv1x1", "perm", perm)
+    return reference.plu_weight(perm, *rest)
+
+
+def _reference_plu_backward(*args: Any) -> tuple[Tensor, ...]:
+    _check.permutation("invertible_conv1x1", "perm", args[3])
+    return reference.plu_weight_backward(*args)
 
 
 def _fake_plu(
@@ -255,7 +298,7 @@ def _cpu_plu(
     perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
+    _check_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
     weight, folded, logdet = _fake_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
     tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     _CPU.plu_weight(
@@ -369,7 +412,10 @@ _PLU_ARGUMENTS = (
 PLU_BACKWARD = Op(
     f"plu_weight_backward(Tensor? grad_weight, Tensor? grad_folded, Tensor? grad_logdet, {_PLU_ARGUMENTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.plu_weight_backward,
+    reference=_reference_plu_backward,
+    check=_check_plu_backward,
+    check_before_kernels=True,
+    argument_dtypes={"perm": (torch.int64,)},
     fake=_fake_plu_backward,
     kernels={"cpu": _cpu_plu_backward, "cuda": _cuda_plu_backward},
     dtypes=_CUDA_DTYPES,
@@ -377,7 +423,8 @@ PLU_BACKWARD = Op(
 
 PLU_WEIGHT = Op(
     f"plu_weight({_PLU_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    reference=reference.plu_weight,
+    reference=_reference_plu,
+    argument_dtypes={"perm": (torch.int64,)},
     check=_check_plu,
     fake=_fake_plu,
     kernels={"cpu": _cpu_plu, "cuda": _cuda_plu},
@@ -403,6 +450,8 @@ def _determinant(op: str, weight: Tensor) -> Tensor:
 def _inverted(op: str, weight: Tensor | PLU) -> Tensor:
     """W^-1 from its triangular factors, solved in float64: C is small, the positions are many."""
     if isinstance(weight, PLU):
+        _check_plu(*weight, None, None)
+        _check.permutation(op, "perm", weight.perm)
         return reference.plu_inverse(*weight)
     inverse, info = torch.linalg.inv_ex(weight.double())
     if weight.is_cpu and readable_now(info) and int(info):

@@ -273,6 +273,7 @@ OP = Op(
 
 OP_INPUT = Op(
     "linear_input(Tensor grad, Tensor weight, Tensor? bits, float slope) -> Tensor",
+    argument_dtypes={"bits": (torch.uint8,)},
     reference=reference.linear_input,
     check=_check_input,
     fake=_fake_input,

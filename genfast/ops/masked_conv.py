@@ -49,6 +49,8 @@ def check_masked_conv(
             raise ValueError(f"{op}: {name} are {value}, not a multiple of data_channels={data_channels}")
         if value % groups:
             raise ValueError(f"{op}: {name} are {value}, not a multiple of groups={groups}")
+    if not out:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected at least one output channel")
     if weight.shape[1] * groups != channels:
         raise ValueError(
             f"{op}: weight has shape {tuple(weight.shape)}, expected {channels // groups} input channels per group "
@@ -60,6 +62,18 @@ def check_masked_conv(
         raise ValueError(f"{op}: center={tuple(center)}, expected a position inside the kernel {tuple(kernel)}")
     if bias is not None:
         _check.shape(op, "bias", bias, (out,), "one per output channel")
+
+
+def _check_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
+    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str, wanted: Sequence[bool],
+) -> None:  # fmt: skip
+    check_masked_conv(x, weight, None, mask_type, data_channels, group_order, dilation, groups, center, activation)
+    op, of = f"{_NAME}_backward", (x.shape[0], weight.shape[0], *x.shape[2:])
+    _check.shapes(op, grad_y=(grad_y, of, "that of the output"))
+    if activation == "relu":  # without it y is not read
+        _check.shapes(op, y=(y, of, "that of the output"))
+    _check.flags(op, "wanted", wanted, 3)
 
 
 class _Plan(NamedTuple):
@@ -239,6 +253,8 @@ _OP_BACKWARD = Op(
     f"masked_conv_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor y, {_OPTIONS}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.masked_conv_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
@@ -256,8 +272,8 @@ OP = Op(
 
 
 def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    found = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(found) != dims:
+    found = (value,) * dims if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(found) != dims or not all(isinstance(v, (int, torch.SymInt)) for v in found):
         raise ValueError(f"{op}: {name}={value!r}, expected one number or {dims}")
     return found
 

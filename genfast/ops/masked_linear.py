@@ -86,6 +86,7 @@ def staircase_from_mask(mask: Tensor) -> Staircase | None:
         >>> genfast.ops.staircase_from_mask(torch.eye(2)) is None
         True
     """
+    _check.tensors("staircase_from_mask", mask=mask)
     if mask.dim() != 2:
         raise ValueError(f"staircase_from_mask: mask has shape {tuple(mask.shape)}, expected (O, I)")
     live = mask != 0
@@ -124,6 +125,17 @@ def _check_forward(
     _check.choice(_NAME, "activation", activation, _ACTIVATIONS)
 
 
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor,
+    wanted: Sequence[bool],
+) -> None:  # fmt: skip
+    _check_forward(x, weight, None, rows, columns, counts, "none")
+    op, of = f"{_NAME}_backward", (x.shape[0], weight.shape[0])
+    _check.shapes(op, grad=(grad, of, "that of the output"), y=(y, of, "that of the output"))
+    _check.same_dtype(op, x.dtype, grad=grad, y=y)
+    _check.flags(op, "wanted", wanted, 3)
+
+
 def _rows(t: Tensor) -> tuple[Tensor, int]:
     """A matrix whose rows are contiguous, copied only where it must be, and how far apart they lie."""
     row, column = t.stride()
@@ -145,6 +157,26 @@ def _no_staircase(counts: Tensor) -> ValueError:
         f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and "
         "nondecreasing counts of 0 to I, as genfast.ops.staircase makes them"
     )
+
+
+def _check_values(rows: Tensor, columns: Tensor, counts: Tensor) -> None:
+    """For the reference: the kernels look at the numbers themselves."""
+    _check.permutation(_NAME, "rows", rows)
+    _check.permutation(_NAME, "columns", columns)
+    if not _check.readable(counts) or not len(counts):
+        return
+    if int(counts[0]) < 0 or int(counts[-1]) > len(columns) or bool((counts.diff() < 0).any()):
+        raise _no_staircase(counts)
+
+
+def _reference(*args: Any) -> Tensor:
+    _check_values(*args[3:6])
+    return reference.masked_linear(*args)
+
+
+def _reference_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_values(*args[4:7])
+    return reference.masked_linear_backward(*args)
 
 
 _CHECKED: set[Any] = set()  # calls that passed, by everything that the check looks at
@@ -241,18 +273,23 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 _STAIRCASE = "Tensor rows, Tensor columns, Tensor counts"
+_INTEGERS: dict[str, tuple[torch.dtype, ...] | None] = dict.fromkeys(Staircase._fields, (torch.int64,))
 
 _OP_BACKWARD = Op(
     f"masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, {_STAIRCASE}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
-    reference=reference.masked_linear_backward,
+    reference=_reference_backward,
+    check=_check_backward,
+    check_before_kernels=True,
+    argument_dtypes=_INTEGERS,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
 
 OP = Op(
     f"masked_linear(Tensor x, Tensor weight, Tensor? bias, {_STAIRCASE}, str activation) -> Tensor",
-    reference=reference.masked_linear,
+    reference=_reference,
+    argument_dtypes=_INTEGERS,
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},

@@ -23,6 +23,16 @@ def _check_forward(m: Tensor, include_self: bool) -> None:
         raise ValueError(f"{_NAME}: m has shape {tuple(m.shape)}, expected (N, B, C)")
 
 
+def _check_backward(m: Tensor, grad: Tensor) -> None:
+    _check_forward(m, True)
+    _check.shapes(f"{_NAME}_backward", grad=(grad, m.shape[:2], "one per sample and kernel"))
+
+
+def _check_second(m: Tensor, grad: Tensor, tangent: Tensor) -> None:
+    _check_backward(m, grad)
+    _check.shapes(f"{_NAME}_second_backward", tangent=(tangent, m.shape, "that of m"))
+
+
 def _fake(m: Tensor, include_self: bool) -> Tensor:
     return m.new_empty(m.shape[:2], dtype=m.dtype if m.element_size() >= 4 else torch.float32)
 
@@ -94,6 +104,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 _OP_SECOND = Op(
     "pairwise_l1_kernel_sum_second_backward(Tensor m, Tensor grad, Tensor tangent) -> (Tensor, Tensor)",
     reference=reference.pairwise_l1_kernel_sum_second_backward,
+    check=_check_second,
+    check_before_kernels=True,
     fake=_fake_second,
     kernels={"cpu": _cpu_second, "triton": _backend.triton_kernel(_FAMILY, f"{_NAME}_second_backward")},
 )
@@ -101,6 +113,8 @@ _OP_SECOND = Op(
 _OP_BACKWARD = Op(
     "pairwise_l1_kernel_sum_backward(Tensor m, Tensor grad) -> Tensor",
     reference=reference.pairwise_l1_kernel_sum_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_NAME}_backward")},
     setup_context=_setup_second,

@@ -46,6 +46,12 @@ def _check_forward(x: Tensor, group_size: int, features: int, eps: float) -> Non
     _check_shapes(x.shape, group_size, features)
 
 
+def _check_backward(grad_y: Tensor, x: Tensor, group_size: int, features: int, eps: float) -> None:
+    _check_forward(x, group_size, features, eps)
+    expected = (x.shape[0], x.shape[1] + features, *x.shape[2:])
+    _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, expected, "x and the features"))
+
+
 def _fake(x: Tensor, group_size: int, features: int, eps: float) -> Tensor:
     shape = (x.shape[0], x.shape[1] + features, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -116,6 +122,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 _OP_BACKWARD = Op(
     "minibatch_stddev_backward(Tensor grad_y, Tensor x, int group_size, int features, float eps) -> Tensor",
     reference=reference.minibatch_stddev_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

@@ -33,6 +33,11 @@ def _check_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> None:
         _check.shape("channel_scale", "noise", noise, (batch, 1, *x.shape[2:]), "x's shape with one channel")
 
 
+def _check_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> None:
+    _check_scale(x, scale, noise)
+    _check.shapes("channel_scale_backward", grad_y=(grad_y, x.shape, "that of x"))
+
+
 def _fake_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
@@ -104,6 +109,8 @@ def _samples_scale(generator: torch.Generator) -> Iterator[Sample]:
 _OP_SCALE_BACKWARD = Op(
     "channel_scale_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor? noise) -> (Tensor, Tensor, Tensor)",
     reference=_reference_scale_backward,
+    check=_check_scale_backward,
+    check_before_kernels=True,
     fake=_fake_scale_backward,
     kernels={"cpu": _cpu_scale_backward, "triton": _backend.triton_kernel("modulated_conv", "channel_scale_backward")},
 )

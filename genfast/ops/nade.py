@@ -19,8 +19,8 @@ KINDS = ("bernoulli", "categorical", "gaussian_mixture")
 
 
 def _check_weights(
-    op: str, rows: int, dims: int, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None,
-    activation: str,
+    op: str, rows: int, dims: int, weight: Tensor, readout: Tensor, bias: Tensor | None, hidden_bias: Tensor,
+    rescale: Tensor | None, activation: str,
 ) -> None:  # fmt: skip
     if weight.dim() != 2 or weight.shape[0] != dims or not weight.shape[1]:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected ({dims}, H), a row for each dimension of x")
@@ -28,7 +28,8 @@ def _check_weights(
     if readout.dim() != 3 or not readout.shape[1]:
         raise ValueError(f"{op}: readout has shape {tuple(readout.shape)}, expected ({dims}, P, {hidden})")
     _check.shape(op, "readout", readout, (dims, readout.shape[1], hidden), "(D, P, H)")
-    _check.shape(op, "bias", bias, (dims, readout.shape[1]), "(D, P)")
+    if bias is not None:
+        _check.shape(op, "bias", bias, (dims, readout.shape[1]), "(D, P)")
     if tuple(hidden_bias.shape) not in ((hidden,), (rows, hidden)):
         raise ValueError(f"{op}: hidden_bias has shape {tuple(hidden_bias.shape)}, expected {(hidden,)} or {(rows, hidden)}")
     if rescale is not None:
@@ -43,6 +44,18 @@ def _check_forward(
     if x.dim() != 2 or not x.shape[1]:
         raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, D)")
     _check_weights(_NAME, x.shape[0], x.shape[1], weight, readout, bias, hidden_bias, rescale, activation)
+
+
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, readout: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str,
+    need_x: bool,
+) -> None:  # fmt: skip
+    op = f"{_NAME}_backward"
+    _check.floating(op, grad=grad, x=x, weight=weight, readout=readout, hidden_bias=hidden_bias, rescale=rescale)
+    if x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, D)")
+    _check_weights(op, x.shape[0], x.shape[1], weight, readout, None, hidden_bias, rescale, activation)
+    _check.shapes(op, grad=(grad, (*x.shape, readout.shape[1]), "(N, D, P)"))
 
 
 def _check_sample(
@@ -209,6 +222,8 @@ _OP_BACKWARD = Op(
     "nade_backward(Tensor grad, Tensor x, Tensor weight, Tensor readout, Tensor hidden_bias, Tensor? rescale, "
     "str activation, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.nade_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )
@@ -228,6 +243,7 @@ OP_SAMPLE = Op(
     "nade_sample(Tensor uniforms, Tensor weight, Tensor readout, Tensor bias, Tensor hidden_bias, Tensor? rescale, "
     "Tensor? given, Tensor? known, str activation, str kind) -> Tensor",
     reference=reference.nade_sample,
+    argument_dtypes={"known": (torch.bool,)},
     check=_check_sample,
     fake=_fake_sample,
     kernels={"cpu": _cpu_sample, "triton": _triton_sample},
@@ -284,7 +300,7 @@ def nade_sample(
             each dimension knowing those before it.
 
     Returns:
-        x (N, D), in the dtype of ``uniforms``; it has no derivative.
+        x (N, D), in the dtype of ``uniforms``; it has no derivative. NaN where the parameters say nothing that could be drawn.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, by name.

@@ -47,6 +47,11 @@ def _check_sum(
         raise ValueError(f"{_SUM}: exclude_diagonal leaves out pairs of a row with itself, expected y=None")
 
 
+def _check_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> None:
+    _check_sum(x, y, *rest[:-2])
+    _check.shapes(f"{_SUM}_backward", grad=(grad, x.shape[:2], "one a row of x"))
+
+
 def _check_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> None:
     _pair(_NEAREST, x, y)
     if exclude_self and y is not None:
@@ -208,6 +213,8 @@ _OPTIONS = "str kernel, float[] scales, int degree, float offset, bool exclude_d
 _OP_BACKWARD = Op(
     f"{_SUM}_backward(Tensor grad, Tensor x, Tensor? y, {_OPTIONS}, bool need_x, bool need_y) -> (Tensor, Tensor)",
     reference=reference.pairwise_kernel_sum_backward,
+    check=_check_sum_backward,
+    check_before_kernels=True,
     fake=_fake_sum_backward,
     kernels={"cpu": _cpu_sum_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_SUM}_backward")},
     dtypes=_DTYPES,
@@ -391,6 +398,7 @@ def mmd(
         torch.Size([])
     """
     name = "mmd"
+    _check.tensors(name, x=x, y=y)
     _check.choice(name, "kernel", kernel, KERNELS)
     _check.number(name, bandwidths=bandwidths, gamma=gamma, offset=offset, prior_scale=prior_scale)
     x, other, alone = _batched(name, x, y)
@@ -444,6 +452,7 @@ def kernel_distance(
         torch.Size([5])
     """
     name = "kernel_distance"
+    _check.tensors(name, x=x, y=y)
     _check.number(name, gamma=gamma, offset=offset)
     a, b, alone = _batched(name, x, y)
     assert b is not None

@@ -36,6 +36,11 @@ def _check_forward(x: Tensor, eps: float) -> None:
     _check_arguments(x.shape, eps)
 
 
+def _check_backward(grad_y: Tensor, x: Tensor, eps: float) -> None:
+    _check_forward(x, eps)
+    _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, x.shape, "that of x"))
+
+
 def _fake(x: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
@@ -91,6 +96,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 _OP_BACKWARD = Op(
     "pixel_norm_backward(Tensor grad_y, Tensor x, float eps) -> Tensor",
     reference=reference.pixel_norm_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

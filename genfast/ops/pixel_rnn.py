@@ -41,6 +41,27 @@ def _check_forward(op: str, diagonal: bool) -> Callable[..., None]:
     return check
 
 
+def _check_backward(op: str, diagonal: bool) -> Callable[..., None]:
+    forward = _check_forward(op, diagonal)
+
+    def check(
+        grad_h: Tensor | None, grad_kept: Tensor | None, kept: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None
+    ) -> None:
+        _check.floating(f"{op}_backward", kept=kept, grad_h=grad_h, grad_kept=grad_kept)
+        if kept.dim() != 5 or kept.shape[3] != 5:
+            raise ValueError(f"{op}_backward: kept has shape {tuple(kept.shape)}, expected (N, H, W, 5, h)")
+        n, height, width, _, hidden = kept.shape
+        # A view that has the gates' shape without their memory.
+        forward(kept.new_empty(1, 1, 1, 1).expand(n, 4 * hidden, height, width), weight, h0, c0)
+        _check.shapes(
+            f"{op}_backward", grad_h=(grad_h, (n, hidden, height, width), "that of the states"),
+            grad_kept=(grad_kept, kept.shape, "that of kept"),
+        )  # fmt: skip
+        _check.same_dtype(f"{op}_backward", kept.dtype, grad_kept=grad_kept)
+
+    return check
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
@@ -277,6 +298,8 @@ def _declare(name: str, diagonal: bool) -> dict[str, Op]:
         f"{name}_backward(Tensor? grad_h, Tensor? grad_kept, Tensor kept, Tensor weight, Tensor? h0, Tensor? c0) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
         reference=getattr(reference, f"{name}_backward"),
+        check=_check_backward(name, diagonal),
+        check_before_kernels=True,
         fake=_fake_backward,
         kernels={"cpu": _cpu_backward(diagonal), "cuda": _cuda_backward(name, diagonal)},
         dtypes=_CUDA_DTYPES,

@@ -24,6 +24,12 @@ def _check_forward(x: Tensor, squared: bool) -> None:
         raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, ...)")
 
 
+def _check_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> None:
+    _check_forward(x, squared)
+    per_sample = (x.shape[:1], "one per sample")
+    _check.shapes(f"{_NAME}_backward", norm=(norm, *per_sample), grad=(grad, *per_sample))
+
+
 def _fake(x: Tensor, squared: bool) -> Tensor:
     return x.new_empty((x.shape[0],), dtype=x.dtype if x.element_size() >= 4 else torch.float32)
 
@@ -74,6 +80,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 _OP_BACKWARD = Op(
     "sample_norm_backward(Tensor x, Tensor norm, Tensor grad, bool squared) -> Tensor",
     reference=reference.sample_norm_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

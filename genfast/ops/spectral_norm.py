@@ -33,6 +33,16 @@ def _check_forward(weight: Tensor, u: Tensor, v: Tensor | None, iterations: int,
         raise ValueError(f"{_NAME}: eps={eps}, expected a positive number")
 
 
+def _check_backward(
+    grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int
+) -> None:
+    _check_forward(weight, u, v, 0, 1.0, dim)
+    _check.shapes(
+        f"{_NAME}_backward", grad=(grad, weight.shape, "that of weight"), grad_sigma=(grad_sigma, (), "a scalar"),
+        sigma=(sigma, (), "a scalar"),
+    )  # fmt: skip
+
+
 def _fake(
     weight: Tensor, u: Tensor, v: Tensor | None, iterations: int, eps: float, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,6 +123,8 @@ _OP_BACKWARD = Op(
     "spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) "
     "-> Tensor",
     reference=reference.spectral_norm_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
 )

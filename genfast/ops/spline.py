@@ -80,6 +80,20 @@ def _check_packed(
     _check.shape(op, "params", params, (*x.shape, count), f"x's shape, then {count} for {bins} bins, tails={tails!r}")
 
 
+def _check_backward(grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, *rest: Any) -> None:
+    _check_forward(x, *rest)
+    _check_gradients(f"{_NAME}_backward", grad_y, grad_logdet, x)
+
+
+def _check_packed_backward(grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, *rest: Any) -> None:
+    _check_packed(x, *rest)
+    _check_gradients(f"{_NAME}_packed_backward", grad_y, grad_logdet, x)
+
+
+def _check_gradients(op: str, grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor) -> None:
+    _check.shapes(op, grad_y=(grad_y, x.shape, "that of x"), grad_logdet=(grad_logdet, x.shape, "that of x"))
+
+
 def _check_linear(x: Tensor, unnormalized_pdf: Tensor, tails: str, inverse: bool, options: Sequence[float]) -> None:
     op = "linear_spline"
     _check.floating(op, x=x, unnormalized_pdf=unnormalized_pdf)
@@ -304,6 +318,8 @@ _OP_BACKWARD = Op(
     f"{_NAME}_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor widths, Tensor heights, Tensor derivatives, "
     "str tails, str convention, bool inverse, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_backward,
+    check=_check_backward,
+    check_before_kernels=True,
     fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_backward")},
     dtypes=_DTYPES,
@@ -313,6 +329,8 @@ _OP_PACKED_BACKWARD = Op(
     f"{_NAME}_packed_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, int bins, str tails, "
     "str convention, bool inverse, float[] options) -> (Tensor, Tensor)",
     reference=reference.rational_quadratic_spline_packed_backward,
+    check=_check_packed_backward,
+    check_before_kernels=True,
     fake=_fake_packed_backward,
     kernels={"cpu": _cpu_packed_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_packed_backward")},
     dtypes=_DTYPES,

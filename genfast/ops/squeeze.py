@@ -99,6 +99,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 OP = Op(
     "squeeze(Tensor x, int factor, str order, bool inverse) -> Tensor",
     reference=reference.squeeze,
+    argument_dtypes={"x": None},  # pictures of bytes too
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": _backend.triton_kernel("squeeze", "squeeze", _check_forward)},

@@ -1,6 +1,6 @@
 """Affine coupling: NICE (1410.8516, sec. 3.2), RealNVP (1605.08803, eq. 6-9), Glow (1807.03039, table 1).
 
-(r, t) = params;  y_a = s(r) x_a + t;  y_b = x_b;  logdet = sum log s(r)
+(r, t) = params;  y_a = s(r) x_a + t, or with the shift first s(r) (x_a + t);  y_b = x_b;  logdet = sum log s(r)
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def log_scale_derivative(r: Tensor, scale: str, alpha: Tensor | None) -> Tensor:
     if scale == "sigmoid":
         return torch.sigmoid(-(r + 2))
     if scale == "tanh":
-        slope = 1 - torch.tanh(r) ** 2
+        slope = 4 * torch.sigmoid(2 * r) * torch.sigmoid(-2 * r)  # 1 - tanh^2, without cancelling in the tail
         return slope if alpha is None else per_channel(alpha, r) * slope
     return (1 + r.abs() / LOG_CLAMP) ** -2
 
@@ -80,6 +80,7 @@ def affine_coupling(
     last: bool = False,
     inverse: bool = False,
     keep_output: bool = False,
+    shift_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, logdet); see :func:`genfast.ops.affine_coupling` for the arguments.
 
@@ -102,10 +103,11 @@ def affine_coupling(
     log_s = torch.zeros_like(t) if r is None else log_scale(r, scale, alpha)
     if mask is not None:
         log_s = log_s.masked_fill(mask, 0)
+    s = torch.exp(-log_s if inverse else log_s)
     if inverse:
-        y_a, log_det = (x_a - t) * torch.exp(-log_s), -log_s.flatten(1).sum(1)
+        y_a, log_det = x_a * s - t if shift_first else (x_a - t) * s, -log_s.flatten(1).sum(1)
     else:
-        y_a, log_det = x_a * torch.exp(log_s) + t, log_s.flatten(1).sum(1)
+        y_a, log_det = (x_a + t) * s if shift_first else x_a * s + t, log_s.flatten(1).sum(1)
     y = torch.cat((x_b, y_a) if last else (y_a, x_b), dim=1)
     return y.to(dtype), log_det
 
@@ -122,11 +124,13 @@ def affine_coupling_backward(
     last: bool,
     inverse: bool,
     keep_output: bool,
+    shift_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form. With l = log s, l' = dl/dr and d = grad_y on the transformed channels:
 
     forward:  dx = s d,  dt = d,    dr = l' (s x d + grad_logdet),   s x = y - t from the output
     inverse:  dx = d/s,  dt = -d/s, dr = -l' (x d + grad_logdet),    x the output
+    with the shift first: dt = s d, dr = l' (y d + grad_logdet);  inverse: dt = -d, dr = -l' ((x + t) d + grad_logdet)
     """
     dtype = kept.dtype
     if dtype in (torch.bfloat16, torch.float16):
@@ -155,11 +159,17 @@ def affine_coupling_backward(
     s = torch.exp(-log_s if inverse else log_s)
     dx_a = s * d
     if inverse:
-        out = kept_a if keep_output else (kept_a - t) * s
-        dt, dlog_s = -dx_a, -(out * d + g)
+        if shift_first:
+            out, dt = kept_a + t if keep_output else kept_a * s, -d
+        else:
+            out, dt = kept_a if keep_output else (kept_a - t) * s, -dx_a
+        dlog_s = -(out * d + g)
     else:
-        moved = (kept_a - t) if keep_output else kept_a * s
-        dt, dlog_s = d.clone(), moved * d + g
+        if shift_first:
+            moved, dt = kept_a if keep_output else (kept_a + t) * s, dx_a.clone()
+        else:
+            moved, dt = kept_a - t if keep_output else kept_a * s, d.clone()
+        dlog_s = moved * d + g
     if mask is not None:
         dt, dlog_s = dt.masked_fill(mask, 0), dlog_s.masked_fill(mask, 0)
     dr = None if r is None else dlog_s * log_scale_derivative(r, scale, alpha_)

@@ -73,9 +73,9 @@ def head_channels(name: str, out: Any, images: Tensor, levels: int, head: str) -
 def of_colour(logits: Tensor, colours: int, levels: int, colour: int, group_order: str = "interleaved") -> Tensor:
     """Of logits (N, levels * C, ...) those of one colour, (N, levels, ...): they lie level by level, or colour by colour where
     the network's colours are "blocked"."""
-    if group_order == "blocked":
-        return logits.unflatten(1, (colours, levels))[:, colour]
-    return logits.unflatten(1, (levels, colours))[:, :, colour]
+    blocked = group_order == "blocked"
+    parts: Tensor = logits.unflatten(1, (colours, levels) if blocked else (levels, colours))
+    return parts[:, colour] if blocked else parts[:, :, colour]
 
 
 @torch.no_grad()
@@ -109,11 +109,11 @@ def naive_sample(
                     else:
                         params = here
                         drawn = discretized_logistic_mixture_sample(here[..., None], u[..., None], colours, levels, temperature)
-                        images[(every, every, *at)] = torch.where(drawable(params, colours, head)[:, None], drawn[..., 0], 0)
+                        images[(every, every, *at)] = drawn[..., 0].clamp_min(0)  # -1 where there is nothing to draw
                     fits[(*rest, k)] = drawable(params, colours, head)
             if not bool(fits.all()):
-                *rest, colour, image = (~fits).nonzero()[0].tolist()
-                raise not_drawable("sample", head, image, colour, (row, *rest))
+                *place, colour, image = (~fits).nonzero()[0].tolist()
+                raise not_drawable("sample", head, image, colour, (row, *place))
     return images
 
 
@@ -277,6 +277,7 @@ class PixelCNN(AutoregressiveModel):
         self.out = conv(channels, levels * in_channels, 1, mask_type="B", data_channels=in_channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        causal.check_context(type(self).__name__, context, False)
         h = self.first(self.scale(x))
         for layer in self.body:
             h = h + layer(h)
@@ -413,6 +414,7 @@ class PixelCNNPlusPlus(AutoregressiveModel):
         return x
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        causal.check_context(type(self).__name__, context, False)
         x = self.ones(self.scale(x))
         v = self.one_down(self.first_v(x))
         h = self.one_down(self.first_h[0](x)) + self.one_right(self.first_h[1](x))

@@ -32,10 +32,10 @@ def contextual_similarity(
     x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
     eps: float, distance: str, over: str, keep_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, sum_j exp(-t'_ij/h) but for the nearest,
-    which adds 1, and sum_j A_ij t'_ij as (B, 3, N), with t'_ij = t_ij - m_i / r_i; the index a of m_i (B, N);
-    sum_j A_ij (y_j - y_a) (B, N, C) if ``keep_mean``. Ties go to the lowest index. The prior is P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). Only the
-    maxima have a derivative.
+    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, sum_j exp(-t'_ij/h) but for the nearest, which adds
+    1, and sum_j A_ij t'_ij as (B, 3, N), with t'_ij = t_ij - m_i / r_i; the index a of m_i (B, N); sum_j A_ij (y_j - y_a)
+    (B, N, C) if ``keep_mean``. Ties go to the lowest index. The prior is P_ij = prior_rows[i, r] prior_columns[i, c] for
+    target j = (r, c). Only the maxima have a derivative.
 
     A does not see what is added to a row of t. Relative to the nearest target nothing cancels where x_i lies on it, which
     1 / (h r_i) would magnify."""

@@ -31,6 +31,7 @@ class VectorModel(AutoregressiveModel):
 
     layers: Any = LAYERS
     dims = 0
+    network: Any
 
     def __init__(self, dim: int, levels: int) -> None:
         super().__init__(dim, levels, (dim,))
@@ -144,7 +145,8 @@ class VectorModel(AutoregressiveModel):
             context = None if context is None else context[rows]
         with evaluating(self):
             x = self._draw(uniforms.to(like)[..., None], context, values, mask, temperature, method == "naive", share)
-        _check_drawn(name, x)
+        orders: Tensor = self.orders if hasattr(self, "orders") else self.network.order[None]  # type: ignore[assignment]
+        _check_drawn(name, x, orders, share)
         return (x * (self.levels - 1)).round().long()
 
 
@@ -190,12 +192,17 @@ class NADE(VectorModel):
         return found
 
 
-def _check_drawn(name: str, x: Tensor) -> None:
-    """Raises where a sample has NaN, which its parameters were; on a GPU, which is not waited for, an assertion does."""
+def _check_drawn(name: str, x: Tensor, orders: Tensor, share: Tensor) -> None:
+    """Raises where a sample has NaN, which its parameters were; on a GPU, which is not waited for, an assertion does.
+
+    ``orders`` (K, D) are degrees, and ``share`` (N,) says which of them drew each: what depends on the first NaN is NaN too.
+    """
     if x.is_cuda:
         torch._assert_async((x == x).all(), f"{name}: the network's parameters of a dimension are not finite")
     elif bool(x.isnan().any()):
-        sample, dimension = x.isnan().nonzero()[0].tolist()
+        sample = int(x.isnan().any(1).nonzero()[0])
+        degrees = orders[int(share[sample])].to(x.device)
+        dimension = int(degrees.masked_fill(~x[sample].isnan(), x.shape[1] + 1).argmin())
         raise FloatingPointError(
             f"{name}: the network's parameters of dimension {dimension} of sample {sample} are not finite (a NaN, an infinity, "
             "or every level forbidden by a logit of -inf)"
@@ -480,5 +487,5 @@ class RNADE(DensityModel):
         found: Tensor = self.network.sample(
             uniforms.to(like), "gaussian_mixture", context=context, given=given, known=mask, temperature=temperature
         )
-        _check_drawn("RNADE.sample", found)
+        _check_drawn("RNADE.sample", found, self.network.order[None], torch.zeros(len(found), dtype=torch.int64))
         return found

@@ -103,7 +103,7 @@ def _subject(
     sampler = Sampler(network, levels=levels, head=head, input=input)  # which checks what it is given
     conditions = inputs.bind(name, network, context)
     value = inputs.own_input(network) if input is None else input
-    with torch.no_grad():
+    with inputs.probing(network, sampler._device()):
         how = inputs.entrance(name, network, conditions, shape, levels, value, sampler._device())
     return _Subject(name, network, shape, levels, head, conditions, how, sampler._device())
 

@@ -6,9 +6,10 @@ it is found out whether a network takes the levels 0 ... L - 1 as they are or fl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..reference.autoregressive import AutoregressiveModel
+from ..reference.modes import evaluating
 
 INPUTS = ("integers", "unit", "signed")
 Network = Callable[..., Any]
@@ -59,6 +61,20 @@ def modules_of(network: Any) -> list[nn.Module]:
         return [m for part in (network.func, *network.args, *network.keywords.values()) for m in modules_of(part)]
     owner = getattr(network, "__self__", None)
     return [owner] if isinstance(owner, nn.Module) else []
+
+
+@contextlib.contextmanager
+def probing(network: Any, device: torch.device) -> Iterator[None]:
+    """For a call that only asks: in evaluation mode, without gradients, random numbers and buffers as they were afterwards."""
+    modules = modules_of(network)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), evaluating(*modules):
+        before = [(b, b.detach().clone()) for m in modules for b in m.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, values in before:
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
 
 
 def name_of(network: Any) -> str:
@@ -313,6 +329,12 @@ def entrance(
     one = conditions.rows(slice(0, n))
 
     def called(how: Input) -> Tensor:
+        try:
+            return answered(how)
+        except Exception as error:  # a network may refuse what it is given in any way
+            raise _refusal(name, inner, shape, conditions, error) from error
+
+    def answered(how: Input) -> Tensor:
         out = one.call(inner, feed(image, how, levels, dtype))
         if not isinstance(out, Tensor) or out.dim() != image.dim() or len(out) != n or out.shape[2:] != image.shape[2:]:
             what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
@@ -320,15 +342,15 @@ def entrance(
         return out
 
     if value is not None and value != "integers":
-        return Entrance(value, False, _sized(name, inner, shape, lambda: called(value)).shape[1])
+        return Entrance(value, False, called(value).shape[1])
     follower = _Entering(image)
     try:
         with follower:
             out = called("integers")
-    except (RuntimeError, TypeError, ValueError) as refused:
+    except (ValueError, TypeError, NotImplementedError):
         if value is not None:
-            raise _refusal(name, inner, shape, refused) from refused
-        _sized(name, inner, shape, lambda: called("unit"))
+            raise
+        called("unit")
         follower.found = "floats"
     if value is None and follower.found == "floats":
         raise ValueError(
@@ -338,25 +360,20 @@ def entrance(
     return Entrance("integers", follower.smooth, out.shape[1])
 
 
-def _sized(name: str, network: Any, shape: Sequence[int], call: Callable[[], Tensor]) -> Tensor:
-    try:
-        return call()
-    except (RuntimeError, TypeError, ValueError) as refused:
-        raise _refusal(name, network, shape, refused) from refused
-
-
-def _refusal(name: str, network: Any, shape: Sequence[int], error: Exception) -> Exception:
+def _refusal(name: str, network: Any, shape: Sequence[int], conditions: Conditions, error: Exception) -> Exception:
     """The network's error with what was asked of it."""
-    kind = type(error) if type(error) in (TypeError, NotImplementedError) else ValueError
-    said = str(error)
-    return kind(
-        said if said.startswith(f"{name}: ") else f"{name}: {name_of(network)} takes no images of {tuple(shape)}: {said}"
-    )
+    said, kind = str(error), type(error) if type(error) in (TypeError, NotImplementedError) else ValueError
+    if not said.startswith(f"{name}: "):
+        given = " with this context" if conditions else ""
+        said = f"{name}: {name_of(network)} takes no images of {tuple(shape)}{given}: {said or type(error).__name__}"
+    return kind(said)
 
 
 def own_input(network: Any) -> Input:
-    """ "integers" of our models, which say so; None of a network that has to be asked."""
-    return "integers" if isinstance(unwrapped(network), AutoregressiveModel) else None
+    """Whole numbers, of our models, which say so; None of a network that has to be asked, as one made from them has."""
+    inner = unwrapped(network)
+    ours = isinstance(inner, AutoregressiveModel) and type(inner).__module__.startswith("genfast.")
+    return "integers" if ours else None
 
 
 def entry(
@@ -388,7 +405,7 @@ def entry(
     if fits and colours in (1, features):
         table = table.flatten(1)
         looked_up = table[images[:, 0]].movedim(-1, 1) if colours == 1 else _by_colour(table, images)
-        if torch.equal(looked_up, seen):
+        if torch.allclose(looked_up, seen, rtol=1e-6, atol=0, equal_nan=True):
             return table.cpu()
     raise ValueError(f"{name}: input is a function that is not of each pixel alone, which has no pixel program")
 

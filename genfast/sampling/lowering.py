@@ -23,6 +23,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -159,9 +160,7 @@ class _Tracer(fx.Tracer):
                 f"{_shown(path)} ({class_of(m).__name__}): has {hook}, which no pixel program runs; remove it, or sample with "
                 "method='naive'"
             )
-        if leaf:
-            return self.create_proxy("call_module", path, args, kwargs)
-        return m._call_impl(*args, **kwargs)  # past a compiled form of the call
+        return super().call_module(m, m._call_impl, args, kwargs)  # past a compiled form of the call
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Our containers are traced through, and so is a forward of one's own; torch's parts are refused by name.
@@ -180,7 +179,7 @@ def _shown(path: str) -> str:
 
 
 def trace(network: nn.Module, conditions: Conditions) -> fx.GraphModule:
-    """The call of ``network`` with an image and ``conditions`` as a graph of the modules that this file knows, under "network.".
+    """The call of ``network`` with an image and ``conditions`` as a graph of modules that this file knows, under "network.".
 
     Raises:
         LoweringError: its Python code depends on values, or takes other arguments, or a module is called with hooks.
@@ -1075,6 +1074,21 @@ def _gated_activation(low: _Lowering, x: Value, bias: Any = None, groups: int = 
     return low.gate(x if bias is None else low.pointwise("add", x, _value(low, bias)), "gate", groups)
 
 
+@_function(lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None, F.conv1d, F.conv2d, F.conv3d)
+def _convolution(
+    low: _Lowering, input: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Value:  # fmt: skip
+    """As a subclass's forward calls it, with a weight of the network's own."""
+    single = isinstance(weight, Tensor) and set(weight.shape[2:]) == {1} and weight.dim() == low.rank()
+    plain = all(set(v if isinstance(v, (tuple, list)) else (v,)) == {of} for v, of in ((stride, 1), (padding, 0)))
+    if not single or not plain or not isinstance(bias, (Tensor, NoneType)):
+        raise low.error(f"calls {('', 'conv1d', 'conv2d', 'conv3d')[low.dims]} with a kernel that is not 1 x 1")
+    dense, live = _dense(SimpleNamespace(weight=weight, groups=groups), None)
+    taps = _taps(dense, live, (0,) * low.dims, (1,) * low.dims)
+    return low.convolve(_value(low, input), taps, len(weight), None if bias is None else bias.detach().float().cpu())
+
+
 @_function(lambda input, chunks, dim=0: None, torch.chunk, "chunk")
 def _chunk(low: _Lowering, input: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
     return _split(low, input, -(-_value(low, input).channels // chunks), dim)
@@ -1099,7 +1113,7 @@ def _split(
 
 @_function(lambda input, index: None, operator.getitem)
 def _slice(low: _Lowering, input: Any, index: Any) -> Any:
-    if isinstance(input, (list, tuple)) and isinstance(index, int):
+    if isinstance(input, (list, tuple)) and isinstance(index, (int, slice)):
         return input[index]
     x, indices = _value(low, input), index if isinstance(index, tuple) else (index,)
     if sum(i is Ellipsis for i in indices) == 1:
@@ -1188,6 +1202,7 @@ def _perhaps_a_copy(low: _Lowering, x: Value) -> Value:
     return y
 
 
+_TAKE_CONSTANTS = frozenset({F.conv1d, F.conv2d, F.conv3d})
 _TAKE_LEVELS = (_float, _level_embedding, _scale_levels, _add, _sub, _neg, _mul, _div, _same, _slice, _detach)
 
 
@@ -1267,10 +1282,8 @@ def _lower(
     result: Any = None
     for node in nodes:
         low.where = where(graph, node)
-        if node is image and entry is None:
-            low.values[node] = Value("image", "Q", shape[0], -1, 1, [], levels=True)
-        elif node is image:
-            low.values[node] = low.looked_up(entry) if isinstance(entry, Tensor) else low.entered(*entry)
+        if node is image:
+            low.values[node] = _image(low, entry)
         elif node.op == "output":
             result = node.args[0]
         elif node in dynamic:
@@ -1283,6 +1296,13 @@ def _lower(
     return _finish(low, graph, frames, gap)
 
 
+def _image(low: _Lowering, entry: tuple[float, float] | Tensor | None) -> Value:
+    """What the network is given: whole numbers, or floats made of them."""
+    if entry is None:
+        return Value("image", "Q", low.shape[0], -1, 1, [], levels=True)
+    return low.looked_up(entry) if isinstance(entry, Tensor) else low.entered(*entry)
+
+
 def _lower_node(low: _Lowering, node: fx.Node, dynamic: set[fx.Node]) -> Any:
     if node.op not in ("call_module", "call_function", "call_method"):
         raise low.error(f"a {node.op} has no pixel program")
@@ -1290,8 +1310,29 @@ def _lower_node(low: _Lowering, node: fx.Node, dynamic: set[fx.Node]) -> Any:
     def operand(n: fx.Node) -> Any:
         return low.values[n] if n in dynamic else _materialise(low, n)
 
+    if node.target in _TAKE_CONSTANTS:
+        image_of = node.args[0] if node.args else node.kwargs.get("input")
+
+        def operand_or_constant(n: fx.Node) -> Any:
+            return operand(n) if n is image_of else _constant(low, n, dynamic)
+
+        args, kwargs = fx.node.map_arg((list(node.args), dict(node.kwargs)), operand_or_constant)
+        return _call(low, node, args, kwargs, dynamic)
     args, kwargs = fx.node.map_arg((list(node.args), dict(node.kwargs)), operand)
     return _call(low, node, args, kwargs, dynamic)
+
+
+def _constant(low: _Lowering, node: fx.Node, dynamic: set[fx.Node]) -> Any:
+    """What follows from the network's own tensors alone, such as a weight times a constant."""
+    waiting, seen = [node], set[fx.Node]()
+    while waiting:
+        n = waiting.pop()
+        if n in dynamic or n.op == "placeholder":
+            raise low.error(f"takes {node.name}, which depends on the image or the condition, for a constant")
+        if n not in seen:
+            seen.add(n)
+            waiting += n.all_input_nodes
+    return _static_values(low.graph, low.conditions, {node}, seen)[node]
 
 
 def where(graph: fx.GraphModule, node: fx.Node) -> str:
@@ -1334,8 +1375,10 @@ def _as_map(value: Tensor, rank: int) -> Tensor:
     return value.reshape((1,) * (rank - value.dim()) + tuple(value.shape))
 
 
-def _static_values(graph: fx.GraphModule, conditions: Conditions, taken: set[fx.Node]) -> dict[fx.Node, Any]:
-    """Everything in the graph that does not depend on the image, by running that part of it.
+def _static_values(
+    graph: fx.GraphModule, conditions: Conditions, taken: set[fx.Node], only: set[fx.Node] | None = None
+) -> dict[fx.Node, Any]:
+    """Everything in the graph that does not depend on the image, or ``only`` some of it, by running that part of it.
 
     Raises:
         LoweringError: one of the nodes that are taken is changed in place afterwards.
@@ -1345,6 +1388,8 @@ def _static_values(graph: fx.GraphModule, conditions: Conditions, taken: set[fx.
     known: dict[fx.Node, Any] = {}
     versions: dict[fx.Node, int] = {}
     for node in graph.graph.nodes:
+        if only is not None and node not in only:
+            continue
         if node.op == "placeholder" and node is not image:
             known[node] = values[str(node.target)]
         elif node.op == "get_attr":

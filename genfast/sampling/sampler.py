@@ -143,7 +143,7 @@ class Sampler:
         if shape not in self._entrances:
             if any(isinstance(v, Unknown) for _, v in conditions.items()):
                 return Entrance(value, False, 0)  # not asked without a condition; a layer that takes floats will say so
-            with torch.no_grad(), evaluating(*self._modules()):
+            with inputs.probing(self.network, self._device()):
                 rows = 1 if isinstance(self.network, nn.Module) else n  # a function may hold conditions of its own
                 found = inputs.entrance(name, self.network, conditions, shape, self.levels, value, self._device(), rows)
             if len(self._entrances) >= SHAPES:
@@ -181,7 +181,7 @@ class Sampler:
         for c in range(colours):
             place: tuple[Any, ...] = (1 + c, c, *at)
             changed[place] = (changed[place] + max(1, self.levels // 2)) % self.levels
-        with torch.no_grad(), evaluating(*self._modules()):
+        with inputs.probing(self.network, self._device()):
             out = self._called(name, changed, conditions.rows(slice(0, 1)).expanded(1 + colours))
         head_channels(name, out, changed, self.levels, self.head)
         every: tuple[Any, ...] = (slice(None), slice(None), *at)
@@ -248,7 +248,7 @@ class Sampler:
             entry = inputs.entry("sample", value, shape, self.levels, device)
         except ValueError as error:
             raise LoweringError(f"{error}; method='naive' takes any") from error
-        with evaluating(network):
+        with inputs.probing(network, device):  # a trace runs what does not hang on the image, such as random numbers
             lowered = lower(
                 network,
                 full,
@@ -283,12 +283,9 @@ class Sampler:
     def _prove(self, prepared: _Prepared, shape: tuple[int, ...], conditions: Conditions) -> None:
         """Compares a program with the network on a random image, teacher forced, unless this structure has passed before."""
         one = conditions.rows(slice(0, 1))
-        if (
-            prepared.checked
-            or not self.self_check
-            or not checks.can_look(self._device())
-            or any(not len(t) for t in one.tensors())
-        ):
+        if prepared.checked or not self.self_check or any(not len(t) for t in one.tensors()):
+            return
+        if not checks.can_look(self._device()):
             return
         place = shape, conditions.structure()
         program = prepared.lowered.program
@@ -321,7 +318,7 @@ class Sampler:
                 if error is not None:
                     lowered = self._lowered(shape, conditions, record_all=True)
                     record = self._recorded(lowered, image, one)[0]
-                    at = checks.first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()))
+                    at = checks.first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()), error)
                     raise checks.SelfCheckError(
                         f"{type(network).__name__}: its pixel program differs from the network by {error:.2g} of the "
                         f"largest output on a random image, and the difference begins at {at}; sample with method='naive', or "
@@ -384,6 +381,10 @@ class Sampler:
             except (LoweringError, _backend.BackendError) as error:
                 if method == "cached" or isinstance(error, (NotCausalError, checks.SelfCheckError)):
                     raise
+                with inputs.probing(self.network, self._device()):  # whose own errors come before the warning
+                    rows = slice(0, 1 if isinstance(self.network, nn.Module) else n)
+                    out = self._called("sample", images[rows], conditions.rows(rows))
+                    head_channels("sample", out, images[rows], self.levels, self.head)
                 self._warn(str(error))
         order = self._order("sample", shape, conditions)
         with evaluating(*self._modules()):
@@ -455,7 +456,10 @@ class Sampler:
             uniforms = torch.rand(wanted, generator=generator, device=place, dtype=torch.float32)
         elif tuple(uniforms.shape) != wanted:
             raise ValueError(f"sample: uniforms have shape {tuple(uniforms.shape)}, expected {wanted}")
-        uniforms = uniforms.to(device, torch.float32).contiguous()
+        elif not uniforms.is_cuda and uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+            raise ValueError("sample: uniforms hold values outside [0, 1)")
+        # What lies between the last float32 below 1 and 1 may not become 1.
+        uniforms = uniforms.to(device, torch.float32).clamp(max=1 - 2**-24).contiguous()
         images = torch.zeros((n, *shape), dtype=torch.int64, device=device)
         if prefix is None:
             return images, uniforms, 0
@@ -527,9 +531,9 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def _buffers_as_they_were(network: nn.Module) -> Iterator[None]:
+def _buffers_as_they_were(*networks: nn.Module) -> Iterator[None]:
     """Puts back buffers that a forward pass has written into."""
-    before = [(b, b.detach().clone()) for b in network.buffers()]
+    before = [(b, b.detach().clone()) for network in networks for b in network.buffers()]
     try:
         yield
     finally:

@@ -975,7 +975,7 @@ def _setitem(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         raise Unsupported("an assignment at an index that depends on x")
     may_overwrite(tape, func, place)
     if trainable(value) and not active[1]:
-        taken(tape, place, otherwise(tape, _put, args, {}))
+        taken(tape, place, otherwise(tape, _put, (place, key, value), {}))
         return None
     base, new = place.detach(), value.detach() if isinstance(value, Tensor) else value
     y = _put(base, key, new)
@@ -1243,18 +1243,21 @@ def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         raise Unsupported(f"{name} of a value that depends on x")
     if tape.converted and _draws(name, args, kwargs):
         raise PlainLayoutNeeded
-    place, twin = None, _out_of_place(func, name)
+    place: Any = None
+    twin = _out_of_place(func, name)
+    if twin is not None or kwargs.get("inplace"):
+        place = args[0] if args else kwargs["input"]
+        may_overwrite(tape, func, place)
+        if tape.slot(place) < 0:  # what is kept of it must stay the constant that it has been
+            args, kwargs = (place.detach(), *args[1:]) if args else (), kwargs if args else kwargs | {"input": place.detach()}
     if twin is not None:
-        place, func = args[0] if args else kwargs["input"], twin
+        func = twin
         handler = HANDLERS.get(twin)
         if handler is not None:
-            may_overwrite(tape, func, place)
             result = handler(tape, twin, args, kwargs)
             return place if result is place else taken(tape, place, result)
-    elif kwargs.get("inplace"):
-        place, kwargs = args[0] if args else kwargs["input"], kwargs | {"inplace": False}
-    if place is not None:
-        may_overwrite(tape, func, place)
+    elif place is not None:
+        kwargs = kwargs | {"inplace": False}
     rule = Autograd(tape, func, args, kwargs, name)
     if not rule.ys:  # comparisons, shapes, indices
         if place is not None:

@@ -14,7 +14,7 @@ import random
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,11 +167,10 @@ def _all_modules(roots: list[nn.Module]) -> list[nn.Module]:
 # ---- random numbers ----
 
 
-def _copied_generator(thing: Any) -> Callable[[], None] | None:
+def _copied_generator(thing: Any) -> functools.partial[Any] | None:
     """What puts a generator back to where it is now; None for what is no generator."""
     if isinstance(thing, torch.Generator):
-        put_back: Callable[..., Any] = thing.set_state
-        return functools.partial(put_back, thing.get_state())
+        return functools.partial(thing.set_state, thing.get_state())
     if isinstance(thing, random.Random):
         return functools.partial(thing.setstate, thing.getstate())
     numpy = sys.modules.get("numpy")

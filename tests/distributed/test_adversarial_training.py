@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
         assert json.loads((run / "metrics.json").read_text()) == written
         assert written["steps"] == 5
         names = sorted(p.name for p in run.iterdir())
-        assert names == ["checkpoint-3", "checkpoint-5", "loss.png", "metrics.json", "progress", "samples.png"]
+        assert names == ["checkpoint-3", "checkpoint-5", "log.csv", "loss.png", "metrics.json", "progress", "samples.png"]
         curves = [checkpoints.notes(folder / "checkpoint-5")["history"] for folder in (tmp_path / "one", run)]
         torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-4, atol=1e-5)
         weights = [training.load_checkpoint(folder)[0].state_dict() for folder in (tmp_path / "one", run)]

@@ -88,8 +88,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
         written = train(run, 4, True) if then == 1 else ranks.run(train, run, 4, True)[0]
         assert json.loads((run / "metrics.json").read_text()) == written
         names = {p.name for p in run.iterdir()}
-        assert names == {"checkpoint-2", "checkpoint-4", "loss.png", "metrics.json", "samples.png", "reconstructions.png",
-                         "latent.png"}  # fmt: skip
+        assert names == {"checkpoint-2", "checkpoint-4", "log.csv", "loss.png", "metrics.json", "samples.png",
+                         "reconstructions.png", "latent.png"}  # fmt: skip
         curves = [checkpoints.notes(folder / "checkpoint-4")["history"] for folder in (tmp_path / "one", run)]
         for ours, theirs in zip(*curves):
             assert ours == pytest.approx(theirs, rel=1e-4)

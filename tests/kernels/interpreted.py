@@ -414,6 +414,17 @@ def test_discretized_samples_equal_the_reference(temperature, dtype):
             _same_levels(p, uniforms, channels, temperature)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 2, 4, 6, 8])
+def test_discretized_samples_of_parameters_that_are_not_finite_are_no_levels(place, value):
+    params, uniforms = torch.zeros(5, 20), torch.rand(5, 4)
+    params[2, place : place + 2] = value  # of both components
+    _same_levels(params, uniforms, 3, 1.0)
+    op = OPS["discretized_logistic_mixture_sample"]
+    bad = place != 6 or math.isnan(value)  # an infinite coefficient is one, through tanh
+    assert (cases.run(op, (params, uniforms, 3, 256, 1.0))[0] < 0).any(1).tolist() == [False, False, bad, False, False]
+
+
 def test_discretized_samples_round_ties_to_even():
     params = torch.zeros(4, 3)
     params[:, 1] = torch.tensor([0.0, 2 / 255, -2 / 255, 4 / 255])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -71,6 +72,17 @@ def test_samples(kind, p, known):
         found = genfast.ops.nade_sample(uniforms, w, v, b, c, rescale=rho, kind=kind, given=given[0], known=given[1])
     expected = reference.nade_sample(uniforms, w, v, b, c, rho, *given, "sigmoid", kind)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "p"), [("bernoulli", 1), ("categorical", 5), ("gaussian_mixture", 9)])
+def test_samples_of_parameters_that_are_not_finite_are_not_numbers(kind, p):
+    _, w, v, b, c, _ = arguments(3, 4, 20, p)
+    b[2, p // 9] = math.nan  # a logit, of a mixture of the second component
+    uniforms = torch.rand(3, 4, 2 if kind == "gaussian_mixture" else 1)
+    with poisoned(), genfast.backend("triton"):
+        found = genfast.ops.nade_sample(uniforms, w, v, b, c, kind=kind)
+    assert found.isnan().equal(torch.tensor([False, False, True, True]).expand(3, -1))
+    assert reference.nade_sample(uniforms, w, v, b, c, None, None, None, "sigmoid", kind).isnan().equal(found.isnan())
 
 
 def test_quantiles_of_the_normal_distribution():

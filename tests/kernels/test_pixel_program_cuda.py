@@ -21,10 +21,11 @@ from genfast import models
 from genfast import nn as gnn
 from genfast.sampling import Sampler
 from genfast.sampling import sampler as sampling
+from genfast.sampling.inputs import Conditions, bind
 from genfast.sampling.lowering import LoweringError, lower
 
 ROOT = Path(__file__).parents[2]
-POINTERS = ("program", "weights", "statics", "cache", "images", "uniforms", "record", "scratch")
+POINTERS = ("program", "weights", "statics", "cache", "images", "uniforms", "record", "scratch", "faults")
 SIZES = ("code", "weight_floats", "image_floats", "record_size", "n")
 FIELDS = [
     *((p, ctypes.c_void_p) for p in POINTERS), *((s, ctypes.c_int64) for s in SIZES),
@@ -171,15 +172,17 @@ def drawn(gpu, case, *, n=5, temperature=1.0, prefix=0, progress=False):
         start = torch.zeros(n, *shape, dtype=torch.int64)
         start[:, :, :prefix] = given
         full = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
-        program, statics = lower(
-            network, full, levels=levels, head=head, has_context=context is not None, panel=0 if on_gpu else None
-        )
+        conditions = bind("sample", network, context)
+        one, dims = conditions.rows(slice(0, 1)), len(shape) - 1
+        lowered = lower(network, full, levels=levels, head=head, conditions=one, panel=0 if on_gpu else None, dims=dims)
+        program = lowered.program
         record = torch.full((n, program.height, program.width, program.record), float("nan"))
         if on_gpu:
             sampling._to_gpu(program, torch.device("cpu"))
-            sampling._run_on_gpu(program, statics(context), start, uniforms, prefix, temperature, progress, record)
+            maps = lowered.statics(conditions)
+            sampling._run_on_gpu(program, maps, start, uniforms, prefix, temperature, progress, record)
         else:
-            sampler._run(start, uniforms, prefix, context, temperature, False, record)
+            sampler._run(start, uniforms, prefix, conditions, temperature, False, record)
         found.append((start, record))
     return found
 
@@ -227,7 +230,8 @@ def test_rows_and_waves(gpu, monkeypatch):
     """A long sequence is launched in parts, with progress; images that do not fit come in waves, each its own condition."""
     gpu.team = (2, 1, 4, False)
     build, levels, head, _, condition = CASES["sequence, class"]
-    program, _ = lower(build(), (1, 150, 1), levels=levels, has_context=True, panel=0)
+    one = Conditions(kwargs={"context": torch.zeros(1, 4)})
+    program = lower(build(), (1, 150, 1), levels=levels, conditions=one, panel=0, dims=1).program
     monkeypatch.setattr(sampling, "GPU_WAVE", 2 * 4 * program.image_floats)
     (images, _), (same_images, _) = drawn(gpu, (build, levels, head, (1, 150), condition), n=3, progress=True)
     assert torch.equal(same_images, images)
@@ -241,7 +245,7 @@ def test_no_images(gpu):
 
 
 def test_programs_beyond_32_bits_are_refused():
-    program, _ = lower(one_colour(), (1, 4, 4), levels=5, panel=0)
+    program = lower(one_colour(), (1, 4, 4), levels=5, panel=0).program
     program.image_floats = 2**31
     with pytest.raises(LoweringError, match="2147483648 weights or values"):
         sampling._to_gpu(program, torch.device("cpu"))
@@ -249,7 +253,34 @@ def test_programs_beyond_32_bits_are_refused():
 
 def test_the_extension_is_missed_by_name(monkeypatch):
     monkeypatch.setattr(sampling, "_CUDA", None)
-    program, _ = lower(one_colour(), (1, 4, 4), levels=5, panel=0)
+    program = lower(one_colour(), (1, 4, 4), levels=5, panel=0).program
     images = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="genfast::pixel_program"):
         sampling._run_on_gpu(program, [], images, torch.zeros(1, 1, 4, 4), 0, 1.0, False, None)
+
+
+@pytest.mark.parametrize("label", ["one colour", "three colours", "mixture"])
+def test_what_cannot_be_drawn_is_asserted(gpu, label):
+    """Where the CPU's engine raises; a GPU prints the place, and an assertion fails, since nothing waits for it."""
+    gpu.team = (2, 2, 4, False)
+    build, levels, head, shape, condition = CASES[label]
+
+    def faulty():
+        network = build()
+        last = [m for m in network.modules() if isinstance(m, nn.Conv2d | gnn.MaskedConv2d)][-1]
+        with torch.no_grad():
+            last.bias[-1] = float("nan")  # of a level, or a coefficient of a component that need not be drawn
+        return network
+
+    case = (faulty, levels, head, shape, condition)
+    with pytest.raises(FloatingPointError, match=r"image 0.* at position \(0, 0\)"):
+        drawn(gpu, case)
+    network = faulty().eval()
+    full = (shape[0], shape[1], shape[2])
+    program = lower(network, full, levels=levels, head=head, panel=0).program
+    sampling._to_gpu(program, torch.device("cpu"))
+    images, uniforms = torch.zeros(3, *shape, dtype=torch.int64), torch.rand(3, program.uniforms, *shape[1:])
+    with pytest.raises(RuntimeError, match="logits or mixture parameters are not finite"):
+        sampling._run_on_gpu(program, [], images, uniforms, 0, 1.0, False, None)
+    sampling._run_on_gpu(program, [], images, uniforms, shape[1], 1.0, False, None)  # nothing is drawn
+    assert 0 <= int(images.min()) <= int(images.max()) < levels

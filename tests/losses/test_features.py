@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -321,3 +322,48 @@ def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", stub)
     with pytest.raises(OSError, match=r"could not be had \(no route\); pass weights=FILE"):
         losses.vgg_features("vgg19")
+
+
+def in_threads(count, run):
+    """What ``run`` gives for 0 .. count - 1, all at once, several times each."""
+    found, errors, barrier = {}, [], threading.Barrier(count)
+
+    def work(i):
+        try:
+            barrier.wait()
+            found[i] = [run(i) for _ in range(6)]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    return found
+
+
+@pytest.mark.parametrize("make", [chain, Branching, lambda: Branching(True)])
+def test_several_threads(make):
+    """Hooks and detached parameters of one pass are no other's, and the network is left as it was."""
+    network = make()
+    names = {n: m for n, m in network.named_modules() if n and not list(m.children())}
+    layers = [[n for n in names if n.startswith(("stem", "block", "0", "2"))][:2], [list(names)[0]]]
+    extractors = [losses.FeatureExtractor(network, wanted, normalization="imagenet") for wanted in layers]
+    images = [torch.rand(1, 3, 9 + i, 10) for i in range(4)]
+    expected = [extractors[i % 2](images[i]) for i in range(4)]
+    parameters = dict(network.named_parameters())
+
+    def run(i):
+        leaf = images[i].clone().requires_grad_()
+        found = extractors[i % 2](leaf)
+        sum(f.sum() for f in found.values()).backward()
+        assert bool(leaf.grad.isfinite().all())
+        return {name: f.detach() for name, f in found.items()}
+
+    for i, results in in_threads(4, run).items():
+        for found in results:
+            assert all(torch.equal(found[name], expected[i][name]) for name in expected[i])
+    assert not any(m._forward_hooks for m in network.modules())
+    assert all(p is parameters[n] and p.requires_grad and p.grad is None for n, p in network.named_parameters())

@@ -329,3 +329,47 @@ def test_total_variation_says_what_is_wrong():
         losses.total_variation(torch.zeros(1, 1, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"x has shape \(2, 2\)"):
         losses.total_variation(torch.zeros(2, 2))
+
+
+def every_loss(net):
+    options = {"normalization": None}
+    return {
+        "mse": losses.PerceptualLoss(net, LAYERS[:2], **options),
+        "l1": losses.PerceptualLoss(net, LAYERS[:2], distance="l1", **options),
+        "lpips": losses.PerceptualLoss(net, LAYERS[:2], distance="lpips", **options),
+        "style": losses.StyleLoss(net, LAYERS[:2], **options),
+        "contextual": losses.ContextualLoss(net, LAYERS[1], **options),
+        "variation": lambda x, _: sum(losses.total_variation(x, kind=kind) for kind in ("anisotropic", "isotropic", "squared")),
+    }
+
+
+@pytest.mark.parametrize("name", list(every_loss(network())))
+def test_what_is_not_finite_and_nothing(name):
+    loss = every_loss(network(dtype=torch.float32))[name]
+    x, y = images((2, 12, 12), (2, 12, 12), dtype=torch.float32)
+    for bad in (float("nan"), float("inf")):
+        for which in (x, y) if name != "variation" else (x,):
+            kept = which[1, 0, 5, 5].clone()
+            which[1, 0, 5, 5] = bad
+            leaf = x.clone().requires_grad_()
+            value = loss(leaf, y)
+            assert not bool(value.isfinite())
+            (grad,) = torch.autograd.grad(value, leaf)
+            assert (name == "l1" and bad == float("inf")) or not bool(grad.isfinite().all())  # the sign of infinity is 1
+            which[1, 0, 5, 5] = kept
+    empty = x[:0].clone().requires_grad_()
+    value = loss(empty, y[:0])
+    assert float(value.detach()) == 0
+    assert torch.autograd.grad(value, empty)[0].shape == empty.shape
+
+
+@pytest.mark.parametrize("name", ["mse", "l1", "lpips", "style", "contextual"])
+def test_autocast_with_a_target_that_was_kept(name):
+    loss = every_loss(network(dtype=torch.float32))[name]
+    x, y = images((1, 12, 12), (1, 12, 12), dtype=torch.float32)
+    loss.set_target(y)
+    expected = loss(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(x)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.01)

@@ -94,13 +94,13 @@ def test_the_likelihood_is_the_sum_of_the_conditionals():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: PixelCNN(3, 64), ValueError, "out_channels=64 is not a multiple of data_channels=3"),
+        (lambda: PixelCNN(3, 64), ValueError, "PixelCNN: channels=64, expected a multiple of 3, in_channels=3"),
         (lambda: PixelCNN(kernel_size=4), ValueError, "kernel_size=4, expected an odd"),
         (lambda: PixelCNN(layers=0), ValueError, "layers=0"),
         (lambda: PixelCNN(levels=1), ValueError, "levels=1"),
         (lambda: PixelCNN(0), ValueError, "in_channels=0"),
         (lambda: PixelCNN(shape=(3, 4, 4)), ValueError, r"shape=\(3, 4, 4\), expected \(1, H, W\)"),
-        (lambda: GatedPixelCNN(3, 64), ValueError, "channels=64 is not a multiple of data_channels=3"),
+        (lambda: GatedPixelCNN(3, 64), ValueError, "GatedPixelCNN: channels=64, expected a multiple of 3, in_channels=3"),
         (lambda: GatedPixelCNN(kernel_size=4), ValueError, "kernel_size=4"),
         (lambda: PixelCNNPlusPlus(2), ValueError, "in_channels=2, expected 1 or 3"),
         (lambda: PixelCNNPlusPlus(filters=0), ValueError, "filters=0"),
@@ -227,3 +227,14 @@ def test_photos_train_in_colour(tmp_path):
     assert model.config["channels"] == 66
     assert cli.main(["train", "pixelcnn", "--levels", "4", "--out", str(tmp_path / "x")]) == 2
     assert cli.main(["train", "pixelcnn", "--filters", "4", "--out", str(tmp_path / "x")]) == 2
+
+
+@pytest.mark.parametrize("kind", [PixelCNN, GatedPixelCNN, PixelRNN])
+def test_the_default_width_fits_the_colours(kind):
+    usual = {1: 32, 2: 32, 3: 36} if kind is PixelRNN else {1: 64, 2: 64, 3: 66}
+    for colours, channels in usual.items():
+        model = kind(in_channels=colours, layers=1, levels=4)
+        assert model.config["channels"] == channels
+        assert type(model)(**model.config)(torch.zeros(1, colours, 3, 3, dtype=torch.long)).shape == (1, 4 * colours, 3, 3)
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: channels=64, expected a multiple of \d, (twice )?in_channels=3"):
+        kind(in_channels=3, channels=64)

@@ -324,3 +324,27 @@ def test_the_command_line_trains_and_samples(tmp_path, capsys):
         assert main(["sample", "--checkpoint", str(out), "-n", "4", "--out", str(picture)]) == 0
         assert picture.stat().st_size > 100
     assert models.build("made", dim=4).dim == 4
+
+
+@pytest.mark.parametrize("make", [*DISCRETE, lambda: RNADE(4, 6, 2), lambda: plain.NADE(6, 9), lambda: plain.NADE(4, 9, 3)])
+@pytest.mark.parametrize("method", ["cached", "naive"])
+def test_parameters_that_are_not_finite_are_located(make, method):
+    model = make()
+    options = {} if isinstance(model, RNADE) else {"method": method}
+    dimension = model.dim - 1
+    with torch.no_grad():
+        if hasattr(model.network, "bias"):
+            model.network.bias[-1] = math.nan
+            dimension = int(model.network.order.argmax())  # of its last step
+        else:
+            model.network.linears[-1].bias[-1] = math.nan
+    with pytest.raises(FloatingPointError, match=rf"sample: the network's parameters of dimension {dimension} of sample 0"):
+        model.sample(3, **options)
+
+
+def test_hidden_units_that_are_not_finite_are_located():
+    for model in (NADE(6, 9, activation="relu"), MADE(6, 12), DeepNADE(6, 9)):
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if name.endswith(("hidden_bias", "linears.0.bias")))[0] = math.nan
+        with pytest.raises(FloatingPointError, match=r"parameters of dimension \d of sample 0 are not finite"):
+            model.sample(2)

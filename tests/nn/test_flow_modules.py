@@ -215,3 +215,52 @@ def test_doctests_of_the_package_run():
                 tried += count
                 assert failed == 0, test.name
     assert tried > 40
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 8, 8), (512, 3)])
+def test_actnorm_far_from_zero_is_that_of_its_parameters(shape):
+    """s x and b nearly cancel there: what rounding took from s counts x times."""
+    x = 1000 + torch.randn(shape)
+    for form in [torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])]:
+        x = x.contiguous(memory_format=form)
+        for first in (False, True):
+            norm = gnn.ActNorm(3, shift_first=first)
+            z, logdet = norm(x)
+            exact = copy.deepcopy(norm).double()
+            assert float((z - exact(x.double())[0]).abs().max()) < 3e-6
+            if first:
+                assert float(z.transpose(0, 1).flatten(1).mean(1).abs().max()) < 1e-4
+            torch.testing.assert_close(norm.inverse(z)[0], x, rtol=1e-6, atol=0)
+            torch.testing.assert_close(norm.inverse(z)[1], -logdet)
+
+
+def test_shift_first_layers_are_openai_glow_s():
+    """(x + loc) s, the convolution, then (x_a + t) s: on tensors, on pairs, and back."""
+    step = gnn.GlowStep(4, torch.nn.Conv2d(2, 4, 3, padding=1), shift_first=True).double()
+    x = 2 + torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    z, logdet = step(x)
+    norm = step.actnorm
+    s, loc = (v.reshape(1, -1, 1, 1) for v in (norm.log_scale.exp(), norm.bias))
+    torch.testing.assert_close(norm.bias.detach(), -x.mean((0, 2, 3)))
+    mixed, of_conv = step.conv((x + loc) * s)
+    torch.testing.assert_close(norm(x)[0], (x + loc) * s)
+    r, t = step.coupling.conditioner(mixed[:, 2:]).chunk(2, 1)
+    expected = torch.cat(((mixed[:, :2] + t) * torch.sigmoid(r + 2), mixed[:, 2:]), 1)
+    torch.testing.assert_close(z, expected)
+    of_norm = norm.log_scale.sum() * 30
+    torch.testing.assert_close(logdet, of_norm + of_conv + torch.nn.functional.logsigmoid(r + 2).flatten(1).sum(1))
+    torch.testing.assert_close(step.inverse(z)[0], x)
+    pair, _ = step((x[:, :2], x[:, 2:]))
+    torch.testing.assert_close(torch.cat(pair, 1), z)
+    torch.testing.assert_close(torch.cat(step.inverse(pair)[0], 1), x)
+    for a, b in zip(
+        torch.autograd.grad(z.square().sum() + logdet.sum(), list(step.parameters()), allow_unused=True),
+        torch.autograd.grad(
+            expected.square().sum() + (of_norm + of_conv + torch.nn.functional.logsigmoid(r + 2).flatten(1).sum(1)).sum(),
+            list(step.parameters()), allow_unused=True,
+        ),
+    ):  # fmt: skip
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+    assert "shift_first=True" in repr(step)

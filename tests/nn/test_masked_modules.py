@@ -652,3 +652,81 @@ def test_condition_bias():
     for shape in ((2, 4), (3,), (2, 4, 3)):
         with pytest.raises(ValueError, match=r"ConditionBias: context has shape \(.*\), expected \(N, 3\)"):
             layer(torch.zeros(shape))
+
+
+# Checkpoints of other people's masked convolutions.
+
+
+class Published(nn.Conv2d):
+    """The masked convolution of most PixelCNN repositories: a mask as a buffer, and the weight multiplied in place."""
+
+    def __init__(self, mask_type, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("mask", self.weight.data.clone())
+        _, _, height, width = self.weight.size()
+        self.mask.fill_(1)
+        self.mask[:, :, height // 2, width // 2 + (mask_type == "B") :] = 0
+        self.mask[:, :, height // 2 + 1 :] = 0
+
+    def forward(self, x):
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+def published():
+    return nn.Sequential(
+        Published("A", 1, 8, 7, padding=3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), Published("B", 8, 8, 3, padding=1)
+    ).eval()
+
+
+def loading(first="A", last="B", **options):
+    return nn.Sequential(
+        gnn.MaskedConv2d(1, 8, 7, padding=3, bias=False, mask_type=first), nn.BatchNorm2d(8), nn.ReLU(),
+        gnn.MaskedConv2d(8, 8, 3, padding=1, mask_type=last, **options),
+    ).eval()  # fmt: skip
+
+
+def test_a_checkpoint_with_mask_buffers_loads():
+    theirs, ours, x = published(), loading(), torch.randn(2, 1, 9, 8)
+    checkpoint = theirs.state_dict()
+    before = list(checkpoint)
+    assert ours.load_state_dict(checkpoint) == ([], [])
+    assert list(checkpoint) == before
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    assert not any("mask" in k for k in ours.state_dict())
+    for convert in (torch.Tensor.bool, torch.Tensor.double, lambda m: m[:1, :1]):
+        loading().load_state_dict({k: convert(v) if "mask" in k else v for k, v in checkpoint.items()})
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0.masks"'):
+        loading().load_state_dict({**checkpoint, "0.masks": checkpoint["0.mask"]})
+    normed = gnn.MaskedConv2d(8, 8, 3)
+    gnn.weight_norm(normed)
+    normed.load_state_dict({**normed.state_dict(), "mask": published()[3].mask})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_with_another_mask_does_not_load(strict):
+    with pytest.raises(
+        RuntimeError, match="0.mask is not the mask of this layer, mask_type='B'.*: it is that of mask_type='A'"
+    ):
+        loading(first="B").load_state_dict(published().state_dict(), strict=strict)
+    colours = gnn.MaskedConv2d(6, 6, 3, data_channels=3, group_order="blocked").mask
+    layer = gnn.MaskedConv2d(6, 6, 3, data_channels=3)
+    with pytest.raises(RuntimeError, match="it is that of mask_type='B', data_channels=3, group_order='blocked'"):
+        layer.load_state_dict({**layer.state_dict(), "mask": colours}, strict=strict)
+    row = published()[3].mask.clone()
+    row[:, :, 1] = 0  # a published mistake: the whole row of the centre
+    layer = gnn.MaskedConv2d(8, 8, 3)
+    with pytest.raises(RuntimeError, match=r"mask is not .*they differ first at weight \(0, 0, 1, 0\), 128 in all"):
+        layer.load_state_dict({**layer.state_dict(), "mask": row}, strict=strict)
+    with pytest.raises(RuntimeError, match=r"mask has shape \(8, 8, 5, 5\), expected \(8, 8, 3, 3\)"):
+        layer.load_state_dict({**layer.state_dict(), "mask": torch.ones(8, 8, 5, 5)}, strict=strict)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_scaled_levels_have_the_networks_type(dtype):
+    x = torch.arange(65536).view(1, 1, -1)
+    scaled = nn.Sequential(gnn.ScaleLevels(65536)).to(dtype)(x)
+    assert scaled.dtype is dtype
+    assert not gnn.ScaleLevels(4).state_dict()
+    torch.testing.assert_close(scaled.double(), 2 * x.double() / 65535 - 1, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    assert gnn.ScaleLevels(4)(torch.ones(1, dtype=torch.float64)).dtype is torch.float64

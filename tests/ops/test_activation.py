@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast import ops
 from genfast.ops.activation import KINDS
-from genfast.reference.activation import memory_order, pack, unpack
+from genfast.reference.activation import SLOPES, memory_order, pack, unpack
 
 SHAPES = [(), (1,), (7,), (63,), (64,), (65, 3), (2, 3, 5, 7), (4, 6, 33, 32), (2, 3, 2, 3, 5), (0, 4)]
 MAPS = {
@@ -234,3 +234,31 @@ def test_errors_name_the_argument():
         ops.activation_second(x, x, x, x[:, :8], "silu")
     with pytest.raises(TypeError, match="activation_second: tangent has dtype torch.int64"):
         ops.activation_second(x, x, x.long(), None, "silu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slopes_keep_their_digits_in_the_tails(kind):
+    """Relative to each value: 1 - tanh^2 and the like, taken as differences, have none left there. The reference, in float64,
+    is held to PyTorch's derivatives above."""
+    x = torch.cat((torch.linspace(-12, 12, 961), torch.logspace(-6, 0, 61), -torch.logspace(-6, 0, 61)))
+    exact = SLOPES[kind](x.double())
+    one = torch.ones_like(x)
+    for found, wanted in zip((ops.activation_chain(x, one, kind), ops.activation_second(x, one, one, None, kind)), exact):
+        # A sum that crosses zero (silu, gelu, mish) is as exact as its terms are: those are of the order of e^-|x| there.
+        floor = torch.exp(-x.double().abs()) * 0.05 if kind in ("silu", "gelu_tanh", "mish", "sigmoid") else 0.0
+        if kind == "gelu":
+            floor = torch.exp(-x.double().square() / 2) * 0.05
+        error = (found.double() - wanted).abs() / (wanted.abs() + floor).clamp_min(1e-30)
+        assert float(error.max()) < 2e-5
+
+
+def test_a_slope_that_requires_a_gradient_is_refused():
+    x, bits = torch.ones(8), torch.tensor([3], dtype=torch.uint8)
+    slope = torch.tensor(0.2, requires_grad=True)
+    for call in (
+        lambda: ops.apply_bits(x, bits, slope), lambda: ops.apply_bits_(x, bits, slope),
+        lambda: ops.leaky_relu_bits(x, slope), lambda: ops.leaky_relu_bits_(x, slope),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="slope is a tensor that requires a gradient"):
+            call()
+    assert torch.equal(ops.apply_bits(x, bits, slope.detach()), ops.apply_bits(x, bits, 0.2))

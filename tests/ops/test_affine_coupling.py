@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import genfast
 from genfast.ops import affine_coupling
-from genfast.reference.affine_coupling import LAYOUTS, SCALES
+from genfast.reference.affine_coupling import LAYOUTS, SCALES, split_params
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33])
 
@@ -238,3 +238,64 @@ X, P = torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def shifted_first(x, params, scale, layout, mask, alpha, last, inverse):
+    """y and logdet as the published codes write them."""
+    width = params.shape[1] // 2
+    r, t = split_params(params, scale, layout)
+    maps = {"exp": lambda r: r, "sigmoid": lambda r: torch.nn.functional.logsigmoid(r + 2), "tanh": lambda r: alpha * r.tanh()}
+    log_s = maps[scale](r)
+    if mask is not None:
+        t, log_s = t.masked_fill(mask, 0), log_s.masked_fill(mask, 0)
+    x_a, x_b = (x[:, x.shape[1] - width :], x[:, : x.shape[1] - width]) if last else (x[:, :width], x[:, width:])
+    y_a = x_a * (-log_s).exp() - t if inverse else (x_a + t) * log_s.exp()
+    log_s = -log_s if inverse else log_s
+    return torch.cat((x_b, y_a) if last else (y_a, x_b), 1), log_s.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("keep", ["input", "output"])
+@pytest.mark.parametrize("scale", ["exp", "sigmoid", "tanh"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (9, 6), (2, 3, 40, 33)])
+def test_the_shift_first(scale, layout, shape, keep):
+    for last in (False, True):
+        masked = layout.startswith("scale") and len(shape) == 4
+        width = shape[1] if masked else shape[1] // 2
+        x, params = problem(scale, shape, width)
+        mask = (torch.arange(shape[2])[:, None] + torch.arange(shape[3])) % 2 == 0 if masked else None
+        mask = None if mask is None else mask[None]
+        options = {"scale": scale, "layout": layout, "mask": mask, "keep": keep, "shift_first": True}
+        options |= {"alpha": 0.7} if scale == "tanh" else {}
+        options["transform"] = "last" if last else "first"
+        leaves = x.requires_grad_(), params.requires_grad_()
+        weights = torch.randn_like(x), torch.randn(len(x), dtype=x.dtype)
+        for inverse in (False, True):
+            found = affine_coupling(x, params, inverse=inverse, **options)
+            expected = shifted_first(x, params, scale, layout, mask, options.get("alpha"), last, inverse)
+            torch.testing.assert_close(found, expected)
+            for f, e in zip(torch.autograd.grad(found, leaves, weights), torch.autograd.grad(expected, leaves, weights)):
+                torch.testing.assert_close(f, e)
+        back, minus = affine_coupling(found[0], params, **options)
+        torch.testing.assert_close((back, minus), (x, -found[1]))
+
+
+def test_the_shift_first_in_float32_and_without_the_option():
+    x, params = problem("sigmoid", (4, 6, 16, 16), 3, torch.float32)
+    other = affine_coupling(x, params, scale="sigmoid")[0]
+    y, logdet = affine_coupling(x, params, scale="sigmoid", shift_first=True)
+    expected = affine_coupling(x.double(), params.double(), scale="sigmoid", shift_first=True)
+    torch.testing.assert_close(y.double(), expected[0], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(logdet.double(), expected[1], rtol=2e-6, atol=2e-5)
+    assert float((other - y).abs().max()) > 0.1
+    half = affine_coupling(x.bfloat16(), params.bfloat16(), scale="sigmoid", shift_first=True)[0]
+    assert float((half.float() - y).norm() / y.norm()) < 1e-2
+
+
+def test_the_slope_of_tanh_in_its_tail():
+    r = torch.linspace(-12, 12, 97)[:, None]
+    params = torch.cat((r, torch.zeros_like(r)), 1).requires_grad_()
+    y, _ = affine_coupling(torch.ones(97, 1), params, scale="tanh")
+    (grad,) = torch.autograd.grad(y.sum(), params)
+    exact = 1 / torch.cosh(r.double()) ** 2 * torch.tanh(r.double()).exp()
+    assert float((grad[:, :1] / exact - 1).abs().max()) < 5e-6

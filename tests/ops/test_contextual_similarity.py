@@ -478,3 +478,119 @@ def test_every_element_is_written(distance, over):
         grads = torch.autograd.grad(out[0].sum(), (x, y))
     assert all(bool(t.isfinite().all()) for t in (out[0], out[2], out[4], *grads))
     assert bool((out[1] >= 0).all() & (out[3] >= 0).all() & (out[3] < 71).all())
+
+
+def features(kind, noise=0.0):
+    """A target as networks give it, with an area of one colour, or smooth; and a source near it."""
+    if kind == "smooth":
+        y = F.interpolate(torch.randn(1, 24, 4, 4), size=(10, 10), mode="bicubic", align_corners=True).relu()
+    else:
+        y = torch.randn(1, 24, 10, 10).relu()
+    if kind == "flat":
+        y[:, :, :5] = y[:, :, :1, :1]
+    return y + noise * torch.randn_like(y), y
+
+
+DISTANCES = [{}, {"distance": "l2", "center": False, "eps": 1e-5}, {"distance": "l1", "center": False, "eps": 1e-5}]
+CONVENTIONS = [(preset, {}) for preset in ("s-aiueo32", "official", "adgan", "cocosnet", "cocosnet-forward", "zoom")]
+CONVENTIONS += [("official", options) for options in DISTANCES[1:]]
+
+
+@pytest.mark.parametrize("kind", ["features", "flat", "smooth"])
+@pytest.mark.parametrize(("preset", "options"), CONVENTIONS)
+def test_an_optimiser_stays_where_features_match(preset, options, kind):
+    """Adam divides a gradient by its size: what is rounding must be below 1e-11, where 1 / (h eps) is up to 1e6."""
+    x, y = features(kind)
+    loss = gnn.ContextualLoss(preset, **options, symmetric=kind == "features")
+    leaf = x.clone().requires_grad_()
+    optimiser = torch.optim.Adam([leaf], lr=0.01)
+    for _ in range(10):
+        optimiser.zero_grad()
+        loss(leaf, y).backward()
+        optimiser.step()
+    expected = x.double().requires_grad_()
+    (exact,) = torch.autograd.grad(loss(expected, y.double()), expected)
+    if float(exact.abs().max()) < 1e-12:  # a smooth target's own best source may be its neighbour
+        assert float((leaf - y).abs().max()) < 1e-4
+    else:
+        (found,) = torch.autograd.grad(loss(x.requires_grad_(), y), x)
+        assert float((found - exact).abs().max()) < 1e-5 * (1 + float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", ["features", "flat", "smooth"])
+@pytest.mark.parametrize(("preset", "options"), CONVENTIONS)
+def test_gradients_near_a_match_are_held_to_an_absolute_bound(preset, options, kind, both):
+    loss = gnn.ContextualLoss(preset, **options)
+    for noise in (1e-4, 1e-3, 3e-2):
+        x, y = features(kind, noise)
+        grads = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_(both)
+            grads.append(torch.autograd.grad(loss(*leaves), leaves if both else leaves[0]))
+        for found, exact in zip(*grads):
+            # An area of one colour has ties, whose winner rounding decides where the spatial term alone tells them apart.
+            if not (kind == "flat" and preset in ("zoom", "cocosnet-forward")):
+                assert float((found - exact).abs().max()) < 1e-5 * (1 + float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("options", [*DISTANCES, {"over": "targets"}, {"spatial_weight": 0.3}, {"center": "sample"}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["x", "y"])
+def test_what_is_not_finite_passes_through(options, bad, where):
+    x, y = maps((2, 6, 5, 5), (2, 6, 5, 5), dtype=torch.float32)
+    (x if where == "x" else y)[1, 2, 3, 3] = bad
+    for over in [options["over"]] if "over" in options else ["sources", "targets"]:
+        leaf = x.clone().requires_grad_()
+        value = ops.contextual_similarity(leaf, y, **(options | {"over": over}), reduction="none")
+        assert bool(value[1].isnan())
+        assert bool(value[0].isfinite()) or (where == "y" and options.get("center", True) is True)
+        (grad,) = torch.autograd.grad(gnn.ContextualLoss(**(options | {"over": over}))(leaf, y), leaf)
+        assert bool(grad[1].isnan().any())
+
+
+def test_one_target_that_is_not_a_number():
+    x, y = torch.randn(1, 4, 3), torch.full((1, 4, 1), math.nan)
+    for over in ("sources", "targets"):
+        assert bool(ops.contextual_similarity(x, y, center=False, over=over).isnan())
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float16, torch.bfloat16)]
+)
+def test_two_dtypes_are_taken_in_the_wider(dtypes):
+    x, y = (torch.randn(1, 4, 5, 5).to(dtype).requires_grad_() for dtype in dtypes)
+    wide = torch.promote_types(torch.promote_types(*dtypes), torch.float32)
+    loss = gnn.ContextualLoss("official", symmetric=True)
+    found, expected = loss(x, y), loss(x.to(wide), y.to(wide))
+    assert found.dtype is wide
+    assert torch.equal(found, expected)
+    grads = torch.autograd.grad(found, (x, y))
+    assert [g.dtype for g in grads] == list(dtypes)
+    for f, e in zip(grads, torch.autograd.grad(expected, (x, y))):
+        assert torch.equal(f, e)
+
+
+def test_autocast_with_a_target_that_was_kept():
+    network = torch.nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        target = network(torch.rand(1, 3, 12, 12))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = network(torch.rand(1, 3, 12, 12))
+        loss = gnn.ContextualLoss("official")(features, target)
+    assert loss.dtype is torch.float32
+    torch.testing.assert_close(loss, gnn.ContextualLoss("official")(features.float(), target))
+    loss.backward()
+    assert bool(network.weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("options", [{}, {"center": "sample"}, {"distance": "l1"}, {"spatial_weight": 0.1}])
+def test_an_empty_batch(options):
+    x, y = maps((0, 8, 4, 4), (0, 8, 4, 4), dtype=torch.float32)
+    x.requires_grad_()
+    assert float(ops.contextual_similarity(x, y, **options).detach()) == 0
+    assert ops.contextual_similarity(x, y, **options, reduction="none").shape == (0,)
+    loss = gnn.ContextualLoss(symmetric=True, **options)(x, y)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert x.grad.shape == x.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -354,3 +355,18 @@ def test_sampling_an_empty_batch():
 def test_sampling_errors(options, error, message):
     with pytest.raises(error, match=message):
         ops.discretized_logistic_mixture_sample(torch.zeros(2, 20, 4), **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 2, 4, 8])  # a logit, a mean, a log-scale, and those of green
+def test_samples_of_parameters_that_are_not_finite_are_refused(place, value, backend):
+    params = torch.zeros(2, 20, 3, 4)
+    params[1, place, 1, 2] = value
+    params[1, (place + 1) if place else 1, 1, 2] = value  # of both components
+    with genfast.backend(backend) if backend else contextlib.nullcontext():
+        with pytest.raises(FloatingPointError, match=r"channel \d of sample 1 is drawn, at position \(1, 2\)"):
+            ops.discretized_logistic_mixture_sample(params, levels=16)
+        params[1, :, 1, 2] = 0
+        params[:, 0] = -math.inf  # a component that is never drawn
+        assert int(ops.discretized_logistic_mixture_sample(params, levels=16).min()) >= 0

@@ -151,7 +151,8 @@ def check(entry, kind, dtype, inputs=False, **options):
 @pytest.mark.parametrize("kind", ["wgan-gp", "r1"])
 @pytest.mark.filterwarnings("ignore")
 def test_float32_equals_double_backward(entry, kind):
-    check(entry, kind, torch.float32)
+    # complex numbers have no rule
+    check(entry, kind, torch.float32, method="auto" if entry.name == "unusual_functions" else "exact")
 
 
 @catalogue()

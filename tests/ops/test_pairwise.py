@@ -300,7 +300,18 @@ def test_nearest_of_rows_that_are_not_finite():
         (lambda: ops.mmd(torch.ones(4, 2).long(), torch.ones(4, 2)), TypeError, "x has dtype"),
         (lambda: ops.mmd(torch.ones(4), torch.ones(4)), ValueError, r"x has shape \(4,\), expected \(N, C\)"),
         (lambda: ops.mmd(torch.ones(4, 2), torch.ones(4, 3)), ValueError, r"y has shape \(4, 3\), expected \(M, 2\)"),
-        (lambda: ops.mmd(torch.ones(4, 2), torch.ones(4, 2).double()), TypeError, "y has dtype torch.float64"),
+        (
+            lambda: _registry.OPS["pairwise_kernel_sum"](
+                torch.ones(1, 4, 2), torch.ones(1, 4, 2).double(), "rbf", [1.0], 1, 0.0, False
+            ),
+            TypeError,
+            "y has dtype torch.float64",
+        ),
+        (
+            lambda: ops.mmd(torch.ones(4, 2), torch.ones(4, 2), bandwidths=torch.ones((), requires_grad=True)),
+            TypeError,
+            "bandwidths is a tensor that requires a gradient",
+        ),
         (lambda: ops.mmd(torch.ones(1, 2), torch.ones(4, 2)), ValueError, "x has 1 rows, expected at least 2"),
         (lambda: ops.mmd(torch.ones(4, 2), torch.ones(0, 2), unbiased=False), ValueError, "y has 0 rows"),
         (lambda: ops.mmd(torch.ones(4, 2), torch.ones(4, 2), kernel="cosine"), ValueError, "kernel='cosine'"),
@@ -354,3 +365,50 @@ def test_kernels_serve_every_op_of_the_family():
         assert {"cpu", "triton"} <= set(_registry.OPS[name].kernels)
     with genfast.backend("cpu"):
         assert ops.mmd(torch.randn(5, 3), torch.randn(4, 3)).isfinite()
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+@pytest.mark.parametrize("c", [5, 48])
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_row_far_from_all_others_keeps_its_gradient(kernel, c, twice):
+    """What a row adds to itself, or to its equal, weighs most of all and is exactly nothing: no rounding of it may stay."""
+    rows = torch.randn(70, c) / c**0.5
+    rows[0] *= 6
+    x = rows[None].clone().requires_grad_()
+    y = x.detach().clone() if twice else None
+    for scale in (1.0, 40.0):
+        found = ops.pairwise_kernel_sum(x, y, kernel=kernel, scales=[scale if kernel == "rbf" else 1 / scale])
+        leaf = x.detach().double().requires_grad_()
+        exact = matrix(leaf, leaf.detach() if twice else leaf, kernel, [scale if kernel == "rbf" else 1 / scale]).sum(2)
+        torch.testing.assert_close(found, exact.float(), rtol=2e-6, atol=0)
+        (grad,), (expected,) = (torch.autograd.grad(v.sum(), at) for v, at in ((found, x), (exact, leaf)))
+        error = (grad[0].double() - expected[0]).norm(dim=1) / expected[0].norm(dim=1).clamp_min(1e-30)
+        assert float(error.max()) < 2e-4  # of each row by itself
+    assert torch.equal(ops.pairwise_kernel_sum(x[:, :1], kernel=kernel, scales=[1e4]), torch.ones(1, 1))
+
+
+def test_two_dtypes_are_taken_in_the_wider_and_an_empty_batch_is_nothing():
+    x, y = torch.randn(6, 4).bfloat16(), torch.randn(7, 4)
+    assert torch.equal(ops.mmd(x, y), ops.mmd(x.float(), y))
+    assert torch.equal(ops.kernel_distance(x, y), ops.kernel_distance(x.float(), y))
+    assert torch.equal(ops.nearest_neighbors(x, y)[0], ops.nearest_neighbors(x.float(), y)[0])
+    assert torch.equal(
+        ops.pairwise_kernel_sum(x[None], y[None], kernel="rbf", scales=[0.5]),
+        ops.pairwise_kernel_sum(x[None].float(), y[None], kernel="rbf", scales=[0.5]),
+    )
+    assert float(ops.mmd(torch.rand(0, 5, 3), torch.rand(0, 5, 3))) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("c", [3, 40])
+def test_what_is_not_finite_passes_through(bad, c):
+    for where in (0, 1):
+        sets = [torch.randn(9, c), torch.randn(8, c)]
+        sets[where][4, 1] = bad
+        leaf = sets[0].requires_grad_()
+        for value in (
+            ops.mmd(leaf, sets[1]), ops.mmd(leaf, sets[1], kernel="imq"), ops.kernel_distance(leaf, sets[1]),
+        ):  # fmt: skip
+            # A row at infinity has similarity 0 with others by the formula, so that a value may be finite; its gradient is not.
+            assert bad == float("inf") or bool(value.isnan())
+            assert not bool(value.isfinite()) or not bool(torch.autograd.grad(value, leaf)[0].isfinite().all())

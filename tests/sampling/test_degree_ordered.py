@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 
-from genfast import ops
+from genfast import models, nn, ops
 from genfast.sampling import DegreeProgram, Layer, LoweringError
+from genfast.sampling.self_check import SelfCheckError
 
 
 def strict(inputs: int, width: int = 2) -> torch.Tensor:
@@ -124,3 +128,223 @@ def test_weights_may_be_shared_and_in_other_dtypes():
     x.sum().backward()
     assert weight.grad is not None
     assert x.dtype == torch.float32
+
+
+# ---- what a call of the network does beside its layers ----
+
+
+class Halved(nn.MADE):
+    def forward(self, x, context=None):
+        return super().forward(x, context) * 0.5
+
+
+class Described(nn.MADE):
+    """A subclass that is its parent."""
+
+    def describe(self):
+        return "mine"
+
+
+class Mistaken(nn.MADE):
+    """Says another activation than it has, in its second layer."""
+
+    def layers(self, context=None):
+        found = super().layers(context)
+        found[1].after = "tanh"
+        return found
+
+
+class Spread(nn.MaskedAutoregressive):
+    def _params(self, x, context):
+        return super()._params(x, context) * 0.5
+
+
+class Own(torch.nn.Module):
+    """A network with a list of modules under the name of the method."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([nn.MADE(5, (16, 16), outputs=2)])
+
+    def forward(self, x, context=None):
+        return self.layers[0](x, context)
+
+
+def made(kind=nn.MADE):
+    torch.manual_seed(0)
+    network = kind(5, (16, 16), outputs=2)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(2)
+    return network
+
+
+def inverted(layer, n=3):
+    """How far the inverse is from the forward, and by how many warnings."""
+    z = torch.randn(n, 5, generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter("always")
+        x, logdet = layer.inverse(z)
+        again, minus = layer(x)
+    return float((again - z).abs().max() + (logdet + minus).abs().max()), [str(w.message) for w in said]
+
+
+def add_hook(network):
+    network.linears[1].register_forward_hook(lambda m, i, o: o * 0.5)
+
+
+def add_forward(network):
+    forward = network.linears[1].forward
+    network.linears[1].forward = lambda *a: forward(*a) * 0.5
+
+
+def add_module(network):
+    class Louder(nn.MaskedLinear):
+        def forward(self, x, activation="none"):
+            return super().forward(x, activation) * 0.5
+
+    network.linears[1].__class__ = Louder
+
+
+CHANGED = {
+    "a hook": (lambda: (lambda m: (add_hook(m), m)[1])(made()), "linears.1 has the forward hook"),
+    "a forward of its own": (lambda: (lambda m: (add_forward(m), m)[1])(made()), "linears.1 has a forward of its own"),
+    "another layer": (lambda: (lambda m: (add_module(m), m)[1])(made()), "linears.1 is a .*Louder, expected a MaskedLinear"),
+    "another forward": (lambda: made(Halved), "Halved overrides methods of MADE, but not layers"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_network_that_its_layers_do_not_describe_takes_the_plain_inverse(name):
+    build, message = CHANGED[name]
+    error, said = inverted(nn.MaskedAutoregressive(build()))
+    assert error < 1e-5
+    assert len(said) == 1
+    assert re.search(message, said[0])
+
+
+def test_other_changes_of_a_layer_and_none():
+    for layer, warned in (
+        (Spread(made()), 1),
+        (nn.MaskedAutoregressive(made(Described)), 0),
+        (nn.MaskedAutoregressive(Own()), 0),
+        (nn.MaskedAutoregressive(made()), 0),
+    ):
+        error, said = inverted(layer)
+        assert error < 1e-5
+        assert len(said) == warned
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+def test_weights_that_a_call_computes():
+    network = made()
+    torch.nn.utils.weight_norm(network.linears[0])
+    torch.nn.utils.spectral_norm(network.linears[1])
+    layer = nn.MaskedAutoregressive(network).eval()
+    with torch.no_grad():
+        network.linears[0].weight_g.mul_(3)
+        network.linears[1].weight_orig.mul_(torch.rand_like(network.linears[1].weight_orig))
+    error, said = inverted(layer)
+    assert error < 1e-5
+    assert not [w for w in said if "inverse" in w]
+    z = torch.randn(3, 5)
+    for p in network.parameters():
+        p.grad = None
+    layer.inverse(z)[0].sum().backward()
+    grads = [network.linears[0].weight_g.grad.clone(), network.linears[1].weight_orig.grad.clone()]
+    for p in network.parameters():
+        p.grad = None
+    layer.inverse_plain(z)[0].sum().backward()
+    torch.testing.assert_close(grads, [network.linears[0].weight_g.grad, network.linears[1].weight_orig.grad])
+
+
+def test_layers_that_are_not_the_network_are_found_out():
+    layer = nn.MaskedAutoregressive(made(Mistaken))
+    with pytest.raises(
+        SelfCheckError, match=r"differs from what its network says .* the difference begins at layer 2 \(linears.1\)"
+    ):
+        layer.inverse(torch.randn(3, 5))
+
+
+def test_the_comparison_of_layers_runs_once_and_leaves_no_trace(monkeypatch):
+    network, calls = made(), []
+    forward = nn.MADE.forward
+    monkeypatch.setattr(nn.MADE, "forward", lambda self, x, context=None: calls.append(len(x)) or forward(self, x, context))
+    layer = nn.MaskedAutoregressive(network)
+    state, z = torch.get_rng_state(), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    layer.inverse(z[:0])
+    assert calls == []
+    first = layer.inverse(z)[0]
+    assert calls == [1]
+    assert first.requires_grad
+    network.linears[0].weight.data.mul_(2)
+    assert not torch.equal(layer.inverse(z)[0], first)
+    assert calls == [1]
+    network.resample(order="reversed")
+    layer.inverse(z)
+    assert calls == [1, 1]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_row_that_rounding_spoils_is_no_error():
+    """Scales of up to 1000 against shifts of a thousand: x loses digits that the comparison must not ask for."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network = nn.MADE(12, (64, 64), outputs=2)
+        with torch.no_grad():
+            for p in network.parameters():
+                p.mul_(30)
+        nn.MaskedAutoregressive(network).inverse(torch.randn(2, 12))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.mul_(2),
+        lambda w: w.detach().numpy().__imul__(2),
+        lambda w: setattr(w, "data", w.data * 2),
+        lambda w: w.data.view(-1)[-1:].add_(1),
+    ],
+)
+def test_packed_weights_follow_every_write(write):
+    weight, z = torch.nn.Parameter(torch.randn(8, 4)), torch.randn(3, 4)
+    program = DegreeProgram.build([Layer(weight, mask=strict(4))])
+    with torch.no_grad():
+        program.packed()
+        write(weight)
+        found, _ = ops.autoregressive_inverse(z, program)
+        expected, _ = ops.autoregressive_inverse(z, DegreeProgram.build([Layer(weight, mask=strict(4))]))
+    assert torch.equal(found, expected)
+
+
+def test_masks_are_compared_by_contents():
+    mask = strict(3)
+    program = DegreeProgram.build([Layer(torch.randn(6, 3), mask=mask)])
+    mask.data[:, 0] = False
+    assert program.update([Layer(torch.randn(6, 3), mask=mask)]).multiplications < program.multiplications
+    network, z = made(), torch.randn(3, 5)
+    layer = nn.MaskedAutoregressive(network)
+    with torch.no_grad():
+        layer.inverse(z)
+        other = made()
+        other.resample(order="reversed")
+        for a, b in zip(network.buffers(), other.buffers()):
+            a.data.copy_(b)  # as moving averages and DistributedDataParallel write buffers
+        x, _ = layer.inverse(z)
+        torch.testing.assert_close(layer(x)[0], z)
+
+
+def test_binary_samples_of_a_network_with_hooks():
+    model = models.MADE(12, hidden=24).eval()
+
+    def drawn(method):
+        return model.sample(40, generator=torch.Generator().manual_seed(0), method=method)
+
+    assert torch.equal(drawn("cached"), drawn("naive"))
+    torch.nn.utils.parametrizations.weight_norm(model.network.linears[0])
+    model.network.linears[0].parametrizations.weight.original0.data.mul_(5)
+    assert torch.equal(drawn("cached"), drawn("naive"))
+    model.network.linears[0].register_forward_hook(lambda m, i, o: o * 3)
+    with pytest.warns(UserWarning, match="one pass for each feature.*forward hook"):
+        cached = drawn("cached")
+    assert torch.equal(cached, drawn("naive"))

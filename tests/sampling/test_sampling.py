@@ -14,7 +14,7 @@ from torch import nn
 
 from genfast import nn as gnn
 from genfast.models import GatedPixelCNN, PixelCNN, PixelCNNPlusPlus, WaveNet
-from genfast.sampling import LoweringError, Sampler, assert_causal, sample_equivalence, sampler
+from genfast.sampling import CausalityError, LoweringError, Sampler, assert_causal, sample_equivalence, sampler
 
 # name, model, shape, context
 MODELS = {
@@ -312,13 +312,12 @@ def test_blocked_colours():
             v, h, t = self.second(v, h)
             return self.out(s + t)
 
-    # Blocked logits lie colour by colour; the sampler wants them level by level, so the last layer's order matters.
-    net = Net()
-    s = Sampler(net, levels=4)
-    x = torch.randint(4, (2, 3, 5, 4))
-    with torch.no_grad():
-        expected = net(x).unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)
-    torch.testing.assert_close(s.teacher_forced(x), expected)
+    # Blocked logits lie colour by colour, and both samplers read them so.
+    report = sample_equivalence(Net(), (3, 5, 4), n=3, levels=4)
+    assert report.passed, report
+    assert_causal(Net(), (3, 3, 3), levels=4)
+    with pytest.raises(CausalityError, match="depends on colour"):
+        assert_causal(Net(), (3, 3, 3), levels=4, group_order="interleaved")
 
 
 @pytest.mark.parametrize(
@@ -336,9 +335,9 @@ def test_blocked_colours():
 def test_what_has_no_pixel_program_is_named_and_falls_back_only_when_asked(layer, message):
     net = nn.Sequential(gnn.MaskedConv2d(1, 8, 3, mask_type="A"), layer, gnn.MaskedConv2d(8, 4, 1))
     net = nn.Sequential(*net)
-    s = Sampler(net, levels=4)
+    s = Sampler(net, levels=4, input="unit")
     with pytest.raises(LoweringError, match=message):
-        s.sample(1, (1, 4, 4))
+        s.sample(1, (1, 4, 4), method="cached")
     wrapped = nn.Sequential(gnn.ScaleLevels(4), *net)
     assert Sampler(wrapped, levels=4).sample(1, (1, 4, 4), method="naive").shape == (1, 1, 4, 4)
 
@@ -351,7 +350,7 @@ def test_networks_that_see_their_own_pixel_or_colour_are_refused():
     with pytest.raises(LoweringError, match="2: lets colour 0 see colour 1 of its own pixel; give it data_channels=3"):
         Sampler(mixed, levels=4).sample(1, (3, 4, 4))
     with pytest.raises(LoweringError, match=r"has 5 channels, expected levels \* colours = 4"):
-        Sampler(nn.Sequential(gnn.ScaleLevels(4), gnn.MaskedConv2d(1, 5, 3, mask_type="A")), levels=4).sample(1, (1, 4, 4))
+        Sampler(nn.Sequential(gnn.ScaleLevels(4), gnn.MaskedConv2d(1, 5, 3, mask_type="A")), levels=4).prepare((1, 4, 4))
     with pytest.raises(LoweringError, match="6 x 8 image does not divide by the 4"):
         PixelCNNPlusPlus(1, 4, 1, 1).sampler.prepare((1, 6, 8))
 
@@ -366,7 +365,7 @@ def test_control_flow_on_values_is_an_error_that_says_so():
             return self.conv(x.float()) if x.sum() > 0 else self.conv(-x.float())
 
     with pytest.raises(LoweringError, match="Net: its forward cannot be traced"):
-        Sampler(Net(), levels=4).sample(1, (1, 4, 4))
+        Sampler(Net(), levels=4).sample(1, (1, 4, 4), method="cached")
 
 
 @pytest.mark.parametrize(
