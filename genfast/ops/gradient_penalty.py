@@ -315,12 +315,25 @@ def _check_repeats(op: str, first: Tensor, again: Tensor) -> None:
         )
 
 
+def _called(op: str, critic: Critic, name: str, x: Tensor, context: Sequence[Tensor]) -> Any:
+    """What the critic returns, or its error together with what it was given."""
+    try:
+        return critic(x, *context)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
+            raise
+        what = f"{name} of shape {tuple(x.shape)} and dtype {x.dtype}"
+        if context:
+            what += " with context of shape " + ", ".join(str(tuple(c.shape)) for c in context)
+        raise type(error)(f"{op}: the critic raised for {what}: {error}") from error
+
+
 def _double_backward(call: _Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: _Settings) -> tuple[Tensor, Tensor]:
     original = tangent.unwrapped(critic)
 
     def checked(at: Tensor, *rest: Tensor) -> Tensor:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            d: Tensor = call.read(original(at, *rest), len(x))
+            d: Tensor = call.read(_called(call.op, original, "samples", at, rest), len(x))
         return d * call.each(d, len(x)) if call.patches == "mean" else d
 
     def own(g: Tensor) -> Tensor:
@@ -542,16 +555,24 @@ def _penalty_only(
     return sum(values[1:], start=values[0]), torch.cat(norms)
 
 
+def _check_loss(op: str, value: Any, logits: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{op}: loss returned {what}, expected a scalar of (real_logits, fake_logits)")
+    if logits.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
+        raise ValueError(f"{op}: loss does not depend on the logits that it was given, expected a function of them")
+
+
 def _slopes(op: str, loss: Callable[[Tensor, Tensor], Tensor], real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dloss/dreal, dloss/dfake)."""
-    r, f = real.detach().requires_grad_(), fake.detach().requires_grad_()
-    with torch.enable_grad():
-        value = loss(r, f)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"{op}: loss returned {what}, expected a scalar of (real_logits, fake_logits)")
-        slopes = torch.autograd.grad(value.sum(), (r, f), materialize_grads=True)
-    return value.detach().reshape(()), slopes[0], slopes[1]
+    """(loss, dloss/dreal, dloss/dfake); the loss keeps the graph to what it depends on besides the logits."""
+    with torch.inference_mode(False), torch.enable_grad():
+        r, f = (x.detach().clone() if x.is_inference() else x.detach() for x in (real, fake))
+        value = loss(r.requires_grad_(), f.requires_grad_())
+        _check_loss(op, value, r)
+        others = any(t is not r and t is not f for t in _ends(value)) if loss not in CRITIC_LOSSES.values() else False
+        slopes = torch.autograd.grad(value.sum(), (r, f), retain_graph=others, materialize_grads=True)
+        value = value.reshape(()) if others else value.detach().reshape(())
+    return value, slopes[0], slopes[1]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -581,8 +602,13 @@ def _step(
             except Exception as error:
                 restore()
                 failed = _failure(op, critic, error, s or _NO_PENALTY)
-    d_real, d_fake = (call.logits(call.read(critic(x, *c), len(x)), len(x)) for x, c in zip((real, fake), contexts))
+    d_real, d_fake = (
+        call.logits(call.read(_called(op, critic, name, x, c), len(x)), len(x))
+        for name, x, c in zip(("real", "fake"), (real, fake), contexts)
+    )
     adversarial = loss(d_real, d_fake)
+    _check_loss(op, adversarial, d_real)
+    adversarial = adversarial.reshape(())
     penalty, norms = adversarial.new_zeros(()), adversarial.new_zeros(0)
     if s is not None:
         points, chosen = _points(real, fake, at, contexts, s.kind)
@@ -806,7 +832,7 @@ def _stacked(
         if wants_x:
             collected.append((x, to_x))
         total = tangent.attach(total, collected, critic)
-    return CriticLoss(total, adversarial, penalty.detach(), d_real, d_fake, norms)
+    return CriticLoss(total, adversarial.detach(), penalty.detach(), d_real, d_fake, norms)
 
 
 def _separate(
@@ -883,7 +909,12 @@ def _separate(
         collected = [(tensor, gradient) for tensor, gradient, _ in gradients.values()]
         total = tangent.attach(total, collected + to_inputs, critic)
     return CriticLoss(
-        total, adversarial, penalty.detach(), values[0], values[1], torch.cat(norms) if norms else adversarial.new_zeros(0)
+        total,
+        adversarial.detach(),
+        penalty.detach(),
+        values[0],
+        values[1],
+        torch.cat(norms) if norms else adversarial.new_zeros(0),
     )
 
 
@@ -996,7 +1027,12 @@ def _op(
     _check_sharded(call.op, critic)
     with autograd_works(), torch.enable_grad():
         if function is not None:
-            _check_alone(call.op, function, points[0])
+            like = torch.ones_like(points[0], dtype=torch.promote_types(points[0].dtype, torch.float32))
+            _check_alone(call.op, "penalty", function(like))
+        adversarial = _REGISTERED[loss]() if loss >= 0 else None
+        if adversarial is not None and adversarial not in CRITIC_LOSSES.values():
+            logits = [x.new_ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32)) for x in points[:2]]
+            _check_alone(call.op, "loss", adversarial(*logits))
         leaves = [p.detach().requires_grad_() for p in parameters]
         copies = [x.detach().requires_grad_(w) for x, w in zip((*points, *contexts), wanted)]
         xs, cs = copies[: len(points)], copies[len(points) :]
@@ -1013,8 +1049,9 @@ def _op(
                 none = norms.new_zeros(len(xs[0]))  # not empty: two empty outputs would pass for aliases of each other
                 found = CriticLoss(value, value, value, none, none, norms)
             else:
+                assert adversarial is not None
                 at = xs[2] if len(xs) > 2 else None
-                found = _step(call, critic, xs[0], xs[1], at, sets, _REGISTERED[loss](), s, batching)
+                found = _step(call, critic, xs[0], xs[1], at, sets, adversarial, s, batching)
         inputs = [*(x for x in copies if x.requires_grad), *leaves]
         grads = dict(zip(map(id, inputs), torch.autograd.grad(found.loss, inputs, allow_unused=True)))
         after = [names[n] for n, _ in critic.named_buffers()]
@@ -1023,12 +1060,11 @@ def _op(
     return *(t.detach().to(dtype).clone() for t in found), gradients, [b.detach() for b in after]
 
 
-def _check_alone(op: str, penalty: Penalty, like: Tensor) -> None:
-    """Raises where a penalty of the user's own depends on more than the gradient, which the compiled op would not see."""
-    value = penalty(torch.ones_like(like, dtype=torch.promote_types(like.dtype, torch.float32)))
+def _check_alone(op: str, name: str, value: Any) -> None:
+    """Raises where a function of the user's own, of constants here, depends on more, which the compiled op would not see."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
-            f"{op}: penalty depends on tensors that require a gradient, and under torch.compile none would reach them; "
+            f"{op}: {name} depends on tensors that require a gradient, and under torch.compile none would reach them; "
             f"call {op} outside of what is compiled"
         )
 
@@ -1361,6 +1397,11 @@ def critic_step(
     if isinstance(loss, str):
         _check.choice(op, "loss", loss, CRITIC_LOSSES)
         loss = CRITIC_LOSSES[loss]
+        if loss is CRITIC_LOSSES["relativistic"] and len(fake) != len(real):  # one of them would be broadcast
+            raise ValueError(
+                f"{op}: fake has {len(fake)} samples and real {len(real)}, and loss='relativistic' compares them one by one, "
+                "expected equal numbers"
+            )
     elif not callable(loss):
         raise TypeError(f"{op}: loss is a {type(loss).__name__}, expected a name or a function of (real_logits, fake_logits)")
     first = _context(op, "context", context)

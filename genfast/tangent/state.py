@@ -235,7 +235,7 @@ class State:
         self.tensors: list[tuple[Tensor, Tensor]] = []
         self.bindings: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.containers: list[tuple[Any, Any]] = []
-        self.generators = [g for g in map(_copied_generator, found.generators) if g is not None]
+        self.generators: list[Any] = [g for g in map(_copied_generator, found.generators) if g is not None]
         for m in _all_modules(found.modules):
             for b in m._buffers.values():
                 if b is not None:

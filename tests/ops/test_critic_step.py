@@ -497,6 +497,22 @@ def test_a_multiplier_in_a_penalty_is_learnt(method):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("batching", ["apart", "together"])
+@pytest.mark.parametrize("method", ["exact", "autograd"])
+def test_what_a_loss_of_ones_own_uses_is_learnt(batching, method):
+    critic, scale = Body(), nn.Parameter(torch.tensor(1.7, dtype=D))
+    real, fake = data()
+
+    def loss(r, f):
+        return F.softplus(-scale * r).mean() + F.softplus(scale * f).mean()
+
+    found = ops.critic_step(critic, real, fake, loss=loss, points=real, batching=batching, method=method).loss
+    expected = loss(critic(real), critic(fake)) + wgan_gp(critic, real)
+    assert_equal(found, expected, critic)
+    a, b = (torch.autograd.grad(v, scale, retain_graph=True)[0] for v in (found, expected))
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
+
+
 # Norms.
 
 
@@ -554,28 +570,21 @@ def test_norms_in_other_modes():
 # torch.compile, and modules.
 
 
-@pytest.mark.parametrize("what", ["penalty", "output", "patches", "norms"])
+@pytest.mark.parametrize("what", ["penalty and output", "patches and norms"])
 def test_compile_the_new_arguments(what):
     torch._dynamo.reset()
-    critic = {"output": Heads("dict"), "patches": Patches()}.get(what, Body())
-    real, fake = data(4, shape=(2, 8, 8)) if what == "patches" else data()
-    options = {
-        "penalty": {"penalty": whole_batch}, "output": {"output": "source"}, "patches": {"patches": "sum"},
-        "norms": {"return_norms": "detached"},
-    }[what]  # fmt: skip
+    critic = Patches() if what == "patches and norms" else Heads("dict")
+    real, fake = data(4, shape=(2, 8, 8)) if what == "patches and norms" else data()
 
-    def penalty(r, f):
-        found = ops.gradient_penalty(critic, r, f, points=r, **options)
-        return found[0] + found[1].sum() if what == "norms" else found
+    def value(r, f):
+        if what == "patches and norms":
+            penalty, norms = ops.gradient_penalty(critic, r, f, points=r, patches="sum", return_norms="detached")
+            return penalty + norms.sum()
+        options = {"penalty": whole_batch, "output": "source", "points": r}
+        return ops.gradient_penalty(critic, r, f, **options) + ops.critic_step(critic, r, f, loss="minimax", **options).loss
 
-    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
-    assert_equal(compiled(real, fake), penalty(real, fake), critic)
-    if what == "penalty":
-
-        def step(r, f):
-            return ops.critic_step(critic, r, f, points=r, loss="minimax", **options).loss
-
-        assert_equal(torch.compile(step, fullgraph=True, backend="aot_eager")(real, fake), step(real, fake), critic)
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(real, fake), value(real, fake), critic)
 
 
 def test_compile_refuses_or_runs_what_no_graph_holds():
@@ -599,6 +608,13 @@ def test_compile_refuses_or_runs_what_no_graph_holds():
     with pytest.raises(Exception, match="penalty depends on tensors that require a gradient"):
         compiled(real, fake)
 
+    def loss(r, f):
+        return multiplier * (f.mean() - r.mean())
+
+    compiled = torch.compile(lambda r, f: ops.critic_step(critic, r, f, points=r, loss=loss).loss, backend="eager")
+    with pytest.raises(Exception, match="loss depends on tensors that require a gradient"):
+        compiled(real, fake)
+
 
 def test_modules_take_the_same_arguments():
     critic, patched = Heads("tuple"), Patches()
@@ -615,6 +631,20 @@ def test_modules_take_the_same_arguments():
     lazy = genfast.nn.CriticStep("minimax", every=2)
     results = [lazy(Body(), real, fake, points=real) for _ in range(2)]
     assert [r.penalty.item() > 0 for r in results] == [True, False]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("penalty", ["wgan-gp", "r1"])
+def test_values_without_gradients(mode, penalty):
+    critic = Body()
+    real, fake = data()
+    points = {"points": real} if penalty == "wgan-gp" else {}
+    expected = ops.critic_step(critic, real, fake, loss="minimax", penalty=penalty, **points).loss
+    for batching in ("auto", "together"):
+        with mode():
+            found = ops.critic_step(critic, real, fake, loss="minimax", penalty=penalty, batching=batching, **points).loss
+        assert not found.requires_grad
+        torch.testing.assert_close(found.clone(), expected.detach())
 
 
 # Errors.
@@ -658,6 +688,14 @@ def test_errors_name_the_argument(op, call, error, message):
 
 
 def test_errors_of_each():
+    with pytest.raises(ValueError, match="critic_step: fake has 1 samples and real 3, and loss='relativistic'"):
+        ops.critic_step(Body(), X, X[:1], loss="relativistic", penalty="r1")
+    with pytest.raises(RuntimeError, match=r"critic_step: the critic raised for fake of shape \(3, 7\).*mat1"):
+        ops.critic_step(Body(), X, X[:, :7], penalty="r1")
+    with pytest.raises(RuntimeError, match=r"gradient_penalty: the critic raised for samples of shape \(3, 7\)"):
+        ops.gradient_penalty(Body(), X, X[:, :7], kind="r1r2")
+    with pytest.raises(ValueError, match="loss does not depend"):
+        ops.critic_step(Body(), X, X, loss=lambda r, f: r.new_ones(()))
     with pytest.raises(ValueError, match="kind='r1' is where a penalty of your own.*penalty='wgan-gp'"):
         ops.critic_step(Body(), X, X, kind="r1")
     with pytest.raises(ValueError, match="sigma=0"):
