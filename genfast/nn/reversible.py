@@ -177,7 +177,7 @@ def _replayed(stage: Any, before: _Moved) -> Iterator[None]:
 def _set_buffers(buffers: list[Tensor], values: list[Tensor]) -> None:
     for b, value in zip(buffers, values):
         # Only what differs is written: another graph may have saved a buffer, and checks that nobody wrote to it.
-        if not b.is_cpu or not same_numbers(b, value.contiguous()):
+        if not b.is_cpu or not same_numbers(b, value):
             b.copy_(value)
 
 
