@@ -31,7 +31,8 @@ from genfast import _registry, ops
 # Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check: with other
 # numbers in their place a kernel and the reference need not agree.
 DERIVED = {
-    "autoregressive_inverse_backward": ("x",), "contextual_similarity_backward": ("value", "statistics", "mean", "winner",
+    "autoregressive_inverse_backward": ("x", "z", "packed", "statics", "code", "options"), "contextual_similarity": ("x", "y"),
+    "contextual_similarity_backward": ("value", "statistics", "mean", "winner",
     "nearest"), "discretized_logistic_mixture_nll": ("x", "levels"), "discretized_logistic_mixture_nll_backward": ("x", "levels"),
     "masked_conv_backward": ("y",), "masked_linear_backward": ("y",), "row_lstm_backward": ("kept",),
     "diagonal_lstm_backward": ("kept",), "sample_norm_backward": ("norm",), "spectral_norm_backward": ("u", "v", "sigma"),
