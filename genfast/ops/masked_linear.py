@@ -273,7 +273,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 _STAIRCASE = "Tensor rows, Tensor columns, Tensor counts"
-_INTEGERS: dict[str, tuple[torch.dtype, ...] | None] = {name: (torch.int64,) for name in Staircase._fields}
+_INTEGERS: dict[str, tuple[torch.dtype, ...] | None] = dict.fromkeys(Staircase._fields, (torch.int64,))
 
 _OP_BACKWARD = Op(
     f"masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, {_STAIRCASE}, bool[] wanted) "
