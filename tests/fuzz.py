@@ -31,13 +31,19 @@ from genfast import _registry, ops
 # Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check: with
 # other numbers in their place a kernel and the reference need not agree.
 DERIVED = {
-    "autoregressive_inverse_backward": ("x", "z", "packed", "statics", "code", "options"), "contextual_similarity": ("x", "y"),
-    "contextual_similarity_backward": ("value", "statistics", "mean", "winner",
-    "nearest"), "discretized_logistic_mixture_nll": ("x", "levels"), "discretized_logistic_mixture_nll_backward": ("x", "levels"),
-    "masked_conv_backward": ("y",), "masked_linear_backward": ("y",), "row_lstm_backward": ("kept",),
-    "diagonal_lstm_backward": ("kept",), "sample_norm_backward": ("norm",), "spectral_norm_backward": ("u", "v", "sigma"),
+    "autoregressive_inverse_backward": ("x", "z", "packed", "statics", "code", "options"),
+    "contextual_similarity": ("x", "y"),
+    "contextual_similarity_backward": ("value", "statistics", "mean", "winner", "nearest"),
+    "discretized_logistic_mixture_nll": ("x", "levels"),
+    "discretized_logistic_mixture_nll_backward": ("x", "levels"),
+    "masked_conv_backward": ("y",),
+    "masked_linear_backward": ("y",),
+    "row_lstm_backward": ("kept",),
+    "diagonal_lstm_backward": ("kept",),
+    "sample_norm_backward": ("norm",),
+    "spectral_norm_backward": ("u", "v", "sigma"),
     "style_loss_backward": ("difference",),
-}  # fmt: skip
+}
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn,
