@@ -2,7 +2,8 @@
 
 Every op, forward or backward, is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments,
 ``check`` (raises before anything runs), ``fake`` (shapes only), ``kernels`` by backend (each checks its arguments itself,
-so that it can do so from a cached plan, unless ``check_before_kernels`` says that it is done here), and its derivative. An op without a ``backward`` of its own is differentiated
+so that it can do so from a cached plan, unless ``check_before_kernels`` says that it is done here), and its derivative.
+An op without a ``backward`` of its own is differentiated
 through its reference, to any order, so nothing ever returns a missing or a wrong derivative. An op that takes lists of
 tensors needs a ``backward`` of its own, and always dispatches.
 
@@ -196,6 +197,8 @@ class Op:
         for device in self.preferred:
             LIBRARY.impl(self.name, self._entry(device), device.upper())
         LIBRARY.impl(self.name, self.checked_reference, "CompositeExplicitAutograd")
+        for key in ("NestedTensorCPU", "NestedTensorCUDA"):  # which the one above leaves out: refused by name like the rest
+            LIBRARY.impl(self.name, self.checked_reference, key)
         torch.library.register_fake(f"genfast::{self.name}", self._checked(self.fake), lib=LIBRARY)
         backward, setup_context = self.backward, self.setup_context
         if backward is None:
@@ -403,7 +406,8 @@ class Op:
                 if backend == "reference":
                     continue
             if tensor.dtype not in taken:
-                return f"its kernel takes {_names(taken)}{'' if taken is self.dtypes[backend] else f' for {name}'}, not {_names([tensor.dtype])}"
+                of = "" if taken is self.dtypes[backend] else f" for {name}"
+                return f"its kernel takes {_names(taken)}{of}, not {_names([tensor.dtype])}"
         return _backend.unusable(backend, device_type)
 
     def _reference_backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:

@@ -3,9 +3,9 @@
     python -m tests.fuzz --calls 20000 --seed 3
 
 A call equals the same call on the reference, or both raise an error that names an argument. The arguments come from the ops'
-samples and from a table of calls of the public functions; one of them is changed: its shape (zeros and primes), strides, storage
-offset, dtype, layout or device, its values where they are indices, or its type. Runs in a process of its own, which writes each
-call down before it is made, so that a crash has a name.
+samples and from a table of calls of the public functions; one of them is changed: its shape (zeros and primes), strides,
+storage offset, dtype, layout or device, its values where they are indices, or its type. Runs in a process of its own, which
+writes each call down before it is made, so that a crash has a name.
 """
 
 from __future__ import annotations
@@ -28,15 +28,22 @@ from torch import Tensor
 import genfast
 from genfast import _registry, ops
 
-# Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check: with other
-# numbers in their place a kernel and the reference need not agree.
+# Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check: with
+# other numbers in their place a kernel and the reference need not agree.
 DERIVED = {
-    "autoregressive_inverse_backward": ("x",), "contextual_similarity_backward": ("value", "statistics", "mean", "winner",
-    "nearest"), "discretized_logistic_mixture_nll": ("x", "levels"), "discretized_logistic_mixture_nll_backward": ("x", "levels"),
-    "masked_conv_backward": ("y",), "masked_linear_backward": ("y",), "row_lstm_backward": ("kept",),
-    "diagonal_lstm_backward": ("kept",), "sample_norm_backward": ("norm",), "spectral_norm_backward": ("u", "v", "sigma"),
+    "autoregressive_inverse_backward": ("x", "z", "packed", "statics", "code", "options"),
+    "contextual_similarity": ("x", "y"),
+    "contextual_similarity_backward": ("value", "statistics", "mean", "winner", "nearest"),
+    "discretized_logistic_mixture_nll": ("x", "levels"),
+    "discretized_logistic_mixture_nll_backward": ("x", "levels"),
+    "masked_conv_backward": ("y",),
+    "masked_linear_backward": ("y",),
+    "row_lstm_backward": ("kept",),
+    "diagonal_lstm_backward": ("kept",),
+    "sample_norm_backward": ("norm",),
+    "spectral_norm_backward": ("u", "v", "sigma"),
     "style_loss_backward": ("difference",),
-}  # fmt: skip
+}
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn,
@@ -143,7 +150,11 @@ def declared_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...],
                 leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
                 if out and leaves:
                     sums = [o.square().sum() for o in out if o.numel()]
-                    torch.autograd.grad(sums, leaves, allow_unused=True)
+                    twice = op.name in ("bias_act", "pairwise_l1_kernel_sum")
+                    grads = torch.autograd.grad(sums, leaves, allow_unused=True, create_graph=twice)
+                    again = [g.square().sum() for g in grads if g is not None and g.requires_grad]
+                    if twice and again:
+                        torch.autograd.grad(again, leaves, allow_unused=True)
     finally:
         _registry.Op.__call__ = call  # type: ignore[method-assign]
     counts: dict[str, int] = {}

@@ -32,9 +32,7 @@ def _check_forward(x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
     check_channels(_NAME, x, scale, bias)
 
 
-def _check_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, *_: Any
-) -> None:
+def _check_backward(grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
     op = f"{_NAME}_backward"
     check_channels(op, x, scale, bias)
     _check.shapes(op, grad_y=(grad_y, x.shape, "that of x"), grad_logdet=(grad_logdet, x.shape[:1], "one per sample"))

@@ -544,6 +544,10 @@ class FakeCuda:
         patch(JITFunction, "run", lambda kernel, *args, **kwargs: gpu.launch(kernel, *args, **kwargs))
         patch(_registry, "_len_torch_dispatch_stack", lambda: 0)
         patch(_registry, "_PLAIN", (*_registry._PLAIN, FakeTensor))
+        signatures = {
+            id(op.signature): _registry.Signature(op.kinds, op._taken("cpu"), op._taken("cuda")) for op in OPS.values()
+        }
+        patch(_registry, "_guard", lambda s, args: _registry._guard_in_python(signatures[id(s)], args))
         for name, value in {
             "device": self.device, "stream": self.stream, "Stream": self.new_stream, "Event": _Event,
             "current_stream": self.current_stream, "current_device": lambda: gpu._current, "device_count": lambda: gpu.devices,

@@ -328,3 +328,125 @@ def test_vmap_over_stacked_parameters():
     for i in range(5):
         expected = genfast.ops.actnorm(x, scales[i], bias)
         torch.testing.assert_close((y[i], logdet[i]), expected)
+
+
+# ---- what reaches a kernel ----
+
+
+def _recorded():
+    """A call of every op, among them of the backward ops, as the samples and their derivatives make them."""
+    from tests.fuzz import declared_calls
+
+    return {name.rpartition(".")[2]: args for name, _, args, _ in declared_calls()}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return _recorded()
+
+
+def test_every_op_has_a_check_and_every_backward_op_refuses_shapes_that_do_not_fit(recorded):
+    assert all(callable(op.check) for op in _registry.OPS.values())
+    backwards = [op for op in _registry.OPS.values() if op.check_before_kernels]
+    assert len(backwards) == 26
+    assert {op.name for op in backwards} <= set(recorded)
+    for op in backwards:
+        args = recorded[op.name]
+        for i, name in enumerate(op.argument_names):
+            t = args[i]
+            if not name.startswith("grad") or not isinstance(t, Tensor):
+                continue
+            for other in (t.new_ones((*t.shape, 2)), t.new_ones([s + 1 for s in t.shape]) if t.dim() else t.new_ones(3)):
+                changed = [*args[:i], other, *args[i + 1 :]]
+                with pytest.raises(ValueError, match=name):
+                    op.overload(*changed)
+                with pytest.raises(ValueError, match=name):  # as autograd calls it
+                    op(*changed)
+
+
+def test_the_guard_answers_the_same_in_c_and_in_python(recorded):
+    if _registry._CPU is None:
+        pytest.skip("there is no extension")
+    for name, args in recorded.items():
+        op = _registry.OPS[name]
+        plain = _registry.Signature(op.kinds, op._taken("cpu"), op._taken("cuda"))
+        for i in range(len(args)):
+            changes = [None, 1, 1.0, "x", [1], [True], (1.0,), True]
+            if isinstance(args[i], Tensor):
+                t = args[i]
+                changes += [
+                    t.to(torch.uint8), t.to(torch.complex64), t.half(), t[:0] if t.dim() else t, t.to("meta"), t.to_sparse(),
+                    torch._efficientzerotensor(t.shape), torch._neg_view(t.float()), torch.nn.Parameter(t.float()),
+                ]  # fmt: skip
+            for change in (args[i], *changes):
+                changed = (*args[:i], change, *args[i + 1 :])
+                expected = _registry._guard_in_python(plain, changed)
+                assert _registry._guard(op.signature, changed) == expected, (name, i, change)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_integers_are_squeezed_by_the_reference(dtype):
+    x = (torch.arange(2 * 3 * 8 * 12) % 251).reshape(2, 3, 8, 12).to(dtype)
+    for order in ("pixel_unshuffle", "space_to_depth"):
+        y = genfast.ops.squeeze(x, 4, order=order)
+        assert y.dtype == dtype
+        assert torch.equal(y.to(torch.complex128), genfast.reference.squeeze(x.to(torch.complex128), 4, order, False))
+        assert torch.equal(genfast.ops.unsqueeze(y, 4, order=order), x)
+
+
+def test_tensors_without_numbers_in_memory_are_taken_or_refused_by_name():
+    x = torch.randn(2, 3)
+    zero = torch._efficientzerotensor(2, 3)
+    assert torch.equal(genfast.ops.activation_chain(zero, x, "tanh"), x)
+    assert torch.equal(_registry.OPS["activation_chain"].direct(zero, x, "tanh"), x)
+    for wrong, what in (
+        (x.to_sparse(), "torch.sparse_coo"), (x.to_mkldnn(), "torch._mkldnn"), (torch.nested.nested_tensor([x, x]), "nested"),
+        (torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantised"),
+    ):  # fmt: skip
+        for call in (_registry.OPS["pixel_norm"], torch.ops.genfast.pixel_norm):
+            with pytest.raises((TypeError, RuntimeError), match=f"x .*{what}|{what}"):
+                call(wrong, 1e-8)
+
+
+@pytest.mark.parametrize("perm", [[10**9, 1, 2, 3], [0, 1, 1, 3], [-1, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_permutation_that_is_none_is_refused(perm, dtype):
+    one = torch.eye(4, dtype=dtype)
+    plu = genfast.ops.PLU(torch.tensor(perm), one, one, one[0] + 1, one[1])
+    for inverse in (False, True):
+        with pytest.raises(ValueError, match="perm is no permutation"):
+            genfast.ops.invertible_conv1x1(torch.randn(2, 4, 3, 3, dtype=dtype), plu, inverse=inverse)
+    with pytest.raises(TypeError, match="sign_s is None"):
+        genfast.ops.invertible_conv1x1(torch.randn(2, 4), plu._replace(perm=torch.arange(4), sign_s=None))
+
+
+def test_programs_whose_numbers_point_elsewhere_are_refused(recorded):
+    op = _registry.OPS["autoregressive_inverse"]
+    z, packed, statics, code, *options = recorded["autoregressive_inverse"]
+    expected = op(z, packed, statics, code, *options)
+    refused = 0
+    for i in range(len(code)):
+        changed = code.clone()
+        changed[i] = 10**9
+        try:
+            found = op(z, packed, statics, changed, *options)
+        except ValueError:
+            refused += 1
+        else:  # a number that this kind of layer does not use
+            assert all(torch.equal(f, e) for f, e in zip(found, expected))
+    assert refused > 0.8 * len(code)
+
+
+def test_a_dilation_far_beyond_the_image_takes_no_memory():
+    x, w = torch.randn(1, 2, 4, 4, 4, requires_grad=True), torch.randn(3, 2, 3, 3, 3, requires_grad=True)
+    far = genfast.ops.masked_conv3d(x, w, mask_type="B", dilation=10**6)
+    near = genfast.ops.masked_conv3d(x, w, mask_type="B", dilation=4)
+    assert torch.equal(far, near)
+    for a, b in zip(torch.autograd.grad(far.square().sum(), (x, w)), torch.autograd.grad(near.square().sum(), (x, w))):
+        assert torch.equal(a, b)
+
+
+def test_an_input_of_another_dtype_than_its_gradient_is_read_as_what_it_is():
+    x, grad = torch.randn(4, 6, 3, 7).bfloat16(), torch.randn(4, 6, 3, 7)
+    found = torch.ops.genfast.pixel_norm_backward(grad, x, 1e-8)
+    assert torch.equal(found, genfast.reference.pixel_norm_backward(grad, x, 1e-8))
