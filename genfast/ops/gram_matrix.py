@@ -411,9 +411,9 @@ def style_loss(
     """
     _check.choice("style_loss", "targets_are", targets_are, ("gram", "features"))
     _check.choice("style_loss", "reduction", reduction, ("mean", "none"))
-    for name, value in (("features", features), ("targets", targets)):
-        if not isinstance(value, (Tensor, Sequence)) or isinstance(value, str):
-            raise TypeError(f"style_loss: {name} is a {type(value).__name__}, expected a torch.Tensor or a sequence of them")
+    for name, maps in (("features", features), ("targets", targets)):
+        if not isinstance(maps, (Tensor, Sequence)) or isinstance(maps, str):
+            raise TypeError(f"style_loss: {name} is a {type(maps).__name__}, expected a torch.Tensor or a sequence of them")
     layers = [features] if isinstance(features, Tensor) else list(features)
     given = [targets] if isinstance(targets, Tensor) else list(targets)
     if not layers:
