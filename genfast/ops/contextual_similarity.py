@@ -67,8 +67,8 @@ def _check_backward(
     of = (b, y.shape[1] if over == "sources" else n)
     _check.shapes(
         op, grad=(grad, of, "that of value"), value=(value, of, f"for over={over!r}"),
-        winner=(winner, of, f"for over={over!r}"),
-        statistics=(statistics, (b, 3, n), "three a source"), nearest=(nearest, (b, n), "one a source"),
+        winner=(winner, of, f"for over={over!r}"), statistics=(statistics, (b, 3, n), "three a source"),
+        nearest=(nearest, (b, n), "one a source"),
         mean=(mean, (b, n, c) if mean.dim() == 3 else (0,), "x's shape, or (0,) where it was not kept"),
     )  # fmt: skip
     _check.same_dtype(op, _wide(x.dtype), value=value, statistics=statistics, mean=mean)
