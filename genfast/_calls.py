@@ -139,7 +139,7 @@ def weights_of_calls(*networks: nn.Module) -> Iterator[None]:
                 for hook in module._forward_pre_hooks.values():
                     if not _follows(hook):
                         continue
-                    name = hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name
+                    name: str = getattr(hook, "_tensor_name" if isinstance(hook, prune.BasePruningMethod) else "name")
                     before.append((module, name, module.__dict__.get(name)))
                     hook(module, ())
         yield

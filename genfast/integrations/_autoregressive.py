@@ -145,7 +145,9 @@ class Autoregressive(Swapped):
             solved = None
             if not isinstance(layers, str):
                 first = None if context is None else context[:1].detach()
-                solved = solve(self.kept(), layers, inputs, *way, self, made, functools.partial(_again, context=first))
+                transform, options = way
+                again = functools.partial(_again, context=first)
+                solved = solve(self.kept(), layers, inputs, transform, options, self, made, again)
             if solved is not None:
                 return solved
         return super().inverse(inputs, context)  # type: ignore[misc]

@@ -232,8 +232,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         for inverse in (False, True):
             for keep in (False, True):
                 label = f"{scale} shift first{' inverse' if inverse else ''} keep {'output' if keep else 'input'}"
-                args = (rand(3, 6, 5, 7), rand(3, 6, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep, True)
-                yield Sample(label, args)
+                first = (rand(3, 6, 5, 7), rand(3, 6, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep, True)
+                yield Sample(label, first)
     board = (torch.arange(5)[:, None] + torch.arange(7)) % 2 == 0
     yield Sample(
         "exp checkerboard", (rand(3, 4, 5, 7), rand(3, 8, 5, 7), None, board[None], "exp", LAYOUTS[2], False, False, False)

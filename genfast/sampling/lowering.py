@@ -792,7 +792,7 @@ def _value(low: _Lowering, x: Any) -> Value:
 
 @_module(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 def _same(low: _Lowering, module: nn.Module, x: Value) -> Value:
-    if module.training and getattr(module, "p", 0):
+    if module.training and getattr(module, "p", False):
         raise low.error("drops units at random, since it stays in training mode")
     return x
 
@@ -931,33 +931,6 @@ def _expect(low: _Lowering, module: Any, **settings: Any) -> None:
 
 def _bias(module: Any) -> Tensor | None:
     return None if module.bias is None else module.bias.detach().float().cpu()
-
-
-def _dense(module: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(weight, live) of a convolution with its groups written out, (O, C, *kernel)."""
-    weight = module.weight.detach().float().cpu()
-    live = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.cpu()
-    weight = torch.where(live, weight, weight.new_zeros(()))
-    if module.groups == 1:
-        return weight, live
-    out, per = weight.shape[:2]
-    full = weight.new_zeros(out, per * module.groups, *weight.shape[2:])
-    alive = torch.zeros_like(full, dtype=torch.bool)
-    for g in range(module.groups):
-        rows, columns = slice(g * out // module.groups, (g + 1) * out // module.groups), slice(g * per, (g + 1) * per)
-        full[rows, columns], alive[rows, columns] = weight[rows], live[rows]
-    return full, alive
-
-
-def _taps(weight: Tensor, live: Tensor, center: Sequence[int], dilation: Sequence[int], period: int = 0) -> list[_Tap]:
-    """Of a kernel over (row, column), (time,) or (frame, row, column); a frame is ``period`` rows."""
-    taps = []
-    for tap in itertools.product(*(range(k) for k in weight.shape[2:])):
-        at = [(t - c) * d for t, c, d in zip(tap, center, dilation)]
-        row, column = (*at, 0)[:2] if len(at) < 3 else (at[0] * period + at[1], at[2])
-        index: tuple[Any, ...] = (slice(None), slice(None))
-        taps.append(_Tap(row, column, weight[index + tap], live[index + tap]))
-    return taps
 
 
 # ---- rules of functions ----
