@@ -177,6 +177,9 @@ class Op:
         self.overload = getattr(torch.ops.genfast, self.name).default
         arguments = self.overload._schema.arguments
         self.argument_names = tuple(a.name for a in arguments)
+        if any(a.has_default_value() for a in arguments):
+            # The dispatcher leaves an argument out that has its default, and kernels and fakes take all.
+            raise ValueError(f"declare: {self.name!r} has an argument with a default; functions give it, schemas do not")
         self.kinds = "".join("E" if a.name in self.may_be_empty else _KINDS[str(a.type)] for a in arguments)
         self.tensor_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "TtEV")
         self.number_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "fgF")
