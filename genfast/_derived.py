@@ -21,7 +21,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
@@ -80,7 +80,11 @@ def ordinary() -> Iterator[None]:
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
             stack.enter_context(temporarily_clear_interpreter_stack())
-        stack.enter_context(_disable_current_modes())
+        modes = stack.enter_context(_disable_current_modes())
+        for mode in reversed(modes):
+            if getattr(mode, "_mode_key", None) is None:  # a user's own, that counts or shows calls, is none of PyTorch's
+                _push_mode(mode)
+                stack.callback(_pop_mode)
         yield
 
 

@@ -177,9 +177,8 @@ class Op:
         self.overload = getattr(torch.ops.genfast, self.name).default
         arguments = self.overload._schema.arguments
         self.argument_names = tuple(a.name for a in arguments)
-        if any(a.has_default_value() for a in arguments):
-            # The dispatcher leaves an argument out that has its default, and kernels and fakes take all.
-            raise ValueError(f"declare: {self.name!r} has an argument with a default; functions give it, schemas do not")
+        # The dispatcher leaves out an argument that has its default.
+        self.defaults = tuple(a.default_value for a in arguments if a.has_default_value())
         self.kinds = "".join("E" if a.name in self.may_be_empty else _KINDS[str(a.type)] for a in arguments)
         self.tensor_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "TtEV")
         self.number_positions = tuple(i for i, kind in enumerate(self.kinds) if kind in "fgF")
@@ -210,7 +209,14 @@ class Op:
         self.function = _function(self, setup_context, backward)
         OPS[self.name] = self
 
+    def _completed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """``args`` with the defaults of those that are left out at the end."""
+        missing = len(self.kinds) - len(args)
+        return (*args, *self.defaults[-missing:]) if 0 < missing <= len(self.defaults) else args
+
     def __call__(self, *args: Any) -> Any:
+        if len(args) != len(self.kinds):
+            args = self._completed(args)
         if _is_compiling():
             self._no_lost_gradient(args)
             return self.overload(*args)
@@ -246,6 +252,7 @@ class Op:
         return self.checked_reference(*args)
 
     def _run(self, device_type: str, args: tuple[Any, ...]) -> Any:
+        args = self._completed(args)
         answer = _guard(self.signature, args)
         if not answer:
             args = tuple(_materialised(a) for a in self.admit(args))
@@ -356,7 +363,7 @@ class Op:
 
     def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*args: Any) -> Any:
-            return function(*self.admit(args))
+            return function(*self.admit(self._completed(args)))
 
         return checked
 

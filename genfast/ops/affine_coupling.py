@@ -243,7 +243,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 _OP_BACKWARD = Op(
     "affine_coupling_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor kept, Tensor params, Tensor? alpha, "
-    "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output, bool shift_first) "
+    "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output, bool shift_first=False) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.affine_coupling_backward,
     check=_check_backward,
@@ -255,7 +255,7 @@ _OP_BACKWARD = Op(
 
 OP = Op(
     "affine_coupling(Tensor x, Tensor params, Tensor? alpha, Tensor? mask, str scale, str layout, bool last, "
-    "bool inverse, bool keep_output, bool shift_first) -> (Tensor, Tensor)",
+    "bool inverse, bool keep_output, bool shift_first=False) -> (Tensor, Tensor)",
     reference=reference.affine_coupling,
     argument_dtypes={"mask": (torch.bool,)},
     check=_check_forward,
