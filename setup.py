@@ -2,7 +2,7 @@
 
     GENFAST_CUDA=0 skips the CUDA extension, =1 makes a missing nvcc an error.
     GENFAST_CUDA_ARCHS  compute capabilities, default "80;90;100" plus PTX of the last.
-    GENFAST_SANITIZE  base, v3 or v4: the CPU kernels of that level alone, under sanitizers, into build/sanitize (tests/sanitize.py).
+    GENFAST_SANITIZE  base, v3 or v4: the CPU kernels of that level alone, under sanitizers (tests/sanitize.py).
 
 Every kernel under csrc/cpu is compiled once per x86-64 level and picked at run time; elsewhere once.
 """

@@ -74,8 +74,12 @@ def level() -> str:
 
 def build(wanted: str) -> None:
     shutil.rmtree(RUN, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps", "--target", str(RUN)]
-    subprocess.run([*command, str(ROOT)], check=True, env={**os.environ, "GENFAST_SANITIZE": wanted})
+    options = ("--disable-pip-version-check", "--quiet", "--no-deps")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "--target", str(RUN), str(ROOT)],
+        check=True,
+        env={**os.environ, "GENFAST_SANITIZE": wanted},
+    )
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tests", RUN / "tests", ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", RUN)
