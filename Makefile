@@ -2,6 +2,8 @@
 # make test   sets up .venv and runs the tests, a worker a core
 # make lint   ruff and mypy
 # make peers  the test suites of zuko, nflows and normflows, plain and with genfast.accelerate
+# make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, built for one instruction set;
+#                 ARGS=--quick for a selection, ARGS="tests/ops/test_nade.py" for tests by name
 # make gpu-check  on a machine with a CUDA GPU, nvcc and PyTorch: builds in place, verifies, tests, sanitizes, measures; with
 #                 $(PYTHON) as it is, nothing downloaded; ARGS="--parts verify,tests --minutes 4" for some of it
 # make clean  removes what the others made
@@ -10,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements/torch.txt requirements/peers.txt
 
-.PHONY: demo test lint peers gpu-check clean check-tools
+.PHONY: demo test lint peers sanitize gpu-check clean check-tools
 
 demo: $(VENV)/.installed
 	$(BIN)/genfast demo
@@ -25,6 +27,9 @@ lint: $(VENV)/.installed
 
 peers: $(VENV)/.installed
 	$(BIN)/python -m tests.peers
+
+sanitize: $(VENV)/.installed
+	$(BIN)/python -m tests.sanitize $(ARGS)
 
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)

@@ -2,6 +2,7 @@
 
     GENFAST_CUDA=0 skips the CUDA extension, =1 makes a missing nvcc an error.
     GENFAST_CUDA_ARCHS  compute capabilities, default "80;90;100" plus PTX of the last.
+    GENFAST_SANITIZE  base, v3 or v4: the CPU kernels of that level alone, under sanitizers (tests/sanitize.py).
 
 Every kernel under csrc/cpu is compiled once per x86-64 level and picked at run time; elsewhere once.
 """
@@ -32,6 +33,18 @@ LEVELS = {
 }
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
 
+# Later flags override earlier ones. With inlined checks, with those that AddressSanitizer makes as well, and optimised, the
+# kernels would take three times as long to compile. _FORTIFY_SOURCE, which some Pythons set, hides calls from the sanitizer.
+CHECKS = "undefined,float-cast-overflow"
+SANITIZERS = [
+    "-O0", "-g1", f"-fsanitize=address,{CHECKS}", "-fno-sanitize=null,vptr,pointer-overflow,object-size",
+    f"-fno-sanitize-recover={CHECKS}", "--param=asan-instrumentation-with-call-threshold=0", "-fno-omit-frame-pointer",
+    "-U_FORTIFY_SOURCE", "-D_GLIBCXX_ASSERTIONS", "-DGENFAST_SANITIZED",
+]  # fmt: skip
+SANITIZE = os.environ.get("GENFAST_SANITIZE", "")
+if SANITIZE and SANITIZE not in LEVELS:
+    raise SystemExit(f"genfast: GENFAST_SANITIZE={SANITIZE}, expected one of {', '.join(LEVELS)}")
+
 
 def openmp() -> tuple[list[str], list[str]]:
     """Compile and link flags; Apple's clang needs libomp, which PyTorch brings at run time."""
@@ -56,7 +69,9 @@ class BuildExt(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         # One folder for every way to build, so that a wheel takes the objects that an installation made.
-        self.build_temp = str(Path("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"))
+        # What is sanitized never lies where an ordinary build would take it for its own.
+        base = Path("build", "sanitize") if SANITIZE else Path("build")
+        self.build_temp = str(base / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 
     def run(self) -> None:
         super().run()
@@ -77,7 +92,12 @@ class BuildExt(build_ext):
         levels = [name for name in LEVELS if name == "base" or (x86 and accepts(compiler, LEVELS[name]))]
         compile_flags, link_flags = openmp()
         flags = [*FLAGS, *compile_flags]
-        if len(levels) == len(LEVELS):
+        if SANITIZE:
+            # One level, under the name that a build without levels calls.
+            flags += [*LEVELS[SANITIZE], *SANITIZERS]
+            link_flags = [*link_flags, f"-fsanitize=address,{CHECKS}"]
+            levels = ["base"]
+        elif len(levels) == len(LEVELS):
             flags.append("-DGENFAST_X86_LEVELS")
         else:
             levels = ["base"]
@@ -150,7 +170,7 @@ def find_nvcc() -> str | None:
 def extensions() -> list[Pybind11Extension]:
     depends = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*"))]
     found = [Pybind11Extension("genfast._cpu", ["csrc/bind_cpu.cpp", "csrc/guard.cpp"], include_dirs=["csrc"], depends=depends)]
-    wanted = os.environ.get("GENFAST_CUDA", "auto")
+    wanted = "0" if SANITIZE else os.environ.get("GENFAST_CUDA", "auto")
     if wanted != "0" and (ROOT / "csrc" / "bind_cuda.cpp").exists():
         if find_nvcc() is not None:
             cuda = Pybind11Extension("genfast._cuda", ["csrc/bind_cuda.cpp"], include_dirs=["csrc"], depends=depends)
@@ -163,4 +183,5 @@ def extensions() -> list[Pybind11Extension]:
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+options = {"build": {"build_base": str(Path("build", "sanitize"))}} if SANITIZE else {}
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt}, options=options)

@@ -10,12 +10,12 @@
 // Per position 8 k h^2 FLOPs forward and 16 k h^2 backward against 4 (4 + 5 + 1) h bytes: bound by the multipliers.
 // Samples are shared out in groups that do not depend on the thread count; each sums its weight gradient in the order of its
 // samples and steps, and the groups are summed in double, so the bits do not depend on the thread count either.
-#include <new>
 #include <math.h>
 #include <stdlib.h>
 
 #include "kernels.h"
 #include "transpose.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -33,18 +33,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Zeroed scratch, aligned to a cache line.
 template <class T>
-struct Scratch {
-  void* block;
-  T* data;
-  explicit Scratch(int64_t count) : block(calloc(size_t(count) * sizeof(T) + 64, 1)) {
-    if (!block) throw std::bad_alloc();
-    data = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(block) + 63) & ~uintptr_t(63));
-  }
-  ~Scratch() { free(block); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+struct Scratch : Workspace<T> {
+  explicit Scratch(int64_t count) : Workspace<T>(count, Workspace<T>::kZeros) {}
 };
 
 // Which positions a step has, and where they stand in the image.
@@ -303,11 +294,11 @@ void forward(const PixelRnnArgs& a) {
   Scratch<T> packed(ch.blocks * scan.taps * ch.padded * 4 * ch.lanes), state(slots * 2 * rows * ch.padded);
   Scratch<T> cell(slots * scan.positions * ch.padded), kept(a.kept ? 0 : slots * scan.sites * site_size);
   Scratch<T> y(a.channels_last ? 0 : slots * scan.sites * ch.count);
-  pack_forward(a, ch, packed.data);
+  pack_forward(a, ch, packed.get());
   Forward<T> job{a,         scan,        ch,         rows,
-                 ceil_div(scan.sites, 16 * ch.lanes), site_size,   packed.data, state.data,
-                 cell.data, a.kept ? static_cast<T*>(a.kept) : kept.data,
-                 a.channels_last ? static_cast<T*>(a.out) : y.data, a.channels_last};
+                 ceil_div(scan.sites, 16 * ch.lanes), site_size,   packed.get(), state.get(),
+                 cell.get(), a.kept ? static_cast<T*>(a.kept) : kept.get(),
+                 a.channels_last ? static_cast<T*>(a.out) : y.get(), a.channels_last};
   drive(job, a.n, groups, slots, together, a.threads);
 }
 
@@ -575,7 +566,7 @@ struct Backward {
     Scratch<double> totals(4 * n);
 #pragma omp parallel for num_threads(a.threads) schedule(static)
     for (int64_t gate = 0; gate < 4; ++gate) {
-      double* total = totals.data + gate * n;
+      double* total = totals.get() + gate * n;
       for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t out = 0; out < n; ++out) {
           memset(total, 0, size_t(n) * sizeof(double));
@@ -593,7 +584,7 @@ struct Backward {
       static_cast<T*>(a.grad_c0)[i] = T(total);
     }
     if (!a.h0) return;
-    Scratch<double> sums(4 * n), dh(positions * n);
+    Scratch<double> dh(positions * n);
     for (int64_t p = 0; p < positions; ++p)
       for (int64_t row = 0; row < 4 * n; ++row) {
         double total = 0;
@@ -603,10 +594,10 @@ struct Backward {
           // On a diagonal only the left neighbour is outside of the image with a state of its own.
           if (source < 0 || source >= positions || (scan.diagonal && source != p)) continue;
           for (int64_t in = 0; in < n; ++in)
-            dh.data[source * n + in] += total * double(weight[(row * n + in) * taps + tap]);
+            dh.get()[source * n + in] += total * double(weight[(row * n + in) * taps + tap]);
         }
       }
-    for (int64_t i = 0; i < positions * n; ++i) static_cast<T*>(a.grad_h0)[i] = T(dh.data[i]);
+    for (int64_t i = 0; i < positions * n; ++i) static_cast<T*>(a.grad_h0)[i] = T(dh.get()[i]);
   }
 };
 
@@ -638,23 +629,23 @@ void backward(const PixelRnnArgs& a) {
   Scratch<T> grad(last ? 0 : slots * scan.sites * ch.count), dgates(last ? 0 : slots * scan.sites * 4 * ch.count);
   Scratch<T> dweight(groups * scan.taps * width * ch.padded), dfirst(a.h0 ? groups * scan.positions * 4 * ch.count : 0);
   Scratch<T> dcell(a.c0 ? groups * scan.positions * ch.count : 0);
-  pack_backward(a, ch, packed.data);
+  pack_backward(a, ch, packed.get());
   Backward<T> job{a,
                   scan,
                   ch,
                   groups,
                   ceil_div(scan.sites, 16 * ch.lanes),
                   ceil_div(ch.blocks, 4),
-                  packed.data,
-                  da.data,
-                  before.data,
-                  tanh_c.data,
-                  dc.data,
-                  grad.data,
-                  last ? static_cast<T*>(a.out) : dgates.data,
-                  dweight.data,
-                  dfirst.data,
-                  dcell.data,
+                  packed.get(),
+                  da.get(),
+                  before.get(),
+                  tanh_c.get(),
+                  dc.get(),
+                  grad.get(),
+                  last ? static_cast<T*>(a.out) : dgates.get(),
+                  dweight.get(),
+                  dfirst.get(),
+                  dcell.get(),
                   last};
   drive(job, a.n, groups, slots, together, a.threads);
   job.reduce();
