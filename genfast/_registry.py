@@ -318,7 +318,11 @@ class Op:
         try:
             if kind == "i" and not isinstance(a, Tensor):
                 return operator.index(a)
-            if kind in "fg" and not isinstance(a, (Tensor, str, bytes)):
+            if (
+                kind in "fg"
+                and not isinstance(a, (str, bytes))
+                and (not isinstance(a, Tensor) or (a.dim() == 0 and not a.is_meta))
+            ):
                 return float(a)
             if kind == "b" and not isinstance(a, Tensor) and operator.index(a) in (0, 1):
                 return bool(a)

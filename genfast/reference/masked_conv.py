@@ -49,6 +49,8 @@ def masked_conv(
     """activation(conv(x, where(mask, weight, 0)) + bias), of x's spatial size, zero outside x."""
     mask = conv_mask(weight.shape, center, mask_type, data_channels, group_order, groups).to(weight.device)
     live = torch.where(mask, weight, weight.new_zeros(())).to(x.dtype)
+    if 0 in x.shape[2:]:  # the library takes no image that is smaller than the kernel, however it is padded
+        return (x.sum() * live.sum()).expand(x.shape[0], weight.shape[0], *x.shape[2:]).clone()
     wide = F.pad(x, _padding(weight.shape[2:], center, dilation))
     b = None if bias is None else bias.to(x.dtype)
     y = _CONV[x.dim() - 2](wide, live, b, dilation=tuple(dilation), groups=groups)
@@ -62,6 +64,9 @@ def masked_conv_backward(
     """(dx, dweight, dbias); empty where not wanted. ``y`` is the output, which says where a ReLU was open."""
     d = (grad_y * (y > 0).to(grad_y.dtype) if activation == "relu" else grad_y).to(x.dtype)
     mask = conv_mask(weight.shape, center, mask_type, data_channels, group_order, groups).to(weight.device)
+    if 0 in x.shape[2:]:
+        every = torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+        return tuple(t if want else t.new_empty(0) for t, want in zip(every, wanted))  # type: ignore[return-value]
     live = torch.where(mask, weight, weight.new_zeros(())).to(x.dtype)
     pads = _padding(weight.shape[2:], center, dilation)
     dims = x.dim() - 2

@@ -355,7 +355,8 @@ def test_what_is_not_finite_and_nothing(name):
             value = loss(leaf, y)
             assert not bool(value.isfinite())
             (grad,) = torch.autograd.grad(value, leaf)
-            assert (name == "l1" and bad == float("inf")) or not bool(grad.isfinite().all())  # the sign of infinity is 1
+            # PyTorch's l1_loss has a sign for its gradient, which is 1 for infinity and 0 for what is not a number.
+            assert name == "l1" or not bool(grad.isfinite().all())
             which[1, 0, 5, 5] = kept
     empty = x[:0].clone().requires_grad_()
     value = loss(empty, y[:0])
