@@ -63,8 +63,13 @@ def test_real_sizes_in_float32(scale, shape, channels_last):
     live = [i for i, e in enumerate(expected) if e.requires_grad]  # the additive logdet is constant
     exact_grads = torch.autograd.grad([expected[i] for i in live], exact, [weights[i] for i in live])
     expected = [e.detach() for e in expected]
-    for found, wanted, allowed in zip((y, logdet, *grads), (*expected, *exact_grads), (2e-6, 2e-6, 1e-5, 1e-5)):
-        assert float((found.detach().double() - wanted).norm()) <= allowed * float(wanted.norm())
+    # The terms of a log-determinant may nearly cancel: then it is held to the rounding of its terms, not to that of the rest.
+    rows = [t.detach().movedim(1, -1).reshape(-1, t.shape[1]) for t in exact]
+    terms = genfast.reference.affine_coupling(*rows, scale=scale)[1].view(shape[0], -1).abs().sum(1)
+    slack = (0.0, 1e-8 * float(terms.norm()), 0.0, 0.0)
+    bounds = (2e-6, 2e-6, 1e-5, 1e-5)
+    for found, wanted, allowed, more in zip((y, logdet, *grads), (*expected, *exact_grads), bounds, slack):
+        assert float((found.detach().double() - wanted).norm()) <= allowed * float(wanted.norm()) + more
 
 
 @pytest.mark.parametrize("scale", SCALES)
