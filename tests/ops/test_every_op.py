@@ -370,6 +370,7 @@ def test_the_guard_answers_the_same_in_c_and_in_python(recorded):
     for name, args in recorded.items():
         op = _registry.OPS[name]
         plain = _registry.Signature(op.kinds, op._taken("cpu"), op._taken("cuda"))
+        args = op._completed(args)
         for i in range(len(args)):
             changes = [None, 1, 1.0, "x", [1], [True], (1.0,), True]
             if isinstance(args[i], Tensor):
