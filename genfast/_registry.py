@@ -393,6 +393,7 @@ class Op:
         if _backend.forced is not None:
             reason = self.refusal(_backend.forced, device_type, args)
             if reason:
+                self.admit(args)  # what no backend takes is named first
                 shapes = [tuple(t.shape) for t in _tensors(args)]
                 dtype = next((t.dtype for t in _tensors(args)), None)
                 raise _backend.BackendError(

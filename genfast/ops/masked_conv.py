@@ -288,6 +288,8 @@ def _masked_conv(
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
         if t.dim() != dims + 2:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {dims + 2} axes")
+    if bias is not None:
+        _check.tensors(op, bias=bias)
     at = tuple([k // 2 for k in weight.shape[2:]]) if center is None else _several(op, "center", center, dims)
     x, weight, bias = autocast(x, weight, bias)
     result: Tensor = OP(

@@ -100,6 +100,7 @@ OP = Op(
     "squeeze(Tensor x, int factor, str order, bool inverse) -> Tensor",
     reference=reference.squeeze,
     argument_dtypes={"x": None},  # pictures of bytes too
+    dtypes=_backend.DTYPES | {"triton": (*_backend.DTYPES["triton"], torch.uint8, torch.int64)},
     check=_check_forward,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": _backend.triton_kernel("squeeze", "squeeze", _check_forward)},

@@ -435,7 +435,7 @@ def test_refused_as_pytorch_refuses(name, method):
         by_the_op(critic, x, trainable(critic), method=method)
     if method == "auto":
         assert type(ours.value) is type(plain.value)
-        assert str(ours.value)[:40] == str(plain.value)[:40]
+        assert str(plain.value)[:40] in str(ours.value)  # behind what the critic was given
 
 
 # A record proves itself.
