@@ -661,7 +661,9 @@ def _joined(
     a number made of the batch's size, is looked for by a comparison with the parts' own outputs, once for each structure.
     """
     known = tangent.facts(critic)
-    if batching == "auto" and (known.moves or known.apart is None):  # a critic met only once is not worth a comparison
+    # A function may be a new one at each call, which would pay for a comparison each time; a module is the same one again, and
+    # its first call goes the way of the later ones, so that a run that is resumed repeats the bits of one that was not.
+    if batching == "auto" and (known.moves or (known.apart is None and not isinstance(critic, nn.Module))):
         return None
     recorded: tangent.Pass | None = None
     unlike = _stackable(parts)
