@@ -144,15 +144,17 @@ def odd(op: Op, samples: Sequence[Sample]) -> Iterator[tuple[Sample, str]]:
     A batch, or an image's width, is resized in the arguments that share it, or in the first alone, whichever the op accepts.
     """
 
+    leads = next(i for i in op.tensor_positions if op.kinds[i] != "t")  # whose first axis is the batch
+
     def resized(sample: Sample, axis: int, size: int) -> Sample | None:
-        first = sample.args[op.decides]
+        first = sample.args[leads]
         if not isinstance(first, Tensor) or first.dim() < (1 if axis == 0 else 4) or not first.shape[axis]:
             return None
         alike = [
             i for i, a in enumerate(sample.args) if isinstance(a, Tensor) and a.dim() >= first.dim() - (axis == 0)
             and a.dim() > 0 and (a.shape[0] == first.shape[0] if axis == 0 else a.shape[2:] == first.shape[2:])
         ]  # fmt: skip
-        for of in (alike, [i for i in alike if sample.args[i].dim() == first.dim()], [op.decides]):
+        for of in (alike, [i for i in alike if sample.args[i].dim() == first.dim()], [leads]):
             made = _taken(sample, axis, size, of)
             if _accepted(op, made):
                 return made
