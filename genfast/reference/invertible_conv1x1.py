@@ -40,7 +40,7 @@ def channel_mix_backward(
     dweight = torch.einsum("no...,ni...->oi", d, whole)
     dbias = d.sum([i for i in range(d.dim()) if i != 1])
     first = x.shape[1]
-    return dx[:, :first].contiguous(), dx[:, first:].contiguous(), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx[:, :first].contiguous(), dx[:, first:].contiguous(), dweight.contiguous().to(weight.dtype), dbias.to(weight.dtype)
 
 
 def plu_matrix(perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor) -> Tensor:
