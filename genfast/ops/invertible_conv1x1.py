@@ -186,7 +186,9 @@ def _mix_backward(ctx: Any, grad_y: Tensor | None, grad_y_b: Tensor | None) -> t
     x, x_b, weight = ctx.saved_tensors
     if grad_y is None and grad_y_b is None:
         return (None,) * 5
-    dx, dx_b, dweight, dbias = MIX_BACKWARD(grad_y, grad_y_b, x, x_b, weight, ctx.split)
+    # Where nothing is split off, the second half is empty, and an empty argument would run the reference.
+    halves = (None if g is None or not g.shape[1] else g for g in (grad_y, grad_y_b))
+    dx, dx_b, dweight, dbias = MIX_BACKWARD(*halves, x, x_b, weight, ctx.split)
     return dx, None if x_b is None else dx_b, dweight, dbias if ctx.has_bias else None, None
 
 
