@@ -64,17 +64,25 @@ def modules_of(network: Any) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
+def buffers_as_they_were(*networks: nn.Module) -> Iterator[None]:
+    """Puts back buffers that a forward pass has written into."""
+    before = [(b, b.detach().clone()) for network in networks for b in network.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            if not torch.equal(buffer, values):
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+@contextlib.contextmanager
 def probing(network: Any, device: torch.device) -> Iterator[None]:
     """For a call that only asks: in evaluation mode, without gradients, random numbers and buffers as they were afterwards."""
     modules = modules_of(network)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), evaluating(*modules):
-        before = [(b, b.detach().clone()) for m in modules for b in m.buffers()]
-        try:
-            yield
-        finally:
-            for buffer, values in before:
-                if not torch.equal(buffer, values):
-                    buffer.copy_(values)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(*modules), buffers_as_they_were(*modules):
+        yield
 
 
 def name_of(network: Any) -> str:

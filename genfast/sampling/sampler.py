@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,7 +308,7 @@ class Sampler:
             return out
 
         try:
-            with checks.quietly(device), evaluating(network), _buffers_as_they_were(network):
+            with checks.quietly(device), evaluating(network), inputs.buffers_as_they_were(network):
                 prepared.lowered.statics(conditions)  # an error names the condition as it was given
                 found = self._forced(prepared.lowered, image, one)
                 expected = one.call(network, fed)
@@ -532,19 +531,6 @@ class Sampler:
                     _check_faults(faults, program, images.shape[2:], start, self.head)
                     advance(min(rows, height - row))
                     row += rows
-
-
-@contextlib.contextmanager
-def _buffers_as_they_were(*networks: nn.Module) -> Iterator[None]:
-    """Puts back buffers that a forward pass has written into."""
-    before = [(b, b.detach().clone()) for network in networks for b in network.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, values in before:
-            if not torch.equal(buffer, values):
-                with torch.no_grad():
-                    buffer.copy_(values)
 
 
 def _check_faults(faults: Tensor, program: Program, spatial: Sequence[int], first: int, head: str) -> None:
