@@ -189,9 +189,9 @@ def _train(a: argparse.Namespace) -> int:
 
     _check_numbers(a, "steps", "minutes", "batch_size", "size", "lr", "generator_lr", "critic_lr")
     training.check_plots()
-    if a.out is not None and distributed.first():  # the default name is the data's
-        _files.check_folder(a.out, "train: --out")
-        checkpoints.check_folder(a.out, a.resume)
+    if a.out is not None:  # the default name is the data's
+        distributed.on_first(_files.check_folder, a.out, "train: --out")
+        distributed.on_first(checkpoints.check_folder, a.out, a.resume)
     config = {
         "levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None,
         "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
@@ -299,8 +299,7 @@ def _sample(a: argparse.Namespace) -> int:
     _check_numbers(a, "n")
     model, metadata, checkpoint = checkpoints.load(a.checkpoint, a.device)
     points = isinstance(model, models.AdversarialModel) and len(model.shape) == 1
-    if distributed.first():
-        _files.check_picture(a.out, "sample: --out", plot=points)
+    distributed.on_first(_files.check_picture, a.out, "sample: --out", plot=points)
     if isinstance(model, models.AdversarialModel):
         _sample_adversarial(model, metadata, a)
         _say(f"{a.n} samples from step {metadata['step']} in {a.out}")

@@ -199,6 +199,30 @@ def barrier() -> None:
     total(0.0)
 
 
+def on_first(function: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Calls ``function(*args, **options)`` on rank 0, and raises its exception on every rank; all ranks call this together.
+
+    An exception on one rank alone would leave the others waiting for it in their next collective call.
+
+    Example:
+        >>> from genfast import distributed
+        >>> distributed.on_first(print, "once for all ranks")
+        once for all ranks
+    """
+    error: list[BaseException | None] = [None]
+    if first():
+        try:
+            function(*args, **options)
+        except Exception as raised:
+            if size() == 1:
+                raise
+            error = [raised]
+    if size() > 1:
+        dist.broadcast_object_list(error, 0, device=_home())
+    if error[0] is not None:
+        raise error[0]
+
+
 class _ForAll(TorchFunctionMode):
     def __init__(self, n: int, generator: torch.Generator) -> None:
         super().__init__()

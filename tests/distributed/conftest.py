@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from .ranks import Ranks
 
@@ -21,3 +22,12 @@ def ranks() -> Iterator[Ranks]:
     found = Ranks(2)
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As on the ranks: the models are made in float32, by factorisations whose last digits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -55,14 +55,12 @@ class Ranks:
             pipe.send((job, args))
         answers: dict[int, Any] = {}
         errors: dict[int, str] = {}
-        ended = False
         while len(answers) < self.size:
             waiting = [pipe for i, pipe in enumerate(self.pipes) if i not in answers]
             ready = wait(waiting, GRACE if errors else timeout)  # behind an error the others may wait for what will not come
             if not ready and not errors:
                 errors[self.pipes.index(waiting[0])] = f"{job.__name__} took longer than {timeout} s"
             if not ready:
-                ended = True
                 break
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
@@ -70,12 +68,10 @@ class Ranks:
                     good, answers[rank] = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
                     good, answers[rank] = False, f"ended in {job.__name__}"
-                    ended = True
                 if not good:
                     errors[rank] = answers[rank]
-        if ended:
-            self.close()
         if errors:
+            self.close()  # what the ranks were about to send to each other must not reach the next job
             raise JobError("\n".join(f"rank {rank}: {said}" for rank, said in errors.items()))
         return [answers[rank] for rank in range(self.size)]
 

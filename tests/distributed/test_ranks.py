@@ -55,8 +55,14 @@ def test_without_torchrun_there_is_one_rank():
     t = torch.randn(3, requires_grad=True)
     assert torch.equal(distributed.gather(t), t)
     assert distributed.total(1, 2.5) == [1.0, 2.5]
-    with distributed.start("cuda:1") as device:
-        assert device == "cuda:1"
+    with distributed.start("cpu") as device:
+        assert device == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"device='cuda:1', and .*; expected cpu"), distributed.start("cuda:1"):
+        pass
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda:1", "expected cpu or cuda"), ("mps", "expected cpu or cuda")])
