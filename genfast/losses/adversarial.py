@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops import _check
 from ..reference import adversarial as plain
 
 
 def _logits(name: str, *, paired: bool = False, **given: Tensor) -> None:
     """Every tensor holds one floating logit per sample, (N,) or (N, 1); ``paired`` ones have one shape."""
+    _check.tensors(name, **given)
     for argument, x in given.items():
         if not x.is_floating_point():
             raise TypeError(f"{name}: {argument} has dtype {x.dtype}, expected floating-point logits")

@@ -8,22 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _check
 from ..reference import adversarial as plain
 from .adversarial import critic_loss, generator_loss
 
 
-def _classes(name: str, argument: str, logits: Tensor, labels: Tensor) -> Tensor:
+def _classes(name: str, argument: str, logits: Tensor, labels_argument: str, labels: Tensor) -> Tensor:
     """Cross-entropy of class logits (N, K) and labels (N,), both checked."""
+    _check.tensors(name, **{argument: logits, labels_argument: labels})
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(
             f"{name}: {argument} has shape {tuple(logits.shape)} and dtype {logits.dtype}, expected class logits (N, K)"
         )
     if labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"{name}: the labels of {argument} have shape {tuple(labels.shape)} and dtype {labels.dtype}, expected int64 "
+            f"{name}: {labels_argument} has shape {tuple(labels.shape)} and dtype {labels.dtype}, expected int64 "
             f"({logits.shape[0]},)"
         )
     return F.cross_entropy(logits, labels)
+
+
+def _check_sequences(name: str, **named: Sequence[Tensor]) -> None:
+    """All are sequences of tensors."""
+    for argument, tensors in named.items():
+        if not isinstance(tensors, Sequence) or isinstance(tensors, str):
+            raise TypeError(f"{name}: {argument} is a {type(tensors).__name__}, expected a torch.Tensor or a sequence of them")
+        _check.tensors(name, **{f"{argument}[{i}]": t for i, t in enumerate(tensors)})
 
 
 def acgan_critic(
@@ -48,11 +58,13 @@ def acgan_critic(
         >>> genfast.losses.acgan_critic(torch.zeros(2), torch.zeros(2), torch.zeros(2, 3), torch.tensor([0, 2]))
         tensor(2.4849)
     """
-    total = critic_loss(loss, real, fake) + real_scale * _classes("acgan_critic", "real_classes", real_classes, real_labels)
+    name = "acgan_critic"
+    total = critic_loss(loss, real, fake)
+    total = total + real_scale * _classes(name, "real_classes", real_classes, "real_labels", real_labels)
     if (fake_classes is None) != (fake_labels is None):
         raise ValueError("acgan_critic: fake_classes and fake_labels go together, and only one was given")
     if fake_classes is not None and fake_labels is not None:
-        total = total + fake_scale * _classes("acgan_critic", "fake_classes", fake_classes, fake_labels)
+        total = total + fake_scale * _classes(name, "fake_classes", fake_classes, "fake_labels", fake_labels)
     return total
 
 
@@ -70,7 +82,8 @@ def acgan_generator(
         >>> genfast.losses.acgan_generator(torch.zeros(2), torch.zeros(2, 3), torch.tensor([0, 2]), loss="wasserstein")
         tensor(1.0986)
     """
-    return generator_loss(loss, fake, real) + scale * _classes("acgan_generator", "fake_classes", fake_classes, fake_labels)
+    entropy = _classes("acgan_generator", "fake_classes", fake_classes, "fake_labels", fake_labels)
+    return generator_loss(loss, fake, real) + scale * entropy
 
 
 def infogan(
@@ -97,10 +110,13 @@ def infogan(
     """
     logits = (logits,) if isinstance(logits, Tensor) else logits
     codes = (codes,) if isinstance(codes, Tensor) else codes
+    _check_sequences("infogan", logits=logits, codes=codes)
     if len(logits) != len(codes):
         raise ValueError(f"infogan: {len(logits)} logits and {len(codes)} codes, expected as many of one as of the other")
-    parts = [categorical * _classes("infogan", "logits", one, code) for one, code in zip(logits, codes)]
+    parts = [categorical * _classes("infogan", "logits", one, "codes", code) for one, code in zip(logits, codes)]
     gaussian = [t for t in (mean, log_std, values) if t is not None]
+    named = {"mean": mean, "log_std": log_std, "values": values}
+    _check.tensors("infogan", **{name: t for name, t in named.items() if t is not None})
     if gaussian:
         if len(gaussian) < 3 or len({t.shape for t in gaussian}) > 1 or gaussian[0].dim() != 2:
             said = [None if t is None else tuple(t.shape) for t in (mean, log_std, values)]
@@ -113,6 +129,7 @@ def infogan(
 
 def _l1(name: str, pairs: Sequence[tuple[str, Tensor, Tensor]], weight: float) -> Tensor:
     for argument, ours, wanted in pairs:
+        _check.tensors(name, **{argument.partition("_")[0]: wanted, argument: ours})
         if ours.shape != wanted.shape:
             raise ValueError(
                 f"{name}: {argument} has shape {tuple(ours.shape)}, expected that of its original, {tuple(wanted.shape)}"
@@ -161,6 +178,7 @@ def feature_matching(real: Tensor | Sequence[Tensor], fake: Tensor | Sequence[Te
     """
     real = (real,) if isinstance(real, Tensor) else real
     fake = (fake,) if isinstance(fake, Tensor) else fake
+    _check_sequences("feature_matching", real=real, fake=fake)
     shapes = [[tuple(t.shape[1:]) for t in part] for part in (real, fake)]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise ValueError(f"feature_matching: features of shapes {shapes[0]} in real and {shapes[1]} in fake, expected the same")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..ops import _check
 
 Number = TypeVar("Number", float, Tensor)
 LIKELIHOODS = ("bernoulli", "gaussian", "categorical", "discretized_logistic")
@@ -58,6 +59,7 @@ def log_likelihood(
     name = "log_likelihood"
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"{name}: likelihood={likelihood!r}, expected one of {', '.join(map(repr, LIKELIHOODS))}")
+    _check.tensors(name, x=x, parameters=parameters)
     if not parameters.is_floating_point():
         raise TypeError(f"{name}: parameters have dtype {parameters.dtype}, expected floating point")
     if likelihood == "categorical":
@@ -102,6 +104,8 @@ def elbo(log_likelihood: Tensor, kl: Tensor, *, beta: float = 1.0) -> ELBO:
         >>> genfast.losses.elbo(torch.tensor([-3.0, -5.0]), torch.tensor([1.0, 1.0])).elbo
         tensor(-5.)
     """
+    _check.tensors("elbo", kl=kl)
+    _check.floating("elbo", log_likelihood=log_likelihood, kl=kl)
     if log_likelihood.dim() != 1 or kl.shape not in ((), log_likelihood.shape):
         raise ValueError(
             f"elbo: log_likelihood has shape {tuple(log_likelihood.shape)} and kl {tuple(kl.shape)}, expected (N,), and (N,) "
@@ -129,6 +133,7 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
         >>> genfast.losses.importance_weighted_bound(torch.tensor([[0.0], [0.0]]))
         tensor(0.)
     """
+    _check.floating("importance_weighted_bound", log_weights=log_weights)
     if log_weights.dim() != 2 or not log_weights.numel():
         raise ValueError(f"importance_weighted_bound: log_weights has shape {tuple(log_weights.shape)}, expected (K, N)")
     return (log_weights.logsumexp(0) - math.log(log_weights.shape[0])).mean()
@@ -164,6 +169,7 @@ def kl_to_bernoulli(activations: Tensor, rho: float) -> Tensor:
         >>> genfast.losses.kl_to_bernoulli(torch.full((4, 2), 0.5), 0.5)
         tensor(0.)
     """
+    _check.floating("kl_to_bernoulli", activations=activations)
     if activations.dim() != 2 or not 0 < rho < 1:
         raise ValueError(
             f"kl_to_bernoulli: activations have shape {tuple(activations.shape)} and rho={rho}, expected (N, D) and "

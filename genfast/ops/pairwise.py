@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -286,6 +286,8 @@ def pairwise_kernel_sum(
         tensor([[3., 3., 3.]])
     """
     _check.floating(_SUM, x=x, y=y)
+    if not isinstance(scales, Iterable):
+        raise TypeError(f"{_SUM}: scales={scales!r}, expected a sequence of numbers")
     _check.number(_SUM, scales=list(scales), offset=offset)
     x, y = _one_dtype(x, y)
     result: Tensor = OP(x, y, kernel, [float(s) for s in scales], degree, offset, exclude_diagonal)
