@@ -1,5 +1,7 @@
 # make demo   sets up .venv, trains a flow, a PixelCNN and a WGAN-GP beside plain PyTorch, writes tables and pictures
 # make test   sets up .venv and runs the tests, a worker a core
+# make slow   the slow tests that make test leaves out (training runs, several processes, emulated GPUs, lower instruction sets),
+#             and the Triton kernels in Triton's interpreter
 # make lint   ruff and mypy
 # make peers  the test suites of zuko, nflows and normflows, plain and with genfast.accelerate
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, built for one instruction set;
@@ -12,13 +14,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements/torch.txt requirements/peers.txt
 
-.PHONY: demo test lint peers sanitize gpu-check clean check-tools
+.PHONY: demo test slow lint peers sanitize gpu-check clean check-tools
 
 demo: $(VENV)/.installed
 	$(BIN)/genfast demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+
+# The interpreter is chosen when triton is first imported, and nothing can be compiled in such a process.
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+	env -u GENFAST_BACKEND TRITON_INTERPRET=1 GENFAST_INTERPRET_HALF=1 $(BIN)/python -m pytest -q -n auto tests/kernels/interpreted*.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

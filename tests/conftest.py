@@ -34,3 +34,10 @@ def sampled() -> Iterator[tuple[Op, Sample]]:
 SAMPLES = list(sampled())
 SAMPLE_IDS = [f"{op.name}-{sample.label}" for op, sample in SAMPLES]
 each_sample = pytest.mark.parametrize(("op", "sample"), SAMPLES, ids=SAMPLE_IDS)
+_FIRST = {id(next(sample for other, sample in SAMPLES if other is op)) for op in OPS.values() if op.samples is not None}
+# For tests that compile: ``make test`` takes the first sample of each op, ``make slow`` the others.
+each_sample_compiled = pytest.mark.parametrize(
+    ("op", "sample"),
+    [pytest.param(op, sample, marks=() if id(sample) in _FIRST else pytest.mark.slow) for op, sample in SAMPLES],
+    ids=SAMPLE_IDS,
+)

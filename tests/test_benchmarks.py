@@ -375,6 +375,7 @@ def test_the_overhead_of_launches_is_measured_on_the_gpu(gpu, monkeypatch):
     assert {o["within_limit"] for o in bench_overhead.measure()} == {True}
 
 
+@pytest.mark.slow
 def test_who_lacks_memory_is_named_and_the_others_are_compared():
     right, wrong = torch.ones(3), torch.full((3,), 2.0)
 
@@ -429,6 +430,7 @@ def test_a_part_stands_for_the_whole():
     assert "reference (2 of 8 steps, extrapolated)" in suite.table({"cases": [found], "overhead": []})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "shape"),
     [

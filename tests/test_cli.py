@@ -142,6 +142,7 @@ def test_errors_are_one_line_and_status_2(words, message, capsys, tmp_path, monk
     assert message in said[0]
 
 
+@pytest.mark.slow
 def test_the_demo_compares_and_draws(tmp_path, capsys):
     assert cli.main(["demo", "--seconds", "2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of each test's cases the first and about every second where GENFAST_INTERPRET_HALF=1, as test_triton.py sets it.
+    """Of each test's cases the first and about every second where GENFAST_INTERPRET_HALF=1, as ``make slow`` sets it.
 
     All of them: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted*.py
     """

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter, on CPU tensors; tests/kernels/test_triton.py runs this in a process of its own.
+"""The Triton kernels in the interpreter, on CPU tensors; ``make slow`` runs this in processes of their own.
 
 TRITON_INTERPRET=1 must be set before anything imports triton, and nothing else may be compiled in that process.
 """
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
+    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
 
 import genfast
 import genfast.kernels

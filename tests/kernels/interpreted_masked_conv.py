@@ -1,4 +1,4 @@
-"""The Triton kernels of the masked convolution in the interpreter; test_triton.py runs this in a process of its own."""
+"""The Triton kernels of the masked convolution in the interpreter; ``make slow`` runs this."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
+    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
 
 from genfast.kernels import masked_conv as kernels
 from tests.kernels import masked_conv_cases as cases

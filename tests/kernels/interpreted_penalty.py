@@ -1,4 +1,4 @@
-"""The Triton kernels of the parts of a critic's penalty in the interpreter; test_triton.py runs this in its own process."""
+"""The Triton kernels of the parts of a critic's penalty in the interpreter; ``make slow`` runs this."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run tests/kernels/test_triton.py, which starts this file under TRITON_INTERPRET=1", pytrace=False)
+    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
 
 from genfast._registry import OPS
 from tests.kernels import flow_cases as cases

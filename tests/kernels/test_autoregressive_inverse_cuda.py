@@ -169,6 +169,7 @@ def double(t):
     return None if t is None else t.double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "threads reversed"])
 @pytest.mark.parametrize("label", CASES)
 def test_it_equals_the_reference(gpu, label, reverse):

@@ -39,7 +39,7 @@ class Args(ctypes.Structure):
     _fields_ = FIELDS
 
 
-pytestmark = pytest.mark.xdist_group("pixel_program")  # one worker builds the emulated kernel
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pixel_program")]  # one worker builds the emulated kernel
 
 
 @pytest.fixture(scope="module")

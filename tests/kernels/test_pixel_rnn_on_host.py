@@ -31,7 +31,7 @@ class Args(ctypes.Structure):
     ]  # fmt: skip
 
 
-pytestmark = pytest.mark.xdist_group("pixel_rnn")  # one worker builds the emulated kernel
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pixel_rnn")]  # one worker builds the emulated kernel
 
 
 @pytest.fixture(scope="module")

@@ -221,6 +221,7 @@ def test_errors_of_the_images_and_of_networks():
         losses.FeatureExtractor(wrong, "same", normalization=None)
 
 
+@pytest.mark.slow
 def test_a_chain_compiles_into_one_graph_and_any_network_beside_one():
     x = torch.rand(1, 3, 6, 6)
     features = losses.FeatureExtractor(chain(inplace=True), ["0", "2.1"], normalization="imagenet")

@@ -220,6 +220,7 @@ def test_degenerate_images_are_finite(name, pair):
             assert value.item() == 0
 
 
+@pytest.mark.slow
 def test_a_loss_moves_and_compiles():
     net = network(4, torch.float32)
     x, y = images((1, 16, 16), (1, 16, 16), dtype=torch.float32)

@@ -366,6 +366,7 @@ def moons(n, generator):
     return torch.stack((x, y), 1) - 0.25 + 0.08 * torch.randn(n, 2, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("MAF", {}), ("NSF", {}), ("NSF", {"coupling": "autoregressive"})])
 def test_trained_flows_beat_a_gaussian(name, options):
     torch.manual_seed(0)
@@ -383,6 +384,7 @@ def test_trained_flows_beat_a_gaussian(name, options):
     assert score > float(gaussian.log_prob(held_out).mean()) + 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["IAF", "MAF"])
 def test_a_reverse_divergence_finds_a_correlated_density(name):
     """IAF's own direction is parallel; MAF's goes through the degree-ordered inverse and its backward."""
@@ -417,6 +419,7 @@ def test_the_command_trains_and_samples(name, tmp_path, capsys):
     assert picture.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["maf context", "nsf lu context", "iaf"])
 def test_log_prob_compiles_without_a_break(case):
     model, x, context = built(case, dtype=torch.float32)

@@ -216,6 +216,7 @@ def test_the_linear_flow_fits_a_full_covariance():
     assert abs(float(-loss.detach() - best)) < 2e-3
 
 
+@pytest.mark.slow
 def test_glow_learns_the_digits():
     torch.manual_seed(0)
     digits = genfast.data.load("digits")

@@ -190,6 +190,7 @@ def test_the_thread_count_does_not_change_the_bits():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["base", "v3"])
 def test_lower_instruction_sets(level):
     program = f"""

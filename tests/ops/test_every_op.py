@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unfl
 
 import genfast
 from genfast import _registry, _verify
-from tests.conftest import each_sample
+from tests.conftest import each_sample, each_sample_compiled
 
 BACKWARD = {op.name: _registry.OPS.get(f"{op.name}_backward") for op in _registry.OPS.values()}
 
@@ -168,7 +168,7 @@ def test_an_empty_batch(op, sample):
         assert g is None or (g.shape == a.shape and bool(g.isfinite().all()))
 
 
-@each_sample
+@each_sample_compiled
 def test_opcheck(op, sample):
     args = leaves(sample.args, constant=sample.constant)
     torch.library.opcheck(op.overload, tuple(args))
@@ -176,11 +176,6 @@ def test_opcheck(op, sample):
     if backward is not None and op.name != "squeeze":
         out = _outputs(op(*leaves(sample.args)))
         grads = [torch.randn_like(o) for o in out if o.is_floating_point()]
-        rest = (
-            args
-            if op.name in ("affine_coupling", "actnorm", "bias_act", "pixel_norm", "plu_weight", "gated_activation")
-            else None
-        )
         plain = ("affine_coupling", "actnorm", "plu_weight", "gated_activation", "channel_scale")
         rest = args if op.name in plain else None
         if op.name == "masked_conv":
@@ -194,7 +189,7 @@ def test_opcheck(op, sample):
             )
 
 
-@each_sample
+@each_sample_compiled
 def test_compiles_without_a_break_and_equals_eager(op, sample):
     args = leaves(sample.args, torch.float32, constant=sample.constant)
     function = as_function(op, args)

@@ -165,6 +165,7 @@ def test_half_types_run_the_library():
     assert torch.equal(row_mask(bits, 64), y > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["base", "v3"])
 def test_lower_instruction_sets(level):
     """The same sums with narrower vectors, where a tile may be narrower than a byte of bits."""

@@ -233,6 +233,7 @@ def test_compiled_it_is_the_same():
         torch.testing.assert_close(f, e)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("GENFAST_CPU_ISA" in os.environ, reason="a level was asked for")
 def test_other_instruction_sets_give_the_same(tmp_path):
     import subprocess

@@ -411,6 +411,7 @@ def test_large_outputs_hold_what_small_ones_do(packed):
         assert all(torch.equal(w[part], s) for w, s in zip(whole, some))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["base", "v3"])
 def test_lower_instruction_sets(level):
     program = f"""

@@ -78,6 +78,7 @@ def test_a_sampler_keeps_few_programs():
     assert len(model.sampler._prepared) <= sampler.SHAPES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["v3", "base"])
 def test_every_instruction_set(isa):
     if sys.platform == "darwin" or os.uname().machine not in ("x86_64", "amd64"):
