@@ -6,6 +6,7 @@ What reads a module's weights and settings instead of calling it asks here first
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from types import FunctionType
 from typing import Any
@@ -149,9 +150,20 @@ def weights_of_calls(*networks: nn.Module) -> Iterator[None]:
                 module.__dict__[name] = value
 
 
+# A module has a dozen containers, most of them empty, and these are its commonest settings: looked up before anything is asked.
+_SCALARS = frozenset({type(None), bool, int, float, str, torch.dtype})
+_CONTAINERS = frozenset({dict, OrderedDict, set, list, tuple})
+_TENSORS = frozenset({Tensor, nn.Parameter})
+
+
 def _frozen(value: Any, tensors: list[Tensor], depth: int) -> Any:
     """Something that equals itself as long as ``value`` does; tensors in it are put into ``tensors``."""
-    if isinstance(value, Tensor):
+    kind = type(value)
+    if kind in _SCALARS:
+        return kind, value
+    if kind in _CONTAINERS and not value:
+        return kind
+    if kind in _TENSORS or isinstance(value, Tensor):
         tensors.append(value)
         return Tensor
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import _C, Tensor
+from torch import _C, Tensor, nn
 from torch._C import (
     _functorch,
     _get_tracing_state,
@@ -96,6 +96,17 @@ def readable(*tensors: Tensor | None) -> bool:
             continue
         if type(t) not in _PLAIN or t.is_meta or (inside and _functorch.is_functorch_wrapped_tensor(t)):
             return False
+    return True
+
+
+def readable_module(module: nn.Module) -> bool:
+    """Whether :func:`readable` holds of a module's parameters and buffers. ``module.parameters()`` would cost a call far more."""
+    waiting = [module]
+    while waiting:
+        m = waiting.pop()
+        if not readable(*m._parameters.values(), *m._buffers.values()):
+            return False
+        waiting.extend(child for child in m._modules.values() if child is not None)
     return True
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._calls import changes_nothing, class_of
 from .._compiler import uncompiled
-from .._derived import readable
+from .._derived import readable_module
 from ..reference import autoregressive_flows as plain
 from ..reference.modes import evaluating
 from .bijection import Bijection
@@ -80,7 +80,7 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
             return False
         if torch.compiler.is_compiling():
             return self._program is not None
-        return readable(*self.network.parameters(), *self.network.buffers())
+        return readable_module(self.network)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         from ..sampling.lowering import LoweringError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -519,26 +520,26 @@ class Sampler:
                 count = len(images[part])
                 cache = _pool.empty_strided((count * program.image_floats + 64,), (1,), torch.float32).zero_()
                 maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64)
-                faults = torch.zeros(count, dtype=torch.int64)
+                faults = array("q", bytes(8 * count))
                 row, rows = 0, max(1, height // 64)
                 while row < height:
                     _CPU.pixel_program(
                         program.code.data_ptr(), program.weights.data_ptr(), maps.data_ptr(), cache.data_ptr(),
                         images[part].data_ptr(), uniforms[part].data_ptr(), 0 if record is None else record[part].data_ptr(),
-                        faults.data_ptr(), program.record, count, GROUP, row, min(row + rows, height), given, program.period,
-                        program.active, temperature, threads,
+                        faults.buffer_info()[0], program.record, count, GROUP, row, min(row + rows, height), given,
+                        program.period, program.active, temperature, threads,
                     )  # fmt: skip
                     _check_faults(faults, program, images.shape[2:], start, self.head)
                     advance(min(rows, height - row))
                     row += rows
 
 
-def _check_faults(faults: Tensor, program: Program, spatial: Sequence[int], first: int, head: str) -> None:
+def _check_faults(faults: Sequence[int], program: Program, spatial: Sequence[int], first: int, head: str) -> None:
     """Raises where an image, of those from ``first`` on, has one plus the first place at which nothing could be drawn."""
-    if not bool(faults.any()):
+    if not any(faults):
         return
-    image = int(faults.nonzero()[0, 0])
-    place = int(faults[image]) - 1
+    image = next(i for i, fault in enumerate(faults) if fault)
+    place = faults[image] - 1
     colour, place = place % program.channels, place // program.channels
     position: list[int] = []
     for size in reversed(spatial):
