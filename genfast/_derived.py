@@ -100,7 +100,7 @@ def readable(*tensors: Tensor | None) -> bool:
 
 
 def readable_module(module: nn.Module) -> bool:
-    """Whether :func:`readable` holds of a module's parameters and buffers. ``module.parameters()`` would cost a call far more."""
+    """Whether :func:`readable` holds of a module's parameters and buffers; ``module.parameters()`` would cost far more."""
     waiting = [module]
     while waiting:
         m = waiting.pop()
