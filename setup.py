@@ -101,7 +101,9 @@ class BuildExt(build_ext):
             flags.append("-DGENFAST_X86_LEVELS")
         else:
             levels = ["base"]
-        jobs = [
+        # The bindings take longest, so they begin; they are of no level.
+        jobs = [(source, [*ext.extra_compile_args, *flags], "bindings") for source in ext.sources]
+        jobs += [
             (source, [*flags, *LEVELS[level], f"-DGENFAST_ISA={level}"], level)
             for source in sources("cpu", ".cpp")
             for level in levels
@@ -117,12 +119,15 @@ class BuildExt(build_ext):
             changed = max(shared, Path(source).stat().st_mtime)
             if all(Path(o).exists() and Path(o).stat().st_mtime > changed for o in objects):
                 return objects
-            return self.compiler.compile([source], output_dir=folder, extra_postargs=extra, depends=ext.depends)
+            include = ext.include_dirs if level == "bindings" else None
+            return self.compiler.compile(
+                [source], output_dir=folder, include_dirs=include, extra_postargs=extra, depends=ext.depends
+            )
 
         print(f"genfast: compiling {len(jobs)} objects for {', '.join(levels)}", flush=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = [o for objects in pool.map(build, jobs) for o in objects]
-        ext.extra_compile_args += flags
+        ext.sources = []  # all that is left to do is to link
         ext.extra_link_args += link_flags
 
     def build_cuda(self, ext: Pybind11Extension) -> None:

@@ -192,6 +192,7 @@ def test_it_equals_the_reference(gpu, label, reverse):
     assert gpu.launches == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", SAMPLES, ids=[s.label for s in SAMPLES])
 def test_the_samples_of_the_op(gpu, sample):
     gpu.team = (4, 2, False)

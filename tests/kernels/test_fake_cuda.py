@@ -63,6 +63,7 @@ def test_layers_steps_and_samplers_are_launched_as_a_gpu_takes_them():
 ON_A_GPU = ["actnorm, ", "autoregressive_inverse, ", "row_lstm, ", "masked_linear, ", "ActNorm", "PixelCNN sampling, class"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ON_A_GPU)
 def test_the_tests_of_capture_run(start, monkeypatch):
     """All but what they compare: numbers there are none."""

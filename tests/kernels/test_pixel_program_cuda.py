@@ -205,8 +205,11 @@ def test_a_whole_block(gpu, label):
     torch.testing.assert_close(same_record, record, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("team", [(1, 3, 8), (3, 2, 32)], ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("case", "team"),
+    [*((case, (1, 3, 8)) for case in CASES.values()), (CASES["three colours"], (3, 2, 32)), (CASES["mixture"], (3, 2, 32))],
+    ids=[*CASES, "three colours, full warps", "mixture, full warps"],
+)
 def test_the_order_of_threads_does_not_matter(gpu, case, team):
     """Whatever runs between two barriers may run in any order: else one is missing."""
     found = []
