@@ -117,12 +117,15 @@ def called_plainly(network: nn.Module) -> bool:
     module = nn.modules.module
     if module._global_forward_hooks or module._global_forward_pre_hooks:
         return False
-    waiting: list[nn.Module] = [network]
+    waiting: list[nn.Module | None] = [network]
     while waiting:
         m = waiting.pop()
+        if m is None:
+            continue
         if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
             return False
-        waiting.extend(child for child in m._modules.values() if child is not None)
+        if m._modules:
+            waiting += m._modules.values()
     return True
 
 

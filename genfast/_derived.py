@@ -101,13 +101,16 @@ def readable(*tensors: Tensor | None) -> bool:
 
 def readable_module(module: nn.Module) -> bool:
     """Whether :func:`readable` holds of a module's parameters and buffers; ``module.parameters()`` would cost far more."""
-    waiting = [module]
+    held: list[Tensor | None] = []
+    waiting: list[nn.Module | None] = [module]
     while waiting:
         m = waiting.pop()
-        if not readable(*m._parameters.values(), *m._buffers.values()):
-            return False
-        waiting.extend(child for child in m._modules.values() if child is not None)
-    return True
+        if m is not None:
+            held += m._parameters.values()
+            held += m._buffers.values()
+            if m._modules:
+                waiting += m._modules.values()
+    return readable(*held)
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -50,7 +50,8 @@ class MaskedLinear(made.MaskedLinear):
     @property
     def live(self) -> Tensor:
         """The mask, the same tensor until the degrees change."""
-        sorts = (self.rows, self.columns, self.counts)
+        buffers = self._buffers  # asked for by the module's attributes, they would take most of the call
+        sorts = cast("tuple[Tensor, ...]", (buffers["rows"], buffers["columns"], buffers["counts"]))
         live = derived(self.__dict__.setdefault("_derived", {}), "live", sorts, lambda: self.mask)
         return self.mask if live is None else live
 
