@@ -33,7 +33,9 @@ from genfast import _registry, ops
 DERIVED = {
     "autoregressive_inverse_backward": ("x", "z", "packed", "statics", "code", "options"),
     "contextual_similarity": ("x", "y"),
-    "contextual_similarity_backward": ("value", "statistics", "mean", "winner", "nearest"),
+    "contextual_similarity_backward": (
+        "x", "y", "prior_rows", "prior_columns", "value", "statistics", "mean", "winner", "nearest",
+    ),
     "discretized_logistic_mixture_nll": ("x", "levels"),
     "discretized_logistic_mixture_nll_backward": ("x", "levels"),
     "masked_conv_backward": ("y",),
@@ -43,7 +45,7 @@ DERIVED = {
     "sample_norm_backward": ("norm",),
     "spectral_norm_backward": ("u", "v", "sigma"),
     "style_loss_backward": ("difference",),
-}
+}  # fmt: skip
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn,
