@@ -630,12 +630,14 @@ def _attend_tile(
         return _best_tile(how, half, distance, c, "greatest", large)
     if half:
         channels = _depth(c, 128 if backward and c > WHOLE else 256)
-        streamed = 32 if backward and c > 128 else 64
+        streamed = 32 if backward else 64
         depth = _depth(c, 32 if backward else 64)
+        whole = c <= (128 if backward and distance == "l2" else WHOLE)  # the norms of both sides take registers too
         warps = 8 if backward or channels > 128 else 4
-        return Tile(64, streamed, depth, channels, c <= WHOLE, warps, 2, at_once=2 if channels <= 64 else 1)
+        return Tile(64, streamed, depth, channels, whole, warps, 2, at_once=2 if channels <= 64 else 1)
     if how == "tf32":
-        return Tile(64, 32 if backward else 64, _depth(c, 32), _depth(c, 128), False, 8, 2, at_once=1)
+        depth = _depth(c, 16 if backward and distance == "l2" else 32)
+        return Tile(64, 32 if backward else 64, depth, _depth(c, 128), False, 8, 2, at_once=1)
     return Tile(64, 32, 16, _depth(c, 64), False, 8 if backward else 4, 2, 224, 1 if backward else 2)
 
 
@@ -771,7 +773,7 @@ def contextual_similarity(
     by_nearest = not sources and not prior.there
     _finish[(cdiv(n, ROWS), b)](
         mass, moment, out, rows.y, statistics, log_sum, nearest, value, winner, mean, n, m, splits, scale, eps, C=c,
-        TARGETS=by_nearest, MEAN=keep_mean, BLOCK_R=ROWS, BLOCK_C=_depth(c, 64), num_warps=4,
+        TARGETS=by_nearest, MEAN=keep_mean, BLOCK_R=ROWS, BLOCK_C=_depth(c, 32), num_warps=4,
     )  # fmt: skip
     if not by_nearest:
         # A maximum passes over what is not a number, which eager would return.
@@ -901,7 +903,7 @@ def _variants() -> list[Aot]:
     for nearest in (False, True):
         add("nearest" if nearest else "winner", _pick, "fp32", {"num_warps": 4}, None, NEAREST=nearest, LOG=True, BLOCK=128)
     for targets in (False, True):
-        ends = dict(C=256, TARGETS=targets, MEAN=True, BLOCK_R=ROWS, BLOCK_C=64)
+        ends = dict(C=256, TARGETS=targets, MEAN=True, BLOCK_R=ROWS, BLOCK_C=32)
         add("targets" if targets else "sources", _finish, "fp32", {"num_warps": 4}, None, **ends)
         ends = dict(SOURCES=not targets, PRIOR=True, BLOCK_R=ROWS, BLOCK_E=1 if targets else ENTRIES)
         add("targets" if targets else "sources", _share, "fp32", {"num_warps": 4}, {"grad": "*fp32"}, **ends)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "peers"
+SETTINGS = BUILD / "pytest.ini"  # so that neither the peers' settings nor ours apply
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,12 @@ def run(suite: Suite, accelerated: bool) -> dict[str, Any]:
     """One run of a suite in a process of its own; returns what the plugin wrote."""
     result = BUILD / f"{suite.name}-{'accelerated' if accelerated else 'plain'}.json"
     result.unlink(missing_ok=True)
-    settings = BUILD / "pytest.ini"  # so that neither the peer's settings nor ours apply
-    settings.write_text("[pytest]\npython_files = test_*.py *_test.py\n")
-    path = [HERE, *(fetch(need) for need in suite.needs)]
+    path = [HERE, *(unpacked(*need.split("==")) for need in suite.needs)]
     environment = os.environ | {
         "GENFAST_PEER": suite.name, "GENFAST_ACCELERATE": str(int(accelerated)), "GENFAST_RESULT": str(result),
         "PYTHONPATH": os.pathsep.join(map(str, path)), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",  # the models are tiny
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-c", str(settings), "-p", "plugin", "-p", "no:cacheprovider", "-q", suite.tests]
+    command = [sys.executable, "-m", "pytest", "-c", str(SETTINGS), "-p", "plugin", "-p", "no:cacheprovider", "-q", suite.tests]
     log = result.with_suffix(".log")
     with log.open("w") as file:
         subprocess.run(command, cwd=suite.source, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
@@ -91,8 +91,11 @@ def exceptions() -> dict[str, str]:
 def compare(suite: Suite, excused: dict[str, str]) -> list[str]:
     """Runs a suite both ways and prints what came of it; returns what is wrong."""
     start = time.perf_counter()
-    fetch(f"{suite.name}=={suite.version}")
-    plain, ours = run(suite, False), run(suite, True)
+    for requirement in (f"{suite.name}=={suite.version}", *suite.needs):
+        fetch(requirement)
+    SETTINGS.write_text("[pytest]\npython_files = test_*.py *_test.py\n")
+    with ThreadPoolExecutor(2) as pool:  # each run takes one core
+        plain, ours = pool.map(lambda accelerated: run(suite, accelerated), (False, True))
     count = sum(ours["swapped"].values())
     print(
         f"{suite.name} {suite.version}: {len(plain['passed'])} tests pass plain, {len(ours['passed'])} accelerated; "
