@@ -186,7 +186,12 @@ def _warps(kind: str) -> int:
 
 
 REGISTERS = 168  # more than the assembler grants of itself, which spills
+TF32_REGISTERS = 255  # of _sums in TF32, whose eight warps are one program on a multiprocessor with either number
 WEIGHTS_REGISTERS = 255  # of _weights: with any fewer some kind spills on some architecture
+
+
+def _sums_registers(form: str) -> int:
+    return TF32_REGISTERS if form == "tf32" else REGISTERS
 
 
 def _launch(rows: Tensor) -> dict[str, Any]:
@@ -231,7 +236,7 @@ def pairwise_kernel_sum(
     _sums[(b * i_tiles * j_tiles,)](
         rows, other, xn, yn, _on_device(tuple(scales), x.device), partial, offset, b, n, m, c, i_tiles, j_tiles,
         COUNT=len(scales), DEGREE=degree, KERNEL=KERNELS[kernel], SAME=y is None, EXCLUDE=exclude_diagonal, BLOCK=block,
-        FEATURES=choice["features"], maxnreg=choice["registers"] or REGISTERS, **launch,
+        FEATURES=choice["features"], maxnreg=choice["registers"] or _sums_registers(launch["PRECISION"]), **launch,
     )  # fmt: skip
     return partial.sum(0)
 
@@ -322,7 +327,8 @@ def _variants() -> list[Aot]:
                 label, warps = f"{'itself' if same else 'two'}, {name} {kind} {form}", _warps(kind)
                 own = {n: t for n, t in types.items() if n in _sums.arg_names}
                 constants = common | {"SAME": same, "EXCLUDE": same}
-                found.append(variant(label, _sums, own, constants, (), num_warps=warps, maxnreg=REGISTERS))
+                registers = _sums_registers(form)
+                found.append(variant(label, _sums, own, constants, (), num_warps=warps, maxnreg=registers))
                 own = {n: t for n, t in types.items() if n in _weights.arg_names}
                 constants = common | {"ROWS": True, "COLUMNS": same, "EXCLUDE": same}
                 found.append(variant(label, _weights, own, constants, (), num_warps=warps, maxnreg=WEIGHTS_REGISTERS))
