@@ -156,7 +156,6 @@ def weights_of_calls(*networks: nn.Module) -> Iterator[None]:
 # A module has a dozen containers, most of them empty, and these are its commonest settings: looked up before anything is asked.
 _SCALARS = frozenset({type(None), bool, int, float, str, torch.dtype})
 _CONTAINERS = frozenset({dict, OrderedDict, set, list, tuple})
-_TENSORS = frozenset({Tensor, nn.Parameter})
 
 
 def _frozen(value: Any, tensors: list[Tensor], depth: int) -> Any:
@@ -166,7 +165,7 @@ def _frozen(value: Any, tensors: list[Tensor], depth: int) -> Any:
         return kind, value
     if kind in _CONTAINERS and not value:
         return kind
-    if kind in _TENSORS or isinstance(value, Tensor):
+    if isinstance(value, Tensor):
         tensors.append(value)
         return Tensor
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):

@@ -114,12 +114,13 @@ def infogan(
     if len(logits) != len(codes):
         raise ValueError(f"infogan: {len(logits)} logits and {len(codes)} codes, expected as many of one as of the other")
     parts = [categorical * _classes("infogan", "logits", one, "codes", code) for one, code in zip(logits, codes)]
-    gaussian = [t for t in (mean, log_std, values) if t is not None]
-    named = {"mean": mean, "log_std": log_std, "values": values}
-    _check.tensors("infogan", **{name: t for name, t in named.items() if t is not None})
+    gaussians = {"mean": mean, "log_std": log_std, "values": values}
+    present = {name: t for name, t in gaussians.items() if t is not None}
+    _check.tensors("infogan", **present)
+    gaussian = list(present.values())
     if gaussian:
         if len(gaussian) < 3 or len({t.shape for t in gaussian}) > 1 or gaussian[0].dim() != 2:
-            said = [None if t is None else tuple(t.shape) for t in (mean, log_std, values)]
+            said = [None if t is None else tuple(t.shape) for t in gaussians.values()]
             raise ValueError(f"infogan: mean, log_std and values have shapes {said}, expected (N, D) all three")
         parts.append(continuous * plain.gaussian_nll(*gaussian))
     if not parts:
@@ -129,7 +130,6 @@ def infogan(
 
 def _l1(name: str, pairs: Sequence[tuple[str, Tensor, Tensor]], weight: float) -> Tensor:
     for argument, ours, wanted in pairs:
-        _check.tensors(name, **{argument.partition("_")[0]: wanted, argument: ours})
         if ours.shape != wanted.shape:
             raise ValueError(
                 f"{name}: {argument} has shape {tuple(ours.shape)}, expected that of its original, {tuple(wanted.shape)}"
@@ -147,6 +147,7 @@ def cycle_consistency(x: Tensor, x_again: Tensor, y: Tensor, y_again: Tensor, *,
         >>> genfast.losses.cycle_consistency(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
         tensor(10.)
     """
+    _check.tensors("cycle_consistency", x=x, x_again=x_again, y=y, y_again=y_again)
     return _l1("cycle_consistency", (("x_again", x_again, x), ("y_again", y_again, y)), weight)
 
 
@@ -160,6 +161,7 @@ def identity_mapping(x: Tensor, x_mapped: Tensor, y: Tensor, y_mapped: Tensor, *
         >>> genfast.losses.identity_mapping(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
         tensor(5.)
     """
+    _check.tensors("identity_mapping", x=x, x_mapped=x_mapped, y=y, y_mapped=y_mapped)
     return _l1("identity_mapping", (("x_mapped", x_mapped, x), ("y_mapped", y_mapped, y)), weight)
 
 
