@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -112,21 +112,25 @@ def hook_in_the_way(module: nn.Module, *, weights: bool = False) -> str:
     return ""
 
 
+def all_modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """As ``nn.Module.modules`` of all of them, each once, without its names, which would cost a call far more."""
+    found: dict[int, nn.Module] = {}
+    queue = list(roots)
+    while queue:
+        m = queue.pop()
+        if id(m) not in found:
+            found[id(m)] = m
+            if m._modules:
+                queue += [c for c in m._modules.values() if c is not None]
+    return list(found.values())
+
+
 def called_plainly(network: nn.Module) -> bool:
     """Whether no module of a network has hooks or a forward of its own; quick, for what asks at every call."""
     module = nn.modules.module
     if module._global_forward_hooks or module._global_forward_pre_hooks:
         return False
-    waiting: list[nn.Module | None] = [network]
-    while waiting:
-        m = waiting.pop()
-        if m is None:
-            continue
-        if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
-            return False
-        if m._modules:
-            waiting += m._modules.values()
-    return True
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in all_modules([network]))
 
 
 @contextlib.contextmanager

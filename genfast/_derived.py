@@ -23,6 +23,8 @@ from torch._C import (
 )
 from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
+from ._calls import all_modules
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
 _peek_functorch = _functorch.peek_interpreter_stack
@@ -101,16 +103,7 @@ def readable(*tensors: Tensor | None) -> bool:
 
 def readable_module(module: nn.Module) -> bool:
     """Whether :func:`readable` holds of a module's parameters and buffers; ``module.parameters()`` would cost far more."""
-    held: list[Tensor | None] = []
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        m = waiting.pop()
-        if m is not None:
-            held += m._parameters.values()
-            held += m._buffers.values()
-            if m._modules:
-                waiting += m._modules.values()
-    return readable(*held)
+    return all(readable(*m._parameters.values(), *m._buffers.values()) for m in all_modules([module]))
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _backend, _pool
 from .._calls import Structure, hook_in_the_way, state, without_numbers
 from .._contents import Contents, marks
-from .._derived import readable
+from .._derived import readable_module
 from ..nn.masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from ..reference.autoregressive import head_channels, naive_sample, not_drawable
 from ..reference.modes import evaluating
@@ -287,7 +287,7 @@ class Sampler:
         one = conditions.rows(slice(0, 1))
         if prepared.checked or not self.self_check or any(not len(t) for t in one.tensors()):
             return
-        if not checks.can_look(self._device()) or not readable(*self._lowerable().parameters()):
+        if not checks.can_look(self._device()) or not readable_module(self._lowerable()):
             return
         place = shape, conditions.structure()
         program = prepared.lowered.program

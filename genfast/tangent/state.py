@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._calls import all_modules
+
 INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has, other than its settings
 SMALL = 1 << 16  # elements of a tensor without gradients that a forward pass may be expected to update, as power iterations do
 CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict)
@@ -152,18 +154,6 @@ def modules(critic: Any) -> list[nn.Module]:
     return parts(critic).modules
 
 
-def _all_modules(roots: list[nn.Module]) -> list[nn.Module]:
-    """As ``nn.Module.modules`` of all of them, each once, without its names."""
-    found: dict[int, nn.Module] = {}
-    queue = list(roots)
-    while queue:
-        m = queue.pop()
-        if id(m) not in found:
-            found[id(m)] = m
-            queue += [c for c in m._modules.values() if c is not None]
-    return list(found.values())
-
-
 # ---- random numbers ----
 
 
@@ -236,7 +226,7 @@ class State:
         self.bindings: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.containers: list[tuple[Any, Any]] = []
         self.generators: list[Any] = [g for g in map(_copied_generator, found.generators) if g is not None]
-        for m in _all_modules(found.modules):
+        for m in all_modules(found.modules):
             for b in m._buffers.values():
                 if b is not None:
                     self._keep(b)
