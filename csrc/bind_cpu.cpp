@@ -288,7 +288,11 @@ void bind_discretized_logistic_mixture(py::module_& m) {
           common(a, params, pn, pc, ps, n, s, mixtures, channels, levels, is_double, false, threads);
           a.uniforms = ptr<const float>(uniforms), a.samples = ptr<int64_t>(samples), a.temperature = temperature;
           GENFAST_CALL(logistic_mixture_sample, a);
-        });
+          for (int64_t i = 0; i < n * channels * s; ++i)
+            if (a.samples[i] < 0) return i;
+          return int64_t{-1};
+        },
+        "The first element that was drawn from parameters that are not finite, or -1.");
 }
 
 void bind_gated_activation(py::module_& m) {

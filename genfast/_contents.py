@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from operator import is_
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ._calls import all_modules, called_plainly
 from ._compiler import uncompiled
-from ._derived import memcmp, ordinary
+from ._derived import memcmp, ordinary, readable
 
 _PLAIN = (Tensor, Parameter)
 
@@ -78,6 +82,68 @@ class Contents:
                 both = [torch.cat([s[i].flatten() for i in which]) for s in (tensors, self.copies)]
                 flags.append((both[0] == both[1]).all().to(device, non_blocking=True))
         return torch.stack(flags).all()
+
+
+# Settings that cannot change without being replaced.
+_IMMUTABLE = frozenset(
+    {type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, FunctionType, BuiltinFunctionType}
+)
+_INTERNAL = frozenset(vars(nn.Module())) | {"_derived"}  # the latter follows from buffers, and is compared with them
+
+
+class ModuleContents:
+    """What a module and those in it hold, parameters' numbers aside, to be compared in one walk at a later call.
+
+    The walk covers types, settings, hooks, submodules, the identity of parameters, and the numbers of buffers. Parameters'
+    numbers are left to whoever packs them. A module with a setting that may change in place is never the same again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = all_modules([module])
+        self.settings = [(type(m), *m.__dict__.values()) for m in self.modules]
+        self.children = [tuple(m._modules.values()) for m in self.modules]
+        self.parameters = [tuple(m._parameters.values()) for m in self.modules]
+        self.buffers = [tuple(m._buffers.values()) for m in self.modules]
+        flat = [b for buffers in self.buffers for b in buffers if b is not None]
+        self.comparable = called_plainly(module) and all(
+            name in _INTERNAL or _immutable(value) for m in self.modules for name, value in m.__dict__.items()
+        )
+        self.comparable &= readable(*flat, *(p for parameters in self.parameters for p in parameters))
+        self.contents = Contents(flat if self.comparable else [])
+
+    def same(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the one that was looked at, and all of it is as it was."""
+        calls = nn.modules.module
+        if (
+            module is not self.modules[0]
+            or not self.comparable
+            or calls._global_forward_hooks
+            or calls._global_forward_pre_hooks
+        ):
+            return False
+        flat: list[Tensor] = []
+        for m, settings, children, parameters, buffers in zip(
+            self.modules, self.settings, self.children, self.parameters, self.buffers
+        ):
+            held = m.__dict__
+            if held["_forward_hooks"] or held["_forward_pre_hooks"]:
+                return False
+            values = (type(m), *held.values())
+            if len(values) != len(settings) or not all(map(is_, values, settings)):
+                return False
+            if not _identical(held["_modules"], children) or not _identical(held["_parameters"], parameters):
+                return False
+            if buffers:
+                flat += [b for b in held["_buffers"].values() if b is not None]
+        return self.contents.same(flat)
+
+
+def _immutable(value: Any) -> bool:
+    return type(value) in _IMMUTABLE or (type(value) is tuple and all(map(_immutable, value)))
+
+
+def _identical(held: dict[str, Any], values: tuple[Any, ...]) -> bool:
+    return len(held) == len(values) and all(map(is_, held.values(), values))
 
 
 def _alike(t: Tensor, copy: Tensor) -> bool:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from .. import ops
 from .._calls import changes_nothing, class_of
 from .._compiler import uncompiled
+from .._contents import ModuleContents
 from .._derived import readable_module
 from ..reference import autoregressive_flows as plain
 from ..reference.modes import evaluating
 from .bijection import Bijection
+from .made import MADE
 from .univariate import Fast, spline_options
 
 if TYPE_CHECKING:
@@ -57,10 +59,11 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
     def __init__(self, network: nn.Module, *, transform: str = "affine", **options: Any) -> None:
         super().__init__(network, transform=transform, **options)
         self._program: DegreeProgram | None = None
+        self._lowered: ModuleContents | None = None  # what ``_program`` was made from: of a MADE, whose layers follow from that
         self._proven: tuple[object, object] | None = None  # the program's code and the map that agreed with the network
 
     def __getstate__(self) -> dict[str, Any]:  # a copy lowers its own network
-        return self.__dict__ | {"_program": None, "_proven": None}
+        return self.__dict__ | {"_program": None, "_lowered": None, "_proven": None}
 
     def program(self, context: Tensor | None = None) -> DegreeProgram:
         """The network in the order of its degrees, lowered once.
@@ -82,18 +85,28 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
             return self._program is not None
         return readable_module(self.network)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        from ..sampling.lowering import LoweringError
+    def _unchanged_program(self) -> DegreeProgram | None:
+        """The last program, where one walk over the network shows that it would be made again."""
+        if self._lowered is None or torch.compiler.is_compiling() or not changes_nothing(class_of(self), MaskedAutoregressive):
+            return None
+        return self._program if self._lowered.same(self.network) else None
 
-        if not self._has_program():
-            return self.inverse_plain(z, context)
-        try:
-            if not changes_nothing(class_of(self), MaskedAutoregressive):
-                raise LoweringError(f"{type(self).__name__}: it overrides methods that its inverse does not call")
-            program = self.program(context)
-        except LoweringError as error:
-            warnings.warn(f"MaskedAutoregressive: the inverse takes one pass for each input. {error}", stacklevel=2)
-            return self.inverse_plain(z, context)
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        program = self._unchanged_program() if context is None else None
+        if program is None:
+            from ..sampling.lowering import LoweringError
+
+            if not self._has_program():
+                return self.inverse_plain(z, context)
+            try:
+                if not changes_nothing(class_of(self), MaskedAutoregressive):
+                    raise LoweringError(f"{type(self).__name__}: it overrides methods that its inverse does not call")
+                program = self.program(context)
+            except LoweringError as error:
+                warnings.warn(f"MaskedAutoregressive: the inverse takes one pass for each input. {error}", stacklevel=2)
+                return self.inverse_plain(z, context)
+            if context is None and type(self.network) is MADE and not torch.compiler.is_compiling():
+                self._lowered = ModuleContents(self.network)
         result = self._solve(z, program)
         if (self._proven is None or self._proven[0] is not program.code or self._proven[1] != self.map) and z.numel():
             self._prove(z, context)

@@ -252,17 +252,33 @@ def _cpu_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, te
     params, a = laid_out(params)
     out = _fake_sample(params, uniforms, channels, levels, temperature)
     uniforms = uniforms.float().contiguous()
-    _CPU.logistic_mixture_sample(
+    fault = _CPU.logistic_mixture_sample(
         params.data_ptr(), uniforms.data_ptr(), out.data_ptr(), temperature, torch.get_num_threads(),
         params.dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, a.n, a.s,
         _mixtures(_SAMPLE, params.shape, channels, levels), channels, levels,
     )  # fmt: skip
+    if fault >= 0:
+        raise _not_finite(out)
     return out
+
+
+def _reference_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, temperature: float) -> Tensor:
+    samples = reference.discretized_logistic_mixture_sample(params, uniforms, channels, levels, temperature)
+    if samples.is_cpu and readable_now(samples) and samples.numel() and int(samples.min()) < 0:
+        raise _not_finite(samples)
+    return samples
+
+
+def _not_finite(samples: Tensor) -> FloatingPointError:
+    n, channel, *position = (samples < 0).nonzero()[0].tolist()
+    return FloatingPointError(
+        f"{_SAMPLE}: params are not finite where channel {channel} of sample {n} is drawn, at position {tuple(position)}"
+    )
 
 
 OP_SAMPLE = Op(
     f"{_SAMPLE}(Tensor params, Tensor uniforms, int channels, int levels, float temperature) -> Tensor",
-    reference=reference.discretized_logistic_mixture_sample,
+    reference=_reference_sample,
     check=_check_sample,
     fake=_fake_sample,
     kernels={"cpu": _cpu_sample, "triton": _backend.triton_kernel(_FAMILY, _SAMPLE, _check_sample)},
@@ -299,8 +315,8 @@ def discretized_logistic_mixture_sample(
         TypeError: params or uniforms that are not floating point.
         ValueError: shapes, devices, levels or a temperature that do not fit.
         FloatingPointError: names the first position whose logits or drawn component are not finite (a logit of -inf only
-            forbids its component). On a GPU an assertion there; in a compiled graph or under a functorch transform the level
-            is -1.
+            forbids its component). On a GPU an assertion there; under a functorch transform, and in a compiled graph on a
+            GPU, the level is -1.
 
     Source: PixelCNN++ (arXiv:1701.05517, section 2.1) and the sampler of its published code.
 
@@ -316,13 +332,6 @@ def discretized_logistic_mixture_sample(
         where = params.device if generator is None else generator.device
         uniforms = torch.rand(shape, generator=generator, device=where).to(params.device)
     result: Tensor = OP_SAMPLE(params.detach(), uniforms.detach(), channels, levels, float(temperature))
-    if not readable_now(result):
-        return result
-    if result.is_cuda:
+    if result.is_cuda and readable_now(result):
         torch._assert_async((result >= 0).all(), f"{_SAMPLE}: params are not finite where a component is drawn from them")
-    elif result.device.type == "cpu" and result.numel() and int(result.min()) < 0:
-        n, channel, *position = (result < 0).nonzero()[0].tolist()
-        raise FloatingPointError(
-            f"{_SAMPLE}: params are not finite where channel {channel} of sample {n} is drawn, at position {tuple(position)}"
-        )
     return result

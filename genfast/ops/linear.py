@@ -26,8 +26,8 @@ def _check_matrix(op: str, **tensors: Tensor) -> None:
 
 
 def _check_one_dtype(op: str, **tensors: Tensor | None) -> None:
-    given = {name: t.dtype for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
+    if len({t.dtype for t in tensors.values() if t is not None}) > 1:
+        given = {name: t.dtype for name, t in tensors.items() if t is not None}
         raise TypeError(f"{op}: {', '.join(f'{n} has dtype {d}' for n, d in given.items())}; expected one dtype")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._calls import all_modules
 from .proof import prove
 from .state import State, facts, modules, unwrapped
 from .tape import MoreNeeded, PlainLayoutNeeded, Tape
@@ -292,9 +293,11 @@ def attach(value: Tensor, found: Sequence[tuple[Tensor, Tensor | None]], critic:
     tensors = [t for t, _ in found]
     gradients = [g for _, g in found]
     there = {id(t) for t in tensors}
-    for p in critic.parameters() if isinstance(critic, nn.Module) else ():
-        if p.requires_grad and id(p) not in there:
-            tensors.append(p)
-            gradients.append(None)
+    for m in all_modules([critic]) if isinstance(critic, nn.Module) else ():
+        for p in m._parameters.values():
+            if p is not None and p.requires_grad and id(p) not in there:
+                there.add(id(p))
+                tensors.append(p)
+                gradients.append(None)
     result: Tensor = _Attach.apply(value, gradients, *tensors)
     return result

@@ -258,9 +258,10 @@ class State:
 
     def _attributes(self, held: dict[str, Any]) -> None:
         self.bindings.append((held, held.copy()))
-        for name, value in held.items():
+        for name in held.keys() - INTERNAL:
+            value = held[name]
             kind = type(value)
-            if kind in PLAIN or name in INTERNAL:
+            if kind in PLAIN:
                 continue
             if isinstance(value, Tensor):
                 if not value.requires_grad and value.numel() <= SMALL:

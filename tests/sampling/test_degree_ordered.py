@@ -348,3 +348,51 @@ def test_binary_samples_of_a_network_with_hooks():
     with pytest.warns(UserWarning, match="one pass for each feature.*forward hook"):
         cached = drawn("cached")
     assert torch.equal(cached, drawn("naive"))
+
+
+def _scaled_output(layer):
+    layer.network.linears[-1].register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def _other_forward(layer):
+    linear = layer.network.linears[0]
+    linear.forward = lambda x, activation="none": type(linear).forward(linear, x, activation) + 0.1
+
+
+def _other_degrees(layer):
+    linear = layer.network.linears[1]
+    linear.in_degrees.copy_(torch.ones_like(linear.in_degrees))
+    linear._sort()
+
+
+@pytest.mark.filterwarnings("ignore:MaskedAutoregressive. the inverse takes one pass")
+@pytest.mark.parametrize("change", [
+    _scaled_output,
+    _other_forward,
+    _other_degrees,
+    lambda layer: setattr(layer.network, "activation", "tanh"),
+    lambda layer: setattr(layer.network.linears[0], "weight", torch.nn.Parameter(torch.randn(12, 5))),
+    lambda layer: layer.network.linears[2].weight.data.mul_(1.5),
+    lambda layer: layer.network.linears.__setitem__(1, nn.MaskedLinear([2] * 12, [3] * 12)),
+    lambda layer: layer.network.resample(order="reversed"),
+    lambda layer: setattr(layer, "network", nn.MADE(5, (7,), outputs=2)),
+], ids=["hook", "forward", "degrees", "setting", "parameter", "data", "submodule", "resample", "network"])  # fmt: skip
+def test_the_inverse_follows_every_change_between_two_calls(change):
+    layer = nn.MaskedAutoregressive(nn.MADE(5, (12, 12), outputs=2)).eval()
+    z = torch.randn(4, 5)
+    with torch.no_grad():
+        first, _ = layer.inverse(z)
+        assert layer._unchanged_program() is layer._program
+        change(layer)
+        x, logdet = layer.inverse(z)
+        expected, expected_logdet = layer.inverse_plain(z)
+    assert torch.allclose(x, expected, atol=1e-5) and torch.allclose(logdet, expected_logdet, atol=1e-5)
+    assert not torch.allclose(x, first, atol=1e-3)
+
+
+def test_a_setting_that_may_change_in_place_is_looked_at_anew():
+    layer = nn.MaskedAutoregressive(nn.MADE(5, (12,), outputs=2)).eval()
+    layer.network.notes = []
+    with torch.no_grad():
+        layer.inverse(torch.randn(2, 5))
+    assert layer._unchanged_program() is None
