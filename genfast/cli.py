@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from . import __version__, _files, _info, _signals, _verify, checkpoints, data, distributed, losses, models
+from . import __version__, _files, _info, _signals, _verify, losses, models
+from .training import checkpoints, data, distributed
 
 BACKGROUND = "behind what is transparent in pictures: white (default), black, #20a0ff"
 
@@ -185,7 +186,7 @@ def _check_numbers(a: argparse.Namespace, *names: str) -> None:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from . import training
+    from .training import trainer as training
 
     _check_numbers(a, "steps", "minutes", "batch_size", "size", "lr", "generator_lr", "critic_lr")
     training.check_plots()
@@ -240,7 +241,7 @@ def _train(a: argparse.Namespace) -> int:
 
 
 def _train_autoencoder(a: argparse.Namespace, dataset: data.Dataset, config: dict[str, Any]) -> int:
-    from . import variational_training
+    from .training import variational as variational_training
 
     out = a.out or Path("out", f"{a.model}-{dataset.name}")
     written = variational_training.train(
@@ -259,7 +260,7 @@ def _train_autoencoder(a: argparse.Namespace, dataset: data.Dataset, config: dic
 
 
 def _train_adversarial(a: argparse.Namespace, config: dict[str, Any], recipe: dict[str, Any]) -> int:
-    from . import adversarial_training
+    from .training import adversarial as adversarial_training
 
     if a.data in data.POINTS:
         dataset: data.Dataset | data.Points = data.points(a.data, seed=a.seed)
@@ -285,16 +286,16 @@ def _train_adversarial(a: argparse.Namespace, config: dict[str, Any], recipe: di
 
 
 def _sample_adversarial(model: models.AdversarialModel, metadata: dict[str, str], a: argparse.Namespace) -> None:
-    from . import adversarial_training
+    from .training import pictures
 
     context = None if a.label is None else torch.full((a.n,), a.label)
     samples = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), context=context)
     if distributed.first():
-        adversarial_training.draw(samples, a.out, bins=int(metadata["bins"]))
+        pictures.draw(samples, a.out, bins=int(metadata["bins"]))
 
 
 def _sample(a: argparse.Namespace) -> int:
-    from . import training
+    from .training import pictures
 
     _check_numbers(a, "n")
     model, metadata, checkpoint = checkpoints.load(a.checkpoint, a.device)
@@ -317,7 +318,7 @@ def _sample(a: argparse.Namespace) -> int:
         shape = (1, side, side)
     images = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), **options).reshape(-1, *shape)
     if distributed.first():
-        training.save_picture(training.image_grid(images, int(metadata["bins"])), a.out)
+        pictures.save_picture(pictures.image_grid(images, int(metadata["bins"])), a.out)
     _say(f"{a.n} samples from step {metadata['step']} in {a.out}")
     return 0
 
@@ -353,8 +354,8 @@ def _feature_network(a: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
 
 
 def _style(a: argparse.Namespace) -> int:
-    from . import training
     from .models import neural_style
+    from .training import pictures
 
     _check_numbers(a, "steps", "size")
     distributed.check_device(a.device)
@@ -374,11 +375,11 @@ def _style(a: argparse.Namespace) -> int:
         content, style, network.to(a.device), normalization=normalization, steps=a.steps, optimizer=a.optimizer, loss=a.loss,
         tv_weight=a.tv_weight, init=a.init, seed=a.seed, progress=True, **{k: v for k, v in chosen.items() if v is not None},
     )  # fmt: skip
-    grid = training.image_grid(result.image - 0.5, 256, columns=1, scale=1)
-    training.save_picture(grid.crop((1, 1, grid.width - 1, grid.height - 1)), a.out)
+    grid = pictures.image_grid(result.image - 0.5, 256, columns=1, scale=1)
+    pictures.save_picture(grid.crop((1, 1, grid.width - 1, grid.height - 1)), a.out)
     if a.sheet is not None:
         other = torch.nn.functional.interpolate(style, content.shape[2:], mode="bilinear", antialias=True)
-        training.save_picture(training.image_grid(torch.cat((content, other, result.image)) - 0.5, 256, columns=3), a.sheet)
+        pictures.save_picture(pictures.image_grid(torch.cat((content, other, result.image)) - 0.5, 256, columns=3), a.sheet)
     print(f"{a.steps} steps, loss {result.losses[0]:.4g} -> {result.losses[-1]:.4g}; see {a.out}")
     return 0
 
@@ -443,7 +444,8 @@ def _run(a: argparse.Namespace) -> int:
         options = dict(odd_shapes=a.odd, jobs=a.jobs, minutes=a.minutes, json_path=a.json)
         return _verify.run(a.op, a.device, a.dtype, a.seed, **options)
     if a.command == "demo":
-        from . import demo, training
+        from .training import demo
+        from .training import trainer as training
 
         _check_numbers(a, "seconds")
         training.check_plots()

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from genfast import adversarial_training, checkpoints, data, models, ops, training
-from genfast.adversarial_training import AdversarialTrainer
+from genfast import checkpoints, data, models, ops
 from genfast.models import Recipe
+from genfast.training import adversarial as adversarial_training
+from genfast.training import pictures
+from genfast.training import trainer as training
+from genfast.training.adversarial import AdversarialTrainer
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +202,7 @@ def test_points_are_drawn_over_the_data_and_scored(tmp_path, points):
     with Image.open(run / "samples.png") as picture:
         assert min(picture.size) > 400
     with pytest.raises(ValueError, match=r"samples have shape \(4, 3\)"):
-        adversarial_training.draw_points(torch.zeros(4, 3), tmp_path / "x.png")
+        pictures.draw_points(torch.zeros(4, 3), tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(("name", "recipe"), [("wgan-gp", {}), ("gan", {"penalty": "r1", "lazy": 4, "ema": 0.5}), ("wgan", {})])

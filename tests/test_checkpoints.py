@@ -13,7 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from genfast import _untrusted, adversarial_training, checkpoints, cli, data, models, training, variational_training
+from genfast import checkpoints, cli, data, models
+from genfast.training import adversarial as adversarial_training
+from genfast.training import trainer as training
+from genfast.training import untrusted
+from genfast.training import variational as variational_training
 
 SMALL = {"levels": 1, "steps": 1, "hidden": 4}
 
@@ -266,13 +270,13 @@ def test_every_model_has_its_shapes_without_memory(tmp_path, digits, name):
         config = variational_training._config(name, digits, {})
     else:
         config = training._fitted(name, digits)[1] | ({"levels": 1} if name == "glow" else {})
-    with _untrusted._Shapes(10**4, 10**7):
+    with untrusted._Shapes(10**4, 10**7):
         shapes = models.build(name, **config)
     metadata = {"model": name, "config": json.dumps(shapes.config), "bins": "17", "step": "1"}
     state = {k: torch.zeros(0) for k in shapes.state_dict()}
     assert sum(t.numel() for t in shapes.parameters() if t.device.type != "meta") <= 64
     with pytest.raises(ValueError, match=r"expected torch.*\("):  # the first shape, and not a fault of the config
-        _untrusted.build(metadata, state, tmp_path)
+        untrusted.build(metadata, state, tmp_path)
 
 
 # ---- writing ----

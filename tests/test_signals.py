@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from genfast import _signals, checkpoints, cli, data, training
+from genfast import _signals, checkpoints, cli, data
+from genfast.training import trainer as training
 
 WORDS = ["train", "glow", "--steps", "100000", "--hidden", "4", "--flow-steps", "1", "--batch-size", "8", "--out"]
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genfast import checkpoints, data, models, training
+from genfast import checkpoints, data, models
+from genfast.training import trainer as training
 
 SMALL = {"levels": 2, "steps": 1, "hidden": 4}
 

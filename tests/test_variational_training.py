@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from genfast import checkpoints, cli, data, models, training, variational_training
+from genfast import checkpoints, cli, data, models
 from genfast.models.autoencoding import Losses
-from genfast.variational_training import AutoencoderTrainer
+from genfast.training import pictures
+from genfast.training import trainer as training
+from genfast.training import variational as variational_training
+from genfast.training.variational import AutoencoderTrainer
 
 NAMES = [name for name, model in models.NAMES.items() if issubclass(model, models.AutoencoderModel)]
 
@@ -122,9 +125,9 @@ def test_a_plane_of_latents_is_drawn(tmp_path, digits):
     with Image.open(tmp_path / "latent.png") as picture:
         assert picture.width == picture.height > 100
     with pytest.raises(ValueError, match="latent_dim=4 and prior=True, expected a plane"):
-        variational_training.latent_grid(tiny("vae", digits))
+        pictures.latent_grid(tiny("vae", digits))
     with pytest.raises(ValueError, match="latent_dim=2 and prior=False"):
-        variational_training.latent_grid(tiny("autoencoder", digits, latent_dim=2))
+        pictures.latent_grid(tiny("autoencoder", digits, latent_dim=2))
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])

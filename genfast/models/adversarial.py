@@ -91,7 +91,7 @@ class AdversarialModel(nn.Module):
 
     Images have values in [-1, 1]; points, shape (D,), any. ``generator(z)`` takes (N, latent_dim) and gives (N, *shape);
     ``critic(x)`` gives one logit per sample, (N,). A model with ``classes`` takes labels, int64 (N,), as a second argument
-    of both. ``recipe`` says how its paper trains it; :class:`genfast.adversarial_training.AdversarialTrainer` does so.
+    of both. ``recipe`` says how its paper trains it; :class:`genfast.training.AdversarialTrainer` does so.
     """
 
     recipe: Recipe = Recipe()

@@ -59,7 +59,7 @@ class AutoencoderModel(nn.Module):
 
     Images are whole numbers in [0, levels), (N, *shape); the networks see them as values in [-1, 1].
     ``phases`` are the updates of one training step, in order, each by the players that it updates at once; ``losses`` gives
-    their losses and ``player`` their parameters. :class:`genfast.variational_training.AutoencoderTrainer` does the rest.
+    their losses and ``player`` their parameters. :class:`genfast.training.AutoencoderTrainer` does the rest.
     """
 
     phases: tuple[tuple[str, ...], ...] = (("autoencoder",),)

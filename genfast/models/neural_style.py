@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data, losses
+from .. import _pictures, losses
 from ..losses.features import Normalization
 
 PICTURES = ("china", "flower")
@@ -57,11 +57,11 @@ def picture(name: str, size: int, *, background: str = "white") -> Tensor:
 
     if size < 1:
         raise ValueError(f"picture: size={size}, expected at least 1")
-    data._colour(background)
+    _pictures.colour(background)
     if Path(name).is_file():
-        image = data.picture(name, background=background)
+        image = _pictures.picture(name, background=background)
     elif name in PICTURES:
-        image = Image.fromarray(data._scikit_learn(f"the photograph {name!r} needs").load_sample_image(f"{name}.jpg"))
+        image = Image.fromarray(_pictures.scikit_learn(f"the photograph {name!r} needs").load_sample_image(f"{name}.jpg"))
     else:
         raise FileNotFoundError(f"picture: {name!r} is neither a file nor one of {', '.join(map(repr, PICTURES))}")
     scale = size / max(image.size)

@@ -49,7 +49,7 @@ class GradientPenalty(_Lazy):
         kind, weight, target, method, penalty, output, patches: as there.
         every: lazy regularisation (StyleGAN2, arXiv:1912.04958, appendix B): the penalty is computed on the first call and
             every ``every``-th one after it, ``every`` times as heavy, and is zero on the others. Adam then wants lr c and
-            betas^c with c = every / (every + 1), as ``genfast.adversarial_training`` sets it.
+            betas^c with c = every / (every + 1), as ``genfast.training`` sets it.
 
     Its state_dict keeps the number of calls. Raises TypeError, ValueError as the op does.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import write_atomically
 from ..reference.modes import evaluating
 from . import inputs
 from .sampler import Sampler
@@ -193,8 +194,6 @@ class ReceptiveField:
         """A PNG: the output in red, what it sees in blue, its blind spot in yellow, what comes later in grey."""
         from PIL import Image
 
-        from ..training import save_picture
-
         seen, blind = self.seen.any(0), self.blind.any(0)
         seen, blind = (t.reshape(t.shape[0], -1) for t in (seen, blind))
         pixels = torch.full((*seen.shape, 3), 200, dtype=torch.uint8)
@@ -202,7 +201,8 @@ class ReceptiveField:
         pixels[blind & ~seen] = torch.tensor([240, 200, 60], dtype=torch.uint8)
         pixels[(*self.position, 0)[:2]] = torch.tensor([200, 50, 50], dtype=torch.uint8)
         picture = Image.fromarray(pixels.numpy())
-        save_picture(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), Path(path))
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        write_atomically(Path(path), picture.save)
 
 
 def receptive_field(

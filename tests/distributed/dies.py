@@ -5,7 +5,8 @@ import sys
 
 from torch.distributed.checkpoint import state_dict_saver
 
-from genfast import data, distributed, training
+from genfast import data, distributed
+from genfast.training import trainer as training
 
 write = state_dict_saver.save
 

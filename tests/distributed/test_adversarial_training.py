@@ -8,9 +8,11 @@ import json
 import pytest
 import torch
 
-from genfast import adversarial_training, checkpoints, data, distributed, models, ops, training
-from genfast.adversarial_training import AdversarialTrainer
+from genfast import checkpoints, data, distributed, models, ops
 from genfast.models import Recipe
+from genfast.training import adversarial as adversarial_training
+from genfast.training import trainer as training
+from genfast.training.adversarial import AdversarialTrainer
 
 BATCH = 7  # uneven parts
 RECIPES = {

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from genfast import checkpoints, data, training
+from genfast import checkpoints, data
+from genfast.training import trainer as training
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 MINUTE = 60  # far more than any of this takes

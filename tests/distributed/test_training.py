@@ -10,7 +10,8 @@ import math
 import pytest
 import torch
 
-from genfast import checkpoints, cli, data, distributed, models, training
+from genfast import checkpoints, cli, data, distributed, models
+from genfast.training import trainer as training
 
 DIGITS = data.load("digits")
 MODELS = {

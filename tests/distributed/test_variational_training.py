@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
-from genfast import checkpoints, data, distributed, models, training, variational_training
+from genfast import checkpoints, data, distributed, models
 from genfast.models.autoencoding import Losses
-from genfast.variational_training import AutoencoderTrainer
+from genfast.training import trainer as training
+from genfast.training import variational as variational_training
+from genfast.training.variational import AutoencoderTrainer
 
 BATCH = 7  # uneven parts
 MODELS = {

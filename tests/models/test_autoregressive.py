@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import genfast
-from genfast import data, models, training
+from genfast import data, models
 from genfast.models import GatedPixelCNN, PixelCNN, PixelCNNPlusPlus, PixelRNN, WaveNet
 from genfast.reference import autoregressive as plain
+from genfast.training import trainer as training
 
 
 def every(shape, levels):

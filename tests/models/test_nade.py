@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from genfast import data, models, training
+from genfast import data, models
 from genfast.models import MADE, NADE, RNADE, DeepNADE
 from genfast.reference import vectors as plain
+from genfast.training import trainer as training
 
 
 def every(dim, levels):

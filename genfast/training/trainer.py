@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _signals, checkpoints, distributed, models
-from ._files import write_atomically as write_atomically
-from ._files import write_text as write_text
+from .. import _signals, models
+from .._files import write_text
+from ..reference.autoregressive import AutoregressiveModel
+from ..reference.modes import evaluating
+from ..sampling import LoweringError
+from . import checkpoints, distributed
 from .data import Dataset
-from .reference.autoregressive import AutoregressiveModel
-from .reference.modes import evaluating
-from .sampling import LoweringError
+from .pictures import image_grid, plot_losses, save_picture
 
 latest, load_checkpoint = checkpoints.latest, checkpoints.load
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -36,31 +37,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on: a run that diverges. Checkpoints that it has written stay."""
 
 
-# ---- pictures, files written whole or not at all ----
-
-
-def image_grid(images: Tensor, bins: int, *, columns: int = 8, scale: int | None = None) -> Any:
-    """Images in [-0.5, 0.5] or whole numbers in [0, bins), (N, C, H, W), as one PIL image, enlarged to be looked at."""
-    from PIL import Image
-
-    if images.is_floating_point():
-        images = ((images + 0.5) * bins).floor().clamp(0, bins - 1)
-    n, c, h, w = images.shape
-    columns = min(columns, max(n, 1))
-    rows = -(-n // columns)
-    values = (images.float() * (255 / max(1, bins - 1))).round().to(torch.uint8).cpu()
-    grid = torch.full((c, rows * (h + 1) + 1, columns * (w + 1) + 1), 64, dtype=torch.uint8)
-    for i, image in enumerate(values):
-        top, left = 1 + i // columns * (h + 1), 1 + i % columns * (w + 1)
-        grid[:, top : top + h, left : left + w] = image
-    picture = Image.fromarray(grid[0].numpy() if c == 1 else grid[:3].permute(1, 2, 0).contiguous().numpy())
-    scale = max(1, 512 // picture.width) if scale is None else scale
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def save_picture(picture: Any, path: Path) -> None:
-    """A PIL image as a file, whole or not at all."""
-    write_atomically(path, lambda p: picture.save(p))
+# ---- what a run leaves behind ----
 
 
 def check_plots() -> None:
@@ -98,25 +75,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def plot_losses(curves: dict[str, list[float]], path: Path, *, ylabel: str = "bits per dimension") -> None:
-    """Loss curves as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for i, (label, values) in enumerate(curves.items()):
-        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=2.5 - i, linestyle="-" if i == 0 else "--")
-    axes.set_xlabel("step")
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend()
-    write_atomically(path, lambda p: figure.savefig(p, dpi=120))
-    pyplot.close(figure)
 
 
 # ---- the loop ----
@@ -462,9 +420,9 @@ def train(
     check_plots()
     check_length(steps, minutes)
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AdversarialModel):
-        raise ValueError(f"train: {name} is adversarial; train it with genfast.adversarial_training.train")
+        raise ValueError(f"train: {name} is adversarial; train it with genfast.training.train_adversarial")
     if issubclass(models.NAMES.get(name, models.FlowModel), models.AutoencoderModel):
-        raise ValueError(f"train: {name} is an autoencoder; train it with genfast.variational_training.train")
+        raise ValueError(f"train: {name} is an autoencoder; train it with genfast.training.train_autoencoder")
     if not isinstance(data, Dataset):
         raise ValueError(f"train: {name} takes images, and {data.name} are points")
     torch.manual_seed(seed)

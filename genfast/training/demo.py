@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from . import adversarial_training, data, models, training
-from ._memory import peak_bytes
-from .reference import autoregressive
-from .reference import models as plain
+from .. import models
+from .._memory import peak_bytes
+from ..reference import autoregressive
+from ..reference import models as plain
+from . import data, pictures
+from .adversarial import AdversarialTrainer
+from .trainer import Trainer
 
 CONFIG: dict[str, Any] = {"levels": 2, "steps": 8, "hidden": 64}
 EARLY = 50  # steps over which the loss curves are compared one by one
@@ -30,11 +33,11 @@ def run(out: Path, seconds: float) -> int:
 
     digits = data.load("digits")
     print(f"data: {len(digits.train)} handwritten digits to train on, {len(digits.test)} held out", flush=True)
-    trainers: dict[str, training.Trainer] = {}
+    trainers: dict[str, Trainer] = {}
     for label, build, last in (("genfast", models.Glow, True), ("plain PyTorch", plain.Glow, False)):
         torch.manual_seed(0)  # the same initial weights, and below the same batches and noise
         model = build(digits.shape, **CONFIG, channels_last=last)
-        trainers[label] = training.Trainer(model, digits, batch_size=64, lr=1e-3)
+        trainers[label] = Trainer(model, digits, batch_size=64, lr=1e-3)
     count = sum(p.numel() for p in trainers["genfast"].model.parameters())
     print(f"model: Glow, {CONFIG['levels']} levels of {CONFIG['steps']} steps, {count:,} parameters", flush=True)
     spent = dict.fromkeys(trainers, 0.0)
@@ -85,12 +88,12 @@ def run(out: Path, seconds: float) -> int:
     flow: Any = ours.model.eval()
     generator = torch.Generator().manual_seed(0)
     samples = flow.sample(64, temperature=0.7, generator=generator)
-    training.save_picture(training.image_grid(samples, digits.bins), out / "samples.png")
-    training.save_picture(training.image_grid(digits.test[:64], digits.bins), out / "data.png")
-    training.plot_losses(curves, out / "loss.png")
+    pictures.save_picture(pictures.image_grid(samples, digits.bins), out / "samples.png")
+    pictures.save_picture(pictures.image_grid(digits.test[:64], digits.bins), out / "data.png")
+    pictures.plot_losses(curves, out / "loss.png")
     ends = [models.dequantize(digits.test[part], digits.bins) for part in (slice(0, 8), slice(8, 16))]
     path = flow.interpolate(ends[0], ends[1], 8)
-    training.save_picture(training.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
+    pictures.save_picture(pictures.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
     print(f"pictures: {', '.join(str(out / f'{n}.png') for n in ('samples', 'data', 'loss', 'interpolation'))}")
     pixelcnn(digits, out, seconds / 3)
     wgan_gp(out, seconds / 3)
@@ -100,10 +103,10 @@ def run(out: Path, seconds: float) -> int:
 def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
     """Trains two PixelCNNs in turn, draws the same 64 digits with both samplers, and completes digits from their upper half."""
     config: dict[str, Any] = {"channels": 64, "layers": 6, "kernel_size": 5, "levels": digits.bins, "shape": digits.shape}
-    trainers: dict[str, training.Trainer] = {}
+    trainers: dict[str, Trainer] = {}
     for label, build in (("genfast", models.PixelCNN), ("plain PyTorch", autoregressive.PixelCNN)):
         torch.manual_seed(0)
-        trainers[label] = training.Trainer(build(**config), digits, batch_size=64, lr=2e-3)
+        trainers[label] = Trainer(build(**config), digits, batch_size=64, lr=2e-3)
         for _ in range(2):
             trainers[label].step()
     count = sum(p.numel() for p in trainers["genfast"].model.parameters())
@@ -138,22 +141,22 @@ def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
     print(f"{'ratio':<16}{fast[0] / slow[0]:>8.2f}x{slow[1] / fast[1]:>15.1f}x")
     differ = int((drawn["genfast"] != drawn["plain PyTorch"]).flatten(1).any(1).sum())
     print(f"images that differ between the two samplers, same random numbers: {differ} of 64")
-    training.save_picture(training.image_grid(drawn["genfast"], digits.bins), out / "pixelcnn.png")
+    pictures.save_picture(pictures.image_grid(drawn["genfast"], digits.bins), out / "pixelcnn.png")
     halves = digits.test[:8].long()
     whole = [ours.sample(8, prefix=halves[:, :, :4], generator=torch.Generator().manual_seed(k)) for k in range(7)]
     grid = torch.cat([halves, *whole]).unflatten(0, (8, 8)).transpose(0, 1).flatten(0, 1)
-    training.save_picture(training.image_grid(grid, digits.bins), out / "completion.png")
+    pictures.save_picture(pictures.image_grid(grid, digits.bins), out / "completion.png")
     print(f"pictures: {out / 'pixelcnn.png'}, {out / 'completion.png'} (first column real, then its upper half completed)")
 
 
 def wgan_gp(out: Path, seconds: float) -> None:
     """Trains WGAN-GP on 25 Gaussians twice in turn: genfast's critic step, and the penalty by double backward."""
     points = data.points("25gaussians")
-    trainers: dict[str, adversarial_training.AdversarialTrainer] = {}
+    trainers: dict[str, AdversarialTrainer] = {}
     for label, method in (("genfast", "auto"), ("plain PyTorch", "autograd")):
         torch.manual_seed(0)
         model = models.WGANGP(points.shape)
-        trainers[label] = adversarial_training.AdversarialTrainer(model, points, batch_size=256, method=method)
+        trainers[label] = AdversarialTrainer(model, points, batch_size=256, method=method)
         trainers[label].step()
     count = sum(p.numel() for p in model.parameters())
     print(f"\nmodel: WGAN-GP, perceptrons of 3 x 512, {count:,} parameters, five critic updates a step, batch 256", flush=True)
@@ -174,5 +177,5 @@ def wgan_gp(out: Path, seconds: float) -> None:
     print(f"{'ratio':<16}{spent['plain PyTorch'] / spent['genfast']:>8.2f}x", end="")
     print(f"; critic losses at most {apart:.1e} apart (relative) over the first {BLOCK} steps")
     path = out / "wgan_gp.png"
-    adversarial_training.draw_points(ours.sample(2000), path, real=points.train[:2000], critic=ours.model.critic)
+    pictures.draw_points(ours.sample(2000), path, real=points.train[:2000], critic=ours.model.critic)
     print(f"picture: {path} (samples over data and the critic's contours; modes take some thousand steps)")

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoints, distributed, losses, metrics, models, ops, reference, training
+from .. import losses, models, ops, reference
+from ..models import AdversarialModel, Recipe
+from ..reference.adversarial import RELATIVISTIC
+from . import checkpoints, distributed, metrics, pictures
+from . import trainer as training
 from .data import Dataset, Points
-from .models import AdversarialModel, Recipe
-from .reference.adversarial import RELATIVISTIC
-from .reference.modes import evaluating
-from .training import TrainingError
+from .trainer import TrainingError
 
 SIDES = ("critic", "generator")
 # The values of a critic with slope 1 differ by the diameter of the data, 2 sqrt(D) in [-1, 1]^D; D would be 2.5e11 here.
@@ -58,9 +59,9 @@ class AdversarialTrainer:
         ValueError: model and data that do not fit, a batch size below 1, or fewer samples in a batch than ranks.
 
     Example:
-        >>> from genfast import adversarial_training, data, models
+        >>> from genfast import data, models, training
         >>> points = data.points("8gaussians", count=100)
-        >>> trainer = adversarial_training.AdversarialTrainer(models.GAN((2,), hidden=8), points)
+        >>> trainer = training.AdversarialTrainer(models.GAN((2,), hidden=8), points)
         >>> trainer.step().penalty
         0.0
     """
@@ -325,49 +326,6 @@ def kept_recipe(checkpoint: Path) -> Recipe:
     return Recipe(**fields)
 
 
-# ---- pictures ----
-
-
-def draw_points(samples: Tensor, path: Path, *, real: Tensor | None = None, critic: nn.Module | None = None) -> None:
-    """Points (N, 2) as a PNG: ``samples`` over ``real`` ones, over the contours of ``critic`` without labels.
-
-    Raises:
-        ValueError: points of another dimension than 2.
-    """
-    if samples.dim() != 2 or samples.shape[1] != 2:
-        raise ValueError(f"draw_points: samples have shape {tuple(samples.shape)}, expected (N, 2)")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    both = samples if real is None else torch.cat([samples.cpu(), real.cpu()])
-    reach = min(10.0, max(0.5, 1.1 * float(both.abs().quantile(0.995)))) if len(both) else 1.0
-    figure, axes = pyplot.subplots(figsize=(6, 6), layout="constrained")
-    if critic is not None:
-        line = torch.linspace(-reach, reach, 128)
-        at = torch.cartesian_prod(line, line).to(samples.device)
-        with torch.no_grad(), evaluating(critic):
-            values = critic(at).reshape(128, 128).T.cpu()  # rows are the second coordinate
-        axes.contour(line, line, values, levels=20, cmap="viridis", linewidths=0.7, alpha=0.8)
-    if real is not None:
-        axes.scatter(real[:, 0].cpu(), real[:, 1].cpu(), s=4, color="#d08a2e", label="data", linewidths=0)
-    axes.scatter(samples[:, 0].cpu(), samples[:, 1].cpu(), s=4, color="#2a9d5c", label="samples", linewidths=0)
-    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    if real is not None:
-        axes.legend(loc="upper right")
-    training.write_atomically(path, lambda p: figure.savefig(p, dpi=110))
-    pyplot.close(figure)
-
-
-def draw(samples: Tensor, path: Path, *, bins: int, real: Tensor | None = None, critic: nn.Module | None = None) -> None:
-    """Samples (N, D) or (N, C, H, W) in [-1, 1] as a PNG: points, or a grid of images with ``bins`` levels."""
-    if samples.dim() == 2:
-        draw_points(samples, path, real=real, critic=critic)
-    else:
-        training.save_picture(training.image_grid(samples / 2, bins), path)
-
-
 # ---- the loop ----
 
 
@@ -441,7 +399,7 @@ def train(
         if isinstance(data, Dataset) or data.shape == (2,):
             drawn = trainer.sample(64 if test is None else 2000)
             if distributed.first():
-                draw(drawn, path, bins=data.bins, real=test, critic=contours)
+                pictures.draw(drawn, path, bins=data.bins, real=test, critic=contours)
 
     def save() -> None:
         checkpoints.save(out, name, model, trainer.state(), data.bins, trainer.weights())
@@ -467,7 +425,7 @@ def train(
 
     def curves(path: Path) -> None:
         if distributed.first():
-            training.plot_losses({side: [getattr(h, side) for h in trainer.history] for side in SIDES}, path, ylabel="loss")
+            pictures.plot_losses({side: [getattr(h, side) for h in trainer.history] for side in SIDES}, path, ylabel="loss")
 
     training.write_results(written, {"loss.png": curves, "samples.png": picture}, out)
     read: dict[str, Any] = json.loads(json.dumps(written))

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoints, distributed, losses, models, training
+from .. import losses, models
+from ..models import AutoencoderModel
+from ..reference.modes import evaluating
+from . import checkpoints, distributed, pictures
+from . import trainer as training
 from .data import Dataset
-from .models import AutoencoderModel
-from .reference.modes import evaluating
-from .training import TrainingError
+from .trainer import TrainingError
 
 IMPORTANCE_SAMPLES = 64
 DIVERGED = 100  # times a figure's first value, or the numbers in an image: a nat for each of them
@@ -41,10 +43,10 @@ class AutoencoderTrainer:
         ValueError: a model and data that do not fit, a batch size below 1, or fewer images in a batch than ranks.
 
     Example:
-        >>> from genfast import data, models, variational_training
+        >>> from genfast import data, models, training
         >>> digits = data.load("digits")
         >>> model = models.VAE(digits.shape, levels=digits.bins, hidden=8)
-        >>> variational_training.AutoencoderTrainer(model, digits).step()["kl"] >= 0
+        >>> training.AutoencoderTrainer(model, digits).step()["kl"] >= 0
         True
     """
 
@@ -176,33 +178,6 @@ class AutoencoderTrainer:
         torch.set_rng_state(state["torch"])
 
 
-# ---- pictures ----
-
-
-def reconstruction_grid(model: AutoencoderModel, images: Tensor, *, columns: int = 8) -> Any:
-    """Rows of images, each above the row of what the model makes of them, as one PIL image."""
-    images = images[: len(images) // columns * columns] if len(images) > columns else images
-    again = model.reconstruct(images).cpu()
-    pairs = [t for both in zip(images.split(columns), again.split(columns)) for t in both]
-    return training.image_grid(torch.cat([t.long() for t in pairs]), model.levels, columns=columns)
-
-
-@torch.no_grad()
-def latent_grid(model: AutoencoderModel, side: int = 15) -> Any:
-    """The images of a grid over a latent plane, at equal steps of the prior's probability, as one PIL image.
-
-    Kingma and Welling, arXiv:1312.6114, appendix A: figure 4.
-
-    Raises:
-        ValueError: the latent space is no plane, or has no prior N(0, 1).
-    """
-    if model.latent_dim != 2 or not model.prior:
-        raise ValueError(f"latent_grid: latent_dim={model.latent_dim} and prior={model.prior}, expected a plane with a prior")
-    line = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side)
-    at = torch.cartesian_prod(-line, line).flip(1).to(next(model.parameters()))  # rows from the top, columns from the left
-    return training.image_grid(model.levels_of(model.decode(at)), model.levels, columns=side)
-
-
 # ---- the loop ----
 
 
@@ -287,24 +262,24 @@ def train(
     def samples(path: Path) -> None:
         drawn = distributed.sample(model, 64, generator=torch.Generator().manual_seed(seed))
         if distributed.first():
-            training.save_picture(training.image_grid(drawn, data.bins), path)
+            pictures.save_picture(pictures.image_grid(drawn, data.bins), path)
 
     def curves(path: Path) -> None:
         if distributed.first():
-            training.plot_losses({k: [h[k] for h in trainer.history] for k in names}, path, ylabel="nats or squared error")
+            pictures.plot_losses({k: [h[k] for h in trainer.history] for k in names}, path, ylabel="nats or squared error")
 
     def reconstructions(path: Path) -> None:
         if distributed.first():
-            training.save_picture(reconstruction_grid(model, data.test[:32]), path)
+            pictures.save_picture(pictures.reconstruction_grid(model, data.test[:32]), path)
 
     def latent(path: Path) -> None:
         if distributed.first():
-            training.save_picture(latent_grid(model), path)
+            pictures.save_picture(pictures.latent_grid(model), path)
 
-    pictures = {"loss.png": curves, "samples.png": samples, "reconstructions.png": reconstructions}
+    drawings = {"loss.png": curves, "samples.png": samples, "reconstructions.png": reconstructions}
     if model.latent_dim == 2 and model.prior:
-        pictures["latent.png"] = latent
-    training.write_results(written, pictures, out)
+        drawings["latent.png"] = latent
+    training.write_results(written, drawings, out)
     said = trainer.diverged(written)
     if said is not None:
         raise TrainingError(f"{said}; see {out}")

@@ -35,7 +35,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import _files, _untrusted, distributed, models
+from .. import _files, models
+from . import distributed, untrusted
 
 KEEP = 2  # checkpoints
 FILES = ("weights.safetensors", "training.json", "state/.metadata")  # without which a checkpoint cannot be resumed
@@ -299,7 +300,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, dict[str, str], 
         raise ValueError(
             _damaged(path, "holds weights.safetensors that has changed since it was written: its checksum differs")
         )
-    model = _untrusted.build(metadata, tensors, file)
+    model = untrusted.build(metadata, tensors, file)
     model.load_state_dict(tensors)
     return model.to(device).eval(), metadata, path
 
@@ -410,12 +411,12 @@ def restore(checkpoint: Path, state: dict[str, Any]) -> None:
         if isinstance(value, list) and len(value) != entries["step"]:  # the curves
             raise ValueError(_damaged(checkpoint, f"holds training.json with {len(value)} {key} after {entries['step']} steps"))
     tensors = {key: value for key, value in state.items() if _tensors(value)}
-    reader = _untrusted.reader(checkpoint / "state")
+    reader = untrusted.reader(checkpoint / "state")
     _check_complete(checkpoint, _paths(tensors), reader.read_metadata().state_dict_metadata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            read(tensors, storage_reader=reader, planner=_untrusted.planner())
+            read(tensors, storage_reader=reader, planner=untrusted.planner())
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, OSError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._pictures import colour, picture, scikit_learn
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -107,7 +108,7 @@ def points(name: str, *, count: int = 100_000, seed: int = 0) -> Points:
         raise ValueError(f"points: count={count}, expected at least 2")
     test = max(1, count // 10)
     if name == "swissroll":
-        found = _scikit_learn("the swiss roll needs").make_swiss_roll(n_samples=count, noise=0.25, random_state=seed)[0]
+        found = scikit_learn("the swiss roll needs").make_swiss_roll(n_samples=count, noise=0.25, random_state=seed)[0]
         values = torch.from_numpy(found[:, [0, 2]].astype(np.float32) / 7.5)
         return Points(name, values[test:], values[:test])
     if name == "25gaussians":
@@ -142,7 +143,7 @@ def table(name: str, *, seed: int = 0) -> Table:
     """
     if name not in TABLES:
         raise ValueError(f"table: name={name!r}, expected one of {', '.join(map(repr, TABLES))}")
-    found = getattr(_scikit_learn("the tables need"), f"load_{name}")()
+    found = getattr(scikit_learn("the tables need"), f"load_{name}")()
     values = torch.from_numpy(np.asarray(found.data, dtype=np.float64))
     if name == "digits":
         noise = torch.rand(values.shape, dtype=values.dtype, generator=torch.Generator().manual_seed(seed))
@@ -195,7 +196,7 @@ def load(
     """
     if name in POINTS:
         raise ValueError(f"data: {name!r} are points, which genfast.data.points makes and GANs train on; expected images")
-    _colour(background)  # whose name is wrong whatever the data are
+    colour(background)  # whose name is wrong whatever the data are
     if name == "digits":
         return _digits(seed)
     if name == "photos":
@@ -203,91 +204,6 @@ def load(
     if name.startswith("torchvision:"):
         return _torchvision(name.split(":", 1)[1], root)
     return _folder(name, size, seed, background)
-
-
-def picture(file: str | Path, *, background: str = "white") -> Any:
-    """A picture file as a PIL image of mode "RGB", whatever the file holds, upright as its EXIF orientation says.
-
-    Grey levels of 16 bits become the nearest of 8 bits: white is 65535, as PNG, PGM, TIFF and JPEG 2000 have it. What is
-    transparent shows ``background``, in palettes too. Of several frames it is the first.
-
-    Args:
-        file: its name.
-        background: a colour that Pillow knows: "white", "black", "#20a0ff".
-
-    Raises:
-        FileNotFoundError: no such file.
-        OSError: no picture, or a damaged one.
-        ValueError: no regular file; more pixels than Pillow takes for a picture (twice ``PIL.Image.MAX_IMAGE_PIXELS``); numbers
-            whose white nobody states, which are 32-bit integers and floats; another colour.
-
-    Example:
-        >>> import tempfile, genfast
-        >>> from PIL import Image
-        >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        ...     Image.new("LA", (2, 2), (0, 128)).save(file.name)
-        ...     genfast.data.picture(file.name).getpixel((0, 0))
-        (127, 127, 127)
-    """
-    from PIL import Image, ImageOps
-
-    path, colour = Path(file), _colour(background)
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise ValueError(f"picture: {str(path)!r} is no regular file")
-    try:
-        with Image.open(path) as opened:
-            if opened.mode == "F" or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):
-                values = "32-bit integers" if opened.mode == "I" else "floats"
-                raise ValueError(f"picture: {str(path)!r} holds {values}, whose white is not stated; expected 8 or 16 bits")
-            bits = getattr(opened, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample of TIFF, which has 12 bits too
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-            return _rgb(image, 2**bits - 1, colour)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"picture: {str(path)!r} has too many pixels: {error}") from error
-    except Exception as error:  # readers of damaged files raise whatever they meet
-        if str(error).startswith("picture:"):
-            raise
-        raise OSError(f"picture: {str(path)!r} cannot be read: {error}") from error
-
-
-def _colour(name: str) -> tuple[int, ...]:
-    from PIL import ImageColor
-
-    try:
-        return ImageColor.getrgb(name)[:3]
-    except ValueError as error:
-        raise ValueError(f"picture: background={name!r}, expected a colour: white, black, #20a0ff") from error
-
-
-def _rgb(image: Any, white: int, background: tuple[int, ...]) -> Any:
-    """Any PIL image in "RGB", over the background; ``white`` is that of grey levels of more than 8 bits."""
-    from PIL import Image
-
-    mask = None
-    palette = getattr(image.palette, "mode", "") if image.mode == "P" else ""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if "transparency" in image.info:  # of PNG: one grey level
-            mask = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
-        image = Image.fromarray(((values.clip(0, white) * 255 + white // 2) // white).astype(np.uint8))
-    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info or palette.endswith("A"):
-        if image.mode in ("RGBa", "La"):  # premultiplied
-            image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
-        image = image.convert("RGBA")
-        mask = image.getchannel("A")
-    image = image.convert("RGB")
-    if mask is None:
-        return image
-    return Image.composite(image, Image.new("RGB", image.size, background), mask)
-
-
-def _scikit_learn(what: str = "digits and photos need") -> Any:
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(f"genfast.data: {what} scikit-learn: pip install scikit-learn") from error
-    return datasets
 
 
 def _split(images: Tensor, labels: Tensor | None, seed: int) -> tuple[Any, ...]:
@@ -299,14 +215,14 @@ def _split(images: Tensor, labels: Tensor | None, seed: int) -> tuple[Any, ...]:
 
 
 def _digits(seed: int) -> Dataset:
-    found = _scikit_learn().load_digits()
+    found = scikit_learn().load_digits()
     images = torch.from_numpy(found.images.astype(np.uint8))[:, None]
     train, test, train_labels, test_labels = _split(images, torch.from_numpy(found.target.astype(np.int64)), seed)
     return Dataset("digits", train, test, 17, train_labels, test_labels)
 
 
 def _photos(size: int, count: int, seed: int) -> Dataset:
-    photos = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in _scikit_learn().load_sample_images().images]
+    photos = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in scikit_learn().load_sample_images().images]
     height, width = photos[0].shape[1:]
     border = width * 4 // 5  # left of it is for training, right of it for testing
     if not 1 <= size <= min(height, width - border):

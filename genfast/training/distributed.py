@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .nn import BatchNormFlow, FlowSequential, ReversibleSequential
+from ..nn import BatchNormFlow, FlowSequential, ReversibleSequential
 
 STRATEGIES = ("ddp", "fsdp")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import models
-from .reference import made
+from .. import models
+from ..reference import made
 
 LARGEST = 2**24  # number in a config; a width, a count of layers or the side of an image is far below it
 LARGEST_SHAPE = 2**28  # numbers in one sample
