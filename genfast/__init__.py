@@ -10,7 +10,7 @@ from . import integrations, losses, models, nn, ops, reference, sampling
 from ._backend import BackendError, MissingKernelsWarning, backend, has_kernels, warn_of_missing_kernels
 from ._info import info
 from .integrations import accelerate, report, restore
-from .tangent import explain
+from .penalty import explain
 
 if TYPE_CHECKING:
     from . import training

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import _check
-from ..ops.gradient_penalty import BATCHING, METHODS, PATCHES, Contexts, CriticLoss, Output, Penalty
+from ..penalty.settings import BATCHING, METHODS, PATCHES, Contexts, CriticLoss, Output, Penalty
 from ..reference.adversarial import CRITIC_LOSSES
 from ..reference.gradient_penalty import KINDS
 

@@ -1,5 +1,7 @@
 """The functional API: one file per operation family."""
 
+from typing import TYPE_CHECKING, Any
+
 from .activation import activation_chain, activation_second, apply_bits, apply_bits_, leaky_relu_bits, leaky_relu_bits_
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
@@ -10,7 +12,6 @@ from .contextual_similarity import contextual_similarity
 from .diagonal_gaussian import DiagonalGaussian, diagonal_gaussian, diagonal_gaussian_kl
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
-from .gradient_penalty import CriticLoss, critic_step, gradient_penalty
 from .gram_matrix import gram_matrix, style_loss
 from .interpolate import interpolate
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
@@ -42,3 +43,16 @@ __all__ = [
     "rational_quadratic_spline_packed", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "Staircase",
     "staircase", "staircase_from_mask", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    from ..penalty import CriticLoss, critic_step, gradient_penalty
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a public function of :mod:`genfast.penalty`, which is built on this package and cannot be imported before it."""
+    if name not in ("CriticLoss", "critic_step", "gradient_penalty"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .. import penalty
+
+    value = globals()[name] = getattr(penalty, name)
+    return value

@@ -24,8 +24,9 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import genfast
-from genfast import ops, tangent
-from genfast.tangent import rules
+from genfast import ops, penalty
+from genfast.penalty import autograd_rule
+from genfast.penalty.state import State, facts
 
 N, WIDTH = 6, 16
 
@@ -378,7 +379,7 @@ def _sum_into_part(h):
 def test_the_plain_way_with_a_warning(name):
     function, reason = PLAIN[name]
     critic, x = build(function), inputs()
-    with pytest.raises(tangent.Unsupported, match=reason):
+    with pytest.raises(penalty.Unsupported, match=reason):
         ops.gradient_penalty(copy.deepcopy(critic), x, x, points=x, method="exact")
     with pytest.warns(UserWarning, match="(?s)double backward is used for this critic.*" + reason) as told:
         agree(critic, x)
@@ -431,7 +432,7 @@ def test_refused_as_pytorch_refuses(name, method):
     critic, x = build(*REFUSED[name]), inputs()
     with pytest.raises(Exception) as plain:  # noqa: PT011
         double_backward(copy.deepcopy(critic), x, trainable(critic))
-    with pytest.raises((type(plain.value), tangent.Unsupported)) as ours:
+    with pytest.raises((type(plain.value), penalty.Unsupported)) as ours:
         by_the_op(critic, x, trainable(critic), method=method)
     if method == "auto":
         assert type(ours.value) is type(plain.value)
@@ -443,7 +444,7 @@ def test_refused_as_pytorch_refuses(name, method):
 
 def test_a_wrong_derivative_is_noticed(monkeypatch):
     """The generic rule is made to forget what curvature adds."""
-    monkeypatch.setattr(rules.Autograd, "second", lambda self, tape, c, wanted: self.pull(tape, c))
+    monkeypatch.setattr(autograd_rule.Autograd, "second", lambda self, tape, c, wanted: self.pull(tape, c))
     critic, x = build(lambda m, x: m.out(torch.logcumsumexp(m.a(x), 1))), inputs()
     with pytest.warns(UserWarning, match=r"double backward is used.*differ by"):
         agree(critic, x)
@@ -633,7 +634,7 @@ def test_a_critic_that_grows(noise):
     torch.manual_seed(0)
     critic, x = Growing(NOISE[noise]).double(), inputs()
     ops.gradient_penalty(critic, x, x, points=x)
-    assert tangent.facts(critic).curved is False
+    assert facts(critic).curved is False
     critic.grown = True
     agree(critic, x, calls=2, method="exact")
     assert int(critic.norm.num_batches_tracked) == 2
@@ -652,9 +653,9 @@ def test_state_is_put_back_whole():
     m = Everything()
     before = {k: v.clone() for k, v in m.state_dict().items()}
     bound = m.rebound
-    state = tangent.State(lambda x: m(x))
+    state = State(lambda x: m(x))
     seed(5)
-    state = tangent.State(m)
+    state = State(m)
     draws = torch.rand(2), random.random(), np.random.rand(), torch.rand(2, generator=m.generator)
     m.moved += 1
     m.rebound = torch.ones(3)

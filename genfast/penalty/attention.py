@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import _named, handles, otherwise
+from .autograd_rule import otherwise
+from .handlers import handles, named_arguments
 from .tape import Maybe, Rule, Tape
 
 PANEL = 1 << 22  # elements of one panel of weights, over all batches and heads
@@ -141,7 +142,7 @@ def _pair(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 def _attention(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {k: v for k, v in kwargs.items() if k not in ("scale", "enable_gqa")}
-    q, k, v, mask, dropout, causal = _named(args, given, names, (None, 0.0, False))
+    q, k, v, mask, dropout, causal = named_arguments(args, given, names, (None, 0.0, False))
     leading = q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
     constants = [x for x in (q, k, v, mask) if isinstance(x, Tensor) and tape.slot(x) < 0]
     if (

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ..ops._layout import memory_format
 from ..ops.activation import OP_APPLY, OP_CHAIN, OP_LEAKY, OP_SECOND, apply_bits_, leaky_relu_bits_
-from .rules import T, _named, _pairs, handles, may_overwrite, otherwise, overwritten, scale
+from .arithmetic import scale
+from .autograd_rule import otherwise
+from .handlers import T, functions_named, handles, named_arguments
+from .in_place import may_overwrite, overwritten
 from .tape import HANDLERS, Handler, Maybe, Rule, Tape, add_rows
 
 LEAKY_RELU_BITS, APPLY_BITS = OP_LEAKY.direct, OP_APPLY.direct
@@ -54,10 +57,10 @@ def _sign_mask(default: float, fixed: bool = False, in_place: bool = False) -> H
         if "out" in kwargs:
             return otherwise(tape, func, args, kwargs)
         if fixed:
-            x, inplace = _named(args, kwargs, ("input", "inplace"), (in_place,))
+            x, inplace = named_arguments(args, kwargs, ("input", "inplace"), (in_place,))
             slope = default
         else:
-            x, slope, inplace = _named(args, kwargs, ("input", "negative_slope", "inplace"), (default, in_place))
+            x, slope, inplace = named_arguments(args, kwargs, ("input", "negative_slope", "inplace"), (default, in_place))
         own = bool(inplace) and may_overwrite(tape, func, x)
         value = x.data if own else x.detach()  # what is written through ``data`` counts no version
         if value.is_cpu and value.element_size() < 4:  # no kernel packs the bits of these
@@ -125,7 +128,7 @@ def _abs(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @handles(F.prelu, torch.prelu, T.prelu)
 def _prelu(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, slope = _named(args, kwargs, ("input", "weight"), ())
+    x, slope = named_arguments(args, kwargs, ("input", "weight"), ())
     if tape.slot(x) < 0 or tape.slot(slope) >= 0 or x.dim() < 2:
         return otherwise(tape, func, args, kwargs)
     with torch.enable_grad():
@@ -136,9 +139,9 @@ def _prelu(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 @handles(F.hardtanh, F.relu6)
 def _hardtanh(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is F.relu6:
-        (x, inplace), low, high = _named(args, kwargs, ("input", "inplace"), (False,)), 0.0, 6.0
+        (x, inplace), low, high = named_arguments(args, kwargs, ("input", "inplace"), (False,)), 0.0, 6.0
     else:
-        x, low, high, inplace = _named(args, kwargs, ("input", "min_val", "max_val", "inplace"), (-1.0, 1.0, False))
+        x, low, high, inplace = named_arguments(args, kwargs, ("input", "min_val", "max_val", "inplace"), (-1.0, 1.0, False))
     if inplace:
         may_overwrite(tape, func, x)
     v = x.detach()
@@ -247,7 +250,7 @@ def _smooth(kind: Callable[[dict[str, Any]], str | None], names: tuple[str, ...]
     def handler(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) > len(names) or any(k not in names for k in kwargs):
             return otherwise(tape, func, args, kwargs)
-        given = dict(zip(names, _named(args, kwargs, names, defaults)))
+        given = dict(zip(names, named_arguments(args, kwargs, names, defaults)))
         form, place = kind(given), given["input"]
         if form is None or not place.dim() or place.dtype not in (torch.float32, torch.float64):
             return otherwise(tape, func, args, kwargs)
@@ -267,9 +270,9 @@ def _fixed(kind: str, **options: Any) -> Callable[[dict[str, Any]], str | None]:
     return lambda given: kind if all(given.get(k, v) == v for k, v in options.items()) else None
 
 
-for _f in _pairs("tanh"):
+for _f in functions_named("tanh"):
     HANDLERS[_f] = _smooth(_fixed("tanh"), ("input",), ())
-for _f in _pairs("sigmoid"):
+for _f in functions_named("sigmoid"):
     HANDLERS[_f] = _smooth(_fixed("sigmoid"), ("input",), ())
 HANDLERS[F.silu] = _smooth(_fixed("silu"), ("input", "inplace"), (False,))
 HANDLERS[F.mish] = _smooth(_fixed("mish"), ("input", "inplace"), (False,))

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import _named, add, handles, otherwise, scale
+from .arithmetic import add, scale
+from .autograd_rule import otherwise
+from .handlers import handles, named_arguments
 from .tape import Maybe, Rule, Tape, add_rows
 
 
@@ -99,7 +101,7 @@ def _affine(tape: Tape, y: Tensor, weight: Maybe, bias: Maybe) -> Any:
     return y
 
 
-def _per_channel(x: Tensor, p: Maybe) -> Maybe:
+def per_channel(x: Tensor, p: Maybe) -> Maybe:
     if p is None:
         return None
     with torch.enable_grad():
@@ -118,7 +120,7 @@ def _unsupported(tape: Tape, *constants: Any) -> bool:
 @handles(F.layer_norm, torch.layer_norm)
 def _layer_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "normalized_shape", "weight", "bias", "eps")
-    x, shape, weight, bias, eps = _named(args[:5], kwargs, names, (None, None, 1e-5))
+    x, shape, weight, bias, eps = named_arguments(args[:5], kwargs, names, (None, None, 1e-5))
     if _unsupported(tape, weight, bias) or x.element_size() < 4 or not x.numel():
         return otherwise(tape, func, args, kwargs)
     x_hat, _, r = torch.native_layer_norm(x.detach(), shape, None, None, eps)
@@ -130,10 +132,10 @@ def _layer_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 @handles(F.group_norm, torch.group_norm)
 def _group_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "num_groups", "weight", "bias", "eps")
-    x, groups, weight, bias, eps = _named(args[:5], kwargs, names, (None, None, 1e-5))
+    x, groups, weight, bias, eps = named_arguments(args[:5], kwargs, names, (None, None, 1e-5))
     if _unsupported(tape, weight, bias) or x.element_size() < 4 or not x.numel():
         return otherwise(tape, func, args, kwargs)
-    return _affine(tape, _groups(tape, "group norm", x, groups, eps), _per_channel(x, weight), _per_channel(x, bias))
+    return _affine(tape, _groups(tape, "group norm", x, groups, eps), per_channel(x, weight), per_channel(x, bias))
 
 
 def _groups(tape: Tape, name: str, x: Tensor, groups: int, eps: float) -> Any:
@@ -147,7 +149,7 @@ def _groups(tape: Tape, name: str, x: Tensor, groups: int, eps: float) -> Any:
 @handles(F.instance_norm, torch.instance_norm)
 def _instance_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
-    x, mean, var, weight, bias, batch, momentum, eps = _named(
+    x, mean, var, weight, bias, batch, momentum, eps = named_arguments(
         args[:8], kwargs, names, (None, None, None, None, True, 0.1, 1e-5)
     )
     if _unsupported(tape, weight, bias) or x.element_size() < 4 or not x.numel():
@@ -157,12 +159,12 @@ def _instance_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[st
     if mean is not None:  # the running statistics move as they do in F.instance_norm
         F.instance_norm(x.detach(), mean, var, None, None, True, momentum, eps)
     y = _groups(tape, "instance norm", x, x.shape[1], eps)
-    return _affine(tape, y, _per_channel(x, weight), _per_channel(x, bias))
+    return _affine(tape, y, per_channel(x, weight), per_channel(x, bias))
 
 
 @handles(F.rms_norm, torch.rms_norm)
 def _rms_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, shape, weight, eps = _named(args, kwargs, ("input", "normalized_shape", "weight", "eps"), (None, None))
+    x, shape, weight, eps = named_arguments(args, kwargs, ("input", "normalized_shape", "weight", "eps"), (None, None))
     if _unsupported(tape, weight) or x.element_size() < 4 or not x.numel():
         return otherwise(tape, func, args, kwargs)
     v = x.detach().flatten(x.dim() - len(shape))
@@ -176,7 +178,7 @@ def _rms_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 @handles(F.batch_norm, torch.batch_norm)
 def _batch_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    x, mean, var, weight, bias, training, momentum, eps = _named(
+    x, mean, var, weight, bias, training, momentum, eps = named_arguments(
         args[:8], kwargs, names, (None, None, False, 0.1, 1e-5) if func is F.batch_norm else (None, False, 0.1, 1e-5)
     )
     if _unsupported(tape, weight, bias) or x.element_size() < 4 or not x.numel():
@@ -188,7 +190,7 @@ def _batch_norm(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     rule = Normalise("batch norm", x_hat, r, x_hat.shape, dims, True, False)
     rule.couples = "batch norm in training"
     y = tape.record(rule, (x,), x_hat.detach())
-    return _affine(tape, y, _per_channel(x, weight), _per_channel(x, bias))
+    return _affine(tape, y, per_channel(x, weight), per_channel(x, bias))
 
 
 def _frozen(tape: Tape, x: Tensor, mean: Tensor, var: Tensor, weight: Maybe, bias: Maybe, eps: float) -> Any:
@@ -197,4 +199,4 @@ def _frozen(tape: Tape, x: Tensor, mean: Tensor, var: Tensor, weight: Maybe, bia
         gain = (var + eps).rsqrt()
         gain = gain if weight is None else gain * weight
         shift = -mean * gain if bias is None else bias - mean * gain
-    return _affine(tape, x, _per_channel(x, gain), _per_channel(x, shift))
+    return _affine(tape, x, per_channel(x, gain), per_channel(x, shift))
