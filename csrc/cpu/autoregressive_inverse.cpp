@@ -1,7 +1,7 @@
 // The inverse of an autoregressive transformation in degree order: x_i = f(z_i; theta_i(x)), theta_i of lower levels only.
 // Source: the masks of MADE (Germain et al. 1502.03509) and MAF (Papamakarios et al. 1705.07057); the order is genfast's: units
 // sorted by level, so that each is computed once, when the inputs that it needs are solved. The program's format stands at the
-// head of genfast/sampling/degree_ordered.py.
+// head of genfast/programs/degree_program.py.
 //
 // Fused: all layers, their activations, and the univariate inverse with its logdet, for a block of samples at a time.
 // Batches: units by samples, [unit][up to 3 vectors of samples]; a tile of up to 9 units by 3 vectors takes its weights by

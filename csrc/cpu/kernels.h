@@ -115,7 +115,7 @@ struct MaskedConvArgs {
 };
 
 struct PixelProgramArgs {
-  const int64_t* program;  // as genfast/sampling/program.py writes it
+  const int64_t* program;  // as genfast/programs/pixel_program.py writes it
   const float* weights;
   const int64_t* statics;  // per map: address, strides by image, row and column
   float* cache;            // (n, image_floats), zero before the first row
@@ -367,7 +367,7 @@ struct PairwiseArgs {
 
 struct DegreeOrderedArgs {
   bool is_double;
-  const int64_t* code;  // as genfast/sampling/degree_ordered.py writes it
+  const int64_t* code;  // as genfast/programs/degree_program.py writes it
   const void *packed, *statics, *z;            // (packed), (n, statics) or null, (n, inputs)
   void *x, *logdet;                            // (n, inputs), (n,)
   void *units, *deltas;                        // (units, stride): every unit, x given; the cotangents of products and points

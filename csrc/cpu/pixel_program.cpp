@@ -1,6 +1,6 @@
 // The pixel program engine: a causal network as a flat list of steps over cached feature maps, run pixel by pixel.
 //
-// genfast/sampling/program.py writes the list. Steps come in three lists: those of the row's beginning (whatever depends on rows
+// genfast/programs/pixel_program.py writes the list. Steps come in three lists: those of the row's beginning (whatever depends on rows
 // above only: products over the whole row, bound by the FMA rate), those of each pixel (left taps, centre taps, 1 x 1s, the
 // sampling itself; for one image bound by reading their weights from the second-level cache), and those of the row's end.
 // A feature map is a ring of rows, (row, column, channel) with zero columns beside them, so a tap is an offset and what lies
@@ -31,7 +31,7 @@ using F = float;
 
 constexpr int64_t kShared = 1 << 19;  // products of a row from which on threads share it: some ten times what meeting costs
 
-// As genfast/sampling/program.py writes them.
+// As genfast/programs/pixel_program.py writes them.
 enum Kind : int64_t {
   kConv, kCopy, kAdd, kRelu, kElu, kTanh, kSigmoid, kScale, kGate, kLinearGate, kConcatElu, kStatic, kEmbed, kInput,
   kCategorical, kMixture,

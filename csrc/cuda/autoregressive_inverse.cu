@@ -2,7 +2,7 @@
 //
 // x_i = f(z_i; theta_i(x)), theta_i of a masked network that sees inputs of lower levels; each unit is computed once, in the
 // round of its level (MADE 1502.03509, MAF 1705.07057 sec. 3; DESIGN section 8). The program is that of
-// genfast/sampling/degree_ordered.py, flattened to items (genfast/ops/_level_items.py); the body is autoregressive_inverse.cuh.
+// genfast/programs/degree_program.py, flattened to items (genfast/ops/_cuda_engine_items.py); the body is autoregressive_inverse.cuh.
 // The backward is the same engine on the transposed network, levels from the last to the first: each unit's cotangent once.
 //
 // A block of 512 threads takes 1 to 32 samples through all rounds, and as many blocks as multiprocessors share the batch.

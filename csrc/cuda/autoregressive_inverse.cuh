@@ -10,7 +10,7 @@
 namespace genfast {
 namespace cuda {
 
-// As genfast/ops/_level_items.py writes them.
+// As genfast/ops/_cuda_engine_items.py writes them.
 enum LevelKind : int32_t { kProduct, kPoint, kSolve, kSweep, kParams };
 enum Activation : int32_t { kNone, kRelu, kLeakyRelu, kElu, kTanh, kSigmoid, kSoftplus, kSilu, kGelu };
 enum Transform : int32_t { kExp, kSoftclamp, kSigmoid2, kSoftplusScale, kAdditive, kBernoulli, kSpline };

@@ -19,7 +19,7 @@ struct PluArgs {
 };
 
 struct PixelProgramArgs {
-  const int32_t* program;  // Program.code of genfast/sampling/program.py in 32 bits, each panel over all columns
+  const int32_t* program;  // Program.code of genfast/programs/pixel_program.py in 32 bits, each panel over all columns
   const float* weights;
   const int64_t* statics;  // per map: address, strides by image, row and column
   float* cache;            // (n, image_floats), zero before the first row, image_floats a multiple of 4
@@ -45,7 +45,7 @@ struct PixelRnnArgs {
   int64_t n, hidden, depth, height, width, taps;
 };
 
-// The degree-ordered engine: what genfast/ops/_level_items.py makes of a program of genfast/sampling/degree_ordered.py.
+// The degree-ordered engine: what genfast/ops/_cuda_engine_items.py makes of a program of genfast/programs/degree_program.py.
 struct DegreeOrderedArgs {
   const int32_t* item_list;              // LevelItem of autoregressive_inverse.cuh
   const int32_t *tables, *order;         // rows by unit; which of the caller's inputs stands at each place

@@ -17,7 +17,7 @@
 namespace genfast {
 namespace cuda {
 
-// As genfast/sampling/program.py writes them, in 32 bits.
+// As genfast/programs/pixel_program.py writes them, in 32 bits.
 enum Kind : int32_t {
   kConv, kCopy, kAdd, kRelu, kElu, kTanh, kSigmoid, kScale, kGate, kLinearGate, kConcatElu, kStatic, kEmbed, kInput,
   kCategorical, kMixture,

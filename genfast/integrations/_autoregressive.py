@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..sampling import Layer
+from ..programs import Layer
 from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
 from ._swap import Swapped, covered, of_library, plain_call
 

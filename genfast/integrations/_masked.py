@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._derived import derived, ordinary, readable, readable_now
+from ..programs import DegreeProgram, Layer, self_check
 from ..reference.modes import evaluating
-from ..sampling import DegreeProgram, Layer, self_check
 from ._swap import covered
 
 _FUNCTIONS = {

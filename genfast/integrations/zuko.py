@@ -18,7 +18,7 @@ from zuko.utils import broadcast, unpack
 
 from .. import ops
 from .._derived import derived
-from ..sampling import Layer
+from ..programs import Layer
 from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
 from ._swap import Swapped, covered, of_library, plain_call
 

@@ -7,10 +7,8 @@ import warnings
 from torch import Tensor
 
 from .. import nn, ops
+from ..programs import DegreeProgram, LoweringError, layers_of, self_check
 from ..reference import vectors as plain
-from ..sampling import self_check
-from ..sampling.degree_ordered import DegreeProgram, layers_of
-from ..sampling.lowering import LoweringError
 from .autoregressive import AutoregressiveModel
 
 

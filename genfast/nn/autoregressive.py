@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,13 @@ from .._calls import changes_nothing, class_of
 from .._compiler import uncompiled
 from .._contents import ModuleContents
 from .._derived import readable_module
+from ..programs import DegreeProgram, LoweringError, layers_of
+from ..programs import self_check as checks
 from ..reference import autoregressive_flows as plain
 from ..reference.modes import evaluating
 from .bijection import Bijection
 from .made import MADE
 from .univariate import Fast, spline_options
-
-if TYPE_CHECKING:
-    from ..sampling import DegreeProgram
 
 _ENGINE_SCALES = {"exp": "exp", "softclamp": "softclamp", "sigmoid": "sigmoid2", "additive": "additive"}
 
@@ -71,8 +70,6 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
         Raises:
             LoweringError: a call of the network is another function than its layers, by name.
         """
-        from ..sampling.degree_ordered import DegreeProgram, layers_of  # which knows our modules
-
         layers = layers_of(self.network, context)
         self._program = DegreeProgram.build(layers) if self._program is None else self._program.update(layers)
         return self._program
@@ -94,8 +91,6 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         program = self._unchanged_program() if context is None else None
         if program is None:
-            from ..sampling.lowering import LoweringError
-
             if not self._has_program():
                 return self.inverse_plain(z, context)
             try:
@@ -121,8 +116,6 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
     @uncompiled("it compares numbers")
     def _prove(self, z: Tensor, context: Tensor | None) -> None:
         """The first time for a program, and for one with other masks, one row is put through the network itself."""
-        from ..sampling import self_check as checks
-
         if type(z) is not Tensor or not checks.can_look(z.device):
             return
         z, context = z[:1].detach(), None if context is None else context[:1].detach()

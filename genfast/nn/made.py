@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import Tensor
 
 from .._calls import class_of, stands_for
+from ..programs import Layer, LoweringError
 from ..reference import made
 from .masked_linear import MaskedLinear
-
-if TYPE_CHECKING:
-    from ..sampling import Layer
 
 
 class MADE(made.MADE):
@@ -55,8 +53,6 @@ class MADE(made.MADE):
         Raises:
             LoweringError: a layer is no :class:`MaskedLinear`, so that its weight does not say what a call of it gives.
         """
-        from ..sampling import Layer, LoweringError  # which know our modules
-
         if (context is None) != (self.context is None):
             called = "with" if self.context is None else "without"
             raise ValueError(f"MADE: made with context={self.context_features}, called {called} one")

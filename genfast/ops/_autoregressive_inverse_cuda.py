@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _backend, reference
 from .._registry import OPS
 from ..reference.autoregressive_inverse import PRODUCT, TAILS, autoregressive_univariate
-from ._level_items import Layer, LevelItems, level_items
+from ._cuda_engine_items import Layer, LevelItems, level_items
 
 _CUDA: Any = _backend.extension("_cuda")[0]
 

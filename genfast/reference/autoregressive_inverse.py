@@ -1,7 +1,7 @@
 """The inverse of an autoregressive transformation, as one writes it: a pass of the network for each level of inputs.
 
 x_i = f(z_i; theta_i(x)), where theta_i sees inputs of lower levels only; logdet = log |det dx/dz| = sum_i log |f'(z_i)|.
-The network comes as ``packed`` and ``code``, in the format that genfast/sampling/degree_ordered.py describes.
+The network comes as ``packed`` and ``code``, in the format that genfast/programs/degree_program.py describes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Samplers that compute every activation once, and checks of any causal network."""
 
+from ..programs import DegreeProgram, Layer, LoweringError, Program
 from .checks import CausalityError, Equivalence, ReceptiveField, assert_causal, receptive_field, sample_equivalence
-from .degree_ordered import DegreeProgram, Layer
-from .lowering import LoweringError
-from .program import Program
 from .sampler import Sampler
 
 __all__ = [

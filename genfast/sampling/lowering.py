@@ -2,8 +2,8 @@
 
 The network is traced with torch.fx; every call in its graph becomes steps over feature maps. What does not depend on the
 image (conditioning) is computed by PyTorch once, by calling its modules. The rest is ordered by when it is known (see
-program.py), which is also a proof that it is causal: a value that would need the future, or the colour that it predicts, is
-refused by name.
+programs/pixel_program.py), which is also a proof that it is causal: a value that would need the future, or the colour that it
+predicts, is refused by name.
 
 A module is read instead of called only where its class is one of those below, or a subclass that changes nothing a call could
 use; others are traced through. Hooks are refused, but for those that compute a weight. Calls are bound to their signatures, and
@@ -33,8 +33,9 @@ from torch import Tensor, fx, nn
 from .. import _backend, ops
 from .. import nn as gnn
 from .._calls import class_of, hook_in_the_way, stands_for, weights_of_calls
+from ..programs.errors import LoweringError
+from ..programs.pixel_program import Buffer, Program, Step, padded
 from .inputs import Conditions, Unknown
-from .program import Buffer, Program, Step, padded
 
 _CPU: Any = _backend.extension("_cpu")[0]
 _ORDER = "SRPQF"
@@ -43,10 +44,6 @@ _CALLS: dict[str, Callable[[fx.GraphModule, Any], Callable[..., Any]]] = {
     "call_function": lambda graph, target: target,
     "call_method": lambda graph, target: lambda x, *a, **k: getattr(x, target)(*a, **k),
 }
-
-
-class LoweringError(NotImplementedError):
-    """A network has no pixel program; names the part that stands in the way."""
 
 
 class NotCausalError(LoweringError):

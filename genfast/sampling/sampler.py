@@ -17,13 +17,15 @@ from .._calls import Structure, hook_in_the_way, state, without_numbers
 from .._contents import Contents, marks
 from .._derived import readable_module
 from ..nn.masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
+from ..programs import self_check as checks
+from ..programs.errors import LoweringError
+from ..programs.pixel_program import Program
 from ..reference.autoregressive import head_channels, naive_sample, not_drawable
 from ..reference.modes import evaluating
 from . import inputs
-from . import self_check as checks
+from .first_difference import first_difference
 from .inputs import Conditions, Context, Entrance, Input, Unknown
-from .lowering import Lowered, LoweringError, NotCausalError, lower
-from .program import Program
+from .lowering import Lowered, NotCausalError, lower
 
 _CPU: Any = _backend.extension("_cpu")[0]
 _CUDA: Any = _backend.extension("_cuda")[0]
@@ -322,7 +324,7 @@ class Sampler:
                 if error is not None:
                     lowered = self._lowered(shape, conditions, record_all=True)
                     record = self._recorded(lowered, image, one)[0]
-                    at = checks.first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()), error)
+                    at = first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()), error)
                     raise checks.SelfCheckError(
                         f"{type(network).__name__}: its pixel program differs from the network by {error:.2g} of the "
                         f"largest output on a random image, and the difference begins at {at}; sample with method='naive', or "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import genfast
-from genfast.sampling.self_check import SelfCheckError
+from genfast.programs.self_check import SelfCheckError
 
 nt = pytest.importorskip("nflows.transforms")
 nf = pytest.importorskip("normflows")

@@ -567,7 +567,7 @@ class FakeCuda:
         mode = _Mode(self)
         patch(FakeTensor, "tolist", lambda t: mode.tolist(t))
         # Checks that pass over a tracer's tensors are made.
-        for name in ("ops.discretized_logistic_mixture", "ops.autoregressive_inverse", "sampling.degree_ordered"):
+        for name in ("ops.discretized_logistic_mixture", "ops.autoregressive_inverse", "programs.degree_program"):
             module = importlib.import_module(f"genfast.{name}")
             stack.enter_context(mock.patch.object(module, "type", _plain_type, create=True))
         stack.enter_context(mode)

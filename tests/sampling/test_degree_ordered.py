@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from genfast import models, nn, ops
+from genfast.programs.self_check import SelfCheckError
 from genfast.sampling import DegreeProgram, Layer, LoweringError
-from genfast.sampling.self_check import SelfCheckError
 
 
 def strict(inputs: int, width: int = 2) -> torch.Tensor:

@@ -15,8 +15,8 @@ import genfast
 from genfast import nn as gnn
 from genfast._calls import hook_in_the_way, stands_for, weights_of_calls
 from genfast._contents import Contents
+from genfast.programs.self_check import SelfCheckError
 from genfast.sampling import LoweringError, Sampler, lowering
-from genfast.sampling.self_check import SelfCheckError
 
 SHAPE = (1, 6, 5)
 

@@ -46,7 +46,7 @@ from .._contents import Contents
 from .._derived import ordinary, recorded
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
-from .lowering import LoweringError
+from .errors import LoweringError
 
 ALIGNED = 16  # elements: rows of weights begin at whole vectors
 _FROM_VALUE = ACTIVATIONS[: ACTIVATIONS.index("softplus") + 1]
