@@ -1,9 +1,9 @@
 """How an operation is registered: a declaration, and its functions.
 
-Every op, forward or backward, is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments,
-``check`` (raises before anything runs), ``fake`` (shapes only), ``kernels`` by backend (each checks its arguments itself,
-so that it can do so from a cached plan, unless ``check_before_kernels`` says that it is done here), and its derivative.
-An op without a ``backward`` of its own is differentiated
+An op is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments, ``check`` (raises before anything
+runs), what its ``outputs`` look like, ``kernels`` by backend and its derivative. The derivative is a :class:`Backward`, an op
+too, of which the schema, what is saved, the check and the outputs follow from one line and the forward's declaration
+(:mod:`genfast._declaration`); a function is written only where an op differs. An op without a ``backward`` is differentiated
 through its reference, to any order, so nothing ever returns a missing or a wrong derivative. An op that takes lists of
 tensors needs a ``backward`` of its own, and always dispatches.
 
@@ -38,6 +38,7 @@ from torch._C import (  # type: ignore[attr-defined]
 from torch._C._autograd import _profiler_enabled
 
 from . import _backend
+from ._declaration import Output, Schema, allocate, check_shape, function, gradients, output, save_for_backward
 
 LIBRARY = torch.library.Library("genfast", "DEF")
 _peek_functorch = _functorch.peek_interpreter_stack
@@ -148,16 +149,57 @@ class Sample:
 
 
 @dataclass
+class Backward:
+    """The op that computes the gradients of another, and how it is called.
+
+    ``signature`` names its arguments and the forward's arguments whose gradients it returns, in order:
+    ``"grad_y, x, bias, *options -> x, bias"``. An argument is
+
+    - ``grad_OUTPUT``, the gradient of an output; ``grad`` that of the first. Outputs whose gradient is not named have none.
+      Where there are several, each may be None;
+    - an argument or an output of the forward, which is saved; ``*options`` are all arguments that are no tensors;
+    - a name in ``saved``, for what is computed of those when the forward is done (``{"kept": "y if keep_output else x"}``);
+    - ``wanted``, a flag for each gradient returned that says whether it is asked for, or ``need_x``, that of x alone.
+
+    The gradient of x looks like x unless ``outputs`` says otherwise; one that is not asked for, or of an argument that is None,
+    is an empty vector. ``check`` is the forward's, and that gradients and saved outputs have the outputs' shapes, unless it is
+    given. Dtypes are the forward's. ``name`` is the forward's with ``_backward``.
+    """
+
+    signature: str
+    reference: Callable[..., Any]
+    kernels: dict[str, str | Callable[..., Any]]
+    saved: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    check: Callable[..., None] | None = None
+    fake: Callable[..., Any] | None = None
+    saves: str | None = None
+    backward: Callable[..., Any] | Backward | None = None
+    argument_dtypes: dict[str, tuple[torch.dtype, ...] | None] = field(default_factory=dict)
+    check_before_kernels: bool = True
+    may_be_empty: tuple[str, ...] = ()
+    name: str | None = None
+
+
+@dataclass
 class Op:
     """A registered operation; call it with the schema's arguments, all positional."""
 
+    # "name(Tensor x, float eps)". What it returns follows from ``outputs``, without which it ends with "-> (Tensor, Tensor)".
     schema: str
     reference: Callable[..., Any]
-    fake: Callable[..., Any]
-    kernels: dict[str, Callable[..., Any]]
+    # By backend: a function, or the file of genfast.kernels that holds one of the op's name. Each checks its arguments itself,
+    # so that it can do so from a cached plan, unless ``check_before_kernels`` is set.
+    kernels: dict[str, Any]
     check: Callable[..., None]
+    # By name what each output looks like (see _declaration.py), or ``fake``, a function that says so.
+    outputs: dict[str, str] | None = None
+    fake: Callable[..., Any] | None = None
+    # The derivative: an op, or a function of ctx and the outputs' gradients. Such a function finds the arguments and outputs
+    # that ``saves`` names among ctx.saved_tensors and the other arguments in ctx.options, unless ``setup_context`` is given.
+    backward: Callable[..., Any] | Backward | None = None
+    saves: str | None = None
     setup_context: Callable[..., None] | None = None
-    backward: Callable[..., Any] | None = None
     samples: Callable[[torch.Generator], Iterable[Sample]] | None = None
     dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=lambda: dict(_backend.DTYPES))
     # Of the tensor arguments that are not floating point, by name: the dtypes that the reference and every kernel take. None
@@ -173,6 +215,7 @@ class Op:
         self.name = self.schema.split("(", 1)[0]
         if self.name in OPS:
             raise ValueError(f"declare: {self.name!r} is declared twice")
+        self._declare_outputs()
         LIBRARY.define(self.schema)
         self.overload = getattr(torch.ops.genfast, self.name).default
         arguments = self.overload._schema.arguments
@@ -191,6 +234,10 @@ class Op:
         floats = [i for i in given if self.argument_names[i] not in self.argument_dtypes] or given
         self.decides = next((i for i in floats if not self.argument_names[i].startswith("grad")), floats[0])
         self._passed: set[Any] = set()
+        for backend, kernel in self.kernels.items():
+            if isinstance(kernel, str):
+                check = None if self.check_before_kernels else self.check
+                self.kernels[backend] = _backend.triton_kernel(kernel, self.name, check)
         if self.check_before_kernels:
             self.kernels = {name: self._checks_once(kernel) for name, kernel in self.kernels.items()}
         self.checked_reference = self._checked(self.reference)
@@ -201,13 +248,122 @@ class Op:
         LIBRARY.impl(self.name, self.checked_reference, "CompositeExplicitAutograd")
         for key in ("NestedTensorCPU", "NestedTensorCUDA"):  # which the one above leaves out: refused by name like the rest
             LIBRARY.impl(self.name, self.checked_reference, key)
-        torch.library.register_fake(f"genfast::{self.name}", self._checked(self.fake), lib=LIBRARY)
-        backward, setup_context = self.backward, self.setup_context
-        if backward is None:
-            backward, setup_context = self._reference_backward, _save_everything
+        torch.library.register_fake(f"genfast::{self.name}", self._checked(self.empty), lib=LIBRARY)
+        setup_context, backward = self._derivative()
         torch.library.register_autograd(f"genfast::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
         self.function = _function(self, setup_context, backward)
         OPS[self.name] = self
+
+    def _declare_outputs(self) -> None:
+        """The schema's return, the fake implementation and the outputs' shapes, of what ``outputs`` says."""
+        self.arguments = Schema(self.schema)
+        self.described: dict[str, Output] = {}
+        if self.outputs is None:
+            if self.fake is None:
+                raise ValueError(f"declare: {self.name!r} has neither outputs nor fake, expected one of them")
+            self.empty = self.fake
+            return
+        # Of optional arguments the gradients may be missing; the empty vector in their place is one of a tensor that is there.
+        present = next(t for t in self.arguments.tensors if t not in self.arguments.optional)
+        self.described = {
+            name: output(name, text, present if name in self.arguments.optional else None)
+            for name, text in self.outputs.items()
+        }
+        names, described = tuple(self.arguments.arguments), tuple(self.described.values())
+        tensors = ", ".join("Tensor" for _ in described)
+        self.schema = f"{self.schema} -> {tensors if len(described) == 1 else f'({tensors})'}"
+        self.empty = self.fake or allocate(self.name, names, described)  # uninitialised outputs for a call's arguments
+        self.output_shapes = function(f"{self.name}_shapes", names, [f"return ({''.join(f'{o.shape}, ' for o in described)})"])
+
+    def _derivative(self) -> tuple[Callable[..., None] | None, Callable[..., Any]]:
+        """``setup_context`` and ``backward`` as torch.library takes them."""
+        if self.backward is None:
+            return _save_everything, self._reference_backward
+        if isinstance(self.backward, Backward):
+            return self._declare_backward(self.backward)
+        if self.setup_context is None:
+            saves = {name: name for name in _names_in(self.saves or "")}
+            names = tuple(self.outputs or ())
+            self.setup_context = save_for_backward(self.name, self.arguments, names, saves, self.arguments.options, ())
+        return self.setup_context, self.backward
+
+    def _declare_backward(self, declared: Backward) -> tuple[Callable[..., None], Callable[..., Any]]:
+        """Registers the backward op and returns the two functions that call it."""
+        schema, outputs = self.arguments, tuple(self.outputs or ())
+        arguments, returned = (_names_in(side) for side in declared.signature.split("->"))
+        arguments = tuple(a for name in arguments for a in (schema.options if name == "*options" else (name,)))
+        grads = {
+            i: grad for i, name in enumerate(outputs) for grad in arguments
+            if grad == f"grad_{name}" or (grad == "grad" and i == 0 and grad not in schema.arguments)
+        }  # fmt: skip
+        saved = {a: declared.saved.get(a, a) for a in arguments if a in (*declared.saved, *schema.tensors, *outputs)}
+        options = tuple(a for a in arguments if a in schema.options)
+        types = {grad: f"Tensor{'?' if len(grads) > 1 else ''} {grad}" for grad in grads.values()}
+        types |= {a: f"Tensor{'?' if 'None' in text else ''} {a}" for a, text in saved.items()} | schema.arguments
+        types |= {"wanted": "bool[] wanted"} | {f"need_{name}": f"bool need_{name}" for name in returned}
+        unknown = [a for a in arguments if a not in types] + [a for a in returned if a not in schema.tensors]
+        if unknown or not grads:
+            raise ValueError(f"declare: the backward of {self.name!r} names {', '.join(unknown) or 'no gradient'}")
+        results = {}
+        for i, name in enumerate(returned):
+            text = declared.outputs.get(name, f"like {name}")
+            conditions = [f"wanted[{i}]"] if "wanted" in arguments else [f"need_{name}"] if f"need_{name}" in arguments else []
+            if name in schema.optional and name in arguments:
+                conditions.append(f"{name} is not None")
+            results[name] = f"{text} if {' and '.join(conditions)}" if conditions and " if " not in text else text
+        name = declared.name or f"{self.name}_backward"
+        inherited = {a: dtypes for a, dtypes in self.argument_dtypes.items() if a in arguments}
+        self.backward_op = Op(
+            f"{name}({', '.join(types[a] for a in arguments)})",
+            declared.reference,
+            declared.kernels,
+            declared.check or self._backward_check(name, arguments, grads, tuple(declared.saved)),
+            outputs=results,
+            fake=declared.fake,
+            backward=declared.backward,
+            saves=declared.saves,
+            dtypes=self.dtypes,
+            argument_dtypes=inherited | declared.argument_dtypes,
+            check_before_kernels=declared.check_before_kernels,
+            may_be_empty=declared.may_be_empty,
+        )
+        constant = [outputs[i] for i in range(len(outputs)) if i not in grads]
+        return (
+            save_for_backward(self.name, schema, outputs, saved, options, constant),
+            gradients(
+                self.name, schema, tuple(self.described.values()), grads, tuple(saved), options, arguments, returned,
+                self.backward_op,
+            ),
+        )  # fmt: skip
+
+    def _backward_check(
+        self, op: str, arguments: tuple[str, ...], grads: dict[int, str], computed: tuple[str, ...]
+    ) -> Callable[..., None]:
+        """The forward's check of its arguments among ``arguments``, and of the shapes of gradients and saved outputs.
+
+        What is ``computed`` stands for the tensors of the forward that are missing, in order.
+        """
+        forward = self.arguments
+        missing = [n for n in forward.arguments if n not in arguments and n not in forward.optional]
+        stands_for = dict(zip(missing, computed))
+        if len(missing) > len(stands_for):
+            raise ValueError(f"declare: the backward of {self.name!r} lacks {', '.join(missing)}, and so needs its own check")
+        places = [arguments.index(p) if (p := stands_for.get(n, n)) in arguments else None for n in forward.arguments]
+        names = list(self.described)
+        checked = [
+            (i, name, arguments.index(name), output) for i, output in enumerate(self.described.values())
+            for name in (grads.get(i), names[i]) if name in arguments and name not in computed
+        ]  # fmt: skip
+
+        def check(*args: Any) -> None:
+            forward_arguments = [None if place is None else args[place] for place in places]
+            self.check(*forward_arguments)
+            shapes = self.output_shapes(*forward_arguments)
+            for i, name, place, described in checked:
+                if args[place] is not None:
+                    check_shape(op, name, args[place], shapes[i], described.description)
+
+        return check
 
     def _completed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """``args`` with the defaults of those that are left out at the end."""
@@ -400,15 +556,17 @@ class Op:
                     f"genfast::{self.name}: backend {_backend.forced!r} cannot serve {dtype} tensors "
                     f"of shapes {shapes} on {device_type}: {reason}"
                 )
-            if not self._is_empty(args):
-                return self.kernels.get(_backend.forced, self.checked_reference)
-            return self.checked_reference
+            return self.checked_reference if self._is_empty(args) else self._kernel(_backend.forced)
         if self._is_empty(args):
             return self.checked_reference
         for name in _backend.PREFERENCE[device_type]:
             if not self.refusal(name, device_type, args):
-                return self.kernels.get(name, self.checked_reference)
+                return self._kernel(name)
         return self.checked_reference
+
+    def _kernel(self, backend: str) -> Callable[..., Any]:
+        kernel: Callable[..., Any] = self.kernels.get(backend, self.checked_reference)
+        return kernel
 
     def refusal(self, backend: str, device_type: str, args: tuple[Any, ...] = ()) -> str:
         """Why ``backend`` cannot serve a call with ``args``; empty when it can."""
@@ -460,6 +618,10 @@ def _function(op: Op, setup_context: Callable[..., None] | None, backward: Calla
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{op.name}_function", (torch.autograd.Function,), members)
+
+
+def _names_in(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _save_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tensors import memory_format
+
 TILE = 1024  # elements of a tile: 8 a thread in 4 warps, two vector loads of each operand in float32
 
 
@@ -114,16 +116,6 @@ def view(x: Tensor) -> View:
             return view(x.contiguous())
         s *= size
     return View(x, x.shape[0], x.shape[1], s, x.stride(0), x.stride(1), step)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of an output in x's order: channels_last where ``x`` is laid out so, else contiguous."""
-    if x.dim() < 3 or x.is_contiguous():
-        return torch.contiguous_format
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if form is not None and x.stride(1) == 1 and (x.shape[1] > 1 or x.is_contiguous(memory_format=form)):
-        return form
-    return torch.contiguous_format
 
 
 def output(x: Tensor, channels: int | None = None) -> Tensor:

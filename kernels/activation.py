@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, Choice, cdiv, every, memory_format, options, tiles_choice, variant
+from .._tensors import memory_format
+from ._common import Aot, Choice, cdiv, every, options, tiles_choice, variant
 from ._math import inverse, tanh
 
 # Elements of a program and of a thread. Leaky relu: its bits are an eighth as many bytes.

@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
+from .._tensors import memory_format
+from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp as _exp
 from ._math import inverse as _inverse
 from ._math import log1p_unit as _log1p

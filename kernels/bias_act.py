@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, View, cdiv, memory_format, options, output, place, tile, tiles_choice, variant, view
+from .._tensors import memory_format
+from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice, variant, view
 from ._math import exp, inverse, log1p_unit, tanh_of
 
 # Of a tile its elements and those of a thread; rows, programs a channel tile, as in actnorm.

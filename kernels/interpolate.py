@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, memory_format, options, tiled_variant, tiles_choice, view
+from .._tensors import memory_format
+from ._common import Aot, cdiv, options, tiled_variant, tiles_choice, view
 
 # Of a tile its elements and those of a thread.
 TUNABLE = {way: tiles_choice(dict(tile=2048, each=16)) for way in ("forward", "backward")}

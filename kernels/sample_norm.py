@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, Choice, cdiv, every, memory_format, options, tiled_variant, tiles_choice
+from .._tensors import memory_format
+from ._common import Aot, Choice, cdiv, every, options, tiled_variant, tiles_choice
 from .interpolate import block, place, rows
 
 # Of a tile its elements and those of a thread; programs, about so many in all.

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, cdiv, memory_format, options, tiles_choice, variant
+from .._tensors import memory_format
+from ._common import Aot, cdiv, options, tiles_choice, variant
 
 # Of a tile its elements and those of a thread.
 TUNABLE = {"move": tiles_choice()}

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Aot, Choice, cdiv, every, memory_format, options, variant
+from .._tensors import memory_format
+from ._common import Aot, Choice, cdiv, every, options, variant
 
 # Of a tile its elements, those of them along the contiguous axis, and those of a thread.
 TUNABLE = {

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _pool
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+from .._tensors import CHANNELS_LAST
 
 
 class Layout(NamedTuple):
@@ -59,7 +58,7 @@ def describe(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout:
     s = 1
     for size in sizes:
         s *= size
-    first, last = torch.contiguous_format, _CHANNELS_LAST.get(len(shape))
+    first, last = torch.contiguous_format, CHANNELS_LAST.get(len(shape))
     if not n * c * s:
         return Layout(first, len(shape) == 2, True, False, n, c, s, 0, 0, 0)
     if len(shape) == 2:
@@ -88,16 +87,6 @@ def describe(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout:
 def layout(x: Tensor) -> Layout:
     """How ``x`` lies."""
     return describe(x.shape, x.stride())
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of an output in x's order: channels_last where ``x`` is laid out so, else contiguous."""
-    if x.dim() < 3 or x.is_contiguous():
-        return torch.contiguous_format
-    form = _CHANNELS_LAST.get(x.dim())
-    if form is not None and x.stride(1) == 1 and (x.shape[1] > 1 or x.is_contiguous(memory_format=form)):
-        return form
-    return torch.contiguous_format
 
 
 def aligned(own: Layout, like: Layout) -> Layout | None:

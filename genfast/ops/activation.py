@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
+from .._tensors import memory_format
 from . import _check
-from ._layout import memory_format
 
 _CPU: Any = _backend.extension("_cpu")[0]
 KINDS = tuple(reference.SLOPES)  # in the order of kernels.h
@@ -48,15 +48,6 @@ def _check_apply(x: Tensor, bits: Tensor, slope: float) -> None:
         _check.shape("apply_bits", "bits", bits, (_bytes(x),), "one bit an element of x, in whole bytes")
 
 
-def _fake_leaky(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=memory_format(x))
-    return y, x.new_empty((_bytes(x),), dtype=torch.uint8)
-
-
-def _fake_like(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
 def _run_bits(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> None:
     rows, columns = x.shape if bits.dim() == 2 else (1, x.numel())
     _CPU.leaky_relu_bits(
@@ -87,27 +78,27 @@ def _cpu_apply(x: Tensor, bits: Tensor, slope: float) -> Tensor:
     return y
 
 
+def _backward_leaky(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
+    (bits,), (slope,) = ctx.saved_tensors, ctx.options
+    return None if grad_y is None else OP_APPLY(grad_y.contiguous(memory_format=ctx.form), bits, slope), None
+
+
+def _backward_apply(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
+    return (*_backward_leaky(ctx, grad_y, None), None)
+
+
 def _setup_leaky(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.slope = inputs
+    x, slope = inputs
     ctx.set_materialize_grads(False)
-    ctx.form = memory_format(x)
+    ctx.form, ctx.options = memory_format(x), (slope,)
     ctx.save_for_backward(output[1])
 
 
-def _backward_leaky(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
-    if grad_y is None:
-        return None, None
-    return OP_APPLY(grad_y.contiguous(memory_format=ctx.form), *ctx.saved_tensors, ctx.slope), None
-
-
 def _setup_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bits, ctx.slope = inputs
-    ctx.form = memory_format(x)
+    x, bits, slope = inputs
+    ctx.set_materialize_grads(False)
+    ctx.form, ctx.options = memory_format(x), (slope,)
     ctx.save_for_backward(bits)
-
-
-def _backward_apply(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    return OP_APPLY(grad_y.contiguous(memory_format=ctx.form), *ctx.saved_tensors, ctx.slope), None, None
 
 
 def _samples_leaky(generator: torch.Generator) -> Iterator[Sample]:
@@ -127,23 +118,23 @@ def _samples_apply(generator: torch.Generator) -> Iterator[Sample]:
 
 
 OP_APPLY = Op(
-    "apply_bits(Tensor x, Tensor bits, float slope) -> Tensor",
+    "apply_bits(Tensor x, Tensor bits, float slope)",
     reference=reference.apply_bits,
-    check=_check_apply,
-    fake=_fake_like,
+    outputs={"y": "like x"},
     argument_dtypes={"bits": (torch.uint8,)},
-    kernels={"cpu": _cpu_apply, "triton": _backend.triton_kernel("activation", "apply_bits", _check_apply)},
+    check=_check_apply,
+    kernels={"cpu": _cpu_apply, "triton": "activation"},
     setup_context=_setup_apply,
     backward=_backward_apply,
     samples=_samples_apply,
 )
 
 OP_LEAKY = Op(
-    "leaky_relu_bits(Tensor x, float slope) -> (Tensor, Tensor)",
+    "leaky_relu_bits(Tensor x, float slope)",
     reference=reference.leaky_relu_bits,
+    outputs={"y": "like x", "bits": "((x.numel() + 7) // 8) like x as uint8"},
     check=_check_leaky,
-    fake=_fake_leaky,
-    kernels={"cpu": _cpu_leaky, "triton": _backend.triton_kernel("activation", "leaky_relu_bits", _check_leaky)},
+    kernels={"cpu": _cpu_leaky, "triton": "activation"},
     setup_context=_setup_leaky,
     backward=_backward_leaky,
     samples=_samples_leaky,
@@ -305,15 +296,12 @@ def _cpu_second(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tensor | No
     return y
 
 
-def _setup_chain(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, grad, ctx.kind = inputs
-    ctx.save_for_backward(x, grad)
-
-
-def _backward_chain(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-    x, grad = ctx.saved_tensors
-    dx = OP_SECOND(x, grad, cotangent, None, ctx.kind) if ctx.needs_input_grad[0] else None
-    dgrad = OP_CHAIN(x, cotangent, ctx.kind).to(grad.dtype) if ctx.needs_input_grad[1] else None
+def _backward_chain(ctx: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
+    if cotangent is None:
+        return None, None, None
+    (x, grad), (kind,) = ctx.saved_tensors, ctx.options
+    dx = OP_SECOND(x, grad, cotangent, None, kind) if ctx.needs_input_grad[0] else None
+    dgrad = OP_CHAIN(x, cotangent, kind).to(grad.dtype) if ctx.needs_input_grad[1] else None
     return dx, dgrad, None
 
 
@@ -333,21 +321,21 @@ def _samples_second(generator: torch.Generator) -> Iterator[Sample]:
 
 
 OP_SECOND = Op(
-    "activation_second(Tensor x, Tensor grad, Tensor tangent, Tensor? cotangent, str kind) -> Tensor",
+    "activation_second(Tensor x, Tensor grad, Tensor tangent, Tensor? cotangent, str kind)",
     reference=reference.activation_second,
+    outputs={"y": "like x"},
     check=_check_second,
-    fake=_fake_like,
-    kernels={"cpu": _cpu_second, "triton": _backend.triton_kernel("activation", "activation_second", _check_second)},
+    kernels={"cpu": _cpu_second, "triton": "activation"},
     samples=_samples_second,
 )
 
 OP_CHAIN = Op(
-    "activation_chain(Tensor x, Tensor grad, str kind) -> Tensor",
+    "activation_chain(Tensor x, Tensor grad, str kind)",
     reference=reference.activation_chain,
+    outputs={"y": "like x"},
     check=_check_chain,
-    fake=_fake_like,
-    kernels={"cpu": _cpu_chain, "triton": _backend.triton_kernel("activation", "activation_chain", _check_chain)},
-    setup_context=_setup_chain,
+    kernels={"cpu": _cpu_chain, "triton": "activation"},
+    saves="x, grad",
     backward=_backward_chain,
     samples=_samples_chain,
 )

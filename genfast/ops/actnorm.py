@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
-from ._layout import Layout, describe, laid_out, memory_format
+from ._layout import Layout, describe, laid_out
 
 _NAME = "actnorm"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -30,23 +30,6 @@ def check_channels(op: str, x: Tensor, scale: Tensor, bias: Tensor, channels: in
 
 def _check_forward(x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
     check_channels(_NAME, x, scale, bias)
-
-
-def _check_backward(grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
-    op = f"{_NAME}_backward"
-    check_channels(op, x, scale, bias)
-    _check.shapes(op, grad_y=(grad_y, x.shape, "that of x"), grad_logdet=(grad_logdet, x.shape[:1], "one per sample"))
-
-
-def _fake(x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=memory_format(x))
-    return y, x.new_empty((x.shape[0],), dtype=torch.float32 if x.element_size() < 4 else x.dtype)
-
-
-def _fake_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=memory_format(x)), torch.empty_like(scale), torch.empty_like(bias)
 
 
 @functools.lru_cache(1024)
@@ -99,18 +82,6 @@ def _cpu_backward(
     return dx, ds.to(scale.dtype), db.to(bias.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, scale, bias, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, bias)
-
-
-def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
-    if grad_y is None and grad_logdet is None:
-        return (None,) * 5
-    return (*_OP_BACKWARD(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), None, None)
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for shape in ((3, 5, 4, 7), (6, 9)):
         x, s, b = (torch.randn(d, generator=generator, dtype=torch.float64) for d in (shape, shape[1:2], shape[1:2]))
@@ -120,24 +91,17 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
             yield Sample(f"{way} {len(shape)}-D log_scale", (x, s, b, True, inverse))
 
 
-_OP_BACKWARD = Op(
-    "actnorm_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor scale, Tensor bias, bool log_scale, "
-    "bool inverse) -> (Tensor, Tensor, Tensor)",
-    reference=reference.actnorm_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    "actnorm(Tensor x, Tensor scale, Tensor bias, bool log_scale, bool inverse) -> (Tensor, Tensor)",
+    "actnorm(Tensor x, Tensor scale, Tensor bias, bool log_scale, bool inverse)",
     reference=reference.actnorm,
+    outputs={"y": "like x", "logdet": "(N,) like x as accumulator"},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad_y, grad_logdet, x, scale, bias, *options -> x, scale, bias",
+        reference=reference.actnorm_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
+from .._tensors import accumulator
 from ..reference.affine_coupling import LAYOUTS, SCALES
 from . import _check
-from ._layout import Layout, aligned, describe, laid_out, memory_format
+from ._layout import Layout, aligned, describe, laid_out
 
 _NAME = "affine_coupling"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -26,10 +27,6 @@ def _offsets(layout: str, width: int) -> tuple[int, int, int]:
     step = 2 if layout.endswith("interleaved") else 1
     second = 1 if step == 2 else width
     return (0, second, step) if layout.startswith("scale") else (second, 0, step)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _check_shapes(xs: tuple[int, ...], ps: tuple[int, ...], scale: str, layout: str) -> int:
@@ -57,17 +54,6 @@ def _check_forward(
     _check_options(x, width, alpha, mask, scale)
 
 
-def _check_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
-    mask: Tensor | None, scale: str, layout: str, *_: Any,
-) -> None:  # fmt: skip
-    _check_forward(kept, params, alpha, mask, scale, layout)
-    _check.shapes(
-        f"{_NAME}_backward", grad_y=(grad_y, kept.shape, "that of kept"),
-        grad_logdet=(grad_logdet, kept.shape[:1], "one per sample"),
-    )  # fmt: skip
-
-
 def _check_options(x: Tensor, width: int, alpha: Tensor | None, mask: Tensor | None, scale: str) -> None:
     if alpha is not None:
         _check.floating(_NAME, x=x, alpha=alpha)
@@ -91,20 +77,6 @@ def _check_mask(mask: Tensor, x: Tensor, width: int) -> None:
             f"{_NAME}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(x.shape[1:])} "
             "(x without its batch axis)"
         )
-
-
-def _fake(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=memory_format(x))
-    return y, x.new_empty((x.shape[0],), dtype=_accumulator(x.dtype))
-
-
-def _fake_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    form = memory_format(kept)
-    dx = torch.empty_like(kept, memory_format=form)
-    dparams = torch.empty_like(params, memory_format=form)
-    return dx, dparams, kept.new_empty(0) if alpha is None else torch.empty_like(alpha)
 
 
 def _mask_bytes(mask: Tensor, x: Tensor, form: Layout) -> Tensor:
@@ -200,21 +172,6 @@ def _cpu_backward(
     return dx, dparams.to(given.dtype), dalpha.to(alpha.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, params, alpha, mask, *ctx.options = inputs
-    keep_output = inputs[8]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0] if keep_output else x, params, alpha, mask)
-
-
-def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
-    kept, params, alpha, mask = ctx.saved_tensors
-    if grad_y is None and grad_logdet is None:
-        return (None,) * (4 + len(ctx.options))
-    dx, dparams, dalpha = _OP_BACKWARD(grad_y, grad_logdet, kept, params, alpha, mask, *ctx.options)
-    return (dx, dparams, None if alpha is None else dalpha, None, *(None for _ in ctx.options))
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     def rand(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -241,28 +198,21 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("sigmoid vectors", (rand(9, 5), rand(9, 4), None, None, "sigmoid", LAYOUTS[3], True, False, True))
 
 
-_OP_BACKWARD = Op(
-    "affine_coupling_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor kept, Tensor params, Tensor? alpha, "
-    "Tensor? mask, str scale, str layout, bool last, bool inverse, bool keep_output, bool shift_first=False) "
-    "-> (Tensor, Tensor, Tensor)",
-    reference=reference.affine_coupling_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    argument_dtypes={"mask": (torch.bool,)},
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
     "affine_coupling(Tensor x, Tensor params, Tensor? alpha, Tensor? mask, str scale, str layout, bool last, "
-    "bool inverse, bool keep_output, bool shift_first=False) -> (Tensor, Tensor)",
+    "bool inverse, bool keep_output, bool shift_first=False)",
     reference=reference.affine_coupling,
+    outputs={"y": "like x", "logdet": "(N,) like x as accumulator"},
     argument_dtypes={"mask": (torch.bool,)},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad_y, grad_logdet, kept, params, alpha, mask, *options -> x, params, alpha",
+        saved={"kept": "y if keep_output else x"},
+        outputs={"x": "like kept", "params": "like params in the order of kept"},
+        reference=reference.affine_coupling_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 
@@ -328,6 +278,6 @@ def affine_coupling(
     if keep_output:
         _check.choice(_NAME, "keep", keep, ("input", "output"))
     if alpha is not None and not isinstance(alpha, Tensor):
-        alpha = torch.full((1,), float(alpha), dtype=_accumulator(x.dtype), device=x.device)  # no copy from the host
+        alpha = torch.full((1,), float(alpha), dtype=accumulator(x.dtype), device=x.device)  # no copy from the host
     result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, last, inverse, keep_output, bool(shift_first))
     return result

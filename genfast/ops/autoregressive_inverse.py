@@ -104,22 +104,6 @@ def _check_code(code: Tensor, z: Tensor, packed: Tensor, statics: Tensor | None)
         raise ValueError(f"{_NAME}: code is no DegreeProgram's: {error}")
 
 
-def _fake(
-    z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), z.new_empty(z.shape[0], dtype=_wide(z.dtype))
-
-
-def _fake_backward(
-    grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
-    code: Tensor, transform: str, options: Sequence[float], weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        z.new_empty(z.shape), packed.new_empty(packed.shape if weights else 0),
-        z.new_empty(0) if statics is None else statics.new_empty(statics.shape),
-    )  # fmt: skip
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -205,18 +189,12 @@ def _static_gradients(code: list[int], units: Tensor, deltas: Tensor, out: Tenso
             ).t()
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, packed, statics, code, ctx.transform, ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, output[0], packed, statics, code)
-
-
 def _backward(ctx: Any, grad_x: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
-    z, x, packed, statics, code = ctx.saved_tensors
-    if (grad_x is None and grad_logdet is None) or ctx.transform == "bernoulli":
+    (z, x, packed, statics, code), (transform, options) = ctx.saved_tensors, ctx.options
+    if (grad_x is None and grad_logdet is None) or transform == "bernoulli":
         return (None,) * 6
     dz, dpacked, dstatics = OP_BACKWARD(
-        grad_x, grad_logdet, z, x, packed, statics, code, ctx.transform, ctx.options, ctx.needs_input_grad[1]
+        grad_x, grad_logdet, z, x, packed, statics, code, transform, options, ctx.needs_input_grad[1]
     )
     return dz, dpacked if ctx.needs_input_grad[1] else None, None if statics is None else dstatics, None, None, None
 
@@ -236,52 +214,48 @@ def _check_gather(x: Tensor, index: Tensor, inverse: Tensor) -> None:
         raise ValueError(f"gather_once: x has shape {tuple(x.shape)}, expected a last axis of {len(inverse)}")
 
 
-def _fake_gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], index.shape[0]))
-
-
-def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_gather(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     index, inverse = ctx.saved_tensors
-    return gather_once(grad, inverse, index), None, None
+    return None if grad is None else gather_once(grad, inverse, index), None, None
 
 
 OP_BACKWARD = Op(
     f"{_NAME}_backward(Tensor? grad_x, Tensor? grad_logdet, Tensor z, Tensor x, Tensor packed, Tensor? statics, Tensor code, "
-    "str transform, float[] options, bool weights) -> (Tensor, Tensor, Tensor)",
+    "str transform, float[] options, bool weights)",
     reference=reference.autoregressive_inverse_backward,
+    outputs={
+        "z": "contiguous like z",
+        "packed": "contiguous like packed if weights",
+        "statics": "contiguous like statics if statics is not None",
+    },
     check=_check_backward,
     argument_dtypes={"code": (torch.int64,)},
-    fake=_fake_backward,
     kernels={"cpu": _cpu_backward, "cuda": _cuda.backward},
     dtypes=_CUDA_DTYPES,
 )
 
 OP = Op(
-    f"{_NAME}(Tensor z, Tensor packed, Tensor? statics, Tensor code, str transform, float[] options) -> (Tensor, Tensor)",
+    f"{_NAME}(Tensor z, Tensor packed, Tensor? statics, Tensor code, str transform, float[] options)",
     reference=reference.autoregressive_inverse,
+    outputs={"x": "contiguous like z", "logdet": "(N,) like z as accumulator"},
     argument_dtypes={"code": (torch.int64,)},
     check=_check_forward,
-    fake=_fake,
     kernels={"cpu": _cpu, "cuda": _cuda_forward},
     dtypes=_CUDA_DTYPES,
-    setup_context=_setup_context,
+    saves="z, x, packed, statics, code",
     backward=_backward,
 )
 
 # y[..., i] = x[..., index[i] - 1], zero where index[i] is 0. No element is taken twice, so the derivative is the same gather
 # with the inverse places, where that of index_select adds element by element (40 times slower on the weights of a MADE).
 gather_once = Op(
-    "gather_once(Tensor x, Tensor index, Tensor inverse) -> Tensor",
+    "gather_once(Tensor x, Tensor index, Tensor inverse)",
     reference=_gather_reference,
     argument_dtypes={"index": (torch.int32, torch.int64), "inverse": (torch.int32, torch.int64)},
     check=_check_gather,
-    fake=_fake_gather,
+    outputs={"y": "(*x.shape[:-1], index.shape[0]) like x"},
     kernels={},
-    setup_context=_setup_gather,
+    saves="index, inverse",
     backward=_backward_gather,
 )
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from ..reference.affine_coupling import per_channel
 from ..reference.bias_act import ACTIVATIONS, PIECEWISE_LINEAR
 from . import _check
 from ._channels import along, axis
-from ._layout import Layout, describe, laid_out, memory_format
+from ._layout import Layout, describe, laid_out
 
 _NAME = "bias_act"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -42,11 +42,6 @@ def _check_forward(x: Tensor, bias: Tensor | None, act: str, alpha: float, gain:
     _check_arguments(x.shape, None if bias is None else bias.shape, act, clamp)
 
 
-def _check_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any) -> None:
-    _check_forward(x, bias, *options)
-    _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, x.shape, "that of x"))
-
-
 def _check_second(grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any) -> None:
     _check_forward(x, bias, *options)
     _check.shapes(f"{_NAME}_second", grad_dx=(grad_dx, x.shape, "that of x"), grad_y=(grad_y, x.shape, "that of x"))
@@ -62,19 +57,6 @@ def _plan(
     a = describe(xs, stride)
     numbers = (_CODES[act], alpha, gain, -1.0 if clamp is None else clamp)
     return _Plan(a, (a.n_stride, a.c_stride, a.s_stride, a.n, a.c, a.s, a.walks_channels, *numbers))
-
-
-def _fake(x: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
-def _fake_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=memory_format(x))
-    return dx, x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-
-
-def _fake_second(grad_dx: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _fake_backward(*args)
 
 
 def _prepared(x: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor | None, _Plan]:
@@ -120,40 +102,20 @@ def _cpu_second(grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None,
     return _derivative("bias_act_second", (grad_y, grad_dx), x, bias, options)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, bias)
-
-
-def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
-    if grad_y is None:
-        return (None,) * 6
-    x, bias = ctx.saved_tensors
-    dx, dbias = _OP_BACKWARD(grad_y, x, bias, *ctx.options)
-    return dx, None if bias is None else dbias, *(None,) * 4
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad_y, x, bias, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_y, x, bias)
-
-
 def _backward_of_backward(ctx: Any, grad_dx: Tensor | None, grad_dbias: Tensor | None) -> tuple[Any, ...]:
     """dx is linear in grad_y, with the same slope both ways; dbias, its sum, spreads what it is given."""
-    grad_y, x, bias = ctx.saved_tensors
+    (grad_y, x, bias), options = ctx.saved_tensors, ctx.options
     total = grad_dx
     if grad_dbias is not None and bias is not None:
         spread = per_channel(grad_dbias, x).to(x.dtype)
         total = spread.expand(x.shape) if total is None else total + spread
     if total is None:
         return (None,) * 7
-    again = _OP_BACKWARD(total, x, bias, *ctx.options)[0] if ctx.needs_input_grad[0] else None
-    if ctx.options[0] in PIECEWISE_LINEAR:
+    again = OP.backward_op(total, x, bias, *options)[0] if ctx.needs_input_grad[0] else None
+    if options[0] in PIECEWISE_LINEAR:
         # No gradient rather than zeros, which would be convolved all the way down; but a parameter is told that it has none.
         return again, None, None if bias is None else torch.zeros_like(bias), *(None,) * 4
-    gx, gbias = _OP_SECOND(total, grad_y, x, bias, *ctx.options)
+    gx, gbias = _OP_SECOND(total, grad_y, x, bias, *options)
     return again, gx, None if bias is None else gbias, *(None,) * 4
 
 
@@ -169,37 +131,29 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(label, (x, None if label == "no bias" else bias, act, 0.3, gain, clamp))
 
 
-_OPTIONS = "Tensor x, Tensor? bias, str act, float alpha, float gain, float? clamp"
+OP = Op(
+    "bias_act(Tensor x, Tensor? bias, str act, float alpha, float gain, float? clamp)",
+    reference=reference.bias_act,
+    outputs={"y": "like x"},
+    check=_check_forward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad_y, x, bias, *options -> x, bias",
+        reference=reference.bias_act_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+        saves="grad_y, x, bias",
+        backward=_backward_of_backward,
+    ),
+    samples=_samples,
+)
 
 _OP_SECOND = Op(
-    f"bias_act_second(Tensor grad_dx, Tensor grad_y, {_OPTIONS}) -> (Tensor, Tensor)",
+    "bias_act_second(Tensor grad_dx, Tensor grad_y, Tensor x, Tensor? bias, str act, float alpha, float gain, float? clamp)",
     reference=reference.bias_act_second,
+    outputs={"x": "like x", "bias": "like bias if bias is not None"},
     check=_check_second,
     check_before_kernels=True,
-    fake=_fake_second,
-    kernels={"cpu": _cpu_second, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_second")},
-)
-
-_OP_BACKWARD = Op(
-    f"bias_act_backward(Tensor grad_y, {_OPTIONS}) -> (Tensor, Tensor)",
-    reference=reference.bias_act_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-    setup_context=_setup_backward,
-    backward=_backward_of_backward,
-)
-
-OP = Op(
-    f"bias_act({_OPTIONS}) -> Tensor",
-    reference=reference.bias_act,
-    check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
-    samples=_samples,
+    kernels={"cpu": _cpu_second, "triton": _NAME},
 )
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._tensors import memory_format
 from . import _check
-from ._layout import memory_format
 from .discretized_logistic_mixture import integers, within
 
 _NAME = "categorical_nll"

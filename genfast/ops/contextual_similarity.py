@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "contextual_similarity"
@@ -87,23 +87,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-def _fake(
-    x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
-    eps: float, distance: str, over: str, keep_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (b, n, c), dtype = x.shape, _wide(x.dtype)
-    found = (b, y.shape[1] if over == "sources" else n)
-    return (
-        x.new_empty(found, dtype=dtype), x.new_empty(found, dtype=torch.int64), x.new_empty((b, 3, n), dtype=dtype),
-        x.new_empty((b, n), dtype=torch.int64), x.new_empty((b, n, c) if keep_mean else (0,), dtype=dtype),
-    )  # fmt: skip
-
-
-def _fake_backward(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_x, need_y = rest[-2:]
-    return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None or not t.numel() else t.data_ptr()
 
@@ -134,12 +117,14 @@ def _cpu(
     eps: float, distance: str, over: str, keep_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check_rows(x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, keep_mean)
-    output = _fake(x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, keep_mean)
+    output: tuple[Tensor, ...] = OP.empty(
+        x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, keep_mean
+    )
     if x.numel():
         options = (prior_weight, bandwidth, eps, distance, over)
         none = x.new_empty(0)
         _call(False, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, (*output, none, none, none))
-    return output
+    return output[0], output[1], output[2], output[3], output[4]
 
 
 def _cpu_backward(
@@ -147,7 +132,7 @@ def _cpu_backward(
     bandwidth: float, eps: float, distance: str, over: str, value: Tensor, winner: Tensor, statistics: Tensor,
     nearest: Tensor, mean: Tensor, need_x: bool, need_y: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dx, dy = found = _fake_backward(grad, x, y, need_x, need_y)
+    dx, dy = x.new_empty(x.shape if need_x else 0), y.new_empty(y.shape if need_y else 0)
     if x.numel() and (need_x or need_y):
         options = (prior_weight, bandwidth, eps, distance, over)
         kept = [t.contiguous() for t in (value, winner, statistics, nearest, mean)]
@@ -157,23 +142,7 @@ def _cpu_backward(
                 raise ValueError(f"{_NAME}_backward: {name} has values that are not from 0 to {size - 1}")
         tensors = (*kept, grad.to(x.dtype).contiguous(), dx, dy)
         _call(True, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, tensors)
-    return found
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    x, y, prior_rows, prior_columns, *ctx.options, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, y, prior_rows, prior_columns, *output)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 10
-    x, y, prior_rows, prior_columns, *output = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    found = _OP_BACKWARD(grad, x, y, prior_rows, prior_columns, *ctx.options, *output, *needs)
-    return *(f if need else None for f, need in zip(found, needs)), *(None,) * 8
+    return dx, dy
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -201,28 +170,29 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     )
 
 
-_OP_BACKWARD = Op(
-    "contextual_similarity_backward(Tensor grad, Tensor x, Tensor y, Tensor? prior_rows, Tensor? prior_columns, "
-    "float prior_weight, float bandwidth, float eps, str distance, str over, Tensor value, Tensor winner, Tensor statistics, "
-    "Tensor nearest, Tensor mean, bool need_x, bool need_y) -> (Tensor, Tensor)",
-    reference=reference.contextual_similarity_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    argument_dtypes={"winner": (torch.int64,), "nearest": (torch.int64,)},
-    may_be_empty=("mean",),
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
     "contextual_similarity(Tensor x, Tensor y, Tensor? prior_rows, Tensor? prior_columns, float prior_weight, "
-    "float bandwidth, float eps, str distance, str over, bool keep_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float bandwidth, float eps, str distance, str over, bool keep_mean)",
     reference=reference.contextual_similarity,
+    outputs={
+        "value": "(N, y.shape[1] if over == 'sources' else C) like x as accumulator",
+        "winner": "(N, y.shape[1] if over == 'sources' else C) like x as int64",
+        "statistics": "(N, 3, C) like x as accumulator",
+        "nearest": "(N, C) like x as int64",
+        "mean": "contiguous like x as accumulator if keep_mean",
+    },
     check=_check_rows,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_rows)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad, x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, "
+        "value, winner, statistics, nearest, mean, need_x, need_y -> x, y",
+        outputs={"x": "contiguous like x", "y": "contiguous like y"},
+        reference=reference.contextual_similarity_backward,
+        check=_check_backward,
+        argument_dtypes={"winner": (torch.int64,), "nearest": (torch.int64,)},
+        may_be_empty=("mean",),
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
-from ._layout import memory_format
 from ._rows import Rows, per_batch, rows
 
 _NAME = "diagonal_gaussian"
@@ -52,32 +51,6 @@ def _check_backward(
         grad_dimension=(grad_dimension, mean.shape[1:], "one per dimension"),
     )  # fmt: skip
     _check.flags(op, "wanted", wanted, len(_ARGUMENTS))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.itemsize >= 4 else torch.float32
-
-
-def _fake(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
-    per_dimension: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kl = mean.new_empty((mean.shape[0],), dtype=_wide(mean.dtype))
-    by_dimension = kl.new_empty(mean.shape[1:] if per_dimension else 0)
-    z = mean.new_empty(0) if noise is None else torch.empty_like(mean, memory_format=memory_format(mean))
-    return kl, by_dimension, z
-
-
-def _fake_backward(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
-    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given = (mean, log_variance, noise, prior_mean, prior_log_variance)
-    found = [
-        torch.empty_like(mean, dtype=t.dtype, memory_format=memory_format(mean)) if t is not None and w else mean.new_empty(0)
-        for t, w in zip(given, wanted)
-    ]
-    return found[0], found[1], found[2], found[3], found[4]
 
 
 def _in_order(mean: Tensor, given: Sequence[Tensor | None]) -> tuple[list[Tensor], Rows, list[tuple[int, int]]]:
@@ -138,25 +111,6 @@ def _cpu_backward(
     return dm, dv, dn, dpm, dpv
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.per_dimension = inputs[5]
-    ctx.given = [t is not None for t in inputs[:5]]
-    ctx.save_for_backward(*(t for t in inputs[:5] if t is not None))
-
-
-def _backward(ctx: Any, grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None) -> tuple[Any, ...]:
-    tensors = iter(ctx.saved_tensors)
-    given = [next(tensors) if there else None for there in ctx.given]
-    grad_dimension = grad_dimension if ctx.per_dimension else None
-    grad_z = grad_z if given[2] is not None else None
-    if grad_kl is None and grad_dimension is None and grad_z is None:
-        return (None,) * 6
-    wanted = [bool(need) for need in ctx.needs_input_grad[:5]]
-    found = _OP_BACKWARD(*given, grad_kl, grad_dimension, grad_z, wanted)
-    return (*(f if w else None for f, w in zip(found, wanted)), None)
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape in (("vectors", (6, 9)), ("images", (3, 5, 4, 7)), ("sequences", (2, 3, 11))):
         m, v, e, pm, pv = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(5))
@@ -166,26 +120,25 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("without noise", (m, v, None, None, None, True))
 
 
-_TENSORS = "Tensor mean, Tensor log_variance, Tensor? noise, Tensor? prior_mean, Tensor? prior_log_variance"
-
-_OP_BACKWARD = Op(
-    f"{_NAME}_backward({_TENSORS}, Tensor? grad_kl, Tensor? grad_dimension, Tensor? grad_z, bool[] wanted) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.diagonal_gaussian_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    f"{_NAME}({_TENSORS}, bool per_dimension) -> (Tensor, Tensor, Tensor)",
+    "diagonal_gaussian(Tensor mean, Tensor log_variance, Tensor? noise, Tensor? prior_mean, Tensor? prior_log_variance, "
+    "bool per_dimension)",
     reference=reference.diagonal_gaussian,
+    outputs={
+        "kl": "(N,) like mean as accumulator",
+        "dimension": "(*mean.shape[1:]) like mean as accumulator if per_dimension",
+        "z": "like mean if noise is not None",
+    },
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "mean, log_variance, noise, prior_mean, prior_log_variance, grad_kl, grad_dimension, grad_z, wanted -> "
+        "mean, log_variance, noise, prior_mean, prior_log_variance",
+        outputs={name: f"like {name} in the order of mean" for name in _ARGUMENTS},
+        reference=reference.diagonal_gaussian_backward,
+        check=_check_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _backend, reference
 from .._derived import readable_now
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
-from ._layout import describe, laid_out, memory_format
+from ._layout import describe, laid_out
 
 _FAMILY = "discretized_logistic_mixture"
 _NLL, _SAMPLE = f"{_FAMILY}_nll", f"{_FAMILY}_sample"
@@ -21,10 +21,6 @@ _CPU: Any = _backend.extension("_cpu")[0]
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _STREAM = 1 << 22  # bytes from which outputs are written past the caches
 _MOST_LEVELS = 1 << 16
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _mixtures(op: str, params_shape: tuple[int, ...], channels: int, levels: int) -> int:
@@ -86,20 +82,6 @@ def _check_forward(params: Tensor, x: Tensor, levels: int) -> None:
     _check_shapes(params.shape, x.shape, levels)
 
 
-def _check_backward(params: Tensor, x: Tensor, grad: Tensor, levels: int) -> None:
-    _check_forward(params, x, levels)
-    expected = (params.shape[0], *params.shape[2:])
-    _check.shapes(f"{_NLL}_backward", grad=(grad, expected, "one per sample and position"))
-
-
-def _fake(params: Tensor, x: Tensor, levels: int) -> Tensor:
-    return params.new_empty((params.shape[0], *params.shape[2:]), dtype=_accumulator(params.dtype))
-
-
-def _fake_backward(params: Tensor, x: Tensor, grad: Tensor, levels: int) -> Tensor:
-    return torch.empty_like(params, memory_format=memory_format(params))
-
-
 @functools.lru_cache(1024)
 def _plan(
     ps: tuple[int, ...], p_stride: tuple[int, ...], dtype: torch.dtype, xs: tuple[int, ...], x_stride: tuple[int, ...],
@@ -144,16 +126,6 @@ def _cpu_backward(params: Tensor, x: Tensor, grad: Tensor, levels: int) -> Tenso
     return out
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    params, x, ctx.levels = inputs
-    ctx.save_for_backward(params, x)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    params, x = ctx.saved_tensors
-    return _OP_BACKWARD(params, x, grad, ctx.levels), None, None
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape, channels, k, levels in (
         ("3 channels", (3, 4, 7), 3, 5, 256), ("1 channel", (2, 5, 4), 1, 3, 16), ("2 levels", (2, 17), 1, 2, 2),
@@ -166,26 +138,18 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(label, (params, x, levels))
 
 
-# params stand first, since their dtype decides on the backend: the gradient of half-precision ones is float32.
-_OP_BACKWARD = Op(
-    f"{_NLL}_backward(Tensor params, Tensor x, Tensor grad, int levels) -> Tensor",
-    reference=reference.discretized_logistic_mixture_nll_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    argument_dtypes={"x": _INTEGERS},
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_NLL}_backward")},
-)
-
 OP = Op(
-    f"{_NLL}(Tensor params, Tensor x, int levels) -> Tensor",
+    f"{_NLL}(Tensor params, Tensor x, int levels)",
     reference=reference.discretized_logistic_mixture_nll,
+    outputs={"nll": "(N, ...) like params as accumulator"},
     argument_dtypes={"x": _INTEGERS},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_FAMILY, _NLL, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _FAMILY},
+    backward=Backward(
+        "params, x, grad, levels -> params",
+        reference=reference.discretized_logistic_mixture_nll_backward,
+        kernels={"cpu": _cpu_backward, "triton": _FAMILY},
+    ),
     samples=_samples,
 )
 
@@ -243,14 +207,10 @@ def _check_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, 
         raise ValueError(f"{_SAMPLE}: temperature={temperature}, expected more than 0")
 
 
-def _fake_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, temperature: float) -> Tensor:
-    return params.new_empty((params.shape[0], channels, *params.shape[2:]), dtype=torch.int64)
-
-
 def _cpu_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, temperature: float) -> Tensor:
     _check_sample(params, uniforms, channels, levels, temperature)
     params, a = laid_out(params)
-    out = _fake_sample(params, uniforms, channels, levels, temperature)
+    out = params.new_empty((params.shape[0], channels, *params.shape[2:]), dtype=torch.int64)
     uniforms = uniforms.float().contiguous()
     fault = _CPU.logistic_mixture_sample(
         params.data_ptr(), uniforms.data_ptr(), out.data_ptr(), temperature, torch.get_num_threads(),
@@ -277,11 +237,11 @@ def _not_finite(samples: Tensor) -> FloatingPointError:
 
 
 OP_SAMPLE = Op(
-    f"{_SAMPLE}(Tensor params, Tensor uniforms, int channels, int levels, float temperature) -> Tensor",
+    f"{_SAMPLE}(Tensor params, Tensor uniforms, int channels, int levels, float temperature)",
     reference=_reference_sample,
+    outputs={"samples": "(N, channels, ...) contiguous like params as int64"},
     check=_check_sample,
-    fake=_fake_sample,
-    kernels={"cpu": _cpu_sample, "triton": _backend.triton_kernel(_FAMILY, _SAMPLE, _check_sample)},
+    kernels={"cpu": _cpu_sample, "triton": _FAMILY},
 )
 
 

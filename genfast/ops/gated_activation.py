@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
 from . import _check
-from ._layout import Layout, describe, laid_out, memory_format
+from ._layout import Layout, describe, laid_out
 
 _NAME = "gated_activation"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -47,17 +47,6 @@ def _check_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int)
     _check_forward(x, bias, groups)
     expected = (x.shape[0], x.shape[1] // 2, *x.shape[2:])
     _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, expected, "half the channels of x"))
-
-
-def _fake(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    return torch.empty(
-        (x.shape[0], x.shape[1] // 2, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
-    )
-
-
-def _fake_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=memory_format(x))
-    return dx, x.new_empty(0) if bias is None or bias.shape == x.shape else bias.new_empty(bias.shape)
 
 
 class _Plan(NamedTuple):
@@ -121,14 +110,11 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -
     return dx, dbias.to(given.dtype) if given is not None and summed else dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.groups = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
+    if grad_y is None:
+        return None, None, None
     x, bias = ctx.saved_tensors
-    dx, dbias = _OP_BACKWARD(grad_y, x, bias, ctx.groups)
+    dx, dbias = _OP_BACKWARD(grad_y, x, bias, *ctx.options)
     if bias is None:
         return dx, None, None
     return dx, dx.to(bias.dtype) if bias.shape == x.shape else dbias, None
@@ -145,21 +131,22 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 _OP_BACKWARD = Op(
-    "gated_activation_backward(Tensor grad_y, Tensor x, Tensor? bias, int groups) -> (Tensor, Tensor)",
+    "gated_activation_backward(Tensor grad_y, Tensor x, Tensor? bias, int groups)",
     reference=reference.gated_activation_backward,
+    outputs={"x": "like x", "bias": "like bias if bias is not None and bias.shape != x.shape"},
     check=_check_backward,
     check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
+    kernels={"cpu": _cpu_backward, "triton": _NAME},
 )
 
+# The backward is written here, since the gradient of a bias of x's shape is that of x.
 OP = Op(
-    "gated_activation(Tensor x, Tensor? bias, int groups) -> Tensor",
+    "gated_activation(Tensor x, Tensor? bias, int groups)",
     reference=reference.gated_activation,
+    outputs={"y": "(N, C // 2, ...) like x"},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    saves="x, bias",
     backward=_backward,
     samples=_samples,
 )

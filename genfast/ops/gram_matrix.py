@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check, _layout
 
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -77,20 +77,6 @@ def _check_style_backward(
     _check.shape("style_loss_backward", "grad", grad, (features.shape[0],), "one a sample")
 
 
-def _fake_gram(features: Tensor, scale: float, shift: float) -> Tensor:
-    n, c = features.shape[:2]
-    return features.new_empty((n, c, c), dtype=_wide(features.dtype))
-
-
-def _fake_like(features: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(features, memory_format=_layout.memory_format(features))
-
-
-def _fake_style(features: Tensor, target: Tensor, scale: float, shift: float, factor: float) -> tuple[Tensor, Tensor]:
-    difference = _fake_gram(features, scale, shift)
-    return difference.new_empty(features.shape[:1]), difference
-
-
 def _fake_layers(
     features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -152,15 +138,6 @@ def _cpu_style_backward(
     return _product(features, difference, grad, False, 4 * factor * scale, shift)
 
 
-def _setup_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, ctx.scale, ctx.shift = inputs
-    ctx.save_for_backward(features)
-
-
-def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _OP_BACKWARD(*ctx.saved_tensors, grad, ctx.scale, ctx.shift), None, None
-
-
 def _setup_style(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, target, *ctx.options = inputs
     ctx.set_materialize_grads(False)
@@ -188,7 +165,7 @@ def _gradients(
         if grad is not None:
             of_features = OP_STYLE_BACKWARD(features, grad, difference, scale, shift, factor)
         if grad_difference is not None:  # of a second derivative
-            more = _OP_BACKWARD(features, grad_difference, scale, shift)
+            more = OP.backward_op(features, grad_difference, scale, shift)
             of_features = more if of_features is None else of_features + more
     if needs[1]:
         assert target is not None
@@ -263,48 +240,38 @@ def _samples_layers(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(label, (features, targets, [1 / s[1] for s in shapes], shift, [0.25 + 0.5 * s[1] for s in shapes]))
 
 
-_OP_BACKWARD = Op(
-    "gram_matrix_backward(Tensor features, Tensor grad, float scale, float shift) -> Tensor",
-    reference=reference.gram_matrix_backward,
-    check=_check_gram_backward,
-    fake=_fake_like,
-    kernels={
-        "cpu": _cpu_gram_backward,
-        "triton": _backend.triton_kernel("gram_matrix", "gram_matrix_backward", _check_gram_backward),
-    },
-    dtypes=_DTYPES,
-)
-
 OP = Op(
-    "gram_matrix(Tensor features, float scale, float shift) -> Tensor",
+    "gram_matrix(Tensor features, float scale, float shift)",
     reference=reference.gram_matrix,
+    outputs={"gram": "(N, C, C) like features as accumulator"},
     check=_check_gram,
-    fake=_fake_gram,
-    kernels={"cpu": _cpu_gram, "triton": _backend.triton_kernel("gram_matrix", "gram_matrix", _check_gram)},
-    setup_context=_setup_gram,
-    backward=_backward_gram,
+    kernels={"cpu": _cpu_gram, "triton": "gram_matrix"},
+    backward=Backward(
+        "features, grad, scale, shift -> features",
+        reference=reference.gram_matrix_backward,
+        check=_check_gram_backward,
+        check_before_kernels=False,
+        kernels={"cpu": _cpu_gram_backward, "triton": "gram_matrix"},
+    ),
     samples=_samples_gram,
     dtypes=_DTYPES,
 )
 
 OP_STYLE_BACKWARD = Op(
-    "style_loss_backward(Tensor features, Tensor grad, Tensor difference, float scale, float shift, float factor) -> Tensor",
+    "style_loss_backward(Tensor features, Tensor grad, Tensor difference, float scale, float shift, float factor)",
     reference=reference.style_loss_backward,
+    outputs={"features": "like features"},
     check=_check_style_backward,
-    fake=_fake_like,
-    kernels={
-        "cpu": _cpu_style_backward,
-        "triton": _backend.triton_kernel("gram_matrix", "style_loss_backward", _check_style_backward),
-    },
+    kernels={"cpu": _cpu_style_backward, "triton": "gram_matrix"},
     dtypes=_DTYPES,
 )
 
 OP_STYLE = Op(
-    "style_loss(Tensor features, Tensor target, float scale, float shift, float factor) -> (Tensor, Tensor)",
+    "style_loss(Tensor features, Tensor target, float scale, float shift, float factor)",
     reference=reference.style_loss,
+    outputs={"value": "(N,) like features as accumulator", "difference": "(N, C, C) like features as accumulator"},
     check=_check_style,
-    fake=_fake_style,
-    kernels={"cpu": _cpu_style, "triton": _backend.triton_kernel("gram_matrix", "style_loss", _check_style)},
+    kernels={"cpu": _cpu_style, "triton": "gram_matrix"},
     setup_context=_setup_style,
     backward=_backward_style,
     samples=_samples_style,
@@ -317,7 +284,7 @@ OP_LAYERS = Op(
     reference=reference.style_loss_layers,
     check=_check_layers,
     fake=_fake_layers,
-    kernels={"triton": _backend.triton_kernel("gram_matrix", "style_loss_layers", _check_layers)},
+    kernels={"triton": "gram_matrix"},
     setup_context=_setup_layers,
     backward=_backward_layers,
     samples=_samples_layers,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
-from ._layout import describe, layout, memory_format
+from ._layout import describe, layout
 from ._rows import per_batch, rows
 
 _NAME = "interpolate"
@@ -37,27 +37,6 @@ def _check_forward(real: Tensor, fake: Tensor, epsilon: Tensor) -> None:
     if real.dim() < 2:
         raise ValueError(f"{_NAME}: real has shape {tuple(real.shape)}, expected (N, ...) with two axes or more")
     _check.shape(_NAME, "epsilon", epsilon, (real.shape[0],), "one per sample")
-
-
-def _check_backward(grad: Tensor, real: Tensor, fake: Tensor, epsilon: Tensor, wanted: Sequence[bool]) -> None:
-    _check_forward(real, fake, epsilon)
-    _check.shapes(f"{_NAME}_backward", grad=(grad, real.shape, "that of real"))
-    _check.flags(f"{_NAME}_backward", "wanted", wanted, 3)
-
-
-def _fake(real: Tensor, fake: Tensor, epsilon: Tensor) -> Tensor:
-    return torch.empty_like(real, memory_format=memory_format(real))
-
-
-def _fake_backward(
-    grad: Tensor, real: Tensor, fake: Tensor, epsilon: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    form = memory_format(real)
-    return (
-        torch.empty_like(real, memory_format=form) if wanted[0] else real.new_empty(0),
-        torch.empty_like(fake, memory_format=form) if wanted[1] else fake.new_empty(0),
-        epsilon.new_empty(epsilon.shape if wanted[2] else 0),
-    )
 
 
 @functools.lru_cache(1024)
@@ -104,39 +83,24 @@ def _cpu_backward(
     return found[0], found[1].to(fake_dtype), found[2].to(epsilon.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    wanted = [bool(need) for need in ctx.needs_input_grad]
-    found = _OP_BACKWARD(grad, *ctx.saved_tensors, wanted)
-    return tuple(g if w else None for g, w in zip(found, wanted))
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape in (("images", (3, 5, 4, 7)), ("vectors", (6, 9)), ("sequences", (2, 3, 11))):
         real, fake = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
         yield Sample(label, (real, fake, torch.rand(shape[0], generator=generator, dtype=torch.float64)))
 
 
-_OP_BACKWARD = Op(
-    "interpolate_backward(Tensor grad, Tensor real, Tensor fake, Tensor epsilon, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-    reference=reference.interpolate_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    "interpolate(Tensor real, Tensor fake, Tensor epsilon) -> Tensor",
+    "interpolate(Tensor real, Tensor fake, Tensor epsilon)",
     reference=reference.interpolate,
+    outputs={"y": "like real"},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad, real, fake, epsilon, wanted -> real, fake, epsilon",
+        outputs={"fake": "like fake in the order of real"},
+        reference=reference.interpolate_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _backend, reference
 from .._derived import readable_now
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
-from ._layout import Layout, describe, laid_out, memory_format
+from ._layout import Layout, describe, laid_out
 from .actnorm import check_channels
 
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -68,24 +68,6 @@ def _check_mix_backward(
         "channel_mix_backward", grad_y=(grad_y, first, "that of the first half of the output"),
         grad_y_b=(grad_y_b, second, "that of the second half of the output"),
     )  # fmt: skip
-
-
-def _halves(x: Tensor, channels: int, split: int) -> tuple[Tensor, Tensor]:
-    form = memory_format(x)
-    n, rest = x.shape[0], x.shape[2:]
-    y = torch.empty((n, split, *rest), dtype=x.dtype, device=x.device, memory_format=form)
-    return y, torch.empty((n, channels - split, *rest), dtype=x.dtype, device=x.device, memory_format=form)
-
-
-def _fake_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> tuple[Tensor, Tensor]:
-    return _halves(x, weight.shape[0], split)
-
-
-def _fake_mix_backward(
-    grad_y: Tensor | None, grad_y_b: Tensor | None, x: Tensor, x_b: Tensor | None, weight: Tensor, split: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dx_b = _halves(x, weight.shape[0], x.shape[1])
-    return dx, dx_b, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 def _view(t: Tensor, a: Layout) -> tuple[int, int, int, int]:
@@ -175,21 +157,14 @@ def _cpu_mix_backward(
     return dx, dx_b, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def _setup_mix(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, x_b, weight, bias, ctx.split = inputs
-    ctx.has_bias = bias is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, x_b, weight)
-
-
 def _mix_backward(ctx: Any, grad_y: Tensor | None, grad_y_b: Tensor | None) -> tuple[Any, ...]:
-    x, x_b, weight = ctx.saved_tensors
+    (x, x_b, weight), (split,) = ctx.saved_tensors, ctx.options
     if grad_y is None and grad_y_b is None:
         return (None,) * 5
     # Where nothing is split off, the second half is empty, and an empty argument would run the reference.
     halves = (None if g is None or not g.shape[1] else g for g in (grad_y, grad_y_b))
-    dx, dx_b, dweight, dbias = MIX_BACKWARD(*halves, x, x_b, weight, ctx.split)
-    return dx, None if x_b is None else dx_b, dweight, dbias if ctx.has_bias else None, None
+    dx, dx_b, dweight, dbias = MIX_BACKWARD(*halves, x, x_b, weight, split)
+    return dx, None if x_b is None else dx_b, dweight, dbias if ctx.needs_input_grad[3] else None, None
 
 
 def _mix_samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -202,22 +177,26 @@ def _mix_samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 MIX_BACKWARD = Op(
-    "channel_mix_backward(Tensor? grad_y, Tensor? grad_y_b, Tensor x, Tensor? x_b, Tensor weight, int split) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "channel_mix_backward(Tensor? grad_y, Tensor? grad_y_b, Tensor x, Tensor? x_b, Tensor weight, int split)",
     reference=reference.channel_mix_backward,
+    outputs={
+        "x": "like x",
+        "x_b": "(N, weight.shape[0] - C, ...) like x",
+        "weight": "contiguous like weight",
+        "bias": "(N,) like weight",
+    },
     check=_check_mix_backward,
     check_before_kernels=True,
-    fake=_fake_mix_backward,
-    kernels={"cpu": _cpu_mix_backward, "triton": _backend.triton_kernel("invertible_conv1x1", "channel_mix_backward")},
+    kernels={"cpu": _cpu_mix_backward, "triton": "invertible_conv1x1"},
 )
 
 MIX = Op(
-    "channel_mix(Tensor x, Tensor? x_b, Tensor weight, Tensor? bias, int split) -> (Tensor, Tensor)",
+    "channel_mix(Tensor x, Tensor? x_b, Tensor weight, Tensor? bias, int split)",
     reference=reference.channel_mix,
+    outputs={"y": "(N, split, ...) like x", "y_b": "(N, weight.shape[0] - split, ...) like x"},
     check=_check_mix,
-    fake=_fake_mix,
-    kernels={"cpu": _cpu_mix, "triton": _backend.triton_kernel("invertible_conv1x1", "channel_mix", _check_mix)},
-    setup_context=_setup_mix,
+    kernels={"cpu": _cpu_mix, "triton": "invertible_conv1x1"},
+    saves="x, x_b, weight",
     backward=_mix_backward,
     samples=_mix_samples,
 )
@@ -276,17 +255,6 @@ def _reference_plu_backward(*args: Any) -> tuple[Tensor, ...]:
     return reference.plu_weight_backward(*args)
 
 
-def _fake_plu(
-    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
-    bias: Tensor | None, log_scale: bool, batch: int, positions: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        lower.new_empty(lower.shape),
-        log_s.new_empty(log_s.shape),
-        log_s.new_empty((batch,)),
-    )  # contiguous, whatever lower is
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
@@ -301,7 +269,7 @@ def _cpu_plu(
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
-    weight, folded, logdet = _fake_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
+    weight, folded, logdet = PLU_WEIGHT.empty(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
     tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     _CPU.plu_weight(
         log_s.dtype is torch.float64, *_addresses(tensors), weight.data_ptr(),
@@ -310,27 +278,12 @@ def _cpu_plu(
     return weight, folded, logdet
 
 
-def _fake_plu_backward(
-    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
-    upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
-    batch: int, positions: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    empty = log_s.new_empty(0)
-    return (
-        lower.new_empty(lower.shape),
-        upper.new_empty(upper.shape),
-        log_s.new_empty(log_s.shape),
-        empty if scale is None else scale.new_empty(scale.shape),
-        empty.clone() if bias is None else bias.new_empty(bias.shape),
-    )
-
-
 def _cpu_plu_backward(
     grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
     upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
     batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _fake_plu_backward(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = PLU_WEIGHT.backward_op.empty(
         grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
     )  # fmt: skip
     inputs = _contiguous(grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
@@ -346,7 +299,7 @@ def _cuda_plu(
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
-    weight, folded, logdet = _fake_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
+    weight, folded, logdet = PLU_WEIGHT.empty(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
     tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     with torch.cuda.device(log_s.device):
         _CUDA.plu_weight(
@@ -361,7 +314,7 @@ def _cuda_plu_backward(
     upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
     batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _fake_plu_backward(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = PLU_WEIGHT.backward_op.empty(
         grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
     )  # fmt: skip
     inputs = _contiguous(grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
@@ -373,25 +326,6 @@ def _cuda_plu_backward(
             log_scale, batch, positions,
         )  # fmt: skip
     return outputs
-
-
-def _setup_plu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.log_scale, ctx.batch, ctx.positions = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _plu_backward(
-    ctx: Any, grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None
-) -> tuple[Any, ...]:
-    *_, scale, bias = ctx.saved_tensors
-    dlower, dupper, dlog_s, dscale, dbias = PLU_BACKWARD(
-        grad_weight, grad_folded, grad_logdet, *ctx.saved_tensors, ctx.log_scale, ctx.batch, ctx.positions
-    )
-    return (
-        None, dlower, dupper, None, dlog_s, None if scale is None else dscale, None if bias is None else dbias,
-        None, None, None,
-    )  # fmt: skip
 
 
 def _plu_samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -406,33 +340,24 @@ def _plu_samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(f"{c} channels, actnorm scale", (*factors, rand(c) + 3, rand(c), False, 5, 12), constant=(3,))
 
 
-_PLU_ARGUMENTS = (
-    "Tensor perm, Tensor lower, Tensor upper, Tensor sign_s, Tensor log_s, Tensor? scale, Tensor? bias, "
-    "bool log_scale, SymInt batch, SymInt positions"
-)
-
-PLU_BACKWARD = Op(
-    f"plu_weight_backward(Tensor? grad_weight, Tensor? grad_folded, Tensor? grad_logdet, {_PLU_ARGUMENTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference_plu_backward,
-    check=_check_plu_backward,
-    check_before_kernels=True,
-    argument_dtypes={"perm": (torch.int64,)},
-    fake=_fake_plu_backward,
-    kernels={"cpu": _cpu_plu_backward, "cuda": _cuda_plu_backward},
-    dtypes=_CUDA_DTYPES,
-)
-
 PLU_WEIGHT = Op(
-    f"plu_weight({_PLU_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    "plu_weight(Tensor perm, Tensor lower, Tensor upper, Tensor sign_s, Tensor log_s, Tensor? scale, Tensor? bias, "
+    "bool log_scale, SymInt batch, SymInt positions)",
     reference=_reference_plu,
+    # Contiguous, whatever ``lower`` is.
+    outputs={"weight": "contiguous like lower", "folded": "contiguous like log_s", "logdet": "(batch,) like log_s"},
     argument_dtypes={"perm": (torch.int64,)},
     check=_check_plu,
-    fake=_fake_plu,
     kernels={"cpu": _cpu_plu, "cuda": _cuda_plu},
     dtypes=_CUDA_DTYPES,
-    setup_context=_setup_plu,
-    backward=_plu_backward,
+    backward=Backward(
+        "grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, *options -> "
+        "lower, upper, log_s, scale, bias",
+        outputs={name: f"contiguous like {name}" for name in ("lower", "upper", "log_s", "scale", "bias")},
+        reference=_reference_plu_backward,
+        check=_check_plu_backward,
+        kernels={"cpu": _cpu_plu_backward, "cuda": _cuda_plu_backward},
+    ),
     samples=_plu_samples,
 )
 

@@ -66,19 +66,6 @@ def _bytes(columns: int) -> int:
     return (columns + 7) // 8
 
 
-def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | None) -> tuple[Tensor, Tensor]:
-    n, m = x.shape[0], weight.shape[0]
-    return x.new_empty((n, m)), x.new_empty((0,) if slope is None else (n, _bytes(m)), dtype=torch.uint8)
-
-
-def _fake_input(grad: Tensor, weight: Tensor, bits: Tensor | None, slope: float) -> Tensor:
-    return grad.new_empty((grad.shape[0], weight.shape[1]))
-
-
-def _fake_weight(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.new_empty((grad.shape[1], x.shape[1]))
-
-
 def _ours(rows: int, columns: int, inner: int, epilogue: bool, turned: bool = False) -> bool:
     """Whether gemm.h serves a product; the library does where it was as fast or faster (batches of 8 to 256, widths to 512).
 
@@ -197,40 +184,28 @@ _apply_rows = _backend.triton_kernel("activation", "apply_bits")
 # ---- derivatives: the three are one another's ----
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.slope = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.has_bias = bias is not None
-
-
 def _backward_linear(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return (None,) * 4
-    x, weight, bits = ctx.saved_tensors
-    grad_y = grad_y if ctx.slope is None else OP_APPLY(grad_y, bits, ctx.slope)
+    (x, weight, bits), (slope,) = ctx.saved_tensors, ctx.options
+    grad_y = grad_y if slope is None else OP_APPLY(grad_y, bits, slope)
     dx = OP_INPUT(grad_y, weight, None, 0.0) if ctx.needs_input_grad[0] else None
     dweight = OP_WEIGHT(grad_y, x) if ctx.needs_input_grad[1] else None
-    return dx, dweight, grad_y.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None
+    return dx, dweight, grad_y.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-def _setup_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, weight, bits, ctx.slope = inputs
-    ctx.save_for_backward(grad, weight, bits)
-
-
-def _backward_input(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    grad, weight, bits = ctx.saved_tensors
-    grad_y = grad_y if bits is None else OP_APPLY(grad_y, bits, ctx.slope)
+def _backward_input(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
+    if grad_y is None:
+        return (None,) * 4
+    (grad, weight, bits), (slope,) = ctx.saved_tensors, ctx.options
+    grad_y = grad_y if bits is None else OP_APPLY(grad_y, bits, slope)
     dgrad = OP(grad_y, weight, None, None)[0] if ctx.needs_input_grad[0] else None
     return dgrad, OP_WEIGHT(grad, grad_y) if ctx.needs_input_grad[1] else None, None, None
 
 
-def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_weight(ctx: Any, grad_w: Tensor) -> tuple[Any, ...]:
+def _backward_weight(ctx: Any, grad_w: Tensor | None) -> tuple[Any, ...]:
+    if grad_w is None:
+        return None, None
     grad, x = ctx.saved_tensors
     dgrad = OP(x, grad_w, None, None)[0] if ctx.needs_input_grad[0] else None
     return dgrad, OP_INPUT(grad, grad_w, None, 0.0) if ctx.needs_input_grad[1] else None
@@ -261,35 +236,38 @@ def _samples_weight(generator: torch.Generator) -> Iterator[Sample]:
 
 
 OP = Op(
-    "linear(Tensor x, Tensor weight, Tensor? bias, float? slope) -> (Tensor, Tensor)",
+    "linear(Tensor x, Tensor weight, Tensor? bias, float? slope)",
     reference=reference.linear,
+    outputs={
+        "y": "(N, weight.shape[0]) like x",
+        "bits": "(N, (weight.shape[0] + 7) // 8) like x as uint8 if slope is not None",
+    },
     check=_check_linear,
-    fake=_fake_linear,
     kernels={"cpu": _cpu_linear, "triton": _library_linear},
-    setup_context=_setup_linear,
+    saves="x, weight, bits",
     backward=_backward_linear,
     samples=_samples_linear,
 )
 
 OP_INPUT = Op(
-    "linear_input(Tensor grad, Tensor weight, Tensor? bits, float slope) -> Tensor",
-    argument_dtypes={"bits": (torch.uint8,)},
+    "linear_input(Tensor grad, Tensor weight, Tensor? bits, float slope)",
     reference=reference.linear_input,
+    outputs={"y": "(N, weight.shape[1]) like grad"},
+    argument_dtypes={"bits": (torch.uint8,)},
     check=_check_input,
-    fake=_fake_input,
     kernels={"cpu": _cpu_input, "triton": _library_input},
-    setup_context=_setup_input,
+    saves="grad, weight, bits",
     backward=_backward_input,
     samples=_samples_input,
 )
 
 OP_WEIGHT = Op(
-    "linear_weight(Tensor grad, Tensor x) -> Tensor",
+    "linear_weight(Tensor grad, Tensor x)",
     reference=reference.linear_weight,
+    outputs={"weight": "(grad.shape[1], x.shape[1]) like grad"},
     check=_check_weight,
-    fake=_fake_weight,
     kernels={"cpu": _cpu_weight, "triton": _library_weight},
-    setup_context=_setup_weight,
+    saves="grad, x",
     backward=_backward_weight,
     samples=_samples_weight,
 )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
+from .._tensors import memory_format
 from . import _check
 from ._autocast import autocast
-from ._layout import memory_format
 
 _NAME = "masked_conv"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -204,33 +204,6 @@ def _cpu_backward(
     return dx, dw.to(own), db.to(own)
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return torch.empty((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device).contiguous(
-        memory_format=memory_format(x)
-    )
-
-
-def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = rest[-1]
-    dx = torch.empty_like(x, memory_format=memory_format(x)) if wanted[0] else x.new_empty(0)
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0)
-    return dx, dw, weight.new_empty(weight.shape[0] if wanted[2] else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.options = inputs
-    ctx.has_bias = bias is not None
-    # Without a ReLU the backward needs nothing of the output; x stands in its place.
-    ctx.save_for_backward(x, weight, output if ctx.options[-1] == "relu" else x)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    need = ctx.needs_input_grad
-    wanted = [bool(need[0]), bool(need[1]), bool(ctx.has_bias and need[2])]
-    dx, dw, db = _OP_BACKWARD(grad_y, *ctx.saved_tensors, *ctx.options, wanted)
-    return (*((g if w else None) for g, w in zip((dx, dw, db), wanted)), *(None,) * 7)
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     def made(label: str, xs: tuple[int, ...], ws: tuple[int, ...], bias: bool, *options: Any) -> Sample:
         x, w, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (xs, ws, ws[:1]))
@@ -247,26 +220,22 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield made("A 3-D", (2, 2, 3, 5, 4), (3, 2, 3, 3, 3), True, "A", 1, "interleaved", [1, 1, 1], 1, [1, 1, 1], "none")
 
 
-_OPTIONS = "str mask_type, int data_channels, str group_order, int[] dilation, int groups, int[] center, str activation"
-
-_OP_BACKWARD = Op(
-    f"masked_conv_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor y, {_OPTIONS}, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor)",
-    reference=reference.masked_conv_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    f"masked_conv(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
+    "masked_conv(Tensor x, Tensor weight, Tensor? bias, str mask_type, int data_channels, str group_order, int[] dilation, "
+    "int groups, int[] center, str activation)",
     reference=reference.masked_conv,
+    outputs={"y": "(N, weight.shape[0], ...) like x"},
     check=check_masked_conv,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, check_masked_conv)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad_y, x, weight, y, *options, wanted -> x, weight, bias",
+        # Without a ReLU the backward needs nothing of the output; x stands in its place.
+        saved={"y": "y if activation == 'relu' else x"},
+        outputs={"weight": "contiguous like weight", "bias": "(weight.shape[0],) like weight"},
+        reference=reference.masked_conv_backward,
+        check=_check_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _backend, _pool, reference
 from .._derived import readable_now
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
 from ._autocast import autocast
 
@@ -232,30 +232,6 @@ def _cpu_backward(
     return dx, dw, db
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = rest[-1]
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    dx, dw, db = (x.new_empty(shape if w else (0,)) for shape, w in zip(shapes, wanted))
-    return dx, dw, db
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, rows, columns, counts, activation = inputs
-    ctx.has_bias, ctx.relu = bias is not None, activation == "relu"
-    ctx.save_for_backward(x, weight, output if ctx.relu else None, rows, columns, counts)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    need = ctx.needs_input_grad
-    wanted = [need[0], need[1], ctx.has_bias and need[2]]
-    found = _OP_BACKWARD(grad, *ctx.saved_tensors, wanted)
-    return (*(g if w else None for g, w in zip(found, wanted)), None, None, None, None)
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     def made(label: str, n: int, degrees: Tensor, out: Tensor, strict: bool, bias: bool, activation: str) -> Sample:
         shapes = ((n, len(degrees)), (len(out), len(degrees)), (len(out),))
@@ -273,29 +249,23 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield made("one sample", 1, torch.arange(40, 0, -1), drawn(37, 1, 40), False, True, "none")
 
 
-_STAIRCASE = "Tensor rows, Tensor columns, Tensor counts"
 _INTEGERS: dict[str, tuple[torch.dtype, ...] | None] = dict.fromkeys(Staircase._fields, (torch.int64,))
 
-_OP_BACKWARD = Op(
-    f"masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, {_STAIRCASE}, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor)",
-    reference=_reference_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    argument_dtypes=_INTEGERS,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    f"masked_linear(Tensor x, Tensor weight, Tensor? bias, {_STAIRCASE}, str activation) -> Tensor",
+    "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, Tensor columns, Tensor counts, str activation)",
     reference=_reference,
+    outputs={"y": "(N, weight.shape[0]) like x"},
     argument_dtypes=_INTEGERS,
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad, x, weight, y, rows, columns, counts, wanted -> x, weight, bias",
+        saved={"y": "y if activation == 'relu' else None"},
+        outputs={"x": "contiguous like x", "weight": "contiguous like weight", "bias": "(weight.shape[0],) like x"},
+        reference=_reference_backward,
+        check=_check_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

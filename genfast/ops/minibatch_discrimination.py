@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "pairwise_l1_kernel_sum"
@@ -26,23 +26,6 @@ def _check_forward(m: Tensor, include_self: bool) -> None:
 def _check_backward(m: Tensor, grad: Tensor) -> None:
     _check_forward(m, True)
     _check.shapes(f"{_NAME}_backward", grad=(grad, m.shape[:2], "one per sample and kernel"))
-
-
-def _check_second(m: Tensor, grad: Tensor, tangent: Tensor) -> None:
-    _check_backward(m, grad)
-    _check.shapes(f"{_NAME}_second_backward", tangent=(tangent, m.shape, "that of m"))
-
-
-def _fake(m: Tensor, include_self: bool) -> Tensor:
-    return m.new_empty(m.shape[:2], dtype=m.dtype if m.element_size() >= 4 else torch.float32)
-
-
-def _fake_backward(m: Tensor, grad: Tensor) -> Tensor:
-    return torch.empty_like(m, memory_format=torch.contiguous_format)
-
-
-def _fake_second(m: Tensor, grad: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format), _fake_backward(m, grad)
 
 
 def _call(m: Tensor, include_self: bool, grad: Tensor | None, tangent: Tensor | None, out: Tensor, grad_m: Tensor) -> None:
@@ -77,23 +60,6 @@ def _cpu_second(m: Tensor, grad: Tensor, tangent: Tensor) -> tuple[Tensor, Tenso
     return dg.to(grad.dtype), dm
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _OP_BACKWARD(*ctx.saved_tensors, grad), None
-
-
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _second(ctx: Any, tangent: Tensor) -> tuple[Any, ...]:
-    dg, dm = _OP_SECOND(*ctx.saved_tensors, tangent)
-    return dm, dg
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape in (("pairs", (5, 3, 4)), ("more kernels than lanes", (3, 18, 2)), ("one feature", (6, 2, 1))):
         for include_self in (True, False):
@@ -101,34 +67,26 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
             yield Sample(f"{label}{'' if include_self else ', others alone'}", (m, include_self))
 
 
-_OP_SECOND = Op(
-    "pairwise_l1_kernel_sum_second_backward(Tensor m, Tensor grad, Tensor tangent) -> (Tensor, Tensor)",
-    reference=reference.pairwise_l1_kernel_sum_second_backward,
-    check=_check_second,
-    check_before_kernels=True,
-    fake=_fake_second,
-    kernels={"cpu": _cpu_second, "triton": _backend.triton_kernel(_FAMILY, f"{_NAME}_second_backward")},
-)
-
-_OP_BACKWARD = Op(
-    "pairwise_l1_kernel_sum_backward(Tensor m, Tensor grad) -> Tensor",
-    reference=reference.pairwise_l1_kernel_sum_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_NAME}_backward")},
-    setup_context=_setup_second,
-    backward=_second,
-)
-
 OP = Op(
-    "pairwise_l1_kernel_sum(Tensor m, bool include_self) -> Tensor",
+    "pairwise_l1_kernel_sum(Tensor m, bool include_self)",
     reference=reference.pairwise_l1_kernel_sum,
+    outputs={"sums": "(N, C) like m as accumulator"},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_FAMILY, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _FAMILY},
+    backward=Backward(
+        "m, grad -> m",
+        outputs={"m": "contiguous like m"},
+        reference=reference.pairwise_l1_kernel_sum_backward,
+        check=_check_backward,
+        kernels={"cpu": _cpu_backward, "triton": _FAMILY},
+        backward=Backward(
+            "m, grad, grad_m -> grad, m",
+            name="pairwise_l1_kernel_sum_second_backward",
+            outputs={"grad": "contiguous like grad", "m": "contiguous like m"},
+            reference=reference.pairwise_l1_kernel_sum_second_backward,
+            kernels={"cpu": _cpu_second, "triton": _FAMILY},
+        ),
+    ),
     samples=_samples,
 )
 

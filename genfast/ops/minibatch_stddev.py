@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
-from ._layout import Layout, describe, laid_out, memory_format
+from ._layout import Layout, describe, laid_out
 
 _NAME = "minibatch_stddev"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -44,21 +44,6 @@ def _check_forward(x: Tensor, group_size: int, features: int, eps: float) -> Non
     _check.floating(_NAME, x=x)
     _check_options(group_size, features, eps)
     _check_shapes(x.shape, group_size, features)
-
-
-def _check_backward(grad_y: Tensor, x: Tensor, group_size: int, features: int, eps: float) -> None:
-    _check_forward(x, group_size, features, eps)
-    expected = (x.shape[0], x.shape[1] + features, *x.shape[2:])
-    _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, expected, "x and the features"))
-
-
-def _fake(x: Tensor, group_size: int, features: int, eps: float) -> Tensor:
-    shape = (x.shape[0], x.shape[1] + features, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-
-
-def _fake_backward(grad_y: Tensor, x: Tensor, group_size: int, features: int, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
 
 
 class _Plan(NamedTuple):
@@ -101,16 +86,6 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, group_size: int, features: int, eps
     return dx
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x)
-
-
-def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
-    return None if grad_y is None else _OP_BACKWARD(grad_y, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape, group_size, features, eps in (
         ("one feature", (4, 5, 3, 7), 4, 1, 1e-8), ("groups and features", (6, 6, 4, 5), 3, 2, 1e-2),
@@ -119,23 +94,17 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(label, (torch.randn(shape, generator=generator, dtype=torch.float64), group_size, features, eps))
 
 
-_OP_BACKWARD = Op(
-    "minibatch_stddev_backward(Tensor grad_y, Tensor x, int group_size, int features, float eps) -> Tensor",
-    reference=reference.minibatch_stddev_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    "minibatch_stddev(Tensor x, int group_size, int features, float eps) -> Tensor",
+    "minibatch_stddev(Tensor x, int group_size, int features, float eps)",
     reference=reference.minibatch_stddev,
+    outputs={"y": "(N, C + features, ...) like x"},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad_y, x, *options -> x",
+        reference=reference.minibatch_stddev_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
+from .._tensors import memory_format
 from . import _check
-from ._layout import laid_out, layout, memory_format
+from ._layout import laid_out, layout
 from .upfirdn2d import Pair, downsample_padding, filter_size, parse_padding, upfirdn2d, upsample_padding
 
 _NAME = "modulated_conv2d"
@@ -33,15 +34,6 @@ def _check_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> None:
         _check.shape("channel_scale", "noise", noise, (batch, 1, *x.shape[2:]), "x's shape with one channel")
 
 
-def _check_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> None:
-    _check_scale(x, scale, noise)
-    _check.shapes("channel_scale_backward", grad_y=(grad_y, x.shape, "that of x"))
-
-
-def _fake_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
 def _reference_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
     return reference.channel_scale(x, scale, noise).contiguous(memory_format=memory_format(x))
 
@@ -55,11 +47,6 @@ def _library_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
     if noise is None:
         return torch.mul(x, spread, out=y)
     return torch.addcmul(noise.to(x.dtype), x, spread, out=y)
-
-
-def _fake_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    dnoise = x.new_empty(0) if noise is None else torch.empty_like(noise, memory_format=torch.contiguous_format)
-    return torch.empty_like(x, memory_format=memory_format(x)), scale.new_empty(scale.shape), dnoise
 
 
 def _reference_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,17 +71,6 @@ def _cpu_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor 
     return dx, ds.to(scale.dtype), dnoise if noise is None else dnoise.to(noise.dtype)
 
 
-def _setup_scale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_scale(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    x, scale, noise = ctx.saved_tensors
-    noise = noise if ctx.needs_input_grad[2] else None
-    dx, dscale, dnoise = _OP_SCALE_BACKWARD(grad_y, x, scale, noise)
-    return dx, dscale, None if noise is None else dnoise
-
-
 def _samples_scale(generator: torch.Generator) -> Iterator[Sample]:
     for label, xs, ns in (
         ("plain", (3, 5, 4, 7), None), ("noise", (3, 5, 4, 7), (3, 1, 4, 7)), ("one noise", (2, 6, 5, 3), (1, 1, 5, 3)),
@@ -106,23 +82,19 @@ def _samples_scale(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(label, (x, s, noise))
 
 
-_OP_SCALE_BACKWARD = Op(
-    "channel_scale_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor? noise) -> (Tensor, Tensor, Tensor)",
-    reference=_reference_scale_backward,
-    check=_check_scale_backward,
-    check_before_kernels=True,
-    fake=_fake_scale_backward,
-    kernels={"cpu": _cpu_scale_backward, "triton": _backend.triton_kernel("modulated_conv", "channel_scale_backward")},
-)
-
 OP_SCALE = Op(
-    "channel_scale(Tensor x, Tensor scale, Tensor? noise) -> Tensor",
+    "channel_scale(Tensor x, Tensor scale, Tensor? noise)",
     reference=_reference_scale,
+    outputs={"y": "like x"},
     check=_check_scale,
-    fake=_fake_scale,
-    kernels={"cpu": _library_scale, "triton": _backend.triton_kernel("modulated_conv", "channel_scale", _check_scale)},
-    setup_context=_setup_scale,
-    backward=_backward_scale,
+    kernels={"cpu": _library_scale, "triton": "modulated_conv"},
+    backward=Backward(
+        "grad_y, x, scale, noise -> x, scale, noise",
+        saved={"noise": "noise if ctx.needs_input_grad[2] else None"},
+        outputs={"scale": "contiguous like scale", "noise": "contiguous like noise"},
+        reference=_reference_scale_backward,
+        kernels={"cpu": _cpu_scale_backward, "triton": "modulated_conv"},
+    ),
     samples=_samples_scale,
 )
 
@@ -136,11 +108,6 @@ def _check_energy(weight: Tensor) -> None:
         raise ValueError(f"tap_energy: weight has shape {tuple(weight.shape)}, expected (O, I, taps...)")
 
 
-def _fake_energy(weight: Tensor) -> Tensor:
-    dtype = torch.float32 if weight.element_size() < 4 else weight.dtype
-    return torch.empty(weight.shape[:2], dtype=dtype, device=weight.device)
-
-
 def _cpu_energy(weight: Tensor) -> Tensor:
     _check_energy(weight)
     weight = weight.contiguous()
@@ -152,11 +119,9 @@ def _cpu_energy(weight: Tensor) -> Tensor:
     return out
 
 
-def _setup_energy(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-
-
-def _backward_energy(ctx: Any, grad: Tensor) -> Tensor:
+def _backward_energy(ctx: Any, grad: Tensor | None) -> Tensor | None:
+    if grad is None:
+        return None
     (weight,) = ctx.saved_tensors
     dweight: Tensor = weight * (2 * grad).to(weight.dtype).reshape(*grad.shape, *[1] * (weight.dim() - 2))
     return dweight
@@ -168,12 +133,12 @@ def _samples_energy(generator: torch.Generator) -> Iterator[Sample]:
 
 
 OP_ENERGY = Op(
-    "tap_energy(Tensor weight) -> Tensor",
+    "tap_energy(Tensor weight)",
     reference=reference.tap_energy,
+    outputs={"energy": "(N, C) like weight as accumulator"},
     check=_check_energy,
-    fake=_fake_energy,
-    kernels={"cpu": _cpu_energy, "triton": _backend.triton_kernel("modulated_conv", "tap_energy", _check_energy)},
-    setup_context=_setup_energy,
+    kernels={"cpu": _cpu_energy, "triton": "modulated_conv"},
+    saves="weight",
     backward=_backward_energy,
     samples=_samples_energy,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "nade"
@@ -86,28 +86,6 @@ def _check_sample(
             raise ValueError(f"{op}: known is on {known.device} and uniforms on {uniforms.device}; move both to one device")
 
 
-def _fake(x: Tensor, weight: Tensor, readout: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], readout.shape[1]))
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, readout: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str,
-    need_x: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        weight.new_empty(weight.shape),
-        readout.new_empty(readout.shape),
-        readout.new_empty(readout.shape[:2]),
-        hidden_bias.new_empty(hidden_bias.shape),
-        x.new_empty(0) if rescale is None else rescale.new_empty(rescale.shape),
-    )
-
-
-def _fake_sample(uniforms: Tensor, *_: Any) -> Tensor:
-    return uniforms.new_empty(uniforms.shape[:2])
-
-
 # A program of the Triton kernels holds all hidden units of its samples in registers.
 _UNITS = 4096
 _TRITON = _backend.triton_kernel(_NAME, _NAME, _check_forward)
@@ -123,20 +101,6 @@ def _triton_sample(uniforms: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     few = weight.shape[1] <= _UNITS
     found: Tensor = (_TRITON_SAMPLE if few else OP_SAMPLE.checked_reference)(uniforms, weight, *rest)
     return found
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, readout, bias, hidden_bias, rescale, ctx.activation = inputs
-    ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(x, weight, readout, hidden_bias, rescale)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rescale = ctx.saved_tensors[4]
-    dx, dw, dv, db, dc, drho = _OP_BACKWARD(grad, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[0])
-    return (
-        dx if ctx.needs_input_grad[0] else None, dw, dv, db.to(ctx.bias_dtype), dc, None if rescale is None else drho, None,
-    )  # fmt: skip
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -183,7 +147,9 @@ def _cpu_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (n, d), (_, p, h), dtype = x.shape, readout.shape, x.dtype
     if not n:  # no sample, and no address by which the kernel knows a backward
-        return tuple(t.zero_() for t in _fake_backward(grad, x, weight, readout, hidden_bias, rescale, activation, need_x))
+        return tuple(
+            t.zero_() for t in OP.backward_op.empty(grad, x, weight, readout, hidden_bias, rescale, activation, need_x)
+        )
     w, v, c, rho = _dense(dtype, weight, readout, hidden_bias, rescale)
     g, steps = grad.to(dtype).transpose(0, 1).contiguous(), x.t().contiguous()
     dx = torch.empty_like(steps) if need_x else None
@@ -218,34 +184,35 @@ def _cpu_sample(
     return out
 
 
-_OP_BACKWARD = Op(
-    "nade_backward(Tensor grad, Tensor x, Tensor weight, Tensor readout, Tensor hidden_bias, Tensor? rescale, "
-    "str activation, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.nade_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    "nade(Tensor x, Tensor weight, Tensor readout, Tensor bias, Tensor hidden_bias, Tensor? rescale, str activation) -> Tensor",
+    "nade(Tensor x, Tensor weight, Tensor readout, Tensor bias, Tensor hidden_bias, Tensor? rescale, str activation)",
     reference=reference.nade,
+    outputs={"p": "(N, C, readout.shape[1]) like x"},
     check=_check_forward,
-    fake=_fake,
     kernels={"cpu": _cpu, "triton": _triton},
-    setup_context=_setup_context,
-    backward=_backward,
+    backward=Backward(
+        "grad, x, weight, readout, hidden_bias, rescale, activation, need_x -> x, weight, readout, bias, hidden_bias, rescale",
+        outputs={
+            "x": "contiguous like x",
+            "weight": "contiguous like weight",
+            "readout": "contiguous like readout",
+            "bias": "(N, C) like readout",
+            "hidden_bias": "contiguous like hidden_bias",
+        },
+        reference=reference.nade_backward,
+        check=_check_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 
 OP_SAMPLE = Op(
     "nade_sample(Tensor uniforms, Tensor weight, Tensor readout, Tensor bias, Tensor hidden_bias, Tensor? rescale, "
-    "Tensor? given, Tensor? known, str activation, str kind) -> Tensor",
+    "Tensor? given, Tensor? known, str activation, str kind)",
     reference=reference.nade_sample,
+    outputs={"x": "(N, C) like uniforms"},
     argument_dtypes={"known": (torch.bool,)},
     check=_check_sample,
-    fake=_fake_sample,
     kernels={"cpu": _cpu_sample, "triton": _triton_sample},
 )
 

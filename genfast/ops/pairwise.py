@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from ..reference.pairwise import KERNELS
 from . import _check
 
@@ -47,11 +47,6 @@ def _check_sum(
         raise ValueError(f"{_SUM}: exclude_diagonal leaves out pairs of a row with itself, expected y=None")
 
 
-def _check_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> None:
-    _check_sum(x, y, *rest[:-2])
-    _check.shapes(f"{_SUM}_backward", grad=(grad, x.shape[:2], "one a row of x"))
-
-
 def _check_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> None:
     _pair(_NEAREST, x, y)
     if exclude_self and y is not None:
@@ -63,21 +58,6 @@ def _check_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> N
 
 def _sums_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.element_size() >= 4 else torch.float32
-
-
-def _fake_sum(x: Tensor, y: Tensor | None, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=_sums_dtype(x))
-
-
-def _fake_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_x, need_y = rest[-2:]
-    dx = x.new_empty(x.shape) if need_x else x.new_empty(0)
-    return dx, y.new_empty(y.shape) if need_y and y is not None else x.new_empty(0)
-
-
-def _fake_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    shape = (*x.shape[:2], k)
-    return x.new_empty(shape, dtype=_sums_dtype(x)), x.new_empty(shape, dtype=torch.int64)
 
 
 def _call(
@@ -134,31 +114,16 @@ def _cpu_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> 
 def _cpu_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
     _check_nearest(x, y, k, exclude_self)
     dtype = _sums_dtype(x)
-    distance, index = _fake_nearest(x, y, k, exclude_self)
+    distance, index = OP_NEAREST.empty(x, y, k, exclude_self)
     rows = _dense(x, dtype)
     _call(2, rows, None if y is None else _dense(y, dtype), ("rbf", [], 1, 0.0, exclude_self), distance, index=index, k=k)
     return distance, index
 
 
-def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, *ctx.options = inputs
-    ctx.save_for_backward(x, y)
-
-
-def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, y = ctx.saved_tensors
-    need_x, need_y = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    dx, dy = _OP_BACKWARD(grad, x, y, *ctx.options, need_x, need_y)
-    return (dx if need_x else None, dy if need_y else None, *(None for _ in ctx.options))
-
-
-def _setup_nearest(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _nearest_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _nearest_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     """d_ik = |x_i - y_j|^2, j held: a gather and a sum over the rows that chose j."""
+    if grad is None:
+        return None, None, None, None
     x, y, index = ctx.saved_tensors
     wide = x if x.element_size() >= 4 else x.float()
     other = wide if y is None else (y if y.element_size() >= 4 else y.float())
@@ -208,38 +173,30 @@ def _nearest_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("others", (rows(2, 9, 4), None, 2, True))
 
 
-_OPTIONS = "str kernel, float[] scales, int degree, float offset, bool exclude_diagonal"
-
-_OP_BACKWARD = Op(
-    f"{_SUM}_backward(Tensor grad, Tensor x, Tensor? y, {_OPTIONS}, bool need_x, bool need_y) -> (Tensor, Tensor)",
-    reference=reference.pairwise_kernel_sum_backward,
-    check=_check_sum_backward,
-    check_before_kernels=True,
-    fake=_fake_sum_backward,
-    kernels={"cpu": _cpu_sum_backward, "triton": _backend.triton_kernel(_FAMILY, f"{_SUM}_backward")},
-    dtypes=_DTYPES,
-)
-
 OP = Op(
-    f"{_SUM}(Tensor x, Tensor? y, {_OPTIONS}) -> Tensor",
+    f"{_SUM}(Tensor x, Tensor? y, str kernel, float[] scales, int degree, float offset, bool exclude_diagonal)",
     reference=reference.pairwise_kernel_sum,
+    outputs={"sums": "(N, C) like x as accumulator"},
     check=_check_sum,
-    fake=_fake_sum,
-    kernels={"cpu": _cpu_sum, "triton": _backend.triton_kernel(_FAMILY, _SUM, _check_sum)},
+    kernels={"cpu": _cpu_sum, "triton": _FAMILY},
     dtypes=_DTYPES,
-    setup_context=_setup_sum,
-    backward=_sum_backward,
+    backward=Backward(
+        "grad, x, y, *options, need_x, need_y -> x, y",
+        outputs={"x": "contiguous like x", "y": "contiguous like y"},
+        reference=reference.pairwise_kernel_sum_backward,
+        kernels={"cpu": _cpu_sum_backward, "triton": _FAMILY},
+    ),
     samples=_sum_samples,
 )
 
 OP_NEAREST = Op(
-    f"{_NEAREST}(Tensor x, Tensor? y, int k, bool exclude_self) -> (Tensor, Tensor)",
+    f"{_NEAREST}(Tensor x, Tensor? y, int k, bool exclude_self)",
     reference=reference.nearest_rows,
+    outputs={"distance": "(N, C, k) like x as accumulator", "index": "(N, C, k) like x as int64"},
     check=_check_nearest,
-    fake=_fake_nearest,
-    kernels={"cpu": _cpu_nearest, "triton": _backend.triton_kernel(_FAMILY, _NEAREST, _check_nearest)},
+    kernels={"cpu": _cpu_nearest, "triton": _FAMILY},
     dtypes=_DTYPES,
-    setup_context=_setup_nearest,
+    saves="x, y, index",
     backward=_nearest_backward,
     samples=_nearest_samples,
 )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
 from ._channels import along, axis
-from ._layout import Layout, describe, laid_out, memory_format
+from ._layout import Layout, describe, laid_out
 
 _NAME = "pixel_norm"
 _CPU: Any = _backend.extension("_cpu")[0]
@@ -34,19 +34,6 @@ def _check_eps(eps: float) -> None:
 def _check_forward(x: Tensor, eps: float) -> None:
     _check.floating(_NAME, x=x)
     _check_arguments(x.shape, eps)
-
-
-def _check_backward(grad_y: Tensor, x: Tensor, eps: float) -> None:
-    _check_forward(x, eps)
-    _check.shapes(f"{_NAME}_backward", grad_y=(grad_y, x.shape, "that of x"))
-
-
-def _fake(x: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
-def _fake_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
 
 
 @functools.lru_cache(1024)
@@ -77,39 +64,21 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
     return dx
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.eps = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x)
-
-
-def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
-    return None if grad_y is None else _OP_BACKWARD(grad_y, *ctx.saved_tensors, ctx.eps), None
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape, eps in (("images", (3, 5, 4, 7), 1e-8), ("vectors", (6, 9), 1e-2), ("sequences", (2, 40, 19), 1e-5)):
         # Not a plain normal: a cotangent drawn from the same seed would be x itself, along which the gradient vanishes.
         yield Sample(label, (0.5 + torch.randn(shape, generator=generator, dtype=torch.float64), eps))
 
 
-_OP_BACKWARD = Op(
-    "pixel_norm_backward(Tensor grad_y, Tensor x, float eps) -> Tensor",
-    reference=reference.pixel_norm_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    "pixel_norm(Tensor x, float eps) -> Tensor",
+    "pixel_norm(Tensor x, float eps)",
     reference=reference.pixel_norm,
+    outputs={"y": "like x"},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "grad_y, x, eps -> x", reference=reference.pixel_norm_backward, kernels={"cpu": _cpu_backward, "triton": _NAME}
+    ),
     samples=_samples,
 )
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
+from .._tensors import memory_format
 from . import _check
-from ._layout import Layout, laid_out, memory_format
+from ._layout import Layout, laid_out
 
 _CPU: Any = _backend.extension("_cpu")[0]
 _CUDA: Any = _backend.extension("_cuda")[0]
@@ -64,15 +65,6 @@ def _check_backward(op: str, diagonal: bool) -> Callable[..., None]:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
-
-
-def _fake(gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    n, channels, height, width = gates.shape
-    h = torch.empty(
-        (n, channels // 4, height, width), dtype=gates.dtype, device=gates.device, memory_format=memory_format(gates)
-    )
-    kept = (n, height, width, 5, channels // 4) if keep else (0,)
-    return h, gates.new_empty(kept, dtype=_wide(gates.dtype))
 
 
 def _fake_backward(
@@ -305,10 +297,13 @@ def _declare(name: str, diagonal: bool) -> dict[str, Op]:
         dtypes=_CUDA_DTYPES,
     )
     forward = Op(
-        f"{name}(Tensor gates, Tensor weight, Tensor? h0, Tensor? c0, bool keep) -> (Tensor, Tensor)",
+        f"{name}(Tensor gates, Tensor weight, Tensor? h0, Tensor? c0, bool keep)",
         reference=getattr(reference, name),
+        outputs={
+            "h": "(N, C // 4, ...) like gates",
+            "kept": "(N, gates.shape[2], gates.shape[3], 5, C // 4) like gates as accumulator if keep",
+        },
         check=_check_forward(name, diagonal),
-        fake=_fake,
         kernels={"cpu": _cpu(name, diagonal), "cuda": _cuda(name, diagonal)},
         dtypes=_CUDA_DTYPES,
         setup_context=_setup_context,

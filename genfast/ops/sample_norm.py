@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
-from ._layout import memory_format
 from ._rows import per_batch, rows
 
 _NAME = "sample_norm"
@@ -22,20 +21,6 @@ def _check_forward(x: Tensor, squared: bool) -> None:
     _check.floating(_NAME, x=x)
     if x.dim() < 2:
         raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, ...)")
-
-
-def _check_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> None:
-    _check_forward(x, squared)
-    per_sample = (x.shape[:1], "one per sample")
-    _check.shapes(f"{_NAME}_backward", norm=(norm, *per_sample), grad=(grad, *per_sample))
-
-
-def _fake(x: Tensor, squared: bool) -> Tensor:
-    return x.new_empty((x.shape[0],), dtype=x.dtype if x.element_size() >= 4 else torch.float32)
-
-
-def _fake_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(x))
 
 
 def _cpu(x: Tensor, squared: bool) -> Tensor:
@@ -60,16 +45,6 @@ def _cpu_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> Tenso
     return dx
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.squared = inputs
-    ctx.save_for_backward(x, output)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, norm = ctx.saved_tensors
-    return _OP_BACKWARD(x, norm, grad, ctx.squared), None
-
-
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape in (("images", (3, 5, 4, 7)), ("vectors", (6, 9)), ("sequences", (2, 3, 11))):
         for squared in (False, True):
@@ -77,23 +52,17 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
             yield Sample(f"{label}{' squared' if squared else ''}", (x, squared))
 
 
-_OP_BACKWARD = Op(
-    "sample_norm_backward(Tensor x, Tensor norm, Tensor grad, bool squared) -> Tensor",
-    reference=reference.sample_norm_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel(_NAME, f"{_NAME}_backward")},
-)
-
 OP = Op(
-    "sample_norm(Tensor x, bool squared) -> Tensor",
+    "sample_norm(Tensor x, bool squared)",
     reference=reference.sample_norm,
+    outputs={"norm": "(N,) like x as accumulator"},
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel(_NAME, _NAME, _check_forward)},
-    setup_context=_setup_context,
-    backward=_backward,
+    kernels={"cpu": _cpu, "triton": _NAME},
+    backward=Backward(
+        "x, norm, grad, squared -> x",
+        reference=reference.sample_norm_backward,
+        kernels={"cpu": _cpu_backward, "triton": _NAME},
+    ),
     samples=_samples,
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
-from .._registry import Op, Sample
+from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "rational_quadratic_spline"
@@ -80,20 +80,6 @@ def _check_packed(
     _check.shape(op, "params", params, (*x.shape, count), f"x's shape, then {count} for {bins} bins, tails={tails!r}")
 
 
-def _check_backward(grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, *rest: Any) -> None:
-    _check_forward(x, *rest)
-    _check_gradients(f"{_NAME}_backward", grad_y, grad_logdet, x)
-
-
-def _check_packed_backward(grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, *rest: Any) -> None:
-    _check_packed(x, *rest)
-    _check_gradients(f"{_NAME}_packed_backward", grad_y, grad_logdet, x)
-
-
-def _check_gradients(op: str, grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor) -> None:
-    _check.shapes(op, grad_y=(grad_y, x.shape, "that of x"), grad_logdet=(grad_logdet, x.shape, "that of x"))
-
-
 def _check_linear(x: Tensor, unnormalized_pdf: Tensor, tails: str, inverse: bool, options: Sequence[float]) -> None:
     op = "linear_spline"
     _check.floating(op, x=x, unnormalized_pdf=unnormalized_pdf)
@@ -112,23 +98,6 @@ def _check_quadratic(x: Tensor, widths: Tensor, heights: Tensor, tails: str, inv
     _check.shape(op, "widths", widths, (*x.shape, bins), "x's shape, then K bins")
     count = derivative_count(bins, tails)
     _check.shape(op, "heights", heights, (*x.shape, count), f"x's shape, then {count} for {bins} bins, tails={tails!r}")
-
-
-def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32 if x.element_size() < 4 else x.dtype)
-
-
-def _fake_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dw, dh, dd = (t.new_empty(t.shape) for t in (x, widths, heights, derivatives))
-    return dx, dw, dh, dd
-
-
-def _fake_packed_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), params.new_empty(params.shape)
 
 
 def _rows(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
@@ -243,24 +212,6 @@ def _cpu_packed_backward(
     return tuple(_run_backward(grad_y, grad_logdet, x, (params,), bins, *options))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.options = [a for a in inputs if not isinstance(a, Tensor)]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
-
-
-def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
-    if grad_y is None and grad_logdet is None:
-        return (None,) * 8
-    return (*_OP_BACKWARD(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), None, None, None, None)
-
-
-def _packed_backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
-    if grad_y is None and grad_logdet is None:
-        return (None,) * 7
-    return (*_OP_PACKED_BACKWARD(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), *[None] * 5)
-
-
 _SAMPLED = (
     # label, shape of x, bins, tails, convention, options
     ("8 bins", (5, 4), 8, "linear", "nflows", [-2.0, 2.0, -2.0, 2.0, 1e-3, 1e-3, 1e-3, 1e-3, 1.0]),
@@ -314,68 +265,55 @@ def _quadratic_samples(generator: torch.Generator) -> Iterator[Sample]:
             yield Sample(f"{label}{' inverse' if inverse else ''}", (x, widths, heights, tails, inverse, options))
 
 
-_OP_BACKWARD = Op(
-    f"{_NAME}_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor widths, Tensor heights, Tensor derivatives, "
-    "str tails, str convention, bool inverse, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.rational_quadratic_spline_backward,
-    check=_check_backward,
-    check_before_kernels=True,
-    fake=_fake_backward,
-    kernels={"cpu": _cpu_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_backward")},
-    dtypes=_DTYPES,
-)
-
-_OP_PACKED_BACKWARD = Op(
-    f"{_NAME}_packed_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, int bins, str tails, "
-    "str convention, bool inverse, float[] options) -> (Tensor, Tensor)",
-    reference=reference.rational_quadratic_spline_packed_backward,
-    check=_check_packed_backward,
-    check_before_kernels=True,
-    fake=_fake_packed_backward,
-    kernels={"cpu": _cpu_packed_backward, "triton": _backend.triton_kernel("spline", f"{_NAME}_packed_backward")},
-    dtypes=_DTYPES,
-)
+_OUTPUTS = {"y": "contiguous like x", "logdet": "contiguous like x as accumulator"}
 
 OP = Op(
     f"{_NAME}(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, str tails, str convention, bool inverse, "
-    "float[] options) -> (Tensor, Tensor)",
+    "float[] options)",
     reference=reference.rational_quadratic_spline,
+    outputs=_OUTPUTS,
     check=_check_forward,
-    fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel("spline", _NAME, _check_forward)},
+    kernels={"cpu": _cpu, "triton": "spline"},
     dtypes=_DTYPES,
-    setup_context=_setup_context,
-    backward=_backward,
+    backward=Backward(
+        "grad_y, grad_logdet, x, widths, heights, derivatives, *options -> x, widths, heights, derivatives",
+        outputs={name: f"contiguous like {name}" for name in ("x", "widths", "heights", "derivatives")},
+        reference=reference.rational_quadratic_spline_backward,
+        kernels={"cpu": _cpu_backward, "triton": "spline"},
+    ),
     samples=_samples,
 )
 
 OP_PACKED = Op(
-    f"{_NAME}_packed(Tensor x, Tensor params, int bins, str tails, str convention, bool inverse, float[] options) "
-    "-> (Tensor, Tensor)",
+    f"{_NAME}_packed(Tensor x, Tensor params, int bins, str tails, str convention, bool inverse, float[] options)",
     reference=reference.rational_quadratic_spline_packed,
+    outputs=_OUTPUTS,
     check=_check_packed,
-    fake=_fake,
-    kernels={"cpu": _cpu_packed, "triton": _backend.triton_kernel("spline", f"{_NAME}_packed", _check_packed)},
+    kernels={"cpu": _cpu_packed, "triton": "spline"},
     dtypes=_DTYPES,
-    setup_context=_setup_context,
-    backward=_packed_backward,
+    backward=Backward(
+        "grad_y, grad_logdet, x, params, *options -> x, params",
+        outputs={name: f"contiguous like {name}" for name in ("x", "params")},
+        reference=reference.rational_quadratic_spline_packed_backward,
+        kernels={"cpu": _cpu_packed_backward, "triton": "spline"},
+    ),
     samples=_packed_samples,
 )
 
 OP_LINEAR = Op(
-    "linear_spline(Tensor x, Tensor unnormalized_pdf, str tails, bool inverse, float[] options) -> (Tensor, Tensor)",
+    "linear_spline(Tensor x, Tensor unnormalized_pdf, str tails, bool inverse, float[] options)",
     reference=reference.linear_spline,
+    outputs=_OUTPUTS,
     check=_check_linear,
-    fake=_fake,
     kernels={},
     samples=_linear_samples,
 )
 
 OP_QUADRATIC = Op(
-    "quadratic_spline(Tensor x, Tensor widths, Tensor heights, str tails, bool inverse, float[] options) -> (Tensor, Tensor)",
+    "quadratic_spline(Tensor x, Tensor widths, Tensor heights, str tails, bool inverse, float[] options)",
     reference=reference.quadratic_spline,
+    outputs=_OUTPUTS,
     check=_check_quadratic,
-    fake=_fake,
     kernels={},
     samples=_quadratic_samples,
 )

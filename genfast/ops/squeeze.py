@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
+from .._tensors import memory_format
 from ..reference.squeeze import ORDERS
 from . import _check
-from ._layout import describe, memory_format
+from ._layout import describe
 
 _CPU: Any = _backend.extension("_cpu")[0]
 
@@ -80,12 +81,9 @@ def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     return y
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.factor, ctx.order, ctx.inverse = inputs
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return OP(grad, ctx.factor, ctx.order, not ctx.inverse), None, None, None
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    factor, order, inverse = ctx.options
+    return None if grad is None else OP(grad, factor, order, not inverse), None, None, None
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -103,8 +101,8 @@ OP = Op(
     dtypes=_backend.DTYPES | {"triton": (*_backend.DTYPES["triton"], torch.uint8, torch.int64)},
     check=_check_forward,
     fake=_fake,
-    kernels={"cpu": _cpu, "triton": _backend.triton_kernel("squeeze", "squeeze", _check_forward)},
-    setup_context=_setup_context,
+    kernels={"cpu": _cpu, "triton": "squeeze"},
+    saves="",
     backward=_backward,
     samples=_samples,
 )

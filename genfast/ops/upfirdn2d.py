@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _backend, _pool, reference
 from .._registry import Op, Sample
+from .._tensors import memory_format
 from . import _check
-from ._layout import memory_format
 
 _NAME = "upfirdn2d"
 _CPU: Any = _backend.extension("_cpu")[0]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._layout import memory_format
+from .._tensors import memory_format
 from ..ops.activation import OP_APPLY, OP_CHAIN, OP_LEAKY, OP_SECOND, apply_bits_, leaky_relu_bits_
 from .arithmetic import scale
 from .autograd_rule import otherwise
