@@ -98,3 +98,30 @@ def test_a_call_inside_a_call_takes_ordinary_memory():
         assert not _pool._blocks
     finally:
         _pool._lock.release()
+
+
+def test_memory_is_reused_only_when_nothing_refers_to_it():
+    like = torch.empty(1 << 19)
+    first = _pool.empty_like(like)
+    address = first.data_ptr()
+    assert _pool.empty_like(like).data_ptr() != address
+    del first
+    again = _pool.empty_like(like)
+    assert again.data_ptr() == address
+    for keep in (lambda t: t[3:5], lambda t: t.untyped_storage(), lambda t: t.numpy(), lambda t: t.detach(), memoryview_of):
+        held, again = keep(again), None
+        others = [_pool.empty_like(like) for _ in range(8)]
+        assert all(o.data_ptr() != address for o in others), keep
+        del held, others
+        again = next(t for t in (_pool.empty_like(like) for _ in range(16)) if t.data_ptr() == address)
+
+
+def memoryview_of(t):
+    return memoryview(t.numpy())
+
+
+def test_memory_in_use_beyond_the_limit_is_not_the_pools(monkeypatch):
+    monkeypatch.setattr(_pool, "limit", 5 << 20)
+    held = [_pool.empty_like(torch.empty(1 << 19)) for _ in range(6)]
+    assert len({t.data_ptr() for t in held}) == 6
+    assert _pool._total <= 5 << 20

@@ -1,211 +1,216 @@
-"""actnorm, invertible_conv1x1, the fused step and squeeze: what is special about each."""
+"""ops.linear, ops.linear_input, ops.linear_weight: sizes around the tiles, strides, bits, rounding and errors."""
 
 from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import genfast
 from genfast import ops
+from genfast.reference.linear import row_mask
+
+DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
+# Both sides of the tiles (6 rows by up to 64 columns), of the panels and of the runs of 512 terms.
+SIZES = [
+    (1, 1, 1), (1, 600, 70), (5, 31, 33), (6, 64, 64), (7, 512, 63), (13, 513, 65), (48, 1025, 130), (50, 16, 200),
+    (97, 40, 449), (64, 2, 512), (130, 130, 130),
+]  # fmt: skip
 
 
-def factors(c, dtype=torch.float64):
-    return ops.PLU(
-        torch.randperm(c), torch.randn(c, c, dtype=dtype), torch.randn(c, c, dtype=dtype), torch.randn(c).sign().to(dtype),
-        0.1 * torch.randn(c, dtype=dtype),
-    )  # fmt: skip
+def error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-SHAPES = st.sampled_from([(1, 1), (130, 5), (2, 3, 7), (3, 12, 4, 4), (2, 17, 5, 3), (1, 48, 9, 9), (2, 4, 2, 3, 5)])
+def exact_linear(x, w, bias, slope):
+    v = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+    return v if slope is None else F.leaky_relu(v, slope)
 
 
-@settings(max_examples=40, deadline=None)
-@given(shape=SHAPES, plu=st.booleans(), last=st.booleans())
-def test_conv1x1_inverse_undoes_forward(shape, plu, last):
-    x = torch.randn(shape, dtype=torch.float64)
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim()) if last else None
-    x = x if form is None else x.contiguous(memory_format=form)
-    c = shape[1]
-    weight = factors(c) if plu else torch.linalg.qr(torch.randn(c, c, dtype=torch.float64))[0]
-    if plu:
-        weight = weight._replace(lower=0.1 * weight.lower, upper=0.1 * weight.upper)
-    z, logdet = ops.invertible_conv1x1(x, weight)
-    back, minus = ops.invertible_conv1x1(z, weight, inverse=True)
-    torch.testing.assert_close(back, x, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(minus, -logdet)
-    matrix = genfast.reference.plu_matrix(*weight) if plu else weight
-    torch.testing.assert_close(z, torch.einsum("oi,ni...->no...", matrix, x))
-    positions = x[0, 0].numel()
-    torch.testing.assert_close(logdet, (positions * torch.linalg.slogdet(matrix)[1]).expand(shape[0]))
+@pytest.fixture(params=[True, False], ids=["ours", "library"], autouse=True)
+def _which(request, monkeypatch):
+    """Every size through both arrangements, whatever the rule says."""
+    monkeypatch.setattr(sys.modules["genfast.ops.linear"], "_ours", lambda *_, **__: request.param)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("plu", [False, True])
-@pytest.mark.parametrize("log_scale", [False, True])
-def test_the_fused_step_is_its_parts(last, plu, log_scale):
-    x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
-    if last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    scale, bias = torch.rand(6, dtype=torch.float64) + 0.5, torch.randn(6, dtype=torch.float64)
-    weight = factors(6) if plu else torch.randn(6, 6, dtype=torch.float64)
-    y, a = ops.actnorm(x, scale, bias, log_scale=log_scale)
-    y, b = ops.invertible_conv1x1(y, weight)
-    for pair in (x, (x[:, :2], x[:, 2:])):
-        (first, second), logdet = ops.actnorm_conv1x1(pair, scale, bias, weight, log_scale=log_scale, split=4)
-        torch.testing.assert_close(torch.cat((first, second), 1), y)
-        torch.testing.assert_close(logdet, a + b)
-        back, minus = ops.actnorm_conv1x1((first, second), scale, bias, weight, log_scale=log_scale, inverse=True)
-        torch.testing.assert_close(back, x)
-        torch.testing.assert_close(minus, -logdet)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("n", "k", "m"), SIZES)
+def test_the_three_products(n, k, m, dtype):
+    x, w, c, g = (torch.randn(s, dtype=dtype) for s in ((n, k), (m, k), (m,), (n, m)))
+    for bias in (None, c):
+        for slope in (None, 0.0, 0.2):
+            y, bits = ops.linear(x, w, bias, slope)
+            assert error(y, exact_linear(x, w, bias, slope)) <= DTYPES[dtype]
+            if slope is None:
+                assert bits.numel() == 0
+            else:
+                assert torch.equal(row_mask(bits, m), y > 0)
+                assert bits.shape == (n, -(-m // 8))
+                assert m % 8 == 0 or not (bits[:, -1] >> (m % 8)).any()  # the padding of a row is zero
+    assert error(ops.linear_input(g, w), g.double() @ w.double()) <= DTYPES[dtype]
+    assert error(ops.linear_weight(g, x), g.double().t() @ x.double()) <= DTYPES[dtype]
+    kept = torch.randint(256, (n, -(-k // 8)), dtype=torch.uint8)
+    plain = ops.linear_input(g, w)
+    for slope in (0.0, 0.2):
+        expected = torch.where(row_mask(kept, k), plain, plain * slope)
+        torch.testing.assert_close(ops.linear_input(g, w, kept, slope), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("c", [1, 12, 24, 48, 96, 130])
-@pytest.mark.parametrize("last", [False, True])
-def test_conv1x1_at_glow_sizes_in_float32(c, last):
-    x = torch.randn(16, c, 8, 8)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    weight = torch.randn(c, c) / c**0.5
-    leaves, exact = ([t.to(d).requires_grad_() for t in (x, weight)] for d in (torch.float32, torch.float64))
-    y, _ = ops.invertible_conv1x1(*leaves)
-    expected = F.conv2d(exact[0], exact[1][:, :, None, None])
-    g = torch.randn(16, c, 8, 8)
-    grads, exact_grads = torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, exact, g.double())
-    for found, wanted, allowed in zip((y, *grads), (expected, *exact_grads), (2e-6, 1e-5, 1e-5)):
-        found, wanted = found.detach().double(), wanted.detach()
-        assert float((found - wanted).norm()) <= allowed * float(wanted.norm())
-
-
-def test_factors_that_lie_transposed_give_the_same():
-    """Dense but not row by row: an output made in their image would be written crosswise."""
-    plain = factors(5)
-    crossed = plain._replace(lower=plain.lower.t().contiguous().t(), upper=plain.upper.t().contiguous().t())
-    x = torch.randn(2, 5, 3, 3, dtype=torch.float64)
-    results = []
-    for weight in (plain, crossed):
-        leaves = [weight.lower.detach().requires_grad_(), weight.upper.detach().requires_grad_()]
-        z, logdet = ops.invertible_conv1x1(x, weight._replace(lower=leaves[0], upper=leaves[1]))
-        results.append([z, logdet, *torch.autograd.grad(z.square().sum(), leaves)])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_singular_weight():
-    x, singular = torch.randn(2, 3, 4, 4), torch.ones(3, 3)
-    _, logdet = ops.invertible_conv1x1(x, singular)
-    assert bool((logdet == -torch.inf).all())
-    with pytest.raises(ValueError, match="weight is singular"):
-        ops.invertible_conv1x1(x, singular, inverse=True)
-    with pytest.raises(ValueError, match="weight is singular"):
-        ops.actnorm_conv1x1(x, torch.ones(3), torch.zeros(3), singular, inverse=True)
-
-
-def test_actnorm_with_a_zero_scale_is_not_invertible_and_says_so_in_its_logdet():
-    x = torch.randn(2, 3, 4, 4)
-    y, logdet = ops.actnorm(x, torch.tensor([1.0, 0.0, 2.0]), torch.zeros(3))
-    assert bool((logdet == -torch.inf).all())
-    assert bool((y[:, 1] == 0).all())
-    back, _ = ops.actnorm(x, torch.tensor([1.0, 0.0, 2.0]), torch.zeros(3), inverse=True)
-    assert not bool(back[:, 1].isfinite().any())
-    assert bool(back[:, [0, 2]].isfinite().all())
-
-
-def test_actnorm_takes_negative_scales():
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    scale = torch.tensor([-2.0, 0.5, -0.1], dtype=torch.float64)
-    y, logdet = ops.actnorm(x, scale, scale)
-    torch.testing.assert_close(ops.actnorm(y, scale, scale, inverse=True)[0], x)
-    torch.testing.assert_close(logdet, (16 * scale.abs().log().sum()).expand(2))
-
-
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    n=st.integers(1, 3), c=st.sampled_from([1, 3, 5, 16]), h=st.integers(1, 4), w=st.integers(1, 9), f=st.integers(1, 4),
-    order=st.sampled_from(["pixel_unshuffle", "space_to_depth"]), last=st.booleans(),
-)  # fmt: skip
-def test_squeeze_and_back(n, c, h, w, f, order, last):
-    x = torch.randn(n, c, h * f, w * f)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    y = ops.squeeze(x, f, order=order)
-    assert torch.equal(ops.unsqueeze(y, f, order=order), x)
-    if order == "pixel_unshuffle":
-        assert torch.equal(y, F.pixel_unshuffle(x, f))
-    else:
-        i, j, k = f - 1, 0, c - 1
-        assert torch.equal(y[:, (i * f + j) * c + k], x[:, k, i::f, j::f])
+    st.integers(0, 20), st.integers(0, 80), st.integers(0, 140), st.booleans(), st.booleans(), st.sampled_from([None, 0.0, 0.3])
+)
+def test_any_size_and_stride(n, k, m, turn_x, turn_w, slope):
+    x = torch.randn(k, n).t() if turn_x else torch.randn(n, k + 3)[:, 1 : k + 1]
+    w = torch.randn(k, m + 1).t()[1:] if turn_w else torch.randn(m, 2 * k)[:, ::2]
+    g = torch.randn(m, n).t() if turn_w else torch.randn(2 * n, m)[::2]
+    with torch.no_grad():
+        y, _ = ops.linear(x, w, None, slope)
+        torch.testing.assert_close(y, exact_linear(x, w, None, slope).float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ops.linear_input(g, w), g @ w, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ops.linear_weight(g, x), g.t() @ x, rtol=1e-4, atol=1e-4)
 
 
-def test_the_pool_reuses_memory_and_never_while_it_is_in_use():
-    from genfast import _pool
-
-    _pool.clear()
-    like = torch.empty(1 << 19)
-    first = _pool.empty_like(like)
-    address = first.data_ptr()
-    assert _pool.empty_like(like).data_ptr() != address
-    del first
-    again = _pool.empty_like(like)
-    assert again.data_ptr() == address
-    for keep in (lambda t: t[3:5], lambda t: t.untyped_storage(), lambda t: t.numpy(), lambda t: t.detach(), memoryview_of):
-        held, again = keep(again), None
-        others = [_pool.empty_like(like) for _ in range(8)]
-        assert all(o.data_ptr() != address for o in others), keep
-        del held, others
-        again = next(t for t in (_pool.empty_like(like) for _ in range(16)) if t.data_ptr() == address)
-    del again
-    _pool.clear()
+def test_the_thread_count_does_not_change_the_bits():
+    before = torch.get_num_threads()
+    for n, k, m in ((64, 300, 1000), (300, 64, 96), (256, 1100, 520)):
+        x, w, g = torch.randn(n, k), torch.randn(m, k), torch.randn(n, m)
+        results = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                y, bits = ops.linear(x, w, None, 0.2)
+                results.append([y, bits, ops.linear_input(g, w), ops.linear_weight(g, x)])
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-def memoryview_of(t):
-    return memoryview(t.numpy())
+@pytest.mark.parametrize(("n", "m"), [(7, 40), (40, 7), (300, 100)])
+def test_no_terms_at_all(n, m):
+    c = torch.randn(m)
+    for x, w in ((torch.randn(n, 0), torch.randn(m, 0)), (torch.randn(0, n).t(), torch.randn(0, m).t())):
+        y, bits = ops.linear(x, w, c, 0.5)
+        assert torch.equal(y, F.leaky_relu(c, 0.5).expand(n, m))
+        assert torch.equal(row_mask(bits, m), y > 0)
+    assert not ops.linear_input(torch.randn(n, 0), torch.randn(0, m)).count_nonzero()
+    assert not ops.linear_weight(torch.randn(0, n), torch.randn(0, m)).count_nonzero()
 
 
-def test_the_pool_keeps_no_more_than_its_limit(monkeypatch):
-    from genfast import _pool
-
-    _pool.clear()
-    monkeypatch.setattr(_pool, "limit", 5 << 20)
-    held = [_pool.empty_like(torch.empty(1 << 19)) for _ in range(6)]
-    assert len({t.data_ptr() for t in held}) == 6
-    assert _pool._total <= 5 << 20
-    _pool.clear()
-
-
-X = torch.zeros(2, 4, 4, 6)
+def test_what_is_not_finite():
+    x = torch.ones(8, 40)
+    w = torch.zeros(64, 40)
+    w[1], w[2], w[3, 0] = math.inf, -math.inf, math.nan
+    y, bits = ops.linear(x, w, None, 0.0)
+    assert y[0, :3].tolist() == [0, math.inf, 0]
+    assert y[:, 3].isnan().all()
+    assert bits[0, 0] == 2
+    kept = torch.zeros(8, 5, dtype=torch.uint8)
+    assert not ops.linear_input(torch.full((8, 64), math.inf), torch.ones(64, 40), kept, 0.0).count_nonzero()
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        (TypeError, "actnorm: x has dtype torch.int64", lambda: ops.actnorm(X.long(), torch.ones(4), torch.ones(4))),
-        (ValueError, r"actnorm: scale has shape \(3,\), expected \(4,\)", lambda: ops.actnorm(X, torch.ones(3), torch.ones(4))),
-        (ValueError, r"actnorm: bias has shape \(4, 1\)", lambda: ops.actnorm(X, torch.ones(4), torch.ones(4, 1))),
-        (ValueError, r"actnorm: x has shape \(5,\)", lambda: ops.actnorm(torch.ones(5), torch.ones(5), torch.ones(5))),
-        (ValueError, "bias is on meta and x on cpu",
-         lambda: ops.actnorm(X, torch.ones(4), torch.ones(4, device="meta"))),
-        (ValueError, r"weight has shape \(3, 3\), expected \(4, 4\)", lambda: ops.invertible_conv1x1(X, torch.eye(3))),
-        (ValueError, r"weight has shape \(4, 3\), expected \(C, C\)", lambda: ops.invertible_conv1x1(X, torch.ones(4, 3))),
-        (TypeError, "weight has dtype torch.int64", lambda: ops.invertible_conv1x1(X, torch.eye(4).long())),
-        (TypeError, "x has dtype torch.int64", lambda: ops.invertible_conv1x1(X.long(), torch.eye(4))),
-        (TypeError, "perm has dtype torch.int32",
-         lambda: ops.invertible_conv1x1(X, factors(4, torch.float32)._replace(perm=torch.arange(4).int()))),
-        (ValueError, r"lower has shape \(3, 4\)",
-         lambda: ops.invertible_conv1x1(X, factors(4, torch.float32)._replace(lower=torch.ones(3, 4)))),
-        (TypeError, "need one dtype",
-         lambda: ops.invertible_conv1x1(X, factors(4, torch.float32)._replace(lower=torch.eye(4).double()))),
-        (ValueError, "split=5, expected 1 to 4",
-         lambda: ops.actnorm_conv1x1(X, torch.ones(4), torch.ones(4), torch.eye(4), split=5)),
-        (ValueError, "same batch and positions",
-         lambda: ops.actnorm_conv1x1((X, X[:1]), torch.ones(8), torch.ones(8), torch.eye(8))),
-        (ValueError, "squeeze: x has 4x6 positions, expected multiples of factor=5", lambda: ops.squeeze(X, 5)),
-        (ValueError, "unsqueeze: x has 4 channels, expected a multiple of factor.2 = 9", lambda: ops.unsqueeze(X, 3)),
-        (ValueError, "squeeze: order='x', expected one of", lambda: ops.squeeze(X, order="x")),
-        (ValueError, "squeeze: factor=0", lambda: ops.squeeze(X, 0)),
-        (ValueError, r"squeeze: x has shape \(2, 4, 4\)", lambda: ops.squeeze(X[..., 0])),
-    ],
-)  # fmt: skip
-def test_bad_input_is_named(error, message, call):
-    with pytest.raises(error, match=message):
-        call()
+def test_nothing_outside_is_written():
+    from genfast import _cpu
+
+    for n, k, m in ((13, 40, 70), (5, 513, 33)):
+        x, w = torch.randn(n, k), torch.randn(m, k)
+        out, bits = torch.full((n * m + 64,), 7.0), torch.full((n * -(-m // 8) + 64,), 7, dtype=torch.uint8)
+        _cpu.linear(
+            False, x.data_ptr(), k, 1, w.data_ptr(), 1, k, 0, out[32:].data_ptr(), bits[32:].data_ptr(), 1, 0.5, n, m, k, 2
+        )
+        assert out[:32].eq(7).all()
+        assert out[n * m + 32 :].eq(7).all()
+        assert bits[:32].eq(7).all()
+        assert bits[n * -(-m // 8) + 32 :].eq(7).all()
+        torch.testing.assert_close(out[32:-32].view(n, m), F.leaky_relu(x @ w.t(), 0.5), rtol=1e-4, atol=1e-4)
+
+
+def test_third_derivatives():
+    x, w, c = torch.randn(3, 5).double(), torch.randn(4, 5).double(), torch.randn(4).double()
+    for t in (x, w, c):
+        t.requires_grad_()
+
+    def twice(x, w, c):
+        y = ops.linear(x, w, c, 0.2)[0]
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), (x, w), create_graph=True)
+
+    assert torch.autograd.gradcheck(twice, (x, w, c))
+
+
+def test_the_penalty_of_a_layer_equals_double_backward():
+    x, w, c = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((40, 33), (64, 33), (64,)))
+
+    def penalty(layer):
+        (g,) = torch.autograd.grad(layer().square().sum(), x, create_graph=True)
+        return torch.autograd.grad((g.norm(dim=1) - 1).square().mean(), (w, c, x))
+
+    found = penalty(lambda: ops.linear(x, w, c, 0.2)[0])
+    for f, e in zip(found, penalty(lambda: F.leaky_relu(F.linear(x, w, c), 0.2))):
+        torch.testing.assert_close(f, e)
+
+
+def test_half_types_run_the_library():
+    x, w = torch.randn(9, 40).bfloat16(), torch.randn(64, 40).bfloat16()
+    y, bits = ops.linear(x, w, None, 0.2)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(row_mask(bits, 64), y > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["base", "v3"])
+def test_lower_instruction_sets(level):
+    """The same sums with narrower vectors, where a tile may be narrower than a byte of bits."""
+    program = f"""
+import sys, torch
+from genfast import ops, _cpu
+from tests.ops import test_linear as tests
+if not _cpu.isa().startswith({"baseline" if level == "base" else "x86-64-v3"!r}):
+    raise SystemExit(5)
+torch.manual_seed(0)
+sys.modules["genfast.ops.linear"]._ours = lambda *_, **__: True
+for dtype in tests.DTYPES:
+    for size in tests.SIZES:
+        tests.test_the_three_products(*size, dtype)
+tests.test_the_thread_count_does_not_change_the_bits()
+"""
+    environment = os.environ | {"GENFAST_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode == 5:
+        pytest.skip(f"this processor does not run {level}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_errors_name_the_argument():
+    x, w, c = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    with pytest.raises(ValueError, match=r"linear: weight has shape \(5, 3\), expected \(5, 4\)"):
+        ops.linear(x, w[:, :3])
+    with pytest.raises(ValueError, match=r"linear: bias has shape \(4,\), expected \(5,\)"):
+        ops.linear(x, w, c[:4])
+    with pytest.raises(ValueError, match=r"linear: x has shape \(4,\), expected two axes"):
+        ops.linear(x[0], w)
+    with pytest.raises(
+        TypeError, match="linear: x has dtype torch.float32, weight has dtype torch.float64; expected one dtype"
+    ):
+        ops.linear(x, w.double())
+    with pytest.raises(TypeError, match="linear: x has dtype torch.int64, expected a floating-point"):
+        ops.linear(x.long(), w)
+    g = torch.randn(3, 5)
+    with pytest.raises(ValueError, match=r"linear_input: grad has shape \(3, 4\), expected \(3, 5\)"):
+        ops.linear_input(g[:, :4], w)
+    with pytest.raises(TypeError, match="linear_input: bits is a torch.int64, expected a torch.uint8"):
+        ops.linear_input(g, w, torch.zeros(3, 1).long())
+    with pytest.raises(ValueError, match=r"linear_input: bits has shape \(3, 2\), expected \(3, 1\)"):
+        ops.linear_input(g, w, torch.zeros(3, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"linear_weight: grad has shape \(2, 5\), expected \(3, 5\)"):
+        ops.linear_weight(g[:2], x)
+    with genfast.backend("cpu"), pytest.raises(genfast.BackendError, match="not bfloat16"):
+        ops.linear(x.bfloat16(), w.bfloat16())
