@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 # The interpreter is chosen when triton is first imported, and nothing can be compiled in such a process.
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
-	env -u GENFAST_BACKEND TRITON_INTERPRET=1 GENFAST_INTERPRET_SOME=1 $(BIN)/python -m pytest -q -n auto tests/kernels/interpreted*.py
+	env -u GENFAST_BACKEND TRITON_INTERPRET=1 GENFAST_INTERPRET_SOME=1 $(BIN)/python -m pytest -q -n auto tests/triton
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -12,8 +12,8 @@ import genfast
 from genfast import nn, ops, reference
 from genfast._registry import OPS
 from genfast._verify import errors, relative_error
-from tests.kernels import autoregressive_cases as cases
-from tests.kernels.flow_cases import DTYPES, FORWARD, GRADIENT
+from tests.triton import autoregressive_cases as cases
+from tests.triton.flow_cases import DTYPES, FORWARD, GRADIENT
 
 GPU = torch.device("cuda")
 ELEMENTS, BATCH = 100_003, 4099

@@ -10,7 +10,7 @@ import torch
 
 import genfast
 from genfast import ops, reference
-from tests.kernels.flow_cases import FORWARD, GRADIENT
+from tests.triton.flow_cases import FORWARD, GRADIENT
 
 GPU = torch.device("cuda")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

@@ -10,8 +10,8 @@ from genfast import ops
 from genfast._registry import OPS
 from genfast._verify import _prepared, errors
 from tests.conftest import SAMPLE_IDS, SAMPLES
-from tests.kernels import flow_cases as cases
-from tests.kernels.flow_cases import COUPLINGS, DTYPES, FORMS, FORWARD, GRADIENT
+from tests.triton import flow_cases as cases
+from tests.triton.flow_cases import COUPLINGS, DTYPES, FORMS, FORWARD, GRADIENT
 
 GPU = torch.device("cuda")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])

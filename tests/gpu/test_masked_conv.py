@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import genfast
-from tests.kernels import masked_conv_cases as cases
-from tests.kernels.flow_cases import DTYPES
+from tests.triton import masked_conv_cases as cases
+from tests.triton.flow_cases import DTYPES
 
 GPU = torch.device("cuda")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])

@@ -14,7 +14,7 @@ from genfast import nn as gnn
 from genfast import ops
 from genfast._memory import peak_bytes
 from genfast._registry import OPS
-from tests.kernels.flow_cases import poisoned
+from tests.triton.flow_cases import poisoned
 
 OP = OPS["contextual_similarity"]
 

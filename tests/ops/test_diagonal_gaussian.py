@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 import genfast
 from genfast import ops
-from tests.kernels.flow_cases import FORMS, poisoned, strided
+from tests.triton.flow_cases import FORMS, poisoned, strided
 
 
 def library(mean, log_variance, prior_mean=None, prior_log_variance=None):

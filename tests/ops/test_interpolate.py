@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast import ops
 from genfast._registry import OPS
-from tests.kernels.flow_cases import FORMS, poisoned, strided
+from tests.triton.flow_cases import FORMS, poisoned, strided
 
 
 def written_out(real, fake, epsilon):

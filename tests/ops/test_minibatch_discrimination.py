@@ -16,7 +16,7 @@ from genfast import nn as gnn
 from genfast import ops, reference
 from genfast._memory import peak_bytes
 from genfast._registry import OPS
-from tests.kernels.flow_cases import poisoned
+from tests.triton.flow_cases import poisoned
 
 
 def written_out(m, include_self=True):

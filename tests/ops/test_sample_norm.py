@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast import ops
 from genfast._registry import OPS
-from tests.kernels.flow_cases import FORMS, poisoned, strided
+from tests.triton.flow_cases import FORMS, poisoned, strided
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,6 +1,6 @@
 """Comparisons of the masked convolution's Triton kernels with a dense float64 convolution, for any device.
 
-The interpreter (tests/kernels/interpreted_masked_conv.py) runs them on small CPU tensors, tests/gpu on CUDA tensors.
+The interpreter (tests/triton/test_masked_conv.py) runs them on small CPU tensors, tests/gpu on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genfast._verify import relative_error
 from genfast.kernels.masked_conv import masked_conv, masked_conv_backward
-from tests.kernels.flow_cases import FORWARD, GRADIENT, poisoned
+from tests.triton.flow_cases import FORWARD, GRADIENT, poisoned
 
 ALL = [True, True, True]
 

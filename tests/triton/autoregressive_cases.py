@@ -1,6 +1,6 @@
 """Comparisons of the Triton kernels of splines and masked linear layers with the float64 reference, for any device.
 
-The interpreter (interpreted_spline.py, interpreted_masked_linear.py) runs them on small CPU tensors, tests/gpu on CUDA tensors.
+The interpreter (tests/triton/test_spline.py, test_masked_linear.py) runs them on small CPU tensors, tests/gpu on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from genfast import reference
 from genfast._registry import OPS
 from genfast._verify import relative_error
 from genfast.ops.spline import derivative_count
-from tests.kernels.flow_cases import FORWARD, GRADIENT, compare, run
+from tests.triton.flow_cases import FORWARD, GRADIENT, compare, run
 
 KINDS = ("nflows linear", "nflows circular", "nflows none", "zuko linear")  # convention, tails
 

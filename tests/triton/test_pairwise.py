@@ -1,21 +1,16 @@
-"""The Triton kernels over pairs of rows in the interpreter; ``make slow`` runs this."""
+"""The Triton kernels over pairs of rows in Triton's interpreter."""
 
 from __future__ import annotations
 
 import importlib
-import os
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
-
 from genfast._registry import OPS
-from tests.kernels import flow_cases as cases
-from tests.kernels.flow_cases import DTYPES, GRADIENT
+from tests.triton import flow_cases as cases
+from tests.triton.flow_cases import GRADIENT, each_dtype
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 SHAPES = [(1, 1, 1, 1), (2, 5, 70, 3), (1, 130, 65, 33), (2, 64, 7, 40), (0, 3, 2, 2), (2, 0, 3, 2), (2, 3, 4, 0)]
 OPTIONS = {"rbf": [0.5, 0.1], "imq": [0.8, 8.0, 30.0], "polynomial": [1.0]}
 

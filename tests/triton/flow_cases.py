@@ -1,6 +1,6 @@
 """Comparisons of the Triton flow kernels with the float64 reference, for any device.
 
-The interpreter (tests/kernels/interpreted.py) runs them on small CPU tensors, tests/gpu on CUDA tensors.
+The interpreter (tests/triton) runs them on small CPU tensors, tests/gpu on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -21,6 +22,9 @@ from genfast._verify import relative_error
 FORWARD = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = list(FORWARD)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
+# float16 differs from bfloat16 in loads and stores alone, which the ops' samples go through in every dtype.
+two_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
 
 
 @contextlib.contextmanager

@@ -1,30 +1,13 @@
-"""The Triton kernels of the diagonal Gaussian in the interpreter; ``make slow`` runs this."""
+"""The Triton kernels of the diagonal Gaussian in Triton's interpreter."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
-
 import genfast
 from genfast._registry import OPS
-from tests.kernels.flow_cases import DTYPES, FORMS, FORWARD, GRADIENT, compare, strided
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """NumPy, which the interpreter is, warns of overflows in branches that are not taken."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+from tests.triton.flow_cases import FORMS, FORWARD, GRADIENT, compare, each_dtype, strided
 
 
 def check(given, per_dimension, wanted=(True,) * 5, kl=True, z=True):

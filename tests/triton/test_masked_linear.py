@@ -1,36 +1,21 @@
-"""The Triton kernels of masked linear layers in the interpreter; ``make slow`` runs this."""
+"""The Triton kernels of masked linear layers in Triton's interpreter."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
-
 from genfast import reference
 from genfast._registry import OPS
-from genfast._verify import errors
 from genfast.kernels import masked_linear as kernels
-from tests.kernels import autoregressive_cases as cases
-from tests.kernels.flow_cases import DTYPES, FORWARD, GRADIENT, poisoned
+from tests.triton import autoregressive_cases as cases
+from tests.triton.flow_cases import DTYPES
 
 FLOAT = dict(dtype=torch.float32)
 OP = OPS["masked_linear"]
-SAMPLES = list(OP.samples(torch.Generator().manual_seed(0)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
-@pytest.mark.parametrize("sample", SAMPLES, ids=[s.label for s in SAMPLES])
-def test_samples_match_the_float64_reference(sample, dtype):
-    with poisoned():
-        forward, backward = errors(OP, sample, dtype, "cpu", "triton")
-    assert forward <= FORWARD[dtype]
-    assert backward <= GRADIENT[dtype]
 
 
 @pytest.mark.parametrize("label", cases.LAYERS)

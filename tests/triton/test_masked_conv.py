@@ -1,22 +1,18 @@
-"""The Triton kernels of the masked convolution in the interpreter; ``make slow`` runs this."""
+"""The Triton kernels of the masked convolution in Triton's interpreter."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
-
 from genfast.kernels import masked_conv as kernels
-from tests.kernels import masked_conv_cases as cases
-from tests.kernels.flow_cases import DTYPES, FORMS, strided
+from tests.triton import masked_conv_cases as cases
+from tests.triton.flow_cases import DTYPES, FORMS, strided
 
 FLOAT = dict(dtype=torch.float32)
 

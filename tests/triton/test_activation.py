@@ -1,33 +1,16 @@
-"""The Triton kernels of activation.py in the interpreter; ``make slow`` runs this."""
+"""The Triton kernels of activation.py in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
 
 import genfast.kernels.activation as kernel
 from genfast._registry import OPS
 from genfast._verify import relative_error
 from genfast.ops.activation import KINDS
-from tests.kernels import flow_cases as cases
-from tests.kernels.flow_cases import DTYPES, FORMS, FORWARD
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """NumPy, which the interpreter is, warns of the infinities that some of these tests are about."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+from tests.triton import flow_cases as cases
+from tests.triton.flow_cases import FORMS, FORWARD, each_dtype
 
 
 def test_activation_kinds_are_those_of_the_op():

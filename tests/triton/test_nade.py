@@ -1,33 +1,17 @@
-"""The Triton kernels of NADE in the interpreter; ``make slow`` runs this."""
+"""The Triton kernels of NADE in Triton's interpreter."""
 
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.fail("run ``make slow``, which runs this file under TRITON_INTERPRET=1", pytrace=False)
 
 import genfast
 import genfast.kernels.nade as kernel
 from genfast import reference
 from genfast._registry import OPS
-from tests.kernels.flow_cases import DTYPES, FORWARD, GRADIENT, compare, poisoned
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """NumPy, which the interpreter is, warns of overflows in branches that are not taken."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+from tests.triton.flow_cases import FORWARD, GRADIENT, compare, each_dtype, poisoned
 
 
 def arguments(n, d, h, p, dtype=torch.float32, rescaled=False, own=False):
