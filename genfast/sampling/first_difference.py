@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..programs.self_check import TOLERANCE, largest
-from .lowering import Lowered, where
+from .lowering import Lowered
+from .tracing import where
 
 
 class _Recorder(fx.Interpreter):

@@ -25,7 +25,8 @@ from ..reference.modes import evaluating
 from . import inputs
 from .first_difference import first_difference
 from .inputs import Conditions, Context, Entrance, Input, Unknown
-from .lowering import Lowered, NotCausalError, lower
+from .lowering import Lowered, lower
+from .steps import NotCausalError
 
 _CPU: Any = _backend.extension("_cpu")[0]
 _CUDA: Any = _backend.extension("_cuda")[0]

@@ -19,10 +19,10 @@ from torch import nn
 
 from genfast import models
 from genfast import nn as gnn
-from genfast.sampling import Sampler
+from genfast.sampling import LoweringError, Sampler
 from genfast.sampling import sampler as sampling
 from genfast.sampling.inputs import Conditions, bind
-from genfast.sampling.lowering import LoweringError, lower
+from genfast.sampling.lowering import lower
 
 ROOT = Path(__file__).parents[2]
 POINTERS = ("program", "weights", "statics", "cache", "images", "uniforms", "record", "scratch", "faults")

@@ -16,7 +16,7 @@ from genfast import nn as gnn
 from genfast._calls import hook_in_the_way, stands_for, weights_of_calls
 from genfast._contents import Contents
 from genfast.programs.self_check import SelfCheckError
-from genfast.sampling import LoweringError, Sampler, lowering
+from genfast.sampling import LoweringError, Sampler, rules
 
 SHAPE = (1, 6, 5)
 
@@ -464,8 +464,8 @@ def test_what_the_image_does_not_reach_is_called():
 
 
 def faulty(monkeypatch, target, rule):
-    right = lowering._FUNCTIONS[target]
-    monkeypatch.setitem(lowering._FUNCTIONS, target, lowering._Rule(rule, right.reads, right.signature))
+    right = rules.FUNCTION_RULES[target]
+    monkeypatch.setitem(rules.FUNCTION_RULES, target, rules.Rule(rule, right.reads, right.signature))
 
 
 def deep(colours=1):
