@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import _ceilings
-from genfast._memory import peak_bytes
+from genfast._peak_memory import peak_bytes
 
 Work = Callable[[], Any]
 PROVIDERS = ("reference", "compile", "trick", "peer", "graph", "floor", "genfast")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import HERE, environment, slug, write
 from genfast import ops
-from genfast._memory import peak_bytes
+from genfast._peak_memory import peak_bytes
 from genfast.ops.contextual_similarity import OP
 
 BANDWIDTH, EPS = 0.5, 1e-5

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from benchmarks import _ceilings
 from benchmarks._case import Case
-from genfast._memory import quiet
+from genfast._peak_memory import quiet
 
 CALLS = 10
 LARGE = 16 * 2**20  # bytes of a trace above which it is packed, as the viewers take it too

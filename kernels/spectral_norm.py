@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast._matrix import Axes, dense, from_memory, to_memory
+from genfast._spectral_axes import Axes, dense, from_memory, to_memory
 
 from ._common import TILE, Aot, cdiv, options, variant
 

@@ -38,13 +38,13 @@ QUICK = "thread or (empty and not every_op)"
 # (name, arguments of Python), with --quick and without.
 QUICK_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("every op, odd shapes and layouts", ("-m", "tests.sanitize", "--calls", "--quick")),
-    ("threads and empty batches", (*PYTEST, "tests/ops", "-k", f"({QUICK}) and {WITHOUT}")),
+    ("threads and empty batches", (*PYTEST, "tests/ops", "tests/penalty", "-k", f"({QUICK}) and {WITHOUT}")),
 )
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("every op, odd shapes and layouts", ("-m", "tests.sanitize", "--calls")),
     ("fuzzed calls", ("-m", "tests.fuzz", "--calls", "1000", "--seed", "2")),
-    ("tests of the ops", (*PYTEST, "tests/ops", "tests/test_pool.py", "-k", WITHOUT)),
-    ("tests of the samplers and layers", (*PYTEST, "tests/sampling", "tests/nn", "-k", WITHOUT)),
+    ("tests of the ops", (*PYTEST, "tests/ops", "tests/penalty", "tests/test_pool.py", "-k", WITHOUT)),
+    ("tests of the samplers and layers", (*PYTEST, "tests/sampling", "tests/programs", "tests/nn", "-k", WITHOUT)),
 )
 
 # A kernel that is told of more than there is; of an address that is none of a number; and one that is as it should be.

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar, overload
 
 from torch import nn
 
-from ._swap import Swapped, by_path, reason_to_leave, swap, unswap
+from ._class_swap import Swapped, by_path, reason_to_leave, swap, unswap
 
 __all__ = ["Entry", "Report", "Swapped", "accelerate", "report", "restore"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..programs import Layer
-from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
-from ._swap import Swapped, covered, of_library, plain_call
+from ._class_swap import Swapped, covered, of_library, plain_call
+from ._masked_networks import activation_name, layer_of, masked_product, no_staircase, solve, staircase
 
 
 class MaskedLinear(Swapped):

@@ -13,9 +13,9 @@ from .. import ops
 from .._derived import derived
 from ..ops.invertible_conv1x1 import MIX
 from . import _autoregressive as shared
-from . import _linear
+from . import _lu_layers
 from ._autoregressive import logit_scale, within_unit
-from ._swap import Swapped, covered, plain_call
+from ._class_swap import Swapped, covered, plain_call
 
 TRANSFORMS = nt.Transform
 CONTAINERS = (nt.CompositeTransform, nt.InverseTransform, nt.MultiscaleCompositeTransform, nt.Permutation)
@@ -251,17 +251,17 @@ class ActNorm(Swapped):
         return ops.actnorm(inputs, self.log_scale, self.shift, log_scale=True, inverse=True)
 
 
-class LULinear(_linear.LULinear):
+class LULinear(_lu_layers.LULinear):
     peer = nt.LULinear
 
 
-class OneByOneConvolution(_linear.LULinear):
+class OneByOneConvolution(_lu_layers.LULinear):
     peer = nt.OneByOneConvolution
     what = "permutation and product as one pass over the channels"
-    stands_for = (*_linear.LULinear.stands_for, "forward", "inverse", "_lu_forward_inverse")
+    stands_for = (*_lu_layers.LULinear.stands_for, "forward", "inverse", "_lu_forward_inverse")
 
     def fill(self: Any) -> None:
-        self._order(), _linear._indices(self)
+        self._order(), _lu_layers._indices(self)
 
     def _order(self: Any) -> Tensor | None:
         """Which column of L U each channel meets; None where that cannot be read."""
@@ -274,7 +274,7 @@ class OneByOneConvolution(_linear.LULinear):
             return None
         if inputs.dim() != 4 or inputs.shape[1] != self.features or not covered(inputs, self.bias, self.lower_entries):
             return None
-        order, indices = self._order(), _linear._indices(self)
+        order, indices = self._order(), _lu_layers._indices(self)
         return None if order is None or indices is None else (order, indices)
 
     def _logabsdet(self: Any, inputs: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ class OneByOneConvolution(_linear.LULinear):
         parts = self._parts(inputs)
         if parts is None:
             return super().forward(inputs, context)  # type: ignore[misc]
-        left, right = _linear.triangles(self, parts[1])
+        left, right = _lu_layers.triangles(self, parts[1])
         weight = (left @ right).index_select(1, parts[0])
         return MIX(inputs, None, weight, self.bias, self.features)[0], self._logabsdet(inputs)
 
@@ -294,7 +294,7 @@ class OneByOneConvolution(_linear.LULinear):
         parts = self._parts(inputs)
         if parts is None:
             return super().inverse(inputs, context)  # type: ignore[misc]
-        weight = _linear.weight_inverse(self, parts[1]).index_select(0, parts[0])
+        weight = _lu_layers.weight_inverse(self, parts[1]).index_select(0, parts[0])
         return MIX(inputs, None, weight, -(weight @ self.bias), self.features)[0], -self._logabsdet(inputs)
 
 

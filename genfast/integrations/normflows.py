@@ -20,9 +20,9 @@ from .. import ops, reference
 from .._derived import derived
 from ..ops.invertible_conv1x1 import MIX, PLU_WEIGHT
 from . import _autoregressive as shared
-from . import _linear
+from . import _lu_layers
 from ._autoregressive import spline_refused
-from ._swap import Swapped, covered
+from ._class_swap import Swapped, covered
 
 TRANSFORMS = nf.flows.Flow
 CONTAINERS = (
@@ -187,7 +187,7 @@ class Invertible1x1Conv(_Mixing):
         return super().inverse(z) if found is None else found  # type: ignore[misc]
 
 
-class LULinear(_linear.LULinear):
+class LULinear(_lu_layers.LULinear):
     peer = _LULinear
 
 

@@ -19,8 +19,8 @@ from zuko.utils import broadcast, unpack
 from .. import ops
 from .._derived import derived
 from ..programs import Layer
-from ._masked import activation_name, layer_of, masked_product, no_staircase, solve, staircase
-from ._swap import Swapped, covered, of_library, plain_call
+from ._class_swap import Swapped, covered, of_library, plain_call
+from ._masked_networks import activation_name, layer_of, masked_product, no_staircase, solve, staircase
 
 TRANSFORMS = zuko.lazy.LazyTransform
 CONTAINERS = (zuko.lazy.LazyComposedTransform, zuko.lazy.LazyInverse)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
-from .._matrix import dense, from_memory, to_memory
 from .._registry import Op, Sample
+from .._spectral_axes import dense, from_memory, to_memory
 from . import _check
 
 _NAME = "spectral_norm"

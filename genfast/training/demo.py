@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import models
-from .._memory import peak_bytes
+from .._peak_memory import peak_bytes
 from ..reference import autoregressive
 from ..reference import models as plain
 from . import data, pictures

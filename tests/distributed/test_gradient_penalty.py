@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import genfast
 from genfast import distributed, ops, reference
 
-from .. import critics
+from ..penalty import critics
 
 N = 6
 

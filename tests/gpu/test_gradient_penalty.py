@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from genfast import ops, reference
-from tests.critics import CRITICS
+from tests.penalty.critics import CRITICS
 
 GPU = torch.device("cuda")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import genfast
 from genfast.integrations import Swapped
-from genfast.integrations._swap import KEPT
+from genfast.integrations._class_swap import KEPT
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from genfast import nn as gnn
-from genfast._memory import peak_bytes
+from genfast._peak_memory import peak_bytes
 
 
 def network(inputs, outputs, hidden=16, factor=0.3):

@@ -182,7 +182,7 @@ def test_only_the_kept_tensor_and_the_parameters_are_saved():
 
 
 def test_peak_memory_is_the_outputs_and_the_gradients():
-    from genfast._memory import peak_bytes
+    from genfast._peak_memory import peak_bytes
 
     x, params, gy = (torch.randn(64, 48, 16, 16, requires_grad=i < 2) for i in range(3))
     gl = torch.randn(64)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from genfast import nn as gnn
 from genfast import ops
-from genfast._memory import peak_bytes
+from genfast._peak_memory import peak_bytes
 from genfast._registry import OPS
 from tests.triton.flow_cases import poisoned
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast import nn as gnn
 from genfast import ops, reference
-from genfast._memory import peak_bytes
+from genfast._peak_memory import peak_bytes
 from genfast._registry import OPS
 from tests.triton.flow_cases import poisoned
 

@@ -9,7 +9,7 @@ import torch
 
 import genfast
 from genfast import _registry, ops, reference
-from genfast._memory import peak_bytes
+from genfast._peak_memory import peak_bytes
 
 KERNELS = [("rbf", [0.05, 0.4]), ("imq", [0.7, 6.0, 40.0]), ("polynomial", [0.1])]
 each_kernel = pytest.mark.parametrize(("kernel", "scales"), KERNELS, ids=[k for k, _ in KERNELS])

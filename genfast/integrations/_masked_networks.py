@@ -14,7 +14,7 @@ from .. import ops
 from .._derived import derived, ordinary, readable, readable_now
 from ..programs import DegreeProgram, Layer, self_check
 from ..reference.modes import evaluating
-from ._swap import covered
+from ._class_swap import covered
 
 _FUNCTIONS = {
     F.relu: "relu", torch.relu: "relu", F.elu: "elu", torch.tanh: "tanh", F.tanh: "tanh", torch.sigmoid: "sigmoid",

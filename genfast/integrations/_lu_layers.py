@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._derived import derived
-from ._swap import Swapped, covered
+from ._class_swap import Swapped, covered
 
 
 def _indices(module: Any) -> tuple[Tensor, Tensor] | None:

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import genfast
 from genfast import ops, reference
-from tests import critics
-from tests.critics import CRITICS
+from tests.penalty import critics
+from tests.penalty.critics import CRITICS
 
 KINDS = {  # kind: weight, target (wgan-lp: as a share of the mean norm, so that some samples are above it)
     "wgan-gp": (10.0, 1.0), "wgan-lp": (4.0, 0.8), "r1": (0.7, 1.0), "r2": (3.0, 1.0), "dragan": (10.0, 0.5),
