@@ -1,7 +1,8 @@
-"""Shared by all tests: a fixed seed, and the names of what every declared op is tested for."""
+"""Shared by all tests: a fixed seed, memory full of NaN, and the samples that every declared op is tested on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,18 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills the memory that torch.empty returns with NaN, so that an element that no kernel writes shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert bool(torch.empty(3).isnan().all())
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def sampled() -> Iterator[tuple[Op, Sample]]:

@@ -14,7 +14,7 @@ from genfast import nn as gnn
 from genfast import ops
 from genfast._peak_memory import peak_bytes
 from genfast._registry import OPS
-from tests.triton.flow_cases import poisoned
+from tests.conftest import poisoned
 
 OP = OPS["contextual_similarity"]
 

@@ -13,7 +13,8 @@ from torch.distributions import Normal, kl_divergence
 
 import genfast
 from genfast import ops
-from tests.triton.flow_cases import FORMS, poisoned, strided
+from tests.conftest import poisoned
+from tests.triton.flow_cases import FORMS, strided
 
 
 def library(mean, log_variance, prior_mean=None, prior_log_variance=None):

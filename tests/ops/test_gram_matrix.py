@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast import ops, reference
 from genfast._registry import OPS
+from tests.conftest import poisoned
 
 # Channels and positions around the edges of vectors, tiles, blocks, panels, runs of terms and groups.
 SIZES = (
@@ -158,16 +159,10 @@ def test_any_shape_equals_the_reference(n, c, s, seed):
 
 def test_what_the_kernels_leave_unwritten_would_be_nan():
     x, a = torch.randn(2, 70, 90), torch.randn(2, 70, 70)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    try:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    with poisoned():
         g = ops.gram_matrix(x)
         value, difference = OPS["style_loss"](x, a, 1.0, 0.0, 1.0)
         dx = OPS["gram_matrix_backward"](x, a, 1.0, 0.0)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
     assert all(bool(t.isfinite().all()) for t in (g, value, difference, dx))
 
 

@@ -16,7 +16,7 @@ from genfast import nn as gnn
 from genfast import ops, reference
 from genfast._peak_memory import peak_bytes
 from genfast._registry import OPS
-from tests.triton.flow_cases import poisoned
+from tests.conftest import poisoned
 
 
 def written_out(m, include_self=True):

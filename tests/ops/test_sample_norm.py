@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import genfast
 from genfast import ops
 from genfast._registry import OPS
-from tests.triton.flow_cases import FORMS, poisoned, strided
+from tests.conftest import poisoned
+from tests.triton.flow_cases import FORMS, strided
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,7 +13,8 @@ import genfast
 from genfast import nn as gnn
 from genfast import ops
 from genfast._registry import OPS
-from tests.triton.flow_cases import FORMS, poisoned, strided
+from tests.conftest import poisoned
+from tests.triton.flow_cases import FORMS, strided
 
 SHAPES = [
     ((1, 1), 0), ((6, 9), 0), ((6, 9), 1), ((70, 133), 0), ((130, 67), 1), ((5, 3, 4, 4), 0), ((6, 21, 3, 3), 1),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast import ops, reference
 from genfast.ops.spline import derivative_count
-from tests.triton.flow_cases import poisoned
+from tests.conftest import poisoned
 
 D = torch.float64
 

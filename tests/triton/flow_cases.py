@@ -5,9 +5,7 @@ The interpreter (tests/triton) runs them on small CPU tensors, tests/gpu on CUDA
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 import genfast
 from genfast._registry import OPS, Op
 from genfast._verify import relative_error
+from tests.conftest import poisoned
 
 FORWARD = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -25,18 +24,6 @@ DTYPES = list(FORWARD)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(d)[6:] for d in DTYPES])
 # float16 differs from bfloat16 in loads and stores alone, which the ops' samples go through in every dtype.
 two_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that torch.empty hands out is full of NaN, so that an element that no kernel writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert bool(torch.empty(3).isnan().all())
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def outputs(result: Any) -> list[Tensor]:

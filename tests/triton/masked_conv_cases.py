@@ -15,7 +15,8 @@ from torch import Tensor
 
 from genfast._verify import relative_error
 from genfast.kernels.masked_conv import masked_conv, masked_conv_backward
-from tests.triton.flow_cases import FORWARD, GRADIENT, poisoned
+from tests.conftest import poisoned
+from tests.triton.flow_cases import FORWARD, GRADIENT
 
 ALL = [True, True, True]
 

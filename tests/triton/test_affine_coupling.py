@@ -10,6 +10,7 @@ import torch
 import genfast
 from genfast._registry import OPS
 from genfast.kernels._common import View
+from tests.conftest import poisoned
 from tests.triton import flow_cases as cases
 from tests.triton.flow_cases import COUPLINGS, FORMS, two_dtypes
 
@@ -61,7 +62,7 @@ def test_affine_coupling_masked_parameters_never_leak(inverse, keep):
     params[:, :, board] = math.nan
     x.requires_grad_()
     params.requires_grad_()
-    with cases.poisoned(), genfast.backend("triton"):
+    with poisoned(), genfast.backend("triton"):
         y, logdet = genfast.ops.affine_coupling(x, params, scale="exp", mask=board[None], inverse=inverse, keep=keep)
         (y.square().sum() + logdet.sum()).backward()
     torch.testing.assert_close((y, logdet), expected)

@@ -10,8 +10,7 @@ import pytest
 import genfast
 import genfast.kernels
 from genfast._verify import errors
-from tests.conftest import SAMPLE_IDS, SAMPLES
-from tests.triton import flow_cases as cases
+from tests.conftest import SAMPLE_IDS, SAMPLES, poisoned
 from tests.triton.flow_cases import FORWARD, GRADIENT, each_dtype
 
 triton_samples = pytest.mark.parametrize(
@@ -35,7 +34,7 @@ def test_interpreter_took_effect():
 @each_dtype
 @triton_samples
 def test_samples_match_the_float64_reference(op, sample, dtype):
-    with cases.poisoned():
+    with poisoned():
         forward, backward = errors(op, sample, dtype, "cpu", "triton")
     assert forward <= FORWARD[dtype]
     assert backward <= GRADIENT[dtype]

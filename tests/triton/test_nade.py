@@ -11,7 +11,8 @@ import genfast
 import genfast.kernels.nade as kernel
 from genfast import reference
 from genfast._registry import OPS
-from tests.triton.flow_cases import FORWARD, GRADIENT, compare, each_dtype, poisoned
+from tests.conftest import poisoned
+from tests.triton.flow_cases import FORWARD, GRADIENT, compare, each_dtype
 
 
 def arguments(n, d, h, p, dtype=torch.float32, rescaled=False, own=False):

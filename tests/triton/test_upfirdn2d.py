@@ -7,7 +7,7 @@ import torch
 
 import genfast
 from genfast._registry import OPS
-from tests.triton import flow_cases as cases
+from tests.conftest import poisoned
 
 CASES = {
     "padding beyond the filter": ((1, 2, 3, 4), (3, 2), (2, 1), (1, 1), (7, 5, 6, 9)),
@@ -32,7 +32,7 @@ def test_upfirdn2d_shapes(label, form, flip):
     if form == "strided":
         x = torch.randn([2 * s for s in xs])[tuple(slice(None, None, 2) for _ in xs)]
     args = (f, up, down, padding, flip, 1.7)
-    with cases.poisoned(), genfast.backend("triton"):
+    with poisoned(), genfast.backend("triton"):
         y = OPS["upfirdn2d"](x, *args)
     exact = genfast.reference.upfirdn2d(x.double(), f.double(), *args[1:])
     assert y.shape == exact.shape
