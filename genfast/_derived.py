@@ -14,20 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import _C, Tensor, nn
-from torch._C import (
-    _functorch,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
+from torch import Tensor, nn
 
 from ._calls import all_modules
+from ._torch_private import dispatch_modes, function_modes, is_transformed, tracing_state, transform, without_modes
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
-_peek_functorch = _functorch.peek_interpreter_stack
 
 
 def recorded() -> bool:
@@ -35,7 +28,7 @@ def recorded() -> bool:
 
     What is taken from memory there, a packed weight for one, would be a constant of what it writes.
     """
-    return _get_tracing_state() is not None or bool(_len_torch_dispatch_stack())
+    return tracing_state() is not None or bool(dispatch_modes())
 
 
 def readable_now(*tensors: Tensor | None) -> bool:
@@ -53,12 +46,10 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def ordinary() -> Iterator[None]:
     """In this block PyTorch makes ordinary tensors and reads their numbers, in whatever mode the caller is."""
-    tracing = _get_tracing_state()
     if not (
-        tracing is not None
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _peek_functorch() is not None
+        recorded()
+        or function_modes()
+        or transform() is not None
         or torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
@@ -67,36 +58,23 @@ def ordinary() -> Iterator[None]:
             yield
         return
     with contextlib.ExitStack() as stack:
-        if tracing is not None:
-            set_tracing: Callable[[object], None] = _C._set_tracing_state  # type: ignore[attr-defined]
-            set_tracing(None)
-            stack.callback(set_tracing, tracing)
-        stack.enter_context(_C.DisableTorchFunction())
+        stack.enter_context(without_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         if torch.is_autocast_enabled("cpu"):
             stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.is_autocast_enabled("cuda"):
             stack.enter_context(torch.autocast("cuda", enabled=False))
-        if _peek_functorch() is not None:
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-            stack.enter_context(temporarily_clear_interpreter_stack())
-        modes = stack.enter_context(_disable_current_modes())
-        for mode in reversed(modes):
-            if getattr(mode, "_mode_key", None) is None:  # a user's own, that counts or shows calls, is none of PyTorch's
-                _push_mode(mode)
-                stack.callback(_pop_mode)
         yield
 
 
 def readable(*tensors: Tensor | None) -> bool:
     """Whether the numbers of these tensors can be read: none is fake, meta, batched, functional or of another subclass."""
-    inside = _peek_functorch() is not None
+    inside = transform() is not None
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.is_meta or (inside and _functorch.is_functorch_wrapped_tensor(t)):
+        if type(t) not in _PLAIN or t.is_meta or (inside and is_transformed(t)):
             return False
     return True
 
@@ -160,7 +138,7 @@ def derived(store: dict[Any, Any], key: Any, sources: tuple[Tensor, ...], make: 
             if source is not own:
                 return None
         return entry.value
-    if entry is not None and _peek_functorch() is None:
+    if entry is not None and transform() is None:
         # The usual call in two microseconds: the same tensors, compared byte by byte with the copies.
         for source, own, (address, copy, size) in zip(sources, entry.sources, entry.bytes):
             if source is not own or not size or source.data_ptr() != address or memcmp(address, copy, size):

@@ -18,6 +18,8 @@ from collections import OrderedDict, deque
 import torch
 from torch import Tensor, UntypedStorage
 
+from ._torch_private import storage_uses
+
 MINIMUM = 1 << 20  # smaller blocks come from the C library's heap, which does keep them
 
 limit = int(os.environ.get("GENFAST_POOL_BYTES", 512 << 20))
@@ -36,8 +38,7 @@ _lock = threading.Lock()
 def _references(number: int) -> int:
     """To a block's object and its memory, together."""
     storage = _blocks[number]
-    memory: int = torch._C._storage_Use_Count(storage._cdata)
-    return memory + sys.getrefcount(storage)
+    return storage_uses(storage) + sys.getrefcount(storage)
 
 
 def _references_of_the_pool() -> int:

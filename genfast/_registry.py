@@ -19,33 +19,30 @@ way, or is refused by :meth:`Op.admit` with an error that names the argument.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
-from torch._C import (  # type: ignore[attr-defined]
-    _functorch,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-    is_grad_enabled,
-)
-from torch._C._autograd import _profiler_enabled
+from torch import Tensor, is_grad_enabled
 
 from . import _backend
 from ._declaration import Output, Schema, allocate, check_shape, function, gradients, output, save_for_backward
+from ._torch_private import (
+    autograd_works,
+    dispatch_modes,
+    forward_ad,
+    function_modes,
+    is_zero_tensor,
+    profiler_enabled,
+    tracing_state,
+    transform,
+)
 
 LIBRARY = torch.library.Library("genfast", "DEF")
-_peek_functorch = _functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-_AUTOGRAD = [torch._C.DispatchKey.ADInplaceOrView, torch._C.DispatchKey.AutogradFunctionality]
 
 OPS: dict[str, Op] = {}
 
@@ -91,7 +88,7 @@ def _guard_in_python(signature: Signature, args: tuple[Any, ...]) -> int:
             continue
         if a is None and kind == "t":
             continue
-        if type(a) not in _PLAIN or a.is_nested or a.layout is not torch.strided or a.is_neg() or a._is_zerotensor():
+        if type(a) not in _PLAIN or a.is_nested or a.layout is not torch.strided or a.is_neg() or is_zero_tensor(a):
             return _REFUSED
         here = _ON_CPU if a.is_cpu else _ON_CUDA if a.is_cuda else _REFUSED
         if not here or device not in (0, here):
@@ -120,20 +117,6 @@ def check_number(op: str, name: str, value: Any) -> None:
             raise TypeError(
                 f"{op}: {name} is a tensor that requires a gradient, expected a number: no gradient flows to it; detach it"
             )
-
-
-@contextlib.contextmanager
-def autograd_works() -> Iterator[None]:
-    """Inside an op: the dispatcher calls it with autograd shut off, so that torch.enable_grad() would do nothing."""
-    get, put = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C._dispatch_tls_set_dispatch_key_excluded
-    before = [get(k) for k in _AUTOGRAD]
-    for k in _AUTOGRAD:
-        put(k, False)
-    try:
-        yield
-    finally:
-        for k, b in zip(_AUTOGRAD, before):
-            put(k, b)
 
 
 @dataclass(frozen=True)
@@ -376,11 +359,11 @@ class Op:
         if _is_compiling():
             self._no_lost_gradient(args)
             return self.overload(*args)
-        if forward_ad._current_level >= 0 or _peek_functorch() is not None:
+        if forward_ad._current_level >= 0 or transform() is not None:
             # A torch.library op has no tangent rule, where PyTorch would return zeros in silence, and none for functorch.
             self._no_lost_gradient(args)
             return self.checked_reference(*args)
-        if _len_torch_dispatch_stack() or _len_torch_function_stack() or _get_tracing_state() or _profiler_enabled():
+        if dispatch_modes() or function_modes() or tracing_state() or profiler_enabled():
             self._no_lost_gradient(args)
             return self.overload(*args)
         answer = _guard(self.signature, args)
@@ -647,7 +630,7 @@ def _materialised(a: Any) -> Any:
     zeros that has no memory."""
     if not isinstance(a, Tensor):
         return a
-    if a._is_zerotensor():
+    if is_zero_tensor(a):
         return torch.zeros(a.shape, dtype=a.dtype, device=a.device)
     return a.resolve_neg()
 

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 
 from .._derived import recorded, same_numbers
 from .._registry import LIBRARY
+from .._torch_private import transform
 from .batch_norm_flow import BatchNormFlow
 from .bijection import Bijection, FlowSequential, Rebuilt, State, call, is_ours, like, rebuild, tensors, total
 
@@ -120,7 +120,7 @@ def _is_elsewhere() -> bool:
     """Whether the call is one whose derivative or graph cannot hold the pair of ops, whose handle is this process's."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return _functorch.peek_interpreter_stack() is not None or recorded()
+    return transform() is not None or recorded()
 
 
 def _autocast(device_type: str) -> str:

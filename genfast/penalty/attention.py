@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch_private import set_grad_enabled
 from .autograd_rule import otherwise
 from .handlers import handles, named_arguments
 from .tape import Maybe, Rule, Tape
@@ -178,7 +179,7 @@ def _multi_head(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     )  # fmt: skip
     if not plain:
         return otherwise(tape, func, args, kwargs)
-    torch._C._set_grad_enabled(True)
+    set_grad_enabled(True)
     with tape:
         weights = in_weight.chunk(3)
         biases = (None,) * 3 if in_bias is None else in_bias.chunk(3)
@@ -194,5 +195,5 @@ def _multi_head(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         o = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=mask, is_causal=causal and mask is None)
         o = o.permute(2, 0, 1, 3).reshape(q.shape[0], q.shape[1], width)
         y = F.linear(o, out_weight, out_bias)
-    torch._C._set_grad_enabled(False)
+    set_grad_enabled(False)
     return y, None

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_map
 
+from .._torch_private import tree_map
 from .handlers import T, functions_named, handles, name_of, sum_of_present
 from .in_place import may_overwrite, taken
 from .tape import HANDLERS, Maybe, PlainLayoutNeeded, Rule, Tape, Unsupported

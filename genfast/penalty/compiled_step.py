@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module  # type: ignore[attr-defined]
 
 from .._compiler import constant
-from .._registry import LIBRARY, autograd_works
+from .._registry import LIBRARY
+from .._torch_private import autograd_works
 from ..reference.adversarial import CRITIC_LOSSES
 from .batch_penalty import penalty_at_points
 from .eager_step import eager_step

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._calls import all_modules
+from .._torch_private import graph_is_retained
 from .proof import prove
 from .state import State, facts, modules, unwrapped
 from .tape import MoreNeeded, PlainLayoutNeeded, Tape
@@ -253,7 +254,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a penalty were asked for twice: give the first backward retain_graph=True")
-        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        last = not graph_is_retained()
         one = grad.is_cpu and float(grad.detach()) == 1
         found: list[Tensor] = []
         for g, tensor in zip(ctx.gradients, ctx.tensors):

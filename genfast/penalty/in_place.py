@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .._torch_private import storage_uses
 from .handlers import name_of
 from .tape import Rule, Tape, Unsupported
 
@@ -15,8 +15,7 @@ from .tape import Rule, Tape, Unsupported
 def _readers(x: Tensor) -> int:
     """How many tensors other than ``x`` read its memory."""
     # one for the tensor and one for the storage object that asks
-    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata) - 2  # type: ignore[attr-defined]
-    return count
+    return storage_uses(x.untyped_storage()) - 2
 
 
 def overwritten(tape: Tape, rule: Rule, inputs: Sequence[Tensor], place: Tensor, y: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._torch_private import saved_tensor_hooks, set_grad_enabled
+
 Maybe = Tensor | None
 _SERIAL = itertools.count()
 Handler = Callable[["Tape", Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -213,7 +215,7 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         if "out" in kwargs and kwargs["out"] is None:
             kwargs = {k: v for k, v in kwargs.items() if k != "out"}
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:  # type: ignore[attr-defined]
+        if saved_tensor_hooks(False) is None:
             return self._call(func, args, kwargs)
         self.hooked = True
         with _Untouched():
@@ -227,11 +229,11 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         handler = HANDLERS.get(func, HANDLERS["otherwise"])
         self.calling = getattr(func, "__name__", "") or str(func)
-        torch._C._set_grad_enabled(False)
+        set_grad_enabled(False)
         try:
             return handler(self, func, args, kwargs)
         finally:
-            torch._C._set_grad_enabled(True)
+            set_grad_enabled(True)
 
     def _involved(self, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
         found = False

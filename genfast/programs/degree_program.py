@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from .._calls import called_plainly, changes_nothing, class_of, hook_in_the_way, weights_of_calls
 from .._contents import Contents
 from .._derived import ordinary, recorded
+from .._torch_private import transform
 from ..ops.autoregressive_inverse import gather_once
 from ..reference.autoregressive_inverse import ACTIVATIONS, HEADER, POINT, PRODUCT
 from .errors import LoweringError
@@ -245,7 +246,7 @@ class DegreeProgram:
         """The flat weights in the order that ``code`` names; a function of the weights where a gradient is asked for."""
         tensors = self.parameters()
         dtype = tensors[0].dtype if dtype is None else dtype
-        watched = torch.compiler.is_compiling() or recorded() or torch._C._functorch.peek_interpreter_stack() is not None
+        watched = torch.compiler.is_compiling() or recorded() or transform() is not None
         if (
             watched
             or any(t.is_inference() for t in tensors)

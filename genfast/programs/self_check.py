@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch_private import fake_tensors, transform
 from ..reference.made import ACTIVATIONS
 from .degree_program import Layer
 from .errors import LoweringError
@@ -25,11 +26,11 @@ class SelfCheckError(LoweringError):
 
 def can_look(device: torch.device) -> bool:
     """Whether numbers can be looked at: not while a CUDA graph is captured, under a tracer or with fake tensors."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or transform() is not None:
         return False
     if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    return device.type != "meta" and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+    return device.type != "meta" and not fake_tensors()
 
 
 @contextlib.contextmanager

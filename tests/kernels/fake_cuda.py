@@ -36,7 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from genfast._registry import OPS, autograd_works
+from genfast._registry import OPS
+from genfast._torch_private import autograd_works
 from genfast.nn import reversible
 
 ROOT = Path(__file__).resolve().parents[2]
