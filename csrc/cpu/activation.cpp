@@ -5,7 +5,7 @@
 // smooth maps s: chain = grad s'(x) (12 bytes), second = cotangent s'(x) + grad tangent s''(x) (16 to 20), both slopes from one
 //   exponential and at most two divisions.
 // One pass each; bound by memory bandwidth once the data leaves the caches.
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 
 namespace genfast {
@@ -187,17 +187,15 @@ void pass(const ActivationArgs& a) {
   const bool streams = beyond_cache<T>(y, a.size);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t chunk = 0; chunk < (a.size + kChunk - 1) / kChunk; ++chunk) {
-    int64_t i = chunk * kChunk;
-    const int64_t to = a.size - i < kChunk ? a.size : i + kChunk;
-    for (; i + n <= to; i += n) {
-      const Vec<T> out = element<T, kKind, kSecond, kCotangent>(load(x + i), load(grad + i), load(tangent + i), load(cotangent + i));
-      streams ? stream(y + i, out) : store(y + i, out);
-    }
-    if (i < to) {
-      const int part = int(to - i);
-      const Vec<T> out = element<T, kKind, kSecond, kCotangent>(load_part(x + i, part), load_part(grad + i, part),
-                                                                load_part(tangent + i, part), load_part(cotangent + i, part));
-      store_part(y + i, out, part);
+    const int64_t start = chunk * kChunk, to = a.size - start < kChunk ? a.size : start + kChunk;
+    for (int64_t i = start; i < to; i += n) {
+      const int part = int(to - i);  // n or more but for the last
+      const auto get = [&](const T* p) __attribute__((always_inline)) { return part >= n ? load(p + i) : load_part(p + i, part); };
+      const Vec<T> out = element<T, kKind, kSecond, kCotangent>(get(x), get(grad), get(tangent), get(cotangent));
+      if (part < n)
+        store_part(y + i, out, part);
+      else
+        streams ? stream(y + i, out) : store(y + i, out);
     }
   }
 }
@@ -226,14 +224,8 @@ void any(const ActivationArgs& a) {
 
 }  // namespace
 
-void leaky_relu_bits(const LeakyReluArgs& a) {
-  if (a.apply)
-    a.is_double ? leaky_any<double, true>(a) : leaky_any<float, true>(a);
-  else
-    a.is_double ? leaky_any<double, false>(a) : leaky_any<float, false>(a);
-}
-
-void activation(const ActivationArgs& a) { a.is_double ? any<double>(a) : any<float>(a); }
+GENFAST_KERNEL(leaky_relu_bits, LeakyReluArgs, a.apply ? leaky_any<T, true>(a) : leaky_any<T, false>(a))
+GENFAST_KERNEL(activation, ActivationArgs, any<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

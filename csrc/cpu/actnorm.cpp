@@ -9,7 +9,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -149,9 +149,8 @@ void backward(const ActNormArgs& a) {
 
 }  // namespace
 
-void actnorm(const ActNormArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
-
-void actnorm_backward(const ActNormArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(actnorm, ActNormArgs, forward<T>(a))
+GENFAST_KERNEL(actnorm_backward, ActNormArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

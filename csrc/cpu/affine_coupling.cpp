@@ -13,7 +13,7 @@
 // across samples (short vectors). Sums go to double every row; chunks do not depend on the thread count, so bits do not either.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -84,82 +84,93 @@ GENFAST_INLINE void scale_map(Vec<T> r, Vec<T> alpha, Vec<T>& l, Vec<T>& s, Vec<
   s = exp<T>(kInverse ? -l : l);
 }
 
-template <class T, bool kPart, bool kStream = false>
-struct Lane {
-  static inline __attribute__((always_inline)) Vec<T> get(const T* p, int n) { return kPart ? load_part(p, n) : load(p); }
-  static inline __attribute__((always_inline)) void put(T* p, Vec<T> v, int n) {
-    if (kPart)
-      store_part(p, v, n);
-    else if (kStream)
-      stream(p, v);
-    else
-      store(p, v);
-  }
-};
-
-// Lanes that are computed: neither masked nor past the end.
-template <class T, bool kMasked, bool kPart>
-GENFAST_INLINE Mask<T> live_lanes(const uint8_t* mask, int n) {
-  Mask<T> live = ~Mask<T>{};
-  if (kPart) {
-    uint8_t b[lanes<T>()] = {};
-    for (int i = 0; i < n; ++i) b[i] = kMasked ? !mask[i] : 1;
-    live = load_mask<T>(b);
-  } else if (kMasked) {
-    live = ~load_mask<T>(mask);
-  }
-  return live;
+// Stores past the cache where the row asks for it.
+template <class T>
+GENFAST_INLINE void put(const Row<T>& a, T* p, Vec<T> v) {
+  a.stream ? stream(p, v) : store(p, v);
 }
 
-template <class T, int kScale, bool kInverse, bool kMasked, bool kPart, bool kStream = false>
-GENFAST_INLINE Vec<T> forward_step(const Row<T>& a, int64_t i, int n) {
-  using L = Lane<T, kPart>;
-  constexpr bool kSelect = kMasked || kPart;
-  const Mask<T> live = live_lanes<T, kMasked, kPart>(a.mask + i, n);
-  const Vec<T> zero{}, x = L::get(a.x + i, n), t = L::get(a.t + i, n);
-  const Vec<T> r = kScale == kAdditive ? zero : L::get(a.r + i, n);
-  const Vec<T> alpha = kScale == kTanh && a.alpha ? L::get(a.alpha + i, n) : splat(a.alpha_value);
+// A row's last elements in vectors of their own, whose mask leaves the lanes behind the end out.
+template <class T>
+class Rest {
+ public:
+  Rest(const Row<T>& a, int64_t start, int count) : from_(a), start_(start), count_(count), row_(a) {
+    for (int i = 0; i < lanes<T>(); ++i) mask_[i] = i >= count || (a.mask && a.mask[start + i]);
+    row_.mask = mask_;
+    row_.stream = false;
+    const T** const read[] = {&row_.x, &row_.d, &row_.r, &row_.t, &row_.alpha, &row_.g};
+    T** const written[] = {&row_.y, &row_.dr, &row_.dt, &row_.dalpha, &row_.logdet};
+    T(*buffer)[lanes<T>()] = buffer_;
+    for (const T** p : read) *p = pad(*p ? *p + start : *p, count, *buffer++);
+    for (T** p : written) {
+      if (*p) *p = const_cast<T*>(pad<T>(*p + start, p == &row_.logdet ? count : 0, *buffer));
+      ++buffer;
+    }
+  }
+  const Row<T>& row() const { return row_; }
+  void write_back() const {
+    const size_t bytes = size_t(count_) * sizeof(T);
+    const auto copy = [&](T* to, const T* from) {
+      if (to) memcpy(to + start_, from, bytes);
+    };
+    copy(from_.y, row_.y), copy(from_.dr, row_.dr), copy(from_.dt, row_.dt);
+    copy(from_.dalpha, row_.dalpha), copy(from_.logdet, row_.logdet);
+  }
+
+ private:
+  const Row<T>& from_;
+  int64_t start_;
+  int count_;
+  Row<T> row_;
+  uint8_t mask_[lanes<T>()];
+  T buffer_[11][lanes<T>()];
+};
+
+template <class T, int kScale, bool kInverse, bool kMasked>
+GENFAST_INLINE Vec<T> forward_step(const Row<T>& a, int64_t i) {
+  const Vec<T> zero{}, x = load(a.x + i), t = load(a.t + i);
+  const Vec<T> r = kScale == kAdditive ? zero : load(a.r + i);
+  const Vec<T> alpha = kScale == kTanh && a.alpha ? load(a.alpha + i) : splat(a.alpha_value);
   Vec<T> l, s, slope, th;
   scale_map<T, kScale, kInverse>(r, alpha, l, s, slope, th);
   const Vec<T> before = a.shift_first ? t : zero, behind = a.shift_first ? zero : t;  // the scale; one of them is zero
   Vec<T> y = kInverse ? (x - behind) * s - before : s * (x + before) + behind;
-  if (kSelect) {
+  if (kMasked) {
+    const Mask<T> live = ~load_mask<T>(a.mask + i);
     y = live ? y : x;
     l = live ? l : zero;
   }
-  Lane<T, kPart, kStream>::put(a.y + i, y, n);
+  put(a, a.y + i, y);
   l = kInverse ? -l : l;
-  if (a.logdet) L::put(a.logdet + i, L::get(a.logdet + i, n) + l, n);
+  if (a.logdet) store(a.logdet + i, load(a.logdet + i) + l);
   return l;
 }
 
 // Returns the sum of the log-determinant over the row.
 template <class T, int kScale, bool kInverse, bool kMasked>
-double forward_row(const Row<T>& a, int64_t n) {
+__attribute__((noinline)) double forward_row(const Row<T>& a, int64_t n) {
   constexpr int w = lanes<T>();
   double total = 0;
   int64_t i = 0;
   while (i + w <= n) {
     const int64_t end = n - i > kFlush ? i + kFlush : n;
     Vec<T> acc{};
-    if (a.stream)
-      for (; i + w <= end; i += w) acc += forward_step<T, kScale, kInverse, kMasked, false, true>(a, i, w);
-    else
-      for (; i + w <= end; i += w) acc += forward_step<T, kScale, kInverse, kMasked, false>(a, i, w);
+    for (; i + w <= end; i += w) acc += forward_step<T, kScale, kInverse, kMasked>(a, i);
     total += sum<T>(acc);
   }
-  if (i < n) total += sum<T>(forward_step<T, kScale, kInverse, kMasked, true>(a, i, int(n - i)));
+  if (i < n) {
+    const Rest<T> rest(a, i, int(n - i));
+    total += forward_row<T, kScale, kInverse, true>(rest.row(), w);
+    rest.write_back();
+  }
   return total;
 }
 
-template <class T, int kScale, bool kInverse, bool kOutput, bool kMasked, bool kPart, bool kStream = false>
-GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i, int n) {
-  using L = Lane<T, kPart>;
-  constexpr bool kSelect = kMasked || kPart;
-  const Mask<T> live = live_lanes<T, kMasked, kPart>(a.mask + i, n);
-  const Vec<T> zero{}, d = L::get(a.d + i, n);
-  const Vec<T> r = kScale == kAdditive ? zero : L::get(a.r + i, n);
-  const Vec<T> alpha = kScale == kTanh && a.alpha ? L::get(a.alpha + i, n) : splat(a.alpha_value);
+template <class T, int kScale, bool kInverse, bool kOutput, bool kMasked>
+GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i) {
+  const Vec<T> zero{}, d = load(a.d + i);
+  const Vec<T> r = kScale == kAdditive ? zero : load(a.r + i);
+  const Vec<T> alpha = kScale == kTanh && a.alpha ? load(a.alpha + i) : splat(a.alpha_value);
   Vec<T> l, s, slope, th;
   scale_map<T, kScale, kInverse>(r, alpha, l, s, slope, th);
   Vec<T> dx = s * d, dl = zero;
@@ -167,10 +178,10 @@ GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i, int n) {
   Vec<T> dt = kInverse ? -shifted : shifted;
   if (kScale != kAdditive) {
     constexpr bool kShift = kInverse != kOutput;  // the kept tensor stands on t's side of the affine map
-    const Vec<T> x = L::get(a.x + i, n), g = a.g ? L::get(a.g + i, n) : splat(a.g_value);
+    const Vec<T> x = load(a.x + i), g = a.g ? load(a.g + i) : splat(a.g_value);
     Vec<T> centred = x;  // in x's units where it is the input, in y's where it is the output, and without the shift
     if (a.shift_first != kShift) {
-      const Vec<T> t = L::get(a.t + i, n);
+      const Vec<T> t = load(a.t + i);
       centred = a.shift_first ? x + t : x - t;
     }
     if (kInverse)
@@ -179,45 +190,41 @@ GENFAST_INLINE Vec<T> backward_step(const Row<T>& a, int64_t i, int n) {
       dl = (kOutput ? centred : centred * s) * d + g;
   }
   Vec<T> dr = dl * slope;
-  if (kSelect) {
+  if (kMasked) {
+    const Mask<T> live = ~load_mask<T>(a.mask + i);
     dx = live ? dx : d;
     dt = live ? dt : zero;
     dr = live ? dr : zero;
     dl = live ? dl : zero;
+    th = live ? th : zero;
   }
-  using Out = Lane<T, kPart, kStream>;
-  Out::put(a.y + i, dx, n);
-  Out::put(a.dt + i, dt, n);
-  if (kScale != kAdditive) Out::put(a.dr + i, dr, n);
-  const Vec<T> da = dl * (kSelect ? (live ? th : zero) : th);
-  if (kScale == kTanh && a.dalpha) L::put(a.dalpha + i, da, n);
+  put(a, a.y + i, dx);
+  put(a, a.dt + i, dt);
+  if (kScale != kAdditive) put(a, a.dr + i, dr);
+  const Vec<T> da = dl * th;
+  if (kScale == kTanh && a.dalpha) store(a.dalpha + i, da);
   return da;
 }
 
 // Returns the sum of grad alpha over the row (tanh only).
 template <class T, int kScale, bool kInverse, bool kOutput, bool kMasked>
-double backward_row(const Row<T>& a, int64_t n) {
+__attribute__((noinline)) double backward_row(const Row<T>& a, int64_t n) {
   constexpr int w = lanes<T>();
   double total = 0;
   int64_t i = 0;
   while (i + w <= n) {
     const int64_t end = n - i > kFlush ? i + kFlush : n;
     Vec<T> acc{};
-    if (a.stream) {
-      for (; i + w <= end; i += w) {
-        const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked, false, true>(a, i, w);
-        if (kScale == kTanh) acc += da;
-      }
-    }
     for (; i + w <= end; i += w) {
-      const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked, false>(a, i, w);
+      const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked>(a, i);
       if (kScale == kTanh) acc += da;
     }
     if (kScale == kTanh) total += sum<T>(acc);
   }
   if (i < n) {
-    const Vec<T> da = backward_step<T, kScale, kInverse, kOutput, kMasked, true>(a, i, int(n - i));
-    if (kScale == kTanh) total += sum<T>(da);
+    const Rest<T> rest(a, i, int(n - i));
+    total += backward_row<T, kScale, kInverse, kOutput, true>(rest.row(), w);
+    rest.write_back();
   }
   return total;
 }
@@ -546,9 +553,8 @@ void run(const AffineCouplingArgs& a, bool backward) {
 
 }  // namespace
 
-void affine_coupling(const AffineCouplingArgs& a) { a.is_double ? run<double>(a, false) : run<float>(a, false); }
-
-void affine_coupling_backward(const AffineCouplingArgs& a) { a.is_double ? run<double>(a, true) : run<float>(a, true); }
+GENFAST_KERNEL(affine_coupling, AffineCouplingArgs, run<T>(a, false))
+GENFAST_KERNEL(affine_coupling_backward, AffineCouplingArgs, run<T>(a, true))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -16,8 +16,8 @@
 #include <cmath>
 #include <vector>
 
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 #include "spline.h"
 #include "vec.h"
 
@@ -86,11 +86,10 @@ GENFAST_INLINE void normal(Vec<T> x, Vec<T>& tail, Vec<T>& density) {
   density = e * T(0.39894228040143267794);
 }
 
+// The activations that take longer than a call.
 template <class T>
-GENFAST_INLINE Vec<T> activated(int64_t kind, Vec<T> x) {
+__attribute__((noinline)) Vec<T> smooth(int64_t kind, Vec<T> x) {
   switch (kind) {
-    case kRelu: return x < T(0) ? Vec<T>{} : x;
-    case kLeakyRelu: return x > T(0) ? x : x * T(0.01);
     case kElu: {
       const Vec<T> low = x < Types<T>::kExpMin ? splat(Types<T>::kExpMin) : x;
       return x > T(0) ? x : exp_minus_one<T>(low > T(0) ? Vec<T>{} : low);
@@ -105,6 +104,16 @@ GENFAST_INLINE Vec<T> activated(int64_t kind, Vec<T> x) {
       return x * (x < T(0) ? tail : T(1) - tail);
     }
     default: return x;
+  }
+}
+
+template <class T>
+GENFAST_INLINE Vec<T> activated(int64_t kind, Vec<T> x) {
+  switch (kind) {
+    case kNone: return x;
+    case kRelu: return x < T(0) ? Vec<T>{} : x;
+    case kLeakyRelu: return x > T(0) ? x : x * T(0.01);
+    default: return smooth<T>(kind, x);
   }
 }
 
@@ -160,27 +169,25 @@ struct Univariate {
   T constant;
   SplineOptions<T> spline;
 
-  // log s and its derivative by a.
-  GENFAST_INLINE_MEMBER void scale(Vec<T> a, Vec<T>& s, Vec<T>& log_s, Vec<T>& slope) const {
-    slope = splat(T(1));
-    switch (transform) {
-      case kExp: log_s = a; break;
-      case kSoftclamp: {
-        const Vec<T> r = T(1) / (abs<T>(a / constant) + T(1));
-        log_s = a * r;
-        slope = r * r;
-        break;
-      }
-      default: {
-        const Vec<T> p = logistic<T>(transform == kSigmoid2 ? a + T(2) : a);
-        s = (transform == kSigmoid2 ? p : softplus<T>(a)) + constant;
-        log_s = s > T(0) ? log<T>(s) : splat(T(-__builtin_inf()));
-        log_s = s == s ? log_s : s;
-        slope = (transform == kSigmoid2 ? p * logistic<T>(-(a + T(2))) : p) / s;
-        return;
-      }
+  struct Scale {
+    Vec<T> s, log_s, slope;  // slope: the derivative of log s by a
+  };
+
+  GENFAST_INLINE_MEMBER Scale scale(Vec<T> a) const {
+    if (transform == kExp) return {exp<T>(a), a, splat(T(1))};
+    if (transform == kSoftclamp) {
+      const Vec<T> r = T(1) / (abs<T>(a / constant) + T(1)), log_s = a * r;
+      return {exp<T>(log_s), log_s, r * r};
     }
-    s = exp<T>(log_s);
+    return shifted_scale(a);
+  }
+
+  __attribute__((noinline)) Scale shifted_scale(Vec<T> a) const {
+    const Vec<T> p = logistic<T>(transform == kSigmoid2 ? a + T(2) : a);
+    const Vec<T> s = (transform == kSigmoid2 ? p : softplus<T>(a)) + constant;
+    Vec<T> log_s = s > T(0) ? log<T>(s) : splat(T(-__builtin_inf()));
+    log_s = s == s ? log_s : s;
+    return {s, log_s, (transform == kSigmoid2 ? p * logistic<T>(-(a + T(2))) : p) / s};
   }
 
   GENFAST_INLINE_MEMBER void split(const T* params, int64_t apart, Vec<T>& a, Vec<T>& t) const {
@@ -195,14 +202,14 @@ struct Univariate {
     }
     if (transform == kAdditive) return flip ? z + load(params) : z - load(params);
     if (transform == kSpline) return bend(z, params, apart, logdet);
-    Vec<T> a, t, s, log_s, unused;
+    Vec<T> a, t;
     split(params, apart, a, t);
-    scale(a, s, log_s, unused);
-    logdet.add(flip ? log_s : -log_s);
-    return flip ? s * z + t : (z - t) / s;
+    const Scale of = scale(a);
+    logdet.add(flip ? of.log_s : -of.log_s);
+    return flip ? of.s * z + t : (z - t) / of.s;
   }
 
-  __attribute__((noinline)) Vec<T> bend(Vec<T> z, const T* params, int64_t apart, Total<T>& logdet) const {
+  __attribute__((noinline, noclone)) Vec<T> bend(Vec<T> z, const T* params, int64_t apart, Total<T>& logdet) const {
     Vec<T> p[3 * kSplineBins + 1], x, l;
     for (int i = 0; i < spline.params(); ++i) p[i] = load(params + i * apart);
     genfast::GENFAST_ISA::spline<T>(spline, p, z, !flip, x, l);
@@ -210,7 +217,7 @@ struct Univariate {
     return x;
   }
 
-  __attribute__((noinline)) Vec<T> pull_bend(Vec<T> gx, Vec<T> gl, Vec<T> z, const T* params, int64_t apart, T* g,
+  __attribute__((noinline, noclone)) Vec<T> pull_bend(Vec<T> gx, Vec<T> gl, Vec<T> z, const T* params, int64_t apart, T* g,
                                              int64_t g_apart) const {
     Vec<T> p[3 * kSplineBins + 1], d[3 * kSplineBins + 1], dz;
     for (int i = 0; i < spline.params(); ++i) p[i] = load(params + i * apart);
@@ -227,11 +234,11 @@ struct Univariate {
       store(g, flip ? gx : -gx);
       return gx;
     }
-    Vec<T> a, t, s, log_s, slope;
+    Vec<T> a, t;
     split(params, apart, a, t);
-    scale(a, s, log_s, slope);
-    const Vec<T> dz = flip ? gx * s : gx / s;
-    store(g + (scale_first ? 0 : g_apart), flip ? slope * (gx * (x - t) + gl) : -slope * (gx * x + gl));
+    const Scale of = scale(a);
+    const Vec<T> dz = flip ? gx * of.s : gx / of.s;
+    store(g + (scale_first ? 0 : g_apart), flip ? of.slope * (gx * (x - t) + gl) : -of.slope * (gx * x + gl));
     store(g + (scale_first ? g_apart : 0), flip ? gx : -dz);
     return dz;
   }
@@ -816,9 +823,9 @@ void weights(const DegreeOrderedArgs& a) {
 
 }  // namespace
 
-void autoregressive_inverse(const DegreeOrderedArgs& a) { a.is_double ? run<double>(a) : run<float>(a); }
-void autoregressive_inverse_sweep(const DegreeOrderedArgs& a) { a.is_double ? sweep<double>(a) : sweep<float>(a); }
-void autoregressive_inverse_weights(const DegreeOrderedArgs& a) { a.is_double ? weights<double>(a) : weights<float>(a); }
+GENFAST_KERNEL(autoregressive_inverse, DegreeOrderedArgs, run<T>(a))
+GENFAST_KERNEL(autoregressive_inverse_sweep, DegreeOrderedArgs, sweep<T>(a))
+GENFAST_KERNEL(autoregressive_inverse_weights, DegreeOrderedArgs, weights<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -8,7 +8,7 @@
 // double across them, in an order that does not depend on the thread count.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -105,54 +105,57 @@ struct Row {  // a run of contiguous elements
   T *out, *sums;  // sums: null, or one an element
 };
 
+template <class T>
+using RowKernel = void (*)(const Numbers<T>&, Row<T>, int64_t length, double* sum);
+
 template <class T, int kAct, int kOrder, bool kClamp, bool kBias>
-void run_row(const Numbers<T>& k, const Row<T>& row, int64_t length, double* sum_out) {
+void run_row(const Numbers<T>& k, Row<T> row, int64_t length, double* sum_out) {
   constexpr int n = lanes<T>();
   Vec<T> total = splat(T(0));
-  const auto step = [&](int64_t i, int count) __attribute__((always_inline)) {
-    const auto get = [&](const T* p) __attribute__((always_inline)) {
-      return count == n ? load(p + i) : load_part(p + i, count);
-    };
-    Vec<T> v = get(row.x), d = total, e = total;
-    if (kBias) {
-      v += get(row.bias);
-    } else {
-      v += row.constant;
+  T x[n], bias[n], d[n], e[n], sums[n], out[n];
+  const Row<T> whole = row;
+  int64_t i = 0, done = 0, rest = 0;
+  for (;;) {
+    for (; i + n <= length; i += n) {
+      const Vec<T> v = load(row.x + i) + (kBias ? load(row.bias + i) : splat(row.constant));
+      const Vec<T> y = result<T, kAct, kOrder, kClamp>(k, v, kOrder >= 1 ? load(row.d + i) : v, kOrder == 2 ? load(row.e + i) : v);
+      store(row.out + i, y);
+      if (kOrder && kBias && row.sums) store(row.sums + i, load(row.sums + i) + y);
+      if (kOrder && !kBias) total += y;  // lanes behind the end hold d = 0
     }
-    if (kOrder >= 1) d = get(row.d);
-    if (kOrder == 2) e = get(row.e);
-    const Vec<T> out = result<T, kAct, kOrder, kClamp>(k, v, d, e);
-    count == n ? store(row.out + i, out) : store_part(row.out + i, out, count);
-    if (kOrder && kBias && row.sums) {
-      const Vec<T> sum = get(row.sums) + out;
-      count == n ? store(row.sums + i, sum) : store_part(row.sums + i, sum, count);
-    }
-    if (kOrder && !kBias) total += out;  // lanes beyond count hold d = 0
-  };
-  int64_t i = 0;
-  for (; i + n <= length; i += n) step(i, n);
-  if (i < length) step(i, int(length - i));
+    if (i == length) break;
+    rest = length - i;
+    const auto padded = [&](const T* p, T* to) { return pad(p ? p + i : p, int(rest), to); };
+    row = {padded(row.x, x), padded(row.bias, bias), padded(row.d, d), padded(row.e, e), row.constant, out,
+           const_cast<T*>(padded(row.sums, sums))};
+    done = i;
+    length = n;
+    i = 0;
+  }
+  memcpy(whole.out + done, out, size_t(rest) * sizeof(T));
+  if (whole.sums) memcpy(whole.sums + done, sums, size_t(rest) * sizeof(T));
   if (kOrder && !kBias && sum_out) *sum_out = double(sum<T>(total));
 }
 
-template <class T, int kAct, int kOrder, bool kClamp>
-void run(const BiasActArgs& a) {
+// Over a tensor; `flat` takes rows of one bias, `patterned` those with a bias an element.
+template <class T>
+void run(const BiasActArgs& a, int order, RowKernel<T> flat, RowKernel<T> patterned) {
   const Numbers<T> k{T(a.alpha), T(a.gain), a.clamp < 0 ? T(__builtin_inf()) : T(a.clamp)};
   const T* bias = static_cast<const T*>(a.bias);
   T* out = static_cast<T*>(a.y);
-  const bool summed = kOrder && bias && a.grad_bias;
+  const bool summed = order && bias && a.grad_bias;
   const int64_t size = a.n * a.c * a.s;
   const int threads = size < kSerial ? 1 : a.threads;
   const auto is_dense = [&](const View& v) {
     return (a.n == 1 || v.n == a.c * a.s) &&
            (a.channels_last ? a.s == 1 || v.s == a.c : (a.c == 1 || v.c == a.s));
   };
-  const bool dense = is_dense(a.x) && (kOrder < 1 || is_dense(a.grad)) && (kOrder < 2 || is_dense(a.grad_dx));
+  const bool dense = is_dense(a.x) && (order < 1 || is_dense(a.grad)) && (order < 2 || is_dense(a.grad_dx));
   const auto place = [&](int64_t n, int64_t c, int64_t s, int64_t offset) {
     Row<T> row{};
     row.x = at<T>(a.x, n, c, s) + offset;
-    if (kOrder >= 1) row.d = at<T>(a.grad, n, c, s) + offset;
-    if (kOrder == 2) row.e = at<T>(a.grad_dx, n, c, s) + offset;
+    if (order >= 1) row.d = at<T>(a.grad, n, c, s) + offset;
+    if (order == 2) row.e = at<T>(a.grad_dx, n, c, s) + offset;
     return row;
   };
   double* partial = nullptr;
@@ -164,7 +167,7 @@ void run(const BiasActArgs& a) {
       const int64_t from = item * kStretch, length = size - from < kStretch ? size - from : kStretch;
       Row<T> row = place(0, 0, 0, from);
       row.out = out + from;
-      run_row<T, kAct, kOrder, kClamp, false>(k, row, length, nullptr);
+      flat(k, row, length, nullptr);
     }
   } else if (a.channels_last || (dense && a.s < kShort)) {
     // A pattern of `width` elements: the bias of channels_last, taken several times, or that of a sample.
@@ -193,7 +196,7 @@ void run(const BiasActArgs& a) {
         row.out = out + r * width + first;
         row.sums = summed ? sums : nullptr;
         const int64_t left = size - r * width - first;  // the last row of a repeated pattern may end early
-        if (left > 0) run_row<T, kAct, kOrder, kClamp, true>(k, row, left < wide ? left : wide, nullptr);
+        if (left > 0) patterned(k, row, left < wide ? left : wide, nullptr);
       }
       if (summed)
         for (int64_t i = 0; i < wide; ++i) partial[chunk * width + first + i] = double(sums[i]);
@@ -219,8 +222,7 @@ void run(const BiasActArgs& a) {
       Row<T> row = place(n, c, 0, from);
       row.constant = bias ? bias[c] : T(0);
       row.out = out + line * a.s + from;
-      run_row<T, kAct, kOrder, kClamp, false>(k, row, a.s - from < kStretch ? a.s - from : kStretch,
-                                              summed ? partial + item : nullptr);
+      flat(k, row, a.s - from < kStretch ? a.s - from : kStretch, summed ? partial + item : nullptr);
     }
     if (summed) {
       for (int64_t c = 0; c < a.c; ++c) {
@@ -237,47 +239,38 @@ void run(const BiasActArgs& a) {
 template <class T, int kAct, int kOrder>
 void clamped_or_not(const BiasActArgs& a) {
   if constexpr (kOrder && kAct >= BiasActArgs::kElu && kAct <= BiasActArgs::kSoftplus) {
-    if (a.clamp < 0) return run<T, kAct, kOrder, false>(a);
+    if (a.clamp < 0) return run<T>(a, kOrder, run_row<T, kAct, kOrder, false, false>, run_row<T, kAct, kOrder, false, true>);
   }
-  run<T, kAct, kOrder, true>(a);
+  run<T>(a, kOrder, run_row<T, kAct, kOrder, true, false>, run_row<T, kAct, kOrder, true, true>);
 }
 
-template <int kOrder, int kAct>
-void typed(const BiasActArgs& a) {
-  a.is_double ? clamped_or_not<double, kAct, kOrder>(a) : clamped_or_not<float, kAct, kOrder>(a);
-}
-
-template <int kOrder>
+template <class T, int kOrder>
 void chosen(const BiasActArgs& a) {
   if (a.n * a.c * a.s == 0) {
-    if (kOrder && a.grad_bias)
-      for (int64_t c = 0; c < a.c; ++c)
-        a.is_double ? void(static_cast<double*>(a.grad_bias)[c] = 0) : void(static_cast<float*>(a.grad_bias)[c] = 0);
+    if (kOrder && a.grad_bias) memset(a.grad_bias, 0, size_t(a.c) * sizeof(T));
     return;
   }
   switch (a.act) {
-    case BiasActArgs::kTanh: return typed<kOrder, BiasActArgs::kTanh>(a);
-    case BiasActArgs::kSigmoid: return typed<kOrder, BiasActArgs::kSigmoid>(a);
-    case BiasActArgs::kElu: return typed<kOrder, BiasActArgs::kElu>(a);
-    case BiasActArgs::kSelu: return typed<kOrder, BiasActArgs::kSelu>(a);
-    case BiasActArgs::kSoftplus: return typed<kOrder, BiasActArgs::kSoftplus>(a);
-    case BiasActArgs::kSwish: return typed<kOrder, BiasActArgs::kSwish>(a);
+    case BiasActArgs::kTanh: return clamped_or_not<T, BiasActArgs::kTanh, kOrder>(a);
+    case BiasActArgs::kSigmoid: return clamped_or_not<T, BiasActArgs::kSigmoid, kOrder>(a);
+    case BiasActArgs::kElu: return clamped_or_not<T, BiasActArgs::kElu, kOrder>(a);
+    case BiasActArgs::kSelu: return clamped_or_not<T, BiasActArgs::kSelu, kOrder>(a);
+    case BiasActArgs::kSoftplus: return clamped_or_not<T, BiasActArgs::kSoftplus, kOrder>(a);
+    case BiasActArgs::kSwish: return clamped_or_not<T, BiasActArgs::kSwish, kOrder>(a);
     default: break;
   }
   if constexpr (kOrder < 2) {  // the second order of what is linear in pieces is zero, and not asked for
-    if (a.act == BiasActArgs::kRelu) return typed<kOrder, BiasActArgs::kRelu>(a);
-    if (a.act == BiasActArgs::kLrelu) return typed<kOrder, BiasActArgs::kLrelu>(a);
-    typed<kOrder, BiasActArgs::kLinear>(a);
+    if (a.act == BiasActArgs::kRelu) return clamped_or_not<T, BiasActArgs::kRelu, kOrder>(a);
+    if (a.act == BiasActArgs::kLrelu) return clamped_or_not<T, BiasActArgs::kLrelu, kOrder>(a);
+    clamped_or_not<T, BiasActArgs::kLinear, kOrder>(a);
   }
 }
 
 }  // namespace
 
-void bias_act(const BiasActArgs& a) { chosen<0>(a); }
-
-void bias_act_backward(const BiasActArgs& a) { chosen<1>(a); }
-
-void bias_act_second(const BiasActArgs& a) { chosen<2>(a); }
+GENFAST_KERNEL(bias_act, BiasActArgs, chosen<T, 0>(a))
+GENFAST_KERNEL(bias_act_backward, BiasActArgs, chosen<T, 1>(a))
+GENFAST_KERNEL(bias_act_second, BiasActArgs, chosen<T, 2>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -20,8 +20,8 @@
 #include <cmath>
 #include <limits>
 
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -741,8 +741,8 @@ void backward(const Args& a) {
 
 }  // namespace
 
-void contextual_similarity(const ContextualArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
-void contextual_similarity_backward(const ContextualArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(contextual_similarity, ContextualArgs, forward<T>(a))
+GENFAST_KERNEL(contextual_similarity_backward, ContextualArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -9,7 +9,7 @@
 // Rows are cut into chunks and taken in groups that depend on the shape alone; sums over chunks and groups are in double.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -168,9 +168,7 @@ void backward(const DiagonalGaussianArgs& a) {
       put(dmean, i, by_mean + gz, count);
       put(dlog_variance, i, T(0.5) * (by_t + by_sigma), count);
     };
-    int64_t i = from;
-    for (; i + width <= to; i += width) step(i, width);
-    if (i < to) step(i, int(to - i));
+    for (int64_t i = from; i < to; i += width) step(i, to - i < width ? int(to - i) : width);
   }
 }
 
@@ -194,9 +192,8 @@ void backward(const DiagonalGaussianArgs& a) {
 
 }  // namespace
 
-void diagonal_gaussian(const DiagonalGaussianArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
-
-void diagonal_gaussian_backward(const DiagonalGaussianArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(diagonal_gaussian, DiagonalGaussianArgs, forward<T>(a))
+GENFAST_KERNEL(diagonal_gaussian_backward, DiagonalGaussianArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -11,7 +11,7 @@
 // written in e^-||m| - w|, e^-(|m| + w) and e^-t, so that nothing overflows or cancels; log t is added apart where t is small.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "mixture.h"
 #include "vec.h"
 #include "workspace.h"
@@ -312,13 +312,9 @@ void nll_backward(const LogisticMixtureArgs& a) {
 
 }  // namespace
 
-void logistic_mixture_nll(const LogisticMixtureArgs& a) { a.is_double ? nll<double>(a) : nll<float>(a); }
-
-void logistic_mixture_nll_backward(const LogisticMixtureArgs& a) {
-  a.is_double ? nll_backward<double>(a) : nll_backward<float>(a);
-}
-
-void logistic_mixture_sample(const LogisticMixtureArgs& a) { a.is_double ? sample<double>(a) : sample<float>(a); }
+GENFAST_KERNEL(logistic_mixture_nll, LogisticMixtureArgs, nll<T>(a))
+GENFAST_KERNEL(logistic_mixture_nll_backward, LogisticMixtureArgs, nll_backward<T>(a))
+GENFAST_KERNEL(logistic_mixture_sample, LogisticMixtureArgs, sample<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -8,7 +8,7 @@
 // depend on the thread count.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -196,9 +196,8 @@ void gated(const GatedActivationArgs& a) {
 
 }  // namespace
 
-void gated_activation(const GatedActivationArgs& a) { a.is_double ? gated<double, false>(a) : gated<float, false>(a); }
-
-void gated_activation_backward(const GatedActivationArgs& a) { a.is_double ? gated<double, true>(a) : gated<float, true>(a); }
+GENFAST_KERNEL(gated_activation, GatedActivationArgs, gated<T, false>(a))
+GENFAST_KERNEL(gated_activation_backward, GatedActivationArgs, gated<T, true>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

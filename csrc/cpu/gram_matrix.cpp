@@ -7,8 +7,8 @@
 // Long S with few channels is cut into groups, summed apart and added in order. Groups and order depend on the sizes alone.
 //
 // The backward, scale M (F + shift) with M = dG + dG^T or the kept difference, is one product of gemm.h: 2 C^2 S FLOPs.
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -266,12 +266,8 @@ void backward(const GramBackwardArgs& a) {
 
 }  // namespace
 
-void gram_matrix(const GramArgs& a) {
-  if (!a.n || !a.c) return;
-  a.is_double ? Gram<double>(a).run_all() : Gram<float>(a).run_all();
-}
-
-void gram_matrix_backward(const GramBackwardArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(gram_matrix, GramArgs, if (a.n && a.c) Gram<T>(a).run_all())
+GENFAST_KERNEL(gram_matrix_backward, GramBackwardArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

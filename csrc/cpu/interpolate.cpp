@@ -6,7 +6,7 @@
 // float for the first two. Bound by memory bandwidth. Sums in double, over chunks of kChunk, in an order of no thread's making.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -57,7 +57,7 @@ void backward(const InterpolateArgs& a) {
 
 }  // namespace
 
-void interpolate_backward(const InterpolateArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(interpolate_backward, InterpolateArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -36,8 +36,8 @@ struct Halves {  // the channels [0, first) of one view and the rest of another
 };
 
 // Vectors (S = 1) become one sample with N positions.
-void flatten(ChannelMixArgs& a) {
-  if (a.s != 1 || !a.channels_last) return;
+ChannelMixArgs flattened(ChannelMixArgs a) {
+  if (a.s != 1 || !a.channels_last) return a;
   View* const views[] = {&a.x, &a.x_b, &a.grad, &a.grad_b};
   for (View* v : views) {
     v->s = v->n;
@@ -45,6 +45,7 @@ void flatten(ChannelMixArgs& a) {
   }
   a.s = a.n;
   a.n = a.n ? 1 : 0;
+  return a;
 }
 
 template <class T, int kRows, int kVecs, bool kPart>
@@ -423,24 +424,10 @@ void plu_backward(const PluArgs& a) {
 
 }  // namespace
 
-void channel_mix(const ChannelMixArgs& args) {
-  ChannelMixArgs a = args;
-  flatten(a);
-  if (a.channels_last)
-    a.is_double ? mix_last<double>(a) : mix_last<float>(a);
-  else
-    a.is_double ? mix_first<double>(a) : mix_first<float>(a);
-}
-
-void channel_mix_weight_grad(const ChannelMixArgs& args) {
-  ChannelMixArgs a = args;
-  flatten(a);
-  a.is_double ? weight_grad<double>(a) : weight_grad<float>(a);
-}
-
-void plu_weight(const PluArgs& a) { a.is_double ? plu_forward<double>(a) : plu_forward<float>(a); }
-
-void plu_weight_backward(const PluArgs& a) { a.is_double ? plu_backward<double>(a) : plu_backward<float>(a); }
+GENFAST_KERNEL(channel_mix, ChannelMixArgs, a.channels_last ? mix_last<T>(flattened(a)) : mix_first<T>(flattened(a)))
+GENFAST_KERNEL(channel_mix_weight_grad, ChannelMixArgs, weight_grad<T>(flattened(a)))
+GENFAST_KERNEL(plu_weight, PluArgs, plu_forward<T>(a))
+GENFAST_KERNEL(plu_weight_backward, PluArgs, plu_backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

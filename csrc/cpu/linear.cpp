@@ -4,8 +4,8 @@
 // out (rows, columns) = sum over k of a[row, k] b[k, column] over the panels of gemm.h; FLOPs 2 rows columns inner, bound by the
 // FMA rate. The epilogue is done on the accumulators: it saves a pass that reads and writes the output, and 31 of 32 bits of
 // what a backward keeps.
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -101,7 +101,7 @@ void multiply_any(const LinearArgs& a) {
 
 }  // namespace
 
-void linear(const LinearArgs& a) { a.is_double ? multiply_any<double>(a) : multiply_any<float>(a); }
+GENFAST_KERNEL(linear, LinearArgs, multiply_any<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

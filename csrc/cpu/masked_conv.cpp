@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 #include "transpose.h"
 #include "workspace.h"
 
@@ -378,15 +378,8 @@ MaskedConvArgs with_threads(const MaskedConvArgs& args) {
 
 }  // namespace
 
-void masked_conv(const MaskedConvArgs& args) {
-  const MaskedConvArgs a = with_threads(args);
-  a.is_double ? forward<double>(a) : forward<float>(a);
-}
-
-void masked_conv_backward(const MaskedConvArgs& args) {
-  const MaskedConvArgs a = with_threads(args);
-  a.is_double ? backward<double>(a) : backward<float>(a);
-}
+GENFAST_KERNEL(masked_conv, MaskedConvArgs, forward<T>(with_threads(a)))
+GENFAST_KERNEL(masked_conv_backward, MaskedConvArgs, backward<T>(with_threads(a)))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -12,8 +12,8 @@
 // bound by reading the weight, of which it takes dot products as it lies.
 #include <vector>
 
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -643,9 +643,8 @@ void backward(const MaskedLinearArgs& a) {
 
 }  // namespace
 
-void masked_linear(const MaskedLinearArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
-
-void masked_linear_backward(const MaskedLinearArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(masked_linear, MaskedLinearArgs, forward<T>(a))
+GENFAST_KERNEL(masked_linear_backward, MaskedLinearArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -11,7 +11,7 @@
 // N^2 B / 2 (3 C + 20) FLOPs forward, 4 C more backward, all in the first cache: bound by arithmetic.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -189,7 +189,7 @@ void choose(const PairwiseL1Args& a) {
 
 }  // namespace
 
-void pairwise_l1(const PairwiseL1Args& a) { a.is_double ? choose<double>(a) : choose<float>(a); }
+GENFAST_KERNEL(pairwise_l1, PairwiseL1Args, choose<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

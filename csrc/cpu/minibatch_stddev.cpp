@@ -9,7 +9,7 @@
 // an order that does not depend on the thread count.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -157,9 +157,8 @@ void run(const MinibatchStddevArgs& a) {
 
 }  // namespace
 
-void minibatch_stddev(const MinibatchStddevArgs& a) { a.is_double ? run<double, false>(a) : run<float, false>(a); }
-
-void minibatch_stddev_backward(const MinibatchStddevArgs& a) { a.is_double ? run<double, true>(a) : run<float, true>(a); }
+GENFAST_KERNEL(minibatch_stddev, MinibatchStddevArgs, run<T, false>(a))
+GENFAST_KERNEL(minibatch_stddev_backward, MinibatchStddevArgs, run<T, true>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -8,7 +8,7 @@
 // Sums run in T along at most kChunk elements and in double across them, over groups that do not depend on the thread count.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -114,9 +114,8 @@ void energies(const TapEnergyArgs& a) {
 
 }  // namespace
 
-void channel_scale_backward(const ChannelScaleArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
-
-void tap_energy(const TapEnergyArgs& a) { a.is_double ? energies<double>(a) : energies<float>(a); }
+GENFAST_KERNEL(channel_scale_backward, ChannelScaleArgs, backward<T>(a))
+GENFAST_KERNEL(tap_energy, TapEnergyArgs, energies<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

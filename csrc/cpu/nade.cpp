@@ -11,8 +11,8 @@
 // the error in the gradients), but behind one x_d of 1e4 the bits of the earlier a are gone.
 // Where x_d = 0 and there is no rho, a and h stay what they are: binary data pay an activation for their ones alone.
 // 2 P + 2 FLOPs and an activation (some 20 instructions) a hidden unit and step: bound by arithmetic.
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 #include "workspace.h"
 
 namespace genfast {
@@ -537,7 +537,7 @@ void choose(const NadeArgs& a) {
 
 }  // namespace
 
-void nade(const NadeArgs& a) { a.is_double ? choose<double>(a) : choose<float>(a); }
+GENFAST_KERNEL(nade, NadeArgs, choose<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

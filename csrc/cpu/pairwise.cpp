@@ -13,8 +13,8 @@
 #include <limits>
 #include <vector>
 
+#include "dtype_switch.h"
 #include "gemm.h"
-#include "kernels.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -514,7 +514,7 @@ void run_all(const PairwiseArgs& a) {
 
 }  // namespace
 
-void pairwise(const PairwiseArgs& a) { a.is_double ? run_all<double>(a) : run_all<float>(a); }
+GENFAST_KERNEL(pairwise, PairwiseArgs, run_all<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

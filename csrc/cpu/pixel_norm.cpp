@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 
 namespace genfast {
@@ -115,9 +115,8 @@ void run(const PixelNormArgs& a) {
 
 }  // namespace
 
-void pixel_norm(const PixelNormArgs& a) { a.is_double ? run<double, false>(a) : run<float, false>(a); }
-
-void pixel_norm_backward(const PixelNormArgs& a) { a.is_double ? run<double, true>(a) : run<float, true>(a); }
+GENFAST_KERNEL(pixel_norm, PixelNormArgs, run<T, false>(a))
+GENFAST_KERNEL(pixel_norm_backward, PixelNormArgs, run<T, true>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

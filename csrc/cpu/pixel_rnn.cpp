@@ -13,7 +13,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "transpose.h"
 #include "workspace.h"
 
@@ -653,9 +653,8 @@ void backward(const PixelRnnArgs& a) {
 
 }  // namespace
 
-void pixel_rnn(const PixelRnnArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
-
-void pixel_rnn_backward(const PixelRnnArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(pixel_rnn, PixelRnnArgs, forward<T>(a))
+GENFAST_KERNEL(pixel_rnn_backward, PixelRnnArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

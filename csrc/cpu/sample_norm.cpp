@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -103,9 +103,8 @@ void backward(const SampleNormArgs& a) {
 
 }  // namespace
 
-void sample_norm(const SampleNormArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
-
-void sample_norm_backward(const SampleNormArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(sample_norm, SampleNormArgs, forward<T>(a))
+GENFAST_KERNEL(sample_norm_backward, SampleNormArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

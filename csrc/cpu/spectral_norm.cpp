@@ -9,7 +9,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -214,9 +214,8 @@ void backward(const SpectralNormArgs& a) {
 
 }  // namespace
 
-void spectral_norm(const SpectralNormArgs& a) { a.is_double ? forward<double>(a) : forward<float>(a); }
-
-void spectral_norm_backward(const SpectralNormArgs& a) { a.is_double ? backward<double>(a) : backward<float>(a); }
+GENFAST_KERNEL(spectral_norm, SpectralNormArgs, forward<T>(a))
+GENFAST_KERNEL(spectral_norm_backward, SpectralNormArgs, backward<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

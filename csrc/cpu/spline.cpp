@@ -6,7 +6,7 @@
 // memory where the rows do not fit a cache. Rows of as many elements as a vector has lanes are turned in registers.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "spline.h"
 #include "transpose.h"
 
@@ -227,7 +227,7 @@ void both(const SplineArgs& a) {
 
 }  // namespace
 
-void spline(const SplineArgs& a) { a.is_double ? both<double>(a) : both<float>(a); }
+GENFAST_KERNEL(spline, SplineArgs, both<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -2,7 +2,7 @@
 //
 // (N, C, H, W) <-> (N, f^2 C, H/f, W/f). A pure move: each element is read once and written once (8 bytes in float), bound
 // by memory bandwidth. NCHW: a row of the wide image is split over f rows of the narrow one.
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "vec.h"
 
 namespace genfast {
@@ -74,7 +74,7 @@ void run(const SqueezeArgs& a) {
 
 }  // namespace
 
-void squeeze(const SqueezeArgs& a) { a.is_double ? run<double>(a) : run<float>(a); }
+GENFAST_KERNEL(squeeze, SqueezeArgs, run<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

@@ -12,7 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "dtype_switch.h"
 #include "transpose.h"
 #include "vec.h"
 #include "workspace.h"
@@ -480,7 +480,7 @@ void run(const Upfirdn2dArgs& a) {
 
 }  // namespace
 
-void upfirdn2d(const Upfirdn2dArgs& a) { a.is_double ? run<double>(a) : run<float>(a); }
+GENFAST_KERNEL(upfirdn2d, Upfirdn2dArgs, run<T>(a))
 
 }  // namespace GENFAST_ISA
 }  // namespace genfast

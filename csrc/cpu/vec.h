@@ -117,6 +117,16 @@ GENFAST_INLINE void store_part(T* p, Vec<T> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = lane[i];
 }
 
+// The first n elements at p and zeros behind, in the vector `to`; null of null. Rows that do not end with a whole vector
+// end in one of these, so that a loop's body is compiled once.
+template <class T>
+const T* pad(const T* p, int n, T* to) {
+  if (!p) return nullptr;
+  memset(to, 0, sizeof(Vec<T>));
+  memcpy(to, p, size_t(n) * sizeof(T));
+  return to;
+}
+
 template <class T>
 GENFAST_INLINE T sum(Vec<T> v) {
   T lane[lanes<T>()];
