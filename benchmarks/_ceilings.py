@@ -88,8 +88,8 @@ def fma_rate() -> float:
 
     threads, rounds = torch.get_num_threads(), 1 << 20
     out = torch.empty(16 * threads)
-    flops: float = _cpu.fma_rate(False, out.data_ptr(), 1, threads) * rounds
-    return flops / min(seconds(lambda: _cpu.fma_rate(False, out.data_ptr(), rounds, threads)) for _ in range(20))
+    flops: float = _cpu.fma_rate(out=out, rounds=1, threads=threads) * rounds
+    return flops / min(seconds(lambda: _cpu.fma_rate(out=out, rounds=rounds, threads=threads)) for _ in range(20))
 
 
 def sets(nbytes: int) -> int:

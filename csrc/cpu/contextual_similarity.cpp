@@ -428,7 +428,7 @@ void forward(const Args& a) {
   const Shared<T> s = shared_of<T>(cursor, a, a.mean);
   T** all_best = cursor.take<T*>(threads);
   Int** all_owner = cursor.take<Int*>(threads);
-  if (a.bytes) {
+  if (!a.work) {
     const int64_t before = cursor.used;
     own_of(cursor, s, true, !a.over_targets, a.mean);
     *a.bytes = before + (cursor.used - before) * threads;
@@ -677,7 +677,7 @@ void backward(const Args& a) {
   T* across = cursor.take<T>(added);
   T* sums = cursor.take<T>(a.dy ? s.wide : 0);
   const int64_t before = cursor.used;
-  if (a.bytes) {
+  if (!a.work) {
     own_of(cursor, s, !a.dy, true, turned);
     *a.bytes = before + (cursor.used - before) * threads;
     return;

@@ -11,6 +11,8 @@
 // written in e^-||m| - w|, e^-(|m| + w) and e^-t, so that nothing overflows or cancels; log t is added apart where t is small.
 #include <stdlib.h>
 
+#include <algorithm>
+
 #include "dtype_switch.h"
 #include "mixture.h"
 #include "vec.h"
@@ -298,6 +300,9 @@ void sample(const LogisticMixtureArgs& a) {
                       a.channels, a.levels, T(a.temperature), a.uniforms + n * (1 + a.channels) * a.s + s, a.s,
                       a.samples + n * a.channels * a.s + s, a.s);
   }
+  const int64_t *first = a.samples, *end = first + a.n * a.channels * a.s;
+  const int64_t* fault = std::find_if(first, end, [](int64_t level) { return level < 0; });
+  *a.fault = fault == end ? -1 : fault - first;
 }
 
 template <class T>

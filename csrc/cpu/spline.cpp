@@ -217,7 +217,7 @@ void each(const SplineArgs& a) {
     work(a, i, a.n - i < chunk ? a.n : i + chunk, past, found);
     outside = outside || found;
   }
-  if (outside && a.outside) *a.outside = true;
+  *a.outside = outside;
 }
 
 template <class T>

@@ -84,7 +84,7 @@ int64_t scratch_blocks(int64_t n, const Limits& limit) {
 }
 
 template <bool kBackward>
-int launch(const DegreeOrderedArgs& a, uintptr_t stream) {
+int launch(const DegreeOrderedArgs& a) {
   Limits limit{};
   cudaError_t error = limits(limit);
   if (error) return error;
@@ -97,16 +97,16 @@ int launch(const DegreeOrderedArgs& a, uintptr_t stream) {
   if (error) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads_of(group == 0))), config.dynamicSmemBytes = bytes;
-  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.stream = reinterpret_cast<cudaStream_t>(a.stream);
   error = cudaLaunchKernelEx(&config, kernel, a);
   return error ? error : cudaGetLastError();
 }
 
 }  // namespace
 
-int degree_ordered(const DegreeOrderedArgs& a, uintptr_t stream) { return launch<false>(a, stream); }
+int degree_ordered(const DegreeOrderedArgs& a) { return launch<false>(a); }
 
-int degree_ordered_backward(const DegreeOrderedArgs& a, uintptr_t stream) { return launch<true>(a, stream); }
+int degree_ordered_backward(const DegreeOrderedArgs& a) { return launch<true>(a); }
 
 int degree_ordered_scratch(int64_t n, int64_t rows, int64_t* floats) {
   Limits limit{};

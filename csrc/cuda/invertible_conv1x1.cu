@@ -122,13 +122,13 @@ __global__ void backward(PluArgs a) {
 
 }  // namespace
 
-int plu_weight(const PluArgs& a, uintptr_t stream) {
-  forward<<<unsigned(a.c + 1), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(a);
+int plu_weight(const PluArgs& a) {
+  forward<<<unsigned(a.c + 1), kThreads, 0, reinterpret_cast<cudaStream_t>(a.stream)>>>(a);
   return cudaGetLastError();
 }
 
-int plu_weight_backward(const PluArgs& a, uintptr_t stream) {
-  const cudaStream_t s = reinterpret_cast<cudaStream_t>(stream);
+int plu_weight_backward(const PluArgs& a) {
+  const cudaStream_t s = reinterpret_cast<cudaStream_t>(a.stream);
   backward_prepare<<<unsigned(a.c), kThreads, 0, s>>>(a);
   backward<<<unsigned(a.c), kThreads, 0, s>>>(a);
   return cudaGetLastError();

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) pixel_program_kernel(const __grid
 
 }  // namespace
 
-int pixel_program(const PixelProgramArgs& a, uintptr_t stream) {
+int pixel_program(const PixelProgramArgs& a) {
   int device = 0, processors = 1, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -95,7 +95,7 @@ int pixel_program(const PixelProgramArgs& a, uintptr_t stream) {
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = launch.code_is_shared ? size_t(bytes) : 0;
-  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.stream = reinterpret_cast<cudaStream_t>(a.stream);
   config.attrs = &cluster;
   if (major >= 9 && a.weight_floats * int64_t(sizeof(float)) >= kClusterBytes) {
     for (int32_t blocks = 8; blocks > 1 && launch.blocks == 1; blocks /= 2) {

@@ -208,8 +208,7 @@ __global__ void __launch_bounds__(kThreads) backward(PixelRnnArgs a) {
 }
 
 // As many blocks a sample as there are multiprocessors for, and warps with work for their four schedulers.
-int launch(void (*wide)(PixelRnnArgs), void (*narrow)(PixelRnnArgs), const PixelRnnArgs& a, int64_t row_floats,
-           uintptr_t stream) {
+int launch(void (*wide)(PixelRnnArgs), void (*narrow)(PixelRnnArgs), const PixelRnnArgs& a, int64_t row_floats) {
   const Scan scan(a);
   const size_t bytes = size_t(scan.positions + a.taps - 1) * size_t(row_floats) * sizeof(float);
   int device = 0, processors = 0, major = 0;
@@ -228,7 +227,7 @@ int launch(void (*wide)(PixelRnnArgs), void (*narrow)(PixelRnnArgs), const Pixel
   cluster.val.clusterDim.x = unsigned(size), cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(a.n * size)), config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes, config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.dynamicSmemBytes = bytes, config.stream = reinterpret_cast<cudaStream_t>(a.stream);
   config.attrs = &cluster, config.numAttrs = size > 1 ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, a);
   return error ? error : cudaGetLastError();
@@ -236,9 +235,9 @@ int launch(void (*wide)(PixelRnnArgs), void (*narrow)(PixelRnnArgs), const Pixel
 
 }  // namespace
 
-int pixel_rnn(const PixelRnnArgs& a, uintptr_t stream) { return launch(forward<8>, forward<4>, a, a.depth, stream); }
+int pixel_rnn(const PixelRnnArgs& a) { return launch(forward<8>, forward<4>, a, a.depth); }
 
-int pixel_rnn_backward(const PixelRnnArgs& a, uintptr_t stream) { return launch(backward<8>, backward<4>, a, 4 * a.hidden, stream); }
+int pixel_rnn_backward(const PixelRnnArgs& a) { return launch(backward<8>, backward<4>, a, 4 * a.hidden); }
 
 }  // namespace cuda
 }  // namespace genfast

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import OPS
 from ..reference.autoregressive_inverse import PRODUCT, TAILS, autoregressive_univariate
 from ._cuda_engine_items import Layer, LevelItems, level_items
 
-_CUDA: Any = _backend.extension("_cuda")[0]
+_FIELDS = "stream item_list tables order weights z scratch n rows items inputs width"
+_CUDA = kernels(
+    "_cuda",
+    "degree_ordered_scratch",
+    degree_ordered=f"{_FIELDS} statics statics_width x logdet given transform bins tails inverse zuko options",
+    degree_ordered_backward=f"{_FIELDS} units slopes by_value constant kept",
+)
 
 # Transform of the engine.
 _TRANSFORMS = {
@@ -21,10 +27,6 @@ _TRANSFORMS = {
     "spline": 6,
 }  # fmt: skip
 _MOST = 2**31  # weights: the engine counts them in 32 bits
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _engine_options(transform: str, options: Sequence[float]) -> tuple[int, int, int, bool, bool, list[float]]:
@@ -57,12 +59,13 @@ def forward(
     x, logdet = torch.empty_like(z), z.new_empty(len(z))
     if len(z):
         with torch.cuda.device(z.device):
-            scratch = _scratch(z, plan.rows)
+            number, bins, tails, inverse, zuko, numbers = _engine_options(transform, options)
             _CUDA.degree_ordered(
-                torch.cuda.current_stream().cuda_stream, plan.items.data_ptr(), plan.tables.data_ptr(), plan.order.data_ptr(),
-                packed.data_ptr(), _address(statics), z.data_ptr(), x.data_ptr(), logdet.data_ptr(), _address(scratch), len(z),
-                plan.rows, plan.statics, len(plan.items), plan.inputs, plan.width, plan.given,
-                *_engine_options(transform, options),
+                stream=torch.cuda.current_stream().cuda_stream, item_list=plan.items, tables=plan.tables, order=plan.order,
+                weights=packed, statics=statics, statics_width=plan.statics, z=z, x=x, logdet=logdet,
+                scratch=_scratch(z, plan.rows), n=len(z), rows=plan.rows, items=len(plan.items), inputs=plan.inputs,
+                width=plan.width, given=plan.given, transform=number, bins=bins, tails=tails, inverse=inverse, zuko=zuko,
+                options=numbers,
             )  # fmt: skip
     return x, logdet
 
@@ -91,11 +94,11 @@ def backward(
     kept = torch.empty_like(values)
     if n:
         with torch.cuda.device(z.device):
-            scratch = _scratch(z, plan.units)
             _CUDA.degree_ordered_backward(
-                torch.cuda.current_stream().cuda_stream, items.data_ptr(), tables.data_ptr(), plan.order.data_ptr(),
-                transposed.data_ptr(), grad_x.data_ptr(), slopes.data_ptr(), by_value.data_ptr(), constant.data_ptr(),
-                kept.data_ptr(), _address(scratch), n, plan.units, len(items), plan.inputs, plan.width,
+                stream=torch.cuda.current_stream().cuda_stream, item_list=items, tables=tables, order=plan.order,
+                weights=transposed, z=grad_x, slopes=slopes, by_value=by_value, constant=constant, kept=kept,
+                scratch=_scratch(z, plan.units), n=n, rows=plan.units, units=plan.units, items=len(items), inputs=plan.inputs,
+                width=plan.width,
             )  # fmt: skip
     dz = (z_slope * kept[:, : plan.inputs] + z_constant).index_select(1, plan.places)
     dpacked = _weight_gradient(plan, values, kept) if weights else packed.new_empty(0)

@@ -29,6 +29,15 @@ class Layout(NamedTuple):
     c_stride: int
     s_stride: int
 
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """What a C++ kernel's View takes beside the address."""
+        return self.n_stride, self.c_stride, self.s_stride
+
+    def view(self, x: Tensor) -> tuple[Tensor, int, int, int]:
+        """``x``, which lies so, as a C++ kernel's View."""
+        return x, self.n_stride, self.c_stride, self.s_stride
+
     def empty_like(self, x: Tensor) -> Tensor:
         """An uninitialised tensor like ``x``, which lies so, dense in the same order."""
         if not self.dense:

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
 from . import _check
 
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    leaky_relu_bits="is_double apply x y bits slope rows columns threads",
+    activation="is_double second x grad tangent? cotangent? y size kind threads",
+)
 KINDS = tuple(reference.SLOPES)  # in the order of kernels.h
 _NUMBER = {kind: i for i, kind in enumerate(KINDS)}
 
@@ -51,8 +56,8 @@ def _check_apply(x: Tensor, bits: Tensor, slope: float) -> None:
 def _run_bits(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> None:
     rows, columns = x.shape if bits.dim() == 2 else (1, x.numel())
     _CPU.leaky_relu_bits(
-        x.dtype is torch.float64, apply, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, rows, columns,
-        torch.get_num_threads(),
+        is_double=x.dtype is torch.float64, apply=apply, x=x, y=y, bits=bits, slope=slope, rows=rows, columns=columns,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -65,8 +70,9 @@ def _cpu_leaky(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     # not from kept memory: when a gradient penalty needs the most, this is free again
     y, bits = torch.empty_like(x), torch.empty((n + 7) // 8, dtype=torch.uint8)
     _CPU.leaky_relu_bits(
-        x.dtype is torch.float64, False, x.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, 1, n, torch.get_num_threads()
-    )
+        is_double=x.dtype is torch.float64, apply=False, x=x, y=y, bits=bits, slope=slope, rows=1, columns=n,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
     return y, bits
 
 
@@ -278,8 +284,8 @@ def _cpu_chain(x: Tensor, grad: Tensor, kind: str) -> Tensor:
     x = _dense(x)
     grad, y = _aligned(x, grad), _empty_like(x)
     _CPU.activation(
-        x.dtype is torch.float64, False, x.data_ptr(), grad.data_ptr(), 0, 0, y.data_ptr(), x.numel(), _NUMBER[kind],
-        torch.get_num_threads(),
+        is_double=x.dtype is torch.float64, second=False, x=x, grad=grad, y=y, size=x.numel(), kind=_NUMBER[kind],
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -290,8 +296,8 @@ def _cpu_second(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tensor | No
     grad, tangent, y = _aligned(x, grad), _aligned(x, tangent), _empty_like(x)
     cotangent = None if cotangent is None else _aligned(x, cotangent)
     _CPU.activation(
-        x.dtype is torch.float64, True, x.data_ptr(), grad.data_ptr(), tangent.data_ptr(),
-        0 if cotangent is None else cotangent.data_ptr(), y.data_ptr(), x.numel(), _NUMBER[kind], torch.get_num_threads(),
+        is_double=x.dtype is torch.float64, second=True, x=x, grad=grad, tangent=tangent, cotangent=cotangent, y=y,
+        size=x.numel(), kind=_NUMBER[kind], threads=torch.get_num_threads(),
     )  # fmt: skip
     return y
 

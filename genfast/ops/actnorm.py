@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._layout import Layout, describe, laid_out
 
 _NAME = "actnorm"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double x scale bias y n c s channels_last log_scale inverse threads"
+_CPU = kernels(
+    "_cpu",
+    actnorm=f"{_FIELDS} logdet",
+    actnorm_backward=f"{_FIELDS} grad_y grad_logdet grad_scale grad_bias",
+)
 
 
 def check_channels(op: str, x: Tensor, scale: Tensor, bias: Tensor, channels: int | None = None) -> None:
@@ -35,9 +41,9 @@ def _check_forward(x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
 @functools.lru_cache(1024)
 def _plan(
     xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ss: tuple[int, ...], s_stride: tuple[int, ...],
-    s_dtype: torch.dtype, bs: tuple[int, ...], b_stride: tuple[int, ...], b_dtype: torch.dtype,
-) -> tuple[Layout, Tensor] | None:  # fmt: skip
-    """x's layout and a pattern for logdet; None where something must be checked, converted or copied first."""
+    s_dtype: torch.dtype, bs: tuple[int, ...], b_stride: tuple[int, ...], b_dtype: torch.dtype, log_scale: bool, inverse: bool,
+) -> tuple[Layout, Tensor, Any] | None:  # fmt: skip
+    """x's layout, a pattern for logdet and the kernel; None where something must be checked, converted or copied first."""
     if (
         len(xs) < 2
         or not ss == bs == (xs[1],)
@@ -46,21 +52,27 @@ def _plan(
     ):
         return None
     a = describe(xs, x_stride)
-    return (a, torch.empty((), dtype=dtype).expand(a.n)) if a.fits else None
+    if not a.fits:
+        return None
+    kernel = _CPU.actnorm.prepare(
+        is_double=dtype is torch.float64, x=a.strides, n=a.n, c=a.c, s=a.s, channels_last=a.walks_channels,
+        log_scale=log_scale, inverse=inverse,
+    )  # fmt: skip
+    return a, torch.empty((), dtype=dtype).expand(a.n), kernel
 
 
 def _cpu(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool) -> tuple[Tensor, Tensor]:
-    plan = _plan(x.shape, x.stride(), x.dtype, scale.shape, scale.stride(), scale.dtype, bias.shape, bias.stride(), bias.dtype)
+    plan = _plan(
+        x.shape, x.stride(), x.dtype, scale.shape, scale.stride(), scale.dtype, bias.shape, bias.stride(), bias.dtype,
+        log_scale, inverse,
+    )  # fmt: skip
     if plan is None:
         _check_forward(x, scale, bias)
         scale, bias = scale.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
         return _cpu(laid_out(x)[0], scale, bias, log_scale, inverse)
-    a = plan[0]
-    y, logdet = a.empty_like(x), torch.empty_like(plan[1])
-    _CPU.actnorm(
-        x.dtype is torch.float64, x.data_ptr(), a.n_stride, a.c_stride, a.s_stride, scale.data_ptr(), bias.data_ptr(),
-        y.data_ptr(), logdet.data_ptr(), a.n, a.c, a.s, a.walks_channels, log_scale, inverse, torch.get_num_threads(),
-    )  # fmt: skip
+    a, pattern, kernel = plan
+    y, logdet = a.empty_like(x), torch.empty_like(pattern)
+    kernel(x=x, scale=scale, bias=bias, y=y, logdet=logdet, threads=torch.get_num_threads())
     return y, logdet
 
 
@@ -75,9 +87,9 @@ def _cpu_backward(
     grad_y, g = laid_out(torch.zeros_like(x) if grad_y is None else grad_y.to(dtype), a)
     grad_logdet = x.new_zeros(a.n) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
     _CPU.actnorm_backward(
-        dtype is torch.float64, grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride, grad_logdet.data_ptr(),
-        x.data_ptr(), a.n_stride, a.c_stride, a.s_stride, s.data_ptr(), b.data_ptr(), dx.data_ptr(), ds.data_ptr(),
-        db.data_ptr(), a.n, a.c, a.s, a.walks_channels, log_scale, inverse, torch.get_num_threads(),
+        is_double=dtype is torch.float64, x=a.view(x), grad_y=g.view(grad_y), grad_logdet=grad_logdet, scale=s, bias=b, y=dx,
+        grad_scale=ds, grad_bias=db, n=a.n, c=a.c, s=a.s, channels_last=a.walks_channels, log_scale=log_scale,
+        inverse=inverse, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx, ds.to(scale.dtype), db.to(bias.dtype)
 

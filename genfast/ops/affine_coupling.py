@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from .._tensors import accumulator
 from ..reference.affine_coupling import LAYOUTS, SCALES
@@ -17,7 +18,14 @@ from . import _check
 from ._layout import Layout, aligned, describe, laid_out
 
 _NAME = "affine_coupling"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = """
+    is_double x params y alpha mask n c s width r_offset t_offset step scale last inverse channels_last shift_first threads
+"""
+_CPU = kernels(
+    "_cpu",
+    affine_coupling=f"{_FIELDS} logdet",
+    affine_coupling_backward=f"{_FIELDS} grad_y params_out grad_logdet grad_alpha keep_output",
+)
 _SCALE_CODE = {name: code for code, name in enumerate(SCALES)}
 
 
@@ -92,7 +100,7 @@ class _Plan(NamedTuple):
     layout: Layout
     logdet: Tensor  # of the right shape and dtype, for empty_like
     width: int
-    arguments: tuple[Any, ...]
+    kernel: Any
 
 
 @functools.lru_cache(1024)
@@ -106,11 +114,13 @@ def _plan(
     b = aligned(describe(ps, p_stride), a)
     if not a.fits or b is None or p_dtype is not dtype:
         return None
-    arguments = (
-        dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, b.n_stride, b.c_stride, b.s_stride, a.n, a.c, a.s,
-        width, *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, a.walks_channels, shift_first,
+    r_offset, t_offset, step = _offsets(layout, width)
+    kernel = _CPU.affine_coupling.prepare(
+        is_double=dtype is torch.float64, x=a.strides, params=b.strides, n=a.n, c=a.c, s=a.s, width=width, r_offset=r_offset,
+        t_offset=t_offset, step=step, scale=_SCALE_CODE[scale], last=last, inverse=inverse, channels_last=a.walks_channels,
+        shift_first=shift_first,
     )  # fmt: skip
-    return _Plan(a.small, a, torch.empty((), dtype=dtype).expand(a.n), width, arguments)
+    return _Plan(a.small, a, torch.empty((), dtype=dtype).expand(a.n), width, kernel)
 
 
 def _cpu(
@@ -126,17 +136,14 @@ def _cpu(
         x, a = laid_out(x)
         params = laid_out(params.to(dtype), a)[0]
         return _cpu(x, params, alpha, mask, scale, layout, last, inverse, keep_output, shift_first)
-    small, form, pattern, width, arguments = plan
+    small, form, pattern, width, kernel = plan
     if alpha is not None or mask is not None:
         _check_options(x, width, alpha, mask, scale)
         alpha = None if alpha is None else alpha.to(dtype).expand(width).contiguous()
         mask = None if mask is None else _mask_bytes(mask, x, form)
     y = torch.empty_like(x) if small else form.empty_like(x)
     logdet = torch.empty_like(pattern)
-    _CPU.affine_coupling(
-        x.data_ptr(), params.data_ptr(), y.data_ptr(), logdet.data_ptr(), 0 if alpha is None else alpha.data_ptr(),
-        0 if mask is None else mask.data_ptr(), torch.get_num_threads(), *arguments,
-    )  # fmt: skip
+    kernel(x=x, params=params, y=y, logdet=logdet, alpha=alpha, mask=mask, threads=torch.get_num_threads())
     return y, logdet
 
 
@@ -157,13 +164,12 @@ def _cpu_backward(
     partial = None if alpha is None else kept.new_empty((a.n, width))  # reduced below, in a fixed order
     if mask is not None:
         mask = _mask_bytes(mask, kept, a)
+    r_offset, t_offset, step = _offsets(layout, width)
     _CPU.affine_coupling_backward(
-        dtype is torch.float64, grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride, grad_logdet.data_ptr(),
-        kept.data_ptr(), a.n_stride, a.c_stride, a.s_stride, params.data_ptr(), b.n_stride, b.c_stride, b.s_stride,
-        dx.data_ptr(), dparams.data_ptr(), 0 if full is None else full.data_ptr(),
-        0 if partial is None else partial.data_ptr(), 0 if mask is None else mask.data_ptr(), a.n, a.c, a.s, width,
-        *_offsets(layout, width), _SCALE_CODE[scale], last, inverse, keep_output, a.walks_channels, shift_first,
-        torch.get_num_threads(),
+        is_double=dtype is torch.float64, x=a.view(kept), grad_y=g.view(grad_y), grad_logdet=grad_logdet,
+        params=b.view(params), y=dx, params_out=dparams, alpha=full, grad_alpha=partial, mask=mask, n=a.n, c=a.c, s=a.s,
+        width=width, r_offset=r_offset, t_offset=t_offset, step=step, scale=_SCALE_CODE[scale], last=last, inverse=inverse,
+        keep_output=keep_output, channels_last=a.walks_channels, shift_first=shift_first, threads=torch.get_num_threads(),
     )  # fmt: skip
     if alpha is None or partial is None:
         return dx, dparams.to(given.dtype), kept.new_empty(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Op
 from . import _autoregressive_inverse_cuda as _cuda
 from . import _check
@@ -23,7 +25,14 @@ if TYPE_CHECKING:
 
 _NAME = "autoregressive_inverse"
 _CUDA_DTYPES = _backend.DTYPES | {"cuda": (torch.float32,)}
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double code packed statics z transform options option_count n threads"
+_CPU = kernels(
+    "_cpu",
+    "degree_program_error",
+    autoregressive_inverse=f"{_FIELDS} x logdet units stride",
+    autoregressive_inverse_sweep=f"{_FIELDS} units deltas stride grad_x grad_logdet grad_z",
+    autoregressive_inverse_weights="is_double code units deltas stride grad_packed n threads",
+)
 SCALES = ("exp", "softclamp", "sigmoid2", "softplus", "additive")
 TRANSFORMS = (*(f"affine:{scale}" for scale in SCALES), "bernoulli", "spline")
 TAILS = ("linear", "none", "circular")
@@ -104,10 +113,6 @@ def _check_code(code: Tensor, z: Tensor, packed: Tensor, statics: Tensor | None)
         raise ValueError(f"{_NAME}: code is no DegreeProgram's: {error}")
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _cpu(
     z: Tensor, packed: Tensor, statics: Tensor | None, code: Tensor, transform: str, options: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -116,9 +121,11 @@ def _cpu(
     _check_code(code, z, packed, statics)
     x, logdet = torch.empty_like(z), z.new_empty(len(z))
     if len(z):
+        numbers = array("d", options)
         _CPU.autoregressive_inverse(
-            z.dtype is torch.float64, code.data_ptr(), packed.data_ptr(), _address(statics), z.data_ptr(), x.data_ptr(),
-            logdet.data_ptr(), 0, 0, TRANSFORMS.index(transform), options, len(z), torch.get_num_threads(),
+            is_double=z.dtype is torch.float64, code=code, packed=packed, statics=statics, z=z, x=x, logdet=logdet, units=None,
+            stride=0, transform=TRANSFORMS.index(transform), options=numbers.buffer_info()[0], option_count=len(numbers),
+            n=len(z), threads=torch.get_num_threads(),
         )  # fmt: skip
     return x, logdet
 
@@ -141,17 +148,20 @@ def _cpu_backward(
     stride = _stride(n)
     units, deltas = (_pool.empty_strided((_header(code)[5], stride), (stride, 1), z.dtype) for _ in range(2))
     threads, kind = torch.get_num_threads(), TRANSFORMS.index(transform)
+    numbers = array("d", options)
+    address, count = numbers.buffer_info()
     _CPU.autoregressive_inverse(
-        double, code.data_ptr(), packed.data_ptr(), _address(statics), 0, x.data_ptr(), 0, units.data_ptr(), stride, kind,
-        options, n, threads,
+        is_double=double, code=code, packed=packed, statics=statics, z=None, x=x, logdet=None, units=units, stride=stride,
+        transform=kind, options=address, option_count=count, n=n, threads=threads,
     )  # fmt: skip
     _CPU.autoregressive_inverse_sweep(
-        double, code.data_ptr(), packed.data_ptr(), _address(statics), z.data_ptr(), units.data_ptr(), deltas.data_ptr(),
-        stride, _address(grad_x), _address(grad_logdet), dz.data_ptr(), kind, options, n, threads,
+        is_double=double, code=code, packed=packed, statics=statics, z=z, units=units, deltas=deltas, stride=stride,
+        grad_x=grad_x, grad_logdet=grad_logdet, grad_z=dz, transform=kind, options=address, option_count=count, n=n,
+        threads=threads,
     )  # fmt: skip
     if weights:
         _CPU.autoregressive_inverse_weights(
-            double, code.data_ptr(), units.data_ptr(), deltas.data_ptr(), stride, dpacked.data_ptr(), n, threads
+            is_double=double, code=code, units=units, deltas=deltas, stride=stride, grad_packed=dpacked, n=n, threads=threads
         )
     if statics is not None:
         _static_gradients(code.tolist(), units[:, :n], deltas[:, :n], dstatics)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from ..reference.affine_coupling import per_channel
 from ..reference.bias_act import ACTIVATIONS, PIECEWISE_LINEAR
@@ -18,13 +19,21 @@ from ._channels import along, axis
 from ._layout import Layout, describe, laid_out
 
 _NAME = "bias_act"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double x bias y n c s act alpha gain clamp channels_last threads"
+_CPU = kernels(
+    "_cpu",
+    bias_act=_FIELDS,
+    bias_act_backward=f"{_FIELDS} grad grad_bias",
+    bias_act_second=f"{_FIELDS} grad grad_dx grad_bias",
+)
 _CODES = {act: code for code, act in enumerate(ACTIVATIONS)}  # as in kernels.h
 
 
 class _Plan(NamedTuple):
     layout: Layout
-    sizes: tuple[Any, ...]  # what the kernel is told of x and the activation
+    forward: Any  # the kernels, prepared
+    backward: Any
+    second: Any
 
 
 def _check_arguments(xs: tuple[int, ...], bs: tuple[int, ...] | None, act: str, clamp: float | None) -> None:
@@ -49,21 +58,24 @@ def _check_second(grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | Non
 
 @functools.lru_cache(1024)
 def _plan(
-    xs: tuple[int, ...], stride: tuple[int, ...], bs: tuple[int, ...] | None, act: str, alpha: float, gain: float,
-    clamp: float | None,
+    xs: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, bs: tuple[int, ...] | None, act: str, alpha: float,
+    gain: float, clamp: float | None,
 ) -> _Plan:  # fmt: skip
     """What a call needs but its tensors. Raises for arguments that do not fit."""
     _check_arguments(xs, bs, act, clamp)
     a = describe(xs, stride)
-    numbers = (_CODES[act], alpha, gain, -1.0 if clamp is None else clamp)
-    return _Plan(a, (a.n_stride, a.c_stride, a.s_stride, a.n, a.c, a.s, a.walks_channels, *numbers))
+    fields = {
+        "is_double": dtype is torch.float64, "x": a.strides, "n": a.n, "c": a.c, "s": a.s, "act": _CODES[act], "alpha": alpha,
+        "gain": gain, "clamp": -1.0 if clamp is None else clamp, "channels_last": a.walks_channels,
+    }  # fmt: skip
+    return _Plan(a, *(k.prepare(**fields) for k in (_CPU.bias_act, _CPU.bias_act_backward, _CPU.bias_act_second)))
 
 
 def _prepared(x: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor | None, _Plan]:
     """x and bias as the kernel takes them, and the plan."""
     if bias is not None or not x.dtype.is_floating_point:
         _check.floating(_NAME, x=x, bias=bias)
-    plan = _plan(x.shape, x.stride(), None if bias is None else bias.shape, *options)
+    plan = _plan(x.shape, x.stride(), x.dtype, None if bias is None else bias.shape, *options)
     if not plan.layout.fits:
         return _prepared(laid_out(x)[0], bias, *options)
     return x, None if bias is None else bias.to(x.dtype).contiguous(), plan
@@ -72,34 +84,30 @@ def _prepared(x: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Te
 def _cpu(x: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     x, bias, plan = _prepared(x, bias, *options)
     y = plan.layout.empty_like(x)
-    _CPU.bias_act(
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
-        x.dtype is torch.float64, *plan.sizes,
-    )  # fmt: skip
+    plan.forward(x=x, bias=bias, y=y, threads=torch.get_num_threads())
     return y
 
 
-def _derivative(
-    kernel: str, gradients: tuple[Tensor, ...], x: Tensor, given: Tensor | None, options: Any
-) -> tuple[Tensor, Tensor]:
+def _derivative(grad_y: Tensor, grad_dx: Tensor | None, x: Tensor, given: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
     x, bias, plan = _prepared(x, given, *options)
     out = plan.layout.empty_like(x)
     sums = x.new_empty(0) if bias is None else torch.empty_like(bias)
-    laid = [laid_out(g.to(x.dtype), plan.layout) for g in gradients]
-    views = [(g.data_ptr(), v.n_stride, v.c_stride, v.s_stride) for g, v in laid]
-    getattr(_CPU, kernel)(
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
-        x.dtype is torch.float64, *plan.sizes, *views[0], sums.data_ptr(), *(views[1] if len(views) > 1 else ()),
-    )  # fmt: skip
+    threads = torch.get_num_threads()
+    grad_y, g = laid_out(grad_y.to(x.dtype), plan.layout)
+    if grad_dx is None:
+        plan.backward(x=x, bias=bias, grad=g.view(grad_y), y=out, grad_bias=sums, threads=threads)
+    else:
+        grad_dx, d = laid_out(grad_dx.to(x.dtype), plan.layout)
+        plan.second(x=x, bias=bias, grad=g.view(grad_y), grad_dx=d.view(grad_dx), y=out, grad_bias=sums, threads=threads)
     return out, sums if given is None else sums.to(given.dtype)
 
 
 def _cpu_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    return _derivative("bias_act_backward", (grad_y,), x, bias, options)
+    return _derivative(grad_y, None, x, bias, options)
 
 
 def _cpu_second(grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    return _derivative("bias_act_second", (grad_y, grad_dx), x, bias, options)
+    return _derivative(grad_y, grad_dx, x, bias, options)
 
 
 def _backward_of_backward(ctx: Any, grad_dx: Tensor | None, grad_dbias: Tensor | None) -> tuple[Any, ...]:

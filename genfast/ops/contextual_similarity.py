@@ -4,18 +4,28 @@ and not with its square."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _pool, reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "contextual_similarity"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = """
+    is_double over_targets distance x y prior_rows prior_columns value winner statistics nearest mean work? prior_weight
+    bandwidth eps b n m c prior_height prior_width threads
+"""
+_CPU = kernels(
+    "_cpu",
+    "indices_within",
+    contextual_similarity=_FIELDS,
+    contextual_similarity_backward=f"{_FIELDS} grad dx dy",
+)
 DISTANCES = ("cosine", "l2", "l1")
 OVER = ("sources", "targets")
 CENTERS = (True, False, "batch", "sample", "channel")
@@ -87,29 +97,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None or not t.numel() else t.data_ptr()
-
-
 def _call(
-    backward: bool, x: Tensor, y: Tensor, prior: tuple[Tensor | None, Tensor | None], options: tuple[Any, ...],
-    tensors: tuple[Tensor, ...],
+    kernel: Any, x: Tensor, y: Tensor, prior: tuple[Tensor | None, Tensor | None], options: tuple[Any, ...],
+    tensors: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """The C++ kernel; what it works in is a tensor, so that it is counted with the rest."""
+    """Runs a C++ kernel, or one that has its gradients; what it works in is a tensor, so that it is counted with the rest."""
     prior_weight, bandwidth, eps, distance, over = options
     down, across = (None if t is None else t.to(x.dtype).contiguous() for t in prior)
-    sizes = (0 if down is None else down.shape[1], 0 if across is None else across.shape[1])
-
-    def run(work: int) -> int:
-        needed: int = _CPU.contextual_similarity(
-            backward, x.dtype is torch.float64, over == "targets", DISTANCES.index(distance), x.data_ptr(), y.data_ptr(),
-            _address(down), _address(across), *(_address(t) for t in tensors), work, prior_weight, bandwidth, eps,
-            *x.shape[:2], *y.shape[1:], *sizes, torch.get_num_threads(),
-        )  # fmt: skip
-        return needed
-
-    work = _pool.empty_strided((run(0) // 8 + 8,), (1,), torch.float64)
-    run(work.data_ptr() + -work.data_ptr() % 64)
+    value, winner, statistics, nearest, mean = tensors
+    prepared = kernel.prepare(
+        is_double=x.dtype is torch.float64, over_targets=over == "targets", distance=DISTANCES.index(distance), x=x, y=y,
+        prior_rows=down, prior_columns=across, value=value, winner=winner, statistics=statistics, nearest=nearest, mean=mean,
+        prior_weight=prior_weight, bandwidth=bandwidth, eps=eps, b=x.shape[0], n=x.shape[1], m=y.shape[1], c=y.shape[2],
+        prior_height=0 if down is None else down.shape[1], prior_width=0 if across is None else across.shape[1],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    work = _pool.empty_strided((prepared() // 8 + 8,), (1,), torch.float64)
+    prepared(work=work.data_ptr() + -work.data_ptr() % 64)
 
 
 def _cpu(
@@ -122,8 +126,7 @@ def _cpu(
     )
     if x.numel():
         options = (prior_weight, bandwidth, eps, distance, over)
-        none = x.new_empty(0)
-        _call(False, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, (*output, none, none, none))
+        _call(_CPU.contextual_similarity, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, output)
     return output[0], output[1], output[2], output[3], output[4]
 
 
@@ -140,8 +143,8 @@ def _cpu_backward(
         for name, index, size in (("winner", kept[1], of), ("nearest", kept[3], y.shape[1])):
             if not _CPU.indices_within(index.data_ptr(), index.numel(), size):
                 raise ValueError(f"{_NAME}_backward: {name} has values that are not from 0 to {size - 1}")
-        tensors = (*kept, grad.to(x.dtype).contiguous(), dx, dy)
-        _call(True, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, tensors)
+        kernel = _CPU.contextual_similarity_backward.prepare(grad=grad.to(x.dtype).contiguous(), dx=dx, dy=dy)
+        _call(kernel, x.contiguous(), y.contiguous(), (prior_rows, prior_columns), options, kept)
     return dx, dy
 
 

@@ -8,13 +8,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._rows import Rows, per_batch, rows
 
 _NAME = "diagonal_gaussian"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double mean log_variance noise prior_mean prior_log_variance n d threads"
+_CPU = kernels(
+    "_cpu",
+    diagonal_gaussian=f"{_FIELDS} kl dimension z",
+    diagonal_gaussian_backward=f"""
+        {_FIELDS} grad_z grad_kl grad_dimension grad_mean grad_log_variance grad_noise grad_prior_mean grad_prior_log_variance
+    """,
+)
 REDUCTIONS = ("none", "mean", "sum")
 GROUPS = ("dimension", "channel", "all")
 _ARGUMENTS = ("mean", "log_variance", "noise", "prior_mean", "prior_log_variance")
@@ -53,18 +61,17 @@ def _check_backward(
     _check.flags(op, "wanted", wanted, len(_ARGUMENTS))
 
 
-def _in_order(mean: Tensor, given: Sequence[Tensor | None]) -> tuple[list[Tensor], Rows, list[tuple[int, int]]]:
-    """What must be kept alive, how mean lies, and the address and stride of each tensor in mean's order and dtype."""
+def _in_order(mean: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, Rows, list[tuple[Tensor, int] | None]]:
+    """mean, how it lies, and for each other tensor itself in mean's order and dtype and its stride."""
     mean, r = rows(mean)
-    kept, places = [mean], [(mean.data_ptr(), r.stride)]
-    for t in given:
+    laid: list[tuple[Tensor, int] | None] = []
+    for t in others:
         if t is None:
-            places.append((0, 0))
+            laid.append(None)
             continue
         t, own = rows(t if t.dtype is mean.dtype else t.to(mean.dtype), r)
-        kept.append(t)
-        places.append((t.data_ptr(), own.stride))
-    return kept, r, places
+        laid.append((t, own.stride))
+    return mean, r, laid
 
 
 def _cpu(
@@ -72,16 +79,16 @@ def _cpu(
     per_dimension: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_forward(mean, log_variance, noise, prior_mean, prior_log_variance)
-    kept, r, places = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance))
-    mean = kept[0]
+    mean, r, laid = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance))
     kl = mean.new_empty(r.n)
     by_dimension = mean.new_empty((1, *mean.shape[1:]) if per_dimension else 0)
     if per_dimension and mean.dim() > 2:
         by_dimension = torch.empty_like(by_dimension, memory_format=r.layout.form)
     z = mean.new_empty(0) if noise is None else r.layout.empty_like(mean)
     _CPU.diagonal_gaussian(
-        mean.dtype is torch.float64, *places, r.n, r.size, torch.get_num_threads(), kl.data_ptr(),
-        by_dimension.data_ptr() if per_dimension else 0, z.data_ptr() if noise is not None else 0,
+        is_double=mean.dtype is torch.float64, mean=(mean, r.stride), log_variance=laid[0], noise=laid[1], prior_mean=laid[2],
+        prior_log_variance=laid[3], kl=kl, dimension=by_dimension if per_dimension else None,
+        z=None if noise is None else z, n=r.n, d=r.size, threads=torch.get_num_threads(),
     )  # fmt: skip
     if not mean.numel():
         kl.zero_()
@@ -94,18 +101,19 @@ def _cpu_backward(
     grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = (mean, log_variance, noise, prior_mean, prior_log_variance)
-    kept, r, places = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance, grad_z))
-    mean = kept[0]
+    mean, r, laid = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance, grad_z))
     if grad_kl is not None:
         grad_kl = per_batch(grad_kl, mean.dtype)
     if grad_dimension is not None:
         form = r.layout.form if mean.dim() > 2 else torch.contiguous_format
         grad_dimension = grad_dimension.to(mean.dtype).unsqueeze(0).contiguous(memory_format=form)
     found = [r.layout.empty_like(mean) if t is not None and w else mean.new_empty(0) for t, w in zip(given, wanted)]
+    outputs = [f if t is not None and w else None for f, t, w in zip(found, given, wanted)]
     _CPU.diagonal_gaussian_backward(
-        mean.dtype is torch.float64, *places[:5], r.n, r.size, torch.get_num_threads(),
-        0 if grad_kl is None else grad_kl.data_ptr(), 0 if grad_dimension is None else grad_dimension.data_ptr(), places[5],
-        *(f.data_ptr() if t is not None and w else 0 for f, t, w in zip(found, given, wanted)),
+        is_double=mean.dtype is torch.float64, mean=(mean, r.stride), log_variance=laid[0], noise=laid[1], prior_mean=laid[2],
+        prior_log_variance=laid[3], grad_z=laid[4], grad_kl=grad_kl, grad_dimension=grad_dimension, grad_mean=outputs[0],
+        grad_log_variance=outputs[1], grad_noise=outputs[2], grad_prior_mean=outputs[3], grad_prior_log_variance=outputs[4],
+        n=r.n, d=r.size, threads=torch.get_num_threads(),
     )  # fmt: skip
     dm, dv, dn, dpm, dpv = (f if t is None else f.to(t.dtype) for f, t in zip(found, given))
     return dm, dv, dn, dpm, dpv

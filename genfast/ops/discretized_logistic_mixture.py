@@ -11,13 +11,20 @@ from torch import Tensor
 
 from .. import _backend, reference
 from .._derived import readable_now
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._layout import describe, laid_out
 
 _FAMILY = "discretized_logistic_mixture"
 _NLL, _SAMPLE = f"{_FAMILY}_nll", f"{_FAMILY}_sample"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double params n s mixtures channels levels threads"
+_CPU = kernels(
+    "_cpu",
+    logistic_mixture_nll=f"{_FIELDS} x x_bytes x_signed nll channels_last stream",
+    logistic_mixture_nll_backward=f"{_FIELDS} x x_bytes x_signed grad grad_params channels_last stream",
+    logistic_mixture_sample=f"{_FIELDS} uniforms samples temperature",
+)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _STREAM = 1 << 22  # bytes from which outputs are written past the caches
 _MOST_LEVELS = 1 << 16
@@ -86,22 +93,23 @@ def _check_forward(params: Tensor, x: Tensor, levels: int) -> None:
 def _plan(
     ps: tuple[int, ...], p_stride: tuple[int, ...], dtype: torch.dtype, xs: tuple[int, ...], x_stride: tuple[int, ...],
     x_dtype: torch.dtype, levels: int,
-) -> tuple[Any, ...] | None:  # fmt: skip
-    """What a call needs but its pointers; None where something must be copied or refused first."""
+) -> tuple[Any, Any] | None:  # fmt: skip
+    """The two kernels, prepared; None where something must be copied or refused first."""
     if x_dtype not in _INTEGERS or not dtype.is_floating_point:
         return None
     mixtures = _check_shapes(ps, xs, levels)
     a, b = describe(ps, p_stride), describe(xs, x_stride)
     if not a.fits or not b.fits:
         return None
-    return (
-        dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, b.n_stride, b.c_stride, b.s_stride, x_dtype.itemsize,
-        x_dtype is not torch.uint8, a.n, a.s, mixtures, xs[1], levels, a.walks_channels,
-        a.n * a.c * a.s * dtype.itemsize >= _STREAM,
-    )  # fmt: skip
+    fields = {
+        "is_double": dtype is torch.float64, "params": a.strides, "x": b.strides, "x_bytes": x_dtype.itemsize,
+        "x_signed": x_dtype is not torch.uint8, "n": a.n, "s": a.s, "mixtures": mixtures, "channels": xs[1], "levels": levels,
+        "channels_last": a.walks_channels, "stream": a.n * a.c * a.s * dtype.itemsize >= _STREAM,
+    }  # fmt: skip
+    return _CPU.logistic_mixture_nll.prepare(**fields), _CPU.logistic_mixture_nll_backward.prepare(**fields)
 
 
-def _planned(params: Tensor, x: Tensor, levels: int) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _planned(params: Tensor, x: Tensor, levels: int) -> tuple[Tensor, Tensor, tuple[Any, Any]]:
     plan = _plan(params.shape, params.stride(), params.dtype, x.shape, x.stride(), x.dtype, levels)
     if plan is not None:
         return params, x, plan
@@ -110,19 +118,17 @@ def _planned(params: Tensor, x: Tensor, levels: int) -> tuple[Tensor, Tensor, tu
 
 
 def _cpu(params: Tensor, x: Tensor, levels: int) -> Tensor:
-    params, x, plan = _planned(params, x, levels)
+    params, x, (kernel, _) = _planned(params, x, levels)
     out = params.new_empty((params.shape[0], *params.shape[2:]))
-    _CPU.logistic_mixture_nll(params.data_ptr(), x.data_ptr(), 0, out.data_ptr(), torch.get_num_threads(), False, *plan)
+    kernel(params=params, x=x, nll=out, threads=torch.get_num_threads())
     return out
 
 
 def _cpu_backward(params: Tensor, x: Tensor, grad: Tensor, levels: int) -> Tensor:
-    params, x, plan = _planned(params, x, levels)
+    params, x, (_, kernel) = _planned(params, x, levels)
     out = describe(params.shape, params.stride()).empty_like(params)
     grad = grad.to(params.dtype).contiguous()
-    _CPU.logistic_mixture_nll(
-        params.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), torch.get_num_threads(), True, *plan
-    )
+    kernel(params=params, x=x, grad=grad, grad_params=out, threads=torch.get_num_threads())
     return out
 
 
@@ -213,9 +219,9 @@ def _cpu_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, te
     out = params.new_empty((params.shape[0], channels, *params.shape[2:]), dtype=torch.int64)
     uniforms = uniforms.float().contiguous()
     fault = _CPU.logistic_mixture_sample(
-        params.data_ptr(), uniforms.data_ptr(), out.data_ptr(), temperature, torch.get_num_threads(),
-        params.dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, a.n, a.s,
-        _mixtures(_SAMPLE, params.shape, channels, levels), channels, levels,
+        is_double=params.dtype is torch.float64, params=a.view(params), uniforms=uniforms, samples=out,
+        temperature=temperature, n=a.n, s=a.s, mixtures=_mixtures(_SAMPLE, params.shape, channels, levels),
+        channels=channels, levels=levels, threads=torch.get_num_threads(),
     )  # fmt: skip
     if fault >= 0:
         raise _not_finite(out)

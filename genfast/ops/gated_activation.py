@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _pool, reference
+from .._native import kernels
 from .._registry import Op, Sample
 from . import _check
 from ._layout import Layout, describe, laid_out
 
 _NAME = "gated_activation"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double x bias y n c s groups bias_mode channels_last threads"
+_CPU = kernels("_cpu", gated_activation=_FIELDS, gated_activation_backward=f"{_FIELDS} grad grad_bias")
 _NONE, _CHANNEL, _SAMPLE, _FULL = range(4)  # as in kernels.h
 
 
@@ -50,6 +52,8 @@ def _check_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int)
 
 
 class _Plan(NamedTuple):
+    forward: Any  # the kernels, prepared
+    backward: Any
     layout: Layout  # of x
     mode: int  # how the bias is spread
     shape: tuple[int, ...]  # of y
@@ -57,57 +61,52 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _plan(xs: tuple[int, ...], x_stride: tuple[int, ...], bs: tuple[int, ...] | None, groups: int) -> _Plan:
+def _plan(xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, bs: tuple[int, ...] | None, groups: int) -> _Plan:
     """What a call needs but its tensors. Raises for shapes that do not fit."""
     mode = _check_shapes(tuple(xs), None if bs is None else tuple(bs), groups)
     a = describe(xs, x_stride)
     shape = (xs[0], xs[1] // 2, *xs[2:])
-    return _Plan(a, mode, shape, torch.empty(shape, device="meta", memory_format=a.form).stride())
+    fields = {
+        "is_double": dtype is torch.float64, "x": a.strides, "n": a.n, "c": a.c // 2, "s": a.s, "groups": groups,
+        "bias_mode": mode, "channels_last": a.walks_channels,
+    }  # fmt: skip
+    forward, backward = (k.prepare(**fields) for k in (_CPU.gated_activation, _CPU.gated_activation_backward))
+    return _Plan(forward, backward, a, mode, shape, torch.empty(shape, device="meta", memory_format=a.form).stride())
 
 
-def _arguments(x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None, _Plan, tuple[Any, ...]]:
-    """x and bias as the kernel takes them, and the strides and sizes that go with them."""
+def _arguments(x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, tuple[Any, ...] | None, _Plan]:
+    """x and bias as the kernel takes them, the latter with its strides."""
     if bias is not None or not x.dtype.is_floating_point:
         _check.floating(_NAME, x=x, bias=bias)
-    plan = _plan(x.shape, x.stride(), None if bias is None else bias.shape, groups)
-    a, mode = plan.layout, plan.mode
+    plan = _plan(x.shape, x.stride(), x.dtype, None if bias is None else bias.shape, groups)
+    a = plan.layout
     if not a.fits:
         return _arguments(laid_out(x)[0], bias, groups)
-    strides = (0, 0, 0)
-    if bias is not None:
-        bias = bias.to(x.dtype)
-        if mode == _FULL:
-            bias, b = laid_out(bias, a)
-            strides = (b.n_stride, b.c_stride, b.s_stride)
-        else:
-            bias = bias.contiguous()
-            strides = (a.c if mode == _SAMPLE else 0, 1, 0)
-    sizes = (a.n, a.c // 2, a.s, groups, mode, a.walks_channels)
-    return x, bias, plan, (x.dtype is torch.float64, a.n_stride, a.c_stride, a.s_stride, *strides, *sizes)
+    if bias is None:
+        return x, None, plan
+    bias = bias.to(x.dtype)
+    if plan.mode == _FULL:
+        bias, b = laid_out(bias, a)
+        return x, b.view(bias), plan
+    return x, (bias.contiguous(), a.c if plan.mode == _SAMPLE else 0, 1, 0), plan
 
 
 def _cpu(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    x, bias, plan, arguments = _arguments(x, bias, groups)
+    x, bias_view, plan = _arguments(x, bias, groups)
     y = _pool.empty_strided(plan.shape, plan.strides, x.dtype)
-    _CPU.gated_activation(
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(), *arguments
-    )
+    plan.forward(x=x, bias=bias_view, y=y, threads=torch.get_num_threads())
     return y
 
 
 def _cpu_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
-    given = bias
-    x, bias, plan, arguments = _arguments(x, bias, groups)
+    x, bias_view, plan = _arguments(x, bias, groups)
     dx = plan.layout.empty_like(x)
     half = plan.layout._replace(c=plan.layout.c // 2)
     grad_y, g = laid_out(grad_y.to(x.dtype), half)
     summed = bias is not None and plan.mode != _FULL
-    dbias = torch.empty_like(bias) if bias is not None and summed else x.new_empty(0)
-    _CPU.gated_activation_backward(
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), dx.data_ptr(), torch.get_num_threads(), *arguments,
-        grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride, dbias.data_ptr(),
-    )  # fmt: skip
-    return dx, dbias.to(given.dtype) if given is not None and summed else dbias
+    dbias = x.new_empty(bias.shape if bias is not None and summed else 0)
+    plan.backward(x=x, bias=bias_view, grad=g.view(grad_y), y=dx, grad_bias=dbias, threads=torch.get_num_threads())
+    return dx, dbias.to(bias.dtype) if bias is not None and summed else dbias
 
 
 def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:

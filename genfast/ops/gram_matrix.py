@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check, _layout
 
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    gram_matrix="is_double channels_last x target target_stride out value scale shift factor n c s threads",
+    gram_matrix_backward="is_double channels_last symmetrize x matrix grad out scale shift n c s threads",
+)
 _DTYPES = {**_backend.DTYPES, "cpu": _backend.DTYPES["reference"]}  # half types are converted for the C++ kernels
 
 
@@ -94,9 +99,9 @@ def _forward(
     value = None if a is None else x.new_empty(at.n)
     out = _pool.empty_strided((at.n, c, c), (c * c, c, 1), x.dtype)
     _CPU.gram_matrix(
-        x.dtype is torch.float64, x.data_ptr(), at.n_stride, at.c_stride, at.s_stride, 0 if a is None else a.data_ptr(),
-        0 if a is None or a.shape[0] == 1 else c * c, out.data_ptr(), 0 if value is None else value.data_ptr(), scale, shift,
-        factor, at.n, c, at.s, at.walks_channels, torch.get_num_threads(),
+        is_double=x.dtype is torch.float64, x=at.view(x), target=a,
+        target_stride=0 if a is None or a.shape[0] == 1 else c * c, out=out, value=value, scale=scale, shift=shift,
+        factor=factor, n=at.n, c=c, s=at.s, channels_last=at.walks_channels, threads=torch.get_num_threads(),
     )  # fmt: skip
     return value, out
 
@@ -107,9 +112,8 @@ def _product(features: Tensor, matrix: Tensor, grad: Tensor | None, symmetrize: 
     out = at.empty_like(x)
     if out.numel():
         _CPU.gram_matrix_backward(
-            x.dtype is torch.float64, symmetrize, x.data_ptr(), at.n_stride, at.c_stride, at.s_stride, m.data_ptr(),
-            0 if g is None else g.data_ptr(), out.data_ptr(), scale, shift, at.n, at.c, at.s, at.walks_channels,
-            torch.get_num_threads(),
+            is_double=x.dtype is torch.float64, symmetrize=symmetrize, x=at.view(x), matrix=m, grad=g, out=out, scale=scale,
+            shift=shift, n=at.n, c=at.c, s=at.s, channels_last=at.walks_channels, threads=torch.get_num_threads(),
         )  # fmt: skip
     return out.to(features.dtype)
 

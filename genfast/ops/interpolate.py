@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._layout import describe, layout
 from ._rows import per_batch, rows
 
 _NAME = "interpolate"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    interpolate_backward="""
+        is_double real fake grad epsilon grad_real grad_fake grad_epsilon n d real_stride fake_stride grad_stride threads
+    """,
+)
 
 
 def _check_pair(real: Tensor, fake: Tensor) -> None:
@@ -75,10 +80,11 @@ def _cpu_backward(
         r.layout.empty_like(real) if wanted[1] else real.new_empty(0),
         torch.empty_like(e) if wanted[2] else e.new_empty(0),
     )
+    grad_real, grad_fake, grad_epsilon = (t if w else None for t, w in zip(found, wanted))
     _CPU.interpolate_backward(
-        real.dtype is torch.float64, grad.data_ptr(), real.data_ptr(), fake.data_ptr(), e.data_ptr(),
-        *(t.data_ptr() if w else 0 for t, w in zip(found, wanted)), torch.get_num_threads(), r.n, r.size, g.stride,
-        r.stride, f.stride,
+        is_double=real.dtype is torch.float64, grad=grad, grad_stride=g.stride, real=real, real_stride=r.stride, fake=fake,
+        fake_stride=f.stride, epsilon=e, grad_real=grad_real, grad_fake=grad_fake, grad_epsilon=grad_epsilon, n=r.n,
+        d=r.size, threads=torch.get_num_threads(),
     )  # fmt: skip
     return found[0], found[1].to(fake_dtype), found[2].to(epsilon.dtype)
 

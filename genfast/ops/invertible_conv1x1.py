@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -11,13 +11,27 @@ from torch import Tensor
 
 from .. import _backend, reference
 from .._derived import readable_now
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._layout import Layout, describe, laid_out
 from .actnorm import check_channels
 
-_CPU: Any = _backend.extension("_cpu")[0]
-_CUDA: Any = _backend.extension("_cuda")[0]
+_MIX = "is_double x x_b first n c s channels_last threads"
+_PLU = "log_scale perm lower upper sign_s log_s scale bias c batch positions"
+_PLU_BACKWARD = f"{_PLU} grad_weight grad_folded grad_logdet grad_lower grad_upper grad_log_s grad_scale grad_bias"
+_CPU = kernels(
+    "_cpu",
+    channel_mix=f"{_MIX} split weight bias transposed y y_b",
+    channel_mix_weight_grad=f"{_MIX} split grad grad_b grad_weight grad_bias",
+    plu_weight=f"is_double {_PLU} weight folded logdet",
+    plu_weight_backward=f"is_double {_PLU_BACKWARD}",
+)
+_CUDA = kernels(
+    "_cuda",
+    plu_weight=f"stream {_PLU} weight folded logdet",
+    plu_weight_backward=f"stream {_PLU_BACKWARD} workspace inverse_perm",
+)
 _CUDA_DTYPES = _backend.DTYPES | {"cuda": (torch.float32,)}
 
 
@@ -70,13 +84,6 @@ def _check_mix_backward(
     )  # fmt: skip
 
 
-def _view(t: Tensor, a: Layout) -> tuple[int, int, int, int]:
-    return t.data_ptr(), a.n_stride, a.c_stride, a.s_stride
-
-
-_NOTHING = (0, 0, 0, 0)
-
-
 def _like(x: Tensor, a: Layout, channels: int) -> Tensor:
     """An uninitialised tensor of x's batch and positions and so many channels, in the order of ``a``."""
     if channels == a.c:
@@ -89,26 +96,29 @@ def _like(x: Tensor, a: Layout, channels: int) -> Tensor:
 def _mix_plan(
     xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ws: tuple[int, ...], w_stride: tuple[int, ...],
     w_dtype: torch.dtype, split: int,
-) -> tuple[Layout, Tensor] | None:  # fmt: skip
-    """x's layout and an empty half, for the plainest call: one tensor in, one out, no bias. None where there is more."""
+) -> tuple[Layout, Tensor, Any] | None:  # fmt: skip
+    """For the plainest call, one tensor in, one out, no bias: x's layout, an empty half and the kernel. Else None."""
     if len(xs) < 2 or xs[1] != split or ws != (split, split) or w_stride != (split, 1) or w_dtype != dtype:
         return None
     a = describe(xs, x_stride)
-    return (a, torch.empty((xs[0], 0, *xs[2:]), dtype=dtype)) if a.fits else None
+    if not a.fits:
+        return None
+    kernel = _CPU.channel_mix.prepare(
+        is_double=dtype is torch.float64, x=a.strides, first=split, x_b=None, transposed=False, bias=None, y_b=None, n=a.n,
+        c=split, s=a.s, split=split, channels_last=a.walks_channels,
+    )  # fmt: skip
+    return a, torch.empty((xs[0], 0, *xs[2:]), dtype=dtype), kernel
 
 
 def _cpu_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> tuple[Tensor, Tensor]:
-    dtype, second = x.dtype, _NOTHING
-    plan = None
+    dtype = x.dtype
+    plan = second = None
     if x_b is None and bias is None:
         plan = _mix_plan(x.shape, x.stride(), dtype, weight.shape, weight.stride(), weight.dtype, split)
     if plan is not None:
-        a, none = plan
+        a, none, kernel = plan
         y = a.empty_like(x)
-        _CPU.channel_mix(
-            dtype is torch.float64, *_view(x, a), split, *second, weight.data_ptr(), False, 0, y.data_ptr(), 0, a.n, split,
-            a.s, split, a.walks_channels, torch.get_num_threads(),
-        )  # fmt: skip
+        kernel(x=x, weight=weight, y=y, threads=torch.get_num_threads())
         return y, torch.empty_like(none)
     _check_mix(x, x_b, weight, bias, split)
     x, a = laid_out(x)
@@ -116,13 +126,12 @@ def _cpu_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None,
     bias = None if bias is None else bias.to(dtype).contiguous()
     if x_b is not None:
         x_b, b = laid_out(x_b, a)
-        second = _view(x_b, b)
+        second = b.view(x_b)
     channels = weight.shape[0]
     y, y_b = _like(x, a, split), _like(x, a, channels - split)
     _CPU.channel_mix(
-        dtype is torch.float64, *_view(x, a), a.c, *second, weight.data_ptr(), False,
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), y_b.data_ptr(), a.n, channels, a.s, split,
-        a.walks_channels, torch.get_num_threads(),
+        is_double=dtype is torch.float64, x=a.view(x), first=a.c, x_b=second, weight=weight, transposed=False, bias=bias, y=y,
+        y_b=y_b, n=a.n, c=channels, s=a.s, split=split, channels_last=a.walks_channels, threads=torch.get_num_threads(),
     )  # fmt: skip
     return y, y_b
 
@@ -135,24 +144,24 @@ def _cpu_mix_backward(
     dx, dx_b = a.empty_like(x), _like(x, a, channels - a.c)
     w = weight.to(dtype).contiguous()
     dweight, dbias = torch.empty_like(w), w.new_empty(channels)
-    first, second, grad_second = _view(x, a), _NOTHING, _NOTHING
+    second = grad_second = None
     if x_b is not None:
         x_b, b = laid_out(x_b, a)
-        second = _view(x_b, b)
+        second = b.view(x_b)
     grad_y, g = laid_out(_like(x, a, split).zero_() if grad_y is None else grad_y.to(dtype), a)
     if split < channels:
         grad_y_b = _like(x, a, channels - split).zero_() if grad_y_b is None else grad_y_b.to(dtype)
         grad_y_b, h = laid_out(grad_y_b, a)
-        grad_second = _view(grad_y_b, h)
-    grads = (*_view(grad_y, g), split, *grad_second)
+        grad_second = h.view(grad_y_b)
     threads = torch.get_num_threads()
     _CPU.channel_mix(
-        dtype is torch.float64, *grads, w.data_ptr(), True, 0, dx.data_ptr(), dx_b.data_ptr(), a.n, channels, a.s, a.c,
-        a.walks_channels, threads,
+        is_double=dtype is torch.float64, x=g.view(grad_y), first=split, x_b=grad_second, weight=w, transposed=True, bias=None,
+        y=dx, y_b=dx_b, n=a.n, c=channels, s=a.s, split=a.c, channels_last=a.walks_channels, threads=threads,
     )  # fmt: skip
     _CPU.channel_mix_weight_grad(
-        dtype is torch.float64, *grads, *first, a.c, *second, dweight.data_ptr(), dbias.data_ptr(), a.n, channels, a.s,
-        a.walks_channels, threads,
+        is_double=dtype is torch.float64, grad=g.view(grad_y), split=split, grad_b=grad_second, x=a.view(x), first=a.c,
+        x_b=second, grad_weight=dweight, grad_bias=dbias, n=a.n, c=channels, s=a.s, channels_last=a.walks_channels,
+        threads=threads,
     )  # fmt: skip
     return dx, dx_b, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
@@ -259,21 +268,16 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    """What the kernels take; the tensors must outlive the call."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 def _cpu_plu(
     perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
     bias: Tensor | None, log_scale: bool, batch: int, positions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
     weight, folded, logdet = PLU_WEIGHT.empty(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
-    tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
+    p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     _CPU.plu_weight(
-        log_s.dtype is torch.float64, *_addresses(tensors), weight.data_ptr(),
-        folded.data_ptr(), logdet.data_ptr(), log_s.shape[0], log_scale, batch, positions,
+        is_double=log_s.dtype is torch.float64, perm=p, lower=low, upper=up, sign_s=sign, log_s=log, scale=s, bias=b,
+        weight=weight, folded=folded, logdet=logdet, c=log_s.shape[0], log_scale=log_scale, batch=batch, positions=positions,
     )  # fmt: skip
     return weight, folded, logdet
 
@@ -286,10 +290,12 @@ def _cpu_plu_backward(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = PLU_WEIGHT.backward_op.empty(
         grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
     )  # fmt: skip
-    inputs = _contiguous(grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
+    p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
+    dw, df, dl = _contiguous(grad_weight, grad_folded, grad_logdet)
     _CPU.plu_weight_backward(
-        log_s.dtype is torch.float64, *_addresses(inputs),
-        *_addresses(outputs), log_s.shape[0], log_scale, batch, positions,
+        is_double=log_s.dtype is torch.float64, perm=p, lower=low, upper=up, sign_s=sign, log_s=log, scale=s, bias=b,
+        grad_weight=dw, grad_folded=df, grad_logdet=dl, grad_lower=outputs[0], grad_upper=outputs[1], grad_log_s=outputs[2],
+        grad_scale=outputs[3], grad_bias=outputs[4], c=log_s.shape[0], log_scale=log_scale, batch=batch, positions=positions,
     )  # fmt: skip
     return outputs
 
@@ -300,11 +306,12 @@ def _cuda_plu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
     weight, folded, logdet = PLU_WEIGHT.empty(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
-    tensors = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
+    p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     with torch.cuda.device(log_s.device):
         _CUDA.plu_weight(
-            torch.cuda.current_stream().cuda_stream, *_addresses(tensors),
-            weight.data_ptr(), folded.data_ptr(), logdet.data_ptr(), log_s.shape[0], log_scale, batch, positions,
+            stream=torch.cuda.current_stream().cuda_stream, perm=p, lower=low, upper=up, sign_s=sign, log_s=log, scale=s,
+            bias=b, weight=weight, folded=folded, logdet=logdet, c=log_s.shape[0], log_scale=log_scale, batch=batch,
+            positions=positions,
         )  # fmt: skip
     return weight, folded, logdet
 
@@ -317,13 +324,15 @@ def _cuda_plu_backward(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = PLU_WEIGHT.backward_op.empty(
         grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
     )  # fmt: skip
-    inputs = _contiguous(grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias)
+    p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
+    dw, df, dl = _contiguous(grad_weight, grad_folded, grad_logdet)
     workspace, inverse_perm = torch.empty_like(outputs[0]), torch.empty_like(perm)
     with torch.cuda.device(log_s.device):
         _CUDA.plu_weight_backward(
-            torch.cuda.current_stream().cuda_stream, workspace.data_ptr(), inverse_perm.data_ptr(),
-            *_addresses(inputs), *_addresses(outputs), log_s.shape[0],
-            log_scale, batch, positions,
+            stream=torch.cuda.current_stream().cuda_stream, workspace=workspace, inverse_perm=inverse_perm, perm=p, lower=low,
+            upper=up, sign_s=sign, log_s=log, scale=s, bias=b, grad_weight=dw, grad_folded=df, grad_logdet=dl,
+            grad_lower=outputs[0], grad_upper=outputs[1], grad_log_s=outputs[2], grad_scale=outputs[3], grad_bias=outputs[4],
+            c=log_s.shape[0], log_scale=log_scale, batch=batch, positions=positions,
         )  # fmt: skip
     return outputs
 

@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Op, Sample
 from . import _check
 from .activation import OP_APPLY
 
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    linear="is_double a a_row a_inner b b_inner b_column bias out bits bits_mode slope rows columns inner threads",
+    leaky_relu_bits="is_double apply x y bits slope rows columns threads",
+)
 _NONE, _MAKE, _APPLY = range(3)  # as in kernels.h
 
 
@@ -104,8 +109,9 @@ def _product(
     rows, columns, inner = sizes
     out = _pool.empty_strided((rows, columns), (columns, 1), a.dtype)
     _CPU.linear(
-        a.dtype is torch.float64, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, 0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), 0 if bits is None else bits.data_ptr(), mode, slope, rows, columns, inner, torch.get_num_threads(),
+        is_double=a.dtype is torch.float64, a=a, a_row=a_strides[0], a_inner=a_strides[1], b=b, b_inner=b_strides[0],
+        b_column=b_strides[1], bias=bias, out=out, bits=bits, bits_mode=mode, slope=slope, rows=rows, columns=columns,
+        inner=inner, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -113,8 +119,9 @@ def _product(
 def _signs(y: Tensor, bits: Tensor, slope: float, apply: bool) -> None:
     """Leaky relu of y (N, M) in place, or its signs applied."""
     _CPU.leaky_relu_bits(
-        y.dtype is torch.float64, apply, y.data_ptr(), y.data_ptr(), bits.data_ptr(), slope, *y.shape, torch.get_num_threads()
-    )
+        is_double=y.dtype is torch.float64, apply=apply, x=y, y=y, bits=bits, slope=slope, rows=y.shape[0],
+        columns=y.shape[1], threads=torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | None) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _pool, reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from .._tensors import memory_format
 from . import _check
 from ._autocast import autocast
 
 _NAME = "masked_conv"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double relu x x_stride y y_stride weight centre taps tap_count kernel n cin cout groups d h w threads"
+_CPU = kernels(
+    "_cpu",
+    masked_conv=f"{_FIELDS} bias",
+    masked_conv_backward=f"{_FIELDS} grad_y grad_stride saved saved_stride grad_weight grad_bias",
+)
 _ORDERS = ("interleaved", "blocked")
 _ACTIVATIONS = ("none", "relu")
 
@@ -76,18 +82,12 @@ def _check_backward(
     _check.flags(op, "wanted", wanted, 3)
 
 
-class _Plan(NamedTuple):
-    sizes: Tensor  # what bind_cpu.cpp reads: numbers, then the live taps
-    centre: Tensor | None  # uint8 (O, C / groups): which pairs of the centre tap are live; None for all
-    sizes_address: int
-    centre_address: int
-
-
 @functools.lru_cache(1024)
 def _plan(
-    xs: tuple[int, ...], ws: tuple[int, ...], mask_type: str, data_channels: int, group_order: str, dilation: tuple[int, ...],
-    groups: int, center: tuple[int, ...], activation: str,
-) -> _Plan:  # fmt: skip
+    xs: tuple[int, ...], ws: tuple[int, ...], dtype: torch.dtype, mask_type: str, data_channels: int, group_order: str,
+    dilation: tuple[int, ...], groups: int, center: tuple[int, ...], activation: str,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The forward and the backward kernel with the live taps, and which pairs of channels live in the centre tap."""
     kernel = ws[2:]
     mask = reference.conv_mask(ws, center, mask_type, data_channels, group_order, groups)
     every: tuple[Any, ...] = (slice(None), slice(None))
@@ -100,18 +100,19 @@ def _plan(
     size = 1
     for k in kernel:
         size *= k
-    spatial = (1,) * (3 - len(kernel)) + xs[2:]
-    numbers = [activation == "relu", len(taps) // 4, size, xs[0], xs[1], ws[0], groups, *spatial, *taps]
-    sizes = torch.tensor(numbers, dtype=torch.int64)
-    live = None if bool(centre.all()) else centre.to(torch.uint8).contiguous()
-    return _Plan(sizes, live, sizes.data_ptr(), 0 if live is None else live.data_ptr())
+    d, h, w = (1,) * (3 - len(kernel)) + xs[2:]
+    fields = {
+        "is_double": dtype is torch.float64, "relu": activation == "relu", "taps": torch.tensor(taps, dtype=torch.int64),
+        "tap_count": len(taps) // 4, "kernel": size, "n": xs[0], "cin": xs[1], "cout": ws[0], "groups": groups, "d": d, "h": h,
+        "w": w, "centre": None if bool(centre.all()) else centre.to(torch.uint8).contiguous(),
+    }  # fmt: skip
+    return _CPU.masked_conv.prepare(**fields), _CPU.masked_conv_backward.prepare(**fields)
 
 
 @functools.lru_cache(4096)
-def _strides(stride: tuple[int, ...]) -> tuple[Tensor, int]:
+def _strides(stride: tuple[int, ...]) -> Tensor:
     """Strides as n, c, d, h, w."""
-    five = torch.tensor([*stride[:2], *(0,) * (5 - len(stride)), *stride[2:]], dtype=torch.int64)
-    return five, five.data_ptr()
+    return torch.tensor([*stride[:2], *(0,) * (5 - len(stride)), *stride[2:]], dtype=torch.int64)
 
 
 def _lies(like: Tensor, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -133,15 +134,12 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 class _Call(NamedTuple):
-    """A forward call that has been checked: its plan and how its output lies."""
+    """A forward call that has been checked: the kernel and how its output lies."""
 
-    plan: _Plan
+    kernel: Any
     y_shape: tuple[int, ...]
     y_stride: tuple[int, ...]
-    x_strides: int
-    y_strides: int
     small: bool  # below the pool's concern
-    kept: tuple[Tensor, Tensor]  # what the two addresses point to
 
 
 _CALLS: dict[Any, _Call] = {}  # by everything that decides about a call but the numbers
@@ -150,14 +148,16 @@ _CALLS: dict[Any, _Call] = {}  # by everything that decides about a call but the
 def _prepared(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> _Call:
     check_masked_conv(x, weight, bias, *options)
     mask_type, data_channels, group_order, dilation, groups, center, activation = options
-    plan = _plan(x.shape, weight.shape, mask_type, data_channels, group_order, dilation, groups, center, activation)
+    kernel, _ = _plan(
+        x.shape, weight.shape, x.dtype, mask_type, data_channels, group_order, dilation, groups, center, activation
+    )
     shape, stride = _lies(x, weight.shape[0])
     small = math.prod(shape) * x.element_size() < _pool.MINIMUM
     if len(_CALLS) >= 4096:
         _CALLS.clear()
-    (x_kept, x_strides), (y_kept, y_strides) = _strides(x.stride()), _strides(stride)
-    found = _CALLS[key] = _Call(plan, shape, stride, x_strides, y_strides, small, (x_kept, y_kept))
-    return found
+    kernel = kernel.prepare(x_stride=_strides(x.stride()), y_stride=_strides(stride))
+    call = _CALLS[key] = _Call(kernel, shape, stride, small)
+    return call
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -172,11 +172,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tenso
     y = (torch.empty_strided if call.small else _pool.empty_strided)(call.y_shape, call.y_stride, dtype=dtype)
     if not y.numel():
         return y
-    plan = call.plan
-    _CPU.masked_conv(
-        dtype is torch.float64, plan.sizes_address, x.data_ptr(), call.x_strides, weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), plan.centre_address, y.data_ptr(), call.y_strides, torch.get_num_threads(),
-    )  # fmt: skip
+    call.kernel(x=x, weight=weight, bias=bias, y=y, threads=torch.get_num_threads())
     return y
 
 
@@ -184,9 +180,9 @@ def _cpu_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
     dilation: Sequence[int], groups: int, center: Sequence[int], activation: str, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    plan = _plan(
-        tuple(x.shape), tuple(weight.shape), mask_type, data_channels, group_order, tuple(dilation), groups, tuple(center),
-        activation,
+    _, kernel = _plan(
+        tuple(x.shape), tuple(weight.shape), x.dtype, mask_type, data_channels, group_order, tuple(dilation), groups,
+        tuple(center), activation,
     )  # fmt: skip
     dtype, own = x.dtype, weight.dtype
     grad_y, y, weight = grad_y.to(dtype), y.to(dtype), weight.to(dtype).contiguous()
@@ -195,11 +191,11 @@ def _cpu_backward(
     db = weight.new_empty(weight.shape[0] if wanted[2] else 0)
     if not x.numel() or not y.numel():
         return dx.zero_(), dw.zero_().to(own), db.zero_().to(own)
-    _CPU.masked_conv_backward(
-        dtype is torch.float64, plan.sizes_address, grad_y.data_ptr(), _strides(grad_y.stride())[1], y.data_ptr(),
-        _strides(y.stride())[1], x.data_ptr(), _strides(x.stride())[1], weight.data_ptr(), plan.centre_address,
-        dx.data_ptr() if wanted[0] else 0, _strides(dx.stride() if wanted[0] else x.stride())[1],
-        dw.data_ptr() if wanted[1] else 0, db.data_ptr() if wanted[2] else 0, torch.get_num_threads(),
+    kernel(
+        grad_y=grad_y, grad_stride=_strides(grad_y.stride()), saved=y, saved_stride=_strides(y.stride()), x=x,
+        x_stride=_strides(x.stride()), weight=weight, y=dx if wanted[0] else None,
+        y_stride=_strides(dx.stride() if wanted[0] else x.stride()), grad_weight=dw if wanted[1] else None,
+        grad_bias=db if wanted[2] else None, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx, dw.to(own), db.to(own)
 

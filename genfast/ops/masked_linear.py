@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _pool, reference
 from .._derived import readable_now
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._autocast import autocast
 
 _NAME = "masked_linear"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double rows columns counts x x_row weight weight_row n outputs inputs threads"
+_CPU = kernels(
+    "_cpu", masked_linear=f"{_FIELDS} relu bias out", masked_linear_backward=f"{_FIELDS} grad grad_row y y_row dx dw db"
+)
 _ACTIVATIONS = ("none", "relu")
 
 
@@ -202,9 +206,9 @@ def _cpu(
     n, (outputs, inputs) = x.shape[0], weight.shape
     y = _empty(n, outputs, dtype)
     if not _CPU.masked_linear(
-        dtype is torch.float64, activation == "relu", rows.data_ptr(), columns.data_ptr(), counts.data_ptr(), x.data_ptr(),
-        x_row, weight.data_ptr(), weight_row, 0 if bias is None else bias.data_ptr(), y.data_ptr(), n, outputs, inputs,
-        torch.get_num_threads(),
+        is_double=dtype is torch.float64, relu=activation == "relu", rows=rows, columns=columns, counts=counts, x=x,
+        x_row=x_row, weight=weight, weight_row=weight_row, bias=bias, out=y, n=n, outputs=outputs, inputs=inputs,
+        threads=torch.get_num_threads(),
     ):  # fmt: skip
         raise _no_staircase(counts)
     return y
@@ -223,10 +227,10 @@ def _cpu_backward(
     y, y_row = (None, 0) if y is None else _rows(y)
     rows, columns, counts = rows.contiguous(), columns.contiguous(), counts.contiguous()
     if not _CPU.masked_linear_backward(
-        dtype is torch.float64, rows.data_ptr(), columns.data_ptr(), counts.data_ptr(), grad.data_ptr(), grad_row,
-        x.data_ptr(), x_row, weight.data_ptr(), weight_row, 0 if y is None else y.data_ptr(), y_row,
-        dx.data_ptr() if wanted[0] else 0, dw.data_ptr() if wanted[1] else 0, db.data_ptr() if wanted[2] else 0,
-        n, outputs, inputs, torch.get_num_threads(),
+        is_double=dtype is torch.float64, rows=rows, columns=columns, counts=counts, grad=grad, grad_row=grad_row, x=x,
+        x_row=x_row, weight=weight, weight_row=weight_row, y=y, y_row=y_row, dx=dx if wanted[0] else None,
+        dw=dw if wanted[1] else None, db=db if wanted[2] else None, n=n, outputs=outputs, inputs=inputs,
+        threads=torch.get_num_threads(),
     ):  # fmt: skip
         raise _no_staircase(counts)
     return dx, dw, db

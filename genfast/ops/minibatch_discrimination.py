@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "pairwise_l1_kernel_sum"
 _FAMILY = "minibatch_discrimination"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels("_cpu", pairwise_l1="is_double include_self m grad tangent out grad_m n b c threads")
 
 
 def _check_forward(m: Tensor, include_self: bool) -> None:
@@ -35,8 +35,8 @@ def _call(m: Tensor, include_self: bool, grad: Tensor | None, tangent: Tensor | 
         out.fill_(float(n - (not include_self)) if grad is None else 0.0)
         return
     _CPU.pairwise_l1(
-        m.dtype is torch.float64, include_self, m.data_ptr(), 0 if grad is None else grad.data_ptr(),
-        0 if tangent is None else tangent.data_ptr(), out.data_ptr(), grad_m.data_ptr(), n, b, c, torch.get_num_threads(),
+        is_double=m.dtype is torch.float64, include_self=include_self, m=m, grad=grad, tangent=tangent, out=out, grad_m=grad_m,
+        n=n, b=b, c=c, threads=torch.get_num_threads(),
     )  # fmt: skip
 
 

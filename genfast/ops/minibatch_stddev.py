@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _pool, reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._layout import Layout, describe, laid_out
 
 _NAME = "minibatch_stddev"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double x y n c s group features eps channels_last threads"
+_CPU = kernels("_cpu", minibatch_stddev=_FIELDS, minibatch_stddev_backward=f"{_FIELDS} grad")
 
 
 def _check_options(group_size: int, features: int, eps: float) -> None:
@@ -48,7 +50,7 @@ def _check_forward(x: Tensor, group_size: int, features: int, eps: float) -> Non
 
 class _Plan(NamedTuple):
     layout: Layout  # of x
-    sizes: tuple[Any, ...]  # what the kernel is told of x
+    group: int  # samples in a group
     shape: tuple[int, ...]  # of y
     strides: tuple[int, ...]
 
@@ -61,17 +63,19 @@ def _plan(xs: tuple[int, ...], stride: tuple[int, ...], group_size: int, feature
     a = describe(xs, stride)
     shape = (xs[0], xs[1] + features, *xs[2:])
     strides = torch.empty(shape, device="meta", memory_format=a.form).stride()
-    group = min(group_size, a.n)
-    sizes = (a.n_stride, a.c_stride, a.s_stride, a.n, a.c, a.s, a.walks_channels, group, features, eps)
-    return _Plan(a, sizes, shape, strides)
+    return _Plan(a, min(group_size, a.n), shape, strides)
 
 
 def _cpu(x: Tensor, group_size: int, features: int, eps: float) -> Tensor:
     plan = _plan(x.shape, x.stride(), group_size, features, eps)
-    if not plan.layout.fits:
+    a = plan.layout
+    if not a.fits:
         return _cpu(laid_out(x)[0], group_size, features, eps)
     y = _pool.empty_strided(plan.shape, plan.strides, x.dtype)
-    _CPU.minibatch_stddev(x.data_ptr(), y.data_ptr(), torch.get_num_threads(), x.dtype is torch.float64, *plan.sizes)
+    _CPU.minibatch_stddev(
+        is_double=x.dtype is torch.float64, x=a.view(x), y=y, n=a.n, c=a.c, s=a.s, group=plan.group, features=features,
+        eps=eps, channels_last=a.walks_channels, threads=torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 
@@ -80,8 +84,9 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, group_size: int, features: int, eps
     grad_y, g = laid_out(grad_y.to(x.dtype), a._replace(c=a.c + features))
     dx = a.empty_like(x)
     _CPU.minibatch_stddev_backward(
-        x.data_ptr(), dx.data_ptr(), torch.get_num_threads(), x.dtype is torch.float64,
-        *_plan(x.shape, x.stride(), group_size, features, eps).sizes, grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride,
+        is_double=x.dtype is torch.float64, x=a.view(x), grad=g.view(grad_y), y=dx, n=a.n, c=a.c, s=a.s,
+        group=_plan(x.shape, x.stride(), group_size, features, eps).group, features=features, eps=eps,
+        channels_last=a.walks_channels, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from .._tensors import memory_format
 from . import _check
@@ -18,7 +19,11 @@ from ._layout import laid_out, layout
 from .upfirdn2d import Pair, downsample_padding, filter_size, parse_padding, upfirdn2d, upsample_padding
 
 _NAME = "modulated_conv2d"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    channel_scale_backward="is_double channels_last x grad scale dx grad_scale grad_noise n c s threads",
+    tap_energy="is_double weight out rows taps threads",
+)
 
 
 # ---- scale[n, c] x[n, c, ...] + noise[n, 0, ...] ----
@@ -62,9 +67,9 @@ def _cpu_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor 
     dx, ds = a.empty_like(x), torch.empty_like(s)
     dnoise = x.new_empty(0 if noise is None else (a.n, 1, *x.shape[2:]))
     _CPU.channel_scale_backward(
-        dtype is torch.float64, grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride, x.data_ptr(), a.n_stride, a.c_stride,
-        a.s_stride, s.data_ptr(), dx.data_ptr(), ds.data_ptr(), 0 if noise is None else dnoise.data_ptr(), a.n, a.c, a.s,
-        a.walks_channels, torch.get_num_threads(),
+        is_double=dtype is torch.float64, grad=g.view(grad_y), x=a.view(x), scale=s, dx=dx, grad_scale=ds,
+        grad_noise=None if noise is None else dnoise, n=a.n, c=a.c, s=a.s, channels_last=a.walks_channels,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     if noise is not None and noise.shape[0] != a.n:
         dnoise = dnoise.sum(0, keepdim=True)
@@ -114,8 +119,9 @@ def _cpu_energy(weight: Tensor) -> Tensor:
     out = torch.empty(weight.shape[:2], dtype=weight.dtype)
     taps = math.prod(weight.shape[2:])
     _CPU.tap_energy(
-        weight.dtype is torch.float64, weight.data_ptr(), out.data_ptr(), out.numel(), taps, torch.get_num_threads()
-    )
+        is_double=weight.dtype is torch.float64, weight=weight, out=out, rows=out.numel(), taps=taps,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "nade"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    nade="""
+        is_double activation x weight readout hidden_bias own_hidden_bias rescale n d p h threads kind? bias? uniforms? known?
+        out? grad? grad_x? grad_weight? grad_readout? grad_bias? grad_hidden_bias? grad_rescale?
+    """,
+)
 ACTIVATIONS = ("sigmoid", "relu", "tanh")
 KINDS = ("bernoulli", "categorical", "gaussian_mixture")
 
@@ -118,10 +125,6 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("longer than a block", (rand(2, 37), *weights(37, 2, 3), None, "sigmoid"))
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _dense(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     return [t if t is None else t.to(dtype).contiguous() for t in tensors]
 
@@ -134,9 +137,9 @@ def _cpu(
     x, weight, readout, bias, hidden_bias, rescale = _dense(dtype, x, weight, readout, bias, hidden_bias, rescale)
     out = _pool.empty_strided((n, d, p), (d * p, p, 1), dtype)
     _CPU.nade(
-        dtype is torch.float64, ACTIVATIONS.index(activation), x.data_ptr(), weight.data_ptr(), readout.data_ptr(),
-        hidden_bias.data_ptr(), hidden_bias.dim() == 2, _address(rescale), n, d, p, h, torch.get_num_threads(),
-        bias.data_ptr(), 0, 0, 0, out.data_ptr(),
+        is_double=dtype is torch.float64, activation=ACTIVATIONS.index(activation), x=x, weight=weight, readout=readout,
+        bias=bias, hidden_bias=hidden_bias, own_hidden_bias=hidden_bias.dim() == 2, rescale=rescale, out=out, n=n, d=d, p=p,
+        h=h, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -155,10 +158,10 @@ def _cpu_backward(
     dx = torch.empty_like(steps) if need_x else None
     dw, dv, db, dc = torch.empty_like(w), torch.empty_like(v), v.new_empty((d, p)), torch.empty_like(c)
     drho = None if rho is None else torch.empty_like(rho)
-    _CPU.nade_backward(
-        dtype is torch.float64, ACTIVATIONS.index(activation), steps.data_ptr(), w.data_ptr(), v.data_ptr(), c.data_ptr(),
-        c.dim() == 2, _address(rho), n, d, p, h, torch.get_num_threads(), g.data_ptr(), _address(dx), dw.data_ptr(),
-        dv.data_ptr(), db.data_ptr(), dc.data_ptr(), _address(drho),
+    _CPU.nade(
+        is_double=dtype is torch.float64, activation=ACTIVATIONS.index(activation), grad=g, x=steps, weight=w, readout=v,
+        hidden_bias=c, own_hidden_bias=c.dim() == 2, rescale=rho, grad_x=dx, grad_weight=dw, grad_readout=dv, grad_bias=db,
+        grad_hidden_bias=dc, grad_rescale=drho, n=n, d=d, p=p, h=h, threads=torch.get_num_threads(),
     )  # fmt: skip
     return (
         x.new_empty(0) if dx is None else dx.t().contiguous(),
@@ -177,9 +180,9 @@ def _cpu_sample(
     mask = None if known is None else known.contiguous()
     out = uniforms.new_empty((n, d))
     _CPU.nade(
-        dtype is torch.float64, ACTIVATIONS.index(activation), _address(values), w.data_ptr(), v.data_ptr(), c.data_ptr(),
-        c.dim() == 2, _address(rho), n, d, p, h, torch.get_num_threads(), b.data_ptr(), 1 + KINDS.index(kind),
-        u.data_ptr(), _address(mask), out.data_ptr(),
+        is_double=dtype is torch.float64, activation=ACTIVATIONS.index(activation), kind=1 + KINDS.index(kind), x=values,
+        uniforms=u, known=mask, weight=w, readout=v, bias=b, hidden_bias=c, own_hidden_bias=c.dim() == 2, rescale=rho,
+        out=out, n=n, d=d, p=p, h=h, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 

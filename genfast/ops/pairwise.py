@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from ..reference.pairwise import KERNELS
 from . import _check
@@ -16,7 +18,12 @@ from . import _check
 _SUM = "pairwise_kernel_sum"
 _NEAREST = "nearest_rows"
 _FAMILY = "pairwise"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    pairwise="""
+        is_double exclude_diagonal mode kernel x y x_grad y_grad out index scales count degree k offset b n m c threads
+    """,
+)
 _DTYPES = {**_backend.DTYPES, "cpu": _backend.DTYPES["reference"]}  # half types are converted: the copy is of rows, not pairs
 _MEDIAN_ROWS = 1024  # at most so many rows decide a median distance
 _AT_ONCE = 1 << 25  # elements of the subsets that kernel_distance gathers at once
@@ -75,14 +82,12 @@ def _call(
         return
     if not c:  # one feature of zeros has the same products and distances
         x, y, c = x.new_zeros(b, n, 1), None if y is None else y.new_zeros(b, m, 1), 1
+    doubles = array("d", scales)
     _CPU.pairwise(
-        x.dtype is torch.float64, exclude, mode, KERNELS.index(kernel), scales, degree, offset, x.data_ptr(), _address(y),
-        _address(x_grad), _address(y_grad), out.data_ptr(), _address(index), k, b, n, m, c, torch.get_num_threads(),
+        is_double=x.dtype is torch.float64, exclude_diagonal=exclude, mode=mode, kernel=KERNELS.index(kernel), x=x, y=y,
+        x_grad=x_grad, y_grad=y_grad, out=out, index=index, scales=doubles.buffer_info()[0], count=len(doubles),
+        degree=degree, offset=offset, k=k, b=b, n=n, m=m, c=c, threads=torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:

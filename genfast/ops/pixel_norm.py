@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._channels import along, axis
 from ._layout import Layout, describe, laid_out
 
 _NAME = "pixel_norm"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    pixel_norm="is_double x y n c s eps channels_last threads",
+    pixel_norm_backward="is_double x grad y n c s eps channels_last threads",
+)
 
 
 def _check_arguments(xs: tuple[int, ...], eps: float) -> None:
@@ -37,19 +42,21 @@ def _check_forward(x: Tensor, eps: float) -> None:
 
 
 @functools.lru_cache(1024)
-def _plan(xs: tuple[int, ...], stride: tuple[int, ...], eps: float) -> tuple[Layout, tuple[Any, ...]]:
-    """x's layout and what the kernel is told of it. Raises for arguments that do not fit."""
+def _plan(xs: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, eps: float) -> tuple[Layout, Any]:
+    """x's layout and the kernel, prepared for it. Raises for arguments that do not fit."""
     _check_arguments(xs, eps)
     a = describe(xs, stride)
-    return a, (a.n_stride, a.c_stride, a.s_stride, a.n, a.c, a.s, a.walks_channels, eps)
+    return a, _CPU.pixel_norm.prepare(
+        is_double=dtype is torch.float64, x=a.strides, n=a.n, c=a.c, s=a.s, eps=eps, channels_last=a.walks_channels
+    )
 
 
 def _cpu(x: Tensor, eps: float) -> Tensor:
-    a, sizes = _plan(x.shape, x.stride(), eps)
+    a, kernel = _plan(x.shape, x.stride(), x.dtype, eps)
     if not a.fits:
         return _cpu(laid_out(x)[0], eps)
     y = a.empty_like(x)
-    _CPU.pixel_norm(x.data_ptr(), y.data_ptr(), torch.get_num_threads(), x.dtype is torch.float64, *sizes)
+    kernel(x=x, y=y, threads=torch.get_num_threads())
     return y
 
 
@@ -58,8 +65,8 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
     grad_y, g = laid_out(grad_y.to(x.dtype), a)
     dx = a.empty_like(x)
     _CPU.pixel_norm_backward(
-        x.data_ptr(), dx.data_ptr(), torch.get_num_threads(), x.dtype is torch.float64, *_plan(x.shape, x.stride(), eps)[1],
-        grad_y.data_ptr(), g.n_stride, g.c_stride, g.s_stride,
+        is_double=x.dtype is torch.float64, x=a.view(x), grad=g.view(grad_y), y=dx, n=a.n, c=a.c, s=a.s, eps=eps,
+        channels_last=a.walks_channels, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx
 

@@ -10,13 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
 from . import _check
 from ._layout import Layout, laid_out
 
-_CPU: Any = _backend.extension("_cpu")[0]
-_CUDA: Any = _backend.extension("_cuda")[0]
+_SIZES = "n hidden height width taps"
+_CPU = kernels(
+    "_cpu",
+    pixel_rnn=f"is_double diagonal gates weight h0 c0 out kept {_SIZES} channels_last threads",
+    pixel_rnn_backward=f"""
+        is_double diagonal grad_h grad_kept kept weight h0 c0 out grad_weight grad_h0 grad_c0 {_SIZES} channels_last threads
+    """,
+)
+_CUDA = kernels(
+    "_cuda",
+    pixel_rnn=f"stream diagonal gates weight h0 c0 h kept carry depth {_SIZES}",
+    pixel_rnn_backward=f"stream diagonal grad_h grad_kept kept weight c0 dgates carry depth {_SIZES}",
+)
 _CUDA_DTYPES = _backend.DTYPES | {"cuda": (torch.float32,)}
 
 
@@ -98,10 +110,6 @@ def _states(diagonal: bool, height: int, dtype: torch.dtype, *states: Tensor | N
     return [s if s is None else s.to(dtype).t().contiguous() for s in states]
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     check = _check_forward(name, diagonal)
 
@@ -119,9 +127,9 @@ def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         kept = _pool.empty_strided(sizes, strides, dtype) if keep else gates.new_empty(0)
         if n:
             _CPU.pixel_rnn(
-                dtype is torch.float64, diagonal, gates.data_ptr(), a.n_stride, a.c_stride, a.s_stride, weight.data_ptr(),
-                _address(h0), _address(c0), h.data_ptr(), _address(kept if keep else None), n, hidden, height, width,
-                weight.shape[2], a.walks_channels, torch.get_num_threads(),
+                is_double=dtype is torch.float64, diagonal=diagonal, gates=a.view(gates), weight=weight, h0=h0, c0=c0, out=h,
+                kept=kept if keep else None, n=n, hidden=hidden, height=height, width=width, taps=weight.shape[2],
+                channels_last=a.walks_channels, threads=torch.get_num_threads(),
             )  # fmt: skip
         return h, kept
 
@@ -145,10 +153,10 @@ def _cpu_backward(diagonal: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor,
         dh0, dc0 = (kept.new_zeros((positions, hidden) if s is not None else 0) for s in (h0, c0))
         if n:
             _CPU.pixel_rnn_backward(
-                dtype is torch.float64, diagonal, grad_h.data_ptr(), a.n_stride, a.c_stride, a.s_stride, _address(grad_kept),
-                kept.data_ptr(), weight.data_ptr(), _address(h0), _address(c0), dgates.data_ptr(), dweight.data_ptr(),
-                _address(None if h0 is None else dh0), _address(None if c0 is None else dc0), n, hidden, height, width,
-                weight.shape[2], a.walks_channels, torch.get_num_threads(),
+                is_double=dtype is torch.float64, diagonal=diagonal, grad_h=a.view(grad_h), grad_kept=grad_kept, kept=kept,
+                weight=weight, h0=h0, c0=c0, out=dgates, grad_weight=dweight, grad_h0=None if h0 is None else dh0,
+                grad_c0=None if c0 is None else dc0, n=n, hidden=hidden, height=height, width=width, taps=weight.shape[2],
+                channels_last=a.walks_channels, threads=torch.get_num_threads(),
             )  # fmt: skip
         if diagonal:
             dh0, dc0 = (d if s is None else d.sum(0) for d, s in ((dh0, h0), (dc0, c0)))
@@ -187,9 +195,9 @@ def _cuda(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         if n:
             with torch.cuda.device(gates.device):
                 _CUDA.pixel_rnn(
-                    torch.cuda.current_stream().cuda_stream, diagonal, sites.data_ptr(), packed.data_ptr(), _address(h0),
-                    _address(c0), h.data_ptr(), _address(kept if keep else None), carry.data_ptr(), n, hidden, depth, height,
-                    width, taps,
+                    stream=torch.cuda.current_stream().cuda_stream, diagonal=diagonal, gates=sites, weight=packed, h0=h0,
+                    c0=c0, h=h, kept=kept if keep else None, carry=carry, n=n, hidden=hidden, depth=depth, height=height,
+                    width=width, taps=taps,
                 )  # fmt: skip
         return h.permute(0, 3, 1, 2).contiguous(memory_format=memory_format(gates)), kept
 
@@ -217,9 +225,9 @@ def _cuda_backward(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Ten
         if n:
             with torch.cuda.device(kept.device):
                 _CUDA.pixel_rnn_backward(
-                    torch.cuda.current_stream().cuda_stream, diagonal, sites.data_ptr(), _address(grad_kept),
-                    kept.data_ptr(), packed.data_ptr(), _address(first_c), dgates.data_ptr(), carry.data_ptr(), n, hidden,
-                    height, width, taps,
+                    stream=torch.cuda.current_stream().cuda_stream, diagonal=diagonal, grad_h=sites, grad_kept=grad_kept,
+                    kept=kept, weight=packed, c0=first_c, dgates=dgates, carry=carry, n=n, hidden=hidden, depth=hidden,
+                    height=height, width=width, taps=taps,
                 )  # fmt: skip
         rows = dgates.reshape(-1, 4 * hidden).t()
         windows = _windows(kept[..., 0, :] * kept[..., 4, :].tanh(), h0, taps, diagonal)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 from ._rows import per_batch, rows
 
 _NAME = "sample_norm"
-_CPU: Any = _backend.extension("_cpu")[0]
+_FIELDS = "is_double squared x out n d x_stride threads"
+_CPU = kernels("_cpu", sample_norm=_FIELDS, sample_norm_backward=f"{_FIELDS} grad norm")
 
 
 def _check_forward(x: Tensor, squared: bool) -> None:
@@ -29,8 +30,9 @@ def _cpu(x: Tensor, squared: bool) -> Tensor:
     x, r = rows(x)
     out = x.new_empty(r.n)
     _CPU.sample_norm(
-        x.dtype is torch.float64, squared, x.data_ptr(), out.data_ptr(), torch.get_num_threads(), r.n, r.size, r.stride
-    )
+        is_double=x.dtype is torch.float64, squared=squared, x=x, out=out, n=r.n, d=r.size, x_stride=r.stride,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -39,8 +41,8 @@ def _cpu_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> Tenso
     grad, norm = per_batch(grad, x.dtype), per_batch(norm, x.dtype)
     dx = r.layout.empty_like(x)
     _CPU.sample_norm_backward(
-        x.dtype is torch.float64, squared, grad.data_ptr(), x.data_ptr(), norm.data_ptr(), dx.data_ptr(),
-        torch.get_num_threads(), r.n, r.size, r.stride,
+        is_double=x.dtype is torch.float64, squared=squared, grad=grad, x=x, norm=norm, out=dx, n=r.n, d=r.size,
+        x_stride=r.stride, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx
 

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Op, Sample
 from .._spectral_axes import dense, from_memory, to_memory
 from . import _check
 
 _NAME = "spectral_norm"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    spectral_norm="is_double from_v weight u v sigma out a h b iterations eps threads",
+    spectral_norm_backward="is_double weight grad u v sigma out grad_sigma a h b threads",
+)
 
 
 def _check_forward(weight: Tensor, u: Tensor, v: Tensor | None, iterations: int, eps: float, dim: int) -> None:
@@ -65,8 +70,8 @@ def _cpu(
     right = weight.new_empty(a.a * a.b) if v is None else to_memory(v.to(dtype, copy=True), a).contiguous()
     out, sigma = _pool.empty_like(weight), weight.new_empty(())
     _CPU.spectral_norm(
-        dtype is torch.float64, weight.data_ptr(), left.data_ptr(), right.data_ptr(), sigma.data_ptr(), out.data_ptr(),
-        v is not None, iterations, eps, a.a, a.h, a.b, torch.get_num_threads(),
+        is_double=dtype is torch.float64, from_v=v is not None, weight=weight, u=left, v=right, sigma=sigma, out=out,
+        iterations=iterations, eps=eps, a=a.a, h=a.h, b=a.b, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out, left.to(given), from_memory(right, a).to(given), sigma
 
@@ -84,8 +89,8 @@ def _cpu_backward(
     u, v, sigma = u.to(dtype).contiguous(), to_memory(v.to(dtype), a).contiguous(), sigma.to(dtype)
     grad_sigma = None if grad_sigma is None else grad_sigma.to(dtype)
     _CPU.spectral_norm_backward(
-        dtype is torch.float64, grad.data_ptr(), 0 if grad_sigma is None else grad_sigma.data_ptr(), weight.data_ptr(),
-        u.data_ptr(), v.data_ptr(), sigma.data_ptr(), out.data_ptr(), a.a, a.h, a.b, torch.get_num_threads(),
+        is_double=dtype is torch.float64, grad=grad, grad_sigma=grad_sigma, weight=weight, u=u, v=v, sigma=sigma, out=out,
+        a=a.a, h=a.h, b=a.b, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 

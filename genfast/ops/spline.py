@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +11,18 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
 
 _NAME = "rational_quadratic_spline"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    spline="""
+        is_double backward? inverse zuko bins tails left right bottom top min_width min_height min_derivative log_slope
+        logit_scale x y? logdet? dx? grad_y? grad_y_step? grad_logdet? grad_logdet_step? parts part_count n threads
+    """,
+)
 _HALF = (torch.bfloat16, torch.float16)
 # Half types are converted: the softmax runs in float32.
 _DTYPES = {**_backend.DTYPES, "cpu": (*_backend.DTYPES["cpu"], *_HALF)}
@@ -118,6 +126,17 @@ def _rows(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return p.contiguous(), count
 
 
+@functools.lru_cache(1024)
+def _kernel(dtype: torch.dtype, bins: int, tails: str, convention: str, inverse: bool, options: tuple[float, ...]) -> Any:
+    """The kernel with all that describes the splines."""
+    left, right, bottom, top, min_width, min_height, min_derivative, slope, scale = options
+    return _CPU.spline.prepare(
+        is_double=dtype is torch.float64, inverse=inverse, zuko=convention == "zuko", bins=bins, tails=_TAILS[tails],
+        left=left, right=right, bottom=bottom, top=top, min_width=min_width, min_height=min_height,
+        min_derivative=min_derivative, log_slope=math.log(slope), logit_scale=scale,
+    )  # fmt: skip
+
+
 def _run(
     x: Tensor, params: Sequence[Tensor], bins: int, tails: str, convention: str, inverse: bool,
     options: Sequence[float],
@@ -126,10 +145,9 @@ def _run(
     wide = (x.float() if dtype in _HALF else x).contiguous()
     rows = [_rows(p, wide.dtype) for p in params]
     y, logdet = _pool.empty_like(wide), _pool.empty_like(wide)
-    outside = wide.numel() and _CPU.spline(
-        wide.dtype is torch.float64, False, inverse, convention == "zuko", bins, _TAILS[tails], options,
-        wide.data_ptr(), 0, 0, 0, 0, y.data_ptr(), logdet.data_ptr(), 0,
-        [(p.data_ptr(), 0, p.shape[-1], step) for p, step in rows], wide.numel(), torch.get_num_threads(),
+    outside = wide.numel() and _kernel(wide.dtype, bins, tails, convention, inverse, tuple(options))(
+        x=wide, y=y, logdet=logdet, parts=[(p, None, p.shape[-1], step) for p, step in rows], part_count=len(rows),
+        n=wide.numel(), threads=torch.get_num_threads(),
     )  # fmt: skip
     if outside:
         low, high = options[2:4] if inverse else options[:2]
@@ -152,11 +170,10 @@ def _run_backward(
     gy, gy_step = _cotangent(grad_y, wide)
     gl, gl_step = _cotangent(grad_logdet, wide)
     if wide.numel():
-        _CPU.spline(
-            wide.dtype is torch.float64, True, inverse, convention == "zuko", bins, _TAILS[tails], options,
-            wide.data_ptr(), 0 if gy is None else gy.data_ptr(), gy_step, 0 if gl is None else gl.data_ptr(), gl_step, 0, 0,
-            dx.data_ptr(), [(p.data_ptr(), g.data_ptr(), p.shape[-1], step) for (p, step), g in zip(rows, grads)],
-            wide.numel(), torch.get_num_threads(),
+        _kernel(wide.dtype, bins, tails, convention, inverse, tuple(options))(
+            backward=True, x=wide, grad_y=gy, grad_y_step=gy_step, grad_logdet=gl, grad_logdet_step=gl_step, dx=dx,
+            parts=[(p, g, p.shape[-1], step) for (p, step), g in zip(rows, grads)], part_count=len(rows), n=wide.numel(),
+            threads=torch.get_num_threads(),
         )  # fmt: skip
     return [dx.to(dtype), *(g.to(p.dtype) for g, p in zip(grads, params))]
 

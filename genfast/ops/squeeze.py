@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
 from ..reference.squeeze import ORDERS
 from . import _check
 from ._layout import describe
 
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels("_cpu", squeeze="is_double x y n c h w factor space_to_depth inverse channels_last threads")
 
 
 def _check_forward(x: Tensor, factor: int, order: str, inverse: bool) -> None:
@@ -48,7 +49,7 @@ class _Plan(NamedTuple):
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    arguments: tuple[Any, ...]
+    kernel: Any
 
 
 @functools.lru_cache(1024)
@@ -63,10 +64,13 @@ def _plan(
         return None
     a = describe(xs, stride)
     c, h, w = (c // (f * f), h * f, w * f) if inverse else (c * f * f, h // f, w // f)
-    wide = (c, h, w) if inverse else xs[1:]
+    wide_c, wide_h, wide_w = (c, h, w) if inverse else xs[1:]
     strides = (c * h * w, 1, w * c, c) if a.walks_channels else (c * h * w, h * w, w, 1)
-    arguments = (dtype is torch.float64, n, *wide, f, order == "space_to_depth", inverse, a.walks_channels)
-    return _Plan((n, c, h, w), strides, arguments)
+    kernel = _CPU.squeeze.prepare(
+        is_double=dtype is torch.float64, n=n, c=wide_c, h=wide_h, w=wide_w, factor=f,
+        space_to_depth=order == "space_to_depth", inverse=inverse, channels_last=a.walks_channels,
+    )  # fmt: skip
+    return _Plan((n, c, h, w), strides, kernel)
 
 
 def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
@@ -77,7 +81,7 @@ def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
             return _empty(x, factor, inverse)
         return _cpu(x.contiguous(memory_format=memory_format(x)), factor, order, inverse)
     y = _pool.empty_strided(plan.shape, plan.stride, x.dtype)
-    _CPU.squeeze(x.data_ptr(), y.data_ptr(), torch.get_num_threads(), *plan.arguments)
+    plan.kernel(x=x, y=y, threads=torch.get_num_threads())
     return y
 
 

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _pool, reference
+from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
 from . import _check
 
 _NAME = "upfirdn2d"
-_CPU: Any = _backend.extension("_cpu")[0]
+_CPU = kernels(
+    "_cpu",
+    upfirdn2d="""
+        is_double separable flip channels_last x filter y gain n c h w oh ow fh fw upx upy downx downy padx0 pady0 xn xc xh
+        threads
+    """,
+)
 
 Pair = int | Sequence[int]
 
@@ -100,7 +107,7 @@ class _Plan(NamedTuple):
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    arguments: tuple[Any, ...]
+    kernel: Any
 
 
 @functools.lru_cache(1024)
@@ -115,8 +122,12 @@ def _plan(
     shape = _sizes(xs, fs, up, down, padding)
     oh, ow = shape[2:]
     strides = (c * oh * ow, 1, ow * c, c) if last else (c * oh * ow, oh * ow, ow, 1)
-    sizes = (n, c, h, w, oh, ow, fs[0], fs[-1], *up, *down, padding[0], padding[2], *stride[:3])
-    return _Plan(shape, strides, (double, len(fs) == 1, flip_filter, last, *sizes))
+    kernel = _CPU.upfirdn2d.prepare(
+        is_double=double, separable=len(fs) == 1, flip=flip_filter, channels_last=last, n=n, c=c, h=h, w=w, oh=oh, ow=ow,
+        fh=fs[0], fw=fs[-1], upx=up[0], upy=up[1], downx=down[0], downy=down[1], padx0=padding[0], pady0=padding[2],
+        xn=stride[0], xc=stride[1], xh=stride[2],
+    )  # fmt: skip
+    return _Plan(shape, strides, kernel)
 
 
 def _cpu(
@@ -133,7 +144,7 @@ def _cpu(
     y = _pool.empty_strided(plan.shape, plan.stride, x.dtype)
     filter = filter.to(x.dtype).contiguous()
     if y.numel():
-        _CPU.upfirdn2d(x.data_ptr(), filter.data_ptr(), y.data_ptr(), gain, torch.get_num_threads(), *plan.arguments)
+        plan.kernel(x=x, filter=filter, y=y, gain=gain, threads=torch.get_num_threads())
     return y
 
 

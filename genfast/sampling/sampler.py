@@ -16,6 +16,7 @@ from .. import _backend, _pool
 from .._calls import Structure, hook_in_the_way, state, without_numbers
 from .._contents import Contents, marks
 from .._derived import readable_module
+from .._native import kernels
 from ..nn.masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from ..programs import self_check as checks
 from ..programs.errors import LoweringError
@@ -28,8 +29,9 @@ from .inputs import Conditions, Context, Entrance, Input, Unknown
 from .lowering import Lowered, lower
 from .steps import NotCausalError
 
-_CPU: Any = _backend.extension("_cpu")[0]
-_CUDA: Any = _backend.extension("_cuda")[0]
+_FIELDS = "program weights statics cache images uniforms record faults record_size n first_row last_row given temperature"
+_CPU = kernels("_cpu", pixel_program=f"{_FIELDS} group period active threads")
+_CUDA = kernels("_cuda", pixel_program=f"{_FIELDS} stream scratch code weight_floats image_floats")
 HEADS = ("categorical", "logistic_mixture")
 METHODS = ("auto", "cached", "naive")
 ORDERS = ("interleaved", "blocked")
@@ -527,10 +529,11 @@ class Sampler:
                 row, rows = 0, max(1, height // 64)
                 while row < height:
                     _CPU.pixel_program(
-                        program.code.data_ptr(), program.weights.data_ptr(), maps.data_ptr(), cache.data_ptr(),
-                        images[part].data_ptr(), uniforms[part].data_ptr(), 0 if record is None else record[part].data_ptr(),
-                        faults.buffer_info()[0], program.record, count, GROUP, row, min(row + rows, height), given,
-                        program.period, program.active, temperature, threads,
+                        program=program.code, weights=program.weights, statics=maps, cache=cache, images=images[part],
+                        uniforms=uniforms[part], record=None if record is None else record[part],
+                        faults=faults.buffer_info()[0], record_size=program.record, n=count, group=GROUP, first_row=row,
+                        last_row=min(row + rows, height), given=given, period=program.period, active=program.active,
+                        temperature=temperature, threads=threads,
                     )  # fmt: skip
                     _check_faults(faults, program, images.shape[2:], start, self.head)
                     advance(min(rows, height - row))
@@ -599,10 +602,11 @@ def _run_on_gpu(
             for row in range(0, program.height, rows):
                 last = min(row + rows, program.height)
                 _CUDA.pixel_program(
-                    stream.cuda_stream, program.code.data_ptr(), program.weights.data_ptr(), maps.data_ptr(), cache.data_ptr(),
-                    images[part].data_ptr(), uniforms[part].data_ptr(), 0 if record is None else record[part].data_ptr(),
-                    scratch.data_ptr(), faults.data_ptr(), program.code.numel(), program.weights.numel(),
-                    program.image_floats, program.record, count, row, last, given, temperature,
+                    stream=stream.cuda_stream, program=program.code, weights=program.weights, statics=maps, cache=cache,
+                    images=images[part], uniforms=uniforms[part], record=None if record is None else record[part],
+                    scratch=scratch, faults=faults, code=program.code.numel(), weight_floats=program.weights.numel(),
+                    image_floats=program.image_floats, record_size=program.record, n=count, first_row=row, last_row=last,
+                    given=given, temperature=temperature,
                 )  # fmt: skip
                 if progress:
                     stream.synchronize()

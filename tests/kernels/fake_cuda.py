@@ -19,7 +19,6 @@ import ctypes
 import functools
 import importlib
 import itertools
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -324,9 +323,7 @@ class _Pointer:
         return self._address
 
 
-def taken(function: Any) -> list[str]:
-    """The types of the arguments of a function of genfast._cuda, as pybind11 writes them."""
-    return re.findall(r"arg\d+: ([^,)\[]+(?:\[[^\]]*\])?)", function.__doc__ or "")
+_TAKES = {"bool": (bool,), "int": (int,), "float": (float, int), "address": (Tensor, int, type(None)), "float[]": (list, tuple)}
 
 
 class _Module:
@@ -339,10 +336,10 @@ class _Module:
         return n * rows  # the engine's answer depends on the device; this one makes the tensor
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        expected = taken(getattr(self.module, name))
+        fields = getattr(self.module, name).fields
 
-        def launch(*args: Any) -> None:
-            self.gpu.engine(name, expected, args)
+        def launch(**values: Any) -> None:
+            self.gpu.engine(name, fields, values)
 
         return launch
 
@@ -414,20 +411,20 @@ class FakeCuda:
 
     # ---- launches ----
 
-    def engine(self, name: str, taken: list[str], args: tuple[Any, ...]) -> None:
+    def engine(self, name: str, fields: dict[str, str], values: dict[str, Any]) -> None:
         self.engines.append(name)
-        if len(taken) != len(args):
-            self.problem(f"_cuda.{name} takes {len(taken)} arguments, {len(args)} were given")
-        for i, (kind, a) in enumerate(zip(taken, args)):
-            fits = {"bool": (bool,), "float": (float, int), "int": (int,)}
-            expected = next((t for word, t in fits.items() if word in kind.lower()), (object,))
-            if not kind.lower().startswith(("list", "collections", "sequence")) and not isinstance(a, expected):
-                self.problem(f"_cuda.{name}: argument {i} is {type(a).__name__}, expected {kind}")
-        if args[0] != self.current_stream().cuda_stream:
+        if fields.keys() != values.keys():
+            self.problem(f"_cuda.{name}: fields {sorted(fields.keys() ^ values.keys())} are missing or not its own")
+        for field, value in values.items():
+            if field in fields and not isinstance(value, _TAKES[fields[field]]):
+                self.problem(f"_cuda.{name}: {field} is {type(value).__name__}, expected {fields[field]}")
+        if values.get("stream") != self.current_stream().cuda_stream:
             self.problem(f"_cuda.{name} is launched on another stream than the current one")
-        for a in args[1:]:
-            if isinstance(a, int) and a >= AIR:
-                self._check_address(f"_cuda.{name}", a)
+        for field, value in values.items():
+            if fields.get(field) == "address" and field != "stream" and value is not None:
+                address = value.data_ptr() if isinstance(value, Tensor) else value
+                if address:  # null is no tensor
+                    self._check_address(f"_cuda.{name}", address)
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         from triton.runtime.jit import create_function_from_signature

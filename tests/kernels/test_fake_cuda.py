@@ -203,23 +203,25 @@ def test_it_sees_bad_addresses_streams_and_counts(gpu):
     module = wrapper._CUDA
     if module is None:
         pytest.skip("genfast._cuda is not built")
-    stream, tensors = torch.cuda.current_stream().cuda_stream, [torch.zeros(4, device="cuda") for _ in range(10)]
-    addresses = [t.data_ptr() for t in tensors]
-    good = (stream, *addresses, 2, True, 1, 1)
-    module.plu_weight(*good)
+    stream = torch.cuda.current_stream().cuda_stream
+    names = ("perm", "lower", "upper", "sign_s", "log_s", "scale", "bias", "weight", "folded", "logdet")
+    tensors = {name: torch.zeros(4, device="cuda") for name in names}
+    addresses = {name: t.data_ptr() for name, t in tensors.items()}
+    good = {"stream": stream, **addresses, "c": 2, "log_scale": True, "batch": 1, "positions": 1}
+    module.plu_weight(**good)
     assert not gpu.problems
-    module.plu_weight(stream + 64, *good[1:])
-    module.plu_weight(*good[:-1])
-    module.plu_weight(stream, addresses[-1] + 4096, *good[2:])
-    module.plu_weight(*good[:-1], 1.5)
-    del tensors[3]
+    module.plu_weight(**good | {"stream": stream + 64})
+    module.plu_weight(**{name: value for name, value in good.items() if name != "positions"})
+    module.plu_weight(**good | {"perm": addresses["logdet"] + 4096})
+    module.plu_weight(**good | {"positions": 1.5})
+    del tensors["sign_s"]
     gc.collect()
-    module.plu_weight(*good)
-    assert [what.split(" ", 1)[1] for what in said(gpu)] == [
+    module.plu_weight(**good)
+    assert [what.removeprefix("_cuda.plu_weight").lstrip(": ") for what in said(gpu)] == [
         "is launched on another stream than the current one",
-        "takes 15 arguments, 14 were given",
+        "fields ['positions'] are missing or not its own",
         "is handed an address that is of no tensor",
-        f"argument 14 is float, expected {fake_cuda.taken(module.module.plu_weight)[14]}",
+        "positions is float, expected int",
         "is handed the address of a tensor that is gone",
     ]
 

@@ -124,8 +124,9 @@ def test_nothing_outside_is_written():
         x, w = torch.randn(n, k), torch.randn(m, k)
         out, bits = torch.full((n * m + 64,), 7.0), torch.full((n * -(-m // 8) + 64,), 7, dtype=torch.uint8)
         _cpu.linear(
-            False, x.data_ptr(), k, 1, w.data_ptr(), 1, k, 0, out[32:].data_ptr(), bits[32:].data_ptr(), 1, 0.5, n, m, k, 2
-        )
+            a=x, a_row=k, a_inner=1, b=w, b_inner=1, b_column=k, out=out[32:], bits=bits[32:], bits_mode=1, slope=0.5, rows=n,
+            columns=m, inner=k, threads=2,
+        )  # fmt: skip
         assert out[:32].eq(7).all()
         assert out[n * m + 32 :].eq(7).all()
         assert bits[:32].eq(7).all()

@@ -411,8 +411,8 @@ def test_progress_and_ctrl_c(capsys, monkeypatch):
     model.sample(2, (1, 6, 6), progress=True)
     calls = []
 
-    def interrupted(*args):
-        calls.append(args)
+    def interrupted(**fields):
+        calls.append(fields)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
