@@ -206,7 +206,8 @@ bool store_array(const Entry& entry, const Field& f, char* target, PyObject* val
   if (!PyTuple_Check(value) && !PyList_Check(value)) return wrong(entry, f, value, "a tuple or a list");
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(value);
   if (size > f.count)
-    return fail(PyExc_TypeError, entry, f.name + " has " + std::to_string(size) + " items, expected at most " + std::to_string(f.count));
+    return fail(PyExc_TypeError, entry,
+                f.name + " has " + std::to_string(size) + " items, expected at most " + std::to_string(f.count));
   Field element = f;
   element.count = 1;
   for (Py_ssize_t i = 0; i < size; ++i)
@@ -294,7 +295,8 @@ bool fill(const Kernel& kernel, const CallSite& site, PyObject* const* values, c
 // Whether a call with these fields is one that the kernel takes.
 bool complete(const Kernel& kernel, Mask filled) {
   const Entry& entry = *kernel.entry;
-  if (!(filled & entry.pointers)) return fail(PyExc_TypeError, entry, "no address is set: one of " + listed(entry, entry.pointers));
+  if (!(filled & entry.pointers))
+    return fail(PyExc_TypeError, entry, "no address is set: one of " + listed(entry, entry.pointers));
   if (const Mask missing = kernel.required & ~filled) return fail(PyExc_TypeError, entry, "not set: " + listed(entry, missing));
   if (const Mask extra = filled & ~kernel.allowed) return fail(PyExc_TypeError, entry, "not declared: " + listed(entry, extra));
   return true;
@@ -441,16 +443,17 @@ PyTypeObject* make_kernel_type() {
        "declare(*names): the kernel whose calls fill these fields and no others; those whose name ends in ? may be left out."},
       {nullptr, nullptr, 0, nullptr}};
   static PyGetSetDef properties[] = {
-      {"fields", get_fields, nullptr, "The fields that a call may fill and the kinds of their values, with ? where it may leave them out.", nullptr},
+      {"fields", get_fields, nullptr, "The fields that a call fills and their kinds, with ? where it may leave them out.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyMemberDef members[] = {
       {"__vectorcalloffset__", T_PYSSIZET, Py_ssize_t(offsetof(Kernel, call)), READONLY, nullptr},
       {nullptr, 0, 0, 0, nullptr}};
   static char doc[] =
       "A C++ kernel, called with the fields of its argument struct by name, without the GIL.\n\n"
-      "An address is a tensor, a number or None for null; a record (a tensor and its strides) is a tuple, or an address where\n"
-      "prepare() has the strides. A field that a call leaves out is zero, unless declare() requires it. A name that is no field\n"
-      "and a value of another kind raise TypeError, memory that is short MemoryError. Returns what the kernel answers, or None.";
+      "An address is a tensor, a number or None for null; a record (a tensor and its strides) is a tuple, or an address\n"
+      "where prepare() has the strides. A field that a call leaves out is zero, unless declare() requires it. A name that is\n"
+      "no field and a value of another kind raise TypeError, memory that is short MemoryError. Returns the field that the\n"
+      "kernel writes as its result, or None.";
   static PyType_Slot slots[] = {
       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},        {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
       {Py_tp_methods, methods}, {Py_tp_members, members}, {Py_tp_getset, properties}, {Py_tp_doc, doc}, {0, nullptr}};
@@ -461,7 +464,7 @@ PyTypeObject* make_kernel_type() {
 // Adds a kernel to a module; false, with a Python error, where that failed.
 template <class Args>
 bool add_kernel(PyObject* module, const char* name, void (*run)(const void*)) {
-  static_assert(sizeof(Args) <= kMostBytes && std::is_trivially_copyable_v<Args>, "kMostBytes is too small, or Args no plain struct");
+  static_assert(sizeof(Args) <= kMostBytes && std::is_trivially_copyable_v<Args>, "Args is too large or no plain struct");
   if (!kernel_type && !(kernel_type = make_kernel_type())) return false;
   Entry* entry = new Entry{name, fields_of<Args>(), sizeof(Args), run, 0, nullptr, {}};  // as long as the process
   for (size_t i = 0; i < entry->fields.size(); ++i) {
