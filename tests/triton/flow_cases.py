@@ -40,11 +40,11 @@ def exact(args: tuple[Any, ...]) -> list[Any]:
 def run(op: Op, args: tuple[Any, ...]) -> list[Tensor]:
     """The Triton kernel's outputs, each of the shape, dtype and strides that the compiler is told to expect."""
     with poisoned(), torch.no_grad(), genfast.backend("triton"):
-        found = outputs(op(*args))
-    for f, told in zip(found, outputs(op.fake(*args)), strict=True):
-        assert (f.shape, f.dtype, f.device) == (told.shape, told.dtype, told.device)
-        assert f.numel() == 0 or f.stride() == told.stride()
-    return found
+        results = outputs(op(*args))
+    for result, expected in zip(results, outputs(op.empty(*args)), strict=True):
+        assert (result.shape, result.dtype, result.device) == (expected.shape, expected.dtype, expected.device)
+        assert result.numel() == 0 or result.stride() == expected.stride()
+    return results
 
 
 def compare(op: Op, args: tuple[Any, ...], allowed: float) -> list[Tensor]:
