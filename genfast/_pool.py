@@ -3,8 +3,9 @@
 The C library returns large freed blocks to the system and asks for them anew, and each new page then costs a fault: measured
 0.6 us per 4 KiB, where a kernel writes those 4 KiB in 0.05 us. So outputs from 1 MiB on are made on storages that the pool
 keeps, and hands out again once nothing else refers to them: no tensor, view, saved activation, NumPy array or storage
-object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool off. A block that has not been asked for in a
-while goes, the longest unused first, and so does one that a user has resized or shared with another process.
+object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool off, and it is off where the interpreter does
+not count references exactly. A block that has not been asked for in a while goes, the longest unused first, and so does one
+that a user has resized or shared with another process.
 """
 
 from __future__ import annotations
@@ -42,15 +43,34 @@ def _references(number: int) -> int:
 
 
 def _references_of_the_pool() -> int:
-    """What :func:`_references` gives for a block that nothing else refers to, which depends on the version of Python."""
-    _blocks[-1] = UntypedStorage(1)
+    """What :func:`_references` gives for a block that nothing else refers to, which depends on the version of Python.
+
+    Returns 0, with which no block counts as free, where a reference to a block does not show in the count or remains in it.
+    """
+    _blocks[-1] = UntypedStorage(8)
     try:
-        return _references(-1)
+        free = _references(-1)
+        storage = _blocks[-1]
+        with_storage = _references(-1)
+        tensor = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (8,), (1,))  # type: ignore[call-overload]
+        del storage
+        with_tensor = _references(-1)
+        view = tensor[1:]
+        del tensor
+        with_view = _references(-1)
+        del view
+        if min(with_storage, with_tensor, with_view) <= free or _references(-1) != free:
+            return 0
+        return free
+    except AttributeError:  # a PyTorch without the count
+        return 0
     finally:
         del _blocks[-1]
 
 
 _ALONE = _references_of_the_pool()
+if not _ALONE:
+    limit = 0
 
 
 def _changed(number: int) -> bool:

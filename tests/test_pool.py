@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ import torch
 from genfast import _pool
 
 _MEBIBYTE = 1 << 20
+_rising = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,21 @@ def test_a_free_block_is_handed_out_again_and_one_in_use_is_not():
     assert _block().data_ptr() != address  # the view still refers to it
     del view
     assert address in [_block().data_ptr() for _ in range(2)]
+
+
+@pytest.mark.parametrize("count", [lambda number: 3, lambda number: next(_rising)], ids=["constant", "rising"])
+def test_the_pool_is_off_where_references_are_not_counted_exactly(monkeypatch, count):
+    monkeypatch.setattr(_pool, "_references", count)
+    assert _pool._references_of_the_pool() == 0
+    monkeypatch.setattr(_pool, "_ALONE", 0)
+    monkeypatch.setattr(_pool, "limit", 0)
+    block = _block()
+    assert block.shape == (_MEBIBYTE // 4,)
+    assert not _pool._blocks
+
+
+def test_the_pool_is_on_here():
+    assert _pool._references_of_the_pool() == _pool._ALONE > 0
 
 
 @pytest.mark.parametrize("change", ["resized", "shared"])
