@@ -106,34 +106,38 @@ struct Row {  // a run of contiguous elements
 };
 
 template <class T>
-using RowKernel = void (*)(const Numbers<T>&, Row<T>, int64_t length, double* sum);
+using RowKernel = void (*)(Numbers<T>, Row<T>, int64_t length, double* sum);
+
+// Whole vectors, whose results are added to `total`. A function of its own, since calls around the loop would take its
+// registers.
+template <class T, int kAct, int kOrder, bool kClamp, bool kBias>
+__attribute__((noinline)) Vec<T> run_vectors(const Numbers<T> k, const Row<T> row, int64_t length, Vec<T> total) {
+  constexpr int n = lanes<T>();
+  for (int64_t i = 0; i < length; i += n) {
+    const Vec<T> v = load(row.x + i) + (kBias ? load(row.bias + i) : splat(row.constant));
+    const Vec<T> y = result<T, kAct, kOrder, kClamp>(k, v, kOrder >= 1 ? load(row.d + i) : v, kOrder == 2 ? load(row.e + i) : v);
+    store(row.out + i, y);
+    if (kOrder && kBias && row.sums) store(row.sums + i, load(row.sums + i) + y);
+    if (kOrder && !kBias) total += y;  // lanes behind the end hold d = 0
+  }
+  return total;
+}
 
 template <class T, int kAct, int kOrder, bool kClamp, bool kBias>
-void run_row(const Numbers<T>& k, Row<T> row, int64_t length, double* sum_out) {
+void run_row(const Numbers<T> k, const Row<T> row, int64_t length, double* sum_out) {
   constexpr int n = lanes<T>();
-  Vec<T> total = splat(T(0));
-  T x[n], bias[n], d[n], e[n], sums[n], out[n];
-  const Row<T> whole = row;
-  int64_t i = 0, done = 0, rest = 0;
-  for (;;) {
-    for (; i + n <= length; i += n) {
-      const Vec<T> v = load(row.x + i) + (kBias ? load(row.bias + i) : splat(row.constant));
-      const Vec<T> y = result<T, kAct, kOrder, kClamp>(k, v, kOrder >= 1 ? load(row.d + i) : v, kOrder == 2 ? load(row.e + i) : v);
-      store(row.out + i, y);
-      if (kOrder && kBias && row.sums) store(row.sums + i, load(row.sums + i) + y);
-      if (kOrder && !kBias) total += y;  // lanes behind the end hold d = 0
-    }
-    if (i == length) break;
-    rest = length - i;
-    const auto padded = [&](const T* p, T* to) { return pad(p ? p + i : p, int(rest), to); };
-    row = {padded(row.x, x), padded(row.bias, bias), padded(row.d, d), padded(row.e, e), row.constant, out,
-           const_cast<T*>(padded(row.sums, sums))};
-    done = i;
-    length = n;
-    i = 0;
+  const int rest = int(length % n);
+  const int64_t whole = length - rest;
+  Vec<T> total = run_vectors<T, kAct, kOrder, kClamp, kBias>(k, row, whole, splat(T(0)));
+  if (rest) {
+    T x[n], bias[n], d[n], e[n], sums[n], out[n];
+    const auto padded = [&](const T* p, T* to) { return pad(p ? p + whole : p, rest, to); };
+    const Row<T> end{padded(row.x, x), padded(row.bias, bias), padded(row.d, d), padded(row.e, e), row.constant, out,
+                     const_cast<T*>(padded(row.sums, sums))};
+    total = run_vectors<T, kAct, kOrder, kClamp, kBias>(k, end, n, total);
+    memcpy(row.out + whole, out, size_t(rest) * sizeof(T));
+    if (row.sums) memcpy(row.sums + whole, sums, size_t(rest) * sizeof(T));
   }
-  memcpy(whole.out + done, out, size_t(rest) * sizeof(T));
-  if (whole.sums) memcpy(whole.sums + done, sums, size_t(rest) * sizeof(T));
   if (kOrder && !kBias && sum_out) *sum_out = double(sum<T>(total));
 }
 
