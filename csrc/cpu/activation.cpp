@@ -177,6 +177,16 @@ GENFAST_INLINE Vec<T> element(Vec<T> x, Vec<T> grad, Vec<T> tangent, Vec<T> cota
   return kCotangent ? cotangent * first + curved : curved;
 }
 
+// Whole vectors. A function of its own, since calls around the loop would take its registers.
+template <class T, int kKind, bool kSecond, bool kCotangent>
+__attribute__((noinline)) void run_vectors(const T* x, const T* grad, const T* tangent, const T* cotangent, T* y, int64_t length,
+                                           bool streams) {
+  for (int64_t i = 0; i < length; i += lanes<T>()) {
+    const Vec<T> out = element<T, kKind, kSecond, kCotangent>(load(x + i), load(grad + i), load(tangent + i), load(cotangent + i));
+    streams ? stream(y + i, out) : store(y + i, out);
+  }
+}
+
 template <class T, int kKind, bool kSecond, bool kCotangent>
 void pass(const ActivationArgs& a) {
   constexpr int n = lanes<T>();
@@ -187,15 +197,17 @@ void pass(const ActivationArgs& a) {
   const bool streams = beyond_cache<T>(y, a.size);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t chunk = 0; chunk < (a.size + kChunk - 1) / kChunk; ++chunk) {
-    const int64_t start = chunk * kChunk, to = a.size - start < kChunk ? a.size : start + kChunk;
-    for (int64_t i = start; i < to; i += n) {
-      const int part = int(to - i);  // n or more but for the last
-      const auto get = [&](const T* p) __attribute__((always_inline)) { return part >= n ? load(p + i) : load_part(p + i, part); };
-      const Vec<T> out = element<T, kKind, kSecond, kCotangent>(get(x), get(grad), get(tangent), get(cotangent));
-      if (part < n)
-        store_part(y + i, out, part);
-      else
-        streams ? stream(y + i, out) : store(y + i, out);
+    const int64_t start = chunk * kChunk, length = a.size - start < kChunk ? a.size - start : kChunk;
+    const int64_t whole = start + length / n * n;
+    const int rest = int(length % n);
+    run_vectors<T, kKind, kSecond, kCotangent>(x + start, grad + start, tangent + start, cotangent + start, y + start,
+                                               length - rest, streams);
+    if (rest) {
+      T lane[5][n];
+      run_vectors<T, kKind, kSecond, kCotangent>(pad(x + whole, rest, lane[0]), pad(grad + whole, rest, lane[1]),
+                                                 pad(tangent + whole, rest, lane[2]), pad(cotangent + whole, rest, lane[3]),
+                                                 lane[4], n, false);
+      memcpy(y + whole, lane[4], size_t(rest) * sizeof(T));
     }
   }
 }
