@@ -59,7 +59,7 @@ def openmp() -> tuple[list[str], list[str]]:
     """Compile and link flags; Apple's clang needs libomp, which PyTorch brings at run time."""
     if sys.platform == "darwin":
         return ["-Xpreprocessor", "-fopenmp"], ["-Wl,-undefined,dynamic_lookup"]
-    return ["-fopenmp"], ["-fopenmp"]
+    return ["-fopenmp"], ["-fopenmp", *([] if SANITIZE else ["-Wl,-s"])]  # -s: without the symbol table, a twelfth of the file
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
