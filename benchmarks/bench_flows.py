@@ -17,8 +17,8 @@ from benchmarks._case import Case, Work
 from benchmarks.tabular import from_zuko, zuko_flow
 from genfast import models
 from genfast import nn as gnn
-from genfast.reference import autoregressive_flows as plain
-from genfast.reference.flow import Flow as PlainFlow
+from genfast.models.conditioners import ResidualMLP
+from genfast.nn import plain
 
 
 def _installed(name: str) -> bool:
@@ -98,7 +98,7 @@ def _zuko_cases(kind: str, dim: int, n: int, transforms: int, hidden: int, quick
         return made(gnn, models.Flow)
 
     def reference() -> Any:
-        return made(plain.AUTOREGRESSIVE, PlainFlow)
+        return made(plain, models.plain(models.Flow))
 
     x, z = (lambda: _x(n, dim)), (lambda: _noise(n, dim))
     live = _live(kind, dim, transforms, hidden)
@@ -184,7 +184,7 @@ def _nflows_case(dim: int, n: int, layers: int, hidden: int, bins: int) -> list[
             mask = torch.ones(dim, dtype=torch.bool)
             mask[moved] = False
             net = transform.transform_net
-            conditioner = plain.ResidualMLP(dim - len(moved), len(moved) * (3 * bins - 1), hidden, 2)
+            conditioner = ResidualMLP(dim - len(moved), len(moved) * (3 * bins - 1), hidden, 2)
             conditioner.first.load_state_dict(net.initial_layer.state_dict())
             conditioner.last.load_state_dict(net.final_layer.state_dict())
             for own, other in zip(conditioner.blocks, net.blocks):
@@ -204,7 +204,7 @@ def _nflows_case(dim: int, n: int, layers: int, hidden: int, bins: int) -> list[
         Case(
             f"{title}: log_prob",
             {
-                "reference": lambda: density(ours(plain.AUTOREGRESSIVE, PlainFlow)), "peer": lambda: density(theirs()),
+                "reference": lambda: density(ours(plain, models.plain(models.Flow))), "peer": lambda: density(theirs()),
                 "genfast": lambda: density(ours(gnn, models.Flow)),
             },
             quick=False,
@@ -212,8 +212,8 @@ def _nflows_case(dim: int, n: int, layers: int, hidden: int, bins: int) -> list[
         Case(
             f"{title}: training step",
             {
-                "reference": lambda: training(ours(plain.AUTOREGRESSIVE, PlainFlow)),
-                "compile": lambda: training(ours(plain.AUTOREGRESSIVE, PlainFlow), True),
+                "reference": lambda: training(ours(plain, models.plain(models.Flow))),
+                "compile": lambda: training(ours(plain, models.plain(models.Flow)), True),
                 "peer": lambda: training(theirs()), "genfast": lambda: training(ours(gnn, models.Flow)),
             },
             quick=False,

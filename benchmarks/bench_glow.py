@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import genfast
 from benchmarks import _ceilings
 from benchmarks._case import Case, Work
-from genfast.reference import models as plain
 
 BATCH = 16
 
@@ -72,22 +71,25 @@ def _normflows(steps: int) -> Callable[[], Work] | None:
     return make
 
 
-def _case(steps: int, quick: bool, compiled: bool) -> Case:
-    def glow(family: Any, **options: Any) -> Work:
-        torch.manual_seed(0)
-        return _step(family.Glow(steps=steps, hidden=64, **options), _negative_log_likelihood)
+PLAIN = genfast.models.plain(genfast.models.Glow)
 
-    providers: dict[str, Callable[[], Work]] = {"reference": lambda: glow(plain, channels_last=False)}
+
+def _case(steps: int, quick: bool, compiled: bool) -> Case:
+    def glow(model: Any, **options: Any) -> Work:
+        torch.manual_seed(0)
+        return _step(model(steps=steps, hidden=64, **options), _negative_log_likelihood)
+
+    providers: dict[str, Callable[[], Work]] = {"reference": lambda: glow(PLAIN, channels_last=False)}
     if compiled:
         providers["compile"] = lambda: _step(
-            plain.Glow(steps=steps, hidden=64, channels_last=False), _negative_log_likelihood, compiled=True
+            PLAIN(steps=steps, hidden=64, channels_last=False), _negative_log_likelihood, compiled=True
         )
-    providers["trick"] = lambda: glow(plain, channels_last=True)
+    providers["trick"] = lambda: glow(PLAIN, channels_last=True)
     peer = _normflows(steps)
     if peer is not None:
         providers["peer"] = peer
-    providers["genfast"] = lambda: glow(genfast.models)
-    providers["genfast reversible"] = lambda: glow(genfast.models, reversible=True)
+    providers["genfast"] = lambda: glow(genfast.models.Glow)
+    providers["genfast reversible"] = lambda: glow(genfast.models.Glow, reversible=True)
     notes = {"trick": "the plain model in channels_last", "peer": "normflows"}
     return Case(f"glow train step L=3 K={steps} batch {BATCH}", providers, quick=quick, notes=notes)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import genfast
 from benchmarks import _ceilings
 from benchmarks._case import Case, Work, gradients
-from genfast.reference import made
+from genfast.nn import plain
 
-Layers = Sequence[made.MaskedLinear]
+Layers = Sequence[plain.MaskedLinear]
 Run = Callable[[Layers, Tensor], Tensor]
 
 

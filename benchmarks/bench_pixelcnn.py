@@ -12,9 +12,15 @@ from torch import Tensor, nn
 import genfast
 from benchmarks import _ceilings
 from benchmarks._case import Case, Work, captured
-from genfast.reference import autoregressive as plain
+from genfast.models import plain
+from genfast.sampling.naive import draw_categorical
 
 BATCH = 16
+
+
+def _ours(model: Any) -> Any:
+    """``model`` as it is, where :func:`plain` would give its twin."""
+    return model
 
 
 def _images(size: int) -> Tensor:
@@ -43,9 +49,9 @@ def _step(model: Any, x: Tensor, *, compiled: bool = False) -> Work:
 
 
 def _training(layers: int, kernel: int, size: int, *, compiled: bool, quick: bool) -> Case:
-    def work(family: Any, channels_last: bool = False, compiled: bool = False) -> Work:
+    def work(variant: Any, channels_last: bool = False, compiled: bool = False) -> Work:
         torch.manual_seed(0)
-        model = family.PixelCNN(1, 64, layers, kernel)
+        model = variant(genfast.models.PixelCNN)(1, 64, layers, kernel)
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
         return _step(model, _images(size), compiled=compiled)
@@ -54,7 +60,7 @@ def _training(layers: int, kernel: int, size: int, *, compiled: bool, quick: boo
     if compiled:
         providers["compile"] = lambda: work(plain, compiled=True)
     providers["trick"] = lambda: work(plain, channels_last=True)
-    providers["genfast"] = lambda: work(genfast.models)
+    providers["genfast"] = lambda: work(_ours)
     taps = (layers - 1) * (kernel**2 + 1) // 2 * 64 * 64 + (kernel**2 - 1) // 2 * 64 + 64 * 256
     flops = 3 * 2 * BATCH * size * size * taps
     name = f"pixelcnn train step {layers} layers {kernel}x{kernel}, batch {BATCH}, {size}x{size}"
@@ -65,7 +71,7 @@ def _multiplications(build: Callable[[Any], Any], n: int, shape: tuple[int, ...]
     """FLOPs of the products of the pixel program, which takes seconds to make."""
 
     def count() -> int:
-        model = build(genfast.models)
+        model = build(_ours)
         sampler = genfast.sampling.Sampler(model, levels=model.levels, head=model.head)
         return int(2 * n * sampler.prepare(shape).multiplications)
 
@@ -75,13 +81,13 @@ def _multiplications(build: Callable[[Any], Any], n: int, shape: tuple[int, ...]
 def _sampling(name: str, build: Callable[[Any], Any], n: int, shape: tuple[int, ...], *, quick: bool) -> Case:
     """The plain model's loop and ours, on the same weights and the same uniform numbers; both return the images."""
 
-    def work(family: Any, **options: Any) -> Work:
+    def work(variant: Any, **options: Any) -> Work:
         torch.manual_seed(0)
-        model: nn.Module = build(family).eval()
+        model: nn.Module = build(variant).eval()
         uniforms = torch.rand((n, model.uniforms_per_pixel(), *shape[1:]), generator=torch.Generator().manual_seed(0))
         return lambda: model.sample(n, shape, uniforms=uniforms, **options).float()
 
-    providers = {"reference": lambda: work(plain), "genfast": lambda: work(genfast.models)}
+    providers = {"reference": lambda: work(plain), "genfast": lambda: work(_ours)}
     title = f"sample {name}, {n} of {'x'.join(map(str, shape))}"
     return Case(title, providers, flops=_multiplications(build, n, shape), quick=quick, once=("reference",))
 
@@ -102,7 +108,7 @@ class Loop:
         if model.head == "categorical":
             for k in range(colours):
                 here = model(self.images).flatten(2).index_select(2, self.at)[:, :, 0]
-                drawn = plain.draw_categorical(here.unflatten(1, (model.levels, colours))[:, :, k], u[:, k])
+                drawn = draw_categorical(here.unflatten(1, (model.levels, colours))[:, :, k], u[:, k])
                 self.flat[:, k].index_copy_(1, self.at, drawn[:, None])
         else:
             here = model(self.images).flatten(2).index_select(2, self.at)
@@ -122,9 +128,9 @@ def _gpu_sampling(
     total = math.prod(shape[1:])
     part = min(steps or total, total)
 
-    def given(family: Any) -> tuple[Any, Tensor]:
+    def given(variant: Any) -> tuple[Any, Tensor]:
         torch.manual_seed(0)
-        model = build(family).eval().to(_ceilings.DEVICE)
+        model = build(variant).eval().to(_ceilings.DEVICE)
         uniforms = torch.rand((n, model.uniforms_per_pixel(), *shape[1:]), generator=torch.Generator().manual_seed(0))
         return model, uniforms.to(_ceilings.DEVICE)
 
@@ -148,7 +154,7 @@ def _gpu_sampling(
         return run
 
     def cached() -> Work:
-        model, uniforms = given(genfast.models)
+        model, uniforms = given(_ours)
         return lambda: model.sample(n, shape, uniforms=uniforms).flatten(2)[:, :, :part].float()
 
     providers: dict[str, Callable[[], Work]] = {"reference": lambda: naive(False), "graph": lambda: naive(True)}
@@ -169,22 +175,26 @@ if _ceilings.DEVICE == "cuda":
         _gpu_sampling(name, build, n, shape, steps=steps, tf32=n == 1024)
         for n, steps in ((1, 64), (1024, 2), (64, 16))
         for name, build, shape in (
-            ("pixelcnn", lambda f: f.PixelCNN(), (1, 28, 28)),
-            ("gated_pixelcnn", lambda f: f.GatedPixelCNN(3, 66), (3, 32, 32)),
-            ("pixelcnnpp", lambda f: f.PixelCNNPlusPlus(3, 40), (3, 32, 32)),
-            ("wavenet", lambda f: f.WaveNet(), (1, 1000)),
+            ("pixelcnn", lambda variant: variant(genfast.models.PixelCNN)(), (1, 28, 28)),
+            ("gated_pixelcnn", lambda variant: variant(genfast.models.GatedPixelCNN)(3, 66), (3, 32, 32)),
+            ("pixelcnnpp", lambda variant: variant(genfast.models.PixelCNNPlusPlus)(3, 40), (3, 32, 32)),
+            ("wavenet", lambda variant: variant(genfast.models.WaveNet)(), (1, 1000)),
         )
     ]
-    SAMPLING.append(_gpu_sampling("pixelcnn 3 layers", lambda f: f.PixelCNN(1, 32, 3, 5), 1, (1, 28, 28)))  # all pixels
+    SAMPLING.append(
+        _gpu_sampling("pixelcnn 3 layers", lambda variant: variant(genfast.models.PixelCNN)(1, 32, 3, 5), 1, (1, 28, 28))
+    )  # all pixels
 else:
     SAMPLING = [
-        _sampling("pixelcnn 3 layers", lambda f: f.PixelCNN(1, 32, 3, 5), 2, (1, 12, 12), quick=True),
-        _sampling("pixelcnn", lambda f: f.PixelCNN(), 1, (1, 28, 28), quick=False),
-        _sampling("pixelcnn", lambda f: f.PixelCNN(), 16, (1, 28, 28), quick=False),
+        _sampling(
+            "pixelcnn 3 layers", lambda variant: variant(genfast.models.PixelCNN)(1, 32, 3, 5), 2, (1, 12, 12), quick=True
+        ),
+        _sampling("pixelcnn", lambda variant: variant(genfast.models.PixelCNN)(), 1, (1, 28, 28), quick=False),
+        _sampling("pixelcnn", lambda variant: variant(genfast.models.PixelCNN)(), 16, (1, 28, 28), quick=False),
         # 66 channels: 64 is no multiple of three colours.
-        _sampling("gated_pixelcnn", lambda f: f.GatedPixelCNN(3, 66), 1, (3, 32, 32), quick=False),
-        _sampling("pixelcnnpp", lambda f: f.PixelCNNPlusPlus(3, 40), 1, (3, 32, 32), quick=False),
-        _sampling("wavenet", lambda f: f.WaveNet(), 1, (1, 1000), quick=False),
+        _sampling("gated_pixelcnn", lambda variant: variant(genfast.models.GatedPixelCNN)(3, 66), 1, (3, 32, 32), quick=False),
+        _sampling("pixelcnnpp", lambda variant: variant(genfast.models.PixelCNNPlusPlus)(3, 40), 1, (3, 32, 32), quick=False),
+        _sampling("wavenet", lambda variant: variant(genfast.models.WaveNet)(), 1, (1, 1000), quick=False),
     ]
 
 CASES = [_training(2, 5, 16, compiled=False, quick=True), _training(8, 7, 28, compiled=True, quick=False), *SAMPLING]

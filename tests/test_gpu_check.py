@@ -221,7 +221,7 @@ README = """x
 |---|---|---|---|---|
 | `ops.actnorm` | `reference/actnorm.py` | C++ | Triton, not yet run on a GPU | `nn.ActNorm` |
 | `ops.squeeze` | `reference/squeeze.py` | C++ | Triton, not yet run on a GPU | - |
-| `sampling.Sampler` | `reference/autoregressive.py` | C++ | CUDA C++, not yet run on a GPU | - |
+| `sampling.Sampler` | `sampling/naive.py` | C++ | CUDA C++, not yet run on a GPU | - |
 """
 
 

@@ -12,8 +12,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 from benchmarks import tabular
 from genfast import nn as gnn
-from genfast.reference import autoregressive_flows as plain
-from genfast.reference.flow import Flow as PlainFlow
+from genfast.nn import plain
 
 
 @pytest.mark.parametrize(("kind", "dtype", "near"), [("MAF", torch.float32, 5e-3), ("NSF", torch.float64, 1e-4)])
@@ -35,7 +34,7 @@ def test_gradients_of_a_trained_spline_flow_are_no_further_from_float64_than_zuk
 
 
 @pytest.mark.parametrize("kind", ["MAF", "NSF"])
-@pytest.mark.parametrize(("layers", "family"), [(gnn, tabular.models.Flow), (plain.AUTOREGRESSIVE, PlainFlow)])
+@pytest.mark.parametrize(("layers", "family"), [(gnn, tabular.models.Flow), (plain, tabular.models.plain(tabular.models.Flow))])
 def test_the_same_numbers_on_zukos_weights(kind, layers, family):
     torch.manual_seed(0)
     theirs = tabular.zuko_flow(kind, 6, 3, 24).double()

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from genfast import checkpoints, cli, data, models
-from genfast.models.autoencoding import Losses
+from genfast.models.base_autoencoder import Losses
 from genfast.training import pictures
 from genfast.training import trainer as training
 from genfast.training import variational as variational_training

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._derived import derived, ordinary, readable, readable_now
+from .._modes import evaluating
 from ..programs import DegreeProgram, Layer, self_check
-from ..reference.modes import evaluating
 from ._class_swap import covered
 
 _FUNCTIONS = {

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..reference.adversarial import RELATIVISTIC
-from .adversarial import leaky_relu, mlp
 from .autoencoder import Autoencoder
-from .autoencoding import Losses, Network, squared_error
+from .base_autoencoder import Losses, Network, squared_error
+from .blocks import leaky_relu, mlp
 
 
 def check_loss(name: str, loss: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .autoencoding import AutoencoderModel, Losses, Network, decoder_network, encoder_network, squared_error
+from .base_autoencoder import AutoencoderModel, Losses, Network, decoder_network, encoder_network, squared_error
 
 
 class Autoencoder(AutoencoderModel):

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .adversarial import AdversarialModel, Recipe, leaky_relu, mlp
+from .base_adversarial import AdversarialModel, Recipe
+from .blocks import leaky_relu, mlp
 
 
 class LabelledGenerator(nn.Module):

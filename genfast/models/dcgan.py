@@ -2,44 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
-from torch import nn
-
-from .adversarial import AdversarialModel, Recipe, stages
-
-
-def dcgan_networks(
-    name: str, shape: Sequence[int], latent_dim: int, width: int, base: int, kernel_size: int
-) -> tuple[nn.Sequential, nn.Sequential]:
-    """(generator, critic): transposed convolutions of stride 2 from ``base`` x ``base`` up, and convolutions back down."""
-    if kernel_size not in (4, 5):
-        raise ValueError(f"{name}: kernel_size={kernel_size}, expected 4 (padding 1) or 5 (padding 2)")
-    number = stages(name, shape, base)
-    channels = [width << i for i in reversed(range(number))]  # 1024, 512, 256, 128 for 64 x 64 and width 128
-    same: dict[str, Any] = {"kernel_size": kernel_size, "stride": 2, "padding": (kernel_size - 1) // 2, "bias": False}
-    up = same | {"output_padding": kernel_size - 4}
-    layers: list[nn.Module] = [
-        nn.ConvTranspose2d(latent_dim, channels[0], base, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU(),
-    ]  # fmt: skip
-    for taken, given in zip(channels[:-1], channels[1:]):
-        layers += [nn.ConvTranspose2d(taken, given, **up), nn.BatchNorm2d(given), nn.ReLU()]
-    layers += [nn.ConvTranspose2d(channels[-1], shape[0], **up), nn.Tanh()]
-    generator = nn.Sequential(OrderedDict(unflatten=nn.Unflatten(1, (latent_dim, 1, 1)), main=nn.Sequential(*layers)))
-    channels.reverse()
-    layers = [nn.Conv2d(shape[0], channels[0], **same), nn.LeakyReLU(0.2)]
-    for taken, given in zip(channels[:-1], channels[1:]):
-        layers += [nn.Conv2d(taken, given, **same), nn.BatchNorm2d(given), nn.LeakyReLU(0.2)]
-    layers.append(nn.Conv2d(channels[-1], 1, base, bias=False))
-    critic = nn.Sequential(OrderedDict(main=nn.Sequential(*layers), flatten=nn.Flatten(0)))
-    for module in (*generator.modules(), *critic.modules()):
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, 0.0, 0.02)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0, 0.02)
-    return generator, critic
+from .base_adversarial import AdversarialModel, Recipe
+from .blocks import dcgan_networks
 
 
 class DCGAN(AdversarialModel):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .autoencoder import Autoencoder
-from .autoencoding import Losses, Network, squared_error
+from .base_autoencoder import Losses, Network, squared_error
 
 
 class DenoisingAutoencoder(Autoencoder):

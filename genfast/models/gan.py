@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from torch import nn
-
-from .adversarial import AdversarialModel, Recipe, leaky_relu, mlp
-
-
-def mlp_networks(shape: Sequence[int], latent_dim: int, hidden: int, depth: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """(generator, critic) of ``depth`` hidden layers each; tanh behind a generator of images, none behind one of points."""
-    dim = math.prod(shape)
-    sizes = [hidden] * depth
-    last: list[nn.Module] = [nn.Tanh(), nn.Unflatten(1, tuple(shape))] if len(shape) > 1 else []
-    generator = nn.Sequential(*mlp([latent_dim, *sizes, dim], nn.ReLU), *last)
-    critic = nn.Sequential(nn.Flatten(), *mlp([dim, *sizes, 1], leaky_relu), nn.Flatten(0))
-    return generator, critic
+from .base_adversarial import AdversarialModel, Recipe
+from .blocks import mlp_networks
 
 
 class GAN(AdversarialModel):

@@ -2,32 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from .adversarial import AdversarialModel, Recipe
-from .dcgan import dcgan_networks
-from .gan import mlp_networks
-
-
-class PointsOrImages(AdversarialModel):
-    """Perceptrons for points, the DCGAN networks for images: the models that differ from those in their game alone."""
-
-    def __init__(
-        self, shape: Sequence[int], *, latent_dim: int | None = None, hidden: int = 256, depth: int = 3, width: int = 64,
-        base: int = 4, kernel_size: int = 4,
-    ) -> None:  # fmt: skip
-        points = len(shape) == 1
-        super().__init__(shape, (2 if points else 100) if latent_dim is None else latent_dim)
-        self.config = {
-            "shape": self.shape, "latent_dim": self.latent_dim, "hidden": hidden, "depth": depth, "width": width,
-            "base": base, "kernel_size": kernel_size,
-        }  # fmt: skip
-        if points:
-            self.generator, self.critic = mlp_networks(self.shape, self.latent_dim, hidden, depth)
-        else:
-            self.generator, self.critic = dcgan_networks(
-                type(self).__name__, self.shape, self.latent_dim, width, base, kernel_size
-            )
+from .base_adversarial import PointsOrImages, Recipe
 
 
 class LSGAN(PointsOrImages):

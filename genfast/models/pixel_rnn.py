@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
-from torch import nn as tnn
+from torch import Tensor, nn
 
-from .. import nn
+from .. import nn as gnn
+from ..nn.causal import check_context
 from ..ops import _check
-from ..reference.causal import check_context
-from .autoregressive import AutoregressiveModel
+from .base_autoregressive import AutoregressiveModel
 
 
 class PixelRNN(AutoregressiveModel):
@@ -55,14 +54,16 @@ class PixelRNN(AutoregressiveModel):
             "shape": self.shape,
         }  # fmt: skip
 
-        def conv(inputs: int, outputs: int, size: int, mask_type: str, activation: str | None = None) -> nn.MaskedConv2d:
-            return nn.MaskedConv2d(inputs, outputs, size, mask_type=mask_type, data_channels=in_channels, activation=activation)
+        def conv(inputs: int, outputs: int, size: int, mask_type: str, activation: str | None = None) -> nn.Module:
+            options = {"mask_type": mask_type, "data_channels": in_channels, "activation": activation}
+            layer: nn.Module = self.layers.MaskedConv2d(inputs, outputs, size, **options)
+            return layer
 
-        lstm = nn.RowLSTM if kind == "row" else nn.DiagonalBiLSTM
-        self.scale = nn.ScaleLevels(levels)
+        lstm = self.layers.RowLSTM if kind == "row" else self.layers.DiagonalBiLSTM
+        self.scale = gnn.ScaleLevels(levels)
         self.first = conv(in_channels, channels, 7, "A")
-        self.lstms = tnn.ModuleList(lstm(channels, channels // 2, data_channels=in_channels) for _ in range(layers))
-        self.ups = tnn.ModuleList(conv(channels // 2, channels, 1, "B") for _ in range(layers))
+        self.lstms = nn.ModuleList(lstm(channels, channels // 2, data_channels=in_channels) for _ in range(layers))
+        self.ups = nn.ModuleList(conv(channels // 2, channels, 1, "B") for _ in range(layers))
         self.hidden = conv(channels, channels, 1, "B", "relu")
         self.out = conv(channels, levels * in_channels, 1, "B")
 

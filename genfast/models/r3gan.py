@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .adversarial import AdversarialModel, Recipe, stages
+from .base_adversarial import AdversarialModel, Recipe
+from .blocks import stages
 
 GAIN = math.sqrt(2 / (1 + 0.2**2))  # of LeakyReLU(0.2)
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .adversarial import AdversarialModel, Recipe, spectral_norm, stages
+from ..nn.spectral_norm import spectral_norm
+from .base_adversarial import AdversarialModel, Recipe
+from .blocks import stages
 
 
 def _conv(taken: int, given: int, kernel_size: int, bias: bool = True) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..losses import kl_to_bernoulli
 from .autoencoder import Autoencoder
-from .autoencoding import Losses, Network, squared_error
+from .base_autoencoder import Losses, Network, squared_error
 
 
 class SparseAutoencoder(Autoencoder):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import losses, ops
 from ..reference.discretized_logistic_mixture import mixture
-from ..reference.models import dequantize
-from .autoencoding import AutoencoderModel, Losses, Network, decoder_network, encoder_network
+from .base_autoencoder import AutoencoderModel, Losses, Network, decoder_network, encoder_network
+from .base_flow import dequantize
 
 
 class VAE(AutoencoderModel):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses, ops
-from .adversarial import leaky_relu, mlp, stages
 from .adversarial_autoencoder import check_loss
-from .autoencoding import AutoencoderModel, Losses, Network, decoder_network, encoder_network
+from .base_autoencoder import AutoencoderModel, Losses, Network, decoder_network, encoder_network
+from .blocks import leaky_relu, mlp, stages
 
 
 class FeatureCritic(nn.Module):

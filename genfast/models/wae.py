@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .autoencoder import Autoencoder
-from .autoencoding import Losses, Network, squared_error
+from .base_autoencoder import Losses, Network, squared_error
 
 
 class WAE(Autoencoder):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .adversarial import Recipe
-from .lsgan import PointsOrImages
+from .base_adversarial import PointsOrImages, Recipe
 
 
 class WGAN(PointsOrImages):

@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from .adversarial import AdversarialModel, Recipe, mlp, stages
+from .base_adversarial import AdversarialModel, Recipe
+from .blocks import mlp, stages
 
 
 class ResidualBlock(nn.Module):

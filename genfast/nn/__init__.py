@@ -1,6 +1,12 @@
 """Thin modules over :mod:`genfast.ops`: one file per operation family."""
 
-from ..reference.causal import (
+from .actnorm import ActNorm
+from .affine_coupling import AffineCoupling, GlowStep
+from .autoregressive import Inverse, MaskedAutoregressive
+from .batch_norm_flow import BatchNormFlow
+from .bias_act import BiasAct
+from .bijection import Bijection, FlowSequential
+from .causal import (
     AppendOnes,
     ConcatELU,
     ConditionBias,
@@ -12,12 +18,6 @@ from ..reference.causal import (
     ScaleLevels,
     Shift,
 )
-from .actnorm import ActNorm
-from .affine_coupling import AffineCoupling, GlowStep
-from .autoregressive import Inverse, MaskedAutoregressive
-from .batch_norm_flow import BatchNormFlow
-from .bias_act import BiasAct
-from .bijection import Bijection, FlowSequential
 from .contextual_similarity import ContextualLoss
 from .gated_activation import GatedActivation, GatedMaskedConv2d
 from .gradient_penalty import CriticStep, GradientPenalty

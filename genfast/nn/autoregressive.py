@@ -13,18 +13,17 @@ from .._calls import changes_nothing, class_of
 from .._compiler import uncompiled
 from .._contents import ModuleContents
 from .._derived import readable_module
+from .._modes import evaluating
 from ..programs import DegreeProgram, LoweringError, layers_of
 from ..programs import self_check as checks
-from ..reference import autoregressive_flows as plain
-from ..reference.modes import evaluating
 from .bijection import Bijection
 from .made import MADE
-from .univariate import Fast, spline_options
+from .univariate import AffineMap, Mapped, spline_options, univariate
 
 _ENGINE_SCALES = {"exp": "exp", "softclamp": "softclamp", "sigmoid": "sigmoid2", "additive": "additive"}
 
 
-class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
+class MaskedAutoregressive(Mapped, Bijection):
     """An autoregressive layer: z_i = f(x_i; theta_i), theta_i a function of the x before i, by a masked network.
 
     ``forward`` is one parallel pass. ``inverse`` goes through the network in the order of its degrees
@@ -56,13 +55,40 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
     """
 
     def __init__(self, network: nn.Module, *, transform: str = "affine", **options: Any) -> None:
-        super().__init__(network, transform=transform, **options)
+        super().__init__()
+        self.network = network
+        self.map = univariate(transform, options)
+        outputs = getattr(network, "outputs", self.map.outputs)
+        if outputs != self.map.outputs:
+            raise ValueError(
+                f"MaskedAutoregressive: the network has outputs={outputs}, expected {self.map.outputs} for {self.map}"
+            )
         self._program: DegreeProgram | None = None
         self._lowered: ModuleContents | None = None  # what ``_program`` was made from: of a MADE, whose layers follow from that
         self._proven: tuple[object, object] | None = None  # the program's code and the map that agreed with the network
 
     def __getstate__(self) -> dict[str, Any]:  # a copy lowers its own network
         return self.__dict__ | {"_program": None, "_lowered": None, "_proven": None}
+
+    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        params: Tensor = self.network(x) if context is None else self.network(x, context)
+        if params.shape != (*x.shape, self.map.outputs):
+            raise ValueError(
+                f"MaskedAutoregressive: the network {type(self.network).__name__} returned {tuple(params.shape)} for an input "
+                f"of {tuple(x.shape)}, expected {(*x.shape, self.map.outputs)}"
+            )
+        return params
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._mapped(x, self._params(x, context), False)
+
+    def inverse_plain(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One pass of the whole network per feature: after pass k, the first k of the order are right."""
+        x = torch.zeros_like(z)
+        logdet = z.new_zeros(z.shape[0])
+        for _ in range(z.shape[1]):
+            x, logdet = self._mapped(z, self._params(x, context), True)
+        return x, logdet
 
     def program(self, context: Tensor | None = None) -> DegreeProgram:
         """The network in the order of its degrees, lowered once.
@@ -108,7 +134,7 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
         return result
 
     def _solve(self, z: Tensor, program: DegreeProgram) -> tuple[Tensor, Tensor]:
-        if isinstance(self.map, plain.AffineMap):
+        if isinstance(self.map, AffineMap):
             scale = f"affine:{_ENGINE_SCALES[self.map.scale]}"
             return ops.autoregressive_inverse(z, program, scale, flip=self.map.normalising, eps=0.0)
         return ops.autoregressive_inverse(z, program, "spline", bins=self.map.bins, **spline_options(self.map))
@@ -140,7 +166,7 @@ class MaskedAutoregressive(Fast, plain.MaskedAutoregressive, Bijection):
         return str(self.map)
 
 
-class Inverse(plain.Inverse, Bijection):
+class Inverse(Bijection):
     """A bijection the other way round: ``forward`` is its inverse, ``inverse`` its forward.
 
     Around a :class:`MaskedAutoregressive` it is an inverse autoregressive flow (IAF): sampling is the parallel pass.
@@ -157,4 +183,13 @@ class Inverse(plain.Inverse, Bijection):
     def __init__(self, bijection: nn.Module) -> None:
         if not callable(getattr(bijection, "inverse", None)):
             raise TypeError(f"Inverse: {type(bijection).__name__} has no inverse method")
-        super().__init__(bijection)
+        super().__init__()
+        self.bijection: Any = bijection
+
+    def forward(self, x: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
+        result: tuple[Any, Tensor] = self.bijection.inverse(x, context)
+        return result
+
+    def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
+        result: tuple[Any, Tensor] = self.bijection(z, context)
+        return result

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, reference
 from .._derived import derived, ordinary
-from ..reference import made
+from ..reference.masked_linear import ACTIVATIONS
 
 
-class MaskedLinear(made.MaskedLinear):
+def integers(name: str, argument: str, value: Tensor | Sequence[int]) -> Tensor:
+    """``value`` as int64 (n,), or an error that names the argument."""
+    t = torch.as_tensor(value)
+    if t.dim() != 1 or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+        raise ValueError(f"{name}: {argument} has dtype {t.dtype} and shape {tuple(t.shape)}, expected integers (n,)")
+    return t.long()
+
+
+class MaskedLinear(nn.Linear):
     """A linear layer of a masked autoencoder, through :func:`genfast.ops.masked_linear`.
 
     The degrees are in the state_dict beside ``weight`` and ``bias``. The weight is never masked in place: dead entries keep
@@ -37,10 +47,52 @@ class MaskedLinear(made.MaskedLinear):
         torch.Size([5, 4])
     """
 
+    in_degrees: Tensor
+    out_degrees: Tensor
+    rows: Tensor
+    columns: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        in_degrees: Tensor | Sequence[int],
+        out_degrees: Tensor | Sequence[int],
+        *,
+        strict: bool = False,
+        bias: bool = True,
+    ) -> None:
+        degrees = [integers("MaskedLinear", n, d) for n, d in (("in_degrees", in_degrees), ("out_degrees", out_degrees))]
+        super().__init__(len(degrees[0]), len(degrees[1]), bias)
+        self.strict = strict
+        self.register_buffer("in_degrees", degrees[0].clone())
+        self.register_buffer("out_degrees", degrees[1].clone())
+        self._sort()
+
     def _sort(self) -> None:
-        # Also where the degrees are drawn anew, or a checkpoint is loaded, under inference mode: training saves these.
+        """How the degrees sort; not in the state_dict, since it follows from them."""
+        # In ordinary mode also where the degrees are drawn or loaded under inference mode, since training saves these.
         with ordinary():
-            super()._sort()
+            sorts = reference.staircase(self.in_degrees, self.out_degrees, self.strict)
+            for name, value in zip(("rows", "columns", "counts"), sorts):
+                self.register_buffer(name, value, persistent=False)
+
+    def set_degrees(self, in_degrees: Tensor | Sequence[int], out_degrees: Tensor | Sequence[int]) -> None:
+        """Another mask over the same weights, none of which is touched."""
+        for name, value in (("in_degrees", in_degrees), ("out_degrees", out_degrees)):
+            buffer, degrees = getattr(self, name), integers("MaskedLinear", name, value)
+            if degrees.shape != buffer.shape:
+                raise ValueError(f"MaskedLinear: {name} has shape {tuple(degrees.shape)}, expected {tuple(buffer.shape)}")
+            buffer.copy_(degrees)
+        self._sort()
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._sort()
+
+    @property
+    def mask(self) -> Tensor:
+        """Which weights are live, bool like ``weight``."""
+        return reference.staircase_mask(self.rows, self.columns, self.counts)
 
     @property
     def staircase(self) -> ops.Staircase:
@@ -61,4 +113,7 @@ class MaskedLinear(made.MaskedLinear):
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         fused = activation if activation == "relu" else "none"
         y = ops.masked_linear(x, self.weight, self.bias, mask=self.staircase, activation=fused)
-        return y if fused == activation else made.ACTIVATIONS[activation](y)
+        return y if fused == activation else ACTIVATIONS[activation](y)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', strict=True' if self.strict else ''}"

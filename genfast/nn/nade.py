@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .. import ops
-from ..reference.nade import NADE as PlainNADE
-from ..reference.nade import DeepNADE as PlainDeepNADE
+from ..reference.nade import ACTIVATIONS
+from .made import input_degrees
 
 
-class NADE(PlainNADE):
+class NADE(nn.Module):
     """The conditionals of a NADE, through :func:`genfast.ops.nade`: parameters of p(x_d | those before d) for each d.
 
     Args:
@@ -37,6 +42,50 @@ class NADE(PlainNADE):
         >>> logits, x = layer(torch.ones(2, 8)), layer.sample(torch.rand(5, 8, 1))
     """
 
+    order: Tensor
+
+    def __init__(
+        self, features: int, hidden: int = 500, outputs: int = 1, *, activation: str = "sigmoid", rescale: bool = False,
+        order: str | Tensor | Sequence[int] | None = None, context: int = 0, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value, least in (
+            ("features", features, 1), ("hidden", hidden, 1), ("outputs", outputs, 1), ("context", context, 0),
+        ):  # fmt: skip
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"NADE: {name}={value!r}, expected a whole number of at least {least}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"NADE: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+        self.features, self.hidden, self.outputs, self.activation = features, hidden, outputs, activation
+        self.context_features = context
+        degrees = input_degrees(features, order, generator)  # type: ignore[arg-type]
+        if len(set(degrees.tolist())) != features:
+            raise ValueError(f"NADE: order={degrees.tolist()}, expected each of 1 to {features} once")
+        self.register_buffer("order", degrees)
+        self._sort()
+        self.weight = nn.Parameter(torch.empty(features, hidden))
+        self.readout = nn.Parameter(torch.empty(features, outputs, hidden))
+        self.bias = nn.Parameter(torch.zeros(features, outputs))
+        self.hidden_bias = nn.Parameter(torch.zeros(hidden))
+        # At step d, a is a sum of d terms.
+        self.rescale = nn.Parameter(1 / torch.arange(1, features + 1, dtype=torch.float32).sqrt()) if rescale else None
+        self.context = nn.Linear(context, hidden, bias=False) if context else None
+        nn.init.normal_(self.weight, std=features**-0.5)
+        nn.init.uniform_(self.readout, -(hidden**-0.5), hidden**-0.5)
+
+    def _sort(self) -> None:
+        """Feature of each step, and step of each feature; they follow from the order."""
+        self.register_buffer("_feature", self.order.argsort(), persistent=False)
+        self.register_buffer("_step", self.order - 1, persistent=False)
+        self._natural = bool((self.order == torch.arange(1, self.features + 1, device=self.order.device)).all())
+
+    _feature: Tensor
+    _step: Tensor
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._sort()
+
     def _parameters_of(self, x: Tensor, hidden_bias: Tensor) -> Tensor:
         return ops.nade(x, self.weight, self.readout, self.bias, hidden_bias, rescale=self.rescale, activation=self.activation)
 
@@ -49,8 +98,57 @@ class NADE(PlainNADE):
             given=given, known=known,
         )  # fmt: skip
 
+    def _hidden_bias(self, n: int, context: Tensor | None) -> Tensor:
+        if (context is not None) != (self.context is not None):
+            said = "with" if context is not None else "without"
+            raise ValueError(f"NADE: made with context={self.context_features}, called {said} one")
+        if context is None or self.context is None:
+            return self.hidden_bias
+        if tuple(context.shape) != (n, self.context_features):
+            raise ValueError(f"NADE: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}")
+        added: Tensor = self.context(context)
+        return self.hidden_bias + added
 
-class DeepNADE(PlainDeepNADE):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(N, D, outputs) of x (N, D) and context (N, K)."""
+        if x.dim() != 2 or x.shape[1] != self.features:
+            raise ValueError(f"NADE: x has shape {tuple(x.shape)}, expected (N, {self.features})")
+        hidden_bias = self._hidden_bias(x.shape[0], context)
+        if self._natural:
+            return self._parameters_of(x, hidden_bias)
+        return self._parameters_of(x[:, self._feature], hidden_bias)[:, self._step]
+
+    @torch.no_grad()
+    def sample(
+        self, uniforms: Tensor, kind: str = "bernoulli", *, context: Tensor | None = None, given: Tensor | None = None,
+        known: Tensor | None = None, temperature: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """x (N, D) from uniforms (N, D, 1), or 2 of a mixture; see :func:`genfast.ops.nade_sample`.
+
+        ``temperature`` divides logits, and multiplies the deviations of a mixture.
+        """
+        if temperature <= 0:
+            raise ValueError(f"NADE.sample: temperature={temperature}, expected a positive number")
+        readout: Tensor = self.readout
+        bias: Tensor = self.bias
+        if kind == "gaussian_mixture":
+            third = self.outputs // 3
+            cold = torch.zeros_like(bias)
+            cold[:, 2 * third :] = math.log(temperature)
+            bias = bias + cold
+        elif temperature != 1:
+            readout, bias = readout / temperature, bias / temperature
+        hidden_bias = self._hidden_bias(uniforms.shape[0], context)
+        if self._natural:
+            return self._samples_of(uniforms, readout, bias, hidden_bias, given, known, kind)
+        given, known = (t if t is None else t[:, self._feature] for t in (given, known))
+        return self._samples_of(uniforms[:, self._feature], readout, bias, hidden_bias, given, known, kind)[:, self._step]
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, {self.hidden}, outputs={self.outputs}, activation={self.activation!r}"
+
+
+class DeepNADE(nn.Module):
     """One network for every order (DeepNADE): from [x m, m], m the mask of what is known, to parameters of all the rest.
 
     Args:
@@ -73,3 +171,70 @@ class DeepNADE(PlainDeepNADE):
         >>> net = genfast.nn.DeepNADE(8, (32, 32))
         >>> logits = net(torch.ones(2, 8), torch.arange(8).expand(2, 8) < 3)
     """
+
+    def __init__(
+        self, features: int, hidden: Sequence[int] = (500, 500), outputs: int = 1, *, activation: str = "relu", context: int = 0
+    ) -> None:
+        super().__init__()
+        hidden = tuple(hidden)
+        for name, value, least in (
+            ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *(("hidden", h, 1) for h in hidden),
+        ):  # fmt: skip
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"DeepNADE: {name}={value!r}, expected a whole number of at least {least}")
+        if not hidden:
+            raise ValueError("DeepNADE: hidden=(), expected at least one layer")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"DeepNADE: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+        self.features, self.hidden, self.outputs, self.activation = features, hidden, outputs, activation
+        self.context_features = context
+        sizes = [2 * features + context, *hidden, features * outputs]
+        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+
+    def _rest(self, a: Tensor) -> Tensor:
+        """The last hidden layer from the first one's pre-activation."""
+        h = ACTIVATIONS[self.activation](a)
+        for layer in list(self.linears)[1:-1]:
+            h = ACTIVATIONS[self.activation](layer(h))
+        return h
+
+    def forward(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+        """(N, D, outputs) of x (N, D), mask (N, D) and context (N, K): what x holds where ``mask`` is 0 has no part."""
+        if x.dim() != 2 or x.shape[1] != self.features or mask.shape != x.shape:
+            wanted = f"(N, {self.features})"
+            raise ValueError(f"DeepNADE: x has shape {tuple(x.shape)} and mask {tuple(mask.shape)}, expected {wanted} of both")
+        m = mask.to(x.dtype)
+        parts = [torch.where(mask.bool(), x, 0), m, *self._context(x.shape[0], context)]
+        first, last = self.linears[0], self.linears[-1]
+        out: Tensor = last(self._rest(first(torch.cat(parts, 1)))).unflatten(1, (self.features, self.outputs))
+        return out
+
+    def _context(self, n: int, context: Tensor | None) -> list[Tensor]:
+        if (context is not None) != bool(self.context_features):
+            said = "with" if context is not None else "without"
+            raise ValueError(f"DeepNADE: made with context={self.context_features}, called {said} one")
+        if context is None:
+            return []
+        if tuple(context.shape) != (n, self.context_features):
+            raise ValueError(f"DeepNADE: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}")
+        return [context]
+
+    def first(self, n: int, context: Tensor | None = None) -> Tensor:
+        """The first layer's pre-activation (N, H) where nothing is known yet."""
+        layer = self.linears[0]
+        bias: Tensor = layer.bias  # type: ignore[assignment]
+        found = self._context(n, context)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return F.linear(found[0], weight[:, 2 * self.features :], bias) if found else bias.expand(n, -1)
+
+    def learn(self, x: Tensor, feature: Tensor) -> Tensor:
+        """What the first pre-activation gains (F, M, H) when each feature (F,), whose values are x (F, M), becomes known."""
+        columns: Tensor = self.linears[0].weight.t()  # type: ignore[operator]
+        return x[..., None] * columns[feature][:, None] + columns[feature + self.features][:, None]
+
+    def conditional(self, a: Tensor, feature: Tensor) -> Tensor:
+        """Parameters (F, M, outputs) of each feature (F,), given the first pre-activation a (F, M, H)."""
+        last = self.linears[-1]
+        rows: Tensor = last.weight.unflatten(0, (self.features, self.outputs))  # type: ignore[operator]
+        bias: Tensor = last.bias.unflatten(0, (self.features, self.outputs))  # type: ignore[operator]
+        return self._rest(a) @ rows[feature].transpose(1, 2) + bias[feature][:, None]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._torch_private import fake_tensors, transform
-from ..reference.made import ACTIVATIONS
+from ..reference.masked_linear import ACTIVATIONS
 from .degree_program import Layer
 from .errors import LoweringError
 

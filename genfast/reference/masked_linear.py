@@ -5,9 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# What stands between the layers of a masked network, by name.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": F.elu, "gelu": F.gelu, "leaky_relu": F.leaky_relu, "none": lambda x: x, "relu": F.relu, "sigmoid": torch.sigmoid,
+    "silu": F.silu, "softplus": F.softplus, "tanh": torch.tanh,
+}  # fmt: skip
 
 
 def staircase(in_degrees: Tensor, out_degrees: Tensor, strict: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import write_atomically
-from ..reference.modes import evaluating
+from .._modes import evaluating
 from . import inputs
 from .sampler import Sampler
 

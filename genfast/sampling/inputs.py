@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._modes import evaluating
 from .._torch_private import TorchDispatchMode
-from ..reference.autoregressive import AutoregressiveModel
-from ..reference.modes import evaluating
 
 INPUTS = ("integers", "unit", "signed")
 Network = Callable[..., Any]
@@ -380,8 +379,7 @@ def _refusal(name: str, network: Any, shape: Sequence[int], conditions: Conditio
 def own_input(network: Any) -> Input:
     """Whole numbers, of our models, which say so; None of a network that has to be asked, as one made from them has."""
     inner = unwrapped(network)
-    ours = isinstance(inner, AutoregressiveModel) and type(inner).__module__.startswith("genfast.")
-    return "integers" if ours else None
+    return getattr(type(inner), "input", None) if type(inner).__module__.startswith("genfast.models.") else None
 
 
 def entry(

@@ -16,17 +16,17 @@ from .. import _backend, _pool
 from .._calls import Structure, hook_in_the_way, state, without_numbers
 from .._contents import Contents, marks
 from .._derived import readable_module
+from .._modes import evaluating
 from .._native import kernels
 from ..nn.masked_conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from ..programs import self_check as checks
 from ..programs.errors import LoweringError
 from ..programs.pixel_program import Program
-from ..reference.autoregressive import head_channels, naive_sample, not_drawable
-from ..reference.modes import evaluating
 from . import inputs
 from .first_difference import first_difference
 from .inputs import Conditions, Context, Entrance, Input, Unknown
 from .lowering import Lowered, lower
+from .naive import head_channels, naive_sample, not_drawable
 from .steps import NotCausalError
 
 _FIELDS = "program weights statics cache images uniforms record faults record_size n first_row last_row given temperature"

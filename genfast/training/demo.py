@@ -11,8 +11,6 @@ import torch
 
 from .. import models
 from .._peak_memory import peak_bytes
-from ..reference import autoregressive
-from ..reference import models as plain
 from . import data, pictures
 from .adversarial import AdversarialTrainer
 from .trainer import Trainer
@@ -34,7 +32,7 @@ def run(out: Path, seconds: float) -> int:
     digits = data.load("digits")
     print(f"data: {len(digits.train)} handwritten digits to train on, {len(digits.test)} held out", flush=True)
     trainers: dict[str, Trainer] = {}
-    for label, build, last in (("genfast", models.Glow, True), ("plain PyTorch", plain.Glow, False)):
+    for label, build, last in (("genfast", models.Glow, True), ("plain PyTorch", models.plain(models.Glow), False)):
         torch.manual_seed(0)  # the same initial weights, and below the same batches and noise
         model = build(digits.shape, **CONFIG, channels_last=last)
         trainers[label] = Trainer(model, digits, batch_size=64, lr=1e-3)
@@ -104,7 +102,7 @@ def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
     """Trains two PixelCNNs in turn, draws the same 64 digits with both samplers, and completes digits from their upper half."""
     config: dict[str, Any] = {"channels": 64, "layers": 6, "kernel_size": 5, "levels": digits.bins, "shape": digits.shape}
     trainers: dict[str, Trainer] = {}
-    for label, build in (("genfast", models.PixelCNN), ("plain PyTorch", autoregressive.PixelCNN)):
+    for label, build in (("genfast", models.PixelCNN), ("plain PyTorch", models.plain(models.PixelCNN))):
         torch.manual_seed(0)
         trainers[label] = Trainer(build(**config), digits, batch_size=64, lr=2e-3)
         for _ in range(2):

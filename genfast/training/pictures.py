@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._files import write_atomically
+from .._modes import evaluating
 from ..models import AutoencoderModel
-from ..reference.modes import evaluating
 
 
 def image_grid(images: Tensor, bins: int, *, columns: int = 8, scale: int | None = None) -> Any:

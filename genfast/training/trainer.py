@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .. import _signals, models
 from .._files import write_text
+from .._modes import evaluating
+from ..models import AutoregressiveModel
 from ..programs import LoweringError
-from ..reference.autoregressive import AutoregressiveModel
-from ..reference.modes import evaluating
 from . import checkpoints, distributed
 from .data import Dataset
 from .pictures import image_grid, plot_losses, save_picture

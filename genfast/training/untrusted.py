@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import models
-from ..reference import made
+from .. import nn as gnn
 
 LARGEST = 2**24  # number in a config; a width, a count of layers or the side of an image is far below it
 LARGEST_SHAPE = 2**28  # numbers in one sample
@@ -140,9 +140,9 @@ def _check_values(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"its {key} holds other values than 1 and -1")
     for prefix, module in model.named_modules():
         path = f"{prefix}." if prefix else ""
-        if isinstance(module, made.MADE):
+        if isinstance(module, gnn.MADE):
             _check_degrees(path, module, tensors)
-        if isinstance(module, made.MaskedLinear):
+        if isinstance(module, gnn.MaskedLinear):
             continue
         for name, own in module.named_buffers(recurse=False):
             key = f"{path}{name}"
@@ -160,7 +160,7 @@ def _check_values(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 raise ValueError(f"its {key} is no permutation of {int(own.min())} to {int(own.max())}")
 
 
-def _check_degrees(path: str, module: made.MADE, tensors: dict[str, Tensor]) -> None:
+def _check_degrees(path: str, module: gnn.MADE, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError where a layer does not go on with the degrees that the layer before ended with."""
     names = [f"{path}linears.{i}." for i in range(len(module.linears))]
     first = before = tensors[f"{names[0]}in_degrees"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import losses, models
+from .._modes import evaluating
 from ..models import AutoencoderModel
-from ..reference.modes import evaluating
 from . import checkpoints, distributed, pictures
 from . import trainer as training
 from .data import Dataset

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genfast import checkpoints, data, distributed, models
-from genfast.models.autoencoding import Losses
+from genfast.models.base_autoencoder import Losses
 from genfast.training import trainer as training
 from genfast.training import variational as variational_training
 from genfast.training.variational import AutoencoderTrainer

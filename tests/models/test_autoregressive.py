@@ -10,8 +10,7 @@ import torch
 
 import genfast
 from genfast import data, models
-from genfast.models import GatedPixelCNN, PixelCNN, PixelCNNPlusPlus, PixelRNN, WaveNet
-from genfast.reference import autoregressive as plain
+from genfast.models import GatedPixelCNN, PixelCNN, PixelCNNPlusPlus, PixelRNN, WaveNet, plain
 from genfast.training import trainer as training
 
 
@@ -44,11 +43,11 @@ def test_probabilities_of_a_tiny_space_sum_to_one(model, shape):
 
 
 TWINS = [
-    (PixelCNN, plain.PixelCNN, (3, 18, 3, 5, 6), {}, (3, 6, 7), None),
-    (GatedPixelCNN, plain.GatedPixelCNN, (3, 12, 3, 3, 6), {"context_channels": 4}, (3, 6, 7), (4, 4)),
-    (GatedPixelCNN, plain.GatedPixelCNN, (1, 12, 2, 5, 6), {"context_channels": 2}, (1, 6, 7), (4, 2, 6, 7)),
-    (WaveNet, plain.WaveNet, (16, 8, 12, 3, 2), {"context_channels": 2}, (1, 30), (4, 2, 30)),
-    (PixelCNNPlusPlus, plain.PixelCNNPlusPlus, (3, 8, 1, 3), {}, (3, 8, 8), None),
+    (PixelCNN, plain(PixelCNN), (3, 18, 3, 5, 6), {}, (3, 6, 7), None),
+    (GatedPixelCNN, plain(GatedPixelCNN), (3, 12, 3, 3, 6), {"context_channels": 4}, (3, 6, 7), (4, 4)),
+    (GatedPixelCNN, plain(GatedPixelCNN), (1, 12, 2, 5, 6), {"context_channels": 2}, (1, 6, 7), (4, 2, 6, 7)),
+    (WaveNet, plain(WaveNet), (16, 8, 12, 3, 2), {"context_channels": 2}, (1, 30), (4, 2, 30)),
+    (PixelCNNPlusPlus, plain(PixelCNNPlusPlus), (3, 8, 1, 3), {}, (3, 8, 8), None),
 ]
 
 

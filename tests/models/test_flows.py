@@ -9,7 +9,6 @@ import torch
 
 import genfast
 from genfast import models
-from genfast.reference import models as plain
 
 CASES = {
     "nice": ("NICE", {"dim": 10, "hidden": 32, "depth": 2}, (10,)),
@@ -34,10 +33,10 @@ CASES = {
 each_case = pytest.mark.parametrize("case", CASES)
 
 
-def built(case, family=models, dtype=torch.float64):
+def built(case, variant=lambda model: model, dtype=torch.float64):
     name, config, shape = CASES[case]
     torch.manual_seed(0)
-    model = getattr(family, name)(**config).to(dtype)
+    model = variant(getattr(models, name))(**config).to(dtype)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():  # the zero layers too, so that every coupling does something
         with torch.no_grad():
@@ -77,7 +76,7 @@ def test_logdet_is_the_jacobians(case):
 
 def plain_copy(model, case):
     name, config, _ = CASES[case]
-    twin = getattr(plain, name)(**config).to(next(model.parameters()).dtype)
+    twin = models.plain(getattr(models, name))(**config).to(next(model.parameters()).dtype)
     twin.load_state_dict(model.state_dict())
     return twin
 
@@ -88,10 +87,10 @@ def test_the_plain_twin_starts_equal_and_its_state_dict_gives_the_same_density(c
     torch.manual_seed(3)
     first = getattr(models, name)(**config)
     torch.manual_seed(3)
-    second = getattr(plain, name)(**config)
+    second = models.plain(getattr(models, name))(**config)
     assert list(first.state_dict()) == list(second.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
-    twin, x, context = built(case, plain)
+    twin, x, context = built(case, models.plain)
     expected = twin.log_prob(x, context)
     model = getattr(models, name)(**config).double()
     model.load_state_dict(twin.state_dict())
@@ -104,7 +103,7 @@ def test_the_plain_twin_starts_equal_and_its_state_dict_gives_the_same_density(c
         assert (f is None) == (e is None), key
         if e is not None:
             torch.testing.assert_close(f, e, rtol=1e-7, atol=1e-9)
-    single, x32, context32 = built(case, models, torch.float32)
+    single, x32, context32 = built(case, dtype=torch.float32)
     single.load_state_dict(twin.state_dict())
     torch.testing.assert_close(single.log_prob(x32, context32).double(), expected, rtol=2e-5, atol=2e-4)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from genfast import models
-from genfast.reference import autoregressive as plain
 
 PIXELS = {"channels": 4, "layers": 1, "levels": 5, "shape": (1, 4, 4)}
 CASES = {
@@ -46,6 +45,6 @@ def test_rows_take_their_conditions():
     pixels = models.PixelCNN(**PIXELS)
     same(pixels, prefix=torch.randint(5, (7, 1, 2, 4)))
     same(pixels, prefix=torch.randint(5, (1, 1, 2, 4)), method="naive")
-    same(plain.PixelCNN(**PIXELS), prefix=torch.randint(5, (7, 1, 2, 4)))
+    same(models.plain(models.PixelCNN)(**PIXELS), prefix=torch.randint(5, (7, 1, 2, 4)))
     given, known = torch.randint(2, (7, 6)), torch.rand(7, 6) < 0.5
     same(models.DeepNADE(6, hidden=8, orders=2).eval(), given=given, known=known)

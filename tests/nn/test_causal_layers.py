@@ -1,4 +1,4 @@
-"""Shifted convolutions and the small layers of causal networks, which genfast.nn takes from genfast.reference.causal."""
+"""Shifted convolutions and the small layers of causal networks."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from genfast import nn as gnn
 from genfast import ops
-from genfast.reference import causal
+from genfast.nn import plain as twins
 from genfast.sampling import receptive_field
 from tests.nn.test_masked_conv import ORDERS, colours, compiled_equals_eager, same_numbers, seen
 
@@ -169,7 +169,7 @@ def test_conditions_that_do_not_fit(context_channels, shape, message):
         layer(x, x, None if shape is None else torch.zeros(shape))
 
 
-@pytest.mark.parametrize("twin", [gnn, causal], ids=["nn", "plain"])
+@pytest.mark.parametrize("twin", [gnn, twins], ids=["nn", "plain"])
 def test_errors_of_the_gated_layer(twin):
     for options, message in (
         (dict(kernel_size=4), "kernel_size=4, expected an odd number"),
@@ -193,7 +193,7 @@ def test_the_plain_twin_gives_the_same_numbers(mask_type, order):
     x = torch.randn(2, 6, 5, 6).double()
     for context in (None, torch.randn(2, 4).double(), torch.randn(2, 4, 5, 6).double()):
         features = None if context is None else 4
-        pair = [t.GatedMaskedConv2d(6, 6, 3, context_channels=features, **options).double() for t in (gnn, causal)]
+        pair = [t.GatedMaskedConv2d(6, 6, 3, context_channels=features, **options).double() for t in (gnn, twins)]
         same_numbers(*pair, [x, x + 1, *([] if context is None else [context])])
 
 
@@ -201,7 +201,7 @@ def test_the_plain_twin_gives_the_same_numbers(mask_type, order):
 def test_the_plain_gate_gives_the_same_numbers(groups):
     x = torch.randn(2, 12, 3, 4)
     for bias in (None, torch.randn(12), torch.randn(2, 12), torch.randn(2, 12, 3, 4)):
-        torch.testing.assert_close(gnn.GatedActivation(groups)(x, bias), causal.GatedActivation(groups)(x, bias))
+        torch.testing.assert_close(gnn.GatedActivation(groups)(x, bias), twins.GatedActivation(groups)(x, bias))
         assert torch.equal(gnn.GatedActivation(groups)(x, bias), ops.gated_activation(x, bias, groups=groups))
     assert repr(gnn.GatedActivation()) == "GatedActivation()"
     assert repr(gnn.GatedActivation(3)) == "GatedActivation(groups=3)"

@@ -9,7 +9,7 @@ import torch
 
 import genfast
 from genfast import nn, reference
-from genfast.reference import made as plain
+from genfast.nn import plain
 
 FORMS = [
     {},

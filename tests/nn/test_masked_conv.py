@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genfast import nn as gnn
-from genfast.reference import causal
+from genfast.nn import plain as twins
 
 CONV = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
 
@@ -293,9 +293,9 @@ def test_the_plain_twin_gives_the_same_numbers(mask_type, order):
     options = dict(mask_type=mask_type, data_channels=3, group_order=order)
     x = torch.randn(2, 6, 5, 6).double()
     for kernel, more in ((3, {}), ((2, 4), {"activation": "relu"}), ((2, 3), {"center": (1, 2), "dilation": 2})):
-        pair = [t.MaskedConv2d(6, 9, kernel, **options, **more).double() for t in (gnn, causal)]
+        pair = [t.MaskedConv2d(6, 9, kernel, **options, **more).double() for t in (gnn, twins)]
         same_numbers(*pair, [x])
-    pair = [t.MaskedConv1d(6, 9, 2, dilation=3, center=(1,), bias=False, **options).double() for t in (gnn, causal)]
+    pair = [t.MaskedConv1d(6, 9, 2, dilation=3, center=(1,), bias=False, **options).double() for t in (gnn, twins)]
     same_numbers(*pair, [x[..., 0]])
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from genfast import nn as gnn
-from genfast.reference import autoregressive_flows as plain
+from genfast.models.conditioners import ResidualMLP
 from tests.nn.test_bijection_of_vectors import MASK, Conditioner
 
 
@@ -63,7 +63,7 @@ def test_nflows_spline_coupling_on_its_own_weights():
     theirs = PiecewiseRationalQuadraticCouplingTransform(
         ~MASK, lambda a, b: ResidualNet(a, b, hidden_features=16), num_bins=6, tails="linear", tail_bound=3.0
     ).double()
-    conditioner = plain.ResidualMLP(3, 2 * 17, 16, 2)
+    conditioner = ResidualMLP(3, 2 * 17, 16, 2)
     net = theirs.transform_net
     conditioner.first.load_state_dict(net.initial_layer.state_dict())
     conditioner.last.load_state_dict(net.final_layer.state_dict())

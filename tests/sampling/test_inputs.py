@@ -14,7 +14,7 @@ from torch import nn
 
 from genfast import models
 from genfast import nn as gnn
-from genfast.reference.modes import evaluating
+from genfast._modes import evaluating
 from genfast.sampling import CausalityError, LoweringError, Sampler, assert_causal, inputs, receptive_field, sample_equivalence
 
 LEVELS = 8

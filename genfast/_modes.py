@@ -31,7 +31,7 @@ def evaluating(*networks: object) -> Iterator[None]:
 
     Example:
         >>> import torch
-        >>> from genfast.reference.modes import evaluating
+        >>> from genfast._modes import evaluating
         >>> net = torch.nn.Sequential(torch.nn.BatchNorm2d(3).eval(), torch.nn.Dropout())
         >>> with evaluating(net):
         ...     net[1].training

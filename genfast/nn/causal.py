@@ -1,20 +1,10 @@
-"""Layers of causal networks in plain PyTorch.
-
-Those that plain PyTorch computes as well as anything (shifted convolutions, shifts, the image as input, conditions) are
-offered by :mod:`genfast.nn` as they are. The masked convolutions and the gate are the usual implementation, and stand in the
-plain twins of the models, where genfast.nn has its own.
-"""
+"""Layers of causal networks without an op of ours: shifted convolutions, shifts, levels and conditions."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .masked_conv import conv_mask
 
 
 class DownShiftedConv2d(nn.Conv2d):
@@ -210,105 +200,3 @@ def check_context(name: str, context: Tensor | None, conditional: bool) -> None:
         raise ValueError(f"{name}: context is None, expected a condition, as context_channels was given")
     if not conditional and context is not None:
         raise ValueError(f"{name}: context is given, expected None without context_channels")
-
-
-class _MaskedConv(nn.modules.conv._ConvNd):
-    """The usual masked convolution: the library's, on the weight times a mask."""
-
-    dims: int
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], *, dilation: int = 1, bias: bool = True,
-        mask_type: str = "B", data_channels: int = 1, group_order: str = "interleaved",
-        center: Sequence[int] | None = None, activation: str | None = None,
-    ) -> None:  # fmt: skip
-        kernel = (kernel_size,) * self.dims if isinstance(kernel_size, int) else tuple(kernel_size)
-        at = tuple(k // 2 for k in kernel) if center is None else tuple(center)
-        none = (0,) * self.dims
-        ones = (1,) * self.dims
-        super().__init__(in_channels, out_channels, kernel, ones, none, (dilation,) * self.dims, False, none, 1, bias, "zeros")
-        mask = conv_mask(self.weight.shape, at, mask_type, data_channels, group_order, 1)
-        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
-        self.pads = [p for k, c in zip(reversed(kernel), reversed(at)) for p in (c * dilation, (k - 1 - c) * dilation)]
-        self.activation = activation
-        with torch.no_grad():
-            self.weight.mul_(self.mask)
-
-    mask: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
-        weight = self.weight * self.mask
-        if self.pads[::2] == self.pads[1::2]:
-            y = conv(x, weight, self.bias, padding=tuple(reversed(self.pads[::2])), dilation=self.dilation)
-        else:
-            y = conv(F.pad(x, self.pads), weight, self.bias, dilation=self.dilation)
-        return F.relu(y) if self.activation == "relu" else y
-
-
-class MaskedConv1d(_MaskedConv):
-    dims = 1
-
-
-class MaskedConv2d(_MaskedConv):
-    dims = 2
-
-
-class GatedActivation(nn.Module):
-    """tanh(f + V_f) sigmoid(g + V_g) of the halves of (N, 2 C, ...), or of those of ``groups`` blocks of channels."""
-
-    def __init__(self, groups: int = 1) -> None:
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is not None:
-            x = x + bias.reshape(*bias.shape, *(1,) * (x.dim() - max(bias.dim(), 2)))
-        f, g = x.unflatten(1, (self.groups, 2, -1)).unbind(2)
-        return (torch.tanh(f) * torch.sigmoid(g)).flatten(1, 2)
-
-
-class GatedMaskedConv2d(nn.Module):
-    """A layer of Gated PixelCNN; see :class:`genfast.nn.GatedMaskedConv2d`."""
-
-    def __init__(
-        self, in_channels: int, channels: int, kernel_size: int = 3, *, mask_type: str = "B", data_channels: int = 1,
-        group_order: str = "interleaved", context_channels: int | None = None, residual: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        name = type(self).__name__
-        if kernel_size % 2 == 0:
-            raise ValueError(f"{name}: kernel_size={kernel_size}, expected an odd number")
-        if data_channels < 1 or channels % data_channels:
-            raise ValueError(f"{name}: channels={channels} is not a multiple of data_channels={data_channels}")
-        half = kernel_size // 2
-        colours: dict[str, Any] = dict(data_channels=data_channels, group_order=group_order)
-        blocks = data_channels if group_order == "blocked" else 1
-        masked, gate = self._parts()
-        self.residual = residual and mask_type == "B" and in_channels == channels
-        self.vertical = DownShiftedConv2d(in_channels, 2 * channels, (half + 1, kernel_size))
-        self.horizontal = masked(in_channels, 2 * channels, (1, half + 1), center=(0, half), mask_type=mask_type, **colours)
-        self.down = Shift(down=1)
-        self.link = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.gate_v, self.gate_h = gate(blocks), gate(blocks)
-        self.out = masked(channels, channels, 1, mask_type="B", **colours)
-        self.skip = masked(channels, channels, 1, mask_type="B", **colours)
-        self.condition_v = self.condition_h = None
-        if context_channels is not None:
-            self.condition_v = ConditionBias(context_channels, 2 * channels)
-            self.condition_h = ConditionBias(context_channels, 2 * channels)
-
-    def _parts(self) -> tuple[Any, Any]:
-        """The masked convolution and the gate."""
-        return MaskedConv2d, GatedActivation
-
-    def forward(self, v: Tensor, h: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        check_context(type(self).__name__, context, self.condition_v is not None)
-        rows = self.vertical(v)
-        left = self.horizontal(h) + self.link(self.down(rows))
-        if self.condition_v is None or self.condition_h is None:
-            v, gated = self.gate_v(rows), self.gate_h(left)
-        else:
-            v, gated = self.gate_v(rows, self.condition_v(context)), self.gate_h(left, self.condition_h(context))
-        out = self.out(gated)
-        return v, h + out if self.residual else out, self.skip(gated)

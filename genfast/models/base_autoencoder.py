@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.modes import evaluating
-from .adversarial import mlp, stages
+from .._modes import evaluating
+from .blocks import mlp, stages
 
 Network = Literal["perceptron", "convolutional"]
 

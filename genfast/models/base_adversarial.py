@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.spectral_norm import spectral_norm
+from .._modes import evaluating
 from ..reference.adversarial import CRITIC_LOSSES
-from ..reference.modes import evaluating
-
-__all__ = ["AdversarialModel", "Recipe", "leaky_relu", "mlp", "spectral_norm", "stages"]
+from .blocks import dcgan_networks, mlp_networks
 
 
 @dataclass(frozen=True)
@@ -62,28 +59,6 @@ class Recipe:
     def penalties(self) -> tuple[str, ...]:
         """The kinds of penalty, one by one."""
         return () if self.penalty is None else (self.penalty,) if isinstance(self.penalty, str) else tuple(self.penalty)
-
-
-def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-    """Linear layers of these sizes with an ``activation()`` between them."""
-    layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
-    for taken, given in zip(sizes[1:-1], sizes[2:]):
-        layers += [activation(), nn.Linear(taken, given)]
-    return layers
-
-
-def leaky_relu() -> nn.Module:
-    return nn.LeakyReLU(0.2)
-
-
-def stages(name: str, shape: Sequence[int], base: int) -> int:
-    """How often ``base`` x ``base`` is doubled up to the side of images of ``shape``; an error where it cannot be."""
-    if len(shape) != 3 or shape[1] != shape[2] or base < 1:
-        raise ValueError(f"{name}: shape={tuple(shape)} and base={base}, expected square images (C, side, side) and base >= 1")
-    number = int(math.log2(max(shape[1] / base, 1)))
-    if number < 1 or base << number != shape[1]:
-        raise ValueError(f"{name}: shape={tuple(shape)}, expected a side of {base} (base) times 2, 4, 8, ...")
-    return number
 
 
 class AdversarialModel(nn.Module):
@@ -149,3 +124,24 @@ class AdversarialModel(nn.Module):
         with evaluating(self.generator):
             drawn: Tensor = self.generator(*(t if rows is None else t[rows] for t in (z, *given)))
         return drawn
+
+
+class PointsOrImages(AdversarialModel):
+    """Perceptrons for points, the DCGAN networks for images: the models that differ from those in their game alone."""
+
+    def __init__(
+        self, shape: Sequence[int], *, latent_dim: int | None = None, hidden: int = 256, depth: int = 3, width: int = 64,
+        base: int = 4, kernel_size: int = 4,
+    ) -> None:  # fmt: skip
+        points = len(shape) == 1
+        super().__init__(shape, (2 if points else 100) if latent_dim is None else latent_dim)
+        self.config = {
+            "shape": self.shape, "latent_dim": self.latent_dim, "hidden": hidden, "depth": depth, "width": width,
+            "base": base, "kernel_size": kernel_size,
+        }  # fmt: skip
+        if points:
+            self.generator, self.critic = mlp_networks(self.shape, self.latent_dim, hidden, depth)
+        else:
+            self.generator, self.critic = dcgan_networks(
+                type(self).__name__, self.shape, self.latent_dim, width, base, kernel_size
+            )
