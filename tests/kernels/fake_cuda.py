@@ -540,7 +540,7 @@ class FakeCuda:
         patch(torch.autograd, "_engine_run_backward", _run_backward)
         patch(torch.autograd.function.FunctionCtx, "set_materialize_grads", _set_materialize_grads)
         patch(JITFunction, "run", lambda kernel, *args, **kwargs: gpu.launch(kernel, *args, **kwargs))
-        patch(_registry, "_len_torch_dispatch_stack", lambda: 0)
+        patch(_registry, "dispatch_modes", lambda: 0)
         patch(_registry, "_PLAIN", (*_registry._PLAIN, FakeTensor))
         signatures = {
             id(op.signature): _registry.Signature(op.kinds, op._taken("cpu"), op._taken("cuda")) for op in OPS.values()
