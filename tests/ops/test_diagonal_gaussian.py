@@ -76,8 +76,9 @@ def test_the_halves_of_an_encoders_output_are_read_in_place():
     both = torch.randn(6, 20)
     mean, log_variance = both.chunk(2, 1)
     torch.testing.assert_close(ops.diagonal_gaussian_kl(mean, log_variance), library(mean, log_variance).sum(1))
-    _, _, places = import_module("genfast.ops.diagonal_gaussian")._in_order(mean, (log_variance,))
-    assert places == [(mean.data_ptr(), 20), (log_variance.data_ptr(), 20)]
+    first, rows, [(second, stride)] = import_module("genfast.ops.diagonal_gaussian")._in_order(mean, (log_variance,))
+    assert (first.data_ptr(), rows.stride) == (mean.data_ptr(), 20)
+    assert (second.data_ptr(), stride) == (log_variance.data_ptr(), 20)
 
 
 def test_near_the_prior_it_neither_cancels_nor_becomes_negative():
