@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,6 +22,7 @@ from genfast._registry import OPS
 from genfast.ops import _autoregressive_inverse_cuda as cuda
 from genfast.ops.autoregressive_inverse import TRANSFORMS
 from genfast.sampling import DegreeProgram, Layer
+from tests.kernels import addresses
 
 ROOT = Path(__file__).parents[2]
 POINTERS = (
@@ -33,7 +35,7 @@ class Args(ctypes.Structure):
     """DegreeOrderedArgs of csrc/cuda/kernels.h."""
 
     _fields_ = [
-        *((p, ctypes.c_void_p) for p in POINTERS),
+        ("stream", ctypes.c_void_p), *((p, ctypes.c_void_p) for p in POINTERS),
         *((s, ctypes.c_int64) for s in ("n", "rows", "units", "statics_width")),
         *((s, ctypes.c_int32) for s in ("items", "inputs", "width", "given", "transform", "bins", "tails")),
         ("inverse", ctypes.c_bool), ("zuko", ctypes.c_bool), ("options", ctypes.c_float * 9),
@@ -61,32 +63,16 @@ def gpu(library, monkeypatch):
     """The op's path for a GPU on CPU tensors; ``team`` is (samples a block, warps, order of threads reversed)."""
     state = SimpleNamespace(team=(1, 1, False), launches=0, misaligned=[])
 
-    def run(args, backward):
+    def run(backward, options=(), **fields):
+        args = Args(**addresses(fields), options=(ctypes.c_float * 9)(*options))
         state.misaligned.append(args.weights % 16)
         assert library.degree_ordered(ctypes.byref(args), backward, *state.team), "a thread waits for others that never come"
         state.launches += 1
 
-    def forward(stream, items, tables, order, weights, statics, z, x, logdet, scratch, n, rows, statics_width, count, inputs,
-                width, given, transform, bins, tails, inverse, zuko, options):  # fmt: skip
-        run(
-            Args(item_list=items, tables=tables, order=order, weights=weights, statics=statics, z=z, x=x, logdet=logdet,
-                 n=n, rows=rows, statics_width=statics_width, items=count, inputs=inputs, width=width, given=given,
-                 transform=transform, bins=bins, tails=tails, inverse=inverse, zuko=zuko,
-                 options=(ctypes.c_float * 9)(*options)),
-            False,
-        )  # fmt: skip
-
-    def backward(stream, items, tables, order, weights, grad_x, slopes, by_value, constant, kept, scratch, n, units, count,
-                 inputs, width):  # fmt: skip
-        run(
-            Args(item_list=items, tables=tables, order=order, weights=weights, z=grad_x, slopes=slopes, by_value=by_value,
-                 constant=constant, kept=kept, n=n, rows=units, units=units, items=count, inputs=inputs, width=width),
-            True,
-        )  # fmt: skip
-
     stand_in = SimpleNamespace(
-        degree_ordered=forward, degree_ordered_backward=backward, degree_ordered_scratch=lambda n, rows: 0
-    )
+        degree_ordered=functools.partial(run, False), degree_ordered_backward=functools.partial(run, True),
+        degree_ordered_scratch=lambda n, rows: 0,
+    )  # fmt: skip
     monkeypatch.setattr(cuda, "_CUDA", stand_in)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))

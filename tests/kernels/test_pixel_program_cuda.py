@@ -23,6 +23,7 @@ from genfast.sampling import LoweringError, Sampler
 from genfast.sampling import sampler as sampling
 from genfast.sampling.inputs import Conditions, bind
 from genfast.sampling.lowering import lower
+from tests.kernels import addresses
 
 ROOT = Path(__file__).parents[2]
 POINTERS = ("program", "weights", "statics", "cache", "images", "uniforms", "record", "scratch", "faults")
@@ -36,7 +37,7 @@ FIELDS = [
 class Args(ctypes.Structure):
     """PixelProgramArgs of csrc/cuda/kernels.h."""
 
-    _fields_ = FIELDS
+    _fields_ = [("stream", ctypes.c_void_p), *FIELDS]
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pixel_program")]  # one worker builds the emulated kernel
@@ -61,8 +62,8 @@ def gpu(library, monkeypatch):
     """The GPU's path of the sampler on CPU tensors; ``team`` is (images a block, warps, lanes of a warp, order reversed)."""
     state = SimpleNamespace(team=(1, 1, 1, False), launches=[])
 
-    def launch(stream, *values):
-        args = Args(*values)
+    def launch(**fields):
+        args = Args(**addresses(fields))
         assert library.pixel_program(ctypes.byref(args), *state.team), "a thread waits for others that never come"
         state.launches.append((args.n, args.first_row, args.last_row))
 
