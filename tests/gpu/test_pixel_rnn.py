@@ -70,7 +70,7 @@ def test_a_refused_launch_is_named_and_forgotten():
     """More shared memory than a block may have; the next launch does not report it again."""
     kernels = pytest.importorskip("genfast._cuda")
     with pytest.raises(RuntimeError, match=r"genfast::row_lstm: CUDA said: "):
-        kernels.pixel_rnn(0, False, *[0] * 7, 1, 64, 64, 1, 10**5, 3)
+        kernels.pixel_rnn(gates=None, n=1, hidden=64, depth=64, height=1, width=10**5, taps=3)
     gates, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 2, 3)
     with genfast.backend("cuda"):
         h = ops.row_lstm(gates.cuda(), weight.cuda())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from genfast import ops
+from tests.kernels import addresses
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "csrc" / "cuda" / "pixel_rnn.cu"
@@ -27,7 +29,8 @@ SIZES = ("n", "hidden", "depth", "height", "width", "taps")
 
 class Args(ctypes.Structure):
     _fields_ = [
-        ("diagonal", ctypes.c_bool), *((p, ctypes.c_void_p) for p in POINTERS), *((s, ctypes.c_int64) for s in SIZES)
+        ("stream", ctypes.c_void_p), ("diagonal", ctypes.c_bool), *((p, ctypes.c_void_p) for p in POINTERS),
+        *((s, ctypes.c_int64) for s in SIZES),
     ]  # fmt: skip
 
 
@@ -45,7 +48,7 @@ def library(tmp_path_factory):
     entry = """
 extern "C" int run(const genfast::cuda::PixelRnnArgs* args, int backward, int processors) {
   host_processors = processors;
-  const int error = backward ? genfast::cuda::pixel_rnn_backward(*args, 0) : genfast::cuda::pixel_rnn(*args, 0);
+  const int error = backward ? genfast::cuda::pixel_rnn_backward(*args) : genfast::cuda::pixel_rnn(*args);
   return error ? -1 : int(host_cluster);
 }
 """
@@ -61,17 +64,10 @@ def kernels(library, monkeypatch):
     """The registered CUDA kernels on CPU tensors; ``processors`` and ``clusters`` set and tell how a launch was cut."""
     state = SimpleNamespace(processors=1, clusters=[])
 
-    def call(backward, **values):
-        state.clusters.append(library.run(ctypes.byref(Args(**values)), backward, state.processors))
+    def call(backward, **fields):
+        state.clusters.append(library.run(ctypes.byref(Args(**addresses(fields))), backward, state.processors))
 
-    def forward(stream, diagonal, gates, weight, h0, c0, h, kept, carry, n, hidden, depth, height, width, taps):
-        call(0, diagonal=diagonal, gates=gates, weight=weight, h0=h0, c0=c0, h=h, kept=kept, carry=carry, n=n,
-             hidden=hidden, depth=depth, height=height, width=width, taps=taps)  # fmt: skip
-
-    def backward(stream, diagonal, grad_h, grad_kept, kept, weight, c0, dgates, carry, n, hidden, height, width, taps):
-        call(1, diagonal=diagonal, grad_h=grad_h, grad_kept=grad_kept, kept=kept, weight=weight, c0=c0, dgates=dgates,
-             carry=carry, n=n, hidden=hidden, depth=hidden, height=height, width=width, taps=taps)  # fmt: skip
-
+    forward, backward = functools.partial(call, 0), functools.partial(call, 1)
     monkeypatch.setattr(ops.pixel_rnn, "_CUDA", SimpleNamespace(pixel_rnn=forward, pixel_rnn_backward=backward))
     monkeypatch.setattr(ops.pixel_rnn, "_fits", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
