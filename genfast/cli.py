@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError
 
 from . import __version__, _files, _info, _signals, _verify, losses, models
-from .training import checkpoints, data, distributed
+from .training import TrainingError, checkpoints, data, distributed, pictures, runs
+from .training.trainer import IMPORTANCE_SAMPLES
 
 BACKGROUND = "behind what is transparent in pictures: white (default), black, #20a0ff"
 
@@ -186,10 +187,8 @@ def _check_numbers(a: argparse.Namespace, *names: str) -> None:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from .training import trainer as training
-
     _check_numbers(a, "steps", "minutes", "batch_size", "size", "lr", "generator_lr", "critic_lr")
-    training.check_plots()
+    runs.check_plots()
     if a.out is not None:  # the default name is the data's
         distributed.on_first(_files.check_folder, a.out, "train: --out")
         distributed.on_first(checkpoints.check_folder, a.out, a.resume)
@@ -219,75 +218,51 @@ def _train(a: argparse.Namespace) -> int:
         unknown += [
             f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight") for k, v in recipe.items() if v is not None
         ]
-    elif not unknown:
-        return _train_adversarial(a, config, recipe)
-    dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed, background=a.background)
-    dataset = data.binarized(dataset) if a.binary else dataset
     decided = issubclass(models.NAMES[a.model], models.AutoregressiveModel | models.AutoencoderModel)
     if unknown or (decided and a.levels is not None):
         raise ValueError(f"train: {a.model} takes no {', '.join(unknown) or '--levels; the data decide them'}")
-    if autoencoder:
-        return _train_autoencoder(a, dataset, config)
+    dataset: data.Dataset | data.Points
+    if adversarial and a.data in data.POINTS:
+        dataset = data.points(a.data, seed=a.seed)
+    else:
+        images = data.load(a.data, size=a.size, root=a.root, seed=a.seed, background=a.background)
+        dataset = data.binarized(images) if a.binary else images
     if a.model == "glow" and a.levels is None and min(dataset.shape[1:]) < 16:
         config["levels"] = 2  # the default of three needs multiples of eight, and leaves 8x8 images one position
-    out = a.out or Path("out", f"{a.model}-{dataset.name}")
-    metrics = training.train(
-        a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, steps=a.steps, minutes=a.minutes,
-        batch_size=a.batch_size, lr=1e-3 if a.lr is None else a.lr, seed=a.seed, device=a.device, resume=a.resume,
-        parallel=a.parallel,
-    )  # fmt: skip
-    _say(f"{metrics['steps']} steps, {metrics['test_bits_per_dim']:.3f} bits/dim on held-out images; see {out}")
-    return 0
-
-
-def _train_autoencoder(a: argparse.Namespace, dataset: data.Dataset, config: dict[str, Any]) -> int:
-    from .training import variational as variational_training
-
-    out = a.out or Path("out", f"{a.model}-{dataset.name}")
-    written = variational_training.train(
-        a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, steps=a.steps, minutes=a.minutes,
-        batch_size=a.batch_size, lr=1e-3 if a.lr is None else a.lr, seed=a.seed, device=a.device, resume=a.resume,
-    )  # fmt: skip
-    said = f"{written['steps']} steps, on held-out images "
-    if "test_elbo" in written:
-        said += (
-            f"ELBO {written['test_elbo']:.2f} nats = {written['test_reconstruction']:.2f} - {written['test_kl']:.2f} (KL), "
-            f"{written['test_bits_per_dim']:.3f} bits/dim, {written['test_importance_weighted_bits_per_dim']:.3f} with "
-            f"{variational_training.IMPORTANCE_SAMPLES} importance samples, "
-        )
-    _say(f"{said}mean squared error {written['test_mse']:.4f}; see {out}")
-    return 0
-
-
-def _train_adversarial(a: argparse.Namespace, config: dict[str, Any], recipe: dict[str, Any]) -> int:
-    from .training import adversarial as adversarial_training
-
-    if a.data in data.POINTS:
-        dataset: data.Dataset | data.Points = data.points(a.data, seed=a.seed)
-    else:
-        dataset = data.load(a.data, size=a.size, root=a.root, seed=a.seed, background=a.background)
-    for side in ("generator_lr", "critic_lr"):
-        recipe[side] = a.lr if recipe[side] is None else recipe[side]
     chosen = {k: v for k, v in recipe.items() if v is not None}
-    if a.penalty is not None:
+    if adversarial and a.penalty is not None:
         kinds = tuple(a.penalty.split(","))
         chosen["penalty"] = None if kinds == ("none",) else kinds[0] if len(kinds) == 1 else kinds
     out = a.out or Path("out", f"{a.model}-{dataset.name}")
-    written = adversarial_training.train(
+    written = runs.train(
         a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, recipe=chosen, steps=a.steps,
-        minutes=a.minutes, batch_size=a.batch_size, seed=a.seed, device=a.device, resume=a.resume,
-        sample_every=a.sample_every,
+        minutes=a.minutes, batch_size=a.batch_size, lr=a.lr, seed=a.seed, device=a.device, resume=a.resume,
+        sample_every=a.sample_every, parallel=a.parallel,
     )  # fmt: skip
-    said = f"{written['steps']} steps, critic {written['critic_loss']:.3f}, generator {written['generator_loss']:.3f}"
-    if "covered" in written:
-        said += f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples within 3 sigma"
-    _say(f"{said}; see {out}")
+    _say(f"{written['steps']} steps, {_result(written)}; see {out}")
     return 0
 
 
-def _sample_adversarial(model: models.AdversarialModel, metadata: dict[str, str], a: argparse.Namespace) -> None:
-    from .training import pictures
+def _result(written: dict[str, Any]) -> str:
+    """What a run has come to, in words."""
+    if "critic_loss" in written:
+        text = f"critic {written['critic_loss']:.3f}, generator {written['generator_loss']:.3f}"
+        if "covered" in written:
+            text += f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples within 3 sigma"
+        return text
+    if "test_mse" not in written:
+        return f"{written['test_bits_per_dim']:.3f} bits/dim on held-out images"
+    text = "on held-out images "
+    if "test_elbo" in written:
+        text += (
+            f"ELBO {written['test_elbo']:.2f} nats = {written['test_reconstruction']:.2f} - {written['test_kl']:.2f} (KL), "
+            f"{written['test_bits_per_dim']:.3f} bits/dim, {written['test_importance_weighted_bits_per_dim']:.3f} with "
+            f"{IMPORTANCE_SAMPLES} importance samples, "
+        )
+    return f"{text}mean squared error {written['test_mse']:.4f}"
 
+
+def _sample_adversarial(model: models.AdversarialModel, metadata: dict[str, str], a: argparse.Namespace) -> None:
     context = None if a.label is None else torch.full((a.n,), a.label)
     samples = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), context=context)
     if distributed.first():
@@ -295,8 +270,6 @@ def _sample_adversarial(model: models.AdversarialModel, metadata: dict[str, str]
 
 
 def _sample(a: argparse.Namespace) -> int:
-    from .training import pictures
-
     _check_numbers(a, "n")
     model, metadata, checkpoint = checkpoints.load(a.checkpoint, a.device)
     points = isinstance(model, models.AdversarialModel) and len(model.shape) == 1
@@ -355,7 +328,6 @@ def _feature_network(a: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
 
 def _style(a: argparse.Namespace) -> int:
     from .models import neural_style
-    from .training import pictures
 
     _check_numbers(a, "steps", "size")
     distributed.check_device(a.device)
@@ -414,8 +386,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError) as error:
-        from .training import TrainingError
-
         rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
         said = " ".join(str(error).split()) or type(error).__name__
         print(f"genfast: {'' if rank == '0' else f'rank {rank}: '}error: {said}", file=sys.stderr)
@@ -445,10 +415,9 @@ def _run(a: argparse.Namespace) -> int:
         return _verify.run(a.op, a.device, a.dtype, a.seed, **options)
     if a.command == "demo":
         from .training import demo
-        from .training import trainer as training
 
         _check_numbers(a, "seconds")
-        training.check_plots()
+        runs.check_plots()
         _files.check_folder(a.out, "demo: --out")
         return demo.run(a.out, a.seconds)
     if a.command in ("train", "sample"):

@@ -13,11 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from genfast import checkpoints, cli, data, models
-from genfast.training import adversarial as adversarial_training
-from genfast.training import trainer as training
-from genfast.training import untrusted
-from genfast.training import variational as variational_training
+from genfast import checkpoints, cli, data, models, training
+from genfast.training import runs, untrusted
 
 SMALL = {"levels": 1, "steps": 1, "hidden": 4}
 
@@ -142,8 +139,8 @@ def test_the_numbers_of_a_state_run_no_code(run, digits, tmp_path):
     trainer = training.Trainer(checkpoints.load(run)[0], digits, batch_size=8)
     trainer.restore(run / "checkpoint-2")
     state = trainer.state()
-    state["optimizer"]["param_groups"][0]["lr"] = Evil(tmp_path / "ran")
-    checkpoints.save(run, "glow", trainer.model, state | {"step": 3, "losses": [1.0] * 3}, 17)
+    state["optimizers"]["model"]["param_groups"][0]["lr"] = Evil(tmp_path / "ran")
+    checkpoints.save(run, "glow", trainer.model, state | {"step": 3, "history": [{}] * 3}, 17)
     with pytest.raises(ValueError, match="does not fit what it is to resume"):
         training.train("glow", digits, run, steps=4, batch_size=8, resume=True)
     assert not (tmp_path / "ran").exists()
@@ -264,12 +261,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 @pytest.mark.parametrize("name", sorted(models.NAMES))
 def test_every_model_has_its_shapes_without_memory(tmp_path, digits, name):
     """So that what is checked before a model is built is the model."""
-    if issubclass(models.NAMES[name], models.AdversarialModel):
-        config = adversarial_training._config(name, digits, {})
-    elif issubclass(models.NAMES[name], models.AutoencoderModel):
-        config = variational_training._config(name, digits, {})
-    else:
-        config = training._fitted(name, digits)[1] | ({"levels": 1} if name == "glow" else {})
+    config = runs.fitted(name, digits, {"levels": 1} if name == "glow" else {})[1]
     with untrusted._Shapes(10**4, 10**7):
         shapes = models.build(name, **config)
     metadata = {"model": name, "config": json.dumps(shapes.config), "bins": "17", "step": "1"}
@@ -288,9 +280,9 @@ def test_two_runs_cannot_share_a_folder(run, digits):
             with pytest.raises(BlockingIOError, match="another process trains in"):
                 training.train("glow", digits, run, steps=3, batch_size=8, **options)
         with pytest.raises(BlockingIOError):
-            adversarial_training.train("gan", digits, run, steps=1)
+            training.train("gan", digits, run, steps=1)
         with pytest.raises(BlockingIOError):
-            variational_training.train("vae", digits, run, steps=1)
+            training.train("vae", digits, run, steps=1)
     assert not (run / checkpoints.LOCK).exists()
     assert resume(run, digits)["steps"] == 3
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genfast import _signals, checkpoints, cli, data
-from genfast.training import trainer as training
+from genfast import _signals, checkpoints, cli, data, training
 
 WORDS = ["train", "glow", "--steps", "100000", "--hidden", "4", "--flow-steps", "1", "--batch-size", "8", "--out"]
 
@@ -47,7 +46,7 @@ def send(monkeypatch, owner, name, signum, when=1, times=1):
 @pytest.mark.parametrize(("signum", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_the_step_and_saves(tmp_path, capsys, monkeypatch, signum, status):
     # In the middle of the third step, when its batch is drawn and nothing has been learnt from it.
-    send(monkeypatch, training.Trainer, "_portion", getattr(signal, signum), when=3)
+    send(monkeypatch, training.Trainer, "batch", getattr(signal, signum), when=3)
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main([*WORDS, str(tmp_path / "run")]) == status
     assert capsys.readouterr().err.splitlines() == [f"genfast: stopped at step 3; checkpoint kept in {tmp_path / 'run'}"]
@@ -75,7 +74,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path, monkeypat
 
 def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
     calls = send(monkeypatch, checkpoints, "_checksum", signal.SIGINT, times=2)
-    send(monkeypatch, training.Trainer, "_portion", signal.SIGINT)
+    send(monkeypatch, training.Trainer, "batch", signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         training.train("glow", data.load("digits"), tmp_path / "run", config={"levels": 1, "hidden": 4, "steps": 1}, steps=9)
     assert len(calls) == 1
@@ -94,8 +93,8 @@ def test_somebody_elses_handlers_stay(tmp_path, monkeypatch):
     heard = []
     signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    send(monkeypatch, training.Trainer, "_portion", signal.SIGTERM)
-    send(monkeypatch, training.Trainer, "_bits", signal.SIGHUP)
+    send(monkeypatch, training.Trainer, "batch", signal.SIGTERM)
+    send(monkeypatch, training.Trainer, "_losses", signal.SIGHUP)
     metrics = training.train("glow", data.load("digits"), tmp_path, config={"levels": 1, "hidden": 4, "steps": 1}, steps=2)
     assert heard == [signal.SIGTERM]
     assert metrics["steps"] == 2

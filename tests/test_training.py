@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genfast import checkpoints, data, models
-from genfast.training import trainer as training
+from genfast import checkpoints, data, models, training
+from genfast.training import pictures, runs
 
 SMALL = {"levels": 2, "steps": 1, "hidden": 4}
 
@@ -73,7 +73,7 @@ def test_every_model_trains_on_images(tmp_path, digits, name):
 
 
 def test_a_run_logs_every_step_once(tmp_path, digits, capsys, monkeypatch):
-    monkeypatch.setattr(training, "SPEAK", 0.0)  # a line for each step in the place of one for half a minute
+    monkeypatch.setattr(runs, "SPEAK", 0.0)  # a line for each step in the place of one for half a minute
     options = {"config": SMALL, "batch_size": 8}
     training.train("glow", digits, tmp_path / "run", steps=3, **options)
     said = capsys.readouterr().err.splitlines()
@@ -83,7 +83,7 @@ def test_a_run_logs_every_step_once(tmp_path, digits, capsys, monkeypatch):
     log = tmp_path / "run" / "log.csv"
     with log.open("a") as file:
         file.write("4,9.9,1.5\n5,9.")  # of steps that no checkpoint has, the last one torn
-    monkeypatch.setattr(training, "SPEAK", 30.0)
+    monkeypatch.setattr(runs, "SPEAK", 30.0)
     metrics = training.train("glow", digits, tmp_path / "run", steps=6, resume=True, batch_size=8)
     assert capsys.readouterr().err == ""
     rows = [line.split(",") for line in log.read_text().splitlines()]
@@ -100,8 +100,8 @@ def test_a_picture_that_fails_does_not_end_a_run(tmp_path, digits, capsys, monke
         assert checkpoints.steps(tmp_path / "run") == [2]
         raise RuntimeError("no\nfont")
 
-    monkeypatch.setattr(training, "plot_losses", fail)
-    monkeypatch.setattr(training, "image_grid", fail)
+    monkeypatch.setattr(pictures, "plot_losses", fail)
+    monkeypatch.setattr(pictures, "image_grid", fail)
     assert training.train("glow", digits, tmp_path / "run", config=SMALL, steps=2, batch_size=8)["steps"] == 2
     said = capsys.readouterr().err.splitlines()
     assert said == [f"genfast: {tmp_path / 'run' / name} was not drawn: no font" for name in ("loss.png", "samples.png")]
@@ -124,9 +124,9 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(tmp_path, digits, monkey
         raise OSError("disk full")
 
     if where == "replace":
-        monkeypatch.setattr(training.os, "replace", crash)
+        monkeypatch.setattr(os, "replace", crash)
     else:
-        monkeypatch.setattr(training.torch, "save", crash)
+        monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="disk full"):
         training.train("glow", digits, run, steps=8, resume=True)
     monkeypatch.undo()
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, digi
     training.train("glow", digits, run, config=SMALL, steps=4)
     broken = data.Dataset("digits", digits.train, digits.test, digits.bins)
     real = models.dequantize
-    monkeypatch.setattr(training.models, "dequantize", lambda *a, **k: real(*a, **k) * float("nan"))
+    monkeypatch.setattr(models, "dequantize", lambda *a, **k: real(*a, **k) * float("nan"))
     with pytest.raises(training.TrainingError, match="the loss is nan at step 5.*; checkpoint-4 is kept in"):
         training.train("glow", broken, run, steps=8, resume=True)
     assert training.latest(run).name == "checkpoint-4"

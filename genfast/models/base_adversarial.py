@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import losses, ops, reference
 from .._modes import evaluating
-from ..reference.adversarial import CRITIC_LOSSES
+from ..reference.adversarial import CRITIC_LOSSES, RELATIVISTIC
 from .blocks import dcgan_networks, mlp_networks
+from .phases import Losses
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,34 @@ class Recipe:
         return () if self.penalty is None else (self.penalty,) if isinstance(self.penalty, str) else tuple(self.penalty)
 
 
+@contextmanager
+def _without_gradient(module: nn.Module) -> Iterator[None]:
+    """While entered, what is computed has no gradient in the module's parameters."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
 class AdversarialModel(nn.Module):
     """A generator of data from Gaussian latents, and its critic. ``config`` rebuilds the model.
 
     Images have values in [-1, 1]; points, shape (D,), any. ``generator(z)`` takes (N, latent_dim) and gives (N, *shape);
     ``critic(x)`` gives one logit per sample, (N,). A model with ``classes`` takes labels, int64 (N,), as a second argument
-    of both. ``recipe`` says how its paper trains it; :class:`genfast.training.AdversarialTrainer` does so.
+    of both. ``recipe`` says how its paper trains it; :class:`genfast.training.Trainer` does so.
+
+    A step has ``recipe.critic_steps`` phases of the critic, each with loss and penalty from one ``ops.critic_step``, and one
+    of the generator. With ``recipe.lazy`` = k > 1 the penalty has an update of its own after every k-th one of the critic, k
+    times as strong, and the critic's Adam has learning rate lr c and betas^c, c = k / (k + 1) (StyleGAN2, arXiv:1912.04958,
+    appendix B). ``method`` is that of ``ops.critic_step``.
     """
 
     recipe: Recipe = Recipe()
+    method = "auto"
     generator: nn.Module
     critic: nn.Module
     config: dict[str, Any]
@@ -84,6 +106,108 @@ class AdversarialModel(nn.Module):
             raise ValueError(f"{name}: latent_dim={latent_dim}, expected at least 1")
         if classes is not None and classes < 1:
             raise ValueError(f"{name}: classes={classes}, expected at least 1")
+
+    # ---- training ----
+
+    @property
+    def phases(self) -> tuple[tuple[str, ...], ...]:
+        """The updates of a step, each by the player that it updates."""
+        return (("critic",),) * self.recipe.critic_steps + (("generator",),)
+
+    def player(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of "critic" or "generator"."""
+        part: nn.Module = getattr(self, name)
+        return part.parameters()
+
+    def optimizer(self, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """The recipe's optimiser of a player."""
+        recipe = self.recipe
+        lr, betas = getattr(recipe, f"{name}_lr"), recipe.betas
+        if recipe.optimizer == "rmsprop":
+            return torch.optim.RMSprop(parameters, lr=lr)
+        if name == "critic" and recipe.lazy > 1 and recipe.penalties:  # k + 1 updates in the place of k
+            c = recipe.lazy / (recipe.lazy + 1)
+            lr, betas = lr * c, (betas[0] ** c, betas[1] ** c)
+        return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+
+    def losses(
+        self, phase: tuple[str, ...], real: Tensor, *, generator: torch.Generator | None, step: int,
+        context: tuple[Tensor, ...] = (), rows: slice = slice(None),
+    ) -> Losses:  # fmt: skip
+        """The losses of a phase; ``step`` counts the updates of this phase from 0.
+
+        Args:
+            real: data (N, *shape), and ``context`` their labels where the model takes some.
+            rows: only these of the N, with the random numbers and the deviation of all: what one of several processes does.
+        """
+        z = self.latent(len(real), generator)[rows]
+        context = tuple(c[rows] for c in context)
+        if phase == ("generator",):
+            return self._generator_losses(real[rows], z, context)
+        with torch.no_grad():
+            fake = self.generator(z, *context)
+        recipe = self.recipe
+        common: dict[str, Any] = {
+            "weight": recipe.weight, "target": recipe.target, "context": context or None, "method": self.method,
+        }  # fmt: skip
+
+        def penalties(kinds: tuple[str, ...], where: list[dict[str, Any]]) -> Tensor:
+            pairs = zip(kinds, where)
+            values = [ops.gradient_penalty(self.critic, real[rows], fake, kind=kind, **common, **at) for kind, at in pairs]
+            return torch.stack(values).sum()
+
+        def lazy_penalties() -> Losses:
+            total = penalties(recipe.penalties, self._points(recipe.penalties, real, generator, rows))
+            return Losses({"critic": recipe.lazy * total}, {"penalty": total})
+
+        kinds = recipe.penalties if recipe.lazy == 1 else ()
+        where = self._points(kinds, real, generator, rows)
+        first = {"penalty": kinds[0], **where[0]} if kinds else {"penalty": None}
+        values = ops.critic_step(self.critic, real[rows], fake, loss=recipe.loss, **first, **common)
+        loss, penalty = values.loss, values.penalty if kinds else None
+        if kinds[1:]:
+            more = penalties(kinds[1:], where[1:])
+            loss, penalty = loss + more, values.penalty + more
+        due = recipe.lazy > 1 and recipe.penalties and (step + 1) % recipe.lazy == 0
+        figures = {"critic": loss, "generator": None, "penalty": penalty}
+        return Losses({"critic": loss}, figures, lazy_penalties if due else None)
+
+    def _points(
+        self, kinds: tuple[str, ...], real: Tensor, generator: torch.Generator | None, rows: slice
+    ) -> list[dict[str, Any]]:
+        """Where penalties of these kinds are taken: rows of what is drawn for all samples."""
+        drawn: list[dict[str, Any]] = []
+        for kind in kinds:
+            if kind in ("dragan", "ar1"):
+                drawn.append({"points": reference.penalty_points(real, None, kind, generator)[rows]})
+            elif kind in ("wgan-gp", "wgan-lp"):
+                epsilon = torch.rand(len(real), generator=generator, dtype=real.dtype).to(real.device)
+                drawn.append({"epsilon": epsilon[rows]})
+            else:
+                drawn.append({})
+        return drawn
+
+    def _generator_losses(self, real: Tensor, z: Tensor, context: tuple[Tensor, ...]) -> Losses:
+        with _without_gradient(self.critic):  # nobody needs that of its parameters here
+            fake = self.critic(self.generator(z, *context), *context)
+        with torch.no_grad():
+            against = self.critic(real, *context) if self.recipe.loss in RELATIVISTIC else None
+        loss = losses.generator_loss(self.recipe.loss, fake, against)
+        return Losses({"generator": loss}, {"generator": loss})
+
+    def updated(self, phase: tuple[str, ...]) -> None:
+        """Clips the critic's weights after its updates where the recipe says so."""
+        if phase == ("critic",) and self.recipe.clip is not None:
+            losses.clip_weights_(self.critic, self.recipe.clip)
+
+    def limits(self, first: dict[str, float]) -> dict[str, float]:
+        """The size of each loss above which a run has diverged.
+
+        The values of a critic with slope 1 differ by the diameter of the data, 2 sqrt(D) in [-1, 1]^D; D would be 2.5e11 here.
+        """
+        return {"critic": 1e6, "generator": 1e6}
+
+    # ---- samples ----
 
     def latent(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` latents (n, latent_dim) from N(0, 1), on the model's device whatever that of ``generator``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,9 @@ from torch import Tensor, nn
 
 from .._modes import evaluating
 from .blocks import mlp, stages
+from .phases import Losses as Losses
 
 Network = Literal["perceptron", "convolutional"]
-
-
-class Losses(NamedTuple):
-    """What a batch gives: the loss of each player, minimised in its parameters alone, and figures to be shown."""
-
-    players: dict[str, Tensor]
-    figures: dict[str, Tensor]
 
 
 def encoder_network(name: str, network: Network, shape: Sequence[int], out: int, *, hidden: int, depth: int, width: int,
@@ -59,7 +53,7 @@ class AutoencoderModel(nn.Module):
 
     Images are whole numbers in [0, levels), (N, *shape); the networks see them as values in [-1, 1].
     ``phases`` are the updates of one training step, in order, each by the players that it updates at once; ``losses`` gives
-    their losses and ``player`` their parameters. :class:`genfast.training.AutoencoderTrainer` does the rest.
+    their losses and ``player`` their parameters. :class:`genfast.training.Trainer` does the rest.
     """
 
     phases: tuple[tuple[str, ...], ...] = (("autoencoder",),)
@@ -132,6 +126,13 @@ class AutoencoderModel(nn.Module):
     def losses(self, phase: tuple[str, ...], images: Tensor, *, generator: torch.Generator | None, step: int) -> Losses:
         """The losses of one phase on a batch of images; ``step`` counts from 0."""
         raise NotImplementedError
+
+    def limits(self, first: dict[str, float]) -> dict[str, float]:
+        """The size of each figure above which a run has diverged, by those of its first step.
+
+        That is a hundred times what it began with, or a hundred nats for each number of an image.
+        """
+        return {name: 100 * max(self.dim, abs(value)) for name, value in first.items()}
 
     @torch.no_grad()
     def figures(self, images: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ import torch
 from .. import models
 from .._peak_memory import peak_bytes
 from . import data, pictures
-from .adversarial import AdversarialTrainer
 from .trainer import Trainer
 
 CONFIG: dict[str, Any] = {"levels": 2, "steps": 8, "hidden": 64}
@@ -55,21 +54,21 @@ def run(out: Path, seconds: float) -> int:
             spent[label] += time.perf_counter() - start
         blocks += 1
         bar.n = min(bar.total, round(time.monotonic() - began))
-        bar.set_postfix_str(f"side by side, {trainers['genfast'].losses[-1]:.3f} bits/dim")
+        bar.set_postfix_str(f"side by side, {trainers['genfast'].history[-1]['bits_per_dim']:.3f} bits/dim")
         if quiet and blocks % 20 == 0:
-            print(f"  {blocks * BLOCK} steps each, {trainers['genfast'].losses[-1]:.3f} bits/dim", flush=True)
+            print(f"  {blocks * BLOCK} steps each, {trainers['genfast'].history[-1]['bits_per_dim']:.3f} bits/dim", flush=True)
     ours = trainers["genfast"]
-    together = len(ours.losses)
-    curves = {label: list(t.losses) for label, t in trainers.items()}
+    together = len(ours.history)
+    curves = {label: [h["bits_per_dim"] for h in t.history] for label, t in trainers.items()}
     rows = {}
     for label, trainer in trainers.items():
         rate = (together - warm) / spent[label]
-        rows[label] = (rate, peak_bytes(trainer.step) / 2**20, trainer.evaluate())
+        rows[label] = (rate, peak_bytes(trainer.step) / 2**20, trainer.evaluate()["bits_per_dim"])
     while time.monotonic() - began < seconds:  # the rest of the time belongs to genfast alone
         for _ in range(BLOCK):
             ours.step()
         bar.n = min(bar.total, round(time.monotonic() - began))
-        bar.set_postfix_str(f"genfast alone, {ours.losses[-1]:.3f} bits/dim")
+        bar.set_postfix_str(f"genfast alone, {ours.history[-1]['bits_per_dim']:.3f} bits/dim")
     bar.close()
     # Gradients that are zero but for rounding become whole steps under Adam, so the curves part slowly, then at random.
     apart = max(abs(a - b) / abs(b) for a, b in zip(*(c[:EARLY] for c in curves.values())))
@@ -81,8 +80,8 @@ def run(out: Path, seconds: float) -> int:
     print(f"{'ratio':<16}{fast[0] / slow[0]:>8.2f}x{fast[1] / slow[1]:>9.2f}x")
     print(f"loss curves: at most {apart:.1e} apart (relative) over the first {min(EARLY, together)} steps, ", end="")
     print(f"{abs(tail[0] - tail[1]) / tail[1]:.1e} over the mean of the last 20")
-    final = ours.evaluate()
-    print(f"genfast after {len(ours.losses)} steps: {final:.3f} bits/dim on held-out digits")
+    final = ours.evaluate()["bits_per_dim"]
+    print(f"genfast after {len(ours.history)} steps: {final:.3f} bits/dim on held-out digits")
     flow: Any = ours.model.eval()
     generator = torch.Generator().manual_seed(0)
     samples = flow.sample(64, temperature=0.7, generator=generator)
@@ -131,7 +130,7 @@ def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
             drawn[label] = model.sample(64, uniforms=uniforms)
             best.append(time.perf_counter() - start)
         rows[label] = (steps / spent[label], min(best) * 1e3)
-    bits = trainers["genfast"].evaluate()
+    bits = trainers["genfast"].evaluate()["bits_per_dim"]
     print(f"{'':<16}{'steps/s':>9}{'64 samples, ms':>16}   after {steps} steps, {bits:.3f} bits/dim on held-out digits")
     for label, (rate, milliseconds) in rows.items():
         print(f"{label:<16}{rate:>9.2f}{milliseconds:>16.1f}")
@@ -150,11 +149,12 @@ def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
 def wgan_gp(out: Path, seconds: float) -> None:
     """Trains WGAN-GP on 25 Gaussians twice in turn: genfast's critic step, and the penalty by double backward."""
     points = data.points("25gaussians")
-    trainers: dict[str, AdversarialTrainer] = {}
+    trainers: dict[str, Trainer] = {}
     for label, method in (("genfast", "auto"), ("plain PyTorch", "autograd")):
         torch.manual_seed(0)
         model = models.WGANGP(points.shape)
-        trainers[label] = AdversarialTrainer(model, points, batch_size=256, method=method)
+        model.method = method
+        trainers[label] = Trainer(model, points, batch_size=256)
         trainers[label].step()
     count = sum(p.numel() for p in model.parameters())
     print(f"\nmodel: WGAN-GP, perceptrons of 3 x 512, {count:,} parameters, five critic updates a step, batch 256", flush=True)
@@ -168,12 +168,12 @@ def wgan_gp(out: Path, seconds: float) -> None:
             spent[label] += time.perf_counter() - start
         steps += BLOCK // 5
     ours, theirs = trainers["genfast"], trainers["plain PyTorch"]
-    apart = max(abs(a.critic - b.critic) / abs(b.critic) for a, b in zip(ours.history[:BLOCK], theirs.history[:BLOCK]))
+    apart = max(abs(a["critic"] - b["critic"]) / abs(b["critic"]) for a, b in zip(ours.history[:BLOCK], theirs.history[:BLOCK]))
     for label, trainer in trainers.items():
         last = trainer.history[-1]
-        print(f"{label:<16}{steps / spent[label]:>9.2f} steps/s, critic {last.critic:.3f} after {steps} steps")
+        print(f"{label:<16}{steps / spent[label]:>9.2f} steps/s, critic {last['critic']:.3f} after {steps} steps")
     print(f"{'ratio':<16}{spent['plain PyTorch'] / spent['genfast']:>8.2f}x", end="")
     print(f"; critic losses at most {apart:.1e} apart (relative) over the first {BLOCK} steps")
     path = out / "wgan_gp.png"
-    pictures.draw_points(ours.sample(2000), path, real=points.train[:2000], critic=ours.model.critic)
+    pictures.draw_points(ours.sample(2000), path, real=points.train[:2000], critic=ours.task.critic)
     print(f"picture: {path} (samples over data and the critic's contours; modes take some thousand steps)")

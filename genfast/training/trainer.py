@@ -1,128 +1,159 @@
-"""Training a model of images: a loop with progress, checkpoints that a crash cannot tear, and pictures of how it went."""
+"""The steps that train a model: batches, noise, updates and averages that repeat exactly from a seed or a checkpoint."""
 
 from __future__ import annotations
 
-import json
+import copy
+import dataclasses
 import math
-import os
-import signal
 import statistics
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import _signals, models
-from .._files import write_text
+from .. import losses, models
 from .._modes import evaluating
-from ..models import AutoregressiveModel
-from ..programs import LoweringError
+from ..models import AdversarialModel, AutoencoderModel, AutoregressiveModel, Recipe
+from ..models.phases import Losses
 from . import checkpoints, distributed
-from .data import Dataset
-from .pictures import image_grid, plot_losses, save_picture
+from .data import Dataset, Points
 
-latest, load_checkpoint = checkpoints.latest, checkpoints.load
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-Model = models.DensityModel | AutoregressiveModel
-DIVERGED = 10  # times the loss of guessing, or of the first step
-RECENT = 50  # steps over which a loss is judged
-SPEAK = 30.0  # seconds between two lines off a terminal
+Model = models.DensityModel | AutoregressiveModel | AdversarialModel | AutoencoderModel
+RECENT = 50  # steps over which a run is judged
+IMPORTANCE_SAMPLES = 64
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: a run that diverges. Checkpoints that it has written stay."""
 
 
-# ---- what a run leaves behind ----
+class Density:
+    """How a density of images is trained, by bits per dimension: what models of other kinds say of themselves.
 
-
-def check_plots() -> None:
-    """Raises ImportError where the curves of a run could not be drawn at its end."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("train: the curves of a run need matplotlib: pip install matplotlib") from error
-
-
-def write_results(metrics: dict[str, Any], pictures: Mapping[str, Callable[[Path], object]], out: Path) -> None:
-    """Writes metrics.json, then each picture under its name; all ranks call this together, and rank 0 writes.
-
-    A picture that fails is a line on standard error and not the run's end. Numbers that are not finite become null, since JSON
-    has no others.
+    Args:
+        bins: the levels of the images.
     """
-    if distributed.first():
-        write_text(out / "metrics.json", json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
-    for name, draw in pictures.items():
-        attempt(draw, out / name)
 
+    phases = (("model",),)
 
-def attempt(draw: Callable[[Path], object], path: Path) -> None:
-    """Draws a picture of a run, or says on standard error why there is none: whatever fails is less than the run's weights."""
-    try:
-        draw(path)
-    except Exception as error:
-        if distributed.first():
-            print(f"genfast: {path} was not drawn: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    def __init__(self, model: Any, bins: int) -> None:
+        self.model, self.bins = model, bins
 
+    def player(self, name: str) -> list[nn.Parameter]:
+        """All parameters."""
+        return list(self.model.parameters())
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def bits(self, images: Tensor, generator: torch.Generator, rows: slice) -> Tensor:
+        """Bits per dimension of ``rows`` of images (N, *shape) in [0, bins); of a flow with noise, so that they are a bound."""
+        like = next(self.model.parameters())
+        if isinstance(self.model, AutoregressiveModel):
+            return self.model.bits_per_dim(images[rows].to(like.device))
+        x = models.dequantize(images, self.bins, generator=generator)[rows].to(like)
+        bits: Tensor = (math.log(self.bins) - self.model.log_prob(x) / self.model.dim) / math.log(2)
+        return bits
 
+    def losses(self, phase: tuple[str, ...], images: Tensor, *, generator: torch.Generator, step: int, rows: slice) -> Losses:
+        """The mean of the bits per dimension."""
+        mean = self.bits(images, generator, rows).mean()
+        return Losses({"model": mean}, {"bits_per_dim": mean.detach()})
 
-# ---- the loop ----
+    def figures(self, images: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """The bits per dimension of held-out images, each computed by one rank."""
+        return {"bits_per_dim": distributed.gather(self.bits(images, generator, distributed.portion(len(images))))}
+
+    def limits(self, first: dict[str, float]) -> dict[str, float]:
+        """Ten times the bits of guessing, or of the first step."""
+        return {"bits_per_dim": 10 * max(first["bits_per_dim"], math.log2(self.bins))}
 
 
 class Trainer:
     """One model on one data set: batches, noise and updates that repeat exactly from a seed or a checkpoint.
 
-    On several ranks (see :mod:`genfast.distributed`) all are made and stepped together, and take the steps of one.
+    A step runs the phases that the model has, in order: the losses of a phase's players from one pass over a batch, then an
+    update of each player by its own loss. Flows and autoregressive models have one phase and one player.
+
+    Of an adversarial model each phase has a batch of its own, and ``average`` is the generator's moving average, whose decay
+    warms up as (1 + t) / (10 + t).
+
+    On several ranks (see :mod:`genfast.distributed`) all are made and stepped together, and take the steps of one, but where a
+    network or a loss couples the samples of a batch, which then see a rank's portion: batch normalisation, the loss
+    "relativistic-average", the discrepancy of a WAE, the KL of mean activations. Statistics that a network keeps are those of
+    rank 0.
 
     Args:
+        data: images; points too for an adversarial model, which sees images as values in [-1, 1] with dequantisation noise.
+        recipe: of an adversarial model, in the place of its own.
         batch_size: over all ranks; at most the training set.
-        seed: of batches and noise.
-        clip: the largest norm of the gradient.
-        parallel: a strategy of :func:`genfast.distributed.parallel`. With "fsdp" the parameters of ``model`` become shards.
+        lr: of Adam, 1e-3 by default; an adversarial model's are those of its recipe.
+        seed: of batches, noise, latents, labels, corruption and dropout.
+        clip: the largest norm of a player's gradient; by default 50 for densities, 1000 for autoencoders, none for
+            adversarial models.
+        parallel: of densities, a strategy of :func:`genfast.distributed.parallel`. With "fsdp" the parameters of ``model``
+            become shards.
 
     Raises:
-        ValueError: model and data that do not fit, fewer images in a batch than ranks, or a strategy that cannot be.
+        ValueError: model and data that do not fit, fewer samples in a batch than ranks, or a strategy that cannot be.
 
     Example:
         >>> from genfast import data, models, training
         >>> digits = data.load("digits")
         >>> trainer = training.Trainer(models.Glow(digits.shape, levels=1, steps=1, hidden=4), digits)
-        >>> trainer.step() > 0
+        >>> trainer.step()["bits_per_dim"] > 0
         True
     """
 
     def __init__(
-        self, model: Model, data: Dataset, *, batch_size: int = 64, lr: float = 1e-3, seed: int = 0,
-        device: str = "cpu", clip: float = 50.0, parallel: str = "ddp",
+        self, model: Model, data: Dataset | Points, *, recipe: Recipe | None = None, batch_size: int = 64,
+        lr: float | None = None, seed: int = 0, device: str = "cpu", clip: float | None = None, parallel: str = "ddp",
     ) -> None:  # fmt: skip
         distributed.check_strategy(parallel)
         distributed.check_device(device)
         if batch_size < 1:
             raise ValueError(f"train: batch_size={batch_size}, expected at least 1")
-        if model.shape != data.shape:
-            raise ValueError(f"train: the model takes {model.shape} and the data are {data.shape}")
-        if isinstance(model, AutoregressiveModel) and model.levels != data.bins:
-            raise ValueError(f"train: the model has levels={model.levels} and the data have {data.bins}")
-        self.model, self.data, self.device, self.clip = model.to(device), data, device, clip
+        self.model, self.data, self.device = model.to(device), data, device
+        self.adversarial = isinstance(model, AdversarialModel)
+        density = not isinstance(model, AdversarialModel | AutoencoderModel)
+        _check_fit(model, data)
+        self.task = cast(Any, Density(model, data.bins) if density else model)
+        self.labels = data.train_labels if getattr(model, "classes", None) is not None else None
+        if isinstance(model, AdversarialModel):
+            model.recipe = model.recipe if recipe is None else recipe
+            torch.manual_seed(seed)  # dropout draws from the global one
+        elif recipe is not None:
+            raise ValueError(f"train: a recipe is for adversarial models, and the model is a {type(model).__name__}")
+        if not density and parallel != "ddp":
+            raise ValueError(f"train: parallel={parallel!r} is for flows and autoregressive models, expected 'ddp'")
+        self.clip = clip if clip is not None else 50.0 if density else math.inf if self.adversarial else 1000.0
         self.batch_size = distributed.check_batch(min(batch_size, len(data.train)))
+        self.rows, self.weight = distributed.portion(self.batch_size), distributed.weight(self.batch_size)
         self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
-        if distributed.size() > 1 or parallel == "fsdp":
-            self._initialize()
-        objective = distributed.Objective(model, lambda x: self._bits(model, x).mean() * distributed.weight(self.batch_size))
-        self.objective = distributed.parallel(objective, parallel)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-        self.losses: list[float] = []
+        self.history: list[dict[str, float]] = []
+        self.objective: nn.Module | None = None
+        if density:
+            if distributed.size() > 1 or parallel == "fsdp":
+                self._initialize()
+            self.objective = distributed.parallel(distributed.Objective(model, self._losses), parallel)
+        else:
+            distributed.share([*model.parameters(), *model.buffers()])
+        self.average: nn.Module | None = None
+        if isinstance(model, AdversarialModel):
+            self.average = copy.deepcopy(model.generator).requires_grad_(False).eval()
+        names = dict.fromkeys(player for phase in self.task.phases for player in phase)
+        self.players = {name: [p for p in self.task.player(name) if p.requires_grad] for name in names}
+        self.optimizers = {name: self._optimizer(name, lr) for name in self.players}
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How an adversarial model is trained."""
+        return getattr(self.model, "recipe", None)
+
+    def _optimizer(self, name: str, lr: float | None) -> torch.optim.Optimizer:
+        if isinstance(self.model, AdversarialModel):
+            return self.model.optimizer(name, self.players[name])
+        betas = getattr(self.task, "betas", (0.9, 0.999))
+        return torch.optim.Adam(self.players[name], lr=1e-3 if lr is None else lr, betas=betas, fused=True)
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -131,336 +162,261 @@ class Trainer:
             before = self.generator.get_state()
             distributed.seed(self.seed)
             self._to_training()
-            self._bits(self.model, self._portion(self.batch(), self.generator))
+            self._losses(self.task.phases[0], *self.batch(), 0)
             self.generator.set_state(before)
 
     def _to_training(self) -> None:
         """Puts the model into training mode, unless it is: parts that its owner has frozen by ``eval`` stay frozen."""
         if not self.model.training:
-            self.objective.train()
+            (self.objective or self.model).train()
 
-    def batch(self) -> Tensor:
-        """The next batch of whole numbers, over all ranks."""
+    # ---- a step ----
+
+    def batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The next batch of training data, over all ranks, and their labels where the model takes some."""
         index = torch.randint(len(self.data.train), (self.batch_size,), generator=self.generator)
-        return self.data.train[index]
+        samples = self.data.train[index]
+        if self.adversarial:
+            if isinstance(self.data, Dataset):
+                samples = 2 * models.dequantize(samples, self.data.bins, generator=self.generator)
+            samples = samples.to(self.device)
+        return samples, () if self.labels is None else (self.labels[index].to(self.device),)
 
-    def _portion(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """This rank's part of a batch (N, *shape) in [0, bins), as the model takes it; a flow's with noise drawn for all."""
-        part = distributed.portion(len(images))
-        if isinstance(self.model, AutoregressiveModel):
-            return images[part].to(self.device)
-        x = models.dequantize(images, self.data.bins, generator=generator)[part]
-        return x.to(next(self.model.parameters()))
+    def _losses(self, phase: tuple[str, ...], samples: Tensor, context: tuple[Tensor, ...], step: int) -> Losses:
+        """What the model says of a phase on this rank's part of a batch; random numbers are drawn for all ranks."""
+        options: dict[str, Any] = {"generator": self.generator, "step": step}
+        if isinstance(self.model, AutoencoderModel):
+            with distributed.drawn_for_all(self.batch_size, self.generator):
+                return self.model.losses(phase, samples[self.rows], **options)
+        options |= {"context": context} if context else {}
+        values: Losses = self.task.losses(phase, samples, rows=self.rows, **options)
+        return values
 
-    def _bits(self, model: Model, x: Tensor) -> Tensor:
-        if isinstance(model, AutoregressiveModel):
-            return model.bits_per_dim(x)
-        bits: Tensor = (math.log(self.data.bins) - model.log_prob(x) / model.dim) / math.log(2)
-        return bits
+    def update(
+        self, phase: tuple[str, ...], batch: tuple[Tensor, tuple[Tensor, ...]] | None = None, step: int = 0
+    ) -> dict[str, float | None]:
+        """Updates the players of a phase, after ``step`` other times, on a new batch by default; returns the figures."""
+        compute = self._losses if self.objective is None else self.objective
+        values = self._descend(phase, lambda: compute(phase, *(batch or self.batch()), step))
+        figures = self._figures(values)
+        if values.then is not None:
+            figures |= self._figures(self._descend(phase, values.then, "penalty"))
+        if self.adversarial:
+            self.task.updated(phase)
+        return figures
 
-    def step(self) -> float:
-        """One update; returns the loss in bits per dimension, over all ranks.
+    def _descend(self, phase: tuple[str, ...], compute: Callable[[], Losses], what: str = "loss") -> Losses:
+        """One update of the players of a phase, each by its loss."""
+        try:
+            values = compute()
+        except FloatingPointError:
+            if distributed.size() == 1:
+                raise
+            # so that all ranks stop together, in the check of the gradients
+            sums = {name: torch.stack([p.sum() for p in self.players[name]]).sum() for name in phase}
+            values = Losses({name: s * math.nan for name, s in sums.items()}, {})
+        for name in phase:
+            self._differentiate(name, values.players[name] * self.weight, what, last=name == phase[-1])
+        for name in phase:
+            self.optimizers[name].step()
+        return values
+
+    def _differentiate(self, name: str, loss: Tensor, what: str, last: bool) -> None:
+        """Leaves the player's gradient of its loss in ``grad``, or raises TrainingError, on all ranks, if it is not finite."""
+        parameters = self.players[name]
+        if self.objective is not None:  # whose wrapper averages gradients while they are computed
+            self.optimizers[name].zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:  # several losses of one pass, each for parameters of its own, which DistributedDataParallel cannot have
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=not last, allow_unused=True)
+            for p, g in zip(parameters, gradients):  # fused optimisers want the parameter's strides
+                p.grad = g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            distributed.average([p.grad for p in parameters if p.grad is not None])
+        value = distributed.total(float(loss.detach()))[0] / distributed.size()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        size = float(distributed.full(norm))
+        if not math.isfinite(value) or not math.isfinite(size):
+            whose = "the" if name == "model" else f"the {name}'s"
+            fault = f"{what} is {value}" if not math.isfinite(value) else f"{what} has a gradient of norm {size}"
+            raise TrainingError(f"{whose} {fault} at step {len(self.history) + 1}: {self._advice}")
+        if self.clip < math.inf:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+
+    def _figures(self, values: Losses) -> dict[str, float | None]:
+        """The figures over all ranks, whose means count by the length of their portions."""
+        present = {name: float(value.detach()) * self.weight for name, value in values.figures.items() if value is not None}
+        sums = distributed.total(*present.values())
+        return dict.fromkeys(values.figures) | {name: s / distributed.size() for name, s in zip(present, sums)}
+
+    @property
+    def _advice(self) -> str:
+        return "lower the learning rate" + (" or raise the penalty's weight" if self.adversarial else "")
+
+    def step(self) -> dict[str, float]:
+        """One step; returns its figures by name, over all ranks, means over the phases that have them.
 
         Raises:
-            TrainingError: the loss or its gradient is not finite, on all ranks together.
+            TrainingError: a loss or a gradient is not finite, on all ranks together; the weights are those before the phase.
         """
         if distributed.size() > 1:  # one process goes on with the numbers that torch draws
-            distributed.seed(self.seed, len(self.losses))
+            distributed.seed(self.seed, len(self.history))
         self._to_training()
-        loss = self.objective(self._portion(self.batch(), self.generator))
-        self.optimizer.zero_grad()
-        loss.backward()
-        value = distributed.total(float(loss.detach()))[0] / distributed.size()
-        if not math.isfinite(value):
-            raise TrainingError(f"the loss is {value} at step {len(self.losses) + 1}: lower the learning rate")
-        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the loss has a gradient of norm {norm} at step {len(self.losses) + 1}: lower the learning rate"
-            )
-        self.optimizer.step()
-        self.losses.append(value)
-        return value
+        phases, updates = self.task.phases, []
+        batch = None if self.adversarial else self.batch()
+        for i, phase in enumerate(phases):
+            before = len(self.history) * phases.count(phase) + phases[:i].count(phase)
+            updates.append(self.update(phase, batch, before))
+        figures = {}
+        for name in dict.fromkeys(name for update in updates for name in update):
+            values = [v for update in updates if (v := update.get(name)) is not None]
+            figures[name] = sum(values) / len(values) if values else 0.0
+        if self.average is not None:
+            self._follow()
+        self.history.append(figures)
+        return figures
 
     @torch.no_grad()
-    def evaluate(self, limit: int = 1024) -> float:
-        """Bits per dimension on the test images, split over the ranks, with noise from a fixed seed."""
-        with evaluating(self.model):
-            model, generator = distributed.whole(self.model), torch.Generator().manual_seed(1)
-            batches = self.data.test[:limit].split(256)
-            parts = [distributed.gather(self._bits(model, self._portion(b, generator))) for b in batches]
-        return float(torch.cat(parts).double().mean())
+    def _follow(self) -> None:
+        """Moves the average towards the generator.
 
-    def diverged(self, bits: float | None = None) -> str | None:
-        """What to say of a run that is worse than guessing by far, judged by its last steps or by ``bits`` per dimension."""
-        if not self.losses:
+        AveragedModel of torch.optim.swa_utils would begin with the weights after the first step, and this one with those
+        before it.
+        """
+        t, average, live = len(self.history), self.average, self.task.generator
+        assert average is not None
+        decay = min(self.task.recipe.ema, (1 + t) / (10 + t))
+        torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
+        for a, b in zip(average.buffers(), live.buffers()):
+            a.copy_(b)
+
+    # ---- what it has come to ----
+
+    @torch.no_grad()
+    def evaluate(self, limit: int = 1024) -> dict[str, float]:
+        """The model's figures on the test images, means, with noise from a fixed seed; none of an adversarial model."""
+        if self.adversarial:
+            return {}
+        images, generator = self.data.test[:limit], torch.Generator().manual_seed(1)
+        with evaluating(self.model):
+            task = self.task if self.objective is None else Density(distributed.whole(self.model), self.data.bins)
+            parts = [task.figures(b, generator=generator) for b in images.split(256)]
+            means = {name: float(torch.cat([p[name] for p in parts]).double().mean()) for name in parts[0]}
+            if isinstance(self.model, models.VAE):
+                bound = _importance_weighted_bound(self.model, images, generator)
+                means |= {
+                    "importance_weighted_bound": bound, "bits_per_dim": losses.bits_per_dim(means["elbo"], self.model.dim),
+                    "importance_weighted_bits_per_dim": losses.bits_per_dim(bound, self.model.dim),
+                }  # fmt: skip
+        return means
+
+    @torch.no_grad()
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """``n`` samples of an adversarial model with its averaged generator, the same latents for the same seed; all ranks
+        call this together."""
+        assert self.average is not None
+        distributed.share(self.average.buffers())
+        live, self.task.generator = self.task.generator, self.average
+        try:
+            return distributed.sample(self.model, n, generator=torch.Generator().manual_seed(seed))
+        finally:
+            self.task.generator = live
+
+    def diverged(self, held_out: dict[str, float] | None = None) -> str | None:
+        """What to say of a run with a figure that is far too large, in its last steps or on ``held_out`` images."""
+        if not self.history:
             return None
-        bound = DIVERGED * max(self.losses[0], math.log2(self.data.bins))
-        value = statistics.median(self.losses[-RECENT:]) if bits is None else bits
-        if value <= bound:  # which nan is not
-            return None
-        where = f"after {len(self.losses)} steps" if bits is None else "on held-out images"
-        return (
-            f"the run diverged: {value:.4g} bits/dim {where}, {self.losses[0]:.4g} at its first step: lower the learning rate"
-        )
+        for name, limit in self.task.limits(self.history[0]).items():
+            recent = [abs(h[name]) for h in self.history[-RECENT:]]
+            value = statistics.median(recent) if held_out is None else abs(held_out.get(name, 0.0))
+            if not value <= limit:  # nan neither
+                what, first = name.replace("bits_per_dim", "bits/dim"), self.history[0][name]
+                where = f"after {len(self.history)} steps" if held_out is None else "on held-out images"
+                return f"the run diverged: {value:.4g} {what} {where}, {first:.4g} at its first step: {self._advice}"
+        return None
+
+    # ---- checkpoints ----
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model as samples are drawn from it, an adversarial one with its averaged generator."""
+        state: dict[str, Tensor] = self.model.state_dict()
+        if self.average is not None:
+            state |= {f"generator.{k}": v for k, v in self.average.state_dict().items()}
+        return state
+
+    def _part(self, player: str) -> nn.Module:
+        """The module whose names of parameters the state of an optimiser has."""
+        return getattr(self.model, player) if self.adversarial else self.model
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the weights to sample from; see :func:`genfast.checkpoints.save`."""
-        return {
-            "step": len(self.losses), "losses": self.losses, "model": self.model.state_dict(),
-            "optimizer": checkpoints.optimizer_state(self.model, self.optimizer),
+        """What a checkpoint keeps beside :meth:`weights`; see :func:`genfast.checkpoints.save`."""
+        state: dict[str, Any] = {
+            "step": len(self.history), "history": self.history, "model": self.model.state_dict(),
+            "optimizers": {name: checkpoints.optimizer_state(self._part(name), o) for name, o in self.optimizers.items()},
             "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
         }  # fmt: skip
+        if self.average is not None:
+            distributed.share([*self.model.buffers(), *self.average.buffers()])  # each rank has its own batch statistics
+            state |= {"recipe": dataclasses.asdict(self.task.recipe), "average": self.average.state_dict()}
+        return state
 
     def restore(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint, of any number of ranks, as if there had been no stop."""
+        """Continues from a checkpoint, of any number of ranks, as if there had been no stop.
+
+        Raises:
+            ValueError: the checkpoint's recipe is another.
+        """
+        if self.adversarial and (recipe := checkpoint_recipe(checkpoint)) != self.recipe:
+            raise ValueError(f"train: {str(checkpoint)!r} was trained with {recipe}, not {self.recipe}")
         state = self.state()
+        curve = self.objective is not None and "losses" in checkpoints.notes(checkpoint)
+        if curve:  # of a version that had one list of losses and one optimiser
+            state |= {"losses": state.pop("history"), "optimizer": state.pop("optimizers")["model"]}
         checkpoints.restore(checkpoint, state)
+        if curve:
+            state |= {"history": [{"bits_per_dim": v} for v in state["losses"]], "optimizers": {"model": state["optimizer"]}}
         self.model.load_state_dict(state["model"])
-        self.losses = list(state["losses"])
-        checkpoints.set_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        names = ("critic", "generator", "penalty")  # a version before had only the numbers
+        self.history = [dict(h) if isinstance(h, dict) else dict(zip(names, h)) for h in state["history"]]
+        for name, optimizer in self.optimizers.items():
+            checkpoints.set_optimizer_state(self._part(name), optimizer, state["optimizers"][name])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
 
 
-def draw(model: models.AutoregressiveModel, n: int, *, generator: torch.Generator, **options: Any) -> Tensor:
-    """Samples on all ranks, by the cached engine where the model has a pixel program, else by the standard loop."""
-    try:
-        return distributed.sample(model, n, generator=generator, **{"method": "cached", **options})
-    except LoweringError:
-        return distributed.sample(model, n, generator=generator, **{**options, "method": "naive"})
+def _check_fit(model: Any, data: Dataset | Points) -> None:
+    """Raises ValueError for a model and data that do not fit each other."""
+    adversarial = isinstance(model, AdversarialModel)
+    if model.shape != data.shape:
+        does = "makes" if adversarial else "takes"
+        raise ValueError(f"train: the model {does} {model.shape} and the data are {data.shape}")
+    if isinstance(model, AutoregressiveModel | AutoencoderModel) and model.levels != data.bins:
+        raise ValueError(f"train: the model has levels={model.levels} and the data have {data.bins}")
+    if adversarial and model.classes is not None:
+        if data.train_labels is None:
+            raise ValueError(f"train: the model has classes={model.classes}, and {data.name} has no labels")
+        if int(data.train_labels.max()) >= model.classes:
+            raise ValueError(f"train: the model has classes={model.classes}, and a label is {int(data.train_labels.max())}")
 
 
-def _fitted(name: str, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
-    """The data as the model ``name`` takes them, and what of its config they decide."""
-    model = models.NAMES.get(name)
-    if name in ("iaf", "linear_flow", "maf", "nice", "nsf", "rnade"):
-        view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins)
-        return view, {"dim": math.prod(data.shape)}
-    if model is None or not issubclass(model, AutoregressiveModel):
-        return data, {"shape": data.shape}
-    if model.dims == 0:
-        view = Dataset(data.name, data.train.flatten(1), data.test.flatten(1), data.bins)
-        return view, {"dim": math.prod(data.shape), "levels": data.bins}
-    if model.dims == 2:
-        return data, {"in_channels": data.shape[0], "levels": data.bins, "shape": data.shape}
-    if data.shape[0] != 1:
-        raise ValueError(f"train: {name} takes sequences of one channel, the data have shape {data.shape}")
-    view = Dataset(data.name, data.train.flatten(2), data.test.flatten(2), data.bins)
-    return view, {"levels": data.bins, "shape": view.shape}
+def _importance_weighted_bound(model: models.VAE, images: Tensor, generator: torch.Generator) -> float:
+    """The mean bound of many samples in nats, each image's computed by one rank."""
+    bounds = []
+    for b in images.split(256):
+        part = b[distributed.portion(len(b))]
+        with distributed.drawn_for_all(len(b), generator):
+            bound = model.importance_weighted_bound(part, IMPORTANCE_SAMPLES, generator=generator)
+        bounds += [bound * len(part)] if len(part) else []
+    total = distributed.total(float(torch.stack(bounds).double().sum()) if bounds else 0.0)[0]
+    return total / len(images)
 
 
-class _Log:
-    """log.csv: step, seconds of training and the figures of each step, in whole rows that are appended together.
-
-    A run that goes on keeps the rows of its own steps.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, self.step, self.names, self.rows = path, step, "", [""]
-        self.seconds, self.start = 0.0, time.monotonic()
-        if step and path.is_file():
-            self._take(path.read_text(encoding="utf-8").split("\n"))
-
-    def _take(self, lines: list[str]) -> None:
-        self.names = lines[0]
-        rows = [line for line in lines[1:-1] if line.count(",") == self.names.count(",") and line.split(",")[0].isdecimal()]
-        rows = [row for row in rows if int(row.split(",")[0]) <= self.step]
-        if rows:
-            self.seconds = float(rows[-1].split(",")[1])
-        self.rows = [self.names, *rows, ""]
-
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        names = ",".join(("step", "seconds", *figures))
-        if names != self.names:  # a run that begins, or one of another version
-            self.names, self.rows = names, [names, ""]
-            self.step = 0
-        seconds = self.seconds + time.monotonic() - self.start
-        self.rows[-1:] = [",".join((str(step), f"{seconds:.3f}", *(f"{v:.8g}" for v in figures.values()))), ""]
-
-    def write(self) -> None:
-        """Appends what has been added since the last time."""
-        text = "\n".join(self.rows)
-        if self.rows[0] == self.names and text:
-            write_text(self.path, text)
-        elif text:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        self.rows = [""]
-
-
-def loop(
-    step: Callable[[], dict[str, float]], done: Callable[[], int], save: Callable[[], object], out: Path, *, title: str,
-    steps: int | None, minutes: float | None, save_every: int, every: Callable[[], None] | None = None,
-    diverged: Callable[[], str | None] = lambda: None,
-) -> float:  # fmt: skip
-    """Calls ``step``, which returns its figures, until ``done`` is ``steps`` or the minutes are over; returns the seconds.
-
-    1000 steps without either. Saves every ``save_every`` steps and at the end, no step twice; calls ``every`` after each step.
-    Off a terminal there is a line on standard error every half minute in the place of the bar; log.csv has all figures.
-    Ctrl-C and SIGTERM let the step end, save, and then raise KeyboardInterrupt (:class:`genfast._signals.Terminated` is one);
-    pressed twice they do so at once. Ranks stop after the same step: whichever is asked to, or is the first out of time.
-
-    Raises:
-        ValueError: fewer than one step, or no time.
-        TrainingError: a step's, or of ``diverged``, which is asked before each checkpoint, with what has been saved.
-    """
-    from tqdm import tqdm
-
-    check_length(steps, minutes)
-    if steps is None and minutes is None:
-        steps = 1000
-    start, saved = time.monotonic(), done()  # a run that goes on has its checkpoint
-    first = distributed.first()
-    log = _Log(out / "log.csv", done()) if first else None
-    began, spoken = done(), start
-
-    def keep() -> None:
-        nonlocal saved
-        if done() != saved or not saved:
-            said = diverged()
-            if said is not None:
-                raise TrainingError(said)
-            save()
-            saved = done()
-        if log is not None:
-            log.write()
-
-    def stop_if_asked() -> None:
-        pressed, ended = signalled.signum is not None, signalled.signum not in (None, signal.SIGINT)
-        stop, terminated = distributed.total(pressed, ended)
-        if stop:
-            raise _signals.interruption(signalled.signum or (signal.SIGTERM if terminated else signal.SIGINT))
-
-    def late() -> bool:
-        return bool(distributed.total(minutes is not None and time.monotonic() - start >= 60 * minutes)[0])
-
-    terminal = first and sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=done(), unit="step", disable=not terminal, desc=title)
-    with _signals.deferred() as signalled:
-        try:
-            try:
-                while (steps is None or done() < steps) and not late():
-                    stop_if_asked()
-                    figures = step()
-                    text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-                    bar.set_postfix_str(text, refresh=False)
-                    bar.update()
-                    if log is not None:
-                        log.add(done(), figures)
-                        if time.monotonic() - spoken >= SPEAK:
-                            spoken = time.monotonic()
-                            log.write()
-                            if not terminal:
-                                of, rate = "" if steps is None else f" of {steps}", (done() - began) / (spoken - start)
-                                print(f"{title}: step {done()}{of}, {text}, {rate:.2f} steps/s", file=sys.stderr, flush=True)
-                    if done() % save_every == 0:
-                        keep()
-                    if every is not None:
-                        every()
-                keep()
-                stop_if_asked()
-            except KeyboardInterrupt as error:
-                keep()
-                said = f"stopped at step {done()}; checkpoint kept in {out}"
-                raise _signals.interruption(getattr(error, "signum", signal.SIGINT), said) from None
-        except (TrainingError, FloatingPointError, LinAlgError) as error:
-            said = " ".join(str(error).split())
-            if not isinstance(error, TrainingError):
-                said = f"step {done() + 1} has no result: {said}: lower the learning rate"
-            if log is not None:
-                log.write()
-            kept = f"checkpoint-{saved} is kept in {out}" if saved else "there is no checkpoint from before"
-            raise TrainingError(f"{said}; {kept}") from error
-        finally:
-            bar.close()
-    return time.monotonic() - start
-
-
-def check_length(steps: int | None, minutes: float | None) -> None:
-    """Raises ValueError for a run of no steps or no time."""
-    if steps is not None and steps < 1:
-        raise ValueError(f"train: steps={steps}, expected at least 1")
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise ValueError(f"train: minutes={minutes}, expected a positive number")
-
-
-@checkpoints.holding_folder
-def train(
-    name: str, data: Dataset, out: str | Path, *, config: dict[str, Any] | None = None, steps: int | None = None,
-    minutes: float | None = None, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
-    resume: bool = False, save_every: int = 200, parallel: str = "ddp",
-) -> dict[str, Any]:  # fmt: skip
-    """Trains ``models.NAMES[name]`` on ``data`` and leaves a run's folder; returns the metrics that it wrote.
-
-    The folder holds ``checkpoint-<step>`` (the last two), ``log.csv``, ``loss.png``, ``samples.png`` and ``metrics.json``.
-    Ctrl-C and SIGTERM write a last checkpoint and then raise KeyboardInterrupt; ``resume`` goes on from the newest one. A
-    picture that cannot be drawn is a line on standard error.
-
-    Args:
-        config: of the model, beside its shape.
-        steps, minutes: whichever ends first; 1000 steps without either.
-        out: the folder.
-        batch_size: over all ranks.
-        parallel: how ranks share the work, "ddp" or "fsdp"; see :func:`genfast.distributed.parallel`.
-
-    Raises:
-        FileExistsError: ``out`` holds a run and ``resume`` is not set.
-        FileNotFoundError: ``resume`` is set and there is no checkpoint, or it lacks a file.
-        BlockingIOError: another process trains in ``out``.
-        ValueError: model, data and checkpoint that do not fit each other, or a checkpoint that is damaged.
-        ImportError: matplotlib, which draws the curve, is not installed.
-        TrainingError: the loss is not finite, or far above what it began with.
-        KeyboardInterrupt: after the last checkpoint has been written.
-    """
-    out = Path(out)
-    check_plots()
-    check_length(steps, minutes)
-    if issubclass(models.NAMES.get(name, models.FlowModel), models.AdversarialModel):
-        raise ValueError(f"train: {name} is adversarial; train it with genfast.training.train_adversarial")
-    if issubclass(models.NAMES.get(name, models.FlowModel), models.AutoencoderModel):
-        raise ValueError(f"train: {name} is an autoencoder; train it with genfast.training.train_autoencoder")
-    if not isinstance(data, Dataset):
-        raise ValueError(f"train: {name} takes images, and {data.name} are points")
-    torch.manual_seed(seed)
-    view, shape = _fitted(name, data)
-    model, checkpoint = checkpoints.begin(out, name, resume, shape | (config or {}))
-    trainer = Trainer(model, view, batch_size=batch_size, lr=lr, seed=seed, device=device, parallel=parallel)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    began = len(trainer.losses)
-    seconds = loop(
-        lambda: {"bits_per_dim": trainer.step()}, lambda: len(trainer.losses),
-        lambda: checkpoints.save(out, name, model, trainer.state(), data.bins), out, title=f"{name} on {data.name}",
-        steps=steps, minutes=minutes, save_every=save_every, diverged=trainer.diverged,
-    )  # fmt: skip
-    metrics = {
-        "model": name, "data": data.name, "steps": len(trainer.losses),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_bits_per_dim": sum(trainer.losses[-50:]) / max(1, len(trainer.losses[-50:])),
-        "test_bits_per_dim": trainer.evaluate(), "seconds": seconds,
-        "steps_per_second": (len(trainer.losses) - began) / seconds if seconds else 0.0,
-    }  # fmt: skip
-    plain = distributed.whole(model.eval())
-
-    def samples(path: Path) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        if isinstance(plain, models.AutoregressiveModel):
-            drawn = draw(plain, 64, generator=generator)
-        else:
-            drawn = distributed.sample(plain, 64, generator=generator, temperature=0.8)
-        if distributed.first():
-            save_picture(image_grid(drawn.reshape(-1, *data.shape), data.bins), path)
-
-    def curve(path: Path) -> None:
-        if distributed.first():
-            plot_losses({"train": trainer.losses}, path)
-
-    write_results(metrics, {"loss.png": curve, "samples.png": samples}, out)
-    said = trainer.diverged(metrics["test_bits_per_dim"])
-    if said is not None:
-        raise TrainingError(f"{said}; see {out}")
-    return metrics
+def checkpoint_recipe(checkpoint: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with."""
+    fields: dict[str, Any] = checkpoints.notes(checkpoint, ["recipe"])["recipe"]
+    expected = {field.name for field in dataclasses.fields(Recipe)}
+    if not isinstance(fields, dict) or set(fields) != expected:
+        raise ValueError(f"train: {str(checkpoint)!r} has recipe={fields!r}, expected {', '.join(sorted(expected))}")
+    fields |= {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    return Recipe(**fields)

@@ -5,8 +5,7 @@ import sys
 
 from torch.distributed.checkpoint import state_dict_saver
 
-from genfast import data, distributed
-from genfast.training import trainer as training
+from genfast import data, distributed, training
 
 write = state_dict_saver.save
 

@@ -8,11 +8,9 @@ import json
 import pytest
 import torch
 
-from genfast import checkpoints, data, distributed, models, ops
+from genfast import checkpoints, data, distributed, models, ops, training
 from genfast.models import Recipe
-from genfast.training import adversarial as adversarial_training
-from genfast.training import trainer as training
-from genfast.training.adversarial import AdversarialTrainer
+from genfast.training import Trainer
 
 BATCH = 7  # uneven parts
 RECIPES = {
@@ -29,9 +27,9 @@ def steps(label, count=3):
     points = data.points("8gaussians", count=50)
     source = dataclasses.replace(points, train=points.train.double())
     model = models.GAN((2,), hidden=8).double()
-    method = "autograd" if label == "double backward" else "auto"
-    trainer = AdversarialTrainer(model, source, recipe=RECIPES[label], batch_size=BATCH, seed=5, method=method)
-    losses = [tuple(trainer.step()) for _ in range(count)]
+    model.method = "autograd" if label == "double backward" else "auto"
+    trainer = Trainer(model, source, recipe=RECIPES[label], batch_size=BATCH, seed=5)
+    losses = [tuple(trainer.step().values()) for _ in range(count)]
     return losses, [p.detach() for p in model.parameters()], list(trainer.average.parameters()), trainer.sample(5)
 
 
@@ -40,8 +38,8 @@ def labelled():
     torch.manual_seed(0)
     digits = data.load("digits")
     model = models.build("cgan", shape=digits.shape, hidden=8, classes=10)
-    trainer = AdversarialTrainer(model, digits, batch_size=BATCH, seed=5)
-    losses = [tuple(trainer.step()) for _ in range(2)]
+    trainer = Trainer(model, digits, batch_size=BATCH, seed=5)
+    losses = [tuple(trainer.step().values()) for _ in range(2)]
     return losses, [p.detach() for p in model.parameters()], list(trainer.average.parameters()), trainer.sample(3)
 
 
@@ -65,8 +63,8 @@ def _with_batch_norm():
     digits = data.load("digits")
     torch.manual_seed(distributed.rank())
     model = models.SAGAN(digits.shape, width=4, base=2)
-    trainer = AdversarialTrainer(model, digits, batch_size=8, seed=5)
-    losses = [tuple(trainer.step()) for _ in range(2)]
+    trainer = Trainer(model, digits, batch_size=8, seed=5)
+    losses = [tuple(trainer.step().values()) for _ in range(2)]
     drawn = trainer.sample(3)
     state = trainer.state()
     return losses, drawn, list(state["model"].values()) + list(state["average"].values())
@@ -78,7 +76,7 @@ def _broken():
     points = data.points("8gaussians", count=50)
     for where in ("penalty", "gradient"):
         torch.manual_seed(0)
-        trainer = AdversarialTrainer(models.WGANGP((2,), hidden=8), points, batch_size=8)
+        trainer = Trainer(models.WGANGP((2,), hidden=8), points, batch_size=8)
         trainer.step()
         before = [p.detach().clone() for p in trainer.model.parameters()]
         real = ops.critic_step
@@ -116,7 +114,7 @@ def test_ranks_agree_and_stop_together(ranks):
 def train(out, steps, resume=False):
     points = data.points("25gaussians", count=100)
     recipe = None if resume else {"penalty": "r1", "weight": 0.5, "lazy": 2, "ema": 0.5}
-    return adversarial_training.train(
+    return training.train(
         "gan", points, out, config={"hidden": 8}, recipe=recipe, steps=steps, batch_size=BATCH, resume=resume, sample_every=2
     )
 
@@ -131,7 +129,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
         assert written["steps"] == 5
         names = sorted(p.name for p in run.iterdir())
         assert names == ["checkpoint-3", "checkpoint-5", "log.csv", "loss.png", "metrics.json", "progress", "samples.png"]
-        curves = [checkpoints.notes(folder / "checkpoint-5")["history"] for folder in (tmp_path / "one", run)]
+        histories = [checkpoints.notes(folder / "checkpoint-5")["history"] for folder in (tmp_path / "one", run)]
+        curves = [[list(h.values()) for h in history] for history in histories]
         torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-4, atol=1e-5)
         weights = [training.load_checkpoint(folder)[0].state_dict() for folder in (tmp_path / "one", run)]
         for k in weights[0]:
@@ -140,7 +139,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
 
 
 def _too_few():
-    AdversarialTrainer(models.GAN((2,), hidden=8), data.points("8gaussians", count=50), batch_size=1)
+    Trainer(models.GAN((2,), hidden=8), data.points("8gaussians", count=50), batch_size=1)
 
 
 def test_a_batch_has_something_for_every_rank(ranks):

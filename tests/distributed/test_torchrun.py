@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from genfast import checkpoints, data
-from genfast.training import trainer as training
+from genfast import checkpoints, data, training
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 MINUTE = 60  # far more than any of this takes

@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 
-from genfast import checkpoints, cli, data, distributed, models
-from genfast.training import trainer as training
+from genfast import checkpoints, cli, data, distributed, models, training
+from genfast.training.runs import draw, fitted
 
 DIGITS = data.load("digits")
 MODELS = {
@@ -34,9 +34,9 @@ UNEVEN = 15
 
 def trainer(label, strategy="ddp", seed=0, **options):
     name = label.split()[0]
-    view, shape = training._fitted(name, DIGITS)
+    view, config = fitted(name, DIGITS, MODELS[label])
     torch.manual_seed(0)
-    model = models.build(name, **shape, **MODELS[label])
+    model = models.build(name, **config)
     model = model if label in SINGLE else model.double()
     return training.Trainer(model, view, batch_size=UNEVEN, clip=0.02, seed=seed, parallel=strategy, **options)
 
@@ -47,20 +47,20 @@ def full(tensors):
 
 def samples(model, n):
     by_pixels = isinstance(model, models.AutoregressiveModel)
-    draw = training.draw if by_pixels else distributed.sample
-    return draw(model, n, generator=torch.Generator().manual_seed(3), temperature=0.9)
+    sample = draw if by_pixels else distributed.sample
+    return sample(model, n, generator=torch.Generator().manual_seed(3), temperature=0.9)
 
 
 def run(label, strategy="ddp"):
     """What three steps of a model lead to."""
     made = trainer(label, strategy)
-    found = {"losses": [made.step() for _ in range(3)]}
+    found = {"losses": [made.step()["bits_per_dim"] for _ in range(3)]}
     found["gradients"] = full({k: p.grad for k, p in made.model.named_parameters() if p.grad is not None})
     found["weights"] = full(made.model.state_dict())
-    found["evaluated"] = [made.evaluate(37), made.evaluate(1)]  # of one image the second rank has none
+    found["evaluated"] = [made.evaluate(n)["bits_per_dim"] for n in (37, 1)]  # of one image the second rank has none
     model = distributed.whole(made.model.eval())
     found["samples"] = [samples(model, n) for n in (5, 1, 0)]
-    found["losses"].append(made.step())  # it goes on
+    found["losses"].append(made.step()["bits_per_dim"])  # it goes on
     return found
 
 
@@ -108,10 +108,10 @@ def go_on(folder, strategy, steps, resume, label="glow"):
     made = trainer(label, strategy)
     if resume:
         made.restore(checkpoints.latest(folder))
-    while len(made.losses) < steps:
+    while len(made.history) < steps:
         made.step()
     checkpoints.save(folder, label.split()[0], made.model, made.state(), DIGITS.bins)
-    return made.losses, full(made.model.state_dict())
+    return [h["bits_per_dim"] for h in made.history], full(made.model.state_dict())
 
 
 def go_on_unused(folder):
@@ -135,10 +135,11 @@ def lost():
     made = trainer("nice")
     made.step()
     if distributed.rank() == 1:
-        made._portion = lambda images, generator: torch.full((7, 64), math.nan, dtype=torch.float64)
+        real = made.task.bits
+        made.task.bits = lambda *args: real(*args) * math.nan
     with pytest.raises(training.TrainingError) as told:
         made.step()
-    return str(told.value), made.losses
+    return str(told.value), made.history
 
 
 def legs(folder):

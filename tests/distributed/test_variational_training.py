@@ -7,11 +7,9 @@ import json
 import pytest
 import torch
 
-from genfast import checkpoints, data, distributed, models
+from genfast import checkpoints, data, distributed, models, training
 from genfast.models.base_autoencoder import Losses
-from genfast.training import trainer as training
-from genfast.training import variational as variational_training
-from genfast.training.variational import AutoencoderTrainer
+from genfast.training import Trainer
 
 BATCH = 7  # uneven parts
 MODELS = {
@@ -26,7 +24,7 @@ def steps(label, config, count=2):
     digits = data.load("digits")
     torch.manual_seed(distributed.rank())  # the trainer makes them equal
     model = models.build(label.split()[0], shape=digits.shape, levels=digits.bins, hidden=8, latent_dim=3, **config).double()
-    trainer = AutoencoderTrainer(model, digits, batch_size=BATCH, seed=3)
+    trainer = Trainer(model, digits, batch_size=BATCH, seed=3)
     figures = [trainer.step() for _ in range(count)]
     return figures, trainer.evaluate(17 if label == "vae" else 3), [p.detach() for p in model.parameters()]
 
@@ -54,7 +52,7 @@ def _coupled():
 def _broken():
     """A loss that is not finite on rank 1 alone."""
     digits = data.load("digits")
-    trainer = AutoencoderTrainer(models.build("vae", shape=digits.shape, levels=digits.bins, hidden=8), digits, batch_size=8)
+    trainer = Trainer(models.build("vae", shape=digits.shape, levels=digits.bins, hidden=8), digits, batch_size=8)
     real = trainer.model.losses
 
     def losses(*args, **options):
@@ -79,7 +77,7 @@ def test_ranks_agree_and_stop_together(ranks):
 
 def train(out, count, resume=False):
     digits, config = data.load("digits"), {"hidden": 8, "latent_dim": 2}
-    return variational_training.train("aae", digits, out, config=config, steps=count, batch_size=BATCH, resume=resume)
+    return training.train("aae", digits, out, config=config, steps=count, batch_size=BATCH, resume=resume)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
