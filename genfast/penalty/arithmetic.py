@@ -10,7 +10,8 @@ from torch import Tensor
 from .autograd_rule import otherwise
 from .handlers import T, handles, sum_of_present
 from .in_place import may_overwrite, overwritten
-from .tape import Handler, Maybe, Rule, Tape, add_rows
+from .sweeps import Sweeps, add_rows
+from .tape import Handler, Maybe, Rule, Tape
 
 
 class Scale(Rule):
@@ -27,25 +28,25 @@ class Scale(Rule):
     def collects(self) -> bool:
         return self.m.requires_grad
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
         return [(b * self.value).sum_to_size(self.shape)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
         if self.m.requires_grad and cotangent is not None:
-            for start, part, z in tape.products(cotangent, direction, self.x):
-                tape.collect_rows(self.m, part * z, start)
+            for start, part, z in sweeps.products(cotangent, direction, self.x):
+                sweeps.collect_rows(self.m, part * z, start)
         return [direction * self.value if wanted and direction is not None else None]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,) = c
         assert cotangent is not None
         if self.m.requires_grad:
             assert self.x is not None
-            tape.collect(self.m, (cotangent * self.x).sum_to_size(self.m.shape))
-        return self.pull(tape, c) if wanted else [None]
+            sweeps.collect(self.m, (cotangent * self.x).sum_to_size(self.m.shape))
+        return self.pull(sweeps, c) if wanted else [None]
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis + y.dim() - x.dim()
@@ -76,7 +77,7 @@ class Add(Rule):
     def collects(self) -> bool:
         return bool(self.constants)
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
         found: list[Maybe] = []
@@ -85,11 +86,11 @@ class Add(Rule):
             found.append(part if alpha == 1 else part * alpha)
         return found
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,) = b
         if cotangent is not None:
             for x, alpha in self.constants:
-                tape.collect_bias(x, cotangent, alpha=alpha)
+                sweeps.collect_bias(x, cotangent, alpha=alpha)
         total: Maybe = None
         if wanted:
             for direction, alpha in zip(t, self.alphas):
@@ -100,12 +101,12 @@ class Add(Rule):
                 total = total.expand(self.y)
         return [total]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,) = c
         assert cotangent is not None
         for x, alpha in self.constants:
-            tape.collect_rows(x, cotangent * alpha, 0)
-        return self.pull(tape, c) if wanted else [None] * len(self.ins)
+            sweeps.collect_rows(x, cotangent * alpha, 0)
+        return self.pull(sweeps, c) if wanted else [None] * len(self.ins)
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if self.prefix else -1
@@ -162,12 +163,12 @@ class Multiply(Rule):
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if self.a.shape == self.b.shape else -1
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
         return [(b * self.b).sum_to_size(self.a.shape), (b * self.a).sum_to_size(self.b.shape)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         ta, tb = t
         self.saved = (b[0], ta, tb)
         if not wanted:
@@ -175,9 +176,9 @@ class Multiply(Rule):
         parts = [x for x in (None if ta is None else ta * self.b, None if tb is None else tb * self.a) if x is not None]
         return [parts[0] + parts[1] if len(parts) > 1 else parts[0]]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, ta, tb = self.saved
-        found: list[Maybe] = self.pull(tape, c) if c[0] is not None else [None, None]
+        found: list[Maybe] = self.pull(sweeps, c) if c[0] is not None else [None, None]
         if b is not None:
             if tb is not None:
                 found[0] = sum_of_present(found[0], (b * tb).sum_to_size(self.a.shape))

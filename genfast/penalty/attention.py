@@ -21,6 +21,7 @@ from torch import Tensor
 from .._torch_private import set_grad_enabled
 from .autograd_rule import otherwise
 from .handlers import handles, named_arguments
+from .sweeps import Sweeps
 from .tape import Maybe, Rule, Tape
 
 PANEL = 1 << 22  # elements of one panel of weights, over all batches and heads
@@ -69,7 +70,7 @@ class Attention(Rule):
     def _chosen(self, found: list[Tensor]) -> list[Maybe]:
         return [x for x, on in zip(found, self.active) if on]
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
         dq, dk, dv = torch.empty_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
@@ -82,7 +83,7 @@ class Attention(Rule):
             dv += p.mT @ bi
         return self._chosen([dq, dk, dv])
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         given = iter(t)
         directions = [next(given) if on else None for on in self.active]
         if all(x is None for x in directions):
@@ -99,10 +100,10 @@ class Attention(Rule):
             parts.append(_through_softmax(p, ds) @ self.v + p @ tv)
         return [torch.cat(parts, -2)]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, (tq, tk, tv) = self.saved
         if b is None or tq is None or tk is None or tv is None:
-            return self.pull(tape, c) if c[0] is not None else [None] * len(self.ins)
+            return self.pull(sweeps, c) if c[0] is not None else [None] * len(self.ins)
         dq, dk, dv = torch.empty_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
         s = self.scale
         for i in self._panels():

@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from .._torch_private import tree_map
 from .handlers import T, functions_named, handles, name_of, sum_of_present
 from .in_place import may_overwrite, taken
+from .sweeps import Sweeps
 from .tape import HANDLERS, Maybe, PlainLayoutNeeded, Rule, Tape, Unsupported
 
 # What draws a number for each element of what it is given, and where the argument stands that says whether it does.
@@ -93,11 +94,11 @@ class Autograd(Rule):
             return [None] * len(wrt)
         return list(torch.autograd.grad(outs, wrt, g, retain_graph=True, create_graph=graph, allow_unused=True))
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         pairs = [(y, v) for y, v in zip(self.edges, g) if v is not None]
         return self._grad([y for y, _ in pairs], self.active, [v for _, v in pairs])
 
-    def chain(self, tape: Tape, b: list[Maybe]) -> list[Maybe]:
+    def chain(self, sweeps: Sweeps, b: list[Maybe]) -> list[Maybe]:
         with torch.enable_grad():
             self.cotangents = [
                 (torch.zeros(shape, dtype=dtype, device=device) if v is None else v.detach()).requires_grad_()
@@ -107,7 +108,7 @@ class Autograd(Rule):
         self.pulled = [(x, i) for i, x in enumerate(found) if x is not None and x.requires_grad]
         return [None if x is None else x.detach() for x in found]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         pairs = [(x, t[i]) for x, i in self.pulled if t[i] is not None]
         everything = [*self.cotangents, *self.active, *self.locals]
         try:
@@ -118,15 +119,15 @@ class Autograd(Rule):
         self.curvature = found[n : n + m]
         for leaf, g in zip(self.leaves, found[n + m :]):
             if g is not None:
-                tape.collect(leaf, g)
+                sweeps.collect(leaf, g)
         return found[:n]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         pairs = [(y, v) for y, v in zip(self.edges, c) if v is not None]
         found = self._grad([y for y, _ in pairs], [*self.active, *self.locals], [v for _, v in pairs])
         for leaf, g in zip(self.leaves, found[len(self.active) :]):
             if g is not None:
-                tape.collect(leaf, g)
+                sweeps.collect(leaf, g)
         return [sum_of_present(a, b) for a, b in zip(found[: len(self.active)], self.curvature)]
 
 

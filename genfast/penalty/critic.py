@@ -14,15 +14,16 @@ from .._calls import all_modules
 from .._torch_private import graph_is_retained
 from .proof import prove
 from .state import State, facts, modules, unwrapped
+from .sweeps import SharedLoss, Sweeps
 from .tape import MoreNeeded, PlainLayoutNeeded, Tape
 
 Critic = Callable[..., Tensor]
 
 
-def alone(critic: Critic) -> Critic:
+def without_wrappers(critic: Critic) -> Critic:
     """The module itself, without what compiles it or spreads it over processes."""
     original = unwrapped(critic)
-    return alone(original.module) if isinstance(original, nn.parallel.DistributedDataParallel) else original
+    return without_wrappers(original.module) if isinstance(original, nn.parallel.DistributedDataParallel) else original
 
 
 def per_sample_outputs(op: str, d: Any, n: int, patches: bool = False) -> Tensor:
@@ -92,8 +93,8 @@ class Pass:
         self._repeated(op, critic, x, context, loss, start)
         unproven = self._unproven(x) if proving else set()
         if unproven:
-            rows = min(2, x.shape[0]) if self.tape.apart else x.shape[0]
-            del self.tape
+            rows = min(2, x.shape[0]) if self.sweeps.separable else x.shape[0]
+            del self.sweeps
             start()
             self._prove(op, critic, x, context, rows, start)
             self.known.proven |= unproven
@@ -116,8 +117,8 @@ class Pass:
 
     def _unproven(self, x: Tensor) -> set[Any]:
         """The calls in the record whose derivatives by PyTorch have not been compared with double backward as a whole."""
-        names = {rule.proven for rule in self.tape.live_rules if rule.proven}
-        if self.tape.hooked:
+        names = {rule.proven for rule in self.sweeps.live_rules if rule.proven}
+        if self.sweeps.tape.hooked:
             names.add("saved by hooks")
         if not names:
             return names
@@ -138,14 +139,10 @@ class Pass:
             start()
 
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
-        self.tape = tape = Tape(keep_inputs=loss or self.known.curved is not False, stack=self.stack)
-        tape.batch = x.shape[0]
-        tape.channels_last = self.known.channels_last
-        tape.modules = self.modules
-        if self.into is not None:
-            tape.gradients = self.into
-        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            tape.memory_format = torch.channels_last
+        tape = Tape(
+            x, keep_inputs=loss or self.known.curved is not False, channels_last=self.known.channels_last,
+            modules=self.modules, stack=self.stack,
+        )  # fmt: skip
         active = tape.activate(x.detach())
         original = unwrapped(critic)
         with torch.compiler.set_stance("force_eager"), _no_half_autocast(self.device), torch.enable_grad(), tape:
@@ -153,26 +150,24 @@ class Pass:
         self.slot = tape.slot(d)
         self.constant: Tensor | None = None
         if self.slot < 0 and d.requires_grad:  # it depends on parameters alone
-            tape._clear(d)
+            tape.check_constant(d)
             self.constant = d
         self.output = d.detach()
-        tape.prepare(max(self.slot, 0))
-        if self.slot < 0:
-            tape.live_rules = []
-        if tape.curved and not tape.keep_inputs:
+        self.sweeps = sweeps = Sweeps(tape, max(self.slot, 0), self.into)  # no rule writes to slot 0, which is x
+        if sweeps.curved and not tape.keep_inputs:
             raise MoreNeeded
-        self.known.curved = bool(self.known.curved) or tape.curved
-        if self.known.apart is None and not tape.apart:
-            self.known.coupling = next((r.couples for r in tape.live_rules if r.couples), "")
-            if not self.known.coupling and tape.couples(self.output):
+        self.known.curved = bool(self.known.curved) or sweeps.curved
+        if self.known.separable is None and not sweeps.separable:
+            self.known.coupling = next((r.couples for r in sweeps.live_rules if r.couples), "")
+            if not self.known.coupling and sweeps.couples(self.output):
                 self.known.coupling = "a layer of this critic"
-        self.known.apart = tape.apart
+        self.known.separable = sweeps.separable
 
     @property
     def values(self) -> Tensor:
         """(N,), or (N, ...) where a sample has several outputs; float32 or better."""
         wide = self.output.to(torch.promote_types(self.output.dtype, torch.float32))
-        return wide.reshape(-1) if wide.numel() == self.tape.batch else wide
+        return wide.reshape(-1) if wide.numel() == self.sweeps.batch else wide
 
     @torch.no_grad()
     def input_gradient(self, rows: int, slope: Tensor | None = None, *, all_of_x: bool = False) -> Tensor | None:
@@ -184,14 +179,14 @@ class Pass:
         self.slope = slope
         if self.slot < 0:
             return None
-        tape = self.tape
-        start = torch.full_like(self.output, tape.batch / self.output.numel() if self.mean else 1.0)
-        tape.rows = rows
+        sweeps = self.sweeps
+        start = torch.full_like(self.output, sweeps.batch / self.output.numel() if self.mean else 1.0)
+        loss = None
         if slope is not None:
-            tape.shared = True
+            loss = SharedLoss(rows)
             start[rows:] = slope[rows:].to(start.dtype).view(start[rows:].shape)
         with torch.autocast(self.device, enabled=False):
-            g = tape.chain(start, tape.batch if all_of_x else rows)
+            g = sweeps.chain(start, sweeps.batch if all_of_x else rows, loss)
         self.x_cotangent = g
         return None if g is None else g[:rows]
 
@@ -206,40 +201,40 @@ class Pass:
         if self.slot < 0:
             slope = self.slope if slope is None else slope
             if slope is not None and self.constant is not None:
-                self.tape.collect(self.constant, slope.to(self.output.dtype).reshape(self.output.shape))
+                self.sweeps.collect(self.constant, slope.to(self.output.dtype).reshape(self.output.shape))
             return None
-        tape, start = self.tape, None
+        sweeps, start = self.sweeps, None
+        loss = sweeps.loss
         if slope is not None:
             start = slope.to(self.output.dtype).reshape(self.output.shape)
-        elif tape.shared and tape.rows:
+        elif loss is not None and loss.rows:
             assert self.slope is not None
-            own = self.slope[: tape.rows]
-            if not (own.is_cpu and not bool(own.any())):
-                tape.f = own
-                tape.even = own.is_cpu and bool((own == own[0]).all())
-        if direction is not None and not tape.per_sample and direction.shape[0] < tape.batch:
-            rest = direction.new_zeros((tape.batch - direction.shape[0], *direction.shape[1:]))
+            of_rows = self.slope[: loss.rows]
+            if not (of_rows.is_cpu and not bool(of_rows.any())):
+                loss = SharedLoss(loss.rows, of_rows, of_rows.is_cpu and bool((of_rows == of_rows[0]).all()))
+        if direction is not None and not sweeps.per_sample and direction.shape[0] < sweeps.batch:
+            rest = direction.new_zeros((sweeps.batch - direction.shape[0], *direction.shape[1:]))
             direction = torch.cat([direction, rest])
         with torch.autocast(self.device, enabled=False):
-            found = tape.sweep(direction, start, to_x)
-        if not (to_x and tape.shared and self.x_cotangent is not None):
-            return found
-        loss = self.x_cotangent.clone()
-        rows = tape.rows
+            of_penalty = sweeps.sweep(direction, start, loss, to_x)
+        if not to_x or loss is None or self.x_cotangent is None:
+            return of_penalty
+        total = self.x_cotangent.clone()
+        rows = loss.rows
         if rows:
-            loss[:rows] *= 0 if tape.f is None else tape.f.to(loss.dtype).view(-1, *(1,) * (loss.dim() - 1))
-        if found is not None:
-            loss[: found.shape[0]] += found
-        return loss
+            total[:rows] *= 0 if loss.slope is None else loss.slope.to(total.dtype).view(-1, *(1,) * (total.dim() - 1))
+        if of_penalty is not None:
+            total[: of_penalty.shape[0]] += of_penalty
+        return total
 
     def gradients(self) -> list[tuple[Tensor, Tensor | None]]:
         """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added.
 
         The record is dropped.
         """
-        found: list[tuple[Tensor, Tensor | None]] = [(tensor, gradient) for tensor, gradient, _ in self.tape.gradients.values()]
-        del self.tape
-        return found
+        gradients: list[tuple[Tensor, Tensor | None]] = [(x, gradient) for x, gradient, _ in self.sweeps.gradients.values()]
+        del self.sweeps
+        return gradients
 
 
 class _Attach(torch.autograd.Function):

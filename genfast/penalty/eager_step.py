@@ -113,7 +113,7 @@ def _stacked(
     values = recorded.values
     total_rows = len(values)
     # else the loss needs a chain of its own
-    shared = recorded.tape.per_sample and (values.dim() == 1 or not rows)
+    shared = recorded.sweeps.per_sample and (values.dim() == 1 or not rows)
     first = rows if at is not None else 0
     d_real, d_fake = values[first : first + n], values[first + n :]
     if kind == "r2":
@@ -176,7 +176,7 @@ def _separate(
 
     def finish(x: Tensor, recorded: Pass, slope: Tensor | None, has_penalty: bool) -> None:
         """The sweeps over one of the passes; its record is dropped."""
-        shared = slope is not None and recorded.tape.per_sample and (slope.dim() == 1 or not has_penalty)
+        shared = slope is not None and recorded.sweeps.per_sample and (slope.dim() == 1 or not has_penalty)
         u: Tensor | None = None
         if has_penalty:
             assert s is not None
@@ -191,7 +191,7 @@ def _separate(
             to_x = recorded.sweep(u, None if shared else slope, to_x=x.requires_grad)
             if x.requires_grad:
                 to_inputs.append((x, to_x))
-        del recorded.tape
+        del recorded.sweeps
 
     values: list[Tensor] = []
     # Without a penalty of their own, real and fake samples may be one batch.

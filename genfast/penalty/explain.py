@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .critic import Critic, Pass, alone, per_sample_outputs
+from .critic import Critic, Pass, per_sample_outputs, without_wrappers
 from .state import restored
-from .tape import Tape, Unsupported
+from .sweeps import Sweeps
+from .tape import Unsupported
 
 
 def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Sequence[Tensor] | None = None) -> str:
@@ -34,14 +35,14 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
         module ...
     """
     given = () if context is None else (context,) if isinstance(context, Tensor) else tuple(context)
-    original = alone(critic)
+    original = without_wrappers(critic)
     tried: list[Tensor] = [example] if example is not None else _guesses(original)
     recorded: Pass | None = None
     for x in tried:
         try:
             with restored(original) as restore:
                 recorded = _named_pass(original, x, given, restore)
-                text = _table(recorded.tape)
+                text = _table(recorded.sweeps)
                 recorded.sweep(recorded.input_gradient(len(x)))  # a missing second derivative shows only now
                 restore()
             break
@@ -97,17 +98,17 @@ def _named_pass(critic: Critic, x: Tensor, context: Sequence[Tensor], restore: C
             h.remove()
 
 
-def _table(tape: Tape) -> str:
+def _table(sweeps: Sweeps) -> str:
     rows = [("module", "call", "rule")]
     rows += [
         (r.module or "(critic)", r.called, r.kind + (f"; couples samples: {r.couples}" if r.couples else ""))
-        for r in tape.rules
+        for r in sweeps.tape.rules
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(2)]
     lines = ["  ".join((r[0].ljust(widths[0]), r[1].ljust(widths[1]), r[2])) for r in rows]
-    if tape.curved:
+    if sweeps.curved:
         work = "six units of work a layer (forward, chain, tangent, second sweep, weight gradients)"
     else:
         work = "piecewise linear: four units of work a layer, where double backward does six"
-    apart = "samples are kept apart" if tape.apart else "samples are coupled, or not known to be kept apart"
+    apart = "samples are kept apart" if sweeps.separable else "samples are coupled, or not known to be kept apart"
     return "\n".join([*lines, f"{work}; {apart}"])

@@ -51,7 +51,7 @@ def joined_pass(
     known = facts(critic)
     # A function may be a new one at each call, which would pay for a comparison each time; a module is the same one again, and
     # its first call goes the way of the later ones, so that a run that is resumed repeats the bits of one that was not.
-    if batching == "auto" and (known.moves or (known.apart is None and not isinstance(critic, nn.Module))):
+    if batching == "auto" and (known.moves or (known.separable is None and not isinstance(critic, nn.Module))):
         return None
     recorded: Pass | None = None
     unlike = _stackable(parts)
@@ -65,12 +65,12 @@ def joined_pass(
             )
 
         recorded = record()
-        tape = recorded.tape
+        sweeps, escaped = recorded.sweeps, recorded.sweeps.tape.escaped
         output = getattr(call.output, "__code__", call.output)
-        key = (tuple(map(type, tape.rules)), output, call.patches, tuple(len(p) for p, _ in parts), x.shape, x.dtype,
+        key = (tuple(map(type, sweeps.tape.rules)), output, call.patches, tuple(len(p) for p, _ in parts), x.shape, x.dtype,
                torch.is_autocast_enabled(x.device.type))  # fmt: skip
-        if not tape.joinable:
-            why = f"by {tape.escaped}, which is not recorded" if tape.escaped else f"by {known.coupling or 'one of its layers'}"
+        if not sweeps.joinable:
+            why = f"by {escaped}, which is not recorded" if escaped else f"by {known.coupling or 'one of its layers'}"
             reason = f"its samples may meet {why}"
         elif key not in known.joined:
             recorded = None

@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from .autograd_rule import otherwise
 from .handlers import T, flat_ints, functions_named, handles, name_of, trainable
+from .sweeps import Sweeps
 from .tape import HANDLERS, Handler, Maybe, Rule, Tape, Unsupported
 
 
@@ -30,11 +31,11 @@ class Reshape(Rule):
     def _as(self, g: Tensor, shape: Sequence[int]) -> Tensor:
         return g.reshape(g.shape[0], *shape[1:]) if self.prefix else g.reshape(shape)
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         return [self._as(g[0], self.shape)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         return [self._as(t[0], self.to) if wanted and t[0] is not None else None]
 
 
@@ -90,7 +91,7 @@ class Map(Rule):
             return axis - 1
         return -1
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         ys: list[Any] = self.edges
         x = self.x
         rows = next(v.shape[0] for v in g if v is not None) if self.prefix else 0
@@ -103,7 +104,7 @@ class Map(Rule):
         pairs = [(y, v) for y, v in zip(ys, g) if v is not None]
         return list(torch.autograd.grad([y for y, _ in pairs], x, [v for _, v in pairs], retain_graph=True))
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         if not wanted or t[0] is None:
             return [None] * len(self.outs)
         y = self.func(t[0], *self.args, **self.kwargs)
@@ -241,16 +242,16 @@ class Join(Rule):
         stacked = self.func is torch.stack
         return list(g.unbind(self.dim) if stacked else g.split([shape[self.dim] for shape, _, _ in self.parts], self.dim))
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         return [part for part, (_, active, _) in zip(self._split(g[0]), self.parts) if active]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         if b[0] is not None and self.constants:
             for part, (_, active, x) in zip(self._split(b[0]), self.parts):
                 if not active and trainable(x):
                     assert x is not None
-                    tape.collect_bias(x, part)
+                    sweeps.collect_bias(x, part)
         if not wanted:
             return [None]
         directions = iter(t)
@@ -261,13 +262,13 @@ class Join(Rule):
             )
         ]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         assert c[0] is not None
         for part, (_, active, x) in zip(self._split(c[0]), self.parts):
             if not active and trainable(x):
                 assert x is not None
-                tape.collect(x, part)
-        return self.pull(tape, c)
+                sweeps.collect(x, part)
+        return self.pull(sweeps, c)
 
 
 @handles(torch.cat, torch.concat, torch.concatenate, torch.stack)

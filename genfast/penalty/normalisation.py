@@ -18,7 +18,8 @@ from torch import Tensor
 from .arithmetic import add, scale
 from .autograd_rule import otherwise
 from .handlers import handles, named_arguments
-from .tape import Maybe, Rule, Tape, add_rows
+from .sweeps import Sweeps, add_rows
+from .tape import Maybe, Rule, Tape
 
 
 class Normalise(Rule):
@@ -64,11 +65,11 @@ class Normalise(Rule):
     def _view(self, g: Tensor) -> Tensor:
         return g.reshape(self.x_hat.shape)
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         return [self._times(self._view(g[0])).reshape(self.shape)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         if t[0] is None:
             return [None]
         direction = self._view(t[0])
@@ -76,11 +77,11 @@ class Normalise(Rule):
         self.saved = (b[0], direction, jt)
         return [jt.reshape(self.shape) if wanted else None]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, t, jt = self.saved
         if not wanted:
             return [None]
-        through = None if c[0] is None else self.pull(tape, c)[0]
+        through = None if c[0] is None else self.pull(sweeps, c)[0]
         if b is None or t is None or jt is None:
             return [through]
         b = self._view(b)

@@ -15,7 +15,8 @@ from .arithmetic import scale
 from .autograd_rule import otherwise
 from .handlers import T, functions_named, handles, named_arguments
 from .in_place import may_overwrite, overwritten
-from .tape import HANDLERS, Handler, Maybe, Rule, Tape, add_rows
+from .sweeps import Sweeps, add_rows
+from .tape import HANDLERS, Handler, Maybe, Rule, Tape
 
 LEAKY_RELU_BITS, APPLY_BITS = OP_LEAKY.direct, OP_APPLY.direct
 ACTIVATION_CHAIN, ACTIVATION_SECOND = OP_CHAIN.direct, OP_SECOND.direct
@@ -44,12 +45,12 @@ class SignMask(Rule):
             return apply_bits_(g, bits, self.slope) if own else APPLY_BITS(g, bits, self.slope)
         return apply_bits_(g.contiguous(memory_format=self.format), bits, self.slope)
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
-        return [self._apply(g[0], tape.owns)]
+        return [self._apply(g[0], sweeps.may_overwrite)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
-        return [self._apply(t[0], tape.owns) if wanted and t[0] is not None else None]
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+        return [self._apply(t[0], sweeps.may_overwrite) if wanted and t[0] is not None else None]
 
 
 def _sign_mask(default: float, fixed: bool = False, in_place: bool = False) -> Handler:
@@ -92,13 +93,13 @@ class Gather(Rule):
     def __init__(self, x: Tensor, y: Tensor, indices: Tensor, axes: int) -> None:
         self.shape, self.to, self.indices, self.axes = x.shape, y.shape, indices.flatten(-axes), axes
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
         found = b.new_zeros(self.shape).flatten(-self.axes)
         return [found.scatter_add_(-1, self.indices, b.flatten(-self.axes)).view(self.shape)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         if not wanted or t[0] is None:
             return [None]
         return [t[0].flatten(-self.axes).gather(-1, self.indices).view(self.to)]
@@ -165,11 +166,11 @@ class Masked(Rule):
         mask = self.mask[: g.shape[0]] if self.mask.dim() else self.mask
         return torch.where(mask, g, g * self.slope) if self.slope else g * mask
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         return [self._apply(g[0])]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         return [self._apply(t[0]) if wanted and t[0] is not None else None]
 
 
@@ -192,15 +193,15 @@ class Softmax(Rule):
         y = self.y[: g.shape[0]]
         return y * (g - (g * y).sum(self.dim, keepdim=True))
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         return [self._times(g[0])]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         self.saved = (b[0], t[0])
         return [self._times(t[0]) if wanted and t[0] is not None else None]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, t = self.saved
         if b is None or t is None:
             return [None if c[0] is None else self._times(c[0])]
@@ -228,18 +229,18 @@ class Smooth(Rule):
         found: Tensor = ACTIVATION_CHAIN(self.x[: g.shape[0]], g, self.form)
         return found
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         return [self._times(g[0])]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         self.saved = (b[0], t[0])
         return [self._times(t[0]) if wanted and t[0] is not None else None]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, t = self.saved
         if not wanted or b is None or t is None:
-            return self.pull(tape, c) if wanted and c[0] is not None else [None]
+            return self.pull(sweeps, c) if wanted and c[0] is not None else [None]
         rows = t.shape[0]
         same = c[0] is not None and c[0].shape == t.shape
         found = ACTIVATION_SECOND(self.x[:rows], b[:rows], t, c[0] if same else None, self.form)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.linear import OP, OP_INPUT, OP_WEIGHT
 from .autograd_rule import otherwise
 from .handlers import T, autocast_dtype, cast, handles, mixed_dtypes, named_arguments, sum_of_present, trainable
+from .sweeps import Sweeps
 from .tape import HANDLERS, Handler, Maybe, Rule, Tape
 
 LINEAR, LINEAR_INPUT, LINEAR_WEIGHT = OP.direct, OP_INPUT.direct, OP_WEIGHT.direct
@@ -59,7 +60,7 @@ class Linear(Weighted):
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if axis < x.dim() - 1 else -1
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
         b = cast(b, self.w.dtype)  # where autocast sums it with a wider one
@@ -67,31 +68,31 @@ class Linear(Weighted):
             return [cast(b * self.w, self.dtype)]
         return [cast(_product(LINEAR_INPUT, b, self.w, None, 0.0), self.dtype)]
 
-    def _weight(self, tape: Tape, b: Tensor, z: Tensor) -> None:
+    def _weight(self, sweeps: Sweeps, b: Tensor, z: Tensor) -> None:
         b = cast(b, z.dtype)
-        tape.collect(self.weight, LINEAR_WEIGHT(b.reshape(-1, b.shape[-1]), z.reshape(-1, z.shape[-1])), fresh=True)
+        sweeps.collect(self.weight, LINEAR_WEIGHT(b.reshape(-1, b.shape[-1]), z.reshape(-1, z.shape[-1])), fresh=True)
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
         if direction is not None:
             direction = cast(direction, self.w.dtype)
         if cotangent is not None:
             if self.weight.requires_grad:
-                for _, part, z in tape.products(cotangent, direction, self.x):
-                    self._weight(tape, part, z)
+                for _, part, z in sweeps.products(cotangent, direction, self.x):
+                    self._weight(sweeps, part, z)
             if self.bias is not None and self.bias.requires_grad:
-                tape.collect_bias(self.bias, cotangent)
+                sweeps.collect_bias(self.bias, cotangent)
         return [_product(LINEAR, direction, self.w, None, None) if wanted and direction is not None else None]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,) = c
         assert cotangent is not None
         if self.weight.requires_grad:
             assert self.x is not None
-            self._weight(tape, cotangent, self.x[: cotangent.shape[0]])
+            self._weight(sweeps, cotangent, self.x[: cotangent.shape[0]])
         if self.bias is not None and self.bias.requires_grad:
-            tape.collect(self.bias, cotangent.sum_to_size(self.bias.shape))
-        return self.pull(tape, c) if wanted else [None]
+            sweeps.collect(self.bias, cotangent.sum_to_size(self.bias.shape))
+        return self.pull(sweeps, c) if wanted else [None]
 
 
 @handles(F.linear)
@@ -138,7 +139,7 @@ class Convolution(Weighted):
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(b, x, self.w, sizes, *self.options, mask)
         return found
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (b,) = g
         assert b is not None
         b = b.to(**self.to)
@@ -148,33 +149,33 @@ class Convolution(Weighted):
         )  # fmt: skip
         return [self._backward(b, like, [True, False, False])[0].to(self.dtype)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,), (direction,) = b, t
         if direction is not None:
             direction = direction.to(**self.to)
         if cotangent is not None:
             if self.weight.requires_grad:
-                for _, part, z in tape.products(cotangent, direction, self.x):
-                    tape.collect(self.weight, self._backward(part, z, [False, True, False])[1], fresh=True)
+                for _, part, z in sweeps.products(cotangent, direction, self.x):
+                    sweeps.collect(self.weight, self._backward(part, z, [False, True, False])[1], fresh=True)
             if self.bias is not None and self.bias.requires_grad:
-                tape.collect_bias(self.bias, cotangent, (1, -1, *(1,) * (cotangent.dim() - 2)))
+                sweeps.collect_bias(self.bias, cotangent, (1, -1, *(1,) * (cotangent.dim() - 2)))
         if not wanted or direction is None:
             return [None]
         return [torch.ops.aten.convolution(direction, self.w, None, *self.options)]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,) = c
         assert cotangent is not None
         mask = [wanted, self.weight.requires_grad, trainable(self.bias)]
         if not mask[1]:
             if self.bias is not None and mask[2]:
-                tape.collect(self.bias, cotangent.sum(dim=(0, *range(2, cotangent.dim()))))
-            return self.pull(tape, c) if wanted else [None]
+                sweeps.collect(self.bias, cotangent.sum(dim=(0, *range(2, cotangent.dim()))))
+            return self.pull(sweeps, c) if wanted else [None]
         assert self.x is not None
         found = self._backward(cotangent, self.x[: cotangent.shape[0]], mask)
-        tape.collect(self.weight, found[1], fresh=True)
+        sweeps.collect(self.weight, found[1], fresh=True)
         if self.bias is not None and mask[2]:
-            tape.collect(self.bias, found[2])
+            sweeps.collect(self.bias, found[2])
         return [found[0].to(self.dtype) if wanted else None]
 
 
@@ -256,7 +257,7 @@ class MatMul(Rule):
         found = a.mT @ g
         return found if found.dim() == like.dim() and found.shape[1:] == like.shape[1:] else found.sum_to_size(like.shape)
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (c,) = g
         assert c is not None
         found: list[Maybe] = []
@@ -266,7 +267,7 @@ class MatMul(Rule):
             found.append(self._right(c, self.a, self.b).to(self.dtypes[1]))
         return found
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         directions = iter(t)
         ta = next(directions) if self.active[0] else None
         tb = next(directions) if self.active[1] else None
@@ -276,28 +277,28 @@ class MatMul(Rule):
             self.saved = (cotangent, ta, tb)
         elif cotangent is not None and self.collects:
             if self.active[0]:
-                for start, part, z in tape.products(cotangent, ta, self.a):
-                    tape.collect_rows(self.leaves[1], self._right(part, z, self.b), start)
+                for start, part, z in sweeps.products(cotangent, ta, self.a):
+                    sweeps.collect_rows(self.leaves[1], self._right(part, z, self.b), start)
             else:
-                for start, part, z in tape.products(cotangent, tb, self.b):
-                    tape.collect_rows(self.leaves[0], self._left(part, z, self.a), start)
+                for start, part, z in sweeps.products(cotangent, tb, self.b):
+                    sweeps.collect_rows(self.leaves[0], self._left(part, z, self.a), start)
         if not wanted:
             return [None]
         total = None if ta is None else ta @ self.b
         return [sum_of_present(total, None if tb is None else self.a @ tb)]
 
-    def second(self, tape: Tape, c: list[Maybe], wanted: bool) -> list[Maybe]:
+    def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         (cotangent,) = c
         if not self.curved:
             assert cotangent is not None
             if self.collects:
                 if self.active[0]:
-                    tape.collect(self.leaves[1], self._right(cotangent, self.a, self.b))
+                    sweeps.collect(self.leaves[1], self._right(cotangent, self.a, self.b))
                 else:
-                    tape.collect(self.leaves[0], self._left(cotangent, self.b, self.a))
-            return self.pull(tape, c) if wanted else [None]
+                    sweeps.collect(self.leaves[0], self._left(cotangent, self.b, self.a))
+            return self.pull(sweeps, c) if wanted else [None]
         b, ta, tb = self.saved
-        found: list[Maybe] = [None, None] if cotangent is None else self.pull(tape, c)
+        found: list[Maybe] = [None, None] if cotangent is None else self.pull(sweeps, c)
         if b is not None:
             if tb is not None:
                 found[0] = sum_of_present(found[0], self._left(b, tb, self.a).to(self.dtypes[0]))

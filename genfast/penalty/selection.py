@@ -11,6 +11,7 @@ from .autograd_rule import otherwise
 from .handlers import T, handles, trainable
 from .in_place import may_overwrite, taken
 from .linear_maps import of_index
+from .sweeps import Sweeps
 from .tape import Maybe, Rule, Tape, Unsupported
 
 
@@ -22,7 +23,7 @@ class SetItem(Rule):
     def __init__(self, key: Any, active: tuple[bool, bool], shapes: tuple[torch.Size, torch.Size], per_sample: bool) -> None:
         self.key, self.active, self.shapes, self.per_sample = key, active, shapes, per_sample
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         found: list[Maybe] = []
         if self.active[0]:
@@ -33,7 +34,7 @@ class SetItem(Rule):
             found.append(_summed(g[0][self.key], self.shapes[1]))
         return found
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         if not wanted:
             return [None]
         directions = iter(t)
@@ -114,7 +115,7 @@ class Where(Rule):
         self.active = (tape.slot(a) >= 0, tape.slot(b) >= 0)
         self.shapes = [x.shape for x in (a, b) if tape.slot(x) >= 0]
 
-    def pull(self, tape: Tape, g: list[Maybe]) -> list[Maybe]:
+    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
         zero = g[0].new_zeros(())
         found = []
@@ -124,7 +125,7 @@ class Where(Rule):
             found.append(torch.where(self.condition, zero, g[0]))
         return [x.sum_to_size(shape) for x, shape in zip(found, self.shapes)]
 
-    def tangent(self, tape: Tape, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
+    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         if not wanted:
             return [None]
         zero = next(x for x in t if x is not None).new_zeros(())

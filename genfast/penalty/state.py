@@ -341,7 +341,7 @@ class Facts:
     """What earlier passes over a critic have shown, in one of its modes (training or not)."""
 
     curved: bool | None = None  # whether a layer has curvature; None before the first pass, which then keeps what that needs
-    apart: bool | None = None  # whether every rule keeps samples apart
+    separable: bool | None = None  # whether every rule keeps the samples of a batch separate
     channels_last: bool = True  # whether no layer wants another memory format
     coupling: str = ""  # the layer that couples samples
     unsupported: str | None = None
