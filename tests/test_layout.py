@@ -10,10 +10,12 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"genfast/ops": "tests/ops", "genfast/nn": "tests/nn", "genfast/losses": "tests/losses", "kernels": "tests/triton"}
 # A module that calls one operation and holds at most its parameters is tested with that operation.
 TESTED_WITH_THEIR_OPERATION = (
-    "bias_act", "contextual_similarity", "gradient_penalty", "gram_matrix", "masked_linear", "minibatch_discrimination",
+    "bias_act", "contextual_similarity", "gram_matrix", "masked_linear", "minibatch_discrimination",
     "minibatch_stddev", "modulated_conv", "nade", "pixel_norm", "spectral_norm", "upfirdn2d",
 )  # fmt: skip
 EXCEPTIONS = {f"genfast/nn/{name}.py": f"tests/ops/test_{name}.py" for name in TESTED_WITH_THEIR_OPERATION} | {
+    "genfast/nn/gradient_penalty.py": "tests/penalty/test_gradient_penalty.py",  # It calls genfast.penalty.
+    "genfast/nn/plain.py": "tests/nn/test_bijection_of_vectors.py",  # Each plain twin is tested beside its layer.
     "genfast/nn/univariate.py": "tests/nn/test_autoregressive.py",  # It holds the maps of its layers and the splines'.
     "kernels/aot.py": "tests/kernels/test_aot.py",  # It compiles, which no process of the interpreter can do.
 }

@@ -1,4 +1,4 @@
-"""Shifted convolutions and the small layers of causal networks."""
+"""Shifted convolutions and the small layers of causal networks: what each output sees, shapes, types, errors."""
 
 from __future__ import annotations
 
