@@ -54,7 +54,10 @@ from genfast import _backend
 cpu, _ = _backend.extension("_cpu")
 assert cpu.__file__.startswith({run!r}), cpu.__file__
 x, y = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 2, 2)
-cpu.squeeze(x.data_ptr() + {shift}, y.data_ptr(), 1, False, {batch}, 1, 4, 4, 2, False, {inverse}, False)
+sizes = dict(n={batch}, c=1, h=4, w=4, factor=2, threads=1)
+cpu.squeeze(
+    x=x.data_ptr() + {shift}, y=y.data_ptr(), is_double=False, space_to_depth=False, inverse={inverse}, channels_last=False, **sizes
+)
 print("done")
 """
 CANARIES = (
