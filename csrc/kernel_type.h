@@ -313,6 +313,8 @@ bool run(const Entry& entry, const char* args) {
     error = PyExc_MemoryError, problem = "genfast kernel " + entry.name + ": its working memory could not be allocated";
   } catch (const std::bad_alloc&) {
     error = PyExc_MemoryError, problem = "genfast kernel " + entry.name + ": its working memory could not be allocated";
+  } catch (const std::invalid_argument& exception) {  // numbers in a tensor that only the kernel sees
+    error = PyExc_ValueError, problem = exception.what();
   } catch (const std::exception& exception) {
     error = PyExc_RuntimeError, problem = exception.what();
   }
@@ -452,8 +454,8 @@ PyTypeObject* make_kernel_type() {
       "A C++ kernel, called with the fields of its argument struct by name, without the GIL.\n\n"
       "An address is a tensor, a number or None for null; a record (a tensor and its strides) is a tuple, or an address\n"
       "where prepare() has the strides. A field that a call leaves out is zero, unless declare() requires it. A name that is\n"
-      "no field and a value of another kind raise TypeError, memory that is short MemoryError. Returns the field that the\n"
-      "kernel writes as its result, or None.";
+      "no field and a value of another kind raise TypeError, memory that is short MemoryError, std::invalid_argument\n"
+      "ValueError. Returns the field that the kernel writes as its result, or None.";
   static PyType_Slot slots[] = {
       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},        {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
       {Py_tp_methods, methods}, {Py_tp_members, members}, {Py_tp_getset, properties}, {Py_tp_doc, doc}, {0, nullptr}};

@@ -246,8 +246,12 @@ class Op:
                 raise ValueError(f"declare: {self.name!r} has neither outputs nor fake, expected one of them")
             self.empty = self.fake
             return
-        # Of optional arguments the gradients may be missing; the empty vector in their place is one of a tensor that is there.
-        present = next(t for t in self.arguments.tensors if t not in self.arguments.optional)
+        # Of optional arguments the gradients may be missing; the empty vector in their place has the dtype and the device of
+        # an argument that is always there: not of one that holds integers, nor, where another will do, of a gradient, which may
+        # have the accumulator's dtype.
+        required = [t for t in self.arguments.tensors if t not in self.arguments.optional]
+        floating = [t for t in required if t not in self.argument_dtypes] or required
+        present = next((t for t in floating if not t.startswith("grad")), floating[0])
         self.described = {
             name: output(name, text, present if name in self.arguments.optional else None)
             for name, text in self.outputs.items()

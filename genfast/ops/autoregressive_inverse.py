@@ -201,8 +201,10 @@ def _static_gradients(code: list[int], units: Tensor, deltas: Tensor, out: Tenso
 
 def _backward(ctx: Any, grad_x: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
     (z, x, packed, statics, code), (transform, options) = ctx.saved_tensors, ctx.options
-    if (grad_x is None and grad_logdet is None) or transform == "bernoulli":
+    if grad_x is None and grad_logdet is None:
         return (None,) * 6
+    if transform == "bernoulli":  # constant wherever it is differentiable, so a weight's gradient is zero, not missing
+        return None, torch.zeros_like(packed) if ctx.needs_input_grad[1] else None, None, None, None, None
     dz, dpacked, dstatics = OP_BACKWARD(
         grad_x, grad_logdet, z, x, packed, statics, code, transform, options, ctx.needs_input_grad[1]
     )
