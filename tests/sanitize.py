@@ -55,9 +55,8 @@ cpu, _ = _backend.extension("_cpu")
 assert cpu.__file__.startswith({run!r}), cpu.__file__
 x, y = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 2, 2)
 sizes = dict(n={batch}, c=1, h=4, w=4, factor=2, threads=1)
-cpu.squeeze(
-    x=x.data_ptr() + {shift}, y=y.data_ptr(), is_double=False, space_to_depth=False, inverse={inverse}, channels_last=False, **sizes
-)
+flags = dict(is_double=False, space_to_depth=False, inverse={inverse}, channels_last=False)
+cpu.squeeze(x=x.data_ptr() + {shift}, y=y.data_ptr(), **sizes, **flags)
 print("done")
 """
 CANARIES = (
