@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import genfast
 from benchmarks import __main__ as suite
 from benchmarks import (
     _ceilings,
@@ -434,9 +435,9 @@ def test_a_part_stands_for_the_whole():
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
-        (lambda f: f.PixelCNN(3, 6, 2, 3, levels=4), (3, 3, 4)),
-        (lambda f: f.PixelCNNPlusPlus(1, 4, 1, 2, levels=16), (1, 4, 4)),
-        (lambda f: f.WaveNet(8, 4, 4, 2, 1), (1, 9)),
+        (lambda layers: layers(genfast.models.PixelCNN)(3, 6, 2, 3, levels=4), (3, 3, 4)),
+        (lambda layers: layers(genfast.models.PixelCNNPlusPlus)(1, 4, 1, 2, levels=16), (1, 4, 4)),
+        (lambda layers: layers(genfast.models.WaveNet)(8, 4, 4, 2, 1), (1, 9)),
     ],
 )
 def test_naive_sampling_as_a_graph_draws_what_the_engine_draws(gpu, monkeypatch, build, shape):
