@@ -103,13 +103,12 @@ class ModuleContents:
         self.settings = [(type(m), *m.__dict__.values()) for m in self.modules]
         self.children = [tuple(m._modules.values()) for m in self.modules]
         self.parameters = [tuple(m._parameters.values()) for m in self.modules]
-        self.buffers = [tuple(m._buffers.values()) for m in self.modules]
-        flat = [b for buffers in self.buffers for b in buffers if b is not None]
+        buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
         self.comparable = called_plainly(module) and all(
             name in _INTERNAL or _immutable(value) for m in self.modules for name, value in m.__dict__.items()
         )
-        self.comparable &= readable(*flat, *(p for parameters in self.parameters for p in parameters))
-        self.contents = Contents(flat if self.comparable else [])
+        self.comparable &= readable(*buffers, *(p for parameters in self.parameters for p in parameters))
+        self.contents = Contents(buffers if self.comparable else [])
 
     def same(self, module: nn.Module) -> bool:
         """Whether ``module`` is the one that was looked at, and all of it is as it was."""
@@ -121,10 +120,8 @@ class ModuleContents:
             or calls._global_forward_pre_hooks
         ):
             return False
-        flat: list[Tensor] = []
-        for m, settings, children, parameters, buffers in zip(
-            self.modules, self.settings, self.children, self.parameters, self.buffers
-        ):
+        buffers: list[Tensor] = []
+        for m, settings, children, parameters in zip(self.modules, self.settings, self.children, self.parameters):
             held = m.__dict__
             if held["_forward_hooks"] or held["_forward_pre_hooks"]:
                 return False
@@ -133,9 +130,8 @@ class ModuleContents:
                 return False
             if not _identical(held["_modules"], children) or not _identical(held["_parameters"], parameters):
                 return False
-            if buffers:
-                flat += [b for b in held["_buffers"].values() if b is not None]
-        return self.contents.same(flat)
+            buffers += [b for b in held["_buffers"].values() if b is not None]
+        return self.contents.same(buffers)
 
 
 def _immutable(value: Any) -> bool:

@@ -265,6 +265,12 @@ class DegreeProgram:
 
     def _pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         s = self._structure
+        for i, (layer, (weight, bias, *_)) in enumerate(zip(self.layers, s.signature), 1):
+            for name, t, shape in (("weight", layer.weight, weight), ("bias", layer.bias, bias)):
+                if t is not None and t.shape != shape:  # a write through ``data`` may change it
+                    raise ValueError(
+                        f"DegreeProgram: {name} of layer {i} has shape {tuple(t.shape)}, expected {shape}, which was lowered"
+                    )
         flat = torch.cat([t.to(dtype).flatten() for t in tensors])
         packed: Tensor = gather_once(flat, *s.on(flat.device)[:2])
         return packed

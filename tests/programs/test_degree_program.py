@@ -397,3 +397,12 @@ def test_a_setting_that_may_change_in_place_is_looked_at_anew():
     with torch.no_grad():
         layer.inverse(torch.randn(2, 5))
     assert layer._unchanged_program() is None
+
+
+def test_a_parameter_of_another_shape_is_not_read_as_the_old_one():
+    layer = nn.MaskedAutoregressive(nn.MADE(5, (12,), outputs=2)).eval()
+    with torch.no_grad():
+        layer.inverse(torch.randn(2, 5))
+        layer.network.linears[0].weight.data = torch.randn(14, 5)
+        with pytest.raises(ValueError, match=r"weight of layer 1 has shape \(14, 5\), expected \(12, 5\)"):
+            layer.inverse(torch.randn(2, 5))
