@@ -1,5 +1,5 @@
-"""What the registry, the ops and the kernels ask of a tensor: its address, the order of its axes in memory, and the dtype in
-which its sums are taken."""
+"""What the registry, the ops and the kernels ask of a tensor: the order of its axes in memory, and the dtype in which its sums
+are taken."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import torch
 from torch import Tensor
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def address(t: Tensor | None) -> int:
-    """Where the numbers of ``t`` begin; 0 for None. The tensor must outlive the call that takes the address."""
-    return 0 if t is None else t.data_ptr()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -17,6 +17,13 @@ Order = Literal["natural", "reversed", "random"]
 Degrees = Literal["even", "random"]
 
 
+def check_whole_numbers(owner: str, *limits: tuple[str, object, int]) -> None:
+    """Raises where a value of ``limits``, (name, value, least), is no whole number or below its least."""
+    for name, value, least in limits:
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{owner}: {name}={value!r}, expected a whole number of at least {least}")
+
+
 def input_degrees(features: int, order: Order | Tensor | Sequence[int] | None, generator: torch.Generator | None) -> Tensor:
     """The degree of each input, 1 to D: its place in the order."""
     if order is None or (isinstance(order, str) and order == "natural"):
@@ -103,11 +110,8 @@ class MADE(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         hidden = tuple(hidden)
-        for name, value, least in (
-            ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *(("hidden", h, 1) for h in hidden),
-        ):  # fmt: skip
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"MADE: {name}={value!r}, expected a whole number of at least {least}")
+        widths = [("hidden", h, 1) for h in hidden]
+        check_whole_numbers("MADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths)
         if activation not in ACTIVATIONS:
             raise ValueError(f"MADE: activation={activation!r}, expected one of {', '.join(map(repr, sorted(ACTIVATIONS)))}")
         if residual and len(set(hidden)) != 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..reference.nade import ACTIVATIONS
-from .made import input_degrees
+from .made import check_whole_numbers, input_degrees
 
 
 class NADE(nn.Module):
@@ -49,11 +49,9 @@ class NADE(nn.Module):
         order: str | Tensor | Sequence[int] | None = None, context: int = 0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        for name, value, least in (
-            ("features", features, 1), ("hidden", hidden, 1), ("outputs", outputs, 1), ("context", context, 0),
-        ):  # fmt: skip
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"NADE: {name}={value!r}, expected a whole number of at least {least}")
+        check_whole_numbers(
+            "NADE", ("features", features, 1), ("hidden", hidden, 1), ("outputs", outputs, 1), ("context", context, 0)
+        )
         if activation not in ACTIVATIONS:
             raise ValueError(f"NADE: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
         self.features, self.hidden, self.outputs, self.activation = features, hidden, outputs, activation
@@ -177,11 +175,8 @@ class DeepNADE(nn.Module):
     ) -> None:
         super().__init__()
         hidden = tuple(hidden)
-        for name, value, least in (
-            ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *(("hidden", h, 1) for h in hidden),
-        ):  # fmt: skip
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"DeepNADE: {name}={value!r}, expected a whole number of at least {least}")
+        widths = [("hidden", h, 1) for h in hidden]
+        check_whole_numbers("DeepNADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths)
         if not hidden:
             raise ValueError("DeepNADE: hidden=(), expected at least one layer")
         if activation not in ACTIVATIONS:

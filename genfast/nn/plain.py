@@ -56,30 +56,17 @@ class ActNorm(nn.Module):
         return (z - b) * (-s).exp(), (-self.log_scale.sum() * math.prod(z.shape[2:])).expand(z.shape[0])
 
 
-class InvertibleConv1x1(nn.Module):
-    perm: Tensor
-    sign_s: Tensor
+def _triangles(layer: Any) -> tuple[Tensor, Tensor]:
+    """L, and U with its diagonal, of a layer that holds P L (U + diag(s))."""
+    eye = torch.eye(len(layer.perm), dtype=layer.log_s.dtype, device=layer.log_s.device)
+    return layer.lower.tril(-1) + eye, layer.upper.triu(1) + torch.diag(layer.sign_s * layer.log_s.exp())
 
-    def __init__(self, channels: int, *, plu: bool = True) -> None:
-        super().__init__()
-        self.plu = plu
-        rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
-        if not plu:
-            self.weight = nn.Parameter(rotation)
-            return
-        p, lower, upper = torch.linalg.lu(rotation)
-        self.lower = nn.Parameter(lower.tril(-1))
-        self.upper = nn.Parameter(upper.triu(1))
-        self.log_s = nn.Parameter(upper.diagonal().abs().log())
-        self.register_buffer("perm", p.argmax(1))
-        self.register_buffer("sign_s", upper.diagonal().sign())
 
+class InvertibleConv1x1(layers.InvertibleConv1x1):
     def _matrix(self) -> tuple[Tensor, Tensor]:
         if not self.plu:
             return self.weight, torch.linalg.slogdet(self.weight)[1]
-        eye = torch.eye(len(self.perm), dtype=self.log_s.dtype, device=self.log_s.device)
-        lower = self.lower.tril(-1) + eye
-        upper = self.upper.triu(1) + torch.diag(self.sign_s * self.log_s.exp())
+        lower, upper = _triangles(self)
         return (lower @ upper)[self.perm], self.log_s.sum()
 
     def _apply_matrix(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -202,16 +189,12 @@ ReversibleSequential = FlowSequential
 
 
 class LULinear(layers.LULinear):
-    def _triangles(self) -> tuple[Tensor, Tensor]:
-        eye = torch.eye(len(self.perm), dtype=self.log_s.dtype, device=self.log_s.device)
-        return self.lower.tril(-1) + eye, self.upper.triu(1) + torch.diag(self.sign_s * self.log_s.exp())
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._triangles()
+        lower, upper = _triangles(self)
         return F.linear(x, (lower @ upper)[self.perm], self.bias), self.log_s.sum().expand(x.shape[0])
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._triangles()
+        lower, upper = _triangles(self)
         y = (z if self.bias is None else z - self.bias)[:, self.perm.argsort()].T
         y = torch.linalg.solve_triangular(lower, y, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, y, upper=True).T, -self.log_s.sum().expand(z.shape[0])

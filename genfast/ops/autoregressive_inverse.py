@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _backend, _pool, reference
 from .._native import kernels
 from .._registry import Op
+from .._tensors import accumulator
 from . import _autoregressive_inverse_cuda as _cuda
 from . import _check
 from .spline import CONVENTIONS, derivative_count
@@ -99,10 +100,6 @@ def _check_backward(
         f"{_NAME}_backward", grad_x=(grad_x, z.shape, "that of z"), x=(x, z.shape, "that of z"),
         grad_logdet=(grad_logdet, z.shape[:1], "one per sample"),
     )  # fmt: skip
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def _check_code(code: Tensor, z: Tensor, packed: Tensor, statics: Tensor | None) -> None:
@@ -326,6 +323,6 @@ def autoregressive_inverse(
     elif transform != "bernoulli":
         constant = math.log(slope) if transform == "affine:softclamp" else eps
         options = [float(flip), float(scale_first), constant]
-    wide = _wide(z.dtype)
+    wide = accumulator(z.dtype)
     x, logdet = OP(z.to(wide), program.packed(wide), program.statics(wide), program.code, transform, options)
     return x.to(z.dtype), logdet

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _pool, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
+from .._tensors import accumulator
 from . import _check
 
 _NAME = "contextual_similarity"
@@ -81,7 +82,7 @@ def _check_backward(
         nearest=(nearest, (b, n), "one a source"),
         mean=(mean, (b, n, c) if mean.dim() == 3 else (0,), "x's shape, or (0,) where it was not kept"),
     )  # fmt: skip
-    _check.same_dtype(op, _wide(x.dtype), value=value, statistics=statistics, mean=mean)
+    _check.same_dtype(op, accumulator(x.dtype), value=value, statistics=statistics, mean=mean)
 
 
 def _check_numbers(bandwidth: float, eps: float, spatial_weight: float) -> None:
@@ -91,10 +92,6 @@ def _check_numbers(bandwidth: float, eps: float, spatial_weight: float) -> None:
         raise ValueError(f"{_NAME}: eps={eps}, expected a positive number: a source may lie on a target")
     if not 0 <= spatial_weight < 1:
         raise ValueError(f"{_NAME}: spatial_weight={spatial_weight}, expected 0 <= spatial_weight < 1")
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def _call(
@@ -238,8 +235,8 @@ def _rows(x: Tensor, mu: Tensor | None, noise: Tensor | None, unit: bool, dtype:
 def _prepared(x: Tensor, y: Tensor, center: bool | str, distance: str) -> tuple[Tensor, Tensor]:
     """Feature maps as the rows that the op takes: centred, and normalised for the cosine, in float32 at the least."""
     dtype = torch.promote_types(x.dtype, y.dtype)
-    kept = dtype if x.is_cuda else _wide(dtype)  # the C++ kernels take float32 and float64
-    x, y = (t.flatten(2).to(_wide(dtype)) for t in (x, y))
+    kept = dtype if x.is_cuda else accumulator(dtype)  # the C++ kernels take float32 and float64
+    x, y = (t.flatten(2).to(accumulator(dtype)) for t in (x, y))
     mu = noise = None
     if center:
         mu = y.mean({"sample": (2,), "channel": (1,)}.get(str(center), (0, 2)), keepdim=True)
@@ -262,7 +259,7 @@ def _prior(x: Tensor, y: Tensor, bandwidth: float, eps: float, scale: float) -> 
     """
     squares = []
     for size, other in zip(_grid(x), _grid(y)):
-        dtype = _wide(torch.promote_types(x.dtype, y.dtype))
+        dtype = accumulator(torch.promote_types(x.dtype, y.dtype))
         here, there = (torch.arange(n, device=x.device, dtype=dtype) * (scale / n) for n in (size, other))
         squares.append((here.unsqueeze(1) - there).square())
     down, across = squares

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _backend, _pool, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
+from .._tensors import accumulator
 from . import _check, _layout
 
 _CPU = kernels(
@@ -20,10 +21,6 @@ _CPU = kernels(
     gram_matrix_backward="is_double channels_last symmetrize x matrix grad out scale shift n c s threads",
 )
 _DTYPES = {**_backend.DTYPES, "cpu": _backend.DTYPES["reference"]}  # half types are converted for the C++ kernels
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def _check_features(op: str, features: Tensor) -> None:
@@ -85,7 +82,7 @@ def _check_style_backward(
 def _fake_layers(
     features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    n, dtype = features[0].shape[0], _wide(features[0].dtype)
+    n, dtype = features[0].shape[0], accumulator(features[0].dtype)
     entries = sum(n * f.shape[1] * f.shape[1] for f in features)
     return features[0].new_empty((len(features), n), dtype=dtype), features[0].new_empty(entries, dtype=dtype)
 
@@ -93,7 +90,7 @@ def _fake_layers(
 def _forward(
     features: Tensor, target: Tensor | None, scale: float, shift: float, factor: float
 ) -> tuple[Tensor | None, Tensor]:
-    x, at = _layout.laid_out(features.to(_wide(features.dtype)))
+    x, at = _layout.laid_out(features.to(accumulator(features.dtype)))
     c = at.c
     a = None if target is None else target.to(x.dtype).contiguous()
     value = None if a is None else x.new_empty(at.n)
@@ -107,7 +104,7 @@ def _forward(
 
 
 def _product(features: Tensor, matrix: Tensor, grad: Tensor | None, symmetrize: bool, scale: float, shift: float) -> Tensor:
-    x, at = _layout.laid_out(features.to(_wide(features.dtype)))
+    x, at = _layout.laid_out(features.to(accumulator(features.dtype)))
     m, g = matrix.to(x.dtype).contiguous(), None if grad is None else grad.to(x.dtype).contiguous()
     out = at.empty_like(x)
     if out.numel():

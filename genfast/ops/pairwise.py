@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _backend, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
+from .._tensors import accumulator
 from ..reference.pairwise import KERNELS
 from . import _check
 
@@ -63,10 +64,6 @@ def _check_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> N
         raise ValueError(f"{_NEAREST}: k={k}, expected 1 to {max(rows, 0)}, the number of rows to choose from")
 
 
-def _sums_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.element_size() >= 4 else torch.float32
-
-
 def _call(
     mode: int, x: Tensor, y: Tensor | None, options: tuple[Any, ...], out: Tensor, x_grad: Tensor | None = None,
     y_grad: Tensor | None = None, index: Tensor | None = None, k: int = 0,
@@ -96,7 +93,7 @@ def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cpu_sum(x: Tensor, y: Tensor | None, *options: Any) -> Tensor:
     _check_sum(x, y, *options)
-    dtype = _sums_dtype(x)
+    dtype = accumulator(x.dtype)
     out = x.new_empty(x.shape[:2], dtype=dtype)
     _call(0, _dense(x, dtype), None if y is None else _dense(y, dtype), options, out)
     return out
@@ -104,7 +101,7 @@ def _cpu_sum(x: Tensor, y: Tensor | None, *options: Any) -> Tensor:
 
 def _cpu_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, need_x, need_y = rest
-    dtype = _sums_dtype(x)
+    dtype = accumulator(x.dtype)
     g, rows, others = _dense(grad, dtype), _dense(x, dtype), None if y is None else _dense(y, dtype)
     dx = dy = x.new_empty(0)
     if need_x:
@@ -118,7 +115,7 @@ def _cpu_sum_backward(grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> 
 
 def _cpu_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
     _check_nearest(x, y, k, exclude_self)
-    dtype = _sums_dtype(x)
+    dtype = accumulator(x.dtype)
     distance, index = OP_NEAREST.empty(x, y, k, exclude_self)
     rows = _dense(x, dtype)
     _call(2, rows, None if y is None else _dense(y, dtype), ("rbf", [], 1, 0.0, exclude_self), distance, index=index, k=k)
@@ -303,7 +300,7 @@ def _squared_mmd(x: Tensor, y: Tensor, unbiased: bool, options: tuple[Any, ...])
         total: Tensor = OP(a, b, *options, alone).sum(1, dtype=torch.float64)
         return total / pairs
 
-    return (mean(x, None) + mean(y, None) - 2 * mean(x, y)).to(_sums_dtype(x))
+    return (mean(x, None) + mean(y, None) - 2 * mean(x, y)).to(accumulator(x.dtype))
 
 
 def _enough(op: str, x: Tensor, y: Tensor, unbiased: bool) -> None:
@@ -319,7 +316,7 @@ def _median_distance(x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         rows = torch.cat((x, y), 1)
         step = -(-rows.shape[1] // _MEDIAN_ROWS)
-        rows = rows[:, ::step].to(_sums_dtype(x))
+        rows = rows[:, ::step].to(accumulator(x.dtype))
         i, j = torch.triu_indices(rows.shape[1], rows.shape[1], 1, device=x.device)
         median = torch.cdist(rows, rows)[:, i, j].median(1).values
         return torch.where(median == 0, 1.0, median)[:, None, None]  # NaN stays

@@ -75,10 +75,6 @@ def _check_backward(op: str, diagonal: bool) -> Callable[..., None]:
     return check
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype
-
-
 def _fake_backward(
     grad_h: Tensor | None, grad_kept: Tensor | None, kept: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -174,24 +174,14 @@ class Masked(Rule):
         return [self._apply(t[0]) if wanted and t[0] is not None else None]
 
 
-class Softmax(Rule):
-    """y = softmax(x): J = diag(y) - y y^T, symmetric; d<b, J t>/dx = J (b t - b <y, t> - t <y, b>)."""
+class SymmetricJacobian(Rule):
+    """A smooth function whose Jacobian is symmetric, so that chain and tangent multiply by it alike: ``_times``."""
 
-    kind = "exact, smooth (softmax)"
-    curved = True
-    prefix = True
-
-    def __init__(self, y: Tensor, dim: int) -> None:
-        self.y, self.dim = y, dim
-        self.per_sample = dim % y.dim() != 0
+    def __init__(self) -> None:
         self.saved: tuple[Maybe, Maybe] = (None, None)
 
-    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
-        return axis if self.dim % y.dim() != axis else -1
-
     def _times(self, g: Tensor) -> Tensor:
-        y = self.y[: g.shape[0]]
-        return y * (g - (g * y).sum(self.dim, keepdim=True))
+        raise NotImplementedError
 
     def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
@@ -200,6 +190,26 @@ class Softmax(Rule):
     def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
         self.saved = (b[0], t[0])
         return [self._times(t[0]) if wanted and t[0] is not None else None]
+
+
+class Softmax(SymmetricJacobian):
+    """y = softmax(x): J = diag(y) - y y^T, symmetric; d<b, J t>/dx = J (b t - b <y, t> - t <y, b>)."""
+
+    kind = "exact, smooth (softmax)"
+    curved = True
+    prefix = True
+
+    def __init__(self, y: Tensor, dim: int) -> None:
+        super().__init__()
+        self.y, self.dim = y, dim
+        self.per_sample = dim % y.dim() != 0
+
+    def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
+        return axis if self.dim % y.dim() != axis else -1
+
+    def _times(self, g: Tensor) -> Tensor:
+        y = self.y[: g.shape[0]]
+        return y * (g - (g * y).sum(self.dim, keepdim=True))
 
     def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, t = self.saved
@@ -212,15 +222,15 @@ class Softmax(Rule):
         return [self._times(inner) if c[0] is None else add_rows(self._times(inner), self._times(c[0]))]
 
 
-class Smooth(Rule):
+class Smooth(SymmetricJacobian):
     """y = s(x) for each element: chain and tangent s'(x), and s'(x) c + s''(x) b t."""
 
     curved = True
     prefix = True
 
     def __init__(self, x: Tensor, kind: str) -> None:
+        super().__init__()
         self.x, self.form, self.kind = x, kind, f"exact, smooth ({kind})"
-        self.saved: tuple[Maybe, Maybe] = (None, None)
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis
@@ -228,14 +238,6 @@ class Smooth(Rule):
     def _times(self, g: Tensor) -> Tensor:
         found: Tensor = ACTIVATION_CHAIN(self.x[: g.shape[0]], g, self.form)
         return found
-
-    def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
-        assert g[0] is not None
-        return [self._times(g[0])]
-
-    def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
-        self.saved = (b[0], t[0])
-        return [self._times(t[0]) if wanted and t[0] is not None else None]
 
     def second(self, sweeps: Sweeps, c: list[Maybe], wanted: bool) -> list[Maybe]:
         b, t = self.saved

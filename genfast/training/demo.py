@@ -47,11 +47,7 @@ def run(out: Path, seconds: float) -> int:
     bar = tqdm(total=round(seconds), unit="s", disable=quiet, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}s {postfix}")
     blocks = 0
     while blocks < 2 or time.monotonic() - began < 0.6 * seconds:
-        for label, trainer in trainers.items():
-            start = time.perf_counter()
-            for _ in range(BLOCK):
-                trainer.step()
-            spent[label] += time.perf_counter() - start
+        _steps_of_each(trainers, BLOCK, spent)
         blocks += 1
         bar.n = min(bar.total, round(time.monotonic() - began))
         bar.set_postfix_str(f"side by side, {trainers['genfast'].history[-1]['bits_per_dim']:.3f} bits/dim")
@@ -97,6 +93,15 @@ def run(out: Path, seconds: float) -> int:
     return 0
 
 
+def _steps_of_each(trainers: dict[str, Trainer], count: int, spent: dict[str, float]) -> None:
+    """Takes ``count`` steps of one trainer after the other, and adds the seconds that each took to ``spent``."""
+    for label, trainer in trainers.items():
+        start = time.perf_counter()
+        for _ in range(count):
+            trainer.step()
+        spent[label] += time.perf_counter() - start
+
+
 def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
     """Trains two PixelCNNs in turn, draws the same 64 digits with both samplers, and completes digits from their upper half."""
     config: dict[str, Any] = {"channels": 64, "layers": 6, "kernel_size": 5, "levels": digits.bins, "shape": digits.shape}
@@ -111,11 +116,7 @@ def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
     spent = dict.fromkeys(trainers, 0.0)
     steps, began = 0, time.monotonic()
     while steps < BLOCK or time.monotonic() - began < seconds:
-        for label, trainer in trainers.items():
-            start = time.perf_counter()
-            for _ in range(BLOCK):
-                trainer.step()
-            spent[label] += time.perf_counter() - start
+        _steps_of_each(trainers, BLOCK, spent)
         steps += BLOCK
     both: dict[str, Any] = {label: trainer.model.eval() for label, trainer in trainers.items()}
     ours = both["genfast"]
@@ -161,11 +162,7 @@ def wgan_gp(out: Path, seconds: float) -> None:
     spent = dict.fromkeys(trainers, 0.0)
     steps, began = 0, time.monotonic()
     while steps < BLOCK or time.monotonic() - began < seconds:
-        for label, trainer in trainers.items():
-            start = time.perf_counter()
-            for _ in range(BLOCK // 5):
-                trainer.step()
-            spent[label] += time.perf_counter() - start
+        _steps_of_each(trainers, BLOCK // 5, spent)
         steps += BLOCK // 5
     ours, theirs = trainers["genfast"], trainers["plain PyTorch"]
     apart = max(abs(a["critic"] - b["critic"]) / abs(b["critic"]) for a, b in zip(ours.history[:BLOCK], theirs.history[:BLOCK]))
