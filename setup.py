@@ -26,30 +26,44 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-LEVELS = {
-    "base": [],
-    "v3": ["-march=x86-64-v3"],
-    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-}
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+LEVELS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wno-psabi",
+]
 
-# Kernels that are written in vectors and unrolled by hand: at -O3 they would take half as long again to compile and up to twice
-# the space, and be no faster. In the order in which they are compiled, the longest first.
+# Kernels that are written in vectors and unrolled by hand: at -O3 they would take half as long again to compile and up
+# to twice the space, and be no faster. In the order in which they are compiled, the longest first.
 WRITTEN_IN_VECTORS = (
-    "autoregressive_inverse", "nade", "pixel_rnn", "affine_coupling", "spline", "masked_linear", "masked_conv", "bias_act",
+    "autoregressive_inverse", "nade", "pixel_rnn", "affine_coupling", "spline", "masked_linear", "masked_conv",
+    "bias_act",
     "activation", "diagonal_gaussian", "linear", "discretized_logistic_mixture", "upfirdn2d", "pixel_program",
     "minibatch_discrimination", "gated_activation",
 )  # fmt: skip
 UNSWITCHED = ("autoregressive_inverse",)  # whose loops test what does not change in them
 
-# Later flags override earlier ones. With inlined checks, with those that AddressSanitizer makes as well, and optimised, the
-# kernels would take three times as long to compile. _FORTIFY_SOURCE, which some Pythons set, hides calls from the sanitizer.
+# Later flags override earlier ones. With inlined checks, with those that AddressSanitizer makes as well, and optimised,
+# the kernels would take three times as long to compile. _FORTIFY_SOURCE, which some Pythons set, hides calls from the
+# sanitizer.
 CHECKS = "undefined,float-cast-overflow"
 SANITIZERS = [
-    "-O0", "-g1", f"-fsanitize=address,{CHECKS}", "-fno-sanitize=null,vptr,pointer-overflow,object-size",
-    f"-fno-sanitize-recover={CHECKS}", "--param=asan-instrumentation-with-call-threshold=0", "-fno-omit-frame-pointer",
-    "-U_FORTIFY_SOURCE", "-D_GLIBCXX_ASSERTIONS", "-DGENFAST_SANITIZED",
-]  # fmt: skip
+    "-O0",
+    "-g1",
+    f"-fsanitize=address,{CHECKS}",
+    "-fno-sanitize=null,vptr,pointer-overflow,object-size",
+    f"-fno-sanitize-recover={CHECKS}",
+    "--param=asan-instrumentation-with-call-threshold=0",
+    "-fno-omit-frame-pointer",
+    "-U_FORTIFY_SOURCE",
+    "-D_GLIBCXX_ASSERTIONS",
+    "-DGENFAST_SANITIZED",
+]
 SANITIZE = os.environ.get("GENFAST_SANITIZE", "")
 if SANITIZE and SANITIZE not in LEVELS:
     raise SystemExit(f"genfast: GENFAST_SANITIZE={SANITIZE}, expected one of {', '.join(LEVELS)}")
@@ -59,7 +73,10 @@ def openmp() -> tuple[list[str], list[str]]:
     """Compile and link flags; Apple's clang needs libomp, which PyTorch brings at run time."""
     if sys.platform == "darwin":
         return ["-Xpreprocessor", "-fopenmp"], ["-Wl,-undefined,dynamic_lookup"]
-    return ["-fopenmp"], ["-fopenmp", *([] if SANITIZE else ["-Wl,-s"])]  # -s: without the symbol table, a twelfth of the file
+    return ["-fopenmp"], [
+        "-fopenmp",
+        *([] if SANITIZE else ["-Wl,-s"]),
+    ]  # -s: without the symbol table, a twelfth of the file
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
@@ -97,7 +114,9 @@ class BuildExt(build_ext):
         super().run()
         link = ROOT / "genfast" / "kernels"
         if self.inplace and not getattr(self, "editable_mode", False) and not link.exists():
-            link.symlink_to(Path("..", "kernels"), target_is_directory=True)  # what an installation makes of package_dir
+            link.symlink_to(
+                Path("..", "kernels"), target_is_directory=True
+            )  # what an installation makes of package_dir
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         if ext.name == "genfast._cuda":
@@ -121,8 +140,8 @@ class BuildExt(build_ext):
             flags.append("-DGENFAST_X86_LEVELS")
         else:
             levels = ["base"]
-        # What takes longest begins, so that no compiler is left with it when the others have ended: the bindings, of no level,
-        # then the kernels in compile_order.
+        # What takes longest begins, so that no compiler is left with it when the others have ended: the bindings, of no
+        # level, then the kernels in compile_order.
         jobs = [(source, [*ext.extra_compile_args, *flags], "bindings") for source in ext.sources]
         jobs += [
             (source, [*flags, *optimisation(Path(source).stem), *LEVELS[level], f"-DGENFAST_ISA={level}"], level)
@@ -131,7 +150,9 @@ class BuildExt(build_ext):
         ]
 
         made_by = hashlib.sha256(repr((compiler, flags, LEVELS, sys.version)).encode()).hexdigest()[:8]
-        shared = max(Path(p).stat().st_mtime for p in (*ext.depends, "setup.py") if not p.endswith((".cpp", ".cu", ".cuh")))
+        shared = max(
+            Path(p).stat().st_mtime for p in (*ext.depends, "setup.py") if not p.endswith((".cpp", ".cu", ".cuh"))
+        )
 
         def build(job: tuple[str, list[str], str]) -> list[str]:
             source, extra, level = job
@@ -195,7 +216,11 @@ def find_nvcc() -> str | None:
 
 def extensions() -> list[Pybind11Extension]:
     depends = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*"))]
-    found = [Pybind11Extension("genfast._cpu", ["csrc/bind_cpu.cpp", "csrc/guard.cpp"], include_dirs=["csrc"], depends=depends)]
+    found = [
+        Pybind11Extension(
+            "genfast._cpu", ["csrc/bind_cpu.cpp", "csrc/guard.cpp"], include_dirs=["csrc"], depends=depends
+        )
+    ]
     wanted = "0" if SANITIZE else os.environ.get("GENFAST_CUDA", "auto")
     if wanted != "0" and (ROOT / "csrc" / "bind_cuda.cpp").exists():
         if find_nvcc() is not None:

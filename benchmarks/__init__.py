@@ -1,1 +1,2 @@
-"""The benchmark suite: ``python -m benchmarks``. One file per operation family, each with its cases and their providers."""
+"""The benchmark suite: ``python -m benchmarks``. One file per operation family, each with its cases and their
+providers."""

@@ -48,10 +48,17 @@ def table(results: dict[str, Any]) -> str:
             part = p.get("part")
             label = name if part is None else f"{name} ({part[0]} of {part[1]} steps, extrapolated)"
             graph = [f"{1e3 * p['graph_s']:.3f}" if "graph_s" in p else ""] * replayed
-            rows.append([
-                first, label, f"{1e3 * p['median_s']:.3f}", *graph, "" if times is None else f"{times:.2f}x", share(p),
-                "" if peak is None else f"{peak / 2**20:.1f}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    first,
+                    label,
+                    f"{1e3 * p['median_s']:.3f}",
+                    *graph,
+                    "" if times is None else f"{times:.2f}x",
+                    share(p),
+                    "" if peak is None else f"{peak / 2**20:.1f}",
+                ]
+            )
             first = ""
         for name, reason in case.get("absent", {}).items():
             rows.append([first, f"{name}: {reason}"])
@@ -81,7 +88,8 @@ COLOURS = {
 
 
 def plot(cases: list[dict[str, Any]], device: str, path: Path) -> None:
-    """Bars: each provider's time as a multiple of genfast's, one group per case; what could not run is told in its place."""
+    """Bars: each provider's time as a multiple of genfast's, one group per case; what could not run is told in its
+    place."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,7 +117,9 @@ def plot(cases: list[dict[str, Any]], device: str, path: Path) -> None:
         for name, p in reversed(case["providers"].items()):
             value = p["times_genfast"]
             kinds.append(name.split()[0])
-            said = f"{1e3 * p['median_s']:.3g} ms" if value is None else f"{value:.2f}x" if value < 30 else f"{value:.0f}x"
+            said = (
+                f"{1e3 * p['median_s']:.3g} ms" if value is None else f"{value:.2f}x" if value < 30 else f"{value:.0f}x"
+            )
             said += "" if "part" not in p else " (extrapolated)"
             axes.barh(y, value or 0.0, color=COLOURS.get(name.split()[0]), height=0.8)
             axes.text(value or 0.0, y, f" {name} {said}", va="center", fontsize=7, bbox=WHITE)
@@ -171,10 +181,12 @@ def environment(device: str) -> dict[str, Any]:
     found = genfast.info()
     name = found["gpu"]["name"] if device == "cuda" else f"{found['cpu']['processor']}, {found['cpu']['kernels']}"
     return {
-        "device": name, "threads": torch.get_num_threads(), "versions": found["versions"],
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "versions": found["versions"],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **({"gpu": found["gpu"]} if device == "cuda" else {}),
-    }  # fmt: skip
+    }
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -234,14 +246,23 @@ def run(a: argparse.Namespace) -> int:
     import pytest
 
     words = [
-        str(CASES), "-p", "no:cacheprovider", "-p", "xdist.plugin", "--override-ini", "addopts=", "--rootdir", str(HERE.parent),
-    ]  # fmt: skip
+        str(CASES),
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "xdist.plugin",
+        "--override-ini",
+        "addopts=",
+        "--rootdir",
+        str(HERE.parent),
+    ]
     words += ["-k", a.filter] if a.filter else []
     os.environ |= {
-        "GENFAST_BENCH_QUICK": str(int(a.quick)), "GENFAST_BENCH_DEVICE": a.device,
+        "GENFAST_BENCH_QUICK": str(int(a.quick)),
+        "GENFAST_BENCH_DEVICE": a.device,
         "GENFAST_BENCH_COMPILE": str(int(not (a.quick or a.no_compile))),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed
-    }  # fmt: skip
+    }
     if a.list:
         return int(pytest.main([*words, "--collect-only", "-q"]))
     cap = (90.0 if a.device == "cuda" else 1200.0) if a.cap is None else a.cap
@@ -249,8 +270,13 @@ def run(a: argparse.Namespace) -> int:
     if a.minutes is not None:
         os.environ["GENFAST_BENCH_UNTIL"] = str(time.time() + 60 * a.minutes)
     results: dict[str, Any] = {
-        "environment": environment(a.device), "quick": a.quick, "cases": [], "overhead": [], "failed": [], "left_out": [],
-    }  # fmt: skip
+        "environment": environment(a.device),
+        "quick": a.quick,
+        "cases": [],
+        "overhead": [],
+        "failed": [],
+        "left_out": [],
+    }
     if a.out.suffix == ".json":
         path = a.out
     else:
@@ -269,7 +295,8 @@ def run(a: argparse.Namespace) -> int:
         last_words = Path(folder, "last-words.txt")
         os.environ["GENFAST_BENCH_LAST_WORDS"] = str(last_words)
         recorder = Recorder(results, lambda found: write(path, kept(found)), last_words)
-        # One process beside this one measures, and another takes over from it if it ends: by a crash, a hang or a sticky error.
+        # One process beside this one measures, and another takes over from it if it ends: by a crash, a hang or a
+        # sticky error.
         isolated = ["-n", "1", "--maxschedchunk", "1", "--max-worker-restart", "100", "-v"]
         status = int(pytest.main([*words, *isolated], plugins=[recorder]))
     if status not in (0, 1):  # nothing was collected, or it was interrupted
@@ -284,25 +311,35 @@ def run(a: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="fewer cases and rounds, without torch.compile: under two minutes on two cores"
+        "--quick",
+        action="store_true",
+        help="fewer cases and rounds, without torch.compile: under two minutes on two cores",
     )
     parser.add_argument("-k", dest="filter", help="only the cases whose name matches this pytest expression")
     parser.add_argument("--update", action="store_true", help="with -k: put these cases into the device's results")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--out", type=Path, default=HERE / "results",
+        "--out",
+        type=Path,
+        default=HERE / "results",
         help="folder for the JSON, named after the device, or a file .json; the plots go beside it",
-    )  # fmt: skip
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no case later; the most important come first")
     parser.add_argument("--cap", type=float, metavar="S", help="seconds that a case may take (1200, on a GPU 90)")
     parser.add_argument("--no-compile", action="store_true", help="leave the providers of torch.compile out")
     parser.add_argument("--list", action="store_true", help="print the cases and end; needs no such device")
-    parser.add_argument("--plot-only", type=Path, metavar="RESULTS.json", help="draw the plots of these results and end")
     parser.add_argument(
-        "--profile", metavar="OP", help="write a Chrome trace of genfast's work in a case, given by its op or its own name"
+        "--plot-only", type=Path, metavar="RESULTS.json", help="draw the plots of these results and end"
     )
     parser.add_argument(
-        "--allow-missing-kernels", action="store_true", help="measure even where genfast's kernels are missing: its references"
+        "--profile",
+        metavar="OP",
+        help="write a Chrome trace of genfast's work in a case, given by its op or its own name",
+    )
+    parser.add_argument(
+        "--allow-missing-kernels",
+        action="store_true",
+        help="measure even where genfast's kernels are missing: its references",
     )
     a = parser.parse_args()
     if a.plot_only is not None:
@@ -324,7 +361,11 @@ def main() -> int:
             from genfast._backend import has_kernels, missing_kernels
 
         if not has_kernels(a.device):
-            why = missing_kernels() if a.device == "cpu" else "no CUDA or Triton kernels can run here; genfast info says why"
+            why = (
+                missing_kernels()
+                if a.device == "cpu"
+                else "no CUDA or Triton kernels can run here; genfast info says why"
+            )
             parser.error(f"{why}. --allow-missing-kernels measures the references all the same")
     if a.profile is not None:
         os.environ["GENFAST_BENCH_DEVICE"] = a.device  # read where the cases are made

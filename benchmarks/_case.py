@@ -28,14 +28,15 @@ SMALL = 2e-3  # seconds: a GPU's work below this is also timed as a CUDA graph, 
 class Case:
     """One comparison.
 
-    providers: by name, a function that makes the work to time: a call without arguments that returns tensors (outputs and
-        gradients; they are compared with the reference's before anything is timed) or None (a training step). "floor" is the
-        library calls that any form of the work must make, and no form of it: it is timed beside the others and not compared.
-        Where ``bytes`` are given, on a GPU a function is called several times, and makes inputs of its own each time: they
-        are used in turn, so that none is found in the L2 cache. A work with an attribute ``part``, a pair, is that many of so
+    providers: by name, a function that makes the work to time: a call without arguments that returns tensors (outputs
+        and gradients; they are compared with the reference's before anything is timed) or None (a training step).
+        "floor" is the library calls that any form of the work must make, and no form of it: it is timed beside the
+        others and not compared. Where ``bytes`` are given, on a GPU a function is called several times, and makes
+        inputs of its own each time: they are used in turn, so that none is found in the L2 cache. A work with an
+            attribute ``part``, a pair, is that many of so
         many like steps, and its time stands for all of them. A name of several words is another form of its first word.
-    bytes, flops: what the work cannot do without; 0 where that is not a useful figure. FLOPs that take long to count may be
-        a function.
+    bytes, flops: what the work cannot do without; 0 where that is not a useful figure. FLOPs that take long to count
+        may be a function.
     quick: whether it runs under --quick.
     tolerance: TOLERANCES' of the dtype without.
     once: providers that take minutes: timed at one call, the one whose result is compared, and without their memory.
@@ -75,7 +76,8 @@ class _Rotation:
         return _ceilings.seconds(self, self.calls) * self.part[1] / self.part[0]
 
     def settle(self) -> None:
-        """Warms every work up; short ones are timed by so many calls that a launch's and an event's jitter are small."""
+        """Warms every work up; short ones are timed by so many calls that a launch's and an event's jitter are
+        small."""
         for work in self.works:
             work()
         if _ceilings.DEVICE == "cuda":
@@ -88,7 +90,8 @@ def measure(case: Case, rounds: int, budget: float, *, compiled: bool = True, ca
 
     Args:
         case: what to compare.
-        rounds: at most; fewer, but at least five, in ``budget`` seconds, and fewer still where those took three times as long.
+        rounds: at most; fewer, but at least five, in ``budget`` seconds, and fewer still where those took three times
+            as long.
         budget: seconds for the rounds.
         compiled: whether the providers of torch.compile take part.
         cap: seconds after which no further provider but genfast is prepared.
@@ -114,7 +117,8 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
                 graphs[name] = captured(rotation.works)
             except RuntimeError as error:  # it waits for the device, or its optimiser is not made for graphs
                 uncaptured[name] = _first_line(error)
-    # A GPU's copy leaves its caches behind whatever the size, so that it is measured once; a CPU's meets them as the case does.
+    # A GPU's copy leaves its caches behind whatever the size, so that it is measured once; a CPU's meets them as the
+    # case does.
     copying = _ceilings.copying(case.bytes) if case.bytes and _ceilings.DEVICE == "cpu" else None
     copies: list[float] = []
     replays: dict[str, list[float]] = {name: [] for name in graphs}
@@ -151,22 +155,39 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
     ours, floor = medians.get("genfast"), medians.get("floor")
     replayed = {name: statistics.median(values) for name, values in replays.items()}
     found: dict[str, Any] = {
-        "case": case.name, "op": case.op, "dtype": case.dtype, "bytes": case.bytes, "flops": flops, "copy_bandwidth": copy,
-        "matrix_rate": rate, "fma_rate": peak_rate, "notes": case.notes, "providers": {}, "absent": absent,
-    }  # fmt: skip
+        "case": case.name,
+        "op": case.op,
+        "dtype": case.dtype,
+        "bytes": case.bytes,
+        "flops": flops,
+        "copy_bandwidth": copy,
+        "matrix_rate": rate,
+        "fma_rate": peak_rate,
+        "notes": case.notes,
+        "providers": {},
+        "absent": absent,
+    }
     if _ceilings.DEVICE == "cuda":
-        found |= {"sets": max((len(r.works) for r in works.values()), default=0), "clocks": clocks, "uncaptured": uncaptured}
+        found |= {
+            "sets": max((len(r.works) for r in works.values()), default=0),
+            "clocks": clocks,
+            "uncaptured": uncaptured,
+        }
     for name, values in times.items():
         median = medians[name]
         quarter = statistics.quantiles(values, n=4) if len(values) > 1 else [0.0, 0.0, 0.0]
         found["providers"][name] = {
-            "median_s": median, "min_s": min(values), "iqr_s": quarter[2] - quarter[0], "rounds": len(values),
-            "peak_bytes": peaks[name], "times_genfast": median / ours if ours else None,
+            "median_s": median,
+            "min_s": min(values),
+            "iqr_s": quarter[2] - quarter[0],
+            "rounds": len(values),
+            "peak_bytes": peaks[name],
+            "times_genfast": median / ours if ours else None,
             "share_of_copy": case.bytes / median / copy if copy else None,
             "share_of_matrix_rate": flops / median / rate if rate else None,
             "share_of_fma_rate": flops / median / peak_rate if peak_rate else None,
             "share_of_floor": floor / median if floor else None,
-        }  # fmt: skip
+        }
         if name in replayed:
             found["providers"][name]["graph_s"] = replayed[name]
         if works[name].part != (1, 1):
@@ -174,8 +195,11 @@ def _measure(case: Case, rounds: int, budget: float, compiled: bool, cap: float)
     return found
 
 
-def _prepared(case: Case, compiled: bool, until: float) -> tuple[dict[str, _Rotation], dict[str, list[float]], dict[str, str]]:
-    """The providers that work, warm, by name; their first times where these are all; and why the others are not there."""
+def _prepared(
+    case: Case, compiled: bool, until: float
+) -> tuple[dict[str, _Rotation], dict[str, list[float]], dict[str, str]]:
+    """The providers that work, warm, by name; their first times where these are all; and why the others are not
+    there."""
     works: dict[str, _Rotation] = {}
     times: dict[str, list[float]] = {}
     absent: dict[str, str] = {}
@@ -253,7 +277,9 @@ def _release() -> None:
 
 def _out_of_memory(error: BaseException) -> bool:
     # torch's allocator for CPUs raises a plain RuntimeError.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: can't allocate" in str(
+        error
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -277,7 +303,9 @@ def _compare(case: Case, name: str, found: list[Tensor | None], expected: list[T
         if f is None or e is None:  # what a provider has in another form
             continue
         if f.shape != e.shape:
-            raise AssertionError(f"{case.name}: {name}'s output {i} has shape {tuple(f.shape)}, expected {tuple(e.shape)}")
+            raise AssertionError(
+                f"{case.name}: {name}'s output {i} has shape {tuple(f.shape)}, expected {tuple(e.shape)}"
+            )
         error = float((f.detach().double() - e.detach().double()).norm() / e.detach().double().norm().clamp_min(1e-30))
         if not error <= tolerance:
             raise AssertionError(f"{case.name}: {name} differs from the reference by {error:.1e} in output {i}")

@@ -1,4 +1,5 @@
-"""What this machine can do at best, measured in the same run: copying, multiplying matrices, and multiply-adds in registers."""
+"""What this machine can do at best, measured in the same run: copying, multiplying matrices, and multiply-adds in
+registers."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 DEVICE = "cpu"  # set by test_cases before the cases are made
-# How the products of a case are taken, and the type of its tensors: "tf32" is float32 rounded to ten bits for each product.
+# How the products of a case are taken, and the type of its tensors: "tf32" is float32 rounded to ten bits for each
+# product.
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
 COPIED = 2**30  # bytes of each of the two buffers of the copy on a GPU, many times any L2 cache
@@ -23,7 +25,8 @@ COPIED = 2**30  # bytes of each of the two buffers of the copy on a GPU, many ti
 
 @contextlib.contextmanager
 def products(dtype: str) -> Iterator[None]:
-    """Within the block cuBLAS, cuDNN and our kernels take float32 products in TF32 if ``dtype`` says so, and else in full.
+    """Within the block cuBLAS, cuDNN and our kernels take float32 products in TF32 if ``dtype`` says so, and else in
+    full.
 
     cuDNN chooses among its algorithms by trying them, which makes the strongest rival.
     """
@@ -38,7 +41,8 @@ def products(dtype: str) -> Iterator[None]:
 
 
 def seconds(work: Callable[[], Any], calls: int = 1) -> float:
-    """The time of ``calls`` calls in a row, one: between two events on a GPU, which the host does not wait for in between."""
+    """The time of ``calls`` calls in a row, one: between two events on a GPU, which the host does not wait for in
+    between."""
     if DEVICE == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -62,7 +66,8 @@ def copying(nbytes: int) -> Callable[[], object]:
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of a gigabyte on a GPU, whose caches it leaves behind; median of 20."""
+    """Bytes read and written per second by a copy of a gigabyte on a GPU, whose caches it leaves behind; median of
+    20."""
     work = copying(2 * COPIED)
     seconds(work, 3)
     return 2 * COPIED / statistics.median(seconds(work) for _ in range(20))
@@ -70,7 +75,8 @@ def copy_bandwidth() -> float:
 
 @functools.cache
 def matrix_rate(dtype: str = "float32") -> float:
-    """FLOPs per second of products of random matrices: 8192 x 8192 on a GPU, median of 10; 1024 x 1024 on a CPU, best of 20."""
+    """FLOPs per second of products of random matrices: 8192 x 8192 on a GPU, median of 10; 1024 x 1024 on a CPU, best
+    of 20."""
     size = SIZES[DEVICE]
     a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
     with products(dtype):
@@ -81,7 +87,8 @@ def matrix_rate(dtype: str = "float32") -> float:
 
 @functools.cache
 def fma_rate() -> float:
-    """FLOPs per second of float32 multiply-adds that touch no memory, on all threads; best of 20. 0 where it is not known."""
+    """FLOPs per second of float32 multiply-adds that touch no memory, on all threads; best of 20. 0 where it is not
+    known."""
     if DEVICE != "cpu":
         return 0.0
     from genfast import _cpu
@@ -95,8 +102,8 @@ def fma_rate() -> float:
 def sets(nbytes: int) -> int:
     """How many sets of inputs, used in turn, leave none of one in a GPU's L2 cache when it is used again.
 
-    ``nbytes`` is what one call moves. Four times the cache passes between two uses of a set; a call that moves so much itself
-    needs no second. At most 64.
+    ``nbytes`` is what one call moves. Four times the cache passes between two uses of a set; a call that moves so much
+    itself needs no second. At most 64.
     """
     if DEVICE != "cuda" or not nbytes:
         return 1
@@ -105,7 +112,8 @@ def sets(nbytes: int) -> int:
 
 
 def clocks() -> dict[str, float] | None:
-    """The GPU's clocks in MHz, temperature in degrees and power in watts, read and never set; None where they cannot be."""
+    """The GPU's clocks in MHz, temperature in degrees and power in watts, read and never set; None where they cannot
+    be."""
     tool = shutil.which("nvidia-smi")
     if DEVICE != "cuda" or tool is None:
         return None

@@ -1,6 +1,8 @@
-"""A pytest plugin for gpu_check: each test's end in a file at once, and a stop where the GPU is spoilt for those to come.
+"""A pytest plugin for gpu_check: each test's end in a file at once, and a stop where the GPU is spoilt for those to
+come.
 
-The file, GENFAST_TEST_RECORD, outlives the process; tests that it names are left out, so that another process takes over.
+The file, GENFAST_TEST_RECORD, outlives the process; tests that it names are left out, so that another process takes
+over.
 """
 
 from __future__ import annotations
@@ -46,11 +48,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     reports = item.stash[_REPORTS]
     failed = next((r for r in reports if r.failed), None)
     skipped = any(r.skipped for r in reports)
-    message = "" if failed is None else str(getattr(getattr(failed.longrepr, "reprcrash", None), "message", failed.longrepr))
+    message = (
+        "" if failed is None else str(getattr(getattr(failed.longrepr, "reprcrash", None), "message", failed.longrepr))
+    )
     _say(
-        end=item.nodeid, outcome="failed" if failed else "skipped" if skipped else "passed",
-        message=message[:400], seconds=round(sum(r.duration for r in reports), 3),
-    )  # fmt: skip
+        end=item.nodeid,
+        outcome="failed" if failed else "skipped" if skipped else "passed",
+        message=message[:400],
+        seconds=round(sum(r.duration for r in reports), 3),
+    )
     if failed and spoilt():
         item.session.shouldstop = "the GPU is spoilt; another process takes the rest"
     return result

@@ -1,7 +1,7 @@
 """The Triton launches that a call makes, compiled for a GPU that need not be there.
 
-The call gets tensors of the meta device, of any size, so its launcher chooses as it would on a GPU; each launch then becomes
-a compile with the arguments that Triton itself would specialise on.
+The call gets tensors of the meta device, of any size, so its launcher chooses as it would on a GPU; each launch then
+becomes a compile with the arguments that Triton itself would specialise on.
 """
 
 from __future__ import annotations
@@ -118,9 +118,10 @@ def launches(make: Callable[[str], Work], arch: int = 90) -> list[Launch]:
 
 # ---- reading SASS ----
 
-# Cycles of a multiprocessor's quarter that a warp's instruction takes in its unit on an H100 or H200: 32 lanes over the unit's
-# width, from the table of throughputs in NVIDIA's CUDA programming guide, compute capability 9.0. The first cache moves 128
-# bytes a cycle for all four quarters, so an access takes as many cycles as a thread moves bytes, and no fewer than four.
+# Cycles of a multiprocessor's quarter that a warp's instruction takes in its unit on an H100 or H200: 32 lanes over the
+# unit's width, from the table of throughputs in NVIDIA's CUDA programming guide, compute capability 9.0. The first
+# cache moves 128 bytes a cycle for all four quarters, so an access takes as many cycles as a thread moves bytes, and no
+# fewer than four.
 CYCLES = {"fma": 1, "imad": 2, "alu": 2, "special": 8, "double": 2}
 _CLASSES = (
     ("double", r"D(FMA|ADD|MUL|SETP|MNMX)"),
@@ -131,7 +132,10 @@ _CLASSES = (
     ("matrix", r"HMMA|HGMMA|IMMA|QGMMA"),
     ("fma", r"F(FMA|ADD|MUL)|H(FMA2|ADD2|MUL2)"),
     ("imad", r"IMAD"),
-    ("other", r"BRA|EXIT|BAR|BSYNC|BSSY|CALL|RET|NOP|DEPBAR|LDGDEPBAR|WARPSYNC|U[A-Z].*|R2UR|S2U?R|CS2R|VOTEU?|LDC|PLOP3"),
+    (
+        "other",
+        r"BRA|EXIT|BAR|BSYNC|BSSY|CALL|RET|NOP|DEPBAR|LDGDEPBAR|WARPSYNC|U[A-Z].*|R2UR|S2U?R|CS2R|VOTEU?|LDC|PLOP3",
+    ),
 )
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -163,9 +167,13 @@ class Code:
         c = self.counts
         memory = sum(max(4, size) * n for counter in (self.loads, self.stores) for size, n in counter.items())
         return {
-            "issue": self.issued, "fma": c["fma"] + 2 * c["imad"], "alu": 2 * c["alu"], "special": 8 * c["special"],
-            "double": 2 * c["double"], "memory": memory + 4 * c["shared"],
-        }  # fmt: skip
+            "issue": self.issued,
+            "fma": c["fma"] + 2 * c["imad"],
+            "alu": 2 * c["alu"],
+            "special": 8 * c["special"],
+            "double": 2 * c["double"],
+            "memory": memory + 4 * c["shared"],
+        }
 
 
 def read(sass: str) -> Code:

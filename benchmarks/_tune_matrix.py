@@ -1,6 +1,7 @@
 """What the choices of the kernels bound by arithmetic are tried on, at the sizes of the goals (see tune.py).
 
-FLOPs are those of the dense product that a library would take, so that the rates compare with its rate. float32 is TF32 here.
+FLOPs are those of the dense product that a library would take, so that the rates compare with its rate. float32 is TF32
+here.
 """
 
 from __future__ import annotations
@@ -54,9 +55,12 @@ def gram_product(size: tuple[int, int, int], dtype: torch.dtype, device: str) ->
 
 
 GRAMS = {
-    TINY: (2, 20, 70), "512 channels, 128 x 128": (1, 512, 1 << 14), "1024 channels, 128 x 128": (1, 1024, 1 << 14),
-    "2048 channels, 64 x 64": (1, 2048, 1 << 12), "8 of 512 channels, 64 x 64": (8, 512, 1 << 12),
-}  # fmt: skip
+    TINY: (2, 20, 70),
+    "512 channels, 128 x 128": (1, 512, 1 << 14),
+    "1024 channels, 128 x 128": (1, 1024, 1 << 14),
+    "2048 channels, 64 x 64": (1, 2048, 1 << 12),
+    "8 of 512 channels, 64 x 64": (8, 512, 1 << 12),
+}
 PAIRS = {TINY: (3, 5, 7), "16384 rows of 256": (128, 128, 256)}
 
 
@@ -123,9 +127,11 @@ def masked_weight(size: tuple[int, int, int, int], dtype: torch.dtype, device: s
 
 
 CONVOLUTIONS = {
-    TINY: (2, 10, 9, 3), "64 of 128 channels, 64 x 64, 3 x 3": (64, 128, 64, 3),
-    "64 of 128 channels, 32 x 32, 7 x 7": (64, 128, 32, 7), "32 of 256 channels, 32 x 32, 5 x 5": (32, 256, 32, 5),
-}  # fmt: skip
+    TINY: (2, 10, 9, 3),
+    "64 of 128 channels, 64 x 64, 3 x 3": (64, 128, 64, 3),
+    "64 of 128 channels, 32 x 32, 7 x 7": (64, 128, 32, 7),
+    "32 of 256 channels, 32 x 32, 5 x 5": (32, 256, 32, 5),
+}
 
 
 def staircase(units: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

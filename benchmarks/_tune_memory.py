@@ -28,14 +28,15 @@ from genfast.kernels import (
     spline,
     squeeze,
     upfirdn2d,
-)  # fmt: skip
+)
 
 SIZES = {TINY: 0, "256 MB": 1 << 28, "1 GB": 1 << 30}
 SIDE = 64
 
 
 def images(moved: int, tensors: float, dtype: torch.dtype, device: str, channels: int = 64) -> Tensor:
-    """Random images, so many that ``tensors`` times them are ``moved`` bytes; two small ones of odd shape where that is 0."""
+    """Random images, so many that ``tensors`` times them are ``moved`` bytes; two small ones of odd shape where that is
+    0."""
     if not moved:
         return torch.randn(2, 6, 14, 50, device=device).to(dtype)
     batch = max(4, round(moved / (tensors * channels * SIDE * SIDE * dtype.itemsize)) // 4 * 4)

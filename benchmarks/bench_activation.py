@@ -1,4 +1,5 @@
-"""What a gradient penalty needs of an activation: leaky relu with its signs, and the second-order rule of a smooth one."""
+"""What a gradient penalty needs of an activation: leaky relu with its signs, and the second-order rule of a smooth
+one."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def _case(name: str, shape: tuple[int, ...], plain, ours, inputs: int, moved: fl
     return Case(f"{name} {shape}", providers, bytes=int(moved * math.prod(shape)), quick=quick)
 
 
-# float32: leaky relu reads and writes twice, and an eighth of a byte twice; the smooth pair reads two and four, writes two.
+# float32: leaky relu reads and writes twice, and an eighth of a byte twice; the smooth pair reads two and four, writes
+# two.
 CASES = [
     _case("leaky_relu_bits", (32, 64, 16, 16), leaky, leaky_bits, 2, 16.25, True),
     _case("leaky_relu_bits", (16, 64, 128, 128), leaky, leaky_bits, 2, 16.25, False),

@@ -46,4 +46,8 @@ def _case(shape: tuple[int, ...], channels_last: bool, quick: bool) -> Case:
     return Case(name, providers, bytes=4 * 5 * elements, quick=quick)
 
 
-CASES = [_case((64, 48, 16, 16), False, True), _case((64, 48, 16, 16), True, False), _case((256, 12, 32, 32), False, False)]
+CASES = [
+    _case((64, 48, 16, 16), False, True),
+    _case((64, 48, 16, 16), True, False),
+    _case((256, 12, 32, 32), False, False),
+]

@@ -50,9 +50,15 @@ def _normflows(scale: str) -> Work | None:
 
 
 def _case(
-    shape: tuple[int, ...], scale: str, channels_last: bool, quick: bool, *, dtype: str = "float32", backward: bool = True,
+    shape: tuple[int, ...],
+    scale: str,
+    channels_last: bool,
+    quick: bool,
+    *,
+    dtype: str = "float32",
+    backward: bool = True,
     priority: int = 1,
-) -> Case:  # fmt: skip
+) -> Case:
     form = torch.channels_last if channels_last else torch.contiguous_format
     kind = _ceilings.DTYPES[dtype]
 
@@ -60,13 +66,16 @@ def _case(
         torch.manual_seed(0)
         device = _ceilings.DEVICE
         x, params, gy = (
-            torch.randn(shape, device=device, dtype=kind).mul_(factor).contiguous(memory_format=form) for factor in (1, 0.3, 1)
+            torch.randn(shape, device=device, dtype=kind).mul_(factor).contiguous(memory_format=form)
+            for factor in (1, 0.3, 1)
         )
         return x.requires_grad_(backward), params.requires_grad_(backward), gy, torch.randn(shape[0], device=device)
 
     def work(function: Work) -> Work:
         x, params, gy, gl = inputs()
-        return (lambda: gradients(function(x, params), (x, params), (gy, gl))) if backward else lambda: function(x, params)
+        return (
+            (lambda: gradients(function(x, params), (x, params), (gy, gl))) if backward else lambda: function(x, params)
+        )
 
     providers = {
         "reference": lambda: work(lambda x, p: eager(x, p, scale)),

@@ -1,4 +1,5 @@
-"""Sampling from a masked autoregressive flow, and the gradient through its samples: D passes against one in degree order."""
+"""Sampling from a masked autoregressive flow, and the gradient through its samples: D passes against one in degree
+order."""
 
 from __future__ import annotations
 
@@ -114,9 +115,7 @@ def _noise(n: int, inputs: int) -> Tensor:
     return torch.randn(n, inputs, generator=torch.Generator().manual_seed(1)).to(_ceilings.DEVICE)
 
 
-def _sampling(
-    inputs: int, transforms: int, hidden: tuple[int, ...], n: int, *, quick: bool, priority: int = 1
-) -> Case:  # fmt: skip
+def _sampling(inputs: int, transforms: int, hidden: tuple[int, ...], n: int, *, quick: bool, priority: int = 1) -> Case:
     gpu = _ceilings.DEVICE == "cuda"
 
     def work(function: Callable[[Flow, Tensor], tuple[Tensor, Tensor] | None] | None) -> Work:
@@ -142,15 +141,22 @@ def _sampling(
         return replayed
 
     providers = {
-        "reference": lambda: work(eager), "trick": lambda: work(trick), **({"graph": graph} if gpu else {}),
-        "peer": lambda: _peer(_flow(inputs, transforms, hidden), _noise(n, inputs), hidden), "floor": lambda: work(density),
+        "reference": lambda: work(eager),
+        "trick": lambda: work(trick),
+        **({"graph": graph} if gpu else {}),
+        "peer": lambda: _peer(_flow(inputs, transforms, hidden), _noise(n, inputs), hidden),
+        "floor": lambda: work(density),
         "genfast": lambda: work(None),
-    }  # fmt: skip
+    }
     if importlib.util.find_spec("zuko") is None:
         del providers["peer"]
 
     def flops() -> int:
-        return 2 * n * sum(DegreeProgram.build(layers).multiplications for layers in _flow(inputs, transforms, hidden, "cpu"))
+        return (
+            2
+            * n
+            * sum(DegreeProgram.build(layers).multiplications for layers in _flow(inputs, transforms, hidden, "cpu"))
+        )
 
     size = "-".join(map(str, hidden))
     name = f"autoregressive_inverse sample maf {transforms} x {size}, {n} of {inputs}"
@@ -184,9 +190,13 @@ def _training(inputs: int, hidden: tuple[int, ...], n: int, *, quick: bool) -> C
 
     name = f"autoregressive_inverse gradient maf {'-'.join(map(str, hidden))}, {n} of {inputs}"
     return Case(
-        name, providers, flops=flops, quick=quick, notes={"trick": "masks applied once"},
+        name,
+        providers,
+        flops=flops,
+        quick=quick,
+        notes={"trick": "masks applied once"},
         once=() if _ceilings.DEVICE == "cuda" else ("reference", "trick"),
-    )  # fmt: skip
+    )
 
 
 CASES = [

@@ -52,7 +52,7 @@ def chunked(x: Tensor, y: Tensor) -> Tensor:
 
 def _case(
     shape: tuple[int, int, int, int], wanted: str, quick: bool, *, dtype: str = "float32", priority: int = 1
-) -> Case:  # fmt: skip
+) -> Case:
     kind = _ceilings.DTYPES[dtype]
 
     def maps() -> list[Tensor]:
@@ -87,20 +87,30 @@ def _case(
     b, c, h, w = shape
     flops = 2 * b * (h * w) ** 2 * c * {"forward": 1, "x": 2, "both": 3}[wanted]
     title = {"forward": "forward", "x": "forward and backward to x", "both": "forward and backward to both"}[wanted]
-    # Among so many columns a few have two rows within rounding of their maximum: which one has the gradient then differs.
+    # Among so many columns a few have two rows within rounding of their maximum: which one has the gradient then
+    # differs.
     tolerance = 2e-2 if h * w > 4096 else 1e-3
     name = f"contextual_similarity {shape} {title}{'' if dtype == 'float32' else f' {dtype}'}"
     notes = {"genfast": "in bfloat16 the value is compared, and not the gradient"} if kind is torch.bfloat16 else {}
     return Case(
-        name, providers, flops=flops, quick=quick, tolerance=None if kind is torch.bfloat16 else tolerance, notes=notes,
-        dtype=dtype, priority=priority,
-    )  # fmt: skip
+        name,
+        providers,
+        flops=flops,
+        quick=quick,
+        tolerance=None if kind is torch.bfloat16 else tolerance,
+        notes=notes,
+        dtype=dtype,
+        priority=priority,
+    )
 
 
 CASES = [
-    _case((1, 256, 32, 32), "x", True), _case((1, 256, 64, 64), "forward", False), _case((1, 256, 64, 64), "x", False),
-    _case((1, 256, 64, 64), "both", False), _case((1, 256, 128, 128), "x", False),
-]  # fmt: skip
+    _case((1, 256, 32, 32), "x", True),
+    _case((1, 256, 64, 64), "forward", False),
+    _case((1, 256, 64, 64), "x", False),
+    _case((1, 256, 64, 64), "both", False),
+    _case((1, 256, 128, 128), "x", False),
+]
 
 if _ceilings.DEVICE == "cuda":  # 16384, 65536 and 4096 positions
     CASES += [

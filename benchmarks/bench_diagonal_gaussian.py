@@ -47,7 +47,8 @@ def _case(shape: tuple[int, ...], quick: bool) -> Case:
         "trick": lambda: work(trick),
         "genfast": lambda: work(fused),
     }
-    # float32: the forward reads mean, log-variance and noise and writes z; the backward reads those and grad z, and writes two.
+    # float32: the forward reads mean, log-variance and noise and writes z; the backward reads those and grad z, and
+    # writes two.
     return Case(f"diagonal_gaussian {shape}", providers, bytes=40 * math.prod(shape), quick=quick)
 
 

@@ -1,4 +1,5 @@
-"""Autoregressive flows: a MAF's log_prob, training step and sampling beside zuko's, a spline coupling flow beside nflows'.
+"""Autoregressive flows: a MAF's log_prob, training step and sampling beside zuko's, a spline coupling flow beside
+nflows'.
 
 All providers hold the same weights, zuko's or nflows', so that densities, gradients and samples are the same numbers.
 """
@@ -68,7 +69,9 @@ def _own(kind: str, dim: int, transforms: int, hidden: int, layers: Any, family:
     options: dict[str, Any] = {"normalising": False} if kind == "MAF" else {"transform": "spline", "convention": "zuko"}
     steps = []
     for i in range(transforms):
-        made = layers.MADE(dim, (hidden, hidden), outputs=2 if kind == "MAF" else 23, order="reversed" if i % 2 else None)
+        made = layers.MADE(
+            dim, (hidden, hidden), outputs=2 if kind == "MAF" else 23, order="reversed" if i % 2 else None
+        )
         steps.append(layers.MaskedAutoregressive(made, **options))
     return family(models.DiagonalGaussian(dim, trainable=False), steps)
 
@@ -136,7 +139,9 @@ def _zuko_cases(kind: str, dim: int, n: int, transforms: int, hidden: int, quick
 
         return run
 
-    def providers(work: Callable[..., Work], peer: Callable[[], Work], compiled: bool = True) -> dict[str, Callable[[], Work]]:
+    def providers(
+        work: Callable[..., Work], peer: Callable[[], Work], compiled: bool = True
+    ) -> dict[str, Callable[[], Work]]:
         found: dict[str, Callable[[], Work]] = {"reference": lambda: work(reference())}
         if compiled:
             found["compile"] = lambda: work(reference(), True)
@@ -149,10 +154,13 @@ def _zuko_cases(kind: str, dim: int, n: int, transforms: int, hidden: int, quick
         Case(f"{title}: log_prob", providers(density, peer_density), flops=2 * n * live, quick=quick),
         Case(f"{title}: training step", providers(training, peer_step), flops=6 * n * live, quick=False),
         Case(
-            f"{title}: sampling", providers(sampling, peer_sampling, False), flops=2 * n * live, quick=quick,
+            f"{title}: sampling",
+            providers(sampling, peer_sampling, False),
+            flops=2 * n * live,
+            quick=quick,
             once=() if quick else slow,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _nflows_case(dim: int, n: int, layers: int, hidden: int, bins: int) -> list[Case]:
@@ -170,10 +178,13 @@ def _nflows_case(dim: int, n: int, layers: int, hidden: int, bins: int) -> list[
             mask = torch.arange(dim) % 2 == i % 2
             steps.append(
                 transforms.PiecewiseRationalQuadraticCouplingTransform(
-                    mask, lambda a, b: their_nn.nets.ResidualNet(a, b, hidden_features=hidden, num_blocks=2), num_bins=bins,
-                    tails="linear", tail_bound=5.0,
+                    mask,
+                    lambda a, b: their_nn.nets.ResidualNet(a, b, hidden_features=hidden, num_blocks=2),
+                    num_bins=bins,
+                    tails="linear",
+                    tail_bound=5.0,
                 )
-            )  # fmt: skip
+            )
         flow = flows.Flow(transforms.CompositeTransform(steps), distributions.StandardNormal([dim]))
         return flow.to(_ceilings.DEVICE)
 
@@ -204,7 +215,8 @@ def _nflows_case(dim: int, n: int, layers: int, hidden: int, bins: int) -> list[
         Case(
             f"{title}: log_prob",
             {
-                "reference": lambda: density(ours(plain, models.plain(models.Flow))), "peer": lambda: density(theirs()),
+                "reference": lambda: density(ours(plain, models.plain(models.Flow))),
+                "peer": lambda: density(theirs()),
                 "genfast": lambda: density(ours(gnn, models.Flow)),
             },
             quick=False,
@@ -214,11 +226,12 @@ def _nflows_case(dim: int, n: int, layers: int, hidden: int, bins: int) -> list[
             {
                 "reference": lambda: training(ours(plain, models.plain(models.Flow))),
                 "compile": lambda: training(ours(plain, models.plain(models.Flow)), True),
-                "peer": lambda: training(theirs()), "genfast": lambda: training(ours(gnn, models.Flow)),
+                "peer": lambda: training(theirs()),
+                "genfast": lambda: training(ours(gnn, models.Flow)),
             },
             quick=False,
         ),
-    ]  # fmt: skip
+    ]
 
 
 CASES = [

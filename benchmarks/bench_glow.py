@@ -20,7 +20,9 @@ BATCH = 16
 @functools.cache
 def _batch() -> Tensor:
     photos = genfast.data.load("photos", count=64)
-    return genfast.models.dequantize(photos.train[:BATCH], generator=torch.Generator().manual_seed(0)).to(_ceilings.DEVICE)
+    return genfast.models.dequantize(photos.train[:BATCH], generator=torch.Generator().manual_seed(0)).to(
+        _ceilings.DEVICE
+    )
 
 
 def _step(model: nn.Module, loss: Callable[[Any], Tensor], compiled: bool = False) -> Work:

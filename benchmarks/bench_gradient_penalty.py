@@ -1,4 +1,5 @@
-"""Gradient penalties with their gradients, and whole critic steps, against double backward in each of its plain forms."""
+"""Gradient penalties with their gradients, and whole critic steps, against double backward in each of its plain
+forms."""
 
 from __future__ import annotations
 
@@ -76,7 +77,14 @@ class Pooled(nn.Module):
 
 
 def attention(_: Any = None) -> nn.Module:
-    layers = [nn.Linear(48, 128), Attention(128, 4), nn.LayerNorm(128), nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)]
+    layers = [
+        nn.Linear(48, 128),
+        Attention(128, 4),
+        nn.LayerNorm(128),
+        nn.Linear(128, 256),
+        nn.GELU(),
+        nn.Linear(256, 128),
+    ]
     return nn.Sequential(*layers, Attention(128, 4), Pooled(), nn.Linear(128, 1))
 
 
@@ -162,8 +170,8 @@ def _critic(build: Callable[[Any], nn.Module], activation: Any) -> nn.Module:
 
 
 def _units(critic: nn.Module, x: Tensor) -> Work:
-    """The library calls that the penalty of a piecewise-linear critic cannot do without: for each product forward, gradient to
-    its input, tangent forward (not for the last) and gradient to its weight."""
+    """The library calls that the penalty of a piecewise-linear critic cannot do without: for each product forward,
+    gradient to its input, tangent forward (not for the last) and gradient to its weight."""
     calls: list[Callable[[], Any]] = []
     layers = [m for m in critic if isinstance(m, (nn.Conv2d, nn.Linear))]  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -175,7 +183,10 @@ def _units(critic: nn.Module, x: Tensor) -> Work:
                     torch.ops.aten.convolution_backward, torch.randn_like(y), x, m.weight, None, *options
                 )
                 convolve = functools.partial(torch.ops.aten.convolution, x, m.weight)
-                calls += [functools.partial(convolve, m.bias, *options), functools.partial(backward, [True, False, False])]
+                calls += [
+                    functools.partial(convolve, m.bias, *options),
+                    functools.partial(backward, [True, False, False]),
+                ]
                 calls.append(functools.partial(backward, [False, True, False]))
                 calls += [functools.partial(convolve, None, *options)] * (m is not layers[-1])
             elif isinstance(m, nn.Linear):
@@ -194,10 +205,20 @@ def _units(critic: nn.Module, x: Tensor) -> Work:
 
 
 def _penalty(
-    name: str, build: Callable[[Any], nn.Module], shape: tuple[int, ...], activation: Any = None, where: Any = None, *,
-    floor: bool = False, compiled: bool = True, forward: bool = False, quick: bool = False,
-    notes: dict[str, str] | None = None, dtype: str = "float32", priority: int = 1,
-) -> Case:  # fmt: skip
+    name: str,
+    build: Callable[[Any], nn.Module],
+    shape: tuple[int, ...],
+    activation: Any = None,
+    where: Any = None,
+    *,
+    floor: bool = False,
+    compiled: bool = True,
+    forward: bool = False,
+    quick: bool = False,
+    notes: dict[str, str] | None = None,
+    dtype: str = "float32",
+    priority: int = 1,
+) -> Case:
     """The value and the gradient of every parameter; in bfloat16 by autocast."""
 
     def work(function: Callable[[nn.Module, Tensor], Tensor], activation: Any, math: bool = True) -> Work:
@@ -236,9 +257,16 @@ def _penalty(
 
 
 def _step(
-    name: str, build: Callable[[Any], nn.Module], shape: tuple[int, ...], activation: Any, where: Any, *, r1: bool,
-    compiled: bool = True, quick: bool = False,
-) -> Case:  # fmt: skip
+    name: str,
+    build: Callable[[Any], nn.Module],
+    shape: tuple[int, ...],
+    activation: Any,
+    where: Any,
+    *,
+    r1: bool,
+    compiled: bool = True,
+    quick: bool = False,
+) -> Case:
     """The critic's whole step: real, fake, penalty, backward, Adam."""
     plain, functions, own = (r1_eager, r1_functional, r1_ours) if r1 else (wgan_eager, wgan_functional, wgan_ours)
 

@@ -1,4 +1,5 @@
-"""Gram matrices, forward and backward; the style loss of five VGG19 layers to cached targets; and the plain product beneath."""
+"""Gram matrices, forward and backward; the style loss of five VGG19 layers to cached targets; and the plain product
+beneath."""
 
 from __future__ import annotations
 
@@ -53,15 +54,20 @@ def _forward(shape: tuple[int, int, int, int], quick: bool, *, dtype: str = "flo
         return lambda: [function(x)]
 
     providers = {
-        "reference": lambda: work(eager), "compile": lambda: work(torch.compile(eager, dynamic=False)),
-        "trick": lambda: work(trick), "trick one call": lambda: work(cublas), "genfast": lambda: work(genfast.ops.gram_matrix),
-    }  # fmt: skip
+        "reference": lambda: work(eager),
+        "compile": lambda: work(torch.compile(eager, dynamic=False)),
+        "trick": lambda: work(trick),
+        "trick one call": lambda: work(cublas),
+        "genfast": lambda: work(genfast.ops.gram_matrix),
+    }
     if c <= BLOCK:
         del providers["trick"]  # one block is the whole product
     moved = kind.itemsize * n * c * h * w + max(kind.itemsize, 4) * n * c * c  # half types give a float32 matrix
     name = f"gram_matrix {shape}{'' if dtype == 'float32' else f' {dtype}'}"
     # The symmetric half is all that must be multiplied.
-    return Case(name, providers, bytes=moved, flops=n * c * (c + 1) * h * w, quick=quick, dtype=dtype, priority=priority)
+    return Case(
+        name, providers, bytes=moved, flops=n * c * (c + 1) * h * w, quick=quick, dtype=dtype, priority=priority
+    )
 
 
 def eager_loss(xs: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -80,9 +86,10 @@ def _style(batch: int, quick: bool, *, dtype: str = "float32", priority: int = 1
         return lambda: gradients((function(xs, targets),), xs, (one,))
 
     providers = {
-        "reference": lambda: work(eager_loss), "compile": lambda: work(torch.compile(eager_loss, dynamic=False)),
+        "reference": lambda: work(eager_loss),
+        "compile": lambda: work(torch.compile(eager_loss, dynamic=False)),
         "genfast": lambda: work(genfast.ops.style_loss),
-    }  # fmt: skip
+    }
     moved = sum(3 * kind.itemsize * batch * c * s * s for c, s in LAYERS)
     flops = sum(3 * batch * c * c * s * s for c, s in LAYERS)
     name = f"style_loss VGG19 256 x 256 batch {batch}{'' if dtype == 'float32' else f' {dtype}'}"
@@ -101,20 +108,32 @@ def _plain(size: int) -> Case:
         return torch.from_numpy(a.numpy() @ b.numpy())
 
     providers = {
-        "reference": lambda: work(torch.mm), "peer": lambda: work(numpy), "genfast": lambda: work(genfast.ops.linear_input),
-    }  # fmt: skip
+        "reference": lambda: work(torch.mm),
+        "peer": lambda: work(numpy),
+        "genfast": lambda: work(genfast.ops.linear_input),
+    }
     return Case(
-        f"linear plain product {size} x {size} x {size}", providers, flops=2 * size**3, quick=False, notes={"peer": "numpy"},
+        f"linear plain product {size} x {size} x {size}",
+        providers,
+        flops=2 * size**3,
+        quick=False,
+        notes={"peer": "numpy"},
         pause=0.2,
-    )  # fmt: skip
+    )
 
 
 CASES = [
-    _forward((4, 512, 64, 64), True), _forward((1, 64, 256, 256), False), _forward((1, 256, 64, 64), False), _style(1, True),
-    _style(4, False), *([_plain(2048)] if _ceilings.DEVICE == "cpu" else []),
-]  # fmt: skip
+    _forward((4, 512, 64, 64), True),
+    _forward((1, 64, 256, 256), False),
+    _forward((1, 256, 64, 64), False),
+    _style(1, True),
+    _style(4, False),
+    *([_plain(2048)] if _ceilings.DEVICE == "cpu" else []),
+]
 
 if _ceilings.DEVICE == "cuda":
-    CASES += [_forward((n, c, 64, 64), False, dtype="bfloat16", priority=0) for n, c in ((16, 512), (8, 1024), (4, 2048))]
+    CASES += [
+        _forward((n, c, 64, 64), False, dtype="bfloat16", priority=0) for n, c in ((16, 512), (8, 1024), (4, 2048))
+    ]
     CASES += [_forward((16, 512, 64, 64), False, dtype="tf32", priority=0)]
     CASES += [_style(16, False, dtype=dtype, priority=0) for dtype in ("tf32", "bfloat16")]

@@ -41,7 +41,9 @@ def _sample(model: nn.Module, draw: Callable[[Any], Tensor]) -> Work:
     return run
 
 
-def _case(name: str, peer: str, make: Callable[[], nn.Module], work: Callable[[nn.Module], Work], quick: bool) -> list[Case]:
+def _case(
+    name: str, peer: str, make: Callable[[], nn.Module], work: Callable[[nn.Module], Work], quick: bool
+) -> list[Case]:
     """The model as it is and accelerated; nothing where its library is not installed."""
     if importlib.util.find_spec(peer) is None:
         return []
@@ -120,13 +122,15 @@ def _glow() -> nn.Module:
 
 CASES = [
     *_case(f"NSF({FEATURES}) train step, batch {ROWS}", "zuko", _nsf, lambda m: _train(m, _zuko_loss, _rows()), True),
-    *_case(f"NSF({FEATURES}) sample, batch {ROWS}", "zuko", _nsf, lambda m: _sample(m, lambda f: f().sample((ROWS,))), False),
+    *_case(f"NSF({FEATURES}) sample, batch {ROWS}", "zuko", _nsf, lambda m: _sample(m, lambda f: f().sample((ROWS,))),
+    False),
     *_case(
         f"MAF({FEATURES}, 5 of 512-512) sample, batch {ROWS}", "zuko", _maf,
         lambda m: _sample(m, lambda f: f().sample((ROWS,))), False,
     ),
     *_case(
-        f"MAF({FEATURES}, 5 of 512-512) train step, batch {ROWS}", "zuko", _maf, lambda m: _train(m, _zuko_loss, _rows()), False
+        f"MAF({FEATURES}, 5 of 512-512) train step, batch {ROWS}", "zuko", _maf, lambda m: _train(m, _zuko_loss,
+        _rows()), False
     ),
     *_case(
         f"spline coupling flow train step, batch {ROWS}", "nflows", _coupling_flow,

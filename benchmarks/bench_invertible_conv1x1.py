@@ -1,4 +1,5 @@
-"""Invertible 1x1 convolution with its activation norm and split: the first half of a Glow step, forward and backward."""
+"""Invertible 1x1 convolution with its activation norm and split: the first half of a Glow step, forward and
+backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The three products of a linear layer of a critic, with a leaky relu and its signs: forward, to the input, to the weight."""
+"""The three products of a linear layer of a critic, with a leaky relu and its signs: forward, to the input, to the
+weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Masked convolution, forward and backward, against the dense convolution of the masked weight and hand-made crops of it."""
+"""Masked convolution, forward and backward, against the dense convolution of the masked weight and hand-made crops of
+it."""
 
 from __future__ import annotations
 
@@ -36,9 +37,15 @@ def _arrangements(k: int, mask: Tensor) -> dict[str, Function]:
 
 
 def _case(
-    k: int, shape: tuple[int, int, int, int], out: int, *, channels_last: bool, quick: bool, dtype: str = "float32",
+    k: int,
+    shape: tuple[int, int, int, int],
+    out: int,
+    *,
+    channels_last: bool,
+    quick: bool,
+    dtype: str = "float32",
     priority: int = 1,
-) -> Case:  # fmt: skip
+) -> Case:
     n, channels, h, w = shape
     kind = _ceilings.DTYPES[dtype]
     form = torch.channels_last if channels_last else torch.contiguous_format

@@ -36,7 +36,8 @@ class _Mask:
 
 
 class _Blocks:
-    """The best arrangement of library calls: sorted outputs in blocks, each a product with the inputs that it can reach."""
+    """The best arrangement of library calls: sorted outputs in blocks, each a product with the inputs that it can
+    reach."""
 
     def __init__(self, layers: Layers, blocks: int = 6) -> None:
         self.plans = []
@@ -71,8 +72,15 @@ def _ours(layers: Layers, x: Tensor) -> Tensor:
 
 
 def _case(
-    name: str, n: int, make: Callable[[], Layers], backward: bool, quick: bool, *, dtype: str = "float32", priority: int = 1
-) -> Case:  # fmt: skip
+    name: str,
+    n: int,
+    make: Callable[[], Layers],
+    backward: bool,
+    quick: bool,
+    *,
+    dtype: str = "float32",
+    priority: int = 1,
+) -> Case:
     kind = _ceilings.DTYPES[dtype]
 
     def work(arrange: Callable[[Layers], Run], compiled: bool = False) -> Work:
@@ -99,7 +107,9 @@ def _case(
         "genfast": lambda: work(lambda _: _ours),
     }
     passes = 3 if backward else 1
-    title = f"masked_linear {name}, batch {n}{'' if backward else ', forward'}{'' if dtype == 'float32' else f', {dtype}'}"
+    title = (
+        f"masked_linear {name}, batch {n}{'' if backward else ', forward'}{'' if dtype == 'float32' else f', {dtype}'}"
+    )
     return Case(title, providers, flops=2 * passes * n * live, quick=quick, dtype=dtype, priority=priority)
 
 

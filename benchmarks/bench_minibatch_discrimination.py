@@ -47,6 +47,4 @@ def _case(shape: tuple[int, int, int], second: bool, quick: bool) -> Case:
     return Case(name, providers, flops=flops, quick=quick)
 
 
-CASES = [
-    _case((64, 100, 5), False, True), _case((256, 50, 16), False, False), _case((64, 100, 5), True, True),
-]  # fmt: skip
+CASES = [_case((64, 100, 5), False, True), _case((256, 50, 16), False, False), _case((64, 100, 5), True, True)]

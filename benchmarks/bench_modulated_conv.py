@@ -21,7 +21,8 @@ def eager(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor) -> Tensor:
 
 
 def trick(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor) -> Tensor:
-    """Activations scaled before and after one convolution, coefficients from a small product, noise added in the same pass."""
+    """Activations scaled before and after one convolution, coefficients from a small product, noise added in the same
+    pass."""
     d = (styles.square() @ weight.square().sum((2, 3)).t() + 1e-8).rsqrt()
     y = F.conv2d(x * styles[:, :, None, None], weight, padding=1)
     return torch.addcmul(noise, y, d[:, :, None, None])

@@ -19,9 +19,11 @@ def _sizes(n: int, d: int, h: int, binary: bool) -> tuple[Tensor, list[Tensor]]:
     device = _ceilings.DEVICE
     x = (torch.rand(n, d, device=device) < 0.19).float() if binary else torch.randn(n, d, device=device)
     weights = [
-        torch.randn(d, h, device=device) / d**0.5, torch.randn(d, 1, h, device=device) / h**0.5,
-        torch.zeros(d, 1, device=device), torch.zeros(h, device=device),
-    ]  # fmt: skip
+        torch.randn(d, h, device=device) / d**0.5,
+        torch.randn(d, 1, h, device=device) / h**0.5,
+        torch.zeros(d, 1, device=device),
+        torch.zeros(h, device=device),
+    ]
     return x, weights
 
 
@@ -47,8 +49,8 @@ def _likelihood(n: int, d: int, h: int, binary: bool, quick: bool, compiled: boo
     if compiled:  # the loop unrolls to a graph of some ten nodes a step, which takes minutes to compile beyond that
         providers["compile"] = lambda: work(torch.compile(_plain))
     providers |= {"trick": lambda: work(_vectorised), "genfast": lambda: work(genfast.ops.nade)}
-    # Forward a product for the readout and an update, backward four; binary data spare the update and the activation of zeros.
-    # 20 FLOPs stand for an activation, of which the backward takes another.
+    # Forward a product for the readout and an update, backward four; binary data spare the update and the activation of
+    # zeros. 20 FLOPs stand for an activation, of which the backward takes another.
     live = 0.19 if binary else 1.0
     return Case(
         f"nade {'binary' if binary else 'real'} {(n, d, h)}",
@@ -58,7 +60,11 @@ def _likelihood(n: int, d: int, h: int, binary: bool, quick: bool, compiled: boo
         notes={
             "reference": "a Python loop over D, as pytorch-generative has it",
             "trick": "a cumulative sum over D: N D H numbers in memory",
-            **({} if compiled else {"compile": "not at this size: the loop over D unrolls, and takes minutes to compile"}),
+            **(
+                {}
+                if compiled
+                else {"compile": "not at this size: the loop over D unrolls, and takes minutes to compile"}
+            ),
         },
     )
 

@@ -1,4 +1,5 @@
-"""What a call costs beside the work: ops on tensors of one element, without a gradient, against ATen ops of like arity."""
+"""What a call costs beside the work: ops on tensors of one element, without a gradient, against ATen ops of like
+arity."""
 
 from __future__ import annotations
 
@@ -69,8 +70,14 @@ def measure() -> list[dict[str, Any]]:
             for f in (ours, theirs):
                 f()
             best = [min(timeit.repeat(f, setup, number=number, repeat=15)) / number for f in (ours, theirs)]
-            found.append({
-                "op": name, "aten": label, "genfast_s": best[0], "aten_s": best[1], "over_s": best[0] - best[1],
-                "within_limit": best[0] - best[1] <= LIMIT,
-            })  # fmt: skip
+            found.append(
+                {
+                    "op": name,
+                    "aten": label,
+                    "genfast_s": best[0],
+                    "aten_s": best[1],
+                    "over_s": best[0] - best[1],
+                    "within_limit": best[0] - best[1] <= LIMIT,
+                }
+            )
     return found

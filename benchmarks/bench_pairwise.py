@@ -1,4 +1,5 @@
-"""Sums over pairs of rows: MMD, kernel distance and nearest rows, beside the matrices that one writes and slices of them.
+"""Sums over pairs of rows: MMD, kernel distance and nearest rows, beside the matrices that one writes and slices of
+them.
 
 No peer: KeOps streams such sums too, for few features, and compiles each with a compiler that it looks for at run time.
 """
@@ -55,7 +56,8 @@ def _sliced(x: Tensor, y: Tensor, pairs: Pairs) -> Tensor:
 
     def rows_of(a: Tensor, b: Tensor) -> Tensor:
         parts = [
-            checkpoint(total, part, b, use_reentrant=False) if a.requires_grad else total(part, b) for part in a.split(ROWS, -2)
+            checkpoint(total, part, b, use_reentrant=False) if a.requires_grad else total(part, b)
+            for part in a.split(ROWS, -2)
         ]
         return torch.stack(parts).sum(0)
 
@@ -76,7 +78,12 @@ def _work(function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], 
 
 
 def _case(
-    name: str, shape: tuple[int, ...], pairs: Pairs, ours: Callable[[Tensor, Tensor], Tensor], backward: bool, quick: bool
+    name: str,
+    shape: tuple[int, ...],
+    pairs: Pairs,
+    ours: Callable[[Tensor, Tensor], Tensor],
+    backward: bool,
+    quick: bool,
 ) -> Case:
     def eager(x: Tensor, y: Tensor) -> Tensor:
         return _unbiased(x, y, pairs)
@@ -85,9 +92,11 @@ def _case(
         return lambda: _work(function, shape, backward)
 
     providers = {
-        "reference": work(eager), "compile": work(torch.compile(eager, dynamic=False)),
-        "trick": work(lambda x, y: _sliced(x, y, pairs)), "genfast": work(ours),
-    }  # fmt: skip
+        "reference": work(eager),
+        "compile": work(torch.compile(eager, dynamic=False)),
+        "trick": work(lambda x, y: _sliced(x, y, pairs)),
+        "genfast": work(ours),
+    }
     *batch, n, c = shape
     # Half of two matrices and one whole; the gradient to x: two products of x with itself and two with y.
     flops = (batch[0] if batch else 1) * n * n * c * (4 + (8 if backward else 0))
@@ -111,7 +120,9 @@ def _nearest_case(shape: tuple[int, int], backward: bool, quick: bool) -> Case:
         "genfast": lambda: _work(lambda x, y: genfast.ops.nearest_neighbors(x, y)[0][:, 0], shape, backward),
     }
     n, c = shape
-    return Case(f"nearest_neighbors {shape}{'' if backward else ' forward'}", providers, flops=2 * n * n * c, quick=quick)
+    return Case(
+        f"nearest_neighbors {shape}{'' if backward else ' forward'}", providers, flops=2 * n * n * c, quick=quick
+    )
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:
@@ -129,6 +140,9 @@ def _mmd_rbf(x: Tensor, y: Tensor) -> Tensor:
 CASES = [
     *(_case("mmd imq", (1024, 8), _imq, _mmd_imq, backward, True) for backward in (False, True)),
     *(_case("mmd rbf", (4096, 64), _rbf, _mmd_rbf, backward, False) for backward in (False, True)),
-    *(_case("kernel_distance", (10, 1000, 2048), _polynomial, _distance, backward, False) for backward in (False, True)),
+    *(
+        _case("kernel_distance", (10, 1000, 2048), _polynomial, _distance, backward, False)
+        for backward in (False, True)
+    ),
     *(_nearest_case((8192, 256), backward, False) for backward in (False, True)),
-]  # fmt: skip
+]

@@ -32,8 +32,8 @@ def _case(diagonal: bool, shape: tuple[int, int, int, int], quick: bool) -> Case
         "genfast": lambda: work(getattr(genfast.ops, name)),
     }
     positions = n * height * width
-    # float32: the forward reads the gates and writes h and the five states; the backward reads these and grad h and writes
-    # the gradient of the gates. 8 k h^2 FLOPs a position forward, twice that backward.
+    # float32: the forward reads the gates and writes h and the five states; the backward reads these and grad h and
+    # writes the gradient of the gates. 8 k h^2 FLOPs a position forward, twice that backward.
     return Case(
         f"{name} {shape}",
         providers,

@@ -1,4 +1,5 @@
-"""A PixelCNN training step, and its samplers: the standard loop of one forward pass per pixel against the cached engine."""
+"""A PixelCNN training step, and its samplers: the standard loop of one forward pass per pixel against the cached
+engine."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def _training(layers: int, kernel: int, size: int, *, compiled: bool, quick: boo
     taps = (layers - 1) * (kernel**2 + 1) // 2 * 64 * 64 + (kernel**2 - 1) // 2 * 64 + 64 * 256
     flops = 3 * 2 * BATCH * size * size * taps
     name = f"pixelcnn train step {layers} layers {kernel}x{kernel}, batch {BATCH}, {size}x{size}"
-    return Case(name, providers, flops=flops, quick=quick, notes={"trick": "the plain model with channels_last weights"})
+    return Case(
+        name, providers, flops=flops, quick=quick, notes={"trick": "the plain model with channels_last weights"}
+    )
 
 
 def _multiplications(build: Callable[[Any], Any], n: int, shape: tuple[int, ...]) -> Callable[[], int]:
@@ -93,7 +96,8 @@ def _sampling(name: str, build: Callable[[Any], Any], n: int, shape: tuple[int, 
 
 
 class Loop:
-    """The standard loop a pixel at a time, whose place is a number on the device, so that one graph serves every pixel."""
+    """The standard loop a pixel at a time, whose place is a number on the device, so that one graph serves every
+    pixel."""
 
     def __init__(self, model: Any, n: int, shape: tuple[int, ...], uniforms: Tensor) -> None:
         self.model = model
@@ -112,7 +116,9 @@ class Loop:
                 self.flat[:, k].index_copy_(1, self.at, drawn[:, None])
         else:
             here = model(self.images).flatten(2).index_select(2, self.at)
-            drawn = genfast.reference.discretized_logistic_mixture_sample(here, u[..., None], colours, model.levels, 1.0)
+            drawn = genfast.reference.discretized_logistic_mixture_sample(
+                here, u[..., None], colours, model.levels, 1.0
+            )
             self.flat.index_copy_(2, self.at, drawn)
         self.at.add_(1)
 
@@ -122,9 +128,16 @@ class Loop:
 
 
 def _gpu_sampling(
-    name: str, build: Callable[[Any], Any], n: int, shape: tuple[int, ...], *, steps: int | None = None, tf32: bool = False
-) -> Case:  # fmt: skip
-    """As _sampling, the loop also as a graph of one pixel that is replayed; over ``steps`` pixels only, which are compared."""
+    name: str,
+    build: Callable[[Any], Any],
+    n: int,
+    shape: tuple[int, ...],
+    *,
+    steps: int | None = None,
+    tf32: bool = False,
+) -> Case:
+    """As _sampling, the loop also as a graph of one pixel that is replayed; over ``steps`` pixels only, which are
+    compared."""
     total = math.prod(shape[1:])
     part = min(steps or total, total)
 
@@ -182,18 +195,28 @@ if _ceilings.DEVICE == "cuda":
         )
     ]
     SAMPLING.append(
-        _gpu_sampling("pixelcnn 3 layers", lambda variant: variant(genfast.models.PixelCNN)(1, 32, 3, 5), 1, (1, 28, 28))
+        _gpu_sampling(
+            "pixelcnn 3 layers", lambda variant: variant(genfast.models.PixelCNN)(1, 32, 3, 5), 1, (1, 28, 28)
+        )
     )  # all pixels
 else:
     SAMPLING = [
         _sampling(
-            "pixelcnn 3 layers", lambda variant: variant(genfast.models.PixelCNN)(1, 32, 3, 5), 2, (1, 12, 12), quick=True
+            "pixelcnn 3 layers",
+            lambda variant: variant(genfast.models.PixelCNN)(1, 32, 3, 5),
+            2,
+            (1, 12, 12),
+            quick=True,
         ),
         _sampling("pixelcnn", lambda variant: variant(genfast.models.PixelCNN)(), 1, (1, 28, 28), quick=False),
         _sampling("pixelcnn", lambda variant: variant(genfast.models.PixelCNN)(), 16, (1, 28, 28), quick=False),
         # 66 channels: 64 is no multiple of three colours.
-        _sampling("gated_pixelcnn", lambda variant: variant(genfast.models.GatedPixelCNN)(3, 66), 1, (3, 32, 32), quick=False),
-        _sampling("pixelcnnpp", lambda variant: variant(genfast.models.PixelCNNPlusPlus)(3, 40), 1, (3, 32, 32), quick=False),
+        _sampling(
+            "gated_pixelcnn", lambda variant: variant(genfast.models.GatedPixelCNN)(3, 66), 1, (3, 32, 32), quick=False
+        ),
+        _sampling(
+            "pixelcnnpp", lambda variant: variant(genfast.models.PixelCNNPlusPlus)(3, 40), 1, (3, 32, 32), quick=False
+        ),
         _sampling("wavenet", lambda variant: variant(genfast.models.WaveNet)(), 1, (1, 1000), quick=False),
     ]
 

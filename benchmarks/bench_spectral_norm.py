@@ -64,7 +64,11 @@ def _case(shape: tuple[int, ...], quick: bool) -> Case:
 
     def module() -> Work:
         weight, u, v, cotangent = made()
-        layer = nn.Conv2d(shape[1], shape[0], shape[2], bias=False) if len(shape) == 4 else nn.Linear(shape[1], shape[0], False)
+        layer = (
+            nn.Conv2d(shape[1], shape[0], shape[2], bias=False)
+            if len(shape) == 4
+            else nn.Linear(shape[1], shape[0], False)
+        )
         layer.to(_ceilings.DEVICE)
         layer.weight.data.copy_(weight.detach())
         parametrizations.spectral_norm(layer)
@@ -79,8 +83,14 @@ def _case(shape: tuple[int, ...], quick: bool) -> Case:
         "trick": lambda: work(_Trick.apply),
         "genfast": lambda: work(ours),
     }
-    # float32: the forward reads W three times and writes once; the backward reads the gradient twice, W once, writes once.
+    # float32: the forward reads W three times and writes once; the backward reads the gradient twice, W once, writes
+    # once.
     return Case(f"spectral_norm {shape}", providers, bytes=32 * math.prod(shape), quick=quick)
 
 
-CASES = [_case((256, 128, 4, 4), True), _case((512, 512, 3, 3), False), _case((64, 3, 4, 4), False), _case((512, 512), False)]
+CASES = [
+    _case((256, 128, 4, 4), True),
+    _case((512, 512, 3, 3), False),
+    _case((64, 3, 4, 4), False),
+    _case((512, 512), False),
+]

@@ -1,4 +1,5 @@
-"""The rational-quadratic spline of 8 bins, forward and backward with its log-derivative, from three tensors and from one."""
+"""The rational-quadratic spline of 8 bins, forward and backward with its log-derivative, from three tensors and from
+one."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def _knots(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _evaluated(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
-    """nflows' rational_quadratic_spline with its bin search, without the check of its domain, which waits for the device."""
+    """nflows' rational_quadratic_spline with its bin search, without the check of its domain, which waits for the
+    device."""
     x_knots, widths = _knots(widths)
     y_knots, heights = _knots(heights)
     derivatives = MINIMUM + F.softplus(derivatives)
@@ -51,7 +53,8 @@ def eager(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tu
 
 
 def trick(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
-    """All elements, clamped, and a choice at the end: no indices, no count to wait for. A bin's start is a masked sum."""
+    """All elements, clamped, and a choice at the end: no indices, no count to wait for. A bin's start is a masked
+    sum."""
     inside = (x >= -BOUND) & (x <= BOUND)
     u = x.clamp(-BOUND, BOUND)
     w, h = (2 * BOUND * (MINIMUM + (1 - MINIMUM * BINS) * F.softmax(v, dim=-1)) for v in (widths, heights))
@@ -74,7 +77,9 @@ def peer(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tup
     """nflows' own."""
     from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
 
-    found: tuple[Tensor, Tensor] = unconstrained_rational_quadratic_spline(x, widths, heights, derivatives, tail_bound=BOUND)
+    found: tuple[Tensor, Tensor] = unconstrained_rational_quadratic_spline(
+        x, widths, heights, derivatives, tail_bound=BOUND
+    )
     return found
 
 
@@ -84,7 +89,7 @@ def ours(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tup
 
 def _case(
     elements: int, packed: bool, quick: bool, *, dtype: str = "float32", backward: bool = True, priority: int = 1
-) -> Case:  # fmt: skip
+) -> Case:
     counts = (BINS, BINS, BINS - 1)
     kind = _ceilings.DTYPES[dtype]
 
@@ -107,7 +112,8 @@ def _case(
 
     def taken(function: Work) -> Work:
         def wide(x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
-            """In float32, as autocast takes these functions: bins' borders in bfloat16 are off by more than a bin's width."""
+            """In float32, as autocast takes these functions: bins' borders in bfloat16 are off by more than a bin's
+            width."""
             parts = params[0].float().split(counts, -1) if packed else [p.float() for p in params]
             y, logdet = function(x.float(), *parts)
             return y.to(kind), logdet

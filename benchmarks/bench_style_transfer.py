@@ -1,4 +1,5 @@
-"""One evaluation of a style transfer: content and style of an image against kept targets, and the gradient in the image."""
+"""One evaluation of a style transfer: content and style of an image against kept targets, and the gradient in the
+image."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def _gram(f: Tensor) -> Tensor:
 
 
 class Plain(nn.Module):
-    """As in PyTorch's tutorial of style transfer: the losses behind their layers, nothing behind the last, targets kept."""
+    """As in PyTorch's tutorial of style transfer: the losses behind their layers, nothing behind the last, targets
+    kept."""
 
     def __init__(self, network: nn.Sequential, content: Tensor, style: Tensor) -> None:
         super().__init__()

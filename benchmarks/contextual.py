@@ -1,7 +1,7 @@
 """``python -m benchmarks.contextual``: the contextual loss of 65536 features of 256 channels, forward and backward.
 
-The usual form keeps five arrays of N x M there, 86 GB (17 GB each). Here time and peak memory are measured, and some rows and
-columns, and the gradient of some rows, are compared with the same in float64, each from its definition.
+The usual form keeps five arrays of N x M there, 86 GB (17 GB each). Here time and peak memory are measured, and some
+rows and columns, and the gradient of some rows, are compared with the same in float64, each from its definition.
 """
 
 from __future__ import annotations
@@ -72,11 +72,19 @@ def run(side: int, channels: int, checked: int) -> dict[str, Any]:
         gradient = found[1].flatten(2)[0, :, i].double()
         worst["gradient"] = max(worst["gradient"], float((gradient - expected).norm() / expected.norm()))
     return {
-        "environment": environment("cpu"), "features": count, "channels": channels, "similarity": float(similarity),
-        "forward_s": forward, "forward_backward_s": seconds, "peak_bytes": peak, "eager_array_bytes": 4 * count * count,
-        "rows_checked": checked, "worst_relative_error": worst, "largest_a_over_its_maximum": beaten,
+        "environment": environment("cpu"),
+        "features": count,
+        "channels": channels,
+        "similarity": float(similarity),
+        "forward_s": forward,
+        "forward_backward_s": seconds,
+        "peak_bytes": peak,
+        "eager_array_bytes": 4 * count * count,
+        "rows_checked": checked,
+        "worst_relative_error": worst,
+        "largest_a_over_its_maximum": beaten,
         "flops_forward": 2 * count * count * channels,
-    }  # fmt: skip
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,16 +100,21 @@ def main(argv: list[str] | None = None) -> int:
     path = a.out / f"contextual-{slug(results['environment']['device'])}.json"
     write(path, results)
     worst = results["worst_relative_error"]
-    print(tabulate([
-        ["features", results["features"]], ["forward", f"{results['forward_s']:.2f} s"],
-        ["forward and backward", f"{results['forward_backward_s']:.2f} s"],
-        ["forward's product", f"{1e-9 * results['flops_forward'] / results['forward_s']:.0f} GFLOP/s"],
-        ["peak memory beyond the features", f"{results['peak_bytes'] / 2**20:.0f} MiB"],
-        ["one array of N x M", f"{results['eager_array_bytes'] / 2**20:.0f} MiB"],
-        [f"worst of {a.checked} values against float64", f"{worst['value']:.1e}"],
-        [f"worst of {a.checked} rows' gradients", f"{worst['gradient']:.1e}"],
-        ["largest of their entries over the maximum found", f"{results['largest_a_over_its_maximum']:.7f}"],
-    ]))  # fmt: skip
+    print(
+        tabulate(
+            [
+                ["features", results["features"]],
+                ["forward", f"{results['forward_s']:.2f} s"],
+                ["forward and backward", f"{results['forward_backward_s']:.2f} s"],
+                ["forward's product", f"{1e-9 * results['flops_forward'] / results['forward_s']:.0f} GFLOP/s"],
+                ["peak memory beyond the features", f"{results['peak_bytes'] / 2**20:.0f} MiB"],
+                ["one array of N x M", f"{results['eager_array_bytes'] / 2**20:.0f} MiB"],
+                [f"worst of {a.checked} values against float64", f"{worst['value']:.1e}"],
+                [f"worst of {a.checked} rows' gradients", f"{worst['gradient']:.1e}"],
+                ["largest of their entries over the maximum found", f"{results['largest_a_over_its_maximum']:.7f}"],
+            ]
+        )
+    )
     print(f"in {path}")
     return 0
 

@@ -1,10 +1,12 @@
-"""``python -m benchmarks.gaussians``: WGAN-GP on 25 Gaussians, with genfast's critic step and plain PyTorch's, in turns.
+"""``python -m benchmarks.gaussians``: WGAN-GP on 25 Gaussians, with genfast's critic step and plain PyTorch's, in
+turns.
 
-The setting of the released gan_toy.py (arXiv:1704.00028): perceptrons of three times 512 ReLU units, batch 256, a penalty of
-weight 0.1, five updates of the critic for one of the generator, Adam 1e-4 (0.5, 0.9). Both start from the same weights and
-draw the same batches, latents and interpolation; only the critic's update differs. A vanilla GAN of the same networks runs
-beside them. The three take turns of a few seconds on the same threads, so that a drift of the machine meets all alike, and
-each has its own clock, which stands still while the others train and while samples are scored.
+The setting of the released gan_toy.py (arXiv:1704.00028): perceptrons of three times 512 ReLU units, batch 256, a
+penalty of weight 0.1, five updates of the critic for one of the generator, Adam 1e-4 (0.5, 0.9). Both start from the
+same weights and draw the same batches, latents and interpolation; only the critic's update differs. A vanilla GAN of
+the same networks runs beside them. The three take turns of a few seconds on the same threads, so that a drift of the
+machine meets all alike, and each has its own clock, which stands still while the others train and while samples are
+scored.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ CriticLoss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def ours(critic: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
-    return ops.critic_step(critic, real, fake, loss="wasserstein", penalty="wgan-gp", weight=WEIGHT, generator=generator).loss
+    return ops.critic_step(
+        critic, real, fake, loss="wasserstein", penalty="wgan-gp", weight=WEIGHT, generator=generator
+    ).loss
 
 
 def plain(critic: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,7 +68,13 @@ class Run:
     """One contender: its networks, its clock, and what it has reached."""
 
     def __init__(
-        self, points: data.Points, model: models.WGANGP, critic_loss: CriticLoss, loss: str, critic_steps: int, lr: float
+        self,
+        points: data.Points,
+        model: models.WGANGP,
+        critic_loss: CriticLoss,
+        loss: str,
+        critic_steps: int,
+        lr: float,
     ) -> None:
         self.points, self.critic_loss, self.critic_steps = points, critic_loss, critic_steps
         self.model = copy.deepcopy(model)
@@ -151,23 +161,32 @@ def run(minutes: float, turn: float, hidden: int, lr: float) -> tuple[dict[str, 
             each.score()
         bar.n = min(bar.total, round(runs["genfast"].seconds))
         at = runs["genfast"].curve[-1]
-        bar.set_postfix_str(f"{at['nearest']:.1f} sigma away, {at['covered']} modes, {at['within_3']:.0%} within 3 sigma")
+        bar.set_postfix_str(
+            f"{at['nearest']:.1f} sigma away, {at['covered']} modes, {at['within_3']:.0%} within 3 sigma"
+        )
     bar.close()
     found = {
         name: {
-            "iterations_per_second": each.iterations / each.seconds, "curve": each.curve,
-            "final": {
-                key: statistics.median(at[key] for at in each.curve[-5:]) for key in QUALITIES
-            },
+            "iterations_per_second": each.iterations / each.seconds,
+            "curve": each.curve,
+            "final": {key: statistics.median(at[key] for at in each.curve[-5:]) for key in QUALITIES},
         }
         for name, each in runs.items()
-    }  # fmt: skip
+    }
     results = {
-        "environment": environment("cpu"), "minutes_each": minutes, "seconds_a_turn": turn, "hidden": hidden, "lr": lr,
+        "environment": environment("cpu"),
+        "minutes_each": minutes,
+        "seconds_a_turn": turn,
+        "hidden": hidden,
+        "lr": lr,
         "batch": BATCH,
-        "penalty_weight": WEIGHT, "critic_steps": CRITIC_STEPS, "samples": SAMPLES, "minimum": MINIMUM,
-        "weights_apart_after_3_iterations": apart, "runs": found,
-    }  # fmt: skip
+        "penalty_weight": WEIGHT,
+        "critic_steps": CRITIC_STEPS,
+        "samples": SAMPLES,
+        "minimum": MINIMUM,
+        "weights_apart_after_3_iterations": apart,
+        "runs": found,
+    }
     return results, runs
 
 
@@ -178,15 +197,28 @@ def table(results: dict[str, Any]) -> str:
     rows = []
     for name, one in results["runs"].items():
         final, soon = one["final"], [reached(one["curve"], level) for level in levels]
-        rows.append([
-            name, f"{one['iterations_per_second']:.1f}", f"{final['nearest']:.1f}", f"{final['covered']:.0f}",
-            f"{final['within_3']:.1%}", f"{final['within_4']:.1%}", f"{final['kl']:.3f}",
-            *("" if s is None else f"{s:.0f}" for s in soon),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{one['iterations_per_second']:.1f}",
+                f"{final['nearest']:.1f}",
+                f"{final['covered']:.0f}",
+                f"{final['within_3']:.1%}",
+                f"{final['within_4']:.1%}",
+                f"{final['kl']:.3f}",
+                *("" if s is None else f"{s:.0f}" for s in soon),
+            ]
+        )
     heads = [
-        f"{60 * results['minutes_each']:.0f} s each", "iterations/s", "nearest", "modes", "3 sigma", "4 sigma", "KL",
+        f"{60 * results['minutes_each']:.0f} s each",
+        "iterations/s",
+        "nearest",
+        "modes",
+        "3 sigma",
+        "4 sigma",
+        "KL",
         *(f"s to {level:.1f}" for level in levels),
-    ]  # fmt: skip
+    ]
     fast, slow = (results["runs"][name]["iterations_per_second"] for name in ("genfast", "plain PyTorch"))
     return tabulate(rows, headers=heads, disable_numparse=True) + f"\niterations in the same time: {fast / slow:.2f}x"
 
@@ -199,16 +231,20 @@ def plot(results: dict[str, Any], runs: dict[str, Run], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 4, figsize=(17, 8.5), layout="constrained")
-    for i, (key, x, label) in enumerate((
-        ("nearest", "seconds", "median distance to a centre, in sigma"),
-        ("within_3", "seconds", "share of samples within 3 sigma"),
-        ("covered", "seconds", "modes covered, of 25"),
-        ("nearest", "iterations", "median distance to a centre, in sigma"),
-    )):  # fmt: skip
+    for i, (key, x, label) in enumerate(
+        (
+            ("nearest", "seconds", "median distance to a centre, in sigma"),
+            ("within_3", "seconds", "share of samples within 3 sigma"),
+            ("covered", "seconds", "modes covered, of 25"),
+            ("nearest", "iterations", "median distance to a centre, in sigma"),
+        )
+    ):
         for name, one in results["runs"].items():
             curve = one["curve"]
             axes[0, i].plot([at[x] for at in curve], [at[key] for at in curve], color=COLOURS[name], label=name)
-        axes[0, i].set(xlabel="its own training seconds" if x == "seconds" else "updates of the generator", ylabel=label)
+        axes[0, i].set(
+            xlabel="its own training seconds" if x == "seconds" else "updates of the generator", ylabel=label
+        )
         axes[0, i].grid(alpha=0.3)
         if key == "nearest":
             axes[0, i].set_yscale("log")
@@ -218,7 +254,9 @@ def plot(results: dict[str, Any], runs: dict[str, Run], path: Path) -> None:
     for axis, (title, (samples, colour)) in zip(axes[1], drawn.items()):
         axis.scatter(samples[:4000, 0], samples[:4000, 1], s=1, color=colour, linewidths=0)
         axis.set(title=title, xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
-    figure.suptitle(f"WGAN-GP on 25 Gaussians, {results['environment']['device']}, {results['environment']['threads']} threads")
+    figure.suptitle(
+        f"WGAN-GP on 25 Gaussians, {results['environment']['device']}, {results['environment']['threads']} threads"
+    )
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110)
     os.replace(temporary, path)

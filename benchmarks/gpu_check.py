@@ -1,16 +1,17 @@
-"""``make gpu-check``: everything that only a GPU can prove, in eight minutes and in parts; ``python -m benchmarks.gpu_check``.
+"""``make gpu-check``: everything that only a GPU can prove, in eight minutes and in parts;
+``python -m benchmarks.gpu_check``.
 
-    build       what the machine has and lacks; genfast._cpu and genfast._cuda in place, registers and spills as nvcc tells
-    verify      every op, backend and dtype over odd shapes against float64 (genfast verify --device cuda)
+    build       what the machine has and lacks; genfast._cpu and genfast._cuda in place, registers and spills as nvcc
+    tells verify      every op, backend and dtype over odd shapes against float64 (genfast verify --device cuda)
     tests       tests/gpu
     sanitizer   compute-sanitizer's memcheck and racecheck over small calls of every kernel
     benchmarks  python -m benchmarks --device cuda, one case of each op first
     tune        python -m benchmarks.tune; only where it is named
     table       what the Triton kernels came to in registers, one row per operation, and what remains unproven
 
-Each part has its share of the minutes, and what an earlier one leaves; one that would run over is stopped, and says what it
-left out. What is found goes to benchmarks/results/DEVICE.json, part by part, so that parts run in several calls add up. Clocks
-are read and never set. Nothing is downloaded.
+Each part has its share of the minutes, and what an earlier one leaves; one that would run over is stopped, and says
+what it left out. What is found goes to benchmarks/results/DEVICE.json, part by part, so that parts run in several calls
+add up. Clocks are read and never set. Nothing is downloaded.
 
 ``--dry-run`` goes through the parts with a made-up device and no GPU, as far as each goes without one.
 """
@@ -66,9 +67,13 @@ PACKAGES = {
 }
 SMI = ("name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 MADE_UP = {
-    "name": "NVIDIA H200", "driver_version": "580.159.04", "clocks.sm": "1980", "clocks.mem": "3201", "temperature.gpu": "35",
+    "name": "NVIDIA H200",
+    "driver_version": "580.159.04",
+    "clocks.sm": "1980",
+    "clocks.mem": "3201",
+    "temperature.gpu": "35",
     "power.draw": "120.00",
-}  # fmt: skip
+}
 PROBE = """
 import importlib.metadata, importlib.util, json, platform, torch
 found = {"torch": torch.__version__, "cuda": torch.version.cuda, "available": torch.cuda.is_available()}
@@ -113,19 +118,27 @@ class Done:
 def run(
     command: Sequence[str], log: Path, seconds: float, env: Mapping[str, str] | None = None, alive: Path | None = None
 ) -> Done:
-    """Runs a command, all that it says into ``log``; ends it and its children after ``seconds``, or HANGS after the last
-    change of ``alive``."""
+    """Runs a command, all that it says into ``log``; ends it and its children after ``seconds``, or HANGS after the
+    last change of ``alive``."""
     begun = time.monotonic()
     with log.open("w") as said:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             status = None
             while status is None and time.monotonic() - begun < seconds:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     status = process.wait(timeout=min(1.0, max(0.01, seconds - (time.monotonic() - begun))))
-                if alive is not None and time.time() - (alive.stat().st_mtime if alive.exists() else time.time()) > HANGS:
+                if (
+                    alive is not None
+                    and time.time() - (alive.stat().st_mtime if alive.exists() else time.time()) > HANGS
+                ):
                     break
         finally:
             for how in (signal.SIGTERM, signal.SIGKILL):
@@ -157,8 +170,12 @@ def tool(name: str) -> str | None:
 def missing() -> tuple[list[str], list[str]]:
     """What the machine lacks, with how to get it: (without which nothing runs, without which a part is less)."""
     lacks = {n: p for n, p in PACKAGES.items() if importlib.util.find_spec(n) is None}
-    hard = [f"the Python package {pip} (for {why}): {sys.executable} -m pip install {pip}" for pip, why in lacks.values()]
-    soft = [line for line, name in zip(hard, lacks) if name in ("hypothesis", "matplotlib", "sklearn", "pytest_benchmark")]
+    hard = [
+        f"the Python package {pip} (for {why}): {sys.executable} -m pip install {pip}" for pip, why in lacks.values()
+    ]
+    soft = [
+        line for line, name in zip(hard, lacks) if name in ("hypothesis", "matplotlib", "sklearn", "pytest_benchmark")
+    ]
     hard = [line for line in hard if line not in soft]
     if tool("nvcc") is None:
         hard.append("nvcc (for genfast._cuda): install the CUDA toolkit, and put its bin on PATH or set CUDA_HOME")
@@ -183,7 +200,9 @@ def probe(python: str = sys.executable) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout)
     if not found["available"]:
         if found["cuda"] is None:
-            raise Stop(f"this PyTorch ({found['torch']}) is built without CUDA; install one with it, and run on a GPU machine")
+            raise Stop(
+                f"this PyTorch ({found['torch']}) is built without CUDA; install one with it, and run on a GPU machine"
+            )
         seen = "nvidia-smi sees one, so the driver may be too old" if smi() else "nvidia-smi sees none either"
         raise Stop(f"no CUDA GPU is visible to PyTorch {found['torch']} (CUDA {found['cuda']}); {seen}")
     return found
@@ -207,7 +226,9 @@ def ptxas(text: str) -> list[dict[str, Any]]:
     for line in text.splitlines():
         if m := re.search(r"Compiling entry function '(\w+)' for '(sm_\w+)'", line):
             found.append({"kernel": m[1], "arch": m[2], "registers": 0, "shared": 0, "stack": 0, "spilled": 0})
-        elif found and (m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
+        elif found and (
+            m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        ):
             if not found[-1]["registers"]:  # a device function's own line comes after its kernel's
                 found[-1] |= {"stack": int(m[1]), "spilled": int(m[2]) + int(m[3])}
         elif found and (m := re.search(r"Used (\d+) registers", line)):
@@ -240,7 +261,8 @@ def demangled(name: str) -> str:
 
 
 def findings(text: str) -> dict[str, dict[str, Any]]:
-    """By call of tests.gpu.sanitize, what compute-sanitizer said in between: its number of findings, the first of them."""
+    """By call of tests.gpu.sanitize, what compute-sanitizer said in between: its number of findings, the first of
+    them."""
     found: dict[str, dict[str, Any]] = {}
     now = ""
     for line in text.splitlines():
@@ -252,7 +274,9 @@ def findings(text: str) -> dict[str, dict[str, Any]]:
             if line.startswith("sanitize: raised") and not found[now]["first"]:
                 found[now] |= {"errors": found[now]["errors"] + 1, "first": line.removeprefix("sanitize: raised ")}
         elif (
-            re.match(r"=+ (Invalid|Misaligned|Program hit|Error:|Warning: Race|Race|Potential|Uninit|Barrier|Unknown)", line)
+            re.match(
+                r"=+ (Invalid|Misaligned|Program hit|Error:|Warning: Race|Race|Potential|Uninit|Barrier|Unknown)", line
+            )
             and now
         ):
             found[now]["errors"] += 1
@@ -264,7 +288,8 @@ def findings(text: str) -> dict[str, dict[str, Any]]:
 
 
 def outcomes(records: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Of a file's tests: (outcome by test, collected ones that were not run). One that began and did not end has crashed, or
+    """Of a file's tests: (outcome by test, collected ones that were not run). One that began and did not end has
+    crashed, or
     was ended with the process: for want of time, and then it has not run."""
     found: dict[str, dict[str, Any]] = {}
     collected: list[str] = []
@@ -292,7 +317,8 @@ def merged_rows(old: Iterable[Mapping[str, Any]], new: Iterable[Mapping[str, Any
 
 
 def families() -> dict[str, list[str]]:
-    """The operations by the name that they have in every room: the ops of each that run on a GPU and can be verified."""
+    """The operations by the name that they have in every room: the ops of each that run on a GPU and can be
+    verified."""
     from genfast._registry import OPS
 
     found: dict[str, list[str]] = {}
@@ -312,16 +338,18 @@ ALSO = {
 
 
 def summary(report: Mapping[str, Any], of: Mapping[str, Sequence[str]]) -> tuple[list[list[str]], list[str]]:
-    """(a row per family: name, verified, tests, sanitizer, resources, share of the bound, against the best other; what remains
-    unproven)."""
+    """(a row per family: name, verified, tests, sanitizer, resources, share of the bound, against the best other; what
+    remains unproven)."""
     checks = report.get("gpu_check", {})
     rows, open_ends = [], []
     for family, ops in of.items():
         names = {family, *ops, *ALSO.get(family, ())}
         found = {
-            "verify": verified(checks.get("verify", {}), ops), "tests": tested(checks.get("tests", {}), names),
-            "sanitizer": sanitized(checks.get("sanitizer", {}), names), "registers": used(checks.get("resources", []), names),
-        }  # fmt: skip
+            "verify": verified(checks.get("verify", {}), ops),
+            "tests": tested(checks.get("tests", {}), names),
+            "sanitizer": sanitized(checks.get("sanitizer", {}), names),
+            "registers": used(checks.get("resources", []), names),
+        }
         cases = [c for c in report.get("cases", []) if c.get("op", c["case"].split()[0]) in names]
         best = max(cases, key=lambda c: bound_share(c)[0], default=None)
         least = min(cases, key=lambda c: advantage(c)[0], default=None)
@@ -330,11 +358,15 @@ def summary(report: Mapping[str, Any], of: Mapping[str, Sequence[str]]) -> tuple
         lacking = [part for part, (text, proven) in found.items() if text == UNRUN and not proven]
         if lacking:
             open_ends.append(f"{family}: {', '.join(lacking)}: {UNRUN}")
-        open_ends += [f"{family}: {part}: {text}" for part, (text, proven) in found.items() if text != UNRUN and not proven]
+        open_ends += [
+            f"{family}: {part}: {text}" for part, (text, proven) in found.items() if text != UNRUN and not proven
+        ]
     for part in SHARES:
         if note := checks.get("runs", {}).get(part, {}).get("left_out"):
             open_ends.append(f"{part}: left out: {note}")
-    open_ends += [f"benchmarks: {f['case']} failed: {f['error'].splitlines()[0][:200]}" for f in report.get("failed", [])]
+    open_ends += [
+        f"benchmarks: {f['case']} failed: {f['error'].splitlines()[0][:200]}" for f in report.get("failed", [])
+    ]
     return rows, open_ends
 
 
@@ -375,7 +407,9 @@ def sanitized(found: Mapping[str, Any], names: Iterable[str]) -> tuple[str, bool
             errors[call["tool"]] += call["errors"]
     if not errors:
         return UNRUN, False
-    return ", ".join(f"{tool} {n or 'clean'}" for tool, n in errors.items()), not any(errors.values()) and len(errors) == 2
+    return ", ".join(f"{tool} {n or 'clean'}" for tool, n in errors.items()), not any(errors.values()) and len(
+        errors
+    ) == 2
 
 
 def used(kernels: Iterable[Mapping[str, Any]], names: Iterable[str]) -> tuple[str, bool]:
@@ -401,9 +435,10 @@ def bound_share(case: Mapping[str, Any]) -> tuple[float, str]:
 def advantage(case: Mapping[str, Any]) -> tuple[float, str]:
     """How many times faster than the strongest alternative, with its name and the case's."""
     others = {
-        name: p["times_genfast"] for name, p in case["providers"].items()
+        name: p["times_genfast"]
+        for name, p in case["providers"].items()
         if name.split()[0] not in ("genfast", "floor") and p["times_genfast"] is not None
-    }  # fmt: skip
+    }
     if not others:
         return float("inf"), "-"
     name = min(others, key=lambda n: others[n])
@@ -435,11 +470,12 @@ class Check:
             self.report = json.loads(self.out.read_text())
         self.checks: dict[str, Any] = self.report.setdefault("gpu_check", {})
         self.env = {
-            "TRITON_CACHE_DIR": str(self.folder / "triton"), "TRITON_INTERPRET": "0", "GENFAST_BACKEND": "",
-            "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
-                p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p
-            ),
-        }  # fmt: skip
+            "TRITON_CACHE_DIR": str(self.folder / "triton"),
+            "TRITON_INTERPRET": "0",
+            "GENFAST_BACKEND": "",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p),
+        }
 
     def part(self, name: str) -> None:
         """Runs one, within its time, and keeps what it found."""
@@ -453,13 +489,20 @@ class Check:
         if left_out:
             self.failed.append(f"{name}: left out: {left_out}")
         self.checks.setdefault("runs", {})[name] = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": commit(),
-            "seconds": round(taken, 1), "left_out": left_out, "before": before, "after": self.clocks(), "notes": self.notes,
-        }  # fmt: skip
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "seconds": round(taken, 1),
+            "left_out": left_out,
+            "before": before,
+            "after": self.clocks(),
+            "notes": self.notes,
+        }
         self.report.setdefault("environment", {"device": self.device["name"]})
         self.checks["device"] = self.device
         self.keep()
-        ended = "as far as it goes without a GPU" if self.dry else "not all well" if len(self.failed) > failures else "done"
+        ended = (
+            "as far as it goes without a GPU" if self.dry else "not all well" if len(self.failed) > failures else "done"
+        )
         print(f"{name}: {ended}, {taken:.0f} s", flush=True)
 
     def keep(self) -> None:
@@ -481,7 +524,9 @@ class Check:
 
     def python(self, name: str, *words: str, seconds: float, alive: Path | None = None, **env: str) -> Done:
         """A module of ours, ``words[0]``, in a process of its own."""
-        return self.run([sys.executable, "-m", *words], self.folder / f"{name}.log", seconds, {**self.env, **env}, alive)
+        return self.run(
+            [sys.executable, "-m", *words], self.folder / f"{name}.log", seconds, {**self.env, **env}, alive
+        )
 
     def build(self, seconds: float) -> str:
         hard, soft = missing()
@@ -530,7 +575,9 @@ class Check:
         keys = ("op", "device", "backend", "dtype")
         rows = merged_rows(before["rows"], [r | {"seed": found["seed"]} for r in found["rows"]], keys)
         made = {tuple(r[k] for k in keys) for r in rows}
-        late = [r for r in merged_rows(before["left_out"], found["left_out"], keys) if tuple(r[k] for k in keys) not in made]
+        late = [
+            r for r in merged_rows(before["left_out"], found["left_out"], keys) if tuple(r[k] for k in keys) not in made
+        ]
         self.checks["verify"] = {"rows": rows, "left_out": late}
         bad = [r for r in found["rows"] if not r["passed"]]
         for r in bad:
@@ -576,9 +623,12 @@ class Check:
                 for family in named(f"{path.stem} {name}"):
                     by_family.setdefault(family, Counter())[t["outcome"]] += 1
             self.checks.setdefault("tests", {})[path.name] = {
-                "counts": counts, "failed": bad, "left_out": unrun, "families": by_family,
+                "counts": counts,
+                "failed": bad,
+                "left_out": unrun,
+                "families": by_family,
                 "seconds": round(sum(t["seconds"] for t in by_test.values()), 1),
-            }  # fmt: skip
+            }
             self.note(f"{path.name}: {', '.join(f'{n} {o}' for o, n in counts.items()) or 'nothing ran'}")
             for name, message in bad.items():
                 self.fail(f"tests: {name}: {message}")
@@ -587,8 +637,8 @@ class Check:
         return ", ".join(late)
 
     def some_tests(self, path: Path, i: int, n: int, deadline: float) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """Every nth of a file's tests from the ith on, in one process after another until each has run: a spoilt GPU, a crash
-        or a hang costs one test."""
+        """Every nth of a file's tests from the ith on, in one process after another until each has run: a spoilt GPU, a
+        crash or a hang costs one test."""
         name = f"{path.stem}-{i}"
         record = self.folder / f"{name}.jsonl"
         record.unlink(missing_ok=True)
@@ -598,13 +648,29 @@ class Check:
             if len(by_test) == known or (attempt and not unrun) or time.monotonic() >= deadline:
                 return by_test, unrun
             known, attempt = len(by_test), attempt + 1
-            words = (str(path), "-q", "-p", "benchmarks._gpu_tests", "-p", "no:cacheprovider", "--override-ini", "addopts=")
+            words = (
+                str(path),
+                "-q",
+                "-p",
+                "benchmarks._gpu_tests",
+                "-p",
+                "no:cacheprovider",
+                "--override-ini",
+                "addopts=",
+            )
             junit = f"--junitxml={self.folder / f'{name}-{attempt}.xml'}"
             record.touch()
             done = self.python(
-                f"{name}-{attempt}", "pytest", *words, junit, seconds=deadline - time.monotonic(), alive=record,
-                GENFAST_TEST_RECORD=str(record), GENFAST_TEST_PART=f"{i}/{n}", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
-            )  # fmt: skip
+                f"{name}-{attempt}",
+                "pytest",
+                *words,
+                junit,
+                seconds=deadline - time.monotonic(),
+                alive=record,
+                GENFAST_TEST_RECORD=str(record),
+                GENFAST_TEST_PART=f"{i}/{n}",
+                PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+            )
             if done.status is None:
                 why = LATE if time.monotonic() >= deadline else f"it did not end in {HANGS:.0f} s"
                 with record.open("a") as file:
@@ -630,7 +696,9 @@ class Check:
             return "all"
         jobs = [(kind, i) for i in range(parts) for kind in ("memcheck", "racecheck")]
         with ThreadPoolExecutor(len(jobs)) as pool:
-            found = list(pool.map(lambda job: self.sanitize(program, *job, parts, names[job[1] :: parts], deadline), jobs))
+            found = list(
+                pool.map(lambda job: self.sanitize(program, *job, parts, names[job[1] :: parts], deadline), jobs)
+            )
         calls = [c for some, _ in found for c in some]
         late = sum(n for _, n in found)
         before = self.checks.get("sanitizer", {"calls": []})
@@ -644,7 +712,8 @@ class Check:
     def sanitize(
         self, program: str, kind: str, i: int, parts: int, names: Sequence[str], deadline: float
     ) -> tuple[list[dict[str, Any]], int]:
-        """One share of the calls under one tool, in one process after another; (what was found, how many were left out)."""
+        """One share of the calls under one tool, in one process after another; (what was found, how many were left
+        out)."""
         found: dict[str, dict[str, Any]] = {}
         attempt = 0
         while len(found) < len(names) and time.monotonic() < deadline:
@@ -662,7 +731,9 @@ class Check:
                 self.fail(f"sanitizer: {kind} did not watch: {done.last()}")  # a device that it does not support, say
                 break
             found |= some
-        calls = [{"tool": kind, "call": name, "errors": at["errors"], "first": at["first"]} for name, at in found.items()]
+        calls = [
+            {"tool": kind, "call": name, "errors": at["errors"], "first": at["first"]} for name, at in found.items()
+        ]
         return calls, len(names) - len(found)
 
     def benchmarks(self, seconds: float) -> str:
@@ -683,10 +754,13 @@ class Check:
         for f in self.report.get("failed", []):
             self.fail(f"benchmarks: {f['case']}: {f['error'].splitlines()[0]}")
         self.note(f"{len(self.report['cases'])} cases; log in {done.log}")
-        return "; ".join([*self.report.get("left_out", []), *["the rest, since they were ended"] * (done.status is None)])
+        return "; ".join(
+            [*self.report.get("left_out", []), *["the rest, since they were ended"] * (done.status is None)]
+        )
 
     def add(self, new: dict[str, Any]) -> None:
-        """The benchmarks' results among those that there are; a case measured now has neither failed nor been left out."""
+        """The benchmarks' results among those that there are; a case measured now has neither failed nor been left
+        out."""
         from benchmarks import __main__ as suite
 
         old = {"cases": [], "overhead": [], **self.report}
@@ -697,9 +771,10 @@ class Check:
         late = dict.fromkeys([*old.get("left_out", []), *new.get("left_out", [])])
         self.report.clear()
         self.report |= found | {
-            "failed": [f for f in failed if f["case"] not in ours], "left_out": [n for n in late if n not in have],
+            "failed": [f for f in failed if f["case"] not in ours],
+            "left_out": [n for n in late if n not in have],
             "gpu_check": self.checks,
-        }  # fmt: skip
+        }
 
     def tune(self, seconds: float) -> str:
         if self.dry:
@@ -732,7 +807,10 @@ class Check:
             "best of the bound",
             "least against others",
         ]
-        print(f"\n{self.device['name']}, driver {self.clocks().get('driver_version', '?')}, torch {self.device['torch']}\n")
+        print(
+            f"\n{self.device['name']}, driver {self.clocks().get('driver_version', '?')}, torch "
+            f"{self.device['torch']}\n"
+        )
         print(tabulate(rows, headers=headers, maxcolwidths=[None, 36, None, None, None, None, 44]))
         commits = {r["commit"] for r in self.checks.get("runs", {}).values()}
         if len(commits) > 1:
@@ -764,7 +842,9 @@ def named(test: str) -> list[str]:
     of = families()
     found = [f for f in of if re.search(rf"(?<![a-z0-9]){f}(?![a-z0-9])", test.replace("test_", " "))]
     found += [
-        f for f, ops in of.items() if f not in found and any(re.search(rf"(?<![a-z0-9_]){op}(?![a-z0-9_])", test) for op in ops)
+        f
+        for f, ops in of.items()
+        if f not in found and any(re.search(rf"(?<![a-z0-9_]){op}(?![a-z0-9_])", test) for op in ops)
     ]
     if "test_sampling" in test:
         found.append("pixel_program")
@@ -772,8 +852,8 @@ def named(test: str) -> list[str]:
 
 
 def triton_resources(cache: Path, deadline: float) -> tuple[list[dict[str, Any]], int]:
-    """Registers, shared and spilled bytes of the kernels in a Triton cache, which are what the parts before have launched; the
-    number of those that were not read, since it was late or something else is in the file."""
+    """Registers, shared and spilled bytes of the kernels in a Triton cache, which are what the parts before have
+    launched; the number of those that were not read, since it was late or something else is in the file."""
     from genfast.kernels import aot
 
     def one(path: Path) -> dict[str, Any] | None:
@@ -790,9 +870,13 @@ def triton_resources(cache: Path, deadline: float) -> tuple[list[dict[str, Any]]
             return None
         metadata = json.loads(about.read_text())
         return {
-            "family": file[1], "kernel": metadata.get("name", path.stem), "registers": registers,
-            "shared": metadata.get("shared", 0), "spilled": spilled, "by": "triton",
-        }  # fmt: skip
+            "family": file[1],
+            "kernel": metadata.get("name", path.stem),
+            "registers": registers,
+            "shared": metadata.get("shared", 0),
+            "spilled": spilled,
+            "by": "triton",
+        }
 
     paths = sorted(cache.rglob("*.cubin"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -829,7 +913,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", type=chosen, default=list(SHARES), metavar="A,B,...", help="some of " + ", ".join(PARTS))
+    parser.add_argument(
+        "--parts", type=chosen, default=list(SHARES), metavar="A,B,...", help="some of " + ", ".join(PARTS)
+    )
     parser.add_argument("--minutes", type=positive, default=8.0, help="for all parts together (default 8)")
     parser.add_argument("--out", type=Path, help="the JSON (default benchmarks/results/DEVICE.json)")
     parser.add_argument("--dry-run", action="store_true", help="with a made-up H200, into a temporary folder")

@@ -34,8 +34,12 @@ def chosen(cases: list[Case], name: str) -> Case:
             return case
     of_op = [case for case in cases if name in (case.op, case.name.split()[0])]
     if not of_op:
-        ops = sorted({case.op for case in cases} | {case.name.split()[0] for case in cases if "_" in case.name.split()[0]})
-        raise ValueError(f"--profile {name!r}: expected an op, {', '.join(ops)}, or the name of a case, as --list shows them")
+        ops = sorted(
+            {case.op for case in cases} | {case.name.split()[0] for case in cases if "_" in case.name.split()[0]}
+        )
+        raise ValueError(
+            f"--profile {name!r}: expected an op, {', '.join(ops)}, or the name of a case, as --list shows them"
+        )
     return min(of_op, key=lambda case: not case.quick)
 
 
@@ -58,7 +62,8 @@ def profiled(case: Case, provider: str = "genfast", calls: int = CALLS) -> Any:
 
 
 def costs(profile: Any, device: str) -> list[tuple[str, float, float, int]]:
-    """(name, seconds, share, calls), the largest first: of the kernels on a GPU, and of the ops by their own time on a CPU."""
+    """(name, seconds, share, calls), the largest first: of the kernels on a GPU, and of the ops by their own time on a
+    CPU."""
     found: dict[str, tuple[float, int]] = {}
     for event in profile.key_averages():
         if device == "cuda":
@@ -93,7 +98,8 @@ def write(profile: Any, path: Path) -> Path:
 
 
 def run(name: str, device: str, out: Path) -> int:
-    """Profiles genfast's work in the case ``name`` means, writes the trace into ``out`` and prints the three largest costs.
+    """Profiles genfast's work in the case ``name`` means, writes the trace into ``out`` and prints the three largest
+    costs.
 
     Raises:
         ValueError: no case or op has that name.

@@ -1,7 +1,7 @@
 """Writes the README's table of results from the JSON: ``python -m benchmarks.readme_table [RESULTS.json] [--check]``.
 
-What a GPU has shown comes from the results of ``make gpu-check`` in the same folder: a case's figures and an operation's mark
-stand there once its ops are verified on that GPU, and until then 'not yet run on a GPU'.
+What a GPU has shown comes from the results of ``make gpu-check`` in the same folder: a case's figures and an
+operation's mark stand there once its ops are verified on that GPU, and until then 'not yet run on a GPU'.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def on_gpu(case: str, gpus: list[dict[str, Any]]) -> str:
             p = found["providers"]
             if found["case"] == case and "genfast" in p and proven(results, family(found)):
                 against = p.get("reference", {}).get("times_genfast")
-                return ", ".join(filter(None, ("" if against is None else f"{against:.2f}x", share(p["genfast"])))) or "-"
+                return (
+                    ", ".join(filter(None, ("" if against is None else f"{against:.2f}x", share(p["genfast"])))) or "-"
+                )
     return UNRUN
 
 
@@ -49,7 +51,8 @@ def family(case: dict[str, Any]) -> str:
 
 
 def marked(text: str, gpus: list[dict[str, Any]]) -> str:
-    """The README with the marks of its table of operations, which names each one's reference file, as the GPUs have it."""
+    """The README with the marks of its table of operations, which names each one's reference file, as the GPUs have
+    it."""
     lines, now = [], ""
     for line in text.splitlines(keepends=True):
         cells = line.split("|")
@@ -66,8 +69,8 @@ def marked(text: str, gpus: list[dict[str, Any]]) -> str:
 
 
 def rows(results: dict[str, Any], gpus: list[dict[str, Any]]) -> str:
-    """One line per case: how many times faster than each provider, share of the copy bandwidth, memory against eager, and how
-    many times faster than eager on a GPU, with its share there."""
+    """One line per case: how many times faster than each provider, share of the copy bandwidth, memory against eager,
+    and how many times faster than eager on a GPU, with its share there."""
     lines = []
     for case in results["cases"]:
         p = case["providers"]
@@ -78,17 +81,30 @@ def rows(results: dict[str, Any], gpus: list[dict[str, Any]]) -> str:
 
         peak = p["reference"]["peak_bytes"]
         memory = "-" if peak is None else f"{p['genfast']['peak_bytes'] / max(1, peak):.2f}x"
-        lines.append([
-            case["case"], *(ratio(n) for n in ("reference", "compile", "trick", "peer")), share(p["genfast"]) or "-", memory,
-            on_gpu(case["case"], gpus),
-        ])  # fmt: skip
+        lines.append(
+            [
+                case["case"],
+                *(ratio(n) for n in ("reference", "compile", "trick", "peer")),
+                share(p["genfast"]) or "-",
+                memory,
+                on_gpu(case["case"], gpus),
+            ]
+        )
         if "genfast reversible" in p:
             slower = p["genfast reversible"]["times_genfast"]
             part = p["genfast reversible"]["peak_bytes"] / max(1, p["reference"]["peak_bytes"])
-            against = [p[n]["times_genfast"] / slower if n in p else None for n in ("reference", "compile", "trick", "peer")]
-            lines.append([
-                "&nbsp;&nbsp;reversible", *("-" if a is None else f"{a:.2f}x" for a in against), "-", f"{part:.2f}x", "",
-            ])  # fmt: skip
+            against = [
+                p[n]["times_genfast"] / slower if n in p else None for n in ("reference", "compile", "trick", "peer")
+            ]
+            lines.append(
+                [
+                    "&nbsp;&nbsp;reversible",
+                    *("-" if a is None else f"{a:.2f}x" for a in against),
+                    "-",
+                    f"{part:.2f}x",
+                    "",
+                ]
+            )
     headers = [
         "case, forward and backward unless it samples",
         "eager",
@@ -103,10 +119,12 @@ def rows(results: dict[str, Any], gpus: list[dict[str, Any]]) -> str:
     e = results["environment"]
     over = ", ".join(f"{o['op']} {1e6 * o['over_s']:+.1f}" for o in results["overhead"])
     return (
-        f"Times faster than each; a case's contenders in one run, in turn, on {e['device']}, {e['threads']} threads, float32, "
+        f"Times faster than each; a case's contenders in one run, in turn, on {e['device']}, {e['threads']} threads, "
+        "float32, "
         f"torch {e['versions']['torch']} ({e['date'][:10]}). Below 1 the other is faster.\n\n"
         f"{text}\n\n{gpu_rows(results, gpus)}"
-        f"Overhead of a call on one element, without a gradient, over an ATen op of like arity, in microseconds: {over}."
+        "Overhead of a call on one element, without a gradient, over an ATen op of like arity, in microseconds: "
+        f"{over}."
     )
 
 
@@ -120,12 +138,17 @@ def gpu_rows(results: dict[str, Any], gpus: list[dict[str, Any]]) -> str:
             if case["case"] in here or "genfast" not in p or not proven(gpu, family(case)):
                 continue
             names = dict.fromkeys(name.split()[0] for name in p if name.split()[0] not in ("genfast", "floor"))
-            times = {n: [q["times_genfast"] for m, q in p.items() if m.split()[0] == n and q["times_genfast"]] for n in names}
+            times = {
+                n: [q["times_genfast"] for m, q in p.items() if m.split()[0] == n and q["times_genfast"]] for n in names
+            }
             said = ", ".join(f"{min(values):.2f}x {name}" for name, values in times.items() if values)
             lines.append([case["case"], said, share(p["genfast"]) or "-", f"{1e3 * p['genfast']['median_s']:.3f}"])
         if lines:
             headers = [f"on {gpu['gpu_check']['device']['name']}", "times faster than", "of the bound", "ms"]
-            text += tabulate(lines, headers=headers, tablefmt="github", colalign=("left", "left", "right", "right")) + "\n\n"
+            text += (
+                tabulate(lines, headers=headers, tablefmt="github", colalign=("left", "left", "right", "right"))
+                + "\n\n"
+            )
     return text
 
 

@@ -1,9 +1,11 @@
-"""``python -m benchmarks.sass``: what the Triton kernels bound by memory became for sm_90, against the time of their memory.
+"""``python -m benchmarks.sass``: what the Triton kernels bound by memory became for sm_90, against the time of their
+memory.
 
-One row a launch of each case of the sweeps (tune.py), at its first real size, compiled without a GPU: widths of its accesses,
-instructions by class, what its busiest unit is and how long that is busy, as a share of the time that the bytes take. Over
-100% the kernel is not bound by memory. Counts are of the machine code as it stands: both sides of a branch, and of a kernel
-with a loop over tiles only that loop. Predictions, to be held against measured times; nothing here is one.
+One row a launch of each case of the sweeps (tune.py), at its first real size, compiled without a GPU: widths of its
+accesses, instructions by class, what its busiest unit is and how long that is busy, as a share of the time that the
+bytes take. Over 100% the kernel is not bound by memory. Counts are of the machine code as it stands: both sides of a
+branch, and of a kernel with a loop over tiles only that loop. Predictions, to be held against measured times; nothing
+here is one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from benchmarks.tune import Case, Job, cases, sweeps
 # An H200 SXM: 132 multiprocessors of four quarters, at the clock that a busy one holds, and the copy rate once seen.
 QUARTERS, CLOCK, COPY = 4 * 132, 1.7e9, 4.3e12
 HEADERS = (
-    "case", "kernel", "blocks", "warps", "regs", "shared", "spills", "occupancy", "loads", "stores", "moved", "issued", "alu",
+    "case", "kernel", "blocks", "warps", "regs", "shared", "spills", "occupancy", "loads", "stores", "moved", "issued",
+    "alu",
     "special", "64-bit", "bound by", "of memory's time", "us",
 )  # fmt: skip
 
@@ -39,15 +42,19 @@ def row(case: Case, job: Job, launch: Launch) -> list[Any]:
     share = moved * cycles / each * COPY / (QUARTERS * CLOCK) if each else 0.0
     unit = unit if share > 1 else "memory"
     return [
-        case.name, launch.kernel, blocks, warps, launch.registers, launch.shared, launch.spilled, f"{launch.occupancy:.0%}",
-        *widths, "loop" if code.loop else f"{moved:.2f}x", code.issued, code.counts["alu"], code.counts["special"], code.wide,
+        case.name, launch.kernel, blocks, warps, launch.registers, launch.shared, launch.spilled,
+        f"{launch.occupancy:.0%}",
+        *widths, "loop" if code.loop else f"{moved:.2f}x", code.issued, code.counts["alu"], code.counts["special"],
+        code.wide,
         unit, f"{share:.0%}", f"{1e6 * max(1.0, share) * job.bytes / COPY:.0f}" if job.bytes else "",
     ]  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.partition("\n")[0])
-    parser.add_argument("--op", nargs="+", default=[], metavar="NAME", help="a kernel file, or file.choice; default: all")
+    parser.add_argument(
+        "--op", nargs="+", default=[], metavar="NAME", help="a kernel file, or file.choice; default: all"
+    )
     parser.add_argument("--all", action="store_true", help="also the launches that are small beside the case's largest")
     a = parser.parse_args()
     try:

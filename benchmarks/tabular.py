@@ -1,10 +1,14 @@
-"""``python -m benchmarks.tabular``: MAF and NSF on real tables beside zuko's, from the same initial values on the same batches.
+"""``python -m benchmarks.tabular``: MAF and NSF on real tables beside zuko's, from the same initial values on the same
+batches.
 
-zuko's weights are copied into the same flow of our layers, then both train in turns: Adam, the same order of batches, the same
-number of steps. The table gives the mean log-likelihood of held-out rows, in nats (standardised by the training rows), at the
-end and at the best of the evaluations on the way, the time of a training step and of drawing 256 samples, and how far the last
-gradient is from the same in float64: steep splines amplify rounding, so in float32 the two runs of an NSF part after some
-hundred steps, to either side, which several seeds show; with ``--dtype float64`` they part later, having been equal to 1e-10.
+zuko's weights are copied into the same flow of our layers, then both train in turns: Adam, the same order of batches,
+the same number of steps. The table gives the mean log-likelihood of held-out rows, in nats (standardised by the
+training rows), at the end and at the best of the evaluations on the way, the time of a training step and of drawing 256
+samples, and how far the last
+gradient is from the same in float64: steep splines amplify rounding, so in float32 the two runs of an NSF part after
+    some
+hundred steps, to either side, which several seeds show; with ``--dtype float64`` they part later, having been equal to
+1e-10.
 """
 
 from __future__ import annotations
@@ -117,9 +121,18 @@ class Run:
 
 
 def compare(
-    name: str, kind: str, *, steps: int, transforms: int = 3, hidden: int = 64, lr: float = 1e-3, batch: int = 256,
-    seed: int = 0, dtype: torch.dtype = torch.float32, progress: Any = None,
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    kind: str,
+    *,
+    steps: int,
+    transforms: int = 3,
+    hidden: int = 64,
+    lr: float = 1e-3,
+    batch: int = 256,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: Any = None,
+) -> dict[str, Any]:
     """Both on one table; what each has reached, and how fast."""
     table = data.table(name, seed=seed)
     table = dataclasses.replace(table, train=table.train.to(dtype), test=table.test.to(dtype))
@@ -149,7 +162,8 @@ def compare(
         "dtype": str(dtype).removeprefix("torch."), "initially_apart": apart,
         "runs": {
             key: {
-                "final": run.curve[-1], "best": max(run.curve), "curve": run.curve, "step_s": statistics.median(run.times),
+                "final": run.curve[-1], "best": max(run.curve), "curve": run.curve,
+                "step_s": statistics.median(run.times),
                 "sample_s": run.sampling(), "gradient_error": run.gradient_error(),
             }
             for key, run in runs.items()
@@ -171,14 +185,23 @@ def table(results: dict[str, Any]) -> str:
             [statistics.mean(run[key] for run in who) for who in (theirs, ours)]
             for key in ("final", "best", "step_s", "sample_s", "gradient_error")
         )
-        rows.append([
-            f"{name} ({found[0]['rows']} x {found[0]['features']})", kind, *(f"{v:.3f}" for v in final),
-            f"{statistics.mean(apart):+.3f}{spread}", *(f"{v:.3f}" for v in best), *(f"{v:.0e}" for v in error),
-            *(f"{1e3 * v:.1f}" for v in step), f"{step[0] / step[1]:.1f}x", *(f"{1e3 * v:.1f}" for v in sample),
-            f"{sample[0] / sample[1]:.1f}x",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{name} ({found[0]['rows']} x {found[0]['features']})",
+                kind,
+                *(f"{v:.3f}" for v in final),
+                f"{statistics.mean(apart):+.3f}{spread}",
+                *(f"{v:.3f}" for v in best),
+                *(f"{v:.0e}" for v in error),
+                *(f"{1e3 * v:.1f}" for v in step),
+                f"{step[0] / step[1]:.1f}x",
+                *(f"{1e3 * v:.1f}" for v in sample),
+                f"{sample[0] / sample[1]:.1f}x",
+            ]
+        )
     heads = [
-        "table", "model", "zuko,\nnats", "genfast", "difference", "zuko,\nbest", "genfast", "zuko,\ngradient\nerror", "genfast",
+        "table", "model", "zuko,\nnats", "genfast", "difference", "zuko,\nbest", "genfast", "zuko,\ngradient\nerror",
+        "genfast",
         "zuko,\nms a step", "genfast", "faster", f"zuko,\nms for {SAMPLES}\nsamples", "genfast", "faster",
     ]  # fmt: skip
     return tabulate(rows, headers=heads, disable_numparse=True)
@@ -203,9 +226,14 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [(name, kind) for name in a.tables.split(",") for kind in ("MAF", "NSF")]
     bar = tqdm(total=2 * a.steps * a.seeds * len(jobs), unit="step", disable=not sys.stderr.isatty(), desc="training")
     options = dict(
-        steps=a.steps, transforms=a.transforms, hidden=a.hidden, lr=a.lr, batch=a.batch, dtype=getattr(torch, a.dtype),
+        steps=a.steps,
+        transforms=a.transforms,
+        hidden=a.hidden,
+        lr=a.lr,
+        batch=a.batch,
+        dtype=getattr(torch, a.dtype),
         progress=bar,
-    )  # fmt: skip
+    )
     results: dict[str, Any] = {"environment": environment("cpu"), "comparisons": []}
     for name, kind in jobs:
         results["comparisons"] += [compare(name, kind, seed=seed, **options) for seed in range(a.seeds)]

@@ -45,7 +45,9 @@ CAP = float(_setting("CAP", "inf"))  # seconds of a case, after which its proces
 LAST_WORDS = _setting("LAST_WORDS", os.devnull)  # the file where a process that ends so says why
 _ceilings.DEVICE = _setting("DEVICE", "cpu")
 SELECTED = [case for case in cases() if case.quick or not QUICK]
-if math.isfinite(UNTIL) or _ceilings.DEVICE == "cuda":  # what matters most comes first, and a case of each op before another
+if (
+    math.isfinite(UNTIL) or _ceilings.DEVICE == "cuda"
+):  # what matters most comes first, and a case of each op before another
     seen: collections.Counter[tuple[int, str]] = collections.Counter()
     places = {}
     for case in SELECTED:
@@ -56,7 +58,8 @@ if math.isfinite(UNTIL) or _ceilings.DEVICE == "cuda":  # what matters most come
 
 @pytest.fixture
 def limited() -> Any:
-    """Nothing begins when time is up; what hangs, also in a kernel, takes its process with it, and the next case another."""
+    """Nothing begins when time is up; what hangs, also in a kernel, takes its process with it, and the next case
+    another."""
     if time.time() > UNTIL:
         pytest.skip("time is up")
     with open(LAST_WORDS, "w") as last_words:

@@ -1,9 +1,10 @@
 """``python -m benchmarks.tune``: tries the launch choices of the kernels on this GPU, at the sizes of the goals.
 
-A kernel file names its choices in TUNABLE; the sweeps of _tune_memory.py and _tune_matrix.py say what each is tried on. All
-candidates are compiled first, on every core; those that spill are left out. Then, size by size, each candidate's results are
-held to those of the present choice, into outputs that were poisoned, and it is timed: replays of a CUDA graph over inputs in
-turn, the median of ten. What is found goes to a JSON file after each case; the person reads the table and edits TUNABLE.
+A kernel file names its choices in TUNABLE; the sweeps of _tune_memory.py and _tune_matrix.py say what each is tried on.
+All candidates are compiled first, on every core; those that spill are left out. Then, size by size, each candidate's
+results are held to those of the present choice, into outputs that were poisoned, and it is timed: replays of a CUDA
+graph over inputs in turn, the median of ten. What is found goes to a JSON file after each case; the person reads the
+table and edits TUNABLE.
 
 ``--list`` prints the sweeps; ``--dry-run`` compiles every candidate for sm_90 and reports spills. Both need no GPU.
 """
@@ -127,7 +128,8 @@ def cases(found: Sequence[Sweep]) -> list[Case]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A candidate's launches in one case: the most registers, shared memory and spilled bytes among them, or what failed."""
+    """A candidate's launches in one case: the most registers, shared memory and spilled bytes among them, or what
+    failed."""
 
     registers: int = 0
     shared: int = 0
@@ -156,8 +158,8 @@ def compile_candidate(work: tuple[str, str, str, int, int]) -> Compiled:
 
 
 def compile_all(found: Sequence[Case], arch: int) -> dict[str, list[Compiled]]:
-    """Of each case, by name, its candidates; in as many processes as there are cores. What is compiled stays in Triton's
-    cache, where the timed run finds it."""
+    """Of each case, by name, its candidates; in as many processes as there are cores. What is compiled stays in
+    Triton's cache, where the timed run finds it."""
     work = [(c.sweep.name, c.label, named(c.dtype), i, arch) for c in found for i in range(len(c.candidates))]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         results = iter(list(tqdm(pool.map(compile_candidate, work, chunksize=4), "compile", len(work), disable=None)))
@@ -191,7 +193,8 @@ def results(work: Work) -> list[Tensor]:
 
 
 def error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative error of a tensor, by norms in float64 taken piece by piece; infinite where one is NaN alone."""
+    """The largest relative error of a tensor, by norms in float64 taken piece by piece; infinite where one is NaN
+    alone."""
     worst = 0.0
     for f, e in zip(found, expected, strict=True):
         if f.shape != e.shape or f.dtype != e.dtype:
@@ -246,7 +249,12 @@ def run(case: Case, compiled: Sequence[Compiled], copy: float, device: str = "cu
     expected = results(first.work)
     rows: list[dict[str, Any]] = []
     for candidate, made in zip(case.candidates, compiled):
-        row: dict[str, Any] = {"values": candidate, "registers": made.registers, "shared": made.shared, "wrong": made.error}
+        row: dict[str, Any] = {
+            "values": candidate,
+            "registers": made.registers,
+            "shared": made.shared,
+            "wrong": made.error,
+        }
         rows.append(row)
         if made.spilled:
             row["wrong"] = f"spills {made.spilled} bytes"
@@ -265,10 +273,13 @@ def run(case: Case, compiled: Sequence[Compiled], copy: float, device: str = "cu
         row["share_of_copy"] = first.bytes / (row["ms"] / 1e3) / copy if first.bytes else None
         row["tflops"] = first.flops / row["ms"] / 1e9 if first.flops else None
     return {
-        "case": case.name, "choice": f"{case.sweep.name}, {named(case.dtype)}", "bytes": first.bytes,
-        "flops": first.flops, "copy_bandwidth": copy,
+        "case": case.name,
+        "choice": f"{case.sweep.name}, {named(case.dtype)}",
+        "bytes": first.bytes,
+        "flops": first.flops,
+        "copy_bandwidth": copy,
         "candidates": rows,
-    }  # fmt: skip
+    }
 
 
 def said(values: dict[str, int]) -> str:
@@ -285,12 +296,21 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             continue
         now, best = case["candidates"][0], min(timed, key=lambda c: c["ms"])
         share, rate = best["share_of_copy"], best["tflops"]
-        rows.append([
-            case["case"], said(now["values"]), f"{now['ms']:.4f}" if "ms" in now else now["wrong"], said(best["values"]),
-            f"{best['ms']:.4f}", f"{now['ms'] / best['ms']:.2f}x" if "ms" in now else "",
-            "" if share is None else f"{share:.0%}", "" if rate is None else f"{rate:.1f}",
-        ])  # fmt: skip
-    return tabulate(rows, headers=["case", "now", "ms", "best", "ms", "gain", "of copy", "TFLOP/s"], disable_numparse=True)
+        rows.append(
+            [
+                case["case"],
+                said(now["values"]),
+                f"{now['ms']:.4f}" if "ms" in now else now["wrong"],
+                said(best["values"]),
+                f"{best['ms']:.4f}",
+                f"{now['ms'] / best['ms']:.2f}x" if "ms" in now else "",
+                "" if share is None else f"{share:.0%}",
+                "" if rate is None else f"{rate:.1f}",
+            ]
+        )
+    return tabulate(
+        rows, headers=["case", "now", "ms", "best", "ms", "gain", "of copy", "TFLOP/s"], disable_numparse=True
+    )
 
 
 def advice(found: Sequence[dict[str, Any]]) -> str:
@@ -314,10 +334,15 @@ def advice(found: Sequence[dict[str, Any]]) -> str:
 
 def listing(found: Sequence[Sweep]) -> str:
     rows = [
-        [s.name, *(said(s.tunable.of(size)) for size in (4, 2)), len(s.tunable.candidates),
-         "; ".join(label for label in s.sizes if label != TINY), ", ".join(named(d) for d in s.dtypes)]
+        [
+            s.name,
+            *(said(s.tunable.of(size)) for size in (4, 2)),
+            len(s.tunable.candidates),
+            "; ".join(label for label in s.sizes if label != TINY),
+            ", ".join(named(d) for d in s.dtypes),
+        ]
         for s in found
-    ]  # fmt: skip
+    ]
     return tabulate(rows, headers=["choice", "now", "now, 16 bits", "candidates", "sizes", "dtypes"])
 
 
@@ -330,7 +355,9 @@ def dry_run(found: Sequence[Sweep], arch: int) -> int:
         of = compiled[case.name]
         failed += not of[0].good or any(c.error for c in of)
         bad = [f"{said(v)}: {c.error or f'spills {c.spilled}'}" for v, c in zip(case.candidates, of) if not c.good]
-        rows.append([case.name, len(of), of[0].registers, max(c.registers for c in of), max(c.shared for c in of), len(bad)])
+        rows.append(
+            [case.name, len(of), of[0].registers, max(c.registers for c in of), max(c.shared for c in of), len(bad)]
+        )
         rows += [[f"  {b}"] for b in bad]
     headers = ["case", "candidates", "registers now", "most", "shared, most", "left out"]
     print(tabulate(rows, headers=headers))
@@ -340,11 +367,15 @@ def dry_run(found: Sequence[Sweep], arch: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.partition("\n")[0])
-    parser.add_argument("--op", nargs="+", default=[], metavar="NAME", help="a kernel file, or file.choice; default: all")
+    parser.add_argument(
+        "--op", nargs="+", default=[], metavar="NAME", help="a kernel file, or file.choice; default: all"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no case after so many, compiles included")
     parser.add_argument("--out", type=Path, default=Path("tune.json"), help="the JSON file, written after each case")
     parser.add_argument("--list", action="store_true", help="print the sweeps and end")
-    parser.add_argument("--dry-run", action="store_true", help="compile every candidate, report spills, and end; no GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="compile every candidate, report spills, and end; no GPU"
+    )
     parser.add_argument("--arch", type=int, default=90, help="with --dry-run: compute capability, e.g. 80, 90 or 100")
     a = parser.parse_args()
     if not a.minutes > 0:
@@ -382,7 +413,10 @@ def main() -> int:
         found.append(run(case, compiled[case.name], copies[size]))
         write(a.out, {"environment": here, "seconds": time.perf_counter() - start, "cases": found})
     if found:
-        print(f"{table(found)}\n\n{advice(found)}\n\n{a.out}: {len(found)} cases; edit TUNABLE in kernels/ where a gain holds")
+        print(
+            f"{table(found)}\n\n{advice(found)}\n\n{a.out}: {len(found)} cases; edit TUNABLE in kernels/ where a gain "
+            "holds"
+        )
     return 0
 
 

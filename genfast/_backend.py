@@ -30,14 +30,12 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 # Preference per device type; whatever is not named here runs the reference.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 class MissingKernelsWarning(RuntimeWarning):
-    """The compiled kernels are missing, so that every op runs its plain PyTorch reference; ``import genfast`` says it once."""
+    """The compiled kernels are missing, so that every op runs its plain PyTorch reference; ``import genfast`` says it
+    once."""
 
 
 class BackendError(RuntimeError):
@@ -105,14 +103,16 @@ def has_kernels(device: str | torch.device = "cpu") -> bool:
 
 
 def missing_kernels() -> str:
-    """Why the CPU kernels are missing and what to do about it, for a warning or an error; empty where they are there."""
+    """Why the CPU kernels are missing and what to do about it, for a warning or an error; empty where they are
+    there."""
     _, reason = extension("_cpu")
     if not reason:
         return ""
     package = Path(__file__).resolve().parent
     if (package.parent / "csrc" / "bind_cpu.cpp").exists():
         return (
-            f"genfast was imported from the source folder {package}, in which its kernels are not built and which shadows an "
+            f"genfast was imported from the source folder {package}, in which its kernels are not built and which "
+            "shadows an "
             "installed genfast: run from another folder, or build them there with 'pip install -e .' "
             f"({reason})"
         )
@@ -124,7 +124,8 @@ def warn_of_missing_kernels() -> None:
     problem = missing_kernels()
     if problem and forced != "reference":
         warnings.warn(
-            f"{problem}. Until then every op runs its plain PyTorch reference: right, and slow. GENFAST_BACKEND=reference "
+            f"{problem}. Until then every op runs its plain PyTorch reference: right, and slow. "
+            "GENFAST_BACKEND=reference "
             "silences this warning",
             MissingKernelsWarning,
             stacklevel=3,
@@ -132,7 +133,8 @@ def warn_of_missing_kernels() -> None:
 
 
 def triton_kernel(family: str, name: str, check: Callable[..., None] | None = None) -> Callable[..., Any]:
-    """The function ``name`` of genfast.kernels.<family>, imported at the first call; ``check`` sees the arguments before.
+    """The function ``name`` of genfast.kernels.<family>, imported at the first call; ``check`` sees the arguments
+    before.
 
     Triton launches on the current GPU, so the arguments' is made current where it is another.
     """

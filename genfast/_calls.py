@@ -1,4 +1,5 @@
-"""What calling a module does beside its class's ``forward``: hooks, a forward of the instance's own, overridden methods.
+"""What calling a module does beside its class's ``forward``: hooks, a forward of the instance's own, overridden
+methods.
 
 What reads a module's weights and settings instead of calling it asks here first.
 """
@@ -22,8 +23,8 @@ _HARMLESS = frozenset(
     {
         "__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__parameters__", "__orig_bases__",
         "__static_attributes__", "__firstlineno__", "__annotate__", "__annotate_func__", "__annotations_cache__",
-        "__classcell__", "__abstractmethods__", "_abc_impl", "__constants__", "__repr__", "extra_repr", "reset_parameters",
-        "__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "train",
+        "__classcell__", "__abstractmethods__", "_abc_impl", "__constants__", "__repr__", "extra_repr",
+        "reset_parameters", "__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "train",
     }
 )  # fmt: skip
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
@@ -74,8 +75,8 @@ def class_of(module: nn.Module) -> type:
 def stands_for(module: nn.Module, classes: Collection[type]) -> type | None:
     """The one of ``classes`` whose forward a call of ``module`` runs, hooks aside; None where it runs another.
 
-    A subclass is taken for its parent only where it defines nothing that a call could use, and an instance only where no
-    attribute of its own stands in front of a method.
+    A subclass is taken for its parent only where it defines nothing that a call could use, and an instance only where
+    no attribute of its own stands in front of a method.
     """
     cls = class_of(module)
     found = _class_that_serves(cls, tuple(classes))
@@ -135,10 +136,11 @@ def called_plainly(network: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def weights_of_calls(*networks: nn.Module) -> Iterator[None]:
-    """Inside, modules under torch's old weight_norm and spectral_norm or its pruning hold the weights that a call would use.
+    """Inside, modules under torch's old weight_norm and spectral_norm or its pruning hold the weights that a call would
+    use.
 
-    These write ``weight`` when the module is called, so between calls it holds what an earlier call left, or what was there
-    before a state_dict was loaded. Afterwards each module holds again what it held.
+    These write ``weight`` when the module is called, so between calls it holds what an earlier call left, or what was
+    there before a state_dict was loaded. Afterwards each module holds again what it held.
     """
     before: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -157,7 +159,8 @@ def weights_of_calls(*networks: nn.Module) -> Iterator[None]:
                 module.__dict__[name] = value
 
 
-# A module has a dozen containers, most of them empty, and these are its commonest settings: looked up before anything is asked.
+# A module has a dozen containers, most of them empty, and these are its commonest settings: looked up before anything
+# is asked.
 _SCALARS = frozenset({type(None), bool, int, float, str, torch.dtype})
 _CONTAINERS = frozenset({dict, OrderedDict, set, list, tuple})
 
@@ -181,7 +184,12 @@ def _frozen(value: Any, tensors: list[Tensor], depth: int) -> Any:
     if depth and isinstance(value, (set, frozenset)):
         return type(value), frozenset(_Same(v) for v in value)
     plain = isinstance(getattr(value, "__dict__", None), dict) and not callable(value)
-    if depth and plain and not isinstance(value, nn.Module) and not type(value).__module__.startswith(("torch", "genfast")):
+    if (
+        depth
+        and plain
+        and not isinstance(value, nn.Module)
+        and not type(value).__module__.startswith(("torch", "genfast"))
+    ):
         return _Same(value), tuple((k, _frozen(v, tensors, depth - 1)) for k, v in vars(value).items())
     return _Same(value)
 
@@ -208,7 +216,8 @@ Structure = list[tuple[str, Any]]
 def state(network: nn.Module) -> tuple[Structure, list[Tensor]]:
     """(structure, tensors): what a call of ``network`` depends on, as far as Python shows it.
 
-    The structure (types, settings, hooks, submodules and shapes) compares equal as long as it is unchanged, modes aside. The
+    The structure (types, settings, hooks, submodules and shapes) compares equal as long as it is unchanged, modes
+    aside. The
     tensors are all that hang on the modules: parameters, buffers and plain attributes.
     """
     tensors: list[Tensor] = []

@@ -1,7 +1,7 @@
 """Marks that torch.compile reads, made without importing it.
 
-``torch.compiler.disable`` and its neighbours import ``torch._dynamo``, which takes most of a second and which a program that
-never compiles does not need.
+``torch.compiler.disable`` and its neighbours import ``torch._dynamo``, which takes most of a second and which a program
+that never compiles does not need.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ R = TypeVar("R")
 
 
 def constant(function: Callable[P, R]) -> Callable[P, R]:
-    """As ``torch.compiler.assume_constant_result``: the compiler calls ``function`` while it traces, and keeps the result."""
+    """As ``torch.compiler.assume_constant_result``: the compiler calls ``function`` while it traces, and keeps the
+    result."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

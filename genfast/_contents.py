@@ -1,7 +1,8 @@
 """Whether tensors still hold what they held when something was made of them.
 
-PyTorch counts changes in place, but not those that go through ``.data`` (moving averages of weights do), that fused optimisers
-make, that another library writes into shared memory, or that the replay of a CUDA graph repeats. Contents alone tell.
+PyTorch counts changes in place, but not those that go through ``.data`` (moving averages of weights do), that fused
+optimisers make, that another library writes into shared memory, or that the replay of a CUDA graph repeats. Contents
+alone tell.
 """
 
 from __future__ import annotations
@@ -94,8 +95,9 @@ _INTERNAL = frozenset(vars(nn.Module())) | {"_derived"}  # the latter follows fr
 class ModuleContents:
     """What a module and those in it hold, parameters' numbers aside, to be compared in one walk at a later call.
 
-    The walk covers types, settings, hooks, submodules, the identity of parameters, and the numbers of buffers. Parameters'
-    numbers are left to whoever packs them. A module with a setting that may change in place is never the same again.
+    The walk covers types, settings, hooks, submodules, the identity of parameters, and the numbers of buffers.
+    Parameters' numbers are left to whoever packs them. A module with a setting that may change in place is never the
+    same again.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -161,7 +163,7 @@ def _watch() -> None:
 
 
 def marks(tensors: Iterable[Tensor]) -> tuple[object, ...]:
-    """What changes with most changes of tensors on a GPU, found without waiting for it: PyTorch's counts, the storages, and the
-    steps of all optimisers of this process, since fused ones are not counted."""
+    """What changes with most changes of tensors on a GPU, found without waiting for it: PyTorch's counts, the storages,
+    and the steps of all optimisers of this process, since fused ones are not counted."""
     _watch()
     return (_steps, *((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors))

@@ -1,18 +1,21 @@
-"""What an op's declaration says in words, as functions: what its outputs look like, what is saved and what the backward gets.
+"""What an op's declaration says in words, as functions: what its outputs look like, what is saved and what the backward
+gets.
 
 An output is described by one of
 
 - ``"like x"``: x's shape and dtype, in x's memory order (channels_last stays channels_last);
 - ``"contiguous like x"``: x's shape and dtype, contiguous;
 - ``"like params in the order of x"``: the shape and dtype of ``params``, in x's memory order;
-- ``"(N, C // 2, ...) like x"``: another shape in x's dtype. N, C and ``...`` are x's first, second and further sizes; any
-  argument may be named (``"(N, features, weight.shape[0]) like x"``). Where the shape ends with ``...`` after two sizes it is
-  laid out in x's order, else, and after ``contiguous``, it is contiguous;
+- ``"(N, C // 2, ...) like x"``: another shape in x's dtype. N, C and ``...`` are x's first, second and further sizes;
+    any
+  argument may be named (``"(N, features, weight.shape[0]) like x"``). Where the shape ends with ``...`` after two sizes
+  it is laid out in x's order, else, and after ``contiguous``, it is contiguous;
 
 then optionally ``as accumulator`` (float32 for half types, see :func:`genfast._tensors.accumulator`) or ``as`` a dtype
 (``as int64``), and ``if`` with a condition on the arguments, without which the output is an empty vector.
 
-The functions are compiled from source that names the op's own arguments, so that a call runs what one would write by hand.
+The functions are compiled from source that names the op's own arguments, so that a call runs what one would write by
+hand.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ def function(name: str, arguments: Sequence[str], body: Sequence[str], **names: 
 
 
 def allocate(op: str, arguments: Sequence[str], outputs: Sequence[Output]) -> Callable[..., Any]:
-    """A function of the op's arguments that gives uninitialised outputs; on fake tensors the op's fake implementation."""
+    """A function of the op's arguments that gives uninitialised outputs; on fake tensors the op's fake
+    implementation."""
     made = [o.allocation for o in outputs]
     return function(f"{op}_outputs", arguments, [f"return {made[0] if len(made) == 1 else ', '.join(made)}"])
 
@@ -118,14 +122,22 @@ class Schema:
 
 
 def save_for_backward(
-    op: str, schema: Schema, outputs: Sequence[str], saved: Mapping[str, str], options: Sequence[str], constant: Sequence[str]
+    op: str,
+    schema: Schema,
+    outputs: Sequence[str],
+    saved: Mapping[str, str],
+    options: Sequence[str],
+    constant: Sequence[str],
 ) -> Callable[..., None]:
-    """The ``setup_context`` of an op: saves ``saved`` (by name, expressions of arguments and outputs) and sets ``ctx.options``.
+    """The ``setup_context`` of an op: saves ``saved`` (by name, expressions of arguments and outputs) and sets
+    ``ctx.options``.
 
     A gradient that does not exist reaches the backward as None. Outputs in ``constant`` have no derivative.
     """
     used = " ".join(saved.values())
-    reads_outputs = bool(constant) or any(re.search(rf"\b{name}\b", used) and name not in schema.arguments for name in outputs)
+    reads_outputs = bool(constant) or any(
+        re.search(rf"\b{name}\b", used) and name not in schema.arguments for name in outputs
+    )
     body = [f"{', '.join(schema.arguments)}, = inputs", "ctx.set_materialize_grads(False)"]
     if reads_outputs:
         body.append(f"{', '.join(outputs)} = output")
@@ -139,13 +151,22 @@ def save_for_backward(
 
 
 def gradients(
-    op: str, schema: Schema, outputs: Sequence[Output], grads: Mapping[int, str], saved: Sequence[str], options: Sequence[str],
-    call: Sequence[str], returned: Sequence[str], backward: Callable[..., Any],
-) -> Callable[..., Any]:  # fmt: skip
-    """The derivative of an op: calls ``backward`` with ``call`` and returns its outputs as the gradients of ``returned``.
+    op: str,
+    schema: Schema,
+    outputs: Sequence[Output],
+    grads: Mapping[int, str],
+    saved: Sequence[str],
+    options: Sequence[str],
+    call: Sequence[str],
+    returned: Sequence[str],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The derivative of an op: calls ``backward`` with ``call`` and returns its outputs as the gradients of
+    ``returned``.
 
-    ``grads`` are the names of the gradients by the output that they belong to. ``call`` names gradients, saved tensors and
-    options; ``wanted`` is a flag for each of ``returned`` that says whether its gradient is asked for, ``need_x`` that of x.
+    ``grads`` are the names of the gradients by the output that they belong to. ``call`` names gradients, saved tensors
+    and options; ``wanted`` is a flag for each of ``returned`` that says whether its gradient is asked for, ``need_x``
+    that of x.
     """
     positions = {name: i for i, name in enumerate(schema.arguments)}
     arguments = [grads.get(i, f"_grad_{i}") for i in range(len(outputs))]

@@ -1,9 +1,9 @@
 """What is made from the numbers of tensors and kept between calls: staircases of masks, places, orders, indices.
 
-There is one rule for all of it. It is made in PyTorch's ordinary mode, whatever mode the first call comes in (inference mode,
-a FakeTensorMode, export, tracing, a transform of torch.func), so that any later call can use it; it is used only while the
-numbers that it was made from are the same; and where they cannot be read (fake, meta and batched tensors, and a compiler's)
-there is none, and the caller goes a way that needs none.
+There is one rule for all of it. It is made in PyTorch's ordinary mode, whatever mode the first call comes in (inference
+mode, a FakeTensorMode, export, tracing, a transform of torch.func), so that any later call can use it; it is used only
+while the numbers that it was made from are the same; and where they cannot be read (fake, meta and batched tensors, and
+a compiler's) there is none, and the caller goes a way that needs none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def recorded() -> bool:
 
 
 def readable_now(*tensors: Tensor | None) -> bool:
-    """Whether this call may look at the numbers of these tensors, to check them: no compiler or tracer goes through it."""
+    """Whether this call may look at the numbers of these tensors, to check them: no compiler or tracer goes through
+    it."""
     return not _is_compiling() and not recorded() and readable(*tensors)
 
 
@@ -69,7 +70,8 @@ def ordinary() -> Iterator[None]:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether the numbers of these tensors can be read: none is fake, meta, batched, functional or of another subclass."""
+    """Whether the numbers of these tensors can be read: none is fake, meta, batched, functional or of another
+    subclass."""
     inside = transform() is not None
     for t in tensors:
         if t is None:
@@ -80,7 +82,8 @@ def readable(*tensors: Tensor | None) -> bool:
 
 
 def readable_module(module: nn.Module) -> bool:
-    """Whether :func:`readable` holds of a module's parameters and buffers; ``module.parameters()`` would cost far more."""
+    """Whether :func:`readable` holds of a module's parameters and buffers; ``module.parameters()`` would cost far
+    more."""
     return all(readable(*m._parameters.values(), *m._buffers.values()) for m in all_modules([module]))
 
 
@@ -114,7 +117,9 @@ class _Entry(NamedTuple, Generic[T]):
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
     copies: tuple[Tensor, ...]
-    bytes: tuple[tuple[int, int, int], ...]  # of each source its address, that of its copy and their size; zeros elsewhere
+    bytes: tuple[
+        tuple[int, int, int], ...
+    ]  # of each source its address, that of its copy and their size; zeros elsewhere
     value: T
 
 
@@ -124,8 +129,9 @@ def derived(store: dict[Any, Any], key: Any, sources: tuple[Tensor, ...], make: 
     Args:
         store: where it is kept, a dictionary of the module that it belongs to.
         key: of this value among those in ``store``.
-        sources: the tensors that the value depends on. On the CPU their numbers are compared with copies at each call, so that
-            a change through ``.data`` is seen; elsewhere PyTorch's count of changes is trusted for the same tensor.
+        sources: the tensors that the value depends on. On the CPU their numbers are compared with copies at each call,
+            so that a change through ``.data`` is seen; elsewhere PyTorch's count of changes is trusted for the same
+            tensor.
         make: called in ordinary mode, without arguments.
 
     Under a compiler nothing is made: there is a value where one was made before for these very tensors.

@@ -101,7 +101,9 @@ def check_picture(path: Path, what: str, *, plot: bool = False) -> None:
     """
     known = _plots(path.suffix.lower()) if plot else _draws(path.suffix.lower())
     if not known:
-        raise ValueError(f"{what}={str(path)!r} has the extension {path.suffix!r}, expected that of a picture, as .png or .jpg")
+        raise ValueError(
+            f"{what}={str(path)!r} has the extension {path.suffix!r}, expected that of a picture, as .png or .jpg"
+        )
     check_file(path, what)
 
 
@@ -114,7 +116,8 @@ def _plots(suffix: str) -> bool:
 
 
 def _draws(suffix: str) -> bool:
-    """Whether Pillow writes what it has for this extension: some formats have no colours, and some need another library."""
+    """Whether Pillow writes what it has for this extension: some formats have no colours, and some need another
+    library."""
     from PIL import Image
 
     name = Image.registered_extensions().get(suffix)

@@ -53,7 +53,9 @@ def info() -> dict[str, Any]:
     devices = ["cpu", *(["cuda"] if gpu["available"] else [])]
     ops: dict[str, Any] = {}
     for name, op in OPS.items():
-        refusals = {device: {b: op.refusal(b, device) for b in _backend.BACKENDS if b != "reference"} for device in devices}
+        refusals = {
+            device: {b: op.refusal(b, device) for b in _backend.BACKENDS if b != "reference"} for device in devices
+        }
         ops[name] = {
             device: {
                 "serves": [b for b in _backend.PREFERENCE[device] if b == "reference" or not refusals[device][b]],

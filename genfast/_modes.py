@@ -11,8 +11,8 @@ from torch import nn
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     """Gives each module the mode that it had, parents before their children.
 
-    ``train`` is called only where a class has its own, which may do more than set a flag (LoRA layers split their weights in
-    it); it then may also reach into children, whose flags are therefore set afterwards.
+    ``train`` is called only where a class has its own, which may do more than set a flag (LoRA layers split their
+    weights in it); it then may also reach into children, whose flags are therefore set afterwards.
     """
     for module, training in modes:
         if type(module).train is not nn.Module.train and module.training != training:
@@ -26,8 +26,8 @@ def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 def evaluating(*networks: object) -> Iterator[None]:
     """Puts modules into evaluation mode, and afterwards, also after an error, each submodule back into its own.
 
-    ``network.train(network.training)`` would not do: it thaws a batch norm or a backbone that its owner has frozen by calling
-    ``eval`` on it alone. What is no module is passed over.
+    ``network.train(network.training)`` would not do: it thaws a batch norm or a backbone that its owner has frozen by
+    calling ``eval`` on it alone. What is no module is passed over.
 
     Example:
         >>> import torch

@@ -1,4 +1,5 @@
-"""The kernels of genfast._cpu and genfast._cuda, each with the fields of its argument struct that a module's calls fill."""
+"""The kernels of genfast._cpu and genfast._cuda, each with the fields of its argument struct that a module's calls
+fill."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from . import _backend
 def kernels(extension: str, *functions: str, **fields: str) -> Any:
     """What a module calls of an extension, or None where that is not built.
 
-    A name that no struct has fails here, at import. A call must fill exactly the fields that are named here, and each by its
+    A name that no struct has fails here, at import. A call must fill exactly the fields that are named here, and each
+    by its
     name: what ``prepare`` fills counts, a record without its address does not.
 
     Args:

@@ -26,7 +26,8 @@ def quiet() -> Iterator[None]:
 
 
 def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
-    """The most bytes that ``work()`` held at once beyond what was allocated before, exact: from the allocator's own events."""
+    """The most bytes that ``work()`` held at once beyond what was allocated before, exact: from the allocator's own
+    events."""
     _pool.clear()  # memory that is used again is memory that was asked for
     if device == "cuda":
         torch.cuda.synchronize()

@@ -12,8 +12,8 @@ import numpy as np
 def picture(file: str | Path, *, background: str = "white") -> Any:
     """A picture file as a PIL image of mode "RGB", whatever the file holds, upright as its EXIF orientation says.
 
-    Grey levels of 16 bits become the nearest of 8 bits: white is 65535, as PNG, PGM, TIFF and JPEG 2000 have it. What is
-    transparent shows ``background``, in palettes too. Of several frames it is the first.
+    Grey levels of 16 bits become the nearest of 8 bits: white is 65535, as PNG, PGM, TIFF and JPEG 2000 have it. What
+    is transparent shows ``background``, in palettes too. Of several frames it is the first.
 
     Args:
         file: its name.
@@ -22,8 +22,8 @@ def picture(file: str | Path, *, background: str = "white") -> Any:
     Raises:
         FileNotFoundError: no such file.
         OSError: no picture, or a damaged one.
-        ValueError: no regular file; more pixels than Pillow takes for a picture (twice ``PIL.Image.MAX_IMAGE_PIXELS``); numbers
-            whose white nobody states, which are 32-bit integers and floats; another colour.
+        ValueError: no regular file; more pixels than Pillow takes for a picture (twice ``PIL.Image.MAX_IMAGE_PIXELS``);
+            numbers whose white nobody states, which are 32-bit integers and floats; another colour.
 
     Example:
         >>> import tempfile, genfast
@@ -42,7 +42,9 @@ def picture(file: str | Path, *, background: str = "white") -> Any:
         with Image.open(path) as opened:
             if opened.mode == "F" or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):
                 values = "32-bit integers" if opened.mode == "I" else "floats"
-                raise ValueError(f"picture: {str(path)!r} holds {values}, whose white is not stated; expected 8 or 16 bits")
+                raise ValueError(
+                    f"picture: {str(path)!r} holds {values}, whose white is not stated; expected 8 or 16 bits"
+                )
             bits = getattr(opened, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample of TIFF, which has 12 bits too
             image = ImageOps.exif_transpose(opened)
             image.load()

@@ -1,11 +1,11 @@
 """Large CPU outputs from memory that is used again, since fresh memory costs more than the kernels.
 
-The C library returns large freed blocks to the system and asks for them anew, and each new page then costs a fault: measured
-0.6 us per 4 KiB, where a kernel writes those 4 KiB in 0.05 us. So outputs from 1 MiB on are made on storages that the pool
-keeps, and hands out again once nothing else refers to them: no tensor, view, saved activation, NumPy array or storage
-object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool off, and it is off where the interpreter does
-not count references exactly. A block that has not been asked for in a while goes, the longest unused first, and so does one
-that a user has resized or shared with another process.
+The C library returns large freed blocks to the system and asks for them anew, and each new page then costs a fault:
+measured 0.6 us per 4 KiB, where a kernel writes those 4 KiB in 0.05 us. So outputs from 1 MiB on are made on storages
+that the pool keeps, and hands out again once nothing else refers to them: no tensor, view, saved activation, NumPy
+array or storage object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool off, and it is off
+where the interpreter does not count references exactly. A block that has not been asked for in a while goes, the
+longest unused first, and so does one that a user has resized or shared with another process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _references(number: int) -> int:
 def _references_of_the_pool() -> int:
     """What :func:`_references` gives for a block that nothing else refers to, which depends on the version of Python.
 
-    Returns 0, with which no block counts as free, where a reference to a block does not show in the count or remains in it.
+    Returns 0, with which no block counts as free, where a reference to a block does not show in the count or remains in
+    it.
     """
     _blocks[-1] = UntypedStorage(8)
     try:
@@ -91,7 +92,8 @@ def _forget(number: int) -> None:
 
 
 def _trim(nbytes: int, most: int) -> None:
-    """Lets go of stale blocks, and of any that are idle while ``nbytes`` more would not fit; looks at so many at most."""
+    """Lets go of stale blocks, and of any that are idle while ``nbytes`` more would not fit; looks at so many at
+    most."""
     for _ in range(min(most, len(_blocks))):
         number = next(iter(_blocks))
         crowded = _total + nbytes > limit

@@ -1,20 +1,21 @@
 """How an operation is registered: a declaration, and its functions.
 
-An op is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments, ``check`` (raises before anything
-runs), what its ``outputs`` look like, ``kernels`` by backend and its derivative. The derivative is a :class:`Backward`, an op
-too, of which the schema, what is saved, the check and the outputs follow from one line and the forward's declaration
-(:mod:`genfast._declaration`); a function is written only where an op differs. An op without a ``backward`` is differentiated
-through its reference, to any order, so nothing ever returns a missing or a wrong derivative. An op that takes lists of
-tensors needs a ``backward`` of its own, and always dispatches.
+An op is one :class:`Op`: a schema, a plain PyTorch ``reference`` with the same arguments, ``check`` (raises before
+anything runs), what its ``outputs`` look like, ``kernels`` by backend and its derivative. The derivative is a
+:class:`Backward`, an op too, of which the schema, what is saved, the check and the outputs follow from one line and the
+forward's declaration (:mod:`genfast._declaration`); a function is written only where an op differs. An op without a
+``backward`` is differentiated through its reference, to any order, so nothing ever returns a missing or a wrong
+derivative. An op that takes lists of tensors needs a ``backward`` of its own, and always dispatches.
 
 ``torch.library.Library`` rather than ``@custom_op``, whose call costs tens of microseconds. The dispatcher and
 ``register_autograd`` still cost 5 and 60 microseconds a call, so a plain eager call that nothing watches (no compiler,
-no functorch transform, no dispatch or function mode, no tensor subclass, no profiler) goes straight to the kernel, under an
-``autograd.Function`` made of the same two functions that ``register_autograd`` was given. Everything else dispatches.
+no functorch transform, no dispatch or function mode, no tensor subclass, no profiler) goes straight to the kernel,
+under an ``autograd.Function`` made of the same two functions that ``register_autograd`` was given. Everything else
+dispatches.
 
-No path to a kernel goes round :func:`_guard`: a kernel takes addresses, so every tensor argument must be dense, have memory of
-its own, lie on the device of the others and have a dtype that the declaration names for it. What is not so runs the plain
-way, or is refused by :meth:`Op.admit` with an error that names the argument.
+No path to a kernel goes round :func:`_guard`: a kernel takes addresses, so every tensor argument must be dense, have
+memory of its own, lie on the device of the others and have a dtype that the declaration names for it. What is not so
+runs the plain way, or is refused by :meth:`Op.admit` with an error that names the argument.
 """
 
 from __future__ import annotations
@@ -49,10 +50,20 @@ OPS: dict[str, Op] = {}
 _FLOATS = _backend.DTYPES["reference"]
 # The letter of an argument's type, as csrc/guard.cpp reads it.
 _KINDS = {
-    "Tensor": "T", "Optional[Tensor]": "t", "List[Tensor]": "V", "int": "i", "SymInt": "i", "float": "f",
-    "Optional[float]": "g", "bool": "b", "str": "s", "List[int]": "I", "List[SymInt]": "I", "List[float]": "F",
+    "Tensor": "T",
+    "Optional[Tensor]": "t",
+    "List[Tensor]": "V",
+    "int": "i",
+    "SymInt": "i",
+    "float": "f",
+    "Optional[float]": "g",
+    "bool": "b",
+    "str": "s",
+    "List[int]": "I",
+    "List[SymInt]": "I",
+    "List[float]": "F",
     "List[bool]": "B",
-}  # fmt: skip
+}
 _EXPECTED = {"i": "an int", "f": "a number", "g": "a number or None", "b": "a bool", "s": "a str"}
 _REFUSED, _ON_CPU, _ON_CUDA, _REQUIRES_GRAD, _OTHER_DTYPE, _EMPTY = 0, 1, 2, 4, 8, 16  # as in csrc/guard.cpp
 _PLAIN_WAY = _OTHER_DTYPE | _EMPTY
@@ -61,7 +72,8 @@ _KEPT_CHECKS = 4096
 
 @dataclass(frozen=True)
 class Signature:
-    """What the guard looks for: the arguments' kinds, and by device the dtypes that the preferred kernel takes of each."""
+    """What the guard looks for: the arguments' kinds, and by device the dtypes that the preferred kernel takes of
+    each."""
 
     kinds: str
     cpu: list[tuple[torch.dtype, ...]]
@@ -77,8 +89,9 @@ def _scalar_is(kind: str, a: Any) -> bool:
 
 
 def _guard_in_python(signature: Signature, args: tuple[Any, ...]) -> int:
-    """Whether a kernel may see ``args``: 0 where not, else the device, whether a gradient is asked for, whether a dtype is none
-    of the kernel's and whether a tensor is empty. What csrc/guard.cpp does, for installations without the extension."""
+    """Whether a kernel may see ``args``: 0 where not, else the device, whether a gradient is asked for, whether a dtype
+    is none of the kernel's and whether a tensor is empty. What csrc/guard.cpp does, for installations without the
+    extension."""
     device = flags = 0
     for kind, cpu, cuda, a in zip(signature.kinds, signature.cpu, signature.cuda, args, strict=True):
         if kind not in "TtE":
@@ -111,11 +124,13 @@ if _CPU is not None:
 
 
 def check_number(op: str, name: str, value: Any) -> None:
-    """Raises where ``value``, which is to be a number or a list of them, is or holds a tensor that requires a gradient."""
+    """Raises where ``value``, which is to be a number or a list of them, is or holds a tensor that requires a
+    gradient."""
     for v in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(v, Tensor) and v.requires_grad:
             raise TypeError(
-                f"{op}: {name} is a tensor that requires a gradient, expected a number: no gradient flows to it; detach it"
+                f"{op}: {name} is a tensor that requires a gradient, expected a number: no gradient flows to it; "
+                "detach it"
             )
 
 
@@ -138,15 +153,17 @@ class Backward:
     ``signature`` names its arguments and the forward's arguments whose gradients it returns, in order:
     ``"grad_y, x, bias, *options -> x, bias"``. An argument is
 
-    - ``grad_OUTPUT``, the gradient of an output; ``grad`` that of the first. Outputs whose gradient is not named have none.
+    - ``grad_OUTPUT``, the gradient of an output; ``grad`` that of the first. Outputs whose gradient is not named have
+        none.
       Where there are several, each may be None;
     - an argument or an output of the forward, which is saved; ``*options`` are all arguments that are no tensors;
-    - a name in ``saved``, for what is computed of those when the forward is done (``{"kept": "y if keep_output else x"}``);
+    - a name in ``saved``, for what is computed of those when the forward is done
+        (``{"kept": "y if keep_output else x"}``);
     - ``wanted``, a flag for each gradient returned that says whether it is asked for, or ``need_x``, that of x alone.
 
-    The gradient of x looks like x unless ``outputs`` says otherwise; one that is not asked for, or of an argument that is None,
-    is an empty vector. ``check`` is the forward's, and that gradients and saved outputs have the outputs' shapes, unless it is
-    given. Dtypes are the forward's. ``name`` is the forward's with ``_backward``.
+    The gradient of x looks like x unless ``outputs`` says otherwise; one that is not asked for, or of an argument that
+    is None, is an empty vector. ``check`` is the forward's, and that gradients and saved outputs have the outputs'
+    shapes, unless it is given. Dtypes are the forward's. ``name`` is the forward's with ``_backward``.
     """
 
     signature: str
@@ -168,29 +185,33 @@ class Backward:
 class Op:
     """A registered operation; call it with the schema's arguments, all positional."""
 
-    # "name(Tensor x, float eps)". What it returns follows from ``outputs``, without which it ends with "-> (Tensor, Tensor)".
+    # "name(Tensor x, float eps)". What it returns follows from ``outputs``, without which it ends with "-> (Tensor,
+    # Tensor)".
     schema: str
     reference: Callable[..., Any]
-    # By backend: a function, or the file of genfast.kernels that holds one of the op's name. Each checks its arguments itself,
-    # so that it can do so from a cached plan, unless ``check_before_kernels`` is set.
+    # By backend: a function, or the file of genfast.kernels that holds one of the op's name. Each checks its arguments
+    # itself, so that it can do so from a cached plan, unless ``check_before_kernels`` is set.
     kernels: dict[str, Any]
     check: Callable[..., None]
     # By name what each output looks like (see _declaration.py), or ``fake``, a function that says so.
     outputs: dict[str, str] | None = None
     fake: Callable[..., Any] | None = None
-    # The derivative: an op, or a function of ctx and the outputs' gradients. Such a function finds the arguments and outputs
-    # that ``saves`` names among ctx.saved_tensors and the other arguments in ctx.options, unless ``setup_context`` is given.
+    # The derivative: an op, or a function of ctx and the outputs' gradients. Such a function finds the arguments and
+    # outputs that ``saves`` names among ctx.saved_tensors and the other arguments in ctx.options, unless
+    # ``setup_context`` is given.
     backward: Callable[..., Any] | Backward | None = None
     saves: str | None = None
     setup_context: Callable[..., None] | None = None
     samples: Callable[[torch.Generator], Iterable[Sample]] | None = None
     dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=lambda: dict(_backend.DTYPES))
-    # Of the tensor arguments that are not floating point, by name: the dtypes that the reference and every kernel take. None
+    # Of the tensor arguments that are not floating point, by name: the dtypes that the reference and every kernel take.
+    # None
     # for any: then a kernel takes those of ``dtypes``, and the reference all.
     argument_dtypes: dict[str, tuple[torch.dtype, ...] | None] = field(default_factory=dict)
     # The check looks at shapes, dtypes and options alone, and is made here before every kernel, once for each of them.
     check_before_kernels: bool = False
-    # Tensor arguments of which an empty one says that something was not kept, where any other says that there is nothing to
+    # Tensor arguments of which an empty one says that something was not kept, where any other says that there is
+    # nothing to
     # do: then the reference runs, since no kernel is made for sizes of zero.
     may_be_empty: tuple[str, ...] = ()
 
@@ -211,8 +232,8 @@ class Op:
         unknown = {*self.argument_dtypes, *self.may_be_empty} - {self.argument_names[i] for i in self.tensor_positions}
         if unknown:
             raise ValueError(f"declare: {self.name!r} has no tensor argument {', '.join(sorted(unknown))}")
-        # The first floating-point tensor that is always there and no gradient decides which dtype is asked of a kernel, which
-        # converts the others to that one.
+        # The first floating-point tensor that is always there and no gradient decides which dtype is asked of a kernel,
+        # which converts the others to that one.
         given = [i for i in self.tensor_positions if self.kinds[i] != "t"]
         floats = [i for i in given if self.argument_names[i] not in self.argument_dtypes] or given
         self.decides = next((i for i in floats if not self.argument_names[i].startswith("grad")), floats[0])
@@ -229,7 +250,10 @@ class Op:
         for device in self.preferred:
             LIBRARY.impl(self.name, self._entry(device), device.upper())
         LIBRARY.impl(self.name, self.checked_reference, "CompositeExplicitAutograd")
-        for key in ("NestedTensorCPU", "NestedTensorCUDA"):  # which the one above leaves out: refused by name like the rest
+        for key in (
+            "NestedTensorCPU",
+            "NestedTensorCUDA",
+        ):  # which the one above leaves out: refused by name like the rest
             LIBRARY.impl(self.name, self.checked_reference, key)
         torch.library.register_fake(f"genfast::{self.name}", self._checked(self.empty), lib=LIBRARY)
         setup_context, backward = self._derivative()
@@ -246,9 +270,10 @@ class Op:
                 raise ValueError(f"declare: {self.name!r} has neither outputs nor fake, expected one of them")
             self.empty = self.fake
             return
-        # Of optional arguments the gradients may be missing; the empty vector in their place has the dtype and the device of
-        # an argument that is always there: not of one that holds integers, nor, where another will do, of a gradient, which may
-        # have the accumulator's dtype.
+        # Of optional arguments the gradients may be missing; the empty vector in their place has the dtype and the
+        # device of
+        # an argument that is always there: not of one that holds integers, nor, where another will do, of a gradient,
+        # which may have the accumulator's dtype.
         required = [t for t in self.arguments.tensors if t not in self.arguments.optional]
         floating = [t for t in required if t not in self.argument_dtypes] or required
         present = next((t for t in floating if not t.startswith("grad")), floating[0])
@@ -260,7 +285,9 @@ class Op:
         tensors = ", ".join("Tensor" for _ in described)
         self.schema = f"{self.schema} -> {tensors if len(described) == 1 else f'({tensors})'}"
         self.empty = self.fake or allocate(self.name, names, described)  # uninitialised outputs for a call's arguments
-        self.output_shapes = function(f"{self.name}_shapes", names, [f"return ({''.join(f'{o.shape}, ' for o in described)})"])
+        self.output_shapes = function(
+            f"{self.name}_shapes", names, [f"return ({''.join(f'{o.shape}, ' for o in described)})"]
+        )
 
     def _derivative(self) -> tuple[Callable[..., None] | None, Callable[..., Any]]:
         """``setup_context`` and ``backward`` as torch.library takes them."""
@@ -280,9 +307,11 @@ class Op:
         arguments, returned = (_names_in(side) for side in declared.signature.split("->"))
         arguments = tuple(a for name in arguments for a in (schema.options if name == "*options" else (name,)))
         grads = {
-            i: grad for i, name in enumerate(outputs) for grad in arguments
+            i: grad
+            for i, name in enumerate(outputs)
+            for grad in arguments
             if grad == f"grad_{name}" or (grad == "grad" and i == 0 and grad not in schema.arguments)
-        }  # fmt: skip
+        }
         saved = {a: declared.saved.get(a, a) for a in arguments if a in (*declared.saved, *schema.tensors, *outputs)}
         options = tuple(a for a in arguments if a in schema.options)
         types = {grad: f"Tensor{'?' if len(grads) > 1 else ''} {grad}" for grad in grads.values()}
@@ -294,7 +323,9 @@ class Op:
         results = {}
         for i, name in enumerate(returned):
             text = declared.outputs.get(name, f"like {name}")
-            conditions = [f"wanted[{i}]"] if "wanted" in arguments else [f"need_{name}"] if f"need_{name}" in arguments else []
+            conditions = (
+                [f"wanted[{i}]"] if "wanted" in arguments else [f"need_{name}"] if f"need_{name}" in arguments else []
+            )
             if name in schema.optional and name in arguments:
                 conditions.append(f"{name} is not None")
             results[name] = f"{text} if {' and '.join(conditions)}" if conditions and " if " not in text else text
@@ -318,10 +349,17 @@ class Op:
         return (
             save_for_backward(self.name, schema, outputs, saved, options, constant),
             gradients(
-                self.name, schema, tuple(self.described.values()), grads, tuple(saved), options, arguments, returned,
+                self.name,
+                schema,
+                tuple(self.described.values()),
+                grads,
+                tuple(saved),
+                options,
+                arguments,
+                returned,
                 self.backward_op,
             ),
-        )  # fmt: skip
+        )
 
     def _backward_check(
         self, op: str, arguments: tuple[str, ...], grads: dict[int, str], computed: tuple[str, ...]
@@ -334,13 +372,17 @@ class Op:
         missing = [n for n in forward.arguments if n not in arguments and n not in forward.optional]
         stands_for = dict(zip(missing, computed))
         if len(missing) > len(stands_for):
-            raise ValueError(f"declare: the backward of {self.name!r} lacks {', '.join(missing)}, and so needs its own check")
+            raise ValueError(
+                f"declare: the backward of {self.name!r} lacks {', '.join(missing)}, and so needs its own check"
+            )
         places = [arguments.index(p) if (p := stands_for.get(n, n)) in arguments else None for n in forward.arguments]
         names = list(self.described)
         checked = [
-            (i, name, arguments.index(name), output) for i, output in enumerate(self.described.values())
-            for name in (grads.get(i), names[i]) if name in arguments and name not in computed
-        ]  # fmt: skip
+            (i, name, arguments.index(name), output)
+            for i, output in enumerate(self.described.values())
+            for name in (grads.get(i), names[i])
+            if name in arguments and name not in computed
+        ]
 
         def check(*args: Any) -> None:
             forward_arguments = [None if place is None else args[place] for place in places]
@@ -364,7 +406,8 @@ class Op:
             self._no_lost_gradient(args)
             return self.overload(*args)
         if forward_ad._current_level >= 0 or transform() is not None:
-            # A torch.library op has no tangent rule, where PyTorch would return zeros in silence, and none for functorch.
+            # A torch.library op has no tangent rule, where PyTorch would return zeros in silence, and none for
+            # functorch.
             self._no_lost_gradient(args)
             return self.checked_reference(*args)
         if dispatch_modes() or function_modes() or tracing_state() or profiler_enabled():
@@ -372,7 +415,8 @@ class Op:
             return self.overload(*args)
         answer = _guard(self.signature, args)
         if not answer:
-            # The dispatcher materialises views that are negated or zero, and knows subclasses; the rest is refused by name.
+            # The dispatcher materialises views that are negated or zero, and knows subclasses; the rest is refused by
+            # name.
             return self.overload(*self._admit_types(args))
         if answer & _REQUIRES_GRAD and is_grad_enabled():
             return self.function.apply(*args)
@@ -497,7 +541,10 @@ class Op:
 
         def checking(*args: Any) -> Any:
             key = tuple(
-                [(a.shape, a.dtype) if isinstance(a, Tensor) else tuple(a) if isinstance(a, (list, tuple)) else a for a in args]
+                [
+                    (a.shape, a.dtype) if isinstance(a, Tensor) else tuple(a) if isinstance(a, (list, tuple)) else a
+                    for a in args
+                ]
             )
             if key not in passed:
                 check(*args)
@@ -630,8 +677,8 @@ def _described(a: Any) -> str:
 
 
 def _materialised(a: Any) -> Any:
-    """A tensor that has its numbers in memory as they are: neither a view that is read with its sign changed, nor one of
-    zeros that has no memory."""
+    """A tensor that has its numbers in memory as they are: neither a view that is read with its sign changed, nor one
+    of zeros that has no memory."""
     if not isinstance(a, Tensor):
         return a
     if is_zero_tensor(a):

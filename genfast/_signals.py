@@ -43,14 +43,17 @@ def _raise(signum: int, _: Any) -> None:
 
 
 def _ours(signum: int) -> bool:
-    """Whether nobody else has a handler: an ignored signal (nohup) stays ignored, and a user's handler stays in place."""
+    """Whether nobody else has a handler: an ignored signal (nohup) stays ignored, and a user's handler stays in
+    place."""
     return signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler, _quit, _raise)
 
 
 def quiet_start() -> None:
-    """Ends the process with one line where it is stopped before the command line has begun: torch takes seconds to load.
+    """Ends the process with one line where it is stopped before the command line has begun: torch takes seconds to
+    load.
 
-    Only in a process that runs ``genfast`` or ``python -m genfast``; a program that imports the library keeps its handlers.
+    Only in a process that runs ``genfast`` or ``python -m genfast``; a program that imports the library keeps its
+    handlers.
     """
     words = sys.orig_argv
     module = "-m" in words[1:-1] and words[words.index("-m") + 1] == "genfast" and sys.argv[:1] == ["-m"]
@@ -95,7 +98,8 @@ class Pending:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Pending]:
-    """While entered, the first signal is only noted, so that the step and the files in hand are finished; a second one raises.
+    """While entered, the first signal is only noted, so that the step and the files in hand are finished; a second one
+    raises.
 
     A process that did not have Python's own handlers keeps those it had.
     """

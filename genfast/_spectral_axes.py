@@ -1,4 +1,5 @@
-"""A dense weight as the matrix of spectral normalisation, told as it lies in memory, for the C++ and Triton kernels alike."""
+"""A dense weight as the matrix of spectral normalisation, told as it lies in memory, for the C++ and Triton kernels
+alike."""
 
 from __future__ import annotations
 
@@ -35,9 +36,12 @@ def axes(shape: tuple[int, ...], stride: tuple[int, ...], dim: int) -> Axes | No
     order = tuple(numbered.index(i) for i in (*before, *after))
     known = all(a < b for a, b in zip(order, order[1:]))
     return Axes(
-        math.prod(shape[i] for i in before), shape[dim], math.prod(shape[i] for i in after), tuple(shape[i] for i in numbered),
+        math.prod(shape[i] for i in before),
+        shape[dim],
+        math.prod(shape[i] for i in after),
+        tuple(shape[i] for i in numbered),
         None if known else order,
-    )  # fmt: skip
+    )
 
 
 def to_memory(v: Tensor, a: Axes) -> Tensor:

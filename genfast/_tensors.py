@@ -1,5 +1,5 @@
-"""What the registry, the ops and the kernels ask of a tensor: the order of its axes in memory, and the dtype in which its sums
-are taken."""
+"""What the registry, the ops and the kernels ask of a tensor: the order of its axes in memory, and the dtype in which
+its sums are taken."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """All that genfast uses of torch without a public name: what each symbol is for, and what runs where torch lacks it.
 
-A missing symbol costs speed and never a wrong number. What asks whether something watches a call then answers that it does, and
-the registry goes through the dispatcher or the plain reference, which need none of these. ``MISSING`` lists what was not there.
+A missing symbol costs speed and never a wrong number. What asks whether something watches a call then answers that it
+does, and the registry goes through the dispatcher or the plain reference, which need none of these. ``MISSING`` lists
+what was not there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode  # how one watches all calls; named by PyTorch's own tutorials
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+)  # how one watches all calls; named by PyTorch's own tutorials
 from torch.utils._pytree import tree_map  # torch.func's maps over nested arguments; has no public name
 
 __all__ = ["TorchDispatchMode", "tree_map"]
@@ -35,7 +38,8 @@ def _find(path: str, fallback: Any) -> Any:
 
 # ---- who watches a call: read at every call of an op, so each is torch's own function and not one around it ----
 
-# How many modes of the dispatcher (FakeTensorMode, make_fx, a user's own) are on. Without it: one, so that ops dispatch.
+# How many modes of the dispatcher (FakeTensorMode, make_fx, a user's own) are on. Without it: one, so that ops
+# dispatch.
 dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 1)
 
 # How many modes of torch functions (a DeviceContext, a user's own) are on. Without it: one, so that ops dispatch.
@@ -47,12 +51,12 @@ tracing_state: Callable[[], Any] = _find("_C._get_tracing_state", lambda: torch.
 # Whether a profiler records; it sees ops that dispatch alone. Without it: yes.
 profiler_enabled: Callable[[], bool] = _find("_C._autograd._profiler_enabled", lambda: True)
 
-# The transform of torch.func (vmap, grad, jvp) inside which a call is, or None. Without it: some transform, so that ops run
-# their reference, which every transform knows.
+# The transform of torch.func (vmap, grad, jvp) inside which a call is, or None. Without it: some transform, so that ops
+# run their reference, which every transform knows.
 transform: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", lambda: "unknown")
 
-# Its ``_current_level`` is -1 outside of forward-mode differentiation. Without it: 0, so that ops run their reference. The
-# module, since the number is replaced and not changed.
+# Its ``_current_level`` is -1 outside of forward-mode differentiation. Without it: 0, so that ops run their reference.
+# The module, since the number is replaced and not changed.
 forward_ad: Any = torch.autograd.forward_ad
 if not hasattr(forward_ad, "_current_level"):
     MISSING.append("autograd.forward_ad._current_level")
@@ -73,20 +77,25 @@ _use_count: Callable[[int], int] = _find("_C._storage_Use_Count", lambda address
 
 
 def storage_uses(storage: torch.UntypedStorage) -> int:
-    """How many tensors and storage objects refer to a storage's memory. Without it: many, and never the same number twice, so
-    that no memory is taken for unused."""
+    """How many tensors and storage objects refer to a storage's memory. Without it: many, and never the same number
+    twice, so that no memory is taken for unused."""
     return _use_count(storage._cdata)
 
 
 # ---- autograd ----
 
-# Sets the mode of gradients without the object of torch.set_grad_enabled, which costs more than a small layer's bookkeeping.
+# Sets the mode of gradients without the object of torch.set_grad_enabled, which costs more than a small layer's
+# bookkeeping.
 set_grad_enabled: Callable[[bool], Any] = _find("_C._set_grad_enabled", torch.set_grad_enabled)
 
-# The hooks that pack saved tensors (activation checkpoints, offloading), or None. Without it: some, so that all are honoured.
-saved_tensor_hooks: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda ignore_disabled: ())
+# The hooks that pack saved tensors (activation checkpoints, offloading), or None. Without it: some, so that all are
+# honoured.
+saved_tensor_hooks: Callable[[bool], Any] = _find(
+    "_C._autograd._top_saved_tensors_default_hooks", lambda ignore_disabled: ()
+)
 
-# Inside a backward: whether its graph is kept (retain_graph=True). Without it: yes, and what it holds is not freed early.
+# Inside a backward: whether its graph is kept (retain_graph=True). Without it: yes, and what it holds is not freed
+# early.
 graph_is_retained: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 
 _is_excluded = _find("_C._dispatch_tls_is_dispatch_key_excluded", None)
@@ -98,7 +107,8 @@ _AUTOGRAD = [_find(f"_C.DispatchKey.{key}", None) for key in ("ADInplaceOrView",
 def autograd_works() -> Iterator[None]:
     """Inside an op: the dispatcher calls it with autograd shut off, so that torch.enable_grad() would do nothing.
 
-    Without the keys autograd stays off, and an op whose reference differentiates raises that a tensor requires no gradient.
+    Without the keys autograd stays off, and an op whose reference differentiates raises that a tensor requires no
+    gradient.
     """
     if None in (_is_excluded, _set_excluded, *_AUTOGRAD):
         yield
@@ -130,8 +140,9 @@ def fake_tensors() -> bool:
 
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """In this block no trace, transform of torch.func, mode or subclass of PyTorch's sees what is called; a user's own modes,
-    which count or show calls, do. What of this torch lacks stays on, and callers look at what they made before they keep it."""
+    """In this block no trace, transform of torch.func, mode or subclass of PyTorch's sees what is called; a user's own
+    modes, which count or show calls, do. What of this torch lacks stays on, and callers look at what they made before
+    they keep it."""
     with contextlib.ExitStack() as stack:
         state = tracing_state()
         if state is not None and _set_tracing_state is not None:

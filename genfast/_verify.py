@@ -1,11 +1,11 @@
 """``genfast verify``: every op, on every backend that this machine can use, against the float64 reference.
 
-Each op that declares ``samples`` is run forward and backward over fresh random inputs; a newly declared op is in the table
-without being listed here. With odd shapes, samples are also run strided, in channels_last, with one and with no element in the
-batch, and with prime batches and widths.
+Each op that declares ``samples`` is run forward and backward over fresh random inputs; a newly declared op is in the
+table without being listed here. With odd shapes, samples are also run strided, in channels_last, with one and with no
+element in the batch, and with prime batches and widths.
 
-On a GPU the rows are made in child processes: a kernel that reads where it must not spoils the process that it ran in, and one
-that never ends has to be ended. Such a row has failed, and the others are made by the next child.
+On a GPU the rows are made in child processes: a kernel that reads where it must not spoils the process that it ran in,
+and one that never ends has to be ended. Such a row has failed, and the others are made by the next child.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (2e-3, 4e-3),
 }
 DTYPES = {str(d).removeprefix("torch."): d for d in TOLERANCES}
-# Inputs are random, and some so conditioned that no arithmetic of the dtype keeps to the above (the knots of a spline, exp of a
-# long sum). There a kernel may lose this many times what plain PyTorch loses; where that loses all, the call tells nothing. The
-# table counts both kinds.
+# Inputs are random, and some so conditioned that no arithmetic of the dtype keeps to the above (the knots of a spline,
+# exp of a long sum). There a kernel may lose this many times what plain PyTorch loses; where that loses all, the call
+# tells nothing. The table counts both kinds.
 CONDITIONED = 16
 HOPELESS = 0.1
 
@@ -117,8 +117,8 @@ LAYOUTS = {"dense": lambda a: a, "strided": _strided, "channels_last": _channels
 def _taken(sample: Sample, axis: int, size: int, of: Sequence[int]) -> Sample:
     """The sample with ``size`` elements along an axis of the arguments ``of``: left out or repeated.
 
-    What is floating is drawn anew from its values, a little towards zero: ties have no one gradient, and a probability must
-    remain one.
+    What is floating is drawn anew from its values, a little towards zero: ties have no one gradient, and a probability
+    must remain one.
     """
     args = list(sample.args)
     for i in of:
@@ -139,9 +139,11 @@ def _accepted(op: Op, sample: Sample) -> bool:
 
 
 def odd(op: Op, samples: Sequence[Sample]) -> Iterator[tuple[Sample, str]]:
-    """(sample, layout) of the samples' odd variants: of each kind those of two samples, so that every kind meets every op.
+    """(sample, layout) of the samples' odd variants: of each kind those of two samples, so that every kind meets every
+    op.
 
-    A batch, or an image's width, is resized in the arguments that share it, or in the first alone, whichever the op accepts.
+    A batch, or an image's width, is resized in the arguments that share it, or in the first alone, whichever the op
+    accepts.
     """
 
     leads = next(i for i in op.tensor_positions if op.kinds[i] != "t")  # whose first axis is the batch
@@ -151,9 +153,13 @@ def odd(op: Op, samples: Sequence[Sample]) -> Iterator[tuple[Sample, str]]:
         if not isinstance(first, Tensor) or first.dim() < (1 if axis == 0 else 4) or not first.shape[axis]:
             return None
         alike = [
-            i for i, a in enumerate(sample.args) if isinstance(a, Tensor) and a.dim() >= first.dim() - (axis == 0)
-            and a.dim() > 0 and (a.shape[0] == first.shape[0] if axis == 0 else a.shape[2:] == first.shape[2:])
-        ]  # fmt: skip
+            i
+            for i, a in enumerate(sample.args)
+            if isinstance(a, Tensor)
+            and a.dim() >= first.dim() - (axis == 0)
+            and a.dim() > 0
+            and (a.shape[0] == first.shape[0] if axis == 0 else a.shape[2:] == first.shape[2:])
+        ]
         for of in (alike, [i for i in alike if sample.args[i].dim() == first.dim()], [leads]):
             made = _taken(sample, axis, size, of)
             if _accepted(op, made):
@@ -164,7 +170,12 @@ def odd(op: Op, samples: Sequence[Sample]) -> Iterator[tuple[Sample, str]]:
         able = [s for s in samples if layout == "strided" or any(a.dim() in (4, 5) for a in _tensors(s.args))]
         for i in sorted({0, len(able) // 2}) if able else ():
             yield Sample(f"{able[i].label}, {layout}", able[i].args, able[i].constant), layout
-    for kind, axis, size in (("batch of 1", 0, 1), ("empty batch", 0, 0), ("batch of 37", 0, 37), ("width of 131", -1, 131)):
+    for kind, axis, size in (
+        ("batch of 1", 0, 1),
+        ("empty batch", 0, 0),
+        ("batch of 37", 0, 37),
+        ("width of 131", -1, 131),
+    ):
         found = ((sample.label, resized(sample, axis, size)) for sample in samples)
         for label, made in itertools.islice(((at, m) for at, m in found if m is not None), 2):
             yield Sample(f"{label}, {kind}", made.args, made.constant), "dense"
@@ -207,9 +218,14 @@ def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     return error / norm if norm else error
 
 
-def errors(op: Op, sample: Sample, dtype: torch.dtype, device: str, backend: str, layout: str = "dense") -> tuple[float, float]:
+def errors(
+    op: Op, sample: Sample, dtype: torch.dtype, device: str, backend: str, layout: str = "dense"
+) -> tuple[float, float]:
     """The relative errors of outputs and of gradients for one call, on weights drawn for the outputs."""
-    args, exact = _prepared(sample, dtype, device, layout=layout), _prepared(sample, torch.float64, "cpu", rounded=dtype)
+    args, exact = (
+        _prepared(sample, dtype, device, layout=layout),
+        _prepared(sample, torch.float64, "cpu", rounded=dtype),
+    )
     expected = _outputs(op.reference(*exact))
     with _backend.backend(backend):
         found = _outputs(op(*args))
@@ -220,7 +236,9 @@ def errors(op: Op, sample: Sample, dtype: torch.dtype, device: str, backend: str
         if not live:
             return forward, 0.0
         cotangents = [weights[i].to(found[i].dtype) for i in live]
-        grads = torch.autograd.grad([found[i] for i in live], leaves, [c.to(device) for c in cotangents], allow_unused=True)
+        grads = torch.autograd.grad(
+            [found[i] for i in live], leaves, [c.to(device) for c in cotangents], allow_unused=True
+        )
     exact_grads = torch.autograd.grad(
         [expected[i] for i in live], exact_leaves, [c.double() for c in cotangents], allow_unused=True
     )
@@ -280,9 +298,16 @@ def row(task: Task, seed: int, odd_shapes: bool) -> Row:
         return Row(**asdict(task), worst=label, samples=count, error=said[:300])
     nothing = "plain PyTorch loses all on every call" if count and kinds["untold"] == count else ""
     return Row(
-        **asdict(task), forward=forward, backward=backward, excess=beyond, worst=worst, samples=count,
-        conditioned=kinds["conditioned"], untold=kinds["untold"], error=nothing,
-    )  # fmt: skip
+        **asdict(task),
+        forward=forward,
+        backward=backward,
+        excess=beyond,
+        worst=worst,
+        samples=count,
+        conditioned=kinds["conditioned"],
+        untold=kinds["untold"],
+        error=nothing,
+    )
 
 
 def spoilt(device: str) -> bool:
@@ -321,7 +346,9 @@ class _Children:
         if self.child is None:
             self.said.seek(0)
             self.said.truncate()
-            self.child = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True)
+            self.child = subprocess.Popen(
+                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
+            )
         child, late = self.child, threading.Event()
         assert child.stdin is not None
         assert child.stdout is not None
@@ -443,7 +470,9 @@ def run(
     def rows() -> Iterator[Row]:
         for where in dict.fromkeys(task.device for task in wanted):
             # Kernels before the reference, whose rows are those to spare where time is short.
-            some = sorted((task for task in wanted if task.device == where), key=lambda task: task.backend == "reference")
+            some = sorted(
+                (task for task in wanted if task.device == where), key=lambda task: task.backend == "reference"
+            )
             odd_here = where == "cuda" if odd_shapes is None else odd_shapes
             if jobs is None and where == "cpu":
                 for task in some:
@@ -453,14 +482,18 @@ def run(
                 yield from in_children(some, seed, odd_here, jobs or min(16, os.cpu_count() or 1), deadline)
 
     print(f"relative errors against the float64 reference, seed {seed}")
-    print(f"{'op':<18} {'device':<6} {'backend':<9} {'dtype':<8} {'forward':>8} {'backward':>8}  {'verdict':<7} worst sample")
+    print(
+        f"{'op':<18} {'device':<6} {'backend':<9} {'dtype':<8} {'forward':>8} {'backward':>8}  {'verdict':<7} worst "
+        "sample"
+    )
     found: list[Row] = []
     results: dict[str, Any] = {"seed": seed, "rows": [], "left_out": []}
     for made in rows():
         found.append(made)
         results["rows"].append(asdict(made) | {"passed": made.passed})
         print(
-            f"{made.op:<18} {made.device:<6} {made.backend:<9} {made.dtype:<8} {made.forward:8.1e} {made.backward:8.1e}  "
+            f"{made.op:<18} {made.device:<6} {made.backend:<9} {made.dtype:<8} {made.forward:8.1e} "
+            f"{made.backward:8.1e}  "
             f"{'pass' if made.passed else 'FAIL':<7} {made.worst}{made.error and f': {made.error}'}{made.remark}",
             flush=True,
         )
@@ -475,7 +508,10 @@ def run(
         print("nothing was verified: no backend serves what was asked for")
         return 1
     for task in left:
-        print(f"{task.op:<18} {task.device:<6} {task.backend:<9} {task.dtype:<8} left out: the {minutes} minutes were over")
+        print(
+            f"{task.op:<18} {task.device:<6} {task.backend:<9} {task.dtype:<8} left out: the {minutes} minutes were "
+            "over"
+        )
     failed = sum(not r.passed for r in found)
     if failed or left:
         print(f"{len(found) - failed} of {len(wanted)} passed")

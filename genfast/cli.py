@@ -39,9 +39,10 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", choices=tuple(_verify.DTYPES))
     verify.add_argument("--seed", type=int, help="of the random inputs, to repeat a failure")
     verify.add_argument(
-        "--odd", action=argparse.BooleanOptionalAction,
+        "--odd",
+        action=argparse.BooleanOptionalAction,
         help="also strided and channels_last inputs, prime, single and empty batches, long rows (default on a GPU)",
-    )  # fmt: skip
+    )
     verify.add_argument("--jobs", type=int, help="processes that share the work (default: one a core on a GPU)")
     verify.add_argument("--minutes", type=float, help="begin nothing later, and say what was left out")
     verify.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
@@ -52,11 +53,14 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model on images, or a GAN on points too")
     train.add_argument("model", choices=tuple(models.NAMES))
     train.add_argument(
-        "--data", default="digits",
+        "--data",
+        default="digits",
         help=f"digits, photos, torchvision:NAME or a folder of images; for GANs also {', '.join(data.POINTS)}",
-    )  # fmt: skip
+    )
     train.add_argument("--root", help="where torchvision's files are")
-    train.add_argument("--binary", action="store_true", help="black and white: 1 where a grey level is in the upper half")
+    train.add_argument(
+        "--binary", action="store_true", help="black and white: 1 where a grey level is in the upper half"
+    )
     train.add_argument("--size", type=int, default=32, help="side of photo patches and folder images (default 32)")
     train.add_argument("--background", default="white", metavar="COLOUR", help=BACKGROUND)
     train.add_argument("--out", type=Path, help="the run's folder (default out/MODEL-DATA)")
@@ -66,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=float, help="default 1e-3; of a GAN's both sides, default that of its paper")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--levels", type=int, help="of Glow and RealNVP")
-    train.add_argument("--hidden", type=int, help="width of the conditioner networks; units of a NADE's or MADE's layer")
+    train.add_argument(
+        "--hidden", type=int, help="width of the conditioner networks; units of a NADE's or MADE's layer"
+    )
     train.add_argument("--flow-steps", type=int, metavar="K", help="Glow's steps per level")
     train.add_argument("--transforms", type=int, help="of MAF, IAF and NSF")
     train.add_argument("--coupling", choices=("coupling", "autoregressive"), help="of NSF")
@@ -82,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
     gan.add_argument("--loss", choices=tuple(losses.CRITIC_LOSSES))
     gan.add_argument("--penalty", help="wgan-gp, wgan-lp, r1, r2, dragan, several with commas, or none")
     gan.add_argument("--penalty-weight", type=float, metavar="W")
-    gan.add_argument("--lazy", type=int, metavar="K", help="take the penalty every K updates of the critic, K times as strong")
+    gan.add_argument(
+        "--lazy", type=int, metavar="K", help="take the penalty every K updates of the critic, K times as strong"
+    )
     gan.add_argument("--critic-steps", type=int, metavar="N", help="updates of the critic for one of the generator")
     gan.add_argument("--generator-lr", type=float)
     gan.add_argument("--critic-lr", type=float)
@@ -97,15 +105,22 @@ def parser() -> argparse.ArgumentParser:
     auto.add_argument("--warmup", type=int, metavar="STEPS", help="in which the KL's weight grows from 0")
     auto.add_argument("--free-bits", type=float, metavar="NATS", help="of each latent dimension that cost nothing")
     auto.add_argument("--network", choices=("perceptron", "convolutional"))
-    auto.add_argument("--corruption", choices=("masking", "salt_and_pepper", "gaussian"), help="of a denoising autoencoder")
+    auto.add_argument(
+        "--corruption", choices=("masking", "salt_and_pepper", "gaussian"), help="of a denoising autoencoder"
+    )
     auto.add_argument("--amount", type=float, help="of the corruption")
     auto.add_argument("--gamma", type=float, help="of a VAE/GAN: the likeness in the decoder's loss")
     auto.add_argument("--weight", type=float, help="of the sparsity, the WAE's discrepancy or the AAE's game")
-    train.add_argument("--device", default="cpu", help="cpu or cuda; under torchrun each process takes a GPU of its own")
     train.add_argument(
-        "--parallel", choices=distributed.STRATEGIES, default="ddp",
-        help="under torchrun: every process has the whole model, or (fsdp) its shards of one that is too large for that",
-    )  # fmt: skip
+        "--device", default="cpu", help="cpu or cuda; under torchrun each process takes a GPU of its own"
+    )
+    train.add_argument(
+        "--parallel",
+        choices=distributed.STRATEGIES,
+        default="ddp",
+        help="under torchrun: every process has the whole model, or (fsdp) its shards of one that is too large for "
+        "that",
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
     sample = commands.add_parser("sample", help="draw samples from a checkpoint")
@@ -116,7 +131,10 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--label", type=int, help="of a model with classes; all in turn without")
     sample.add_argument(
-        "--method", choices=("cached", "naive"), default="cached", help="of autoregressive models: the engine or the plain loop"
+        "--method",
+        choices=("cached", "naive"),
+        default="cached",
+        help="of autoregressive models: the engine or the plain loop",
     )
     sample.add_argument("--device", default="cpu", help="cpu or cuda; under torchrun the processes share the samples")
 
@@ -143,17 +161,23 @@ def parser() -> argparse.ArgumentParser:
     )
     style.add_argument("--init", choices=("content", "noise", "style"), default="content")
     style.add_argument(
-        "--network", default="random", metavar="NAME",
+        "--network",
+        default="random",
+        metavar="NAME",
         help="random (by the seed), vgg16, vgg19, or FILE.py:FUNCTION, which returns a network in evaluation mode",
-    )  # fmt: skip
+    )
     style.add_argument("--weights", type=Path, metavar="FILE", help="of vgg16 or vgg19; torchvision's by default")
     style.add_argument(
-        "--normalization", choices=("imagenet", "none"), help="of a FUNCTION's network, which takes colours in [0, 1] with none"
+        "--normalization",
+        choices=("imagenet", "none"),
+        help="of a FUNCTION's network, which takes colours in [0, 1] with none",
     )
     style.add_argument(
-        "--content-layers", metavar="NAMES",
-        help="with commas (default relu4_2; of the random network, whose deep layers keep little of a picture, relu2_1)",
-    )  # fmt: skip
+        "--content-layers",
+        metavar="NAMES",
+        help="with commas (default relu4_2; of the random network, whose deep layers keep little of a picture, "
+        "relu2_1)",
+    )
     style.add_argument(
         "--style-layers", metavar="NAMES", help="default relu1_1 to relu5_1, of the contextual loss relu3_2,relu4_2"
     )
@@ -196,14 +220,22 @@ def _train(a: argparse.Namespace) -> int:
         "levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None,
         "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
         "latent_dim": a.latent_dim, "width": a.width, "depth": a.depth, "likelihood": a.likelihood, "beta": a.beta,
-        "warmup": a.warmup, "free_bits": a.free_bits, "network": a.network, "corruption": a.corruption, "amount": a.amount,
-        "gamma": a.gamma, "weight": a.weight, "orders": a.orders, "components": a.components, "transforms": a.transforms,
+        "warmup": a.warmup, "free_bits": a.free_bits, "network": a.network, "corruption": a.corruption,
+        "amount": a.amount,
+        "gamma": a.gamma, "weight": a.weight, "orders": a.orders, "components": a.components,
+        "transforms": a.transforms,
         "coupling": a.coupling, "bins": a.bins,
     }  # fmt: skip
     recipe = {
-        "loss": a.loss, "penalty": a.penalty, "weight": a.penalty_weight, "lazy": a.lazy, "critic_steps": a.critic_steps,
-        "generator_lr": a.generator_lr, "critic_lr": a.critic_lr, "ema": a.ema,
-    }  # fmt: skip
+        "loss": a.loss,
+        "penalty": a.penalty,
+        "weight": a.penalty_weight,
+        "lazy": a.lazy,
+        "critic_steps": a.critic_steps,
+        "generator_lr": a.generator_lr,
+        "critic_lr": a.critic_lr,
+        "ema": a.ema,
+    }
     taken = inspect.signature(models.NAMES[a.model]).parameters
     unknown = [f"--{k.replace('_', '-')}" for k, v in config.items() if v is not None and k not in taken]
     adversarial = issubclass(models.NAMES[a.model], models.AdversarialModel)
@@ -216,7 +248,9 @@ def _train(a: argparse.Namespace) -> int:
         unknown.append(f"--parallel {a.parallel}")
     if not adversarial:
         unknown += [
-            f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight") for k, v in recipe.items() if v is not None
+            f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight")
+            for k, v in recipe.items()
+            if v is not None
         ]
     decided = issubclass(models.NAMES[a.model], models.AutoregressiveModel | models.AutoencoderModel)
     if unknown or (decided and a.levels is not None):
@@ -235,10 +269,21 @@ def _train(a: argparse.Namespace) -> int:
         chosen["penalty"] = None if kinds == ("none",) else kinds[0] if len(kinds) == 1 else kinds
     out = a.out or Path("out", f"{a.model}-{dataset.name}")
     written = runs.train(
-        a.model, dataset, out, config={k: v for k, v in config.items() if v is not None}, recipe=chosen, steps=a.steps,
-        minutes=a.minutes, batch_size=a.batch_size, lr=a.lr, seed=a.seed, device=a.device, resume=a.resume,
-        sample_every=a.sample_every, parallel=a.parallel,
-    )  # fmt: skip
+        a.model,
+        dataset,
+        out,
+        config={k: v for k, v in config.items() if v is not None},
+        recipe=chosen,
+        steps=a.steps,
+        minutes=a.minutes,
+        batch_size=a.batch_size,
+        lr=a.lr,
+        seed=a.seed,
+        device=a.device,
+        resume=a.resume,
+        sample_every=a.sample_every,
+        parallel=a.parallel,
+    )
     _say(f"{written['steps']} steps, {_result(written)}; see {out}")
     return 0
 
@@ -248,14 +293,19 @@ def _result(written: dict[str, Any]) -> str:
     if "critic_loss" in written:
         text = f"critic {written['critic_loss']:.3f}, generator {written['generator_loss']:.3f}"
         if "covered" in written:
-            text += f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples within 3 sigma"
+            text += (
+                f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples "
+                "within "
+                "3 sigma"
+            )
         return text
     if "test_mse" not in written:
         return f"{written['test_bits_per_dim']:.3f} bits/dim on held-out images"
     text = "on held-out images "
     if "test_elbo" in written:
         text += (
-            f"ELBO {written['test_elbo']:.2f} nats = {written['test_reconstruction']:.2f} - {written['test_kl']:.2f} (KL), "
+            f"ELBO {written['test_elbo']:.2f} nats = {written['test_reconstruction']:.2f} - {written['test_kl']:.2f} "
+            "(KL), "
             f"{written['test_bits_per_dim']:.3f} bits/dim, {written['test_importance_weighted_bits_per_dim']:.3f} with "
             f"{IMPORTANCE_SAMPLES} importance samples, "
         )
@@ -289,7 +339,9 @@ def _sample(a: argparse.Namespace) -> int:
         if side * side != shape[-1]:
             raise ValueError(f"sample: {checkpoint} makes vectors of {shape[-1]}, which are no square images")
         shape = (1, side, side)
-    images = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), **options).reshape(-1, *shape)
+    images = distributed.sample(model, a.n, generator=torch.Generator().manual_seed(a.seed), **options).reshape(
+        -1, *shape
+    )
     if distributed.first():
         pictures.save_picture(pictures.image_grid(images, int(metadata["bins"])), a.out)
     _say(f"{a.n} samples from step {metadata['step']} in {a.out}")
@@ -334,7 +386,9 @@ def _style(a: argparse.Namespace) -> int:
     _files.check_picture(a.out, "style: --out")
     if a.sheet is not None:
         _files.check_picture(a.sheet, "style: --sheet")
-    content, style = (neural_style.picture(name, a.size, background=a.background).to(a.device) for name in (a.content, a.style))
+    content, style = (
+        neural_style.picture(name, a.size, background=a.background).to(a.device) for name in (a.content, a.style)
+    )
     network, normalization = _feature_network(a)
     chosen: dict[str, Any] = {"style_weight": a.style_weight}
     for name in ("content_layers", "style_layers"):
@@ -344,14 +398,26 @@ def _style(a: argparse.Namespace) -> int:
     if a.style_weight is None and (a.network == "random" or a.loss == "contextual"):
         chosen["style_weight"] = 1.0 if a.loss == "contextual" else 10.0
     result = models.style_transfer(
-        content, style, network.to(a.device), normalization=normalization, steps=a.steps, optimizer=a.optimizer, loss=a.loss,
-        tv_weight=a.tv_weight, init=a.init, seed=a.seed, progress=True, **{k: v for k, v in chosen.items() if v is not None},
-    )  # fmt: skip
+        content,
+        style,
+        network.to(a.device),
+        normalization=normalization,
+        steps=a.steps,
+        optimizer=a.optimizer,
+        loss=a.loss,
+        tv_weight=a.tv_weight,
+        init=a.init,
+        seed=a.seed,
+        progress=True,
+        **{k: v for k, v in chosen.items() if v is not None},
+    )
     grid = pictures.image_grid(result.image - 0.5, 256, columns=1, scale=1)
     pictures.save_picture(grid.crop((1, 1, grid.width - 1, grid.height - 1)), a.out)
     if a.sheet is not None:
         other = torch.nn.functional.interpolate(style, content.shape[2:], mode="bilinear", antialias=True)
-        pictures.save_picture(pictures.image_grid(torch.cat((content, other, result.image)) - 0.5, 256, columns=3), a.sheet)
+        pictures.save_picture(
+            pictures.image_grid(torch.cat((content, other, result.image)) - 0.5, 256, columns=3), a.sheet
+        )
     print(f"{a.steps} steps, loss {result.losses[0]:.4g} -> {result.losses[-1]:.4g}; see {a.out}")
     return 0
 
@@ -365,8 +431,8 @@ def _bench(a: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status.
 
-    Errors are one line on standard error and status 2, a run that diverged is one and status 1, and Ctrl-C and SIGTERM are one
-    and 128 plus the signal.
+    Errors are one line on standard error and status 2, a run that diverged is one and status 1, and Ctrl-C and SIGTERM
+    are one and 128 plus the signal.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"]:  # everything behind it belongs to the suite, options too

@@ -49,7 +49,8 @@ class Choice:
 
 
 def by_rule(*candidates: dict[str, int]) -> Choice:
-    """Of a tile that a rule of the file chooses by the sizes: nothing else now, or in its place a candidate's fields."""
+    """Of a tile that a rule of the file chooses by the sizes: nothing else now, or in its place a candidate's
+    fields."""
     return Choice({}, list(candidates))
 
 
@@ -59,8 +60,8 @@ def every(**values: Iterable[int]) -> list[dict[str, int]]:
 
 
 def tiles_choice(narrow: Mapping[str, int] | None = None, **more: Iterable[int]) -> Choice:
-    """Of a program that takes a tile at a time: the elements of the tile and those of a thread, and ``more``, present value
-    first."""
+    """Of a program that takes a tile at a time: the elements of the tile and those of a thread, and ``more``, present
+    value first."""
     values = {"tile": (1024, 512, 2048, 4096), "each": (8, 4, 16)} | {k: tuple(v) for k, v in more.items()}
     return Choice({k: v[0] for k, v in values.items()}, every(**values), dict(narrow or {}))
 
@@ -101,7 +102,9 @@ class View(NamedTuple):
 
     def transposed(self) -> View:
         """A flat view as one sample: all of a sample as channels, the batch as positions."""
-        return View(self.data, 1, self.c * self.s, self.n, 0, self.s_stride if self.s > 1 else self.c_stride, self.n_stride)
+        return View(
+            self.data, 1, self.c * self.s, self.n, 0, self.s_stride if self.s > 1 else self.c_stride, self.n_stride
+        )
 
 
 def view(x: Tensor) -> View:
@@ -147,7 +150,8 @@ def tile(v: View, size: int = TILE) -> tuple[int, int]:
 def options(elements: int, far: bool, scattered: bool = False, each: int = 8) -> dict[str, int]:
     """Launch options of a tile: ``each`` elements a thread.
 
-    64-bit addresses, and ``scattered`` loads, need more registers than the assembler grants of itself, which would spill.
+    64-bit addresses, and ``scattered`` loads, need more registers than the assembler grants of itself, which would
+    spill.
     """
     registers = 168 if far else 128 if scattered else 0
     return {"num_warps": max(1, elements // (32 * each))} | ({"maxnreg": registers} if registers else {})
@@ -158,7 +162,8 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 
 @functools.cache
 def hopper(device: torch.device) -> bool:
-    """Whether tiles may take what an H100 or H200 has of shared memory and registers; so too where there is no GPU to ask."""
+    """Whether tiles may take what an H100 or H200 has of shared memory and registers; so too where there is no GPU to
+    ask."""
     if device.type == "cpu" or not torch.cuda.is_available():
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
@@ -166,10 +171,11 @@ def hopper(device: torch.device) -> bool:
 
 @functools.lru_cache(1024)
 def parts(programs: int, at_once: int, most: int, joining: float = 0.0) -> int:
-    """Into how many parts (at most ``most``) to split the sum of each of ``programs``, of which ``at_once`` run together.
+    """Into how many parts (at most ``most``) to split the sum of each of ``programs``, of which ``at_once`` run
+    together.
 
-    The fewest whose time is within 6% of the least: the rounds of programs, each as long as its part, and where there are
-    several ``joining`` longer (as a share of the whole sum), for what is written and read again.
+    The fewest whose time is within 6% of the least: the rounds of programs, each as long as its part, and where there
+    are several ``joining`` longer (as a share of the whole sum), for what is written and read again.
     """
     most = max(1, min(most, cdiv(4 * at_once, max(1, programs))))
     times = [cdiv(programs * n, at_once) * (1 / n + (joining if n > 1 else 0.0)) for n in range(1, most + 1)]
@@ -217,12 +223,18 @@ def tile_options(warps: int, stages: int, registers: int = 0) -> dict[str, int]:
 
 
 def variant(
-    label: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], ones: Iterable[str] | None = None,
+    label: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    ones: Iterable[str] | None = None,
     **launch: int,
-) -> Aot:  # fmt: skip
-    """A compile of ``kernel`` with options ``launch``: pointers as ``types`` says, sizes and strides as for dense tensors.
+) -> Aot:
+    """A compile of ``kernel`` with options ``launch``: pointers as ``types`` says, sizes and strides as for dense
+    tensors.
 
-    That is, as the launcher specialises them: 32-bit multiples of 16, and 1 where ``ones`` says. ``ones=None`` is the other
+    That is, as the launcher specialises them: 32-bit multiples of 16, and 1 where ``ones`` says. ``ones=None`` is the
+        other
     extreme: 64 bits about which nothing is known.
     """
     pointers = tuple(name for name in kernel.arg_names if types.get(name, "").startswith("*"))
@@ -237,9 +249,14 @@ def variant(
 
 
 def tiled_variant(
-    choices: Mapping[str, Choice], kind: str, types: Mapping[str, str], label: str, kernel: Any, ones: Iterable[str] | None,
+    choices: Mapping[str, Choice],
+    kind: str,
+    types: Mapping[str, str],
+    label: str,
+    kernel: Any,
+    ones: Iterable[str] | None,
     **constants: Any,
-) -> Aot:  # fmt: skip
+) -> Aot:
     """A variant of a kernel that takes a tile of ``kind`` at a time, as the choice of its name has it now."""
     choice = choices[kernel.fn.__name__[1:]].of(int(kind[2:]) // 8)
     own = {name: types[name] for name in kernel.arg_names if name in types}

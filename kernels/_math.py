@@ -1,7 +1,7 @@
 """Elementary functions to a few ulp in float32, for any kernel.
 
-Written for few instructions, which bound a kernel whose data is narrow: on sm_90, exp takes 6, inverse 4 (a division 8) and
-log1p_unit 10, as counted in machine code.
+Written for few instructions, which bound a kernel whose data is narrow: on sm_90, exp takes 6, inverse 4 (a division 8)
+and log1p_unit 10, as counted in machine code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """e^x to two ulp beside the hardware's 2^x, whose argument's rounding, else |x| / 2 ulp, is made good; 0 below 2^-126."""
+    """e^x to two ulp beside the hardware's 2^x, whose argument's rounding, else |x| / 2 ulp, is made good; 0 below
+    2^-126."""
     high = x * 1.4426950408889634
     lost = tl.fma(high, 1.904654323148236e-9, tl.fma(high, -0.693147182464599609375, x))  # x - high ln 2, of 48 bits
     e = tl.exp2(high)

@@ -1,11 +1,14 @@
 """Pointwise activations between the layers of a critic, and what a gradient penalty needs of them (DESIGN section 8).
 
-    leaky relu   y = x where x > 0, s x elsewhere, and the signs as one bit an element; applied, y = x where the bit is set,
+    leaky relu   y = x where x > 0, s x elsewhere, and the signs as one bit an element; applied, y = x where the bit is
+    set,
                  s x elsewhere
     smooth s     chain = grad s'(x);   second = cotangent s'(x) + grad tangent s''(x)
 
-Dense tensors in one order. One pass each: in float32 8.125 bytes an element for the leaky relu, 12 for the chain, 16 to 20 for
-the second, and at most some 40 FLOPs: all bound by memory bandwidth. Eight elements make a byte, so a program takes BLOCK bytes
+Dense tensors in one order. One pass each: in float32 8.125 bytes an element for the leaky relu, 12 for the chain, 16 to
+20 for
+the second, and at most some 40 FLOPs: all bound by memory bandwidth. Eight elements make a byte, so a program takes
+    BLOCK bytes
 by eight elements; bits of rows are padded to whole bytes (BYTES a row), bits of a whole tensor are those of one row.
 """
 
@@ -28,9 +31,8 @@ TUNABLE = {
     "smooth": tiles_choice(),
 }
 KINDS = {
-    k: i
-    for i, k in enumerate(("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", "elu", "selu", "mish"))
-}  # fmt: skip
+    k: i for i, k in enumerate(("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", "elu", "selu", "mish"))
+}
 
 
 @triton.jit
@@ -141,8 +143,18 @@ def _slopes(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _smooth(x, grad, tangent, cotangent, y, size, KIND: tl.constexpr, SECOND: tl.constexpr, COTANGENT: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
+def _smooth(
+    x,
+    grad,
+    tangent,
+    cotangent,
+    y,
+    size,
+    KIND: tl.constexpr,
+    SECOND: tl.constexpr,
+    COTANGENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     first, second = _slopes(tl.load(x + at, mask=inside, other=0).to(tl.float32), KIND)
@@ -168,9 +180,18 @@ def _launch(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> No
         choice = TUNABLE["leaky"].of(x.element_size())
         elements, each = choice["tile"], choice["each"]
         _leaky[(cdiv(total, elements // 8),)](
-            x, y, bits, slope, columns, row_bytes, total, APPLY=apply, RELU=slope == 0, BLOCK=elements // 8,
+            x,
+            y,
+            bits,
+            slope,
+            columns,
+            row_bytes,
+            total,
+            APPLY=apply,
+            RELU=slope == 0,
+            BLOCK=elements // 8,
             **options(elements, False, each=each),
-        )  # fmt: skip
+        )
 
 
 def leaky_relu_bits(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
@@ -205,9 +226,17 @@ def _run(x: Tensor, grad: Tensor, tangent: Tensor | None, cotangent: Tensor | No
         choice = TUNABLE["smooth"].of(x.element_size())
         elements, each = choice["tile"], choice["each"]
         _smooth[(cdiv(x.numel(), elements),)](
-            x, _dense(grad.to(x.dtype), x), *others, y, x.numel(), KIND=KINDS[kind], SECOND=tangent is not None,
-            COTANGENT=cotangent is not None, BLOCK=elements, **options(elements, False, each=each),
-        )  # fmt: skip
+            x,
+            _dense(grad.to(x.dtype), x),
+            *others,
+            y,
+            x.numel(),
+            KIND=KINDS[kind],
+            SECOND=tangent is not None,
+            COTANGENT=cotangent is not None,
+            BLOCK=elements,
+            **options(elements, False, each=each),
+        )
     return y
 
 

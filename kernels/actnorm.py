@@ -1,13 +1,14 @@
 """Activation normalisation (Glow 1807.03039 sec. 3.1): y = s x + b per channel, logdet = S sum log|s|.
 
     backward  dx = s d, ds = sum d x + S g / s, db = sum d;   of the inverse y = (x - b) / s: dx = d / s,
-              ds = -(sum d y + S g) / s, db = -sum d / s;   g = sum grad_logdet; in terms of log s, ds is multiplied by s
+              ds = -(sum d y + S g) / s, db = -sum d / s;   g = sum grad_logdet; in terms of log s, ds is multiplied by
+              s
 
-x (N, C, S), s and b (C,), logdet (N,). Fused: the affine map and the log-determinant (added up over C by one program of each
-sample); in the backward dx and both sums over batch and positions. The forward reads x and writes y (8 bytes an element in
-float32, 2 FLOPs), the backward reads d and x and writes dx (12 bytes, 5 FLOPs): both bound by memory bandwidth, one pass
-each. Up to 'rows' programs a channel tile walk over the tiles and write one partial sum each; a second, tiny kernel adds them
-in an order that depends on the shape alone.
+x (N, C, S), s and b (C,), logdet (N,). Fused: the affine map and the log-determinant (added up over C by one program of
+each sample); in the backward dx and both sums over batch and positions. The forward reads x and writes y (8 bytes an
+element in float32, 2 FLOPs), the backward reads d and x and writes dx (12 bytes, 5 FLOPs): both bound by memory
+bandwidth, one pass each. Up to 'rows' programs a channel tile walk over the tiles and write one partial sum each; a
+second, tiny kernel adds them in an order that depends on the shape alone.
 """
 
 from __future__ import annotations
@@ -21,12 +22,9 @@ from torch import Tensor
 
 from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice, variant, view
 
-# Of a tile its elements and those of a thread. Rows, programs a channel tile: fill any GPU of today several times over, and
-# keep the second kernel short.
-TUNABLE = {
-    "forward": tiles_choice(dict(tile=2048, each=16)),
-    "backward": tiles_choice(rows=(1024, 64, 256)),
-}
+# Of a tile its elements and those of a thread. Rows, programs a channel tile: fill any GPU of today several times over,
+# and keep the second kernel short.
+TUNABLE = {"forward": tiles_choice(dict(tile=2048, each=16)), "backward": tiles_choice(rows=(1024, 64, 256))}
 
 
 @triton.jit
@@ -41,9 +39,29 @@ def _scale(scale, c, C, LOG_SCALE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, scale, bias, y, logdet, xn, xc, xs, yn, yc, ys, C, S, positions, s_tiles, tiles, LOG_SCALE: tl.constexpr,
-    INVERSE: tl.constexpr, BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x,
+    scale,
+    bias,
+    y,
+    logdet,
+    xn,
+    xc,
+    xs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    positions,
+    s_tiles,
+    tiles,
+    LOG_SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BATCH_IN_TILE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, k, c, p = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (p < S)
     s = _scale(scale, c, C, LOG_SCALE)
@@ -68,9 +86,33 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_y, x, scale, bias, dx, partial, gn, gc, gs, xn, xc, xs, yn, yc, ys, C, S, s_tiles, tiles, c_tiles, rows,
-    LOG_SCALE: tl.constexpr, INVERSE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad_y,
+    x,
+    scale,
+    bias,
+    dx,
+    partial,
+    gn,
+    gc,
+    gs,
+    xn,
+    xc,
+    xs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    s_tiles,
+    tiles,
+    c_tiles,
+    rows,
+    LOG_SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """dx, and for each channel sum d x (inverse: sum d y) and sum d over the tiles row, row + rows, ..."""
     row = tl.program_id(0) // c_tiles
     c = ((tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
@@ -103,9 +145,22 @@ def _backward(
 
 @triton.jit
 def _finish(
-    partial, grad_logdet, scale, ds, db, ln, C, N, positions, rows, HAS_LOGDET: tl.constexpr, LOG_SCALE: tl.constexpr,
-    INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    partial,
+    grad_logdet,
+    scale,
+    ds,
+    db,
+    ln,
+    C,
+    N,
+    positions,
+    rows,
+    HAS_LOGDET: tl.constexpr,
+    LOG_SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """Adds the partial sums in order, and the log-determinant's share."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     s = _scale(scale, c, C, LOG_SCALE)
@@ -158,15 +213,37 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bo
     tiles = cdiv(a.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
-        a.data, scale.contiguous(), bias.contiguous(), y, logdet, *a.strides, *out.strides, a.c, a.s, 1 if vectors else a.s,
-        s_tiles, tiles, LOG_SCALE=log_scale, INVERSE=inverse, BATCH_IN_TILE=vectors, FAR=far, BLOCK_C=block_c,
-        BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
-    )  # fmt: skip
+        a.data,
+        scale.contiguous(),
+        bias.contiguous(),
+        y,
+        logdet,
+        *a.strides,
+        *out.strides,
+        a.c,
+        a.s,
+        1 if vectors else a.s,
+        s_tiles,
+        tiles,
+        LOG_SCALE=log_scale,
+        INVERSE=inverse,
+        BATCH_IN_TILE=vectors,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **options(block_c * block_s, far, each=choice["each"]),
+    )
     return y, logdet
 
 
 def actnorm_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    log_scale: bool,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dbias) of genfast::actnorm_backward."""
     dx, ds, db = output(x), torch.empty_like(scale), torch.empty_like(bias)
@@ -187,16 +264,46 @@ def actnorm_backward(
             far = a.far or out.far or g.far
             partial = torch.empty((rows, 2, a.c), dtype=torch.float32, device=x.device)
             _backward[(rows * c_tiles,)](
-                g.data, a.data, scale, bias, dx, partial, *g.strides, *a.strides, *out.strides, a.c, a.s, s_tiles, tiles,
-                c_tiles, rows, LOG_SCALE=log_scale, INVERSE=inverse, FAR=far, BLOCK_C=block_c,
-                BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
-            )  # fmt: skip
+                g.data,
+                a.data,
+                scale,
+                bias,
+                dx,
+                partial,
+                *g.strides,
+                *a.strides,
+                *out.strides,
+                a.c,
+                a.s,
+                s_tiles,
+                tiles,
+                c_tiles,
+                rows,
+                LOG_SCALE=log_scale,
+                INVERSE=inverse,
+                FAR=far,
+                BLOCK_C=block_c,
+                BLOCK_S=block_s,
+                **options(block_c * block_s, far, each=choice["each"]),
+            )
     if channels:
         _finish[(cdiv(channels, 16),)](
-            partial, partial if grad_logdet is None else grad_logdet, scale, ds, db,
-            0 if grad_logdet is None else grad_logdet.stride(0), channels, batch, positions, rows,
-            HAS_LOGDET=grad_logdet is not None, LOG_SCALE=log_scale, INVERSE=inverse, BLOCK_C=16, BLOCK_R=64,
-        )  # fmt: skip
+            partial,
+            partial if grad_logdet is None else grad_logdet,
+            scale,
+            ds,
+            db,
+            0 if grad_logdet is None else grad_logdet.stride(0),
+            channels,
+            batch,
+            positions,
+            rows,
+            HAS_LOGDET=grad_logdet is not None,
+            LOG_SCALE=log_scale,
+            INVERSE=inverse,
+            BLOCK_C=16,
+            BLOCK_R=64,
+        )
     return dx, ds, db
 
 
@@ -208,7 +315,12 @@ def _variants() -> list[Aot]:
         pointers |= dict.fromkeys(("partial", "logdet", "grad_logdet"), "*fp32")
 
         def add(
-            label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, width: int = width, **base: Any
+            label: str,
+            ones: tuple[str, ...] | None,
+            kernels: Any,
+            pointers: Any = pointers,
+            width: int = width,
+            **base: Any,
         ) -> None:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}

@@ -6,17 +6,18 @@
               inverse  dx = d/s, dt = -d/s, dr = -l'(r) (x d + g), x the output
 
 x (N, C, S), params (N, 2C', S), logdet (N,). Fused: split, scale map, product, shift, concatenation and the sum over a
-sample; in the backward also the gradient of alpha. One pass each way: per transformed element the forward reads x, r, t and
-writes y (16 bytes in float32), the backward reads d, x, r and writes dx, dr, dt (24; 28 from the output, which needs t); a
-passed element costs 8 each way. About 30 FLOPs an element (the scale map): bound by memory bandwidth.
+sample; in the backward also the gradient of alpha. One pass each way: per transformed element the forward reads x, r, t
+and writes y (16 bytes in float32), the backward reads d, x, r and writes dx, dr, dt (24; 28 from the output, which
+needs t); a passed element costs 8 each way. About 30 FLOPs an element (the scale map): bound by memory bandwidth.
 
-A tile without a transformed channel is copied. On an H200 instructions take at most 65% of the bytes' time forward and 44%
-backward in float32 with the sigmoid map, 137% and 97% in bfloat16, counting both branches of which a tile takes one
+A tile without a transformed channel is copied. On an H200 instructions take at most 65% of the bytes' time forward and
+44% backward in float32 with the sigmoid map, 137% and 97% in bfloat16, counting both branches of which a tile takes one
 (benchmarks.sass; predicted, not yet run on a GPU; 86% and 54%, 180% and 115% before, when every tile computed).
 
-A program takes one tile of channels x positions of one sample. Dense NCHW samples are taken as few long rows, and samples
-smaller than a tile (and vectors) many to a tile, so that no lane idles. Each tile writes its partial sums of logdet and
-grad alpha; a second, tiny reduction adds them in an order that depends on the shape alone. float32 within, whatever the data.
+A program takes one tile of channels x positions of one sample. Dense NCHW samples are taken as few long rows, and
+samples smaller than a tile (and vectors) many to a tile, so that no lane idles. Each tile writes its partial sums of
+logdet and grad alpha; a second, tiny reduction adds them in an order that depends on the shape alone. float32 within,
+whatever the data.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def _scale_map(r, a, SCALE: tl.constexpr, INVERSE: tl.constexpr):
 
 @triton.jit
 def _live(inside, mask, c, s, mc, ms, first, width, MASKED: tl.constexpr):
-    """Where a parameter is: the transformed channels; and where it counts: those that the mask does not pass through."""
+    """Where a parameter is: the transformed channels; and where it counts: those that the mask does not pass
+    through."""
     moved = inside & (c >= first) & (c < first + width)
     live = moved
     if MASKED:
@@ -95,10 +97,41 @@ def _touched(row, first, width, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, parameters, alpha, mask, y, logdet, xn, xc, xs, pn, pc, ps, yn, yc, ys, mc, ms, C, S, width, first, r_at, t_at, step,
-    s_tiles, tiles, SCALE: tl.constexpr, INVERSE: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
-    BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x,
+    parameters,
+    alpha,
+    mask,
+    y,
+    logdet,
+    xn,
+    xc,
+    xs,
+    pn,
+    pc,
+    ps,
+    yn,
+    yc,
+    ys,
+    mc,
+    ms,
+    C,
+    S,
+    width,
+    first,
+    r_at,
+    t_at,
+    step,
+    s_tiles,
+    tiles,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    MASKED: tl.constexpr,
+    BATCH_IN_TILE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, k, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (s < S)
     given = tl.load(x + n * xn + (c * xc + s * xs), mask=inside, other=0)
@@ -137,11 +170,54 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_y, grad_logdet, kept, parameters, alpha, mask, dx, dparams, dalpha, gn, gc, gs, ln, kn, kc, ks, pn, pc, ps, xn, xc, xs,
-    qn, qc, qs, mc, ms, C, S, width, first, r_at, t_at, step, s_tiles, tiles, HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr,
-    SCALE: tl.constexpr, INVERSE: tl.constexpr, KEEP_OUTPUT: tl.constexpr, ALPHA: tl.constexpr, MASKED: tl.constexpr,
-    BATCH_IN_TILE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad_y,
+    grad_logdet,
+    kept,
+    parameters,
+    alpha,
+    mask,
+    dx,
+    dparams,
+    dalpha,
+    gn,
+    gc,
+    gs,
+    ln,
+    kn,
+    kc,
+    ks,
+    pn,
+    pc,
+    ps,
+    xn,
+    xc,
+    xs,
+    qn,
+    qc,
+    qs,
+    mc,
+    ms,
+    C,
+    S,
+    width,
+    first,
+    r_at,
+    t_at,
+    step,
+    s_tiles,
+    tiles,
+    HAS_Y: tl.constexpr,
+    HAS_LOGDET: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    KEEP_OUTPUT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    MASKED: tl.constexpr,
+    BATCH_IN_TILE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, k, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (s < S)
     zero = tl.zeros((BLOCK_C, BLOCK_S), dtype=tl.float32)
@@ -215,9 +291,18 @@ class _Call(NamedTuple):
 
 
 def _call(
-    x: Tensor, params: Tensor, others: list[Tensor], params_like: list[Tensor], alpha: Tensor | None, mask: Tensor | None,
-    scale: str, layout: str, last: bool, inverse: bool, choice: dict[str, int],
-) -> _Call:  # fmt: skip
+    x: Tensor,
+    params: Tensor,
+    others: list[Tensor],
+    params_like: list[Tensor],
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    scale: str,
+    layout: str,
+    last: bool,
+    inverse: bool,
+    choice: dict[str, int],
+) -> _Call:
     """``others`` are shaped like x, ``params_like`` like params."""
     views = [view(t) for t in (x, *others, params, *params_like)]
     a, p = views[0], views[1 + len(others)]
@@ -246,18 +331,34 @@ def _call(
     tiles = cdiv(a.c, block_c) * s_tiles
     far = any(v.far for v in views)
     constants = dict(
-        SCALE=scale, INVERSE=inverse, ALPHA=each, MASKED=mask is not None, BATCH_IN_TILE=batch_in_tile,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, mask is not None, choice["each"]),
-    )  # fmt: skip
+        SCALE=scale,
+        INVERSE=inverse,
+        ALPHA=each,
+        MASKED=mask is not None,
+        BATCH_IN_TILE=batch_in_tile,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **options(block_c * block_s, far, mask is not None, choice["each"]),
+    )
     sizes = (a.c, a.s, width, first, r_at, t_at, step, s_tiles, tiles)
     return _Call(views, (bytes_, mc, ms), sizes, (a.n * tiles,), a.n * s_tiles, tiles, constants)
 
 
 def affine_coupling(
-    x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool,
-    keep_output: bool, shift_first: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, logdet) of genfast::affine_coupling; with the shift first plain PyTorch's, as these kernels have no such form."""
+    x: Tensor,
+    params: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    scale: str,
+    layout: str,
+    last: bool,
+    inverse: bool,
+    keep_output: bool,
+    shift_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(y, logdet) of genfast::affine_coupling; with the shift first plain PyTorch's, as these kernels have no such
+    form."""
     if shift_first:
         return reference.affine_coupling(x, params, alpha, mask, scale, layout, last, inverse, keep_output, True)
     y, batch = output(x), x.shape[0]
@@ -273,9 +374,19 @@ def affine_coupling(
         shape = (call.tiles // (call.rows // a.n), batch) if in_tile else (batch, call.tiles)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     _forward[call.grid](
-        a.data, p.data, x if alpha is None else alpha.contiguous(), call.mask[0], y, partial, *a.strides, *p.strides,
-        *out.strides, *call.mask[1:], *call.sizes, **call.constants,
-    )  # fmt: skip
+        a.data,
+        p.data,
+        x if alpha is None else alpha.contiguous(),
+        call.mask[0],
+        y,
+        partial,
+        *a.strides,
+        *p.strides,
+        *out.strides,
+        *call.mask[1:],
+        *call.sizes,
+        **call.constants,
+    )
     if scale == "additive":
         return y, logdet
     axis = 0 if in_tile else 1
@@ -283,9 +394,19 @@ def affine_coupling(
 
 
 def affine_coupling_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
-    mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool, shift_first: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    kept: Tensor,
+    params: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    scale: str,
+    layout: str,
+    last: bool,
+    inverse: bool,
+    keep_output: bool,
+    shift_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dparams, dalpha) of genfast::affine_coupling_backward; with the shift first plain PyTorch's."""
     if shift_first:
         return reference.affine_coupling_backward(
@@ -297,7 +418,17 @@ def affine_coupling_backward(
         return dx, dparams, dalpha
     d = kept if grad_y is None else grad_y
     call = _call(
-        kept, params, [d, dx], [dparams], alpha, mask, scale, layout, last, inverse, TUNABLE["backward"].of(kept.element_size())
+        kept,
+        params,
+        [d, dx],
+        [dparams],
+        alpha,
+        mask,
+        scale,
+        layout,
+        last,
+        inverse,
+        TUNABLE["backward"].of(kept.element_size()),
     )
     a, g, out, p, q = call.views
     partial = dalpha
@@ -305,11 +436,28 @@ def affine_coupling_backward(
         shape = (call.grid[0], 1) if call.constants["ALPHA"] == "one" else (call.rows, alpha.shape[0])
         partial = torch.empty(shape, dtype=torch.float32, device=kept.device)
     _backward[call.grid](
-        g.data, kept if grad_logdet is None else grad_logdet, a.data, p.data, kept if alpha is None else alpha.contiguous(),
-        call.mask[0], dx, dparams, partial, *g.strides, 0 if grad_logdet is None else grad_logdet.stride(0), *a.strides,
-        *p.strides, *out.strides, *q.strides, *call.mask[1:], *call.sizes, HAS_Y=grad_y is not None,
-        HAS_LOGDET=grad_logdet is not None, KEEP_OUTPUT=keep_output, **call.constants,
-    )  # fmt: skip
+        g.data,
+        kept if grad_logdet is None else grad_logdet,
+        a.data,
+        p.data,
+        kept if alpha is None else alpha.contiguous(),
+        call.mask[0],
+        dx,
+        dparams,
+        partial,
+        *g.strides,
+        0 if grad_logdet is None else grad_logdet.stride(0),
+        *a.strides,
+        *p.strides,
+        *out.strides,
+        *q.strides,
+        *call.mask[1:],
+        *call.sizes,
+        HAS_Y=grad_y is not None,
+        HAS_LOGDET=grad_logdet is not None,
+        KEEP_OUTPUT=keep_output,
+        **call.constants,
+    )
     return dx, dparams, dalpha if alpha is None else partial.sum(0).to(alpha.dtype)
 
 
@@ -323,9 +471,14 @@ def _variants() -> list[Aot]:
         pointers |= dict.fromkeys(("logdet", "grad_logdet", "dalpha"), "*fp32")
 
         def add(
-            label: str, rows: bool, ones: tuple[str, ...] | None, pointers: dict[str, str] = pointers, width: int = width,
-            kind: str = kind, **base: Any,
-        ) -> None:  # fmt: skip
+            label: str,
+            rows: bool,
+            ones: tuple[str, ...] | None,
+            pointers: dict[str, str] = pointers,
+            width: int = width,
+            kind: str = kind,
+            **base: Any,
+        ) -> None:
             block = dict(BLOCK_C=16 if rows else 1)
             base = dict(MASKED=False, BATCH_IN_TILE=False, FAR=ones is None) | block | base
             back = base | dict(HAS_Y=True, HAS_LOGDET=True, KEEP_OUTPUT=base["INVERSE"])

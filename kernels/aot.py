@@ -1,11 +1,12 @@
-"""Compiles every Triton kernel ahead of time, without a GPU: ``python -m genfast.kernels.aot [--arch 80 90 100 gfx942]``.
+"""Compiles every Triton kernel ahead of time, without a GPU:
+``python -m genfast.kernels.aot [--arch 80 90 100 gfx942]``.
 
-Each kernel file lists its variants in ``AOT``. Prints registers a thread, shared memory and spilled bytes of each, as they
-stand in the binary, and exits with 1 if one does not compile, spills, computes in float64, or is in no file's list. A kernel
-here has no arrays of its own, so whatever stack a thread has is spilled registers.
+Each kernel file lists its variants in ``AOT``. Prints registers a thread, shared memory and spilled bytes of each, as
+they stand in the binary, and exits with 1 if one does not compile, spills, computes in float64, or is in no file's
+list. A kernel here has no arrays of its own, so whatever stack a thread has is spilled registers.
 
-gfx942 is AMD's, with 512 vector registers and 64 KB of shared memory; a limit on registers is NVIDIA's alone, and a spill there
-is listed and no failure, since nothing there has been tuned.
+gfx942 is AMD's, with 512 vector registers and 64 KB of shared memory; a limit on registers is NVIDIA's alone, and a
+spill there is listed and no failure, since nothing there has been tuned.
 """
 
 from __future__ import annotations
@@ -157,7 +158,9 @@ def main() -> int:
         "--arch", nargs="+", default=["80", "90", "100"], help="compute capabilities, e.g. 80 90 100, or AMD's gfx942"
     )
     parser.add_argument("--family", nargs="+", default=families(), metavar="NAME", help="only these kernel files")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a kernel's variants only the first of every N")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="of a kernel's variants only the first of every N"
+    )
     arguments = parser.parse_args()
     archs = arguments.arch
     for arch in archs:
@@ -172,7 +175,9 @@ def main() -> int:
         if family not in families():
             parser.error(f"family {family!r}, expected one of {', '.join(families())}")
     missing = [f"{family}.{name}" for family in arguments.family for name in unlisted(family)]
-    jobs = [(family, i, arch) for family in arguments.family for i in thinned(family, arguments.every) for arch in archs]
+    jobs = [
+        (family, i, arch) for family in arguments.family for i in thinned(family, arguments.every) for arch in archs
+    ]
     print(f"{'family':<18} {'kernel':<13} {'variant':<38} {'arch':<7} {'registers':>9} {'shared':>7} {'spilled':>7}")
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:

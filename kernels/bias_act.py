@@ -1,13 +1,14 @@
-"""Bias and activation (StyleGAN2 1912.04958; NVlabs' bias_act): y = clamp(gain f(x + b), -c, c), nine f, b (C,) or none.
+"""Bias and activation (StyleGAN2 1912.04958; NVlabs' bias_act): y = clamp(gain f(x + b), -c, c), nine f, b (C,) or
+none.
 
     backward      dx = gain f'(v) d where |gain f(v)| <= c, db = sum dx, with v = x + b
     second order  gain f''(v) d e in the same places, and its sum, with e the gradient of dx
 
-x (N, C, S). Fused: the sum, f, the gain and the clamp; in the derivatives, which recompute v, also the sums over batch and
-positions. One pass each: the forward reads x and writes y (8 bytes an element in float32), the backward reads d and x and
-writes dx (12), the second order reads e too (16). At most 40 FLOPs: bound by memory bandwidth. For the sums, up to
-'rows' programs a channel tile walk over the tiles and write one partial sum each, added in an order that depends on the shape
-alone.
+x (N, C, S). Fused: the sum, f, the gain and the clamp; in the derivatives, which recompute v, also the sums over batch
+and positions. One pass each: the forward reads x and writes y (8 bytes an element in float32), the backward reads d and
+x and writes dx (12), the second order reads e too (16). At most 40 FLOPs: bound by memory bandwidth. For the sums, up
+to 'rows' programs a channel tile walk over the tiles and write one partial sum each, added in an order that depends on
+the shape alone.
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice
 from ._math import exp, inverse, log1p_unit, tanh_of
 
 # Of a tile its elements and those of a thread; rows, programs a channel tile, as in actnorm.
-TUNABLE = {
-    "forward": tiles_choice(dict(tile=2048, each=16)),
-    "backward": tiles_choice(rows=(1024, 64, 256)),
-}
+TUNABLE = {"forward": tiles_choice(dict(tile=2048, each=16)), "backward": tiles_choice(rows=(1024, 64, 256))}
 CODES = {"linear": 0, "relu": 1, "lrelu": 2, "tanh": 3, "sigmoid": 4, "elu": 5, "selu": 6, "softplus": 7, "swish": 8}
 
 
@@ -81,9 +79,29 @@ def _activation(v, alpha, ACT: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, bias, y, xn, xc, xs, yn, yc, ys, C, S, alpha, gain, clamp, s_tiles, tiles, ACT: tl.constexpr, BIAS: tl.constexpr,
-    CLAMP: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x,
+    bias,
+    y,
+    xn,
+    xc,
+    xs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    alpha,
+    gain,
+    clamp,
+    s_tiles,
+    tiles,
+    ACT: tl.constexpr,
+    BIAS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, _, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (s < S)
     v = tl.load(x + n * xn + (c * xc + s * xs), mask=inside, other=0).to(tl.float32)
@@ -99,10 +117,41 @@ def _forward(
 
 @triton.jit
 def _derivative(
-    grad_dx, grad_y, x, bias, dx, partial, en, ec, es, gn, gc, gs, xn, xc, xs, yn, yc, ys, C, S, alpha, gain, clamp, s_tiles,
-    tiles, c_tiles, rows, ACT: tl.constexpr, SECOND: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad_dx,
+    grad_y,
+    x,
+    bias,
+    dx,
+    partial,
+    en,
+    ec,
+    es,
+    gn,
+    gc,
+    gs,
+    xn,
+    xc,
+    xs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    alpha,
+    gain,
+    clamp,
+    s_tiles,
+    tiles,
+    c_tiles,
+    rows,
+    ACT: tl.constexpr,
+    SECOND: tl.constexpr,
+    BIAS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """dx, or what grad_dx gives x; with a bias, for each channel its sum over the tiles row, row + rows, ..."""
     row = tl.program_id(0) // c_tiles
     c = ((tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
@@ -140,7 +189,8 @@ def _options(elements: int, far: bool, each: int = 8) -> dict[str, int]:
 
 
 def _seen(bias: Tensor | None, *tensors: Tensor) -> list[View]:
-    """The tensors as (N, C, S): vectors as one sample of N positions; without a bias and all dense alike, as one long row."""
+    """The tensors as (N, C, S): vectors as one sample of N positions; without a bias and all dense alike, as one long
+    row."""
     first = tensors[0]
     dense = first.is_contiguous(memory_format=memory_format(first))
     if bias is None and dense and all(t.stride() == first.stride() for t in tensors):
@@ -161,17 +211,39 @@ def bias_act(x: Tensor, bias: Tensor | None, act: str, alpha: float, gain: float
     tiles = cdiv(a.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
-        a.data, x if bias is None else bias.contiguous(), y, *a.strides, *out.strides, a.c, a.s, alpha, gain,
-        0.0 if clamp is None else clamp, s_tiles, tiles, ACT=CODES[act], BIAS=bias is not None, CLAMP=clamp is not None,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far, each=choice["each"]),
-    )  # fmt: skip
+        a.data,
+        x if bias is None else bias.contiguous(),
+        y,
+        *a.strides,
+        *out.strides,
+        a.c,
+        a.s,
+        alpha,
+        gain,
+        0.0 if clamp is None else clamp,
+        s_tiles,
+        tiles,
+        ACT=CODES[act],
+        BIAS=bias is not None,
+        CLAMP=clamp is not None,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **options(block_c * block_s, far, each=choice["each"]),
+    )
     return y
 
 
 def _derive(
-    grad_dx: Tensor | None, grad_y: Tensor, x: Tensor, bias: Tensor | None, act: str, alpha: float, gain: float,
+    grad_dx: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    act: str,
+    alpha: float,
+    gain: float,
     clamp: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     dx = output(x)
     if not x.numel():
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
@@ -184,11 +256,34 @@ def _derive(
     far = a.far or out.far or d.far or e.far
     partial = torch.empty((rows, a.c) if bias is not None else 0, dtype=torch.float32, device=x.device)
     _derivative[(rows * c_tiles,)](
-        e.data, d.data, a.data, x if bias is None else bias.contiguous(), dx, partial, *e.strides, *d.strides, *a.strides,
-        *out.strides, a.c, a.s, alpha, gain, 0.0 if clamp is None else clamp, s_tiles, tiles, c_tiles, rows, ACT=CODES[act],
-        SECOND=grad_dx is not None, BIAS=bias is not None, CLAMP=clamp is not None, FAR=far, BLOCK_C=block_c,
-        BLOCK_S=block_s, **_options(block_c * block_s, far, choice["each"]),
-    )  # fmt: skip
+        e.data,
+        d.data,
+        a.data,
+        x if bias is None else bias.contiguous(),
+        dx,
+        partial,
+        *e.strides,
+        *d.strides,
+        *a.strides,
+        *out.strides,
+        a.c,
+        a.s,
+        alpha,
+        gain,
+        0.0 if clamp is None else clamp,
+        s_tiles,
+        tiles,
+        c_tiles,
+        rows,
+        ACT=CODES[act],
+        SECOND=grad_dx is not None,
+        BIAS=bias is not None,
+        CLAMP=clamp is not None,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **_options(block_c * block_s, far, choice["each"]),
+    )
     return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 
@@ -200,7 +295,14 @@ def bias_act_backward(
 
 
 def bias_act_second(
-    grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None, act: str, alpha: float, gain: float, clamp: float | None
+    grad_dx: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x, gradient of bias) of genfast::bias_act_second."""
     return _derive(grad_dx, grad_y, x, bias, act, alpha, gain, clamp)
@@ -214,14 +316,21 @@ def _variants() -> list[Aot]:
         pointers |= dict.fromkeys(("alpha", "gain", "clamp"), "fp32")
 
         def add(
-            label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, width: int = width, **base: Any
+            label: str,
+            ones: tuple[str, ...] | None,
+            kernels: Any,
+            pointers: Any = pointers,
+            width: int = width,
+            **base: Any,
         ) -> None:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
                 choice = TUNABLE["forward" if kernel is _forward else "backward"].of(width)
                 constants["BLOCK_S"] = choice["tile"] // constants["BLOCK_C"]
-                launch = (options if kernel is _forward else _options)(choice["tile"], ones is None, each=choice["each"])
+                launch = (options if kernel is _forward else _options)(
+                    choice["tile"], ones is None, each=choice["each"]
+                )
                 found.append(variant(label, kernel, types, constants, ones, **launch))
 
         both, rows = (_forward, _derivative), dict(BLOCK_C=1, BLOCK_S=0, FAR=False, SECOND=False)

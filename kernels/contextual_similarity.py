@@ -1,53 +1,59 @@
-"""Contextual similarity (Mechrez et al. 1803.02077, section 3.2; the spatial term as in the code of Zhang et al. 1905.05169).
+"""Contextual similarity (Mechrez et al. 1803.02077, section 3.2; the spatial term as in the code of Zhang et al.
+1905.05169).
 
     d_ij = max(0, 1 - x_i.y_j) (cosine), max(0, |x_i|^2 + |y_j|^2 - 2 x_i.y_j) (l2), sum_c |x_ic - y_jc| (l1)
     m_i = min_j d_ij, r_i = m_i + eps, e_ij = exp((m_i - d_ij) / (h r_i)), A_ij = e_ij / sum_j e_ij, S = (1 - w) A + w P
     value_j = max_i S_ij over sources, value_i = max_j S_ij over targets
-    backward, with u the gradient times A at the winners, V_i and U_i the sums of u and u t over those that row i wins, and
-    f_ij = -d(d_ij)/d(x_i): y_j (cosine), 2 (y_j - x_i) (l2), sign(y_j - x_i) (l1); nothing through a distance of zero
-    dx_i = (sum_won u f - V_i sum_j A_ij f_ij) / (h r_i) - q_i f_ia,    q_i = (U_i - V_i T_i) / (h r_i), a the nearest
-    dy_j = sum_won u f' / (h r_i) - sum_i A_ij V_i f'_ij / (h r_i) - sum_{i: a_i = j} q_i f'_ij,    f' = -d(d_ij)/d(y_j)
+    backward, with u the gradient times A at the winners, V_i and U_i the sums of u and u t over those that row i wins,
+    and f_ij = -d(d_ij)/d(x_i): y_j (cosine), 2 (y_j - x_i) (l2), sign(y_j - x_i) (l1); nothing through a distance of
+    zero dx_i = (sum_won u f - V_i sum_j A_ij f_ij) / (h r_i) - q_i f_ia,    q_i = (U_i - V_i T_i) / (h r_i), a the
+    nearest dy_j = sum_won u f' / (h r_i) - sum_i A_ij V_i f'_ij / (h r_i) - sum_{i: a_i = j} q_i f'_ij,    f' =
+    -d(d_ij)/d(y_j)
 
-Where x_i lies on its nearest a, A_ia is 1 to rounding and h r_i is as small as h eps: what is left of u_ia - A_ia V_i would be
-rounding times 1 / (h eps). These weights sum to zero over j, so that all sums leave out the nearest and are relative to it:
-t'_ij = (d_ij - m_i) / r_i for t, y_j - y_a in the mean, and for j = a minus the sum of the others. Each sweep knows the nearest
+Where x_i lies on its nearest a, A_ia is 1 to rounding and h r_i is as small as h eps: what is left of u_ia - A_ia V_i
+would be rounding times 1 / (h eps). These weights sum to zero over j, so that all sums leave out the nearest and are
+relative to it: t'_ij = (d_ij - m_i) / r_i for t, y_j - y_a in the mean, and for j = a minus the sum of the others. Each
+    sweep knows the nearest
 by its index, since the products of two sweeps need not agree to the bit.
 
-x (B, N, C), y (B, M, C), P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). No array of N x M is written. The
-exponent's scale depends on the row's minimum, so a running softmax cannot be rescaled: three sweeps over the pairs, each a
-product whose tiles end in a reduction along the streamed axis:
+x (B, N, C), y (B, M, C), P_ij = prior_rows[i, r] prior_columns[i, c] for target j = (r, c). No array of N x M is
+written. The exponent's scale depends on the row's minimum, so a running softmax cannot be rescaled: three sweeps over
+the pairs, each a product whose tiles end in a reduction along the streamed axis:
 
     _best     owner i: the least d and its index;    owner j (or, with P over targets, i): the greatest S and its index
     _attend   owner i: sum_j e, sum_j e (d - m) and, for the backward, sum_j e y_j;    owner j: sum_i e V_i x_i
 
-A program owns a tile of rows (or columns) and streams tiles of the other side. Where owners are too few to fill the device,
-the stream is split, by the shape alone, and small kernels join the parts in order: no atomics, the same bits in each run, ties
-to the lowest index, parts of at most O((N + M) C). Over targets without P the third sweep is not needed: the winner is the
-nearest. The backward sweeps only rows that won something (listed on the device: nothing waits for the host), and none for dx
-where the mean sum_j A_ij y_j was kept, except for rows that touch a target, where the mean counts what must not flow. Sums
-over the columns that a row won run over a stable sort of the winners, again in order.
+A program owns a tile of rows (or columns) and streams tiles of the other side. Where owners are too few to fill the
+device, the stream is split, by the shape alone, and small kernels join the parts in order: no atomics, the same bits in
+each run, ties to the lowest index, parts of at most O((N + M) C). Over targets without P the third sweep is not needed:
+the winner is the nearest. The backward sweeps only rows that won something (listed on the device: nothing waits for the
+host), and none for dx where the mean sum_j A_ij y_j was kept, except for rows that touch a target, where the mean
+counts what must not flow. Sums over the columns that a row won run over a stable sort of the winners, again in order.
 
-FLOPs: 2 N M C a sweep and one more product for the mean: 6 N M C forward, 8 with the mean; 4 R M C for dx and 4 R M C for dy
-of R active rows (0.4 to 0.7 N on features of networks). Bytes: each operand once, N C + M C, then N M C / BLOCK from L2: at
-N = M = 4096, C = 256 in bfloat16 4 MB from memory for 26 GFLOP, 6500 FLOPs a byte where an H200's tensor cores balance at 206;
-so bound by arithmetic, where eager moves 61 arrays of N x M (4.1 GB). N M exponentials a sweep of _attend: 1 for 2 C FLOPs,
-hidden below the product from C = 64 on.
+FLOPs: 2 N M C a sweep and one more product for the mean: 6 N M C forward, 8 with the mean; 4 R M C for dx and 4 R M C
+    for dy
+of R active rows (0.4 to 0.7 N on features of networks). Bytes: each operand once, N C + M C, then N M C / BLOCK from
+L2: at N = M = 4096, C = 256 in bfloat16 4 MB from memory for 26 GFLOP, 6500 FLOPs a byte where an H200's tensor cores
+    balance at 206;
+so bound by arithmetic, where eager moves 61 arrays of N x M (4.1 GB). N M exponentials a sweep of _attend: 1 for 2 C
+FLOPs, hidden below the product from C = 64 on.
 
-Tiles (sm_90): in half types up to 256 channels on an H100 or H200 _best and the sums of e hold their owners' whole rows in
-shared memory (64 KB) and stream 128 or 64 rows at a time, the next while these are multiplied; else _best takes 128 x 128 by 64
-channels (96 KB for three stages, of the 99 KB that a consumer card has too; 128 FLOPs a byte from L2), 32 channels in TF32, and
-128 x 64 where an element of the product costs more registers than a minimum; 64 x 64 by 16 on the FMA units. _attend holds
-whole rows up to 256 channels in half types, so that the streamed tile is loaded once and is the operand of both products, with
-64 x 64 (backward 64 x 32) accumulators of e; wider rows, and float32, run over channels in steps and write 64 to 256 channels
-of the sum a program, each of which computes e again. l1 has no product: 32 x 32 tiles, a feature at a time, and gradients 16
-features at a time, 3 N M C and 10 N M C FLOPs. Half types take products on tensor cores and keep all sums, statistics and
-logarithms in float32; e in [0, 1] alone is rounded to the type for its product. float32 follows
-torch.backends.cuda.matmul.allow_tf32; with d clamped at zero TF32 stays finite.
+Tiles (sm_90): in half types up to 256 channels on an H100 or H200 _best and the sums of e hold their owners' whole rows
+    in
+shared memory (64 KB) and stream 128 or 64 rows at a time, the next while these are multiplied; else _best takes 128 x
+128 by 64 channels (96 KB for three stages, of the 99 KB that a consumer card has too; 128 FLOPs a byte from L2), 32
+channels in TF32, and 128 x 64 where an element of the product costs more registers than a minimum; 64 x 64 by 16 on the
+FMA units. _attend holds whole rows up to 256 channels in half types, so that the streamed tile is loaded once and is
+the operand of both products, with 64 x 64 (backward 64 x 32) accumulators of e; wider rows, and float32, run over
+channels in steps and write 64 to 256 channels of the sum a program, each of which computes e again. l1 has no product:
+32 x 32 tiles, a feature at a time, and gradients 16 features at a time, 3 N M C and 10 N M C FLOPs. Half types take
+products on tensor cores and keep all sums, statistics and logarithms in float32; e in [0, 1] alone is rounded to the
+type for its product. float32 follows torch.backends.cuda.matmul.allow_tf32; with d clamped at zero TF32 stays finite.
 
-Predicted, not yet run on a GPU (N = M = 16384, C = 256, bfloat16 on an H200 at 790 TFLOP/s): a tile of 128 x 128 takes 2048
-cycles of wgmma, 32 bytes a cycle from L2, and about 800 (nearest), 1600 (winner) and 2600 (exponentials) of its four
-schedulers, which do not overlap with one program a multiprocessor: 72%, 56% and 44% of the rate, so 0.24 + 0.31 + 0.39 ms for
-the sweeps of the forward. Eager moves some 25 arrays of 1 GB there, about 6 ms: 6 times as long.
+Predicted, not yet run on a GPU (N = M = 16384, C = 256, bfloat16 on an H200 at 790 TFLOP/s): a tile of 128 x 128 takes
+2048 cycles of wgmma, 32 bytes a cycle from L2, and about 800 (nearest), 1600 (winner) and 2600 (exponentials) of its
+four schedulers, which do not overlap with one program a multiprocessor: 72%, 56% and 44% of the rate, so 0.24 + 0.31 +
+0.39 ms for the sweeps of the forward. Eager moves some 25 arrays of 1 GB there, about 6 ms: 6 times as long.
 """
 
 from __future__ import annotations
@@ -85,7 +91,13 @@ _STEPS = [
 ]
 _WHOLES = [
     dict(owners=o, streamed=s, depth=256, channels=256, whole=1, warps=w, stages=k, registers=0, at_once=n)
-    for o, s, w, k, n in ((128, 128, 8, 2, 1), (128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (64, 64, 4, 2, 2), (64, 128, 4, 2, 1))
+    for o, s, w, k, n in (
+        (128, 128, 8, 2, 1),
+        (128, 64, 8, 2, 1),
+        (128, 64, 8, 3, 1),
+        (64, 64, 4, 2, 2),
+        (64, 128, 4, 2, 1),
+    )
 ]
 # Each of the tile's fields that another than the rule's is tried of; whole rows have at most 256 channels.
 TUNABLE = {
@@ -118,9 +130,24 @@ def _load(a, row, there, c, C: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _raw(
-    own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C: tl.constexpr, DISTANCE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    own_norm,
+    other_norm,
+    o,
+    s,
+    o_in,
+    s_in,
+    owners,
+    others,
+    C: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Distances of owners o and streamed rows s, before the clamp; l1 takes rows with their positions innermost."""
     total = tl.zeros((BLOCK_O, BLOCK_S), dtype=tl.float32)
     if DISTANCE == "l1":
@@ -173,12 +200,37 @@ def _norms(x, norm, size, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.co
 
 @triton.jit
 def _best(
-    x, y, x_norm, y_norm, prior_rows, prior_columns, statistics, nearest, log_sum, value, index, N, M, high, across, splits,
-    scale, eps, weight, C: tl.constexpr, DISTANCE: tl.constexpr, NEAREST: tl.constexpr, COLUMNS: tl.constexpr,
-    PRIOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_O: tl.constexpr,
+    x,
+    y,
+    x_norm,
+    y_norm,
+    prior_rows,
+    prior_columns,
+    statistics,
+    nearest,
+    log_sum,
+    value,
+    index,
+    N,
+    M,
+    high,
+    across,
+    splits,
+    scale,
+    eps,
+    weight,
+    C: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    NEAREST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRIOR: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """The greatest score along the stream and its lowest index: -d_ij with NEAREST, else log A_ij, or S_ij with PRIOR.
 
     Owners are the rows x or, with COLUMNS, y; ``scale`` is 1/h.
@@ -215,9 +267,24 @@ def _best(
             raw = _from_product(product, own_norm, other_norm, o, s, o_in, s_in, DISTANCE)
         else:
             raw = _raw(
-                own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C, DISTANCE, PRECISION, WIDE, BLOCK_O,
-                BLOCK_S, BLOCK_K,
-            )  # fmt: skip
+                own,
+                other,
+                own_norm,
+                other_norm,
+                o,
+                s,
+                o_in,
+                s_in,
+                owners,
+                others,
+                C,
+                DISTANCE,
+                PRECISION,
+                WIDE,
+                BLOCK_O,
+                BLOCK_S,
+                BLOCK_K,
+            )
         score = tl.where(raw < 0, 0.0, -raw)  # keeps NaN
         if not NEAREST:
             if COLUMNS:
@@ -230,7 +297,9 @@ def _best(
             if PRIOR:
                 i, j = (s[None, :], o[:, None]) if COLUMNS else (o[:, None], s[None, :])
                 inside = o_in[:, None] & s_in[None, :]
-                score = (1.0 - weight) * exp(score) + weight * _prior(prior_rows, prior_columns, i, j, inside, high, across)
+                score = (1.0 - weight) * exp(score) + weight * _prior(
+                    prior_rows, prior_columns, i, j, inside, high, across
+                )
         score = tl.where(s_in[None, :], score, float("-inf"))
         top = tl.max(score, axis=1)
         at = tl.min(tl.where(score == top[:, None], s[None, :], 2147483647), axis=1)
@@ -244,9 +313,18 @@ def _best(
 
 @triton.jit
 def _pick(
-    part, part_index, value, index, poison, owners, value_stride, splits, NEAREST: tl.constexpr, LOG: tl.constexpr,
+    part,
+    part_index,
+    value,
+    index,
+    poison,
+    owners,
+    value_stride,
+    splits,
+    NEAREST: tl.constexpr,
+    LOG: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Joins the parts of _best: the first of the greatest. ``poison`` is 0, or NaN where a row is not finite."""
     b = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -272,17 +350,49 @@ def _pick(
 
 @triton.jit
 def _attend(
-    x, y, x_rows, y_rows, x_norm, y_norm, statistics, nearest, rate, rate_top, rows, count, winner, pull, mass, moment, out, N,
-    M, splits, scale, eps, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
-    SUM: tl.constexpr, SOURCES: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums along the stream, but for j = a_i, of e_ij (``mass``), e_ij (d_ij - m_i) (``moment``, forward alone) and, with SUM,
-    e_ij times its row.
+    x,
+    y,
+    x_rows,
+    y_rows,
+    x_norm,
+    y_norm,
+    statistics,
+    nearest,
+    rate,
+    rate_top,
+    rows,
+    count,
+    winner,
+    pull,
+    mass,
+    moment,
+    out,
+    N,
+    M,
+    splits,
+    scale,
+    eps,
+    C: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SUM: tl.constexpr,
+    SOURCES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums along the stream, but for j = a_i, of e_ij (``mass``), e_ij (d_ij - m_i) (``moment``, forward alone) and,
+    with SUM, e_ij times its row.
 
-    BACKWARD: over the first ``count`` of ``rows``, with no e where d is zero, and what ``pull`` holds of winners there is set
-    to zero. COLUMNS: owners are columns, and e_ij is weighed by rate_i / rate_top. l1 sums e_ij sign(streamed - owner), and
-    takes distances from x and y with their positions innermost; x_rows and y_rows are the same as rows.
+    BACKWARD: over the first ``count`` of ``rows``, with no e where d is zero, and what ``pull`` holds of winners there
+        is set
+    to zero. COLUMNS: owners are columns, and e_ij is weighed by rate_i / rate_top. l1 sums e_ij sign(streamed - owner),
+    and takes distances from x and y with their positions innermost; x_rows and y_rows are the same as rows.
     """
     b = tl.program_id(1).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -338,16 +448,33 @@ def _attend(
             raw = _from_product(product, own_norm, other_norm, o, s, o_in, s_in, DISTANCE)
         else:
             raw = _raw(
-                own, other, own_norm, other_norm, o, s, o_in, s_in, owners, others, C, DISTANCE, PRECISION, WIDE, BLOCK_O,
-                BLOCK_S, BLOCK_K,
-            )  # fmt: skip
+                own,
+                other,
+                own_norm,
+                other_norm,
+                o,
+                s,
+                o_in,
+                s_in,
+                owners,
+                others,
+                C,
+                DISTANCE,
+                PRECISION,
+                WIDE,
+                BLOCK_O,
+                BLOCK_S,
+                BLOCK_K,
+            )
         if COLUMNS:
             least = tl.load(statistics + s, mask=s_in, other=1)[None, :]
             near = tl.load(nearest + s, mask=s_in, other=-1).to(tl.int32)[None, :]
         inside = o_in[:, None] & s_in[None, :]
         farther = tl.maximum(tl.where(raw < 0, 0.0, raw) - least, 0.0, propagate_nan=tl.PropagateNan.ALL)
         e = exp(-farther * (scale / (least + eps)))
-        e = tl.where(near == (o[:, None] if COLUMNS else s[None, :]), raw - raw, e)  # 0, but what is not finite stays seen
+        e = tl.where(
+            near == (o[:, None] if COLUMNS else s[None, :]), raw - raw, e
+        )  # 0, but what is not finite stays seen
         e = tl.where(inside, e, 0.0)
         if BACKWARD and DISTANCE != "l1":  # noqa: SIM102
             if tl.min(least) == 0:  # else no distance here is zero
@@ -390,9 +517,27 @@ def _attend(
 
 @triton.jit
 def _finish(
-    mass, moment, out, y, statistics, log_sum, nearest, value, winner, mean, N, M, splits, scale, eps, C: tl.constexpr,
-    TARGETS: tl.constexpr, MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    mass,
+    moment,
+    out,
+    y,
+    statistics,
+    log_sum,
+    nearest,
+    value,
+    winner,
+    mean,
+    N,
+    M,
+    splits,
+    scale,
+    eps,
+    C: tl.constexpr,
+    TARGETS: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """sum_j e but for the nearest, sum_j A t' and the mean less the nearest,
     of each row from the parts of _attend; TARGETS: also
     the greatest A, which is the nearest's."""
@@ -422,17 +567,42 @@ def _finish(
             row = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
             for k in range(splits):
                 row += tl.load(out + (at + k * N)[:, None] * C + c[None, :], mask=inside, other=0)
-            row -= rest[:, None] * tl.load(y + (b * M + near)[:, None] * C + c[None, :], mask=inside, other=0).to(tl.float32)
+            row -= rest[:, None] * tl.load(y + (b * M + near)[:, None] * C + c[None, :], mask=inside, other=0).to(
+                tl.float32
+            )
             tl.store(mean + (b * N + i)[:, None] * C + c[None, :], row / total[:, None], mask=inside)
 
 
 @triton.jit
 def _share(
-    grad, value, winner, order, starts, prior_rows, prior_columns, statistics, nearest, rate, swept_rate, pull, toward,
-    toward_columns, N, M, high, across, scale, eps, weight, SOURCES: tl.constexpr, PRIOR: tl.constexpr, BLOCK_R: tl.constexpr,
+    grad,
+    value,
+    winner,
+    order,
+    starts,
+    prior_rows,
+    prior_columns,
+    statistics,
+    nearest,
+    rate,
+    swept_rate,
+    pull,
+    toward,
+    toward_columns,
+    N,
+    M,
+    high,
+    across,
+    scale,
+    eps,
+    weight,
+    SOURCES: tl.constexpr,
+    PRIOR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Of rows i: what each that they win but the nearest pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; and what the
+):
+    """Of rows i: what each that they win but the nearest pulls, u/(h r_i); V_i/(h r_i), alone and by sum_j e_ij; and
+    what the
     nearest pulls: -q_i, and for columns also minus the sum of all other weights."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -483,11 +653,28 @@ def _share(
 
 @triton.jit
 def _along(
-    other, order, starts, index, pulls, o, known, c, here, base, others, b, owners, C: tl.constexpr, L1: tl.constexpr,
-    LISTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums of pulls, and of pulls times other rows less ``base``: those that ``order`` lists for each owner or the one at
-    ``index``."""
+    other,
+    order,
+    starts,
+    index,
+    pulls,
+    o,
+    known,
+    c,
+    here,
+    base,
+    others,
+    b,
+    owners,
+    C: tl.constexpr,
+    L1: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums of pulls, and of pulls times other rows less ``base``: those that ``order`` lists for each owner or the one
+    at ``index``."""
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     of_pulls = tl.zeros((BLOCK_R,), dtype=tl.float32)
     if LISTED:
@@ -518,11 +705,39 @@ def _along(
 
 @triton.jit
 def _gradient(
-    own, other, grad, order, starts, index, pull, near_order, near_starts, nearest, toward, statistics, rate, swept_rate,
-    rate_top, swept, mass, out, mean, owners, others, splits, C: tl.constexpr, DISTANCE: tl.constexpr, COLUMNS: tl.constexpr,
-    LISTED: tl.constexpr, MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The gradient of some rows (or columns): winners, less the sweep's sum or the mean that was kept, and the nearest."""
+    own,
+    other,
+    grad,
+    order,
+    starts,
+    index,
+    pull,
+    near_order,
+    near_starts,
+    nearest,
+    toward,
+    statistics,
+    rate,
+    swept_rate,
+    rate_top,
+    swept,
+    mass,
+    out,
+    mean,
+    owners,
+    others,
+    splits,
+    C: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LISTED: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The gradient of some rows (or columns): winners, less the sweep's sum or the mean that was kept, and the
+    nearest."""
     b = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -540,13 +755,47 @@ def _gradient(
             difference = tl.where(apart[:, None], base - here, 0.0)
             base = tl.where(difference > 0, 1.0, 0.0) - tl.where(difference < 0, 1.0, 0.0)
     total, pulls = _along(
-        other, order, starts, index, pull, o, known, c, here, base, others, b, owners, C, L1, LISTED, BLOCK_R,
-        BLOCK_E if LISTED else 1, BLOCK_C,
-    )  # fmt: skip
+        other,
+        order,
+        starts,
+        index,
+        pull,
+        o,
+        known,
+        c,
+        here,
+        base,
+        others,
+        b,
+        owners,
+        C,
+        L1,
+        LISTED,
+        BLOCK_R,
+        BLOCK_E if LISTED else 1,
+        BLOCK_C,
+    )
     near, near_pulls = _along(
-        other, near_order, near_starts, nearest, toward, o, known, c, here, zero, others, b, owners, C, L1, COLUMNS, BLOCK_R,
-        BLOCK_E if COLUMNS else 1, BLOCK_C,
-    )  # fmt: skip
+        other,
+        near_order,
+        near_starts,
+        nearest,
+        toward,
+        o,
+        known,
+        c,
+        here,
+        zero,
+        others,
+        b,
+        owners,
+        C,
+        L1,
+        COLUMNS,
+        BLOCK_R,
+        BLOCK_E if COLUMNS else 1,
+        BLOCK_C,
+    )
     total += near
     use = known
     if COLUMNS:
@@ -610,7 +859,9 @@ def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least"
     if distance == "l1":
         return Tile(32, 32, 16, 16, False, 4, 2, at_once=4)
     if half or how == "tf32":
-        owners, streamed = (64, 64) if score == "prior" else (128, 128 if score == "least" and distance == "cosine" else 64)
+        owners, streamed = (
+            (64, 64) if score == "prior" else (128, 128 if score == "least" and distance == "cosine" else 64)
+        )
         whole = _depth(c, WHOLE)
         light = score == "least" or score == "greatest" and distance == "cosine"
         if half and c <= WHOLE and light and large:
@@ -621,11 +872,11 @@ def _best_tile(how: str, half: bool, distance: str, c: int, score: str = "least"
     return Tile(64, 64, 16, 16, False, 8 if score == "prior" else 4, 2, 224, 1 if score == "prior" else 2)
 
 
-def _attend_tile(
-    how: str, half: bool, distance: str, c: int, sums: bool, backward: bool, large: bool = False
-) -> Tile:  # fmt: skip
+def _attend_tile(how: str, half: bool, distance: str, c: int, sums: bool, backward: bool, large: bool = False) -> Tile:
     if distance == "l1":
-        return Tile(16, 16, 16, FEATURES, False, 4, 2, at_once=4) if sums else Tile(32, 32, 16, 16, False, 4, 2, at_once=4)
+        return (
+            Tile(16, 16, 16, FEATURES, False, 4, 2, at_once=4) if sums else Tile(32, 32, 16, 16, False, 4, 2, at_once=4)
+        )
     if not sums:
         return _best_tile(how, half, distance, c, "greatest", large)
     if half:
@@ -700,9 +951,20 @@ def _prior_of(prior_rows: Tensor | None, prior_columns: Tensor | None, weight: f
 
 
 def _extreme(
-    rows: _Rows, prior: _Prior, statistics: Tensor, nearest: Tensor, log_sum: Tensor, scale: float, eps: float, least: bool,
-    columns: bool, value: Tensor, index: Tensor, stride: int, poison: Tensor,
-) -> None:  # fmt: skip
+    rows: _Rows,
+    prior: _Prior,
+    statistics: Tensor,
+    nearest: Tensor,
+    log_sum: Tensor,
+    scale: float,
+    eps: float,
+    least: bool,
+    columns: bool,
+    value: Tensor,
+    index: Tensor,
+    stride: int,
+    poison: Tensor,
+) -> None:
     """_best and its join."""
     b, n, m, c = rows.sizes
     with_prior = prior.there and not least
@@ -714,20 +976,64 @@ def _extreme(
     part = torch.empty((b, splits, owners), dtype=torch.float32, device=rows.x.device)
     at = torch.empty((b, splits, owners), dtype=torch.int32, device=rows.x.device)
     _best[(cdiv(owners, tile.owners) * splits, b)](
-        rows.x_sweep, rows.y_sweep, rows.x_norm, rows.y_norm, prior.rows, prior.columns, statistics, nearest, log_sum, part, at,
-        n, m, *prior.sizes, splits, scale, eps, prior.weight, C=c, DISTANCE=rows.distance, NEAREST=least, COLUMNS=columns,
-        PRIOR=with_prior, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide, BLOCK_O=tile.owners,
-        BLOCK_S=tile.streamed, BLOCK_K=tile.depth, **tile.options,
-    )  # fmt: skip
+        rows.x_sweep,
+        rows.y_sweep,
+        rows.x_norm,
+        rows.y_norm,
+        prior.rows,
+        prior.columns,
+        statistics,
+        nearest,
+        log_sum,
+        part,
+        at,
+        n,
+        m,
+        *prior.sizes,
+        splits,
+        scale,
+        eps,
+        prior.weight,
+        C=c,
+        DISTANCE=rows.distance,
+        NEAREST=least,
+        COLUMNS=columns,
+        PRIOR=with_prior,
+        WHOLE=bool(tile.whole),
+        PRECISION=rows.how,
+        WIDE=rows.wide,
+        BLOCK_O=tile.owners,
+        BLOCK_S=tile.streamed,
+        BLOCK_K=tile.depth,
+        **tile.options,
+    )
     _pick[(cdiv(owners, 128), b)](
-        part, at, value, index, poison, owners, stride, splits, NEAREST=least, LOG=not with_prior, BLOCK=128, num_warps=4
+        part,
+        at,
+        value,
+        index,
+        poison,
+        owners,
+        stride,
+        splits,
+        NEAREST=least,
+        LOG=not with_prior,
+        BLOCK=128,
+        num_warps=4,
     )
 
 
 def _sweep(
-    rows: _Rows, statistics: Tensor, nearest: Tensor, scale: float, eps: float, columns: bool, sums: bool,
-    backward: tuple[Tensor, ...] | None, sources: bool,
-) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+    rows: _Rows,
+    statistics: Tensor,
+    nearest: Tensor,
+    scale: float,
+    eps: float,
+    columns: bool,
+    sums: bool,
+    backward: tuple[Tensor, ...] | None,
+    sources: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """_attend: the parts of the masses, the moments and the sums, and how many parts."""
     b, n, m, c = rows.sizes
     tile = _attend_tile(rows.how, rows.half, rows.distance, c, sums, backward is not None, hopper(rows.x.device))
@@ -739,18 +1045,58 @@ def _sweep(
     out = torch.empty((b, splits, owners, c), dtype=torch.float32, device=rows.x.device) if sums else mass
     rate, top, listed, count, winner, pull = backward or (mass,) * 6
     _attend[(cdiv(owners, tile.owners) * splits, b, max(1, cdiv(c, tile.channels)) if sums else 1)](
-        rows.x_sweep, rows.y_sweep, rows.x, rows.y, rows.x_norm, rows.y_norm, statistics, nearest, rate, top, listed, count,
-        winner, pull, mass, moment, out, n, m, splits, scale, eps, C=c, DISTANCE=rows.distance, COLUMNS=columns,
-        BACKWARD=backward is not None, SUM=sums, SOURCES=sources, WHOLE=bool(tile.whole), PRECISION=rows.how, WIDE=rows.wide,
-        BLOCK_O=tile.owners, BLOCK_S=tile.streamed, BLOCK_K=tile.depth, BLOCK_C=tile.channels, **tile.options,
-    )  # fmt: skip
+        rows.x_sweep,
+        rows.y_sweep,
+        rows.x,
+        rows.y,
+        rows.x_norm,
+        rows.y_norm,
+        statistics,
+        nearest,
+        rate,
+        top,
+        listed,
+        count,
+        winner,
+        pull,
+        mass,
+        moment,
+        out,
+        n,
+        m,
+        splits,
+        scale,
+        eps,
+        C=c,
+        DISTANCE=rows.distance,
+        COLUMNS=columns,
+        BACKWARD=backward is not None,
+        SUM=sums,
+        SOURCES=sources,
+        WHOLE=bool(tile.whole),
+        PRECISION=rows.how,
+        WIDE=rows.wide,
+        BLOCK_O=tile.owners,
+        BLOCK_S=tile.streamed,
+        BLOCK_K=tile.depth,
+        BLOCK_C=tile.channels,
+        **tile.options,
+    )
     return mass, moment, out, splits
 
 
 def contextual_similarity(
-    x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
-    eps: float, distance: str, over: str, keep_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    keep_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(value, winner, statistics, nearest, mean) of genfast::contextual_similarity."""
     b, n, c = x.shape
     check_samples("contextual_similarity", b)
@@ -772,9 +1118,28 @@ def contextual_similarity(
     mass, moment, out, splits = _sweep(rows, statistics, nearest, scale, eps, False, keep_mean, None, sources)
     by_nearest = not sources and not prior.there
     _finish[(cdiv(n, ROWS), b)](
-        mass, moment, out, rows.y, statistics, log_sum, nearest, value, winner, mean, n, m, splits, scale, eps, C=c,
-        TARGETS=by_nearest, MEAN=keep_mean, BLOCK_R=ROWS, BLOCK_C=_depth(c, 32), num_warps=4,
-    )  # fmt: skip
+        mass,
+        moment,
+        out,
+        rows.y,
+        statistics,
+        log_sum,
+        nearest,
+        value,
+        winner,
+        mean,
+        n,
+        m,
+        splits,
+        scale,
+        eps,
+        C=c,
+        TARGETS=by_nearest,
+        MEAN=keep_mean,
+        BLOCK_R=ROWS,
+        BLOCK_C=_depth(c, 32),
+        num_warps=4,
+    )
     if not by_nearest:
         # A maximum passes over what is not a number, which eager would return.
         poison = (log_sum - log_sum).sum(1)
@@ -795,10 +1160,24 @@ def _listed(flags: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contextual_similarity_backward(
-    grad: Tensor, x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float,
-    bandwidth: float, eps: float, distance: str, over: str, value: Tensor, winner: Tensor, statistics: Tensor, nearest: Tensor,
-    mean: Tensor, need_x: bool, need_y: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    value: Tensor,
+    winner: Tensor,
+    statistics: Tensor,
+    nearest: Tensor,
+    mean: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
     """(dx, dy) of genfast::contextual_similarity_backward; an empty tensor for each that is not needed."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     dy = torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else y.new_empty(0)
@@ -807,15 +1186,41 @@ def contextual_similarity_backward(
     rows, scale, sources = _rows(x, y, distance), 1.0 / bandwidth, over == "sources"
     b, n, m, c = rows.sizes
     prior = _prior_of(prior_rows, prior_columns, prior_weight, rows.x)
-    grad, value, winner, statistics, nearest, mean = (t.contiguous() for t in (grad, value, winner, statistics, nearest, mean))
+    grad, value, winner, statistics, nearest, mean = (
+        t.contiguous() for t in (grad, value, winner, statistics, nearest, mean)
+    )
     order, starts = _grouped(winner, n if sources else m) if sources or need_y else (winner, winner)
     pull = torch.empty_like(value)
-    rate, swept_rate, toward, toward_columns = (torch.empty((b, n), dtype=torch.float32, device=x.device) for _ in range(4))
+    rate, swept_rate, toward, toward_columns = (
+        torch.empty((b, n), dtype=torch.float32, device=x.device) for _ in range(4)
+    )
     _share[(cdiv(n, ROWS), b)](
-        grad, value, winner, order, starts, prior.rows, prior.columns, statistics, nearest, rate, swept_rate, pull, toward,
-        toward_columns, n, m, *prior.sizes, scale, eps, prior.weight, SOURCES=sources, PRIOR=prior.there, BLOCK_R=ROWS,
-        BLOCK_E=ENTRIES if sources else 1, num_warps=4,
-    )  # fmt: skip
+        grad,
+        value,
+        winner,
+        order,
+        starts,
+        prior.rows,
+        prior.columns,
+        statistics,
+        nearest,
+        rate,
+        swept_rate,
+        pull,
+        toward,
+        toward_columns,
+        n,
+        m,
+        *prior.sizes,
+        scale,
+        eps,
+        prior.weight,
+        SOURCES=sources,
+        PRIOR=prior.there,
+        BLOCK_R=ROWS,
+        BLOCK_E=ENTRIES if sources else 1,
+        num_warps=4,
+    )
     active = rate != 0
     kept = mean.numel() > 0
     block = _depth(c, 256) if distance != "l1" else _depth(c, 64)
@@ -827,17 +1232,50 @@ def contextual_similarity_backward(
         listed, count = _listed(swept)
         pulls = pull.clone() if need_x and need_y else pull
         mass, _, out, splits = _sweep(
-            rows, statistics, nearest, scale, eps, columns, True, (swept_rate, top, listed, count, winner, pulls), sources
+            rows,
+            statistics,
+            nearest,
+            scale,
+            eps,
+            columns,
+            True,
+            (swept_rate, top, listed, count, winner, pulls),
+            sources,
         )
         near = _grouped(nearest, m) if columns else (nearest, nearest)
         own, other = (rows.y, rows.x) if columns else (rows.x, rows.y)
         _gradient[(cdiv(own.shape[1], OWNERS), b, grid)](
-            own, other, gradient, order, starts, winner, pulls, *near, nearest, toward_columns if columns else toward,
-            statistics, rate, swept_rate, top, swept.to(torch.int32), mass, out, mean, own.shape[1], other.shape[1], splits,
-            C=c, DISTANCE=distance,
-            COLUMNS=columns, LISTED=columns != sources, MEAN=kept and not columns, BLOCK_R=OWNERS, BLOCK_E=ENTRIES,
-            BLOCK_C=block, num_warps=4,
-        )  # fmt: skip
+            own,
+            other,
+            gradient,
+            order,
+            starts,
+            winner,
+            pulls,
+            *near,
+            nearest,
+            toward_columns if columns else toward,
+            statistics,
+            rate,
+            swept_rate,
+            top,
+            swept.to(torch.int32),
+            mass,
+            out,
+            mean,
+            own.shape[1],
+            other.shape[1],
+            splits,
+            C=c,
+            DISTANCE=distance,
+            COLUMNS=columns,
+            LISTED=columns != sources,
+            MEAN=kept and not columns,
+            BLOCK_R=OWNERS,
+            BLOCK_E=ENTRIES,
+            BLOCK_C=block,
+            num_warps=4,
+        )
 
     if need_x:
         side(False, dx)
@@ -852,7 +1290,8 @@ def _variants() -> list[Aot]:
         ("x_norm", "y_norm", "prior_rows", "prior_columns", "statistics", "log_sum", "value", "poison"), "*fp32"
     )
     floats |= dict.fromkeys(
-        ("part", "rate", "rate_top", "swept_rate", "toward", "toward_columns", "pull", "mass", "moment", "out", "mean"), "*fp32"
+        ("part", "rate", "rate_top", "swept_rate", "toward", "toward_columns", "pull", "mass", "moment", "out", "mean"),
+        "*fp32",
     )
     floats |= {"norm": "*fp32"} | dict.fromkeys(("scale", "eps", "weight"), "fp32")
     ints = dict.fromkeys(("rows", "count", "winner", "order", "starts", "near_order", "near_starts", "nearest"), "*i64")
@@ -861,7 +1300,9 @@ def _variants() -> list[Aot]:
     def add(
         label: str, kernel: Any, kind: str, launch: dict[str, int], types: dict[str, str] | None = None, **base: Any
     ) -> None:
-        known = floats | ints | dict.fromkeys(("x", "y", "x_rows", "y_rows", "own", "other"), f"*{kind}") | (types or {})
+        known = (
+            floats | ints | dict.fromkeys(("x", "y", "x_rows", "y_rows", "own", "other"), f"*{kind}") | (types or {})
+        )
         own = {name: known[name] for name in kernel.arg_names if name in known}
         found.append(variant(f"{label} {kind}", kernel, own, base, ("splits",), **launch))
 
@@ -886,7 +1327,9 @@ def _variants() -> list[Aot]:
                         if distance == "l1" and sums and not backward:
                             continue
                         t = _attend_tile(how, half, distance, c, bool(sums), bool(backward))
-                        blocks = dict(BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth, BLOCK_C=t.channels, WHOLE=t.whole)
+                        blocks = dict(
+                            BLOCK_O=t.owners, BLOCK_S=t.streamed, BLOCK_K=t.depth, BLOCK_C=t.channels, WHOLE=t.whole
+                        )
                         ends = dict(COLUMNS=bool(columns), BACKWARD=bool(backward), SUM=bool(sums), SOURCES=True)
                         what = f"{'columns' if columns else 'rows'}{' back' * backward}{' sums' * sums}"
                         add(f"{what} {about}", _attend, kind, t.options, None, **base, **ends, **blocks)
@@ -898,10 +1341,29 @@ def _variants() -> list[Aot]:
                 block = 64 if distance == "l1" else 256
                 about = f"{distance} of {'y' if columns else 'x'}"
                 types = {"grad": f"*{kind}"}
-                add(about, _gradient, kind, {"num_warps": 4}, types, **ends, BLOCK_R=OWNERS, BLOCK_E=ENTRIES, BLOCK_C=block)
+                add(
+                    about,
+                    _gradient,
+                    kind,
+                    {"num_warps": 4},
+                    types,
+                    **ends,
+                    BLOCK_R=OWNERS,
+                    BLOCK_E=ENTRIES,
+                    BLOCK_C=block,
+                )
         add("norms", _norms, kind, {"num_warps": 4}, None, C=256, BLOCK_R=ROWS, BLOCK_K=64)
     for nearest in (False, True):
-        add("nearest" if nearest else "winner", _pick, "fp32", {"num_warps": 4}, None, NEAREST=nearest, LOG=True, BLOCK=128)
+        add(
+            "nearest" if nearest else "winner",
+            _pick,
+            "fp32",
+            {"num_warps": 4},
+            None,
+            NEAREST=nearest,
+            LOG=True,
+            BLOCK=128,
+        )
     for targets in (False, True):
         ends = dict(C=256, TARGETS=targets, MEAN=True, BLOCK_R=ROWS, BLOCK_C=32)
         add("targets" if targets else "sources", _finish, "fp32", {"num_warps": 4}, None, **ends)

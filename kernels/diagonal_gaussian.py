@@ -6,9 +6,10 @@
               d log tau^2 = -1/2 g ((e^t - 1) + (mu - nu)^2 / tau^2)
 
 All (N, D) with D the whole sample. Fused: both exponentials, the sample, the KL and its sums over rows and, on request,
-columns. Without a prior 16 bytes an element in float32 forward, 24 backward; about 30 and 40 FLOPs. Bound by memory bandwidth,
-for latents of the usual size by the launch. e^t - 1 - t is t^2 times a polynomial where |t| < ln2 / 2, where it would cancel.
-A program takes a tile of rows and columns; its sums are one partial a row and one a column, added in order.
+columns. Without a prior 16 bytes an element in float32 forward, 24 backward; about 30 and 40 FLOPs. Bound by memory
+bandwidth, for latents of the usual size by the launch. e^t - 1 - t is t^2 times a polynomial where |t| < ln2 / 2, where
+it would cancel. A program takes a tile of rows and columns; its sums are one partial a row and one a column, added in
+order.
 """
 
 from __future__ import annotations
@@ -57,10 +58,30 @@ def _place(N, D, tiles, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _forward(
-    mean, log_variance, noise, prior_mean, prior_log_variance, z, partial, columns, mn, vn, en, pn, qn, N, D, tiles,
-    NOISE: tl.constexpr, PRIOR_MEAN: tl.constexpr, PRIOR_VARIANCE: tl.constexpr, COLUMNS: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    mean,
+    log_variance,
+    noise,
+    prior_mean,
+    prior_log_variance,
+    z,
+    partial,
+    columns,
+    mn,
+    vn,
+    en,
+    pn,
+    qn,
+    N,
+    D,
+    tiles,
+    NOISE: tl.constexpr,
+    PRIOR_MEAN: tl.constexpr,
+    PRIOR_VARIANCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     n, i, there = _place(N, D, tiles, FAR, BLOCK_N, BLOCK_D)
     at, element = n[:, None], i[None, :]
     m = tl.load(mean + at * mn + element, mask=there, other=0).to(tl.float32)
@@ -85,11 +106,38 @@ def _forward(
 
 @triton.jit
 def _backward(
-    mean, log_variance, noise, prior_mean, prior_log_variance, grad_kl, grad_dimension, grad_z, dmean, dlog_variance, dnoise,
-    dprior_mean, dprior_log_variance, mn, vn, en, pn, qn, zn, N, D, tiles, PRIOR_MEAN: tl.constexpr,
-    PRIOR_VARIANCE: tl.constexpr, KL: tl.constexpr, DIMENSION: tl.constexpr, SAMPLE: tl.constexpr, WANTED: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    mean,
+    log_variance,
+    noise,
+    prior_mean,
+    prior_log_variance,
+    grad_kl,
+    grad_dimension,
+    grad_z,
+    dmean,
+    dlog_variance,
+    dnoise,
+    dprior_mean,
+    dprior_log_variance,
+    mn,
+    vn,
+    en,
+    pn,
+    qn,
+    zn,
+    N,
+    D,
+    tiles,
+    PRIOR_MEAN: tl.constexpr,
+    PRIOR_VARIANCE: tl.constexpr,
+    KL: tl.constexpr,
+    DIMENSION: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    WANTED: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """WANTED: one bit for each of the five gradients, mean's lowest."""
     n, i, there = _place(N, D, tiles, FAR, BLOCK_N, BLOCK_D)
     at, element = n[:, None], i[None, :]
@@ -153,9 +201,13 @@ def _laid(form: torch.memory_format, *given: Tensor | None) -> tuple[list[Any], 
 
 
 def diagonal_gaussian(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
     per_dimension: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(kl, by_dimension, z) of genfast::diagonal_gaussian."""
     form = memory_format(mean)
     z = mean.new_empty(0) if noise is None else torch.empty_like(mean, memory_format=form)
@@ -173,17 +225,37 @@ def diagonal_gaussian(
         columns = torch.empty_like(columns, memory_format=form)
     far = size >= 2**31 - 2**16  # no tile is as large
     _forward[(blocks * tiles,)](
-        *(mean if t is None else t for t in data), z, partial, columns, *strides, n, size, tiles, NOISE=noise is not None,
-        PRIOR_MEAN=prior_mean is not None, PRIOR_VARIANCE=prior_log_variance is not None, COLUMNS=per_dimension, FAR=far,
-        BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far, choice["each"]),
-    )  # fmt: skip
+        *(mean if t is None else t for t in data),
+        z,
+        partial,
+        columns,
+        *strides,
+        n,
+        size,
+        tiles,
+        NOISE=noise is not None,
+        PRIOR_MEAN=prior_mean is not None,
+        PRIOR_VARIANCE=prior_log_variance is not None,
+        COLUMNS=per_dimension,
+        FAR=far,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        **_options(block_n * block_d, far, choice["each"]),
+    )
     return partial.sum(1), columns.sum(0).contiguous() if per_dimension else columns, z
 
 
 def diagonal_gaussian_backward(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
-    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_dimension: Tensor | None,
+    grad_z: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of genfast::diagonal_gaussian_backward, empty where not wanted."""
     form = memory_format(mean)
     given = (mean, log_variance, noise, prior_mean, prior_log_variance)
@@ -203,14 +275,26 @@ def diagonal_gaussian_backward(
         far = size >= 2**31 - 2**16
         pointers = [mean if t is None else t for t in data]
         _backward[(cdiv(n, block_n) * tiles,)](
-            *pointers[:5], mean if grad_kl is None else grad_kl.contiguous(),
-            mean if grad_dimension is None else grad_dimension, pointers[5], *found, *strides, n, size, tiles,
+            *pointers[:5],
+            mean if grad_kl is None else grad_kl.contiguous(),
+            mean if grad_dimension is None else grad_dimension,
+            pointers[5],
+            *found,
+            *strides,
+            n,
+            size,
+            tiles,
             PRIOR_MEAN=prior_mean is not None,
-            PRIOR_VARIANCE=prior_log_variance is not None, KL=grad_kl is not None, DIMENSION=grad_dimension is not None,
+            PRIOR_VARIANCE=prior_log_variance is not None,
+            KL=grad_kl is not None,
+            DIMENSION=grad_dimension is not None,
             SAMPLE=grad_z is not None and noise is not None,
-            WANTED=sum(1 << k for k, (t, w) in enumerate(zip(given, wanted)) if t is not None and w), FAR=far,
-            BLOCK_N=block_n, BLOCK_D=block_d, **_options(block_n * block_d, far, choice["each"]),
-        )  # fmt: skip
+            WANTED=sum(1 << k for k, (t, w) in enumerate(zip(given, wanted)) if t is not None and w),
+            FAR=far,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            **_options(block_n * block_d, far, choice["each"]),
+        )
     return found[0], found[1], found[2], found[3], found[4]
 
 
@@ -244,8 +328,28 @@ def _variants() -> list[Aot]:
             none: dict[str, Any] = dict(PRIOR_MEAN=False, PRIOR_VARIANCE=False)
             add(f"standard prior{label}", _forward, ones, NOISE=True, COLUMNS=False, **none, **base)
             add(f"prior, per dimension{label}", _forward, ones, NOISE=True, COLUMNS=True, **whole, **base)
-            add(f"standard prior{label}", _backward, ones, KL=True, DIMENSION=False, SAMPLE=True, WANTED=3, **none, **base)
-            add(f"all gradients{label}", _backward, ones, KL=True, DIMENSION=True, SAMPLE=True, WANTED=31, **whole, **base)
+            add(
+                f"standard prior{label}",
+                _backward,
+                ones,
+                KL=True,
+                DIMENSION=False,
+                SAMPLE=True,
+                WANTED=3,
+                **none,
+                **base,
+            )
+            add(
+                f"all gradients{label}",
+                _backward,
+                ones,
+                KL=True,
+                DIMENSION=True,
+                SAMPLE=True,
+                WANTED=31,
+                **whole,
+                **base,
+            )
     return found
 
 

@@ -1,20 +1,22 @@
-"""Discretised mixture of logistics (PixelCNN++ 1701.05517 sec. 2.1, 2.2): negative log-likelihood, its gradient, samples.
+"""Discretised mixture of logistics (PixelCNN++ 1701.05517 sec. 2.1, 2.2): negative log-likelihood, its gradient,
+samples.
 
     nll = log sum_k e^l_k - log sum_k e^(l_k + sum_c log p_kc);   d l_k = g (pi_k - r_k), d log p_kc = -g r_k
 
 In units of bins, d = v - (L-1)/2 (1 + mean), t = 2 / ((L-1) s), m = d t, w = t/2; with r = e^-|m|, q = e^-w
     p = sigma(m + w) - sigma(m - w) = (1 - q^2) r / ((r + q) (1 + q r)),
-written in e^-||m| - w|, e^-(|m| + w) and e^-t, so that nothing overflows or cancels; log t is added apart where t is small.
-p's derivatives are as exact: dp/d|m| = -p (1 - r^2) q / ((r + q) (1 + q r)).
+written in e^-||m| - w|, e^-(|m| + w) and e^-t, so that nothing overflows or cancels; log t is added apart where t is
+small. p's derivatives are as exact: dp/d|m| = -p (1 - r^2) q / ((r + q) (1 + q r)).
 
-params (N, P, S), P = 10 K for 3 channels and 3 K for 1, levels x (N, C, S), nll (N, S). Fused: the split into logits, means,
-log-scales and coefficients, the conditioning on the colours before, all bins and both sums over K. A tile is all K (to the
-next power of two) by some positions, in registers. The forward reads params and x once and writes nll (400 bytes a position
-of 10 components in float32), the backward reads them once and writes the gradient (800). Bound by the issue of instructions:
-some 630 a component forward and 790 backward take 3.7 and 2.4 times as long as the bytes in float32, of which 16 / 10 goes to
+params (N, P, S), P = 10 K for 3 channels and 3 K for 1, levels x (N, C, S), nll (N, S). Fused: the split into logits,
+means, log-scales and coefficients, the conditioning on the colours before, all bins and both sums over K. A tile is all
+K (to the next power of two) by some positions, in registers. The forward reads params and x once and writes nll (400
+bytes a position of 10 components in float32), the backward reads them once and writes the gradient (800). Bound by the
+issue of instructions: some 630 a component forward and 790 backward take 3.7 and 2.4 times as long as the bytes in
+    float32, of which 16 / 10 goes to
 the padding of 10 components to 16 (benchmarks.sass for an H200; predicted, not yet run on a GPU). The
-sampler works in float64, since a pixel that rounding puts on another level would change every pixel drawn after it; it is
-small.
+sampler works in float64, since a pixel that rounding puts on another level would change every pixel drawn after it; it
+is small.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from ._math import exp, inverse, log1p_unit, tanh_of
 
 # Of a tile its components times positions, and those of a thread, which holds ten gradients of each in the backward.
 TUNABLE = {
-    way: Choice(dict(tile=256, each=2), every(tile=(128, 256, 512, 1024), each=(1, 2, 4))) for way in ("forward", "backward")
+    way: Choice(dict(tile=256, each=2), every(tile=(128, 256, 512, 1024), each=(1, 2, 4)))
+    for way in ("forward", "backward")
 } | {"sample": Choice(dict(tile=256, each=2), every(tile=(128, 256, 512), each=(1, 2, 4)))}
 
 
@@ -118,9 +121,26 @@ def _place(s_tiles, S, K, FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.
 
 @triton.jit
 def _forward(
-    parameters, x, nll, pn, pc, ps, xn, xc, xs, ln, ls, S, K, top, s_tiles, COLORS: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    parameters,
+    x,
+    nll,
+    pn,
+    pc,
+    ps,
+    xn,
+    xc,
+    xs,
+    ln,
+    ls,
+    S,
+    K,
+    top,
+    s_tiles,
+    COLORS: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float32) * top
     base = parameters + n * pn + s * ps
@@ -154,9 +174,30 @@ def _forward(
 
 @triton.jit
 def _backward(
-    parameters, x, grad, dparams, pn, pc, ps, xn, xc, xs, ln, ls, qn, qc, qs, S, K, top, s_tiles, COLORS: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    parameters,
+    x,
+    grad,
+    dparams,
+    pn,
+    pc,
+    ps,
+    xn,
+    xc,
+    xs,
+    ln,
+    ls,
+    qn,
+    qc,
+    qs,
+    S,
+    K,
+    top,
+    s_tiles,
+    COLORS: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float32) * top
     base = parameters + n * pn + s * ps
@@ -213,7 +254,8 @@ def _tanh64(r):
 
 @triton.jit
 def _draw(base, block, mean, uniforms, uc, c, chosen, K, pc, heat, half, live, total):
-    """The level of one colour, rounded half to even, and its value in [-1, 1]; -1 and NaN where there is nothing to draw."""
+    """The level of one colour, rounded half to even, and its value in [-1, 1]; -1 and NaN where there is nothing to
+    draw."""
     mean += tl.load(base + _at(block, chosen, K, pc), mask=live, other=0).to(tl.float64)
     log_s = tl.load(base + _at(block + 1, chosen, K, pc), mask=live, other=0).to(tl.float64)
     u = tl.load(uniforms + c * uc, mask=live, other=0.5).to(tl.float64)
@@ -230,9 +272,29 @@ def _draw(base, block, mean, uniforms, uc, c, chosen, K, pc, heat, half, live, t
 
 @triton.jit
 def _sample(
-    parameters, uniforms, out, heat_high, heat_low, pn, pc, ps, un, uc, us, yn, yc, ys, S, K, top, s_tiles,
-    COLORS: tl.constexpr, FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    parameters,
+    uniforms,
+    out,
+    heat_high,
+    heat_low,
+    pn,
+    pc,
+    ps,
+    un,
+    uc,
+    us,
+    yn,
+    yc,
+    ys,
+    S,
+    K,
+    top,
+    s_tiles,
+    COLORS: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, k, s, inside, live = _place(s_tiles, S, K, FAR, BLOCK_K, BLOCK_S)
     half = tl.full((1, 1), 0.5, tl.float64) * top
     heat = tl.full((1, 1), 0.0, tl.float64) + heat_high + heat_low  # a float64 argument arrives as a float32
@@ -264,7 +326,9 @@ def _flat(v: View) -> View:
     return View(v.data, 1, v.c, v.n, 0, v.c_stride, v.n_stride) if v.s == 1 else v
 
 
-def _sizes(a: View, colors: int, levels: int, far: bool, choice: Choice) -> tuple[tuple[int, ...], tuple[int], dict[str, Any]]:
+def _sizes(
+    a: View, colors: int, levels: int, far: bool, choice: Choice
+) -> tuple[tuple[int, ...], tuple[int], dict[str, Any]]:
     """Sizes, grid and constants of a launch over params ``a``."""
     k = a.c // (10 if colors == 3 else 3)
     block_k = triton.next_power_of_2(k)
@@ -297,7 +361,17 @@ def discretized_logistic_mixture_nll_backward(params: Tensor, x: Tensor, grad: T
     a, b, g, out = (_flat(view(t)) for t in (params, x, grad.unsqueeze(1), dparams))
     sizes, grid, constants = _sizes(a, x.shape[1], levels, a.far or b.far or out.far, TUNABLE["backward"])
     _backward[grid](
-        a.data, b.data, g.data, dparams, *a.strides, *b.strides, g.n_stride, g.s_stride, *out.strides, *sizes, **constants
+        a.data,
+        b.data,
+        g.data,
+        dparams,
+        *a.strides,
+        *b.strides,
+        g.n_stride,
+        g.s_stride,
+        *out.strides,
+        *sizes,
+        **constants,
     )
     return dparams
 
@@ -312,7 +386,9 @@ def discretized_logistic_mixture_sample(
     a, b, y = (_flat(view(t)) for t in (params, uniforms.float(), out))
     sizes, grid, constants = _sizes(a, channels, levels, a.far or b.far, TUNABLE["sample"])
     high = float(torch.tensor(temperature, dtype=torch.float32))
-    _sample[grid](a.data, b.data, out, high, temperature - high, *a.strides, *b.strides, *y.strides, *sizes, **constants)
+    _sample[grid](
+        a.data, b.data, out, high, temperature - high, *a.strides, *b.strides, *y.strides, *sizes, **constants
+    )
     return out
 
 
@@ -320,9 +396,13 @@ def _variants() -> list[Aot]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
         pointers = dict.fromkeys(("parameters", "dparams"), f"*{kind}") | {"x": "*i64", "out": "*i64"}
-        pointers |= dict.fromkeys(("nll", "grad", "uniforms"), "*fp32") | dict.fromkeys(("heat_high", "heat_low"), "fp32")
+        pointers |= dict.fromkeys(("nll", "grad", "uniforms"), "*fp32") | dict.fromkeys(
+            ("heat_high", "heat_low"), "fp32"
+        )
 
-        def add(label: str, ones: tuple[str, ...] | None, pointers: Any = pointers, kind: str = kind, **base: Any) -> None:
+        def add(
+            label: str, ones: tuple[str, ...] | None, pointers: Any = pointers, kind: str = kind, **base: Any
+        ) -> None:
             for kernel in (_forward, _backward, _sample):
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 launch = _options(base["BLOCK_K"] * base["BLOCK_S"], TUNABLE[kernel.fn.__name__[1:]])

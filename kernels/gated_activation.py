@@ -2,13 +2,14 @@
 
     backward  with t = tanh(f + V_f), s = sigma(g + V_g): df = d s (1 - t^2), dg = d t s (1 - s), dV = their sums
 
-x (N, 2C, S) in k groups of channels, each [f half | g half]; V none, (2C,), (N, 2C) or (N, 2C, S); y (N, C, S). Fused: the
-split, the sum, both maps and their product; in the backward, which recomputes them, also the sums over what V was spread
-over. One pass each way: per element of y the forward reads f and g and writes y (12 bytes in float32, 8 more where V has
-positions), the backward reads d, f, g and writes df, dg (20). About 40 FLOPs: bound by memory bandwidth. For the sums, up
-to 'rows' programs a channel tile walk over the tiles and write one partial sum each, added in an order that depends on the
-shape alone. On an H200 instructions take 74% of the bytes' time forward in float32 and 150% in bfloat16 (benchmarks.sass;
-predicted, not yet run on a GPU; 113% and 233% before, when a bias was loaded once an element and each map divided twice).
+x (N, 2C, S) in k groups of channels, each [f half | g half]; V none, (2C,), (N, 2C) or (N, 2C, S); y (N, C, S). Fused:
+the split, the sum, both maps and their product; in the backward, which recomputes them, also the sums over what V was
+spread over. One pass each way: per element of y the forward reads f and g and writes y (12 bytes in float32, 8 more
+where V has positions), the backward reads d, f, g and writes df, dg (20). About 40 FLOPs: bound by memory bandwidth.
+For the sums, up to 'rows' programs a channel tile walk over the tiles and write one partial sum each, added in an order
+that depends on the shape alone. On an H200 instructions take 74% of the bytes' time forward in float32 and 150% in
+bfloat16 (benchmarks.sass; predicted, not yet run on a GPU; 113% and 233% before, when a bias was loaded once an element
+and each map divided twice).
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ from ._common import Aot, View, cdiv, options, output, place, tile, tiles_choice
 from ._math import exp, inverse, tanh
 
 # Of a tile its elements and those of a thread; rows, programs a channel tile, as in actnorm.
-TUNABLE = {
-    "forward": tiles_choice(),
-    "backward": tiles_choice(rows=(1024, 64, 256)),
-}
+TUNABLE = {"forward": tiles_choice(), "backward": tiles_choice(rows=(1024, 64, 256))}
 
 
 @triton.jit
@@ -59,9 +57,29 @@ def _load(x, bias, n, cf, cg, s, xn, xc, xs, bn, bc, bs, inside, there, BIAS: tl
 
 @triton.jit
 def _forward(
-    x, bias, y, xn, xc, xs, bn, bc, bs, yn, yc, ys, C, S, block, s_tiles, tiles, BIAS: tl.constexpr, SPREAD: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x,
+    bias,
+    y,
+    xn,
+    xc,
+    xs,
+    bn,
+    bc,
+    bs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    block,
+    s_tiles,
+    tiles,
+    BIAS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, _, c, s = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (s < S)
     cf = c + c // block * block
@@ -72,11 +90,40 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_y, x, bias, dx, partial, gn, gc, gs, xn, xc, xs, bn, bc, bs, yn, yc, ys, C, S, block, s_tiles, tiles, c_tiles, rows,
-    BIAS: tl.constexpr, SPREAD: tl.constexpr, SUM: tl.constexpr, BY_SAMPLE: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """dx; with SUM, for each channel of x the sums over the tiles row, row + rows, ... of all samples, or of this one."""
+    grad_y,
+    x,
+    bias,
+    dx,
+    partial,
+    gn,
+    gc,
+    gs,
+    xn,
+    xc,
+    xs,
+    bn,
+    bc,
+    bs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    block,
+    s_tiles,
+    tiles,
+    c_tiles,
+    rows,
+    BIAS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SUM: tl.constexpr,
+    BY_SAMPLE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """dx; with SUM, for each channel of x the sums over the tiles row, row + rows, ... of all samples, or of this
+    one."""
     row = tl.program_id(0) // c_tiles
     c = ((tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
     if FAR:
@@ -147,10 +194,24 @@ def gated_activation(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     tiles = cdiv(out.c, block_c) * s_tiles
     far = a.far or out.far
     _forward[(a.n * tiles,)](
-        a.data, given, y, *a.strides, *strides, *out.strides, out.c, a.s, out.c // groups, s_tiles, tiles,
-        BIAS=bias is not None, SPREAD=strides[2] == 0, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s,
+        a.data,
+        given,
+        y,
+        *a.strides,
+        *strides,
+        *out.strides,
+        out.c,
+        a.s,
+        out.c // groups,
+        s_tiles,
+        tiles,
+        BIAS=bias is not None,
+        SPREAD=strides[2] == 0,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
         **options(block_c * block_s, far, each=choice["each"]),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -178,10 +239,31 @@ def gated_activation_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, gr
     far = a.far or out.far or d.far
     partial = torch.empty((outer, rows, a.c) if summed else 0, dtype=torch.float32, device=x.device)
     _backward[(outer * rows * c_tiles,)](
-        d.data, a.data, given, dx, partial, *d.strides, *a.strides, *strides, *out.strides, channels, a.s, channels // groups,
-        s_tiles, tiles, c_tiles, rows, BIAS=bias is not None, SPREAD=strides[2] == 0, SUM=summed, BY_SAMPLE=each,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **_options(block_c * block_s, far, summed, choice["each"]),
-    )  # fmt: skip
+        d.data,
+        a.data,
+        given,
+        dx,
+        partial,
+        *d.strides,
+        *a.strides,
+        *strides,
+        *out.strides,
+        channels,
+        a.s,
+        channels // groups,
+        s_tiles,
+        tiles,
+        c_tiles,
+        rows,
+        BIAS=bias is not None,
+        SPREAD=strides[2] == 0,
+        SUM=summed,
+        BY_SAMPLE=each,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **_options(block_c * block_s, far, summed, choice["each"]),
+    )
     if bias is None or not summed:
         return dx, dbias
     return dx, partial.sum(1).reshape(bias.shape).to(bias.dtype)
@@ -194,7 +276,12 @@ def _variants() -> list[Aot]:
         pointers = dict.fromkeys(("x", "y", "grad_y", "dx", "bias"), f"*{kind}") | {"partial": "*fp32"}
 
         def add(
-            label: str, ones: tuple[str, ...] | None, kernels: Any, pointers: Any = pointers, width: int = width, **base: Any
+            label: str,
+            ones: tuple[str, ...] | None,
+            kernels: Any,
+            pointers: Any = pointers,
+            width: int = width,
+            **base: Any,
         ) -> None:
             for kernel in kernels:
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
@@ -209,8 +296,12 @@ def _variants() -> list[Aot]:
         add(f"plain {kind}", ("xs", "ys", "gs"), both, **base)
         add(f"spatial bias {kind}", ("xs", "ys", "gs", "bs"), both, **(base | dict(BIAS=True)))
         add(f"bias {kind}", ("xs", "ys", "gs", "bc"), both, **(base | dict(BIAS=True, SPREAD=True, SUM=True)))
-        add(f"bias of each sample channels_last {kind}", ("xc", "yc", "gc", "bc"), both,
-            **(base | last | dict(BIAS=True, SPREAD=True, SUM=True, BY_SAMPLE=True)))  # fmt: skip
+        add(
+            f"bias of each sample channels_last {kind}",
+            ("xc", "yc", "gc", "bc"),
+            both,
+            **(base | last | dict(BIAS=True, SPREAD=True, SUM=True, BY_SAMPLE=True)),
+        )
         if kind != "fp16":
             add(f"any strides {kind}", None, both, **(base | last | dict(BIAS=True, SUM=True, FAR=True)))
     return found

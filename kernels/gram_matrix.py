@@ -3,36 +3,42 @@
     G = scale F' F'^T                            dF = scale (dG + dG^T) F'
     L_n = factor sum_ij (G_nij - A_nij)^2        dF_n = 4 factor scale dL_n D_n F'_n,  D = G - (A + A^T) / 2
 
-Only tiles of the lower triangle are computed; those on the diagonal read their rows once. A style layer has few channels and
-many positions, so its tiles are too few to fill a device: the positions are split (by the shape alone), and a second kernel
-adds the parts in order, scales, and writes the entry and its mirror, so that G is symmetric to the bit; for the style loss it
-takes the difference and its square there, so that G itself is never written. Without a split the product's own epilogue scales
-and mirrors. The backward is one product by a symmetric matrix, with the scale and the gradient of the loss in its epilogue. The
-layers of a style loss share one launch of each forward kernel (two of the first where some lie in channels_last and some do
-not): pointers, sizes and strides are passed as tuples of arguments, so that nothing is copied to the device and a CUDA graph
-can hold the call, and a program finds its layer by its number. There the positions are split such that all programs of all
-layers have about the same number of steps, and all have the tile of the layer with the fewest channels.
+Only tiles of the lower triangle are computed; those on the diagonal read their rows once. A style layer has few
+channels and many positions, so its tiles are too few to fill a device: the positions are split (by the shape alone),
+and a second kernel adds the parts in order, scales, and writes the entry and its mirror, so that G is symmetric to the
+bit; for the style loss it takes the difference and its square there, so that G itself is never written. Without a split
+the product's own epilogue scales and mirrors. The backward is one product by a symmetric matrix, with the scale and the
+gradient of the loss in its epilogue. The layers of a style loss share one launch of each forward kernel (two of the
+first where some lie in channels_last and some do
+not): pointers, sizes and strides are passed as tuples of arguments, so that nothing is copied to the device and a CUDA
+    graph
+can hold the call, and a program finds its layer by its number. There the positions are split such that all programs of
+all layers have about the same number of steps, and all have the tile of the layer with the fewest channels.
 
-FLOPs: C (C + BLOCK) S a sample forward, 2 C^2 S backward. Bytes: F once forward (its rows are read again by the tiles beside
-them, from L2), F and dF once backward; C^2 floats a part between the two kernels, as many parts as leave no round of programs
-nearly empty and repay their joining. In bfloat16 C FLOPs a byte, where an H200's tensor cores balance at 206: layers of 64 and
-128 channels are bound by memory, where the triangle saves nothing and one read of F is all, 256 is balanced, 512 is bound by
-arithmetic with 36 of 64 tiles of 64 (10 of 16 of 128, 20 of 32 of 128 by 256 at 1024). In float32 on FMA units, which balance
-at 14 FLOPs a byte, all are bound by arithmetic, so the triangle is worth up to 1.8 times.
+FLOPs: C (C + BLOCK) S a sample forward, 2 C^2 S backward. Bytes: F once forward (its rows are read again by the tiles
+    beside
+them, from L2), F and dF once backward; C^2 floats a part between the two kernels, as many parts as leave no round of
+programs nearly empty and repay their joining. In bfloat16 C FLOPs a byte, where an H200's tensor cores balance at 206:
+layers of 64 and 128 channels are bound by memory, where the triangle saves nothing and one read of F is all, 256 is
+balanced, 512 is bound by arithmetic with 36 of 64 tiles of 64 (10 of 16 of 128, 20 of 32 of 128 by 256 at 1024). In
+float32 on FMA units, which balance at 14 FLOPs a byte, all are bound by arithmetic, so the triangle is worth up to 1.8
+times.
 
-Tiles (sm_90): 64 x 64 by 64 positions, four warps and three stages (48 KB), four programs a multiprocessor, since the number of
-programs is what is short; 128 x 128 from 512 channels on in half types and TF32, two programs (96 KB each); 128 x 256 from 1024
-on an H100 or H200 (192 KB). All products are wgmma of operands in shared memory, filled by 16-byte copies two or three steps
-ahead. FMA units: 64 x 64 by 16, eight warps. Products of the backward 128 x 128 by 64 (96 KB).
-Half types multiply on the tensor cores and add in float32; a shift is added in float32 and then multiplied as TF32. For float16
-the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means are below its
-range.
+Tiles (sm_90): 64 x 64 by 64 positions, four warps and three stages (48 KB), four programs a multiprocessor, since the
+    number of
+programs is what is short; 128 x 128 from 512 channels on in half types and TF32, two programs (96 KB each); 128 x 256
+from 1024 on an H100 or H200 (192 KB). All products are wgmma of operands in shared memory, filled by 16-byte copies two
+or three steps ahead. FMA units: 64 x 64 by 16, eight warps. Products of the backward 128 x 128 by 64 (96 KB).
+Half types multiply on the tensor cores and add in float32; a shift is added in float32 and then multiplied as TF32. For
+float16 the backward's matrix is divided by its largest entry, and multiplied back in the epilogue: gradients of means
+are below its range.
 float32 follows torch.backends.cuda.matmul.allow_tf32. Features are read where they lie, also in channels_last.
 
-Predicted, not yet run on a GPU (bfloat16 on an H200, cuBLAS at 790 TFLOP/s): a multiprocessor gets about 39 bytes a cycle from
-L2, where tiles of 128 x 128 ask for 64 at the full rate (32 on the diagonal) and of 128 x 256 for 48, so 60% (90%) and 80% of
-it. Tile times alone then give 1.1 times cuBLAS's dense product at 512 channels, 1.3 at 1024 and 1.4 at 2048: 1.6 is out of
-reach of tiles that no cluster shares. What one sample of 512 channels and 2^14 positions gains, joining its 25 parts takes: 20
+Predicted, not yet run on a GPU (bfloat16 on an H200, cuBLAS at 790 TFLOP/s): a multiprocessor gets about 39 bytes a
+cycle from L2, where tiles of 128 x 128 ask for 64 at the full rate (32 on the diagonal) and of 128 x 256 for 48, so 60%
+(90%) and 80% of it. Tile times alone then give 1.1 times cuBLAS's dense product at 512 channels, 1.3 at 1024 and 1.4 at
+2048: 1.6 is out of reach of tiles that no cluster shares. What one sample of 512 channels and 2^14 positions gains,
+    joining its 25 parts takes: 20
 us, on a par; 2048 channels and 2^12 positions: 72 tiles for 132 multiprocessors, 1.1 times.
 """
 
@@ -70,8 +76,10 @@ TUNABLE = {
     "forward": by_rule(*(
         dict(channels=c, halves=h, depth=d, warps=w, stages=s, registers=0, at_once=n)
         for c, h, d, w, s, n in (
-            (128, 2, 64, 8, 4, 1), (128, 2, 64, 8, 3, 1), (128, 1, 64, 8, 3, 2), (128, 1, 64, 8, 4, 1), (128, 1, 64, 4, 3, 2),
-            (128, 1, 128, 8, 3, 1), (64, 2, 64, 4, 4, 2), (64, 1, 64, 4, 3, 4), (64, 1, 64, 4, 4, 3), (64, 1, 128, 4, 3, 2),
+            (128, 2, 64, 8, 4, 1), (128, 2, 64, 8, 3, 1), (128, 1, 64, 8, 3, 2), (128, 1, 64, 8, 4, 1), (128, 1, 64, 4,
+            3, 2),
+            (128, 1, 128, 8, 3, 1), (64, 2, 64, 4, 4, 2), (64, 1, 64, 4, 3, 4), (64, 1, 64, 4, 4, 3), (64, 1, 128, 4, 3,
+            2),
         )
     )),
     "product": by_rule(*(
@@ -102,9 +110,7 @@ def _place(tile, BLOCK_C: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _features(
-    f, c, k, C, S, fc, fs, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
+def _features(f, c, k, C, S, fc, fs, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr):
     """Channels c by positions k, read along what lies together."""
     if LAST:
         inside = (k < S)[:, None] & (c < C)[None, :]
@@ -121,10 +127,25 @@ def _features(
 
 @triton.jit
 def _steps(
-    f, i, j, first, last, C, S, fc, fs, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, ALIKE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Products of channels i and j over the blocks of positions from ``first`` to ``last``; ALIKE: i and j are the same."""
+    f,
+    i,
+    j,
+    first,
+    last,
+    C,
+    S,
+    fc,
+    fs,
+    shift,
+    LAST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Products of channels i and j over the blocks of positions from ``first`` to ``last``; ALIKE: i and j are the
+    same."""
     total = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
     for step in range(first, tl.minimum(last, tl.cdiv(S, BLOCK_K))):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -138,9 +159,23 @@ def _steps(
 
 @triton.jit
 def _tile(
-    f, i, j, first, last, C, S, fc, fs, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, BY_ITSELF: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    f,
+    i,
+    j,
+    first,
+    last,
+    C,
+    S,
+    fc,
+    fs,
+    shift,
+    LAST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BY_ITSELF: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """As _steps; with BY_ITSELF a tile on the diagonal reads its channels once, where reads from L2 are the limit."""
     if BY_ITSELF:
         if tl.min(i) == tl.min(j):
@@ -153,11 +188,30 @@ def _tile(
 
 @triton.jit
 def _gram(
-    f, out, C, S, fn, fc, fs, tiles, splits, steps, scale, shift, LAST: tl.constexpr, SHIFT: tl.constexpr, DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BY_ITSELF: tl.constexpr, BLOCK_C: tl.constexpr, HALVES: tl.constexpr,
+    f,
+    out,
+    C,
+    S,
+    fn,
+    fc,
+    fs,
+    tiles,
+    splits,
+    steps,
+    scale,
+    shift,
+    LAST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BY_ITSELF: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile over ``steps`` blocks of positions: a part of its own, or with DIRECT the entries of G and their mirror."""
+):
+    """One tile over ``steps`` blocks of positions: a part of its own, or with DIRECT the entries of G and their
+    mirror."""
     n = tl.program_id(1).to(tl.int64)
     BLOCK_J: tl.constexpr = BLOCK_C * HALVES
     tile = tl.program_id(0) % tiles  # tiles of the same positions run together, so that these come from memory once
@@ -166,9 +220,23 @@ def _gram(
     i = row + tl.arange(0, BLOCK_C)
     j = column + tl.arange(0, BLOCK_J)
     total = _tile(
-        f + n * fn, i, j, split * steps, split * steps + steps, C, S, fc, fs, shift, LAST, SHIFT, PRECISION, WIDE, BY_ITSELF,
+        f + n * fn,
+        i,
+        j,
+        split * steps,
+        split * steps + steps,
+        C,
+        S,
+        fc,
+        fs,
+        shift,
+        LAST,
+        SHIFT,
+        PRECISION,
+        WIDE,
+        BY_ITSELF,
         BLOCK_K,
-    )  # fmt: skip
+    )
     if DIRECT:
         total *= scale
         lower = (i[:, None] < C) & (j[None, :] <= i[:, None])
@@ -182,10 +250,22 @@ def _gram(
 
 @triton.jit
 def _entries(
-    part, target, out, C, tile, piece, splits, scale, STYLE: tl.constexpr, BLOCK_C: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Adds a tile's parts in order; writes G or, with STYLE, D, and gives the sum of (G - A)^2 over a piece of the tile."""
+    part,
+    target,
+    out,
+    C,
+    tile,
+    piece,
+    splits,
+    scale,
+    STYLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Adds a tile's parts in order; writes G or, with STYLE, D, and gives the sum of (G - A)^2 over a piece of the
+    tile."""
     BLOCK_J: tl.constexpr = BLOCK_C * HALVES
     e = piece * BLOCK_E + tl.arange(0, BLOCK_E)
     row, column = _place(tile, BLOCK_C, HALVES)
@@ -212,18 +292,41 @@ def _entries(
 
 @triton.jit
 def _join(
-    part, target, out, loss, C, target_stride, tiles, splits, scale, STYLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    HALVES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    part,
+    target,
+    out,
+    loss,
+    C,
+    target_stride,
+    tiles,
+    splits,
+    scale,
+    STYLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """Parts to G or, with STYLE, to D and the sum of (G - A)^2 over this program's entries."""
     PIECES: tl.constexpr = BLOCK_C * BLOCK_C * HALVES // BLOCK_E
     n = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0) // PIECES
     at = part + (n * tiles + tile) * splits * (BLOCK_C * BLOCK_C * HALVES)
     squares = _entries(
-        at, target + n * target_stride, out + n * C * C, C, tile, tl.program_id(0) % PIECES, splits, scale, STYLE, BLOCK_C,
-        HALVES, BLOCK_E, BLOCK_R,
-    )  # fmt: skip
+        at,
+        target + n * target_stride,
+        out + n * C * C,
+        C,
+        tile,
+        tl.program_id(0) % PIECES,
+        splits,
+        scale,
+        STYLE,
+        BLOCK_C,
+        HALVES,
+        BLOCK_E,
+        BLOCK_R,
+    )
     if STYLE:
         tl.store(loss + n * tl.num_programs(0) + tl.program_id(0), squares)
 
@@ -254,10 +357,28 @@ def _number(values, starts, LAYERS: tl.constexpr, ALIGNED: tl.constexpr = 1):
 
 @triton.jit
 def _gram_layers(
-    f, starts, channels, positions, n_strides, strides, tiles, splits, steps, at, out, shift, LAYERS: tl.constexpr,
-    LAST: tl.constexpr, SHIFT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    BY_ITSELF: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    f,
+    starts,
+    channels,
+    positions,
+    n_strides,
+    strides,
+    tiles,
+    splits,
+    steps,
+    at,
+    out,
+    shift,
+    LAYERS: tl.constexpr,
+    LAST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BY_ITSELF: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One part of a tile of a layer. ALIGNED divides all strides and the extent of the axis whose stride is 1."""
     n = tl.program_id(1).to(tl.int64)
     x = _of(f, starts, LAYERS, 16 if ALIGNED > 1 else 1)
@@ -277,9 +398,13 @@ def _gram_layers(
     j = column + tl.arange(0, BLOCK_C)
     first = split * length
     if LAST:
-        total = _tile(x, i, j, first, first + length, C, S, 1, stride, shift, LAST, SHIFT, PRECISION, WIDE, BY_ITSELF, BLOCK_K)
+        total = _tile(
+            x, i, j, first, first + length, C, S, 1, stride, shift, LAST, SHIFT, PRECISION, WIDE, BY_ITSELF, BLOCK_K
+        )
     else:
-        total = _tile(x, i, j, first, first + length, C, S, stride, 1, shift, LAST, SHIFT, PRECISION, WIDE, BY_ITSELF, BLOCK_K)
+        total = _tile(
+            x, i, j, first, first + length, C, S, stride, 1, shift, LAST, SHIFT, PRECISION, WIDE, BY_ITSELF, BLOCK_K
+        )
     e = tl.arange(0, BLOCK_C)
     part = _number(at, starts, LAYERS) + (n * of_layer + tile) * parts + split
     tl.store(out + part * (BLOCK_C * BLOCK_C) + e[:, None] * BLOCK_C + e[None, :], total)
@@ -287,9 +412,25 @@ def _gram_layers(
 
 @triton.jit
 def _join_layers(
-    part, target, out, loss, starts, channels, target_strides, tiles, splits, at, to, scales, factors, width,
-    LAYERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    part,
+    target,
+    out,
+    loss,
+    starts,
+    channels,
+    target_strides,
+    tiles,
+    splits,
+    at,
+    to,
+    scales,
+    factors,
+    width,
+    LAYERS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """Parts to D, and factor times the sum of (G - A)^2 over this program's entries of a layer."""
     PIECES: tl.constexpr = BLOCK_C * BLOCK_C // BLOCK_E
     n = tl.program_id(1).to(tl.int64)
@@ -304,19 +445,49 @@ def _join_layers(
     squares = _entries(
         part + first * (BLOCK_C * BLOCK_C),
         _of(target, starts, LAYERS) + n * _number(target_strides, starts, LAYERS),
-        out + _number(to, starts, LAYERS) + n * C * C, C, tile, rest % PIECES, parts,
-        _of(scales, starts, LAYERS), True, BLOCK_C, 1, BLOCK_E, BLOCK_R,
-    )  # fmt: skip
+        out + _number(to, starts, LAYERS) + n * C * C,
+        C,
+        tile,
+        rest % PIECES,
+        parts,
+        _of(scales, starts, LAYERS),
+        True,
+        BLOCK_C,
+        1,
+        BLOCK_E,
+        BLOCK_R,
+    )
     squares *= _of(factors, starts, LAYERS)
     tl.store(loss + (layer * tl.num_programs(1) + n) * width + rest, squares)
 
 
 @triton.jit
 def _product(
-    h, f, by, out, C, S, fn, fc, fs, on, oc, os, c_tiles, scale, shift, LAST: tl.constexpr, OUT_LAST: tl.constexpr,
-    SHIFT: tl.constexpr, BY: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    h,
+    f,
+    by,
+    out,
+    C,
+    S,
+    fn,
+    fc,
+    fs,
+    on,
+    oc,
+    os,
+    c_tiles,
+    scale,
+    shift,
+    LAST: tl.constexpr,
+    OUT_LAST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """scale by_n H_n F'_n of symmetric H (N, C, C)."""
     n = tl.program_id(1).to(tl.int64)
     c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -426,16 +597,29 @@ def _triangle(features: Tensor, scale: float, shift: float, direct: bool, out: T
     if not direct:
         out = out.new_empty((v.n, parts.tiles, parts.splits, tile.channels, tile.channels * tile.halves))
     _gram[(parts.tiles * parts.splits, v.n)](
-        v.data, out, v.c, v.s, *v.strides, *parts, scale, shift, LAST=v.walks_channels, SHIFT=shift != 0, DIRECT=direct,
-        PRECISION=how, WIDE=widened or wide(features), BY_ITSELF=tile.by_itself, BLOCK_C=tile.channels, HALVES=tile.halves,
-        BLOCK_K=tile.depth, **tile.options,
-    )  # fmt: skip
+        v.data,
+        out,
+        v.c,
+        v.s,
+        *v.strides,
+        *parts,
+        scale,
+        shift,
+        LAST=v.walks_channels,
+        SHIFT=shift != 0,
+        DIRECT=direct,
+        PRECISION=how,
+        WIDE=widened or wide(features),
+        BY_ITSELF=tile.by_itself,
+        BLOCK_C=tile.channels,
+        HALVES=tile.halves,
+        BLOCK_K=tile.depth,
+        **tile.options,
+    )
     return out, parts, tile
 
 
-def _joined(
-    part: Tensor, parts: _Parts, tile: Tile, scale: float, out: Tensor, target: Tensor | None
-) -> Tensor:  # fmt: skip
+def _joined(part: Tensor, parts: _Parts, tile: Tile, scale: float, out: Tensor, target: Tensor | None) -> Tensor:
     """_join into ``out``; the sums of squares of each program, with a target."""
     n, c, _ = out.shape
     together = min(32, triton.next_power_of_2(parts.splits))
@@ -445,9 +629,22 @@ def _joined(
     a = part if target is None else target.contiguous()
     stride = c * c if target is not None and target.shape[0] > 1 else 0
     _join[(programs, n)](
-        part, a, out, loss, c, stride, parts.tiles, parts.splits, scale, STYLE=target is not None, BLOCK_C=tile.channels,
-        HALVES=tile.halves, BLOCK_E=entries, BLOCK_R=together, num_warps=4,
-    )  # fmt: skip
+        part,
+        a,
+        out,
+        loss,
+        c,
+        stride,
+        parts.tiles,
+        parts.splits,
+        scale,
+        STYLE=target is not None,
+        BLOCK_C=tile.channels,
+        HALVES=tile.halves,
+        BLOCK_E=entries,
+        BLOCK_R=together,
+        num_warps=4,
+    )
     return loss
 
 
@@ -509,13 +706,18 @@ def _sums(sizes: Sequence[int]) -> list[int]:
 
 
 def _coded(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Odd and not 1: on ones and multiples of 16 a kernel is specialised, and so compiled anew for every size of image."""
+    """Odd and not 1: on ones and multiples of 16 a kernel is specialised, and so compiled anew for every size of
+    image."""
     return tuple(2 * number + 3 for number in numbers)
 
 
 def style_loss_layers(
-    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scales: Sequence[float],
+    shift: float,
+    factors: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     """(L, D) of genfast::style_loss_layers."""
     views = [view(f) for f in features]
     if _far_apart(features, views):
@@ -542,24 +744,62 @@ def style_loss_layers(
         if any(v.data.data_ptr() % 16 for v in mine):
             aligned = 1
         _gram_layers[(sum(programs), n)](
-            tuple(v.data for v in mine), *map(_coded, (
-                _sums(programs), [v.c for v in mine], [v.s for v in mine], [v.n_stride for v in mine], outer,
-                *zip(*(parts[i] for i in chosen)), [at[i] for i in chosen],
-            )), part, shift, LAYERS=len(chosen), LAST=last, SHIFT=shift != 0, ALIGNED=aligned, PRECISION=how,
-            WIDE=widened or wide(first), BY_ITSELF=tile.by_itself, BLOCK_C=tile.channels, BLOCK_K=tile.depth,
+            tuple(v.data for v in mine),
+            *map(
+                _coded,
+                (
+                    _sums(programs),
+                    [v.c for v in mine],
+                    [v.s for v in mine],
+                    [v.n_stride for v in mine],
+                    outer,
+                    *zip(*(parts[i] for i in chosen)),
+                    [at[i] for i in chosen],
+                ),
+            ),
+            part,
+            shift,
+            LAYERS=len(chosen),
+            LAST=last,
+            SHIFT=shift != 0,
+            ALIGNED=aligned,
+            PRECISION=how,
+            WIDE=widened or wide(first),
+            BY_ITSELF=tile.by_itself,
+            BLOCK_C=tile.channels,
+            BLOCK_K=tile.depth,
             **_layer_options(tile, aligned, shift != 0),
-        )  # fmt: skip
+        )
     together = min(32, triton.next_power_of_2(max(p.splits for p in parts)))
     entries = min(1024, 4096 // together)
     programs = [p.tiles * (tile.channels**2 // entries) for p in parts]
     loss = out.new_zeros((layers, n, max(programs)))
     _join_layers[(sum(programs), n)](
-        part, tuple(a.float().contiguous() for a in targets), out, loss, *map(_coded, (
-            _sums(programs), [v.c for v in views], [v.c**2 if len(a) > 1 else 0 for a, v in zip(targets, views)],
-            [p.tiles for p in parts], [p.splits for p in parts], at, _sums([n * v.c**2 for v in views]),
-        )), tuple(scales), tuple(factors), loss.shape[2], LAYERS=layers, BLOCK_C=tile.channels, BLOCK_E=entries,
-        BLOCK_R=together, num_warps=4,
-    )  # fmt: skip
+        part,
+        tuple(a.float().contiguous() for a in targets),
+        out,
+        loss,
+        *map(
+            _coded,
+            (
+                _sums(programs),
+                [v.c for v in views],
+                [v.c**2 if len(a) > 1 else 0 for a, v in zip(targets, views)],
+                [p.tiles for p in parts],
+                [p.splits for p in parts],
+                at,
+                _sums([n * v.c**2 for v in views]),
+            ),
+        ),
+        tuple(scales),
+        tuple(factors),
+        loss.shape[2],
+        LAYERS=layers,
+        BLOCK_C=tile.channels,
+        BLOCK_E=entries,
+        BLOCK_R=together,
+        num_warps=4,
+    )
     return loss.sum(2), out
 
 
@@ -580,10 +820,28 @@ def _times(features: Tensor, matrix: Tensor, by: Tensor | None, scale: float, sh
     tile = tile._replace(**TUNABLE["product"].now)
     c_tiles = cdiv(v.c, tile.channels)
     _product[(c_tiles * cdiv(v.s, tile.positions), v.n)](
-        matrix.contiguous(), v.data, matrix if by is None else by.contiguous(), out, v.c, v.s, *v.strides, *to.strides, c_tiles,
-        scale, shift, LAST=v.walks_channels, OUT_LAST=to.walks_channels, SHIFT=shift != 0, BY=by is not None, PRECISION=how,
-        WIDE=wide(features), BLOCK_C=tile.channels, BLOCK_P=tile.positions, BLOCK_K=tile.depth, **tile.options,
-    )  # fmt: skip
+        matrix.contiguous(),
+        v.data,
+        matrix if by is None else by.contiguous(),
+        out,
+        v.c,
+        v.s,
+        *v.strides,
+        *to.strides,
+        c_tiles,
+        scale,
+        shift,
+        LAST=v.walks_channels,
+        OUT_LAST=to.walks_channels,
+        SHIFT=shift != 0,
+        BY=by is not None,
+        PRECISION=how,
+        WIDE=wide(features),
+        BLOCK_C=tile.channels,
+        BLOCK_P=tile.positions,
+        BLOCK_K=tile.depth,
+        **tile.options,
+    )
     return out
 
 
@@ -595,7 +853,7 @@ def gram_matrix_backward(features: Tensor, grad: Tensor, scale: float, shift: fl
 
 def style_loss_backward(
     features: Tensor, grad: Tensor, difference: Tensor, scale: float, shift: float, factor: float
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dF of genfast::style_loss_backward."""
     return _times(features, difference.float(), grad.float(), 4.0 * factor * scale, shift)
 
@@ -604,7 +862,9 @@ def _variants() -> list[Aot]:
     found = []
     rows, last = ("fs", "os"), ("fc", "oc")
 
-    def add(label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any) -> None:
+    def add(
+        label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any
+    ) -> None:
         known = dict.fromkeys(("f", "h"), f"*{kind}") | dict.fromkeys(("scale", "shift"), "fp32")
         known |= dict.fromkeys(("part", "loss", "by", "target"), "*fp32")
         known |= {"out": f"*{kind}" if kernel is _product else "*fp32"}
@@ -630,7 +890,9 @@ def _variants() -> list[Aot]:
                     add(f"{c} {how}{form}", _product, kind, ones, t.options, **base, **blocks)
         how = "tf32" if half else "ieee"
         t = _gram_tile(how, half, 64, False, half)
-        base = dict(LAST=False, OUT_LAST=False, SHIFT=True, WIDE=half, DIRECT=False, BLOCK_C=t.channels, BLOCK_K=t.depth)
+        base = dict(
+            LAST=False, OUT_LAST=False, SHIFT=True, WIDE=half, DIRECT=False, BLOCK_C=t.channels, BLOCK_K=t.depth
+        )
         base |= dict(HALVES=t.halves, BY_ITSELF=t.by_itself)
         add("part, shift", _gram, kind, rows, t.options, PRECISION=how, **base)
         t = _product_tile("ieee", half, 256, False)
@@ -660,16 +922,21 @@ def _layer_variants() -> list[Aot]:
     for kind, how in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")):
         half = kind != "fp32"
         for form, c, aligned, shifted in (
-            ("", 64, 16, False), ("", 64, 1, False), (" channels_last", 64, 16, False), ("", 512, 16, False),
+            ("", 64, 16, False),
+            ("", 64, 1, False),
+            (" channels_last", 64, 16, False),
+            ("", 512, 16, False),
             (" shift", 64, 16, True),
-        ):  # fmt: skip
+        ):
             if kind == "fp16" and (form or aligned == 1):
                 continue
             if c == 512 and _gram_tile(how, half, c, False, False).channels == 64:
                 continue
             widened = half and shifted
             t = _gram_tile(how, half, c, False, widened)
-            base = dict(LAST=form == " channels_last", SHIFT=shifted, ALIGNED=aligned, PRECISION="tf32" if widened else how)
+            base = dict(
+                LAST=form == " channels_last", SHIFT=shifted, ALIGNED=aligned, PRECISION="tf32" if widened else how
+            )
             options = _layer_options(t, aligned, shifted)
             blocks = dict(WIDE=widened, BY_ITSELF=t.by_itself, BLOCK_C=t.channels, BLOCK_K=t.depth)
             add(f"layers {c} {how}{form} by {aligned} {kind}", _gram_layers, kind, options, **base, **blocks)

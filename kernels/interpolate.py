@@ -2,9 +2,10 @@
 
     backward  d real = e g, d fake = (1 - e) g, d e = sum g (real - fake) over the sample
 
-real, fake, y (N, D) with D the whole sample, e (N,). Fused: the spread of e over its sample, both products and their sum;
-backward, in one read of g, whichever of the three is wanted. Forward 12 bytes an element in float32, backward 12 for the two
-gradients and 8 more for e's. Three FLOPs: bound by memory bandwidth. Sums: one partial per tile, added in tile order.
+real, fake, y (N, D) with D the whole sample, e (N,). Fused: the spread of e over its sample, both products and their
+sum; backward, in one read of g, whichever of the three is wanted. Forward 12 bytes an element in float32, backward 12
+for the two gradients and 8 more for e's. Three FLOPs: bound by memory bandwidth. Sums: one partial per tile, added in
+tile order.
 """
 
 from __future__ import annotations
@@ -74,9 +75,24 @@ def _forward(real, fake, epsilon, y, rn, fn, D, tiles, FAR: tl.constexpr, BLOCK:
 
 @triton.jit
 def _backward(
-    grad, real, fake, epsilon, grad_real, grad_fake, partial, gn, rn, fn, D, tiles, REAL: tl.constexpr, FAKE: tl.constexpr,
-    EPSILON: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad,
+    real,
+    fake,
+    epsilon,
+    grad_real,
+    grad_fake,
+    partial,
+    gn,
+    rn,
+    fn,
+    D,
+    tiles,
+    REAL: tl.constexpr,
+    FAKE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n, i = place(tiles, BLOCK, FAR)
     e = tl.load(epsilon + n).to(tl.float32)
     g = tl.load(grad + n * gn + i, mask=i < D, other=0).to(tl.float32)
@@ -101,9 +117,18 @@ def interpolate(real: Tensor, fake: Tensor, epsilon: Tensor) -> Tensor:
     size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     _forward[(r.n * tiles,)](
-        r.data, f.data, epsilon.contiguous(), y, r.stride, f.stride, r.size, tiles, FAR=r.far, BLOCK=size,
+        r.data,
+        f.data,
+        epsilon.contiguous(),
+        y,
+        r.stride,
+        f.stride,
+        r.size,
+        tiles,
+        FAR=r.far,
+        BLOCK=size,
         **options(size, r.far, each=choice["each"]),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -122,10 +147,25 @@ def interpolate_backward(
     tiles = cdiv(r.size, size)
     partial = torch.empty((r.n, tiles) if wanted[2] else 0, dtype=torch.float32, device=real.device)
     _backward[(r.n * tiles,)](
-        g.data, r.data, f.data, epsilon.contiguous(), dreal, dfake, partial, g.stride, r.stride, f.stride, r.size, tiles,
-        REAL=wanted[0], FAKE=wanted[1], EPSILON=wanted[2], FAR=r.far, BLOCK=size,
+        g.data,
+        r.data,
+        f.data,
+        epsilon.contiguous(),
+        dreal,
+        dfake,
+        partial,
+        g.stride,
+        r.stride,
+        f.stride,
+        r.size,
+        tiles,
+        REAL=wanted[0],
+        FAKE=wanted[1],
+        EPSILON=wanted[2],
+        FAR=r.far,
+        BLOCK=size,
         **options(size, r.far, each=choice["each"]),
-    )  # fmt: skip
+    )
     return dreal, dfake, partial.sum(1).to(epsilon.dtype) if wanted[2] else epsilon.new_empty(0)
 
 
@@ -140,7 +180,9 @@ def _variants() -> list[Aot]:
         found.append(made("far", _forward, None, **(base | dict(FAR=True))))
         found.append(made("all gradients", _backward, (), **(base | dict(REAL=True, FAKE=True, EPSILON=True))))
         found.append(made("real's gradient", _backward, (), **(base | dict(REAL=True, FAKE=False, EPSILON=False))))
-        found.append(made("all gradients, far", _backward, None, **(base | dict(REAL=True, FAKE=True, EPSILON=True, FAR=True))))
+        found.append(
+            made("all gradients, far", _backward, None, **(base | dict(REAL=True, FAKE=True, EPSILON=True, FAR=True)))
+        )
     return found
 
 

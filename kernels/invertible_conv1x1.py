@@ -2,18 +2,23 @@
 
     backward  dx = W^T d, dW = sum d x^T, db = sum d over batch and positions
 
-x (N, C, S) may come, and y may go, as two tensors that hold the channels before and from a split; W (C, C), b (C,). Fused:
-concatenation, product, bias and split (and, through W and b, the activation norm before the convolution). The forward reads
-x once and writes y once: 8 bytes and 2 C FLOPs an element in float32. On tensor cores (half types, TF32) that is bound by
-memory bandwidth for all C here; in exact float32 it is bound by memory up to C of about 50 and by the FMA units beyond. A
-program takes all output channels (up to 128) of a tile of positions of any samples, so x is not read again.
+x (N, C, S) may come, and y may go, as two tensors that hold the channels before and from a split; W (C, C), b (C,).
+Fused: concatenation, product, bias and split (and, through W and b, the activation norm before the convolution). The
+    forward reads
+x once and writes y once: 8 bytes and 2 C FLOPs an element in float32. On tensor cores (half types, TF32) that is bound
+    by
+memory bandwidth for all C here; in exact float32 it is bound by memory up to C of about 50 and by the FMA units beyond.
+A program takes all output channels (up to 128) of a tile of positions of any samples, so x is not read again.
 
-The backward is two passes over d: dx by the same kernel with W transposed, and dW with db, which reads x as well. Programs
-of the second take every so many tiles of positions; their partial sums are added in an order that depends on the shape alone.
+The backward is two passes over d: dx by the same kernel with W transposed, and dW with db, which reads x as well.
+    Programs
+of the second take every so many tiles of positions; their partial sums are added in an order that depends on the shape
+alone.
 
-Products of half types add in float32, and a float32 W meets them as the sum of two halves, so that it is not rounded. float32
-follows torch.backends.cuda.matmul.allow_tf32. Above LIBRARY_ABOVE channels the product is a matrix product proper, whose
-time is its FLOPs (32 FLOPs a byte in float32 at 128 channels, where an H200's FMA units balance at 14), so cuBLAS does it.
+Products of half types add in float32, and a float32 W meets them as the sum of two halves, so that it is not rounded.
+float32 follows torch.backends.cuda.matmul.allow_tf32. Above LIBRARY_ABOVE channels the product is a matrix product
+proper, whose time is its FLOPs (32 FLOPs a byte in float32 at 128 channels, where an H200's FMA units balance at 14),
+so cuBLAS does it.
 """
 
 from __future__ import annotations
@@ -36,12 +41,19 @@ TUNABLE = {
         [
             dict(positions=p, depth=d, warps=w, stages=s, registers=r)
             for p, d, w, s, r in (
-                (0, 16, 4, 2, 0), (0, 16, 4, 3, 255), (0, 32, 0, 2, 0), (0, 32, 4, 2, 255), (32, 16, 4, 2, 255),
-                (64, 16, 4, 2, 255), (128, 16, 8, 2, 255), (128, 32, 8, 3, 255), (256, 16, 8, 2, 255),
+                (0, 16, 4, 2, 0),
+                (0, 16, 4, 3, 255),
+                (0, 32, 0, 2, 0),
+                (0, 32, 4, 2, 255),
+                (32, 16, 4, 2, 255),
+                (64, 16, 4, 2, 255),
+                (128, 16, 8, 2, 255),
+                (128, 32, 8, 3, 255),
+                (256, 16, 8, 2, 255),
             )
         ],
     )
-}  # fmt: skip
+}
 
 
 @triton.jit
@@ -59,12 +71,46 @@ def _channels(a, b, an, ac, as_, bn, bc, bs, k, n, s, inside, first, C, HAS_A: t
 
 @triton.jit
 def _mix(
-    x, x_b, weight, bias, y, y_b, xn, xc, xs, bn, bc, bs, yn, yc, ys, zn, zc, zs, wo, wi, C, S, P, first, split, o_tiles,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
+    x,
+    x_b,
+    weight,
+    bias,
+    y,
+    y_b,
+    xn,
+    xc,
+    xs,
+    bn,
+    bc,
+    bs,
+    yn,
+    yc,
+    ys,
+    zn,
+    zc,
+    zs,
+    wo,
+    wi,
+    C,
+    S,
+    P,
+    first,
+    split,
+    o_tiles,
+    HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``EXACT`` keeps the bits of W that x's type drops; ``WIDE`` multiplies in float32 (the interpreter's bfloat16)."""
+):
+    """``EXACT`` keeps the bits of W that x's type drops; ``WIDE`` multiplies in float32 (the interpreter's
+    bfloat16)."""
     o = ((tl.program_id(0) % o_tiles) * BLOCK_O + tl.arange(0, BLOCK_O))[:, None]
     p_tile = tl.program_id(0) // o_tiles
     if FAR:
@@ -96,11 +142,42 @@ def _mix(
 
 @triton.jit
 def _weight_grad(
-    d, d_b, x, x_b, partial, dn, dc, ds, en, ec, es, xn, xc, xs, bn, bc, bs, C, S, P, split, first, tiles, p_tiles, chunks,
-    HAS_D: tl.constexpr, HAS_D_B: tl.constexpr, HAS_B: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """A block of dW, over the tiles of positions chunk, chunk + chunks, ...; those of the first column add db behind it."""
+    d,
+    d_b,
+    x,
+    x_b,
+    partial,
+    dn,
+    dc,
+    ds,
+    en,
+    ec,
+    es,
+    xn,
+    xc,
+    xs,
+    bn,
+    bc,
+    bs,
+    C,
+    S,
+    P,
+    split,
+    first,
+    tiles,
+    p_tiles,
+    chunks,
+    HAS_D: tl.constexpr,
+    HAS_D_B: tl.constexpr,
+    HAS_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """A block of dW, over the tiles of positions chunk, chunk + chunks, ...; those of the first column add db behind
+    it."""
     pid = tl.program_id(0)
     column = (pid // tiles) % tiles
     chunk = pid // (tiles * tiles)
@@ -113,8 +190,12 @@ def _weight_grad(
         n = (p // S)[None, :]
         s = (p % S)[None, :]
         there = (p < P)[None, :]
-        grad = _channels(d, d_b, dn, dc, ds, en, ec, es, o[:, None], n, s, there & (o < C)[:, None], split, C, HAS_D, HAS_D_B)
-        value = _channels(x, x_b, xn, xc, xs, bn, bc, bs, i[:, None], n, s, there & (i < C)[:, None], first, C, True, HAS_B)
+        grad = _channels(
+            d, d_b, dn, dc, ds, en, ec, es, o[:, None], n, s, there & (o < C)[:, None], split, C, HAS_D, HAS_D_B
+        )
+        value = _channels(
+            x, x_b, xn, xc, xs, bn, bc, bs, i[:, None], n, s, there & (i < C)[:, None], first, C, True, HAS_B
+        )
         plain += grad.to(tl.float32)
         if WIDE:
             value = value.to(tl.float32)
@@ -126,9 +207,7 @@ def _weight_grad(
 
 
 @triton.jit
-def _finish(
-    partial, dweight, dbias, wo, wi, C, chunks, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
+def _finish(partial, dweight, dbias, wo, wi, C, chunks, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
     """Adds the partial sums of (dW, db) in order."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     size = C * (C + 1)
@@ -144,7 +223,8 @@ def _finish(
 
 
 def _options(block: int, far: bool) -> dict[str, int]:
-    """Launch options. With fewer registers or more stages in flight some variant spills on some architecture (see aot.py)."""
+    """Launch options. With fewer registers or more stages in flight some variant spills on some architecture (see
+    aot.py)."""
     small = block < 64
     return {"num_warps": 4 if small else 8, "num_stages": 2, "maxnreg": 255 if far else 168 if small else 128}
 
@@ -182,16 +262,42 @@ def _launch_mix(
     o_tiles = cdiv(channels, block_o)
     launch = _options(block_o, far)
     launch = {
-        "num_warps": choice["warps"] or launch["num_warps"], "num_stages": choice["stages"],
+        "num_warps": choice["warps"] or launch["num_warps"],
+        "num_stages": choice["stages"],
         "maxnreg": choice["registers"] or launch["maxnreg"],
-    }  # fmt: skip
+    }
     exact = weight.dtype is not y.dtype and y.dtype is not torch.float32 and not wide(y)
     _mix[(cdiv(out.n * out.s, block_p) * o_tiles,)](
-        a.data, b.data, weight, weight if bias is None else bias.contiguous(), y, y_b, *a.strides, *b.strides, *out.strides,
-        *rest.strides, *weight.stride(), channels, out.s, out.n * out.s, first, out.c, o_tiles, HAS_A=has_a, HAS_B=has_b,
-        SPLIT=out.c < channels, BIAS=bias is not None, PRECISION=precision(y), EXACT=exact, WIDE=wide(y),
-        FAR=far, BLOCK_O=block_o, BLOCK_P=block_p, BLOCK_K=choice["depth"], **launch,
-    )  # fmt: skip
+        a.data,
+        b.data,
+        weight,
+        weight if bias is None else bias.contiguous(),
+        y,
+        y_b,
+        *a.strides,
+        *b.strides,
+        *out.strides,
+        *rest.strides,
+        *weight.stride(),
+        channels,
+        out.s,
+        out.n * out.s,
+        first,
+        out.c,
+        o_tiles,
+        HAS_A=has_a,
+        HAS_B=has_b,
+        SPLIT=out.c < channels,
+        BIAS=bias is not None,
+        PRECISION=precision(y),
+        EXACT=exact,
+        WIDE=wide(y),
+        FAR=far,
+        BLOCK_O=block_o,
+        BLOCK_P=block_p,
+        BLOCK_K=choice["depth"],
+        **launch,
+    )
 
 
 def _far(*views: View) -> bool:
@@ -199,7 +305,9 @@ def _far(*views: View) -> bool:
     return any(v.far or v.n * v.n_stride >= 2**31 or v.n * v.s >= 2**31 - 128 for v in views)
 
 
-def channel_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> tuple[Tensor, Tensor]:
+def channel_mix(
+    x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int
+) -> tuple[Tensor, Tensor]:
     """(y, y_b) of genfast::channel_mix."""
     y, y_b = output(x, split), output(x, weight.shape[0] - split)
     if not y.numel():
@@ -236,10 +344,33 @@ def channel_mix_backward(
     chunks = min(p_tiles, max(32, min(512, 2**20 // size)))  # enough for every multiprocessor, few enough to add up
     partial = torch.empty((chunks, size), dtype=torch.float32, device=x.device)
     _weight_grad[(tiles * tiles * chunks,)](
-        g.data, h.data, a.data, b.data, partial, *g.strides, *h.strides, *a.strides, *b.strides, channels, a.s, a.n * a.s,
-        split, a.c, tiles, p_tiles, chunks, HAS_D=has_d, HAS_D_B=has_d_b, HAS_B=has_b, PRECISION=precision(x), WIDE=wide(x),
-        FAR=far, BLOCK=block, BLOCK_P=block_p, **_options(block, far),
-    )  # fmt: skip
+        g.data,
+        h.data,
+        a.data,
+        b.data,
+        partial,
+        *g.strides,
+        *h.strides,
+        *a.strides,
+        *b.strides,
+        channels,
+        a.s,
+        a.n * a.s,
+        split,
+        a.c,
+        tiles,
+        p_tiles,
+        chunks,
+        HAS_D=has_d,
+        HAS_D_B=has_d_b,
+        HAS_B=has_b,
+        PRECISION=precision(x),
+        WIDE=wide(x),
+        FAR=far,
+        BLOCK=block,
+        BLOCK_P=block_p,
+        **_options(block, far),
+    )
     _finish[(cdiv(size, 64),)](partial, dweight, dbias, *dweight.stride(), channels, chunks, BLOCK_E=64, BLOCK_R=32)
     return dx, dx_b, dweight, dbias
 
@@ -276,7 +407,9 @@ def _variants() -> list[Aot]:
     absent = dict(WIDE=False, FAR=False)
     rows, last = ("xs", "bs", "ys", "zs", "ds", "es", "wi"), ("xc", "bc", "yc", "zc", "dc", "ec", "wi")
 
-    def add(label: str, kernel: Any, kind: str, weight: str, ones: tuple[str, ...] | None, block: int, **base: Any) -> None:
+    def add(
+        label: str, kernel: Any, kind: str, weight: str, ones: tuple[str, ...] | None, block: int, **base: Any
+    ) -> None:
         pointers = dict.fromkeys(("x", "x_b", "y", "y_b", "d", "d_b"), f"*{kind}") | {"partial": "*fp32"}
         pointers |= dict.fromkeys(("weight", "bias", "dweight", "dbias"), f"*{weight}")
         types = {name: pointers[name] for name in kernel.arg_names if name in pointers}

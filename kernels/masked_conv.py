@@ -1,35 +1,42 @@
-"""Masked convolution (PixelRNN 1601.06759 sec. 3.4): a convolution that sees only what comes before, as an implicit product.
+"""Masked convolution (PixelRNN 1601.06759 sec. 3.4): a convolution that sees only what comes before, as an implicit
+product.
 
     y[p, co] = act(b[co] + sum_{t, ci} w[co, ci, t] x[p + (t - center) dilation, ci]) over the live taps t
     backward  d = dy [y > 0], dx[p, ci] = sum_{t, co} w[co, ci, t] d[p - (t - center) dilation, co],
               dw[co, ci, t] = sum_p d[p, co] x[p + (t - center) dilation, ci], db = sum_p d
 
-x (N, Cin, *S), w (Cout, Cin/groups, *k), b (Cout,), S of one to three axes. A tap is live if t - center is lexicographically
-below 0; at 0, pairs of channels are live by their colour. That order is the memory's, so the live taps are the first T, and no
-list of them is needed. Dead weights are never multiplied: a small kernel packs the live ones in the order of the product (zeros
-for the dead pairs of the centre tap, and around the edges, so that tiles of weights need no mask), reading w once.
+x (N, Cin, *S), w (Cout, Cin/groups, *k), b (Cout,), S of one to three axes. A tap is live if t - center is
+lexicographically below 0; at 0, pairs of channels are live by their colour. That order is the memory's, so the live
+taps are the first T, and no list of them is needed. Dead weights are never multiplied: a small kernel packs the live
+ones in the order of the product (zeros for the dead pairs of the centre tap, and around the edges, so that tiles of
+weights need no mask), reading w once.
 
 Fused: padding, taps, bias and activation; dx is the same kernel with steps of the other sign. A program takes a tile of
 positions of any samples by output channels and runs over (tap, block of input channels) in one loop, or over taps and
-channels alike where a group has few channels (a first layer). dw is split over positions into chunks whose number depends on
-the shape alone; a second kernel adds their partial sums in order and writes zeros where weights are dead. d is formed once,
-with db (3 passes over y), since dx and dw would else gate every element T times. x, y and their gradients are read and
-written where they lie, by strides; only dw may transpose its operands first (float32 on FMA units, and wide layers of half
-type in NCHW). Half types add in float32; float32 follows torch.backends.cuda.matmul.allow_tf32.
+channels alike where a group has few channels (a first layer). dw is split over positions into chunks whose number
+depends on the shape alone; a second kernel adds their partial sums in order and writes zeros where weights are dead. d
+is formed once, with db (3 passes over y), since dx and dw would else gate every element T times. x, y and their
+gradients are read and written where they lie, by strides; only dw may transpose its operands first (float32 on FMA
+units, and wide layers of half type in NCHW). Half types add in float32; float32 follows
+torch.backends.cuda.matmul.allow_tf32.
 
-2 T Cin/groups FLOPs an output element, in each of y, dx and dw; x is read from memory once and y written once (the taps read x
-from L2), plus the weights. 5x5 of type B at 128 channels: 425 984 FLOPs and 512 bytes a position in bfloat16, 832 FLOPs a
-byte where an H200's tensor cores balance at 206; 416 in float32 where its FMA units balance at 14. So bound by FLOPs down to
-about 32 channels in half types and 5 in float32; a first layer of half type (3 channels, 7x7: 70 FLOPs a byte) by memory.
+2 T Cin/groups FLOPs an output element, in each of y, dx and dw; x is read from memory once and y written once (the taps
+read x from L2), plus the weights. 5x5 of type B at 128 channels: 425 984 FLOPs and 512 bytes a position in bfloat16,
+832 FLOPs a byte where an H200's tensor cores balance at 206; 416 in float32 where its FMA units balance at 14. So bound
+by FLOPs down to about 32 channels in half types and 5 in float32; a first layer of half type (3 channels, 7x7: 70 FLOPs
+a byte) by memory.
 
-Predicted for an H200, not yet run on a GPU. Counted in what the compiler makes for sm_90 at 128 channels: the float32 loop is
-81% FMA instructions at 16 warps a multiprocessor, so 65 to 75% of the FMA peak. The bfloat16 loop in channels_last takes 338
-issue slots while its products (wgmma) take 512 cycles of the tensor cores, with 16-byte loads two steps ahead; a tile of 128 x
-128 asks L2 for 64 bytes a cycle at their full rate, of about 39 that a multiprocessor gets, so 50 to 60% of it (256 x 128: 48
-bytes); in NCHW a shifted row has no alignment, so half types load 2 bytes a thread and not ahead: 30 to 45%, and channels_last
-is the form for them. A dense convolution of the masked weight multiplies k^2 taps for (k^2 + 1) / 2: 1.8, 1.92 and 1.96 times
-the FLOPs for 3x3, 5x5 and 7x7; cropped to the rows down to the centre's it is 1.2, 1.15 and 1.12 times. With cuDNN at 70 to 80%
-of either peak: in float32 1.5 to 1.8 times as fast as dense and on a par with cropped; in bfloat16 1.2 to 1.5 times and 0.75 to
+Predicted for an H200, not yet run on a GPU. Counted in what the compiler makes for sm_90 at 128 channels: the float32
+loop is 81% FMA instructions at 16 warps a multiprocessor, so 65 to 75% of the FMA peak. The bfloat16 loop in
+channels_last takes 338 issue slots while its products (wgmma) take 512 cycles of the tensor cores, with 16-byte loads
+two steps ahead; a tile of 128 x 128 asks L2 for 64 bytes a cycle at their full rate, of about 39 that a multiprocessor
+gets, so 50 to 60% of it (256 x 128: 48 bytes); in NCHW a shifted row has no alignment, so half types load 2 bytes a
+thread and not ahead: 30 to 45%, and channels_last is the form for them. A dense convolution of the masked weight
+    multiplies k^2 taps for (k^2 + 1) / 2: 1.8, 1.92 and 1.96 times
+the FLOPs for 3x3, 5x5 and 7x7; cropped to the rows down to the centre's it is 1.2, 1.15 and 1.12 times. With cuDNN at
+70 to 80%
+of either peak: in float32 1.5 to 1.8 times as fast as dense and on a par with cropped; in bfloat16 1.2 to 1.5 times and
+    0.75 to
 0.95, plus the passes saved by fusing padding, mask, bias and activation, which weigh the more the fewer the channels.
 """
 
@@ -43,20 +50,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import MULTIPROCESSORS, Aot, by_rule, cdiv, options, output, precision, tile, tile_options, variant, view, wide
+from ._common import (
+    MULTIPROCESSORS,
+    Aot,
+    by_rule,
+    cdiv,
+    options,
+    output,
+    precision,
+    tile,
+    tile_options,
+    variant,
+    view,
+    wide,
+)
 
 # Each of the tile's fields that another than the rule's is tried of.
 _TILES = [
     dict(rows=r, columns=c, depth=d, warps=w, stages=s, registers=0)
     for r, c, d, w, s in (
-        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
-        (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (256, 64, 64, 8, 3), (64, 64, 64, 4, 4),
-        (128, 128, 32, 8, 4), (256, 128, 32, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 4, 3),
+        (256, 128, 64, 8, 3),
+        (256, 128, 64, 8, 4),
+        (128, 64, 64, 4, 3),
+        (128, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4),
+        (256, 64, 64, 8, 3),
+        (64, 64, 64, 4, 4),
+        (128, 128, 32, 8, 4),
+        (256, 128, 32, 8, 4),
     )
-]  # fmt: skip
+]
 TUNABLE = {"product": by_rule(*_TILES), "weight_grad": by_rule(*_TILES)}
 PACKED_BELOW = 9  # channels up to which a step of the product runs over taps and channels alike
-TRANSPOSE_FROM = 1024  # taps times channels from which the weight gradient of half types in NCHW repays two transposing copies
+TRANSPOSE_FROM = (
+    1024  # taps times channels from which the weight gradient of half types in NCHW repays two transposing copies
+)
 ROWS = 1024  # programs a channel tile of the gradient through the activation, as in actnorm.py
 
 
@@ -76,7 +107,9 @@ class Taps(NamedTuple):
 
 
 @functools.cache
-def taps(sizes: tuple[int, ...], center: tuple[int, ...], dilation: tuple[int, ...], mask_type: str, colours: int) -> Taps:
+def taps(
+    sizes: tuple[int, ...], center: tuple[int, ...], dilation: tuple[int, ...], mask_type: str, colours: int
+) -> Taps:
     """Of a kernel of these sizes; every center is allowed, also one beside the kernel."""
     before, rest = 0, 1
     for size in sizes:
@@ -117,11 +150,32 @@ def _colour(c, C, COLOURS: tl.constexpr, BLOCKED: tl.constexpr):
 
 @triton.jit
 def _pack(
-    weight, packed, w_group, wa, wb, wt, wr, wc, A, B, rows, columns, depth, live, masked, groups, c_tiles,
-    COLOURS: tl.constexpr, BLOCKED: tl.constexpr, STRICT: tl.constexpr, MIRRORED: tl.constexpr, BLOCK_R: tl.constexpr,
+    weight,
+    packed,
+    w_group,
+    wa,
+    wb,
+    wt,
+    wr,
+    wc,
+    A,
+    B,
+    rows,
+    columns,
+    depth,
+    live,
+    masked,
+    groups,
+    c_tiles,
+    COLOURS: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    STRICT: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Rows (tap, channel a), columns channel b of each group: live weights in the order of the product, zeros around them.
+):
+    """Rows (tap, channel a), columns channel b of each group: live weights in the order of the product, zeros around
+    them.
 
     a are input channels and b output channels; ``MIRRORED``, for the gradient of the input, the other way round.
     """
@@ -145,9 +199,7 @@ def _pack(
 
 
 @triton.jit
-def _offsets(
-    t, cz, cy, cx, lz, ly, lx, KH: tl.constexpr, KW: tl.constexpr
-):  # fmt: skip
+def _offsets(t, cz, cy, cx, lz, ly, lx, KH: tl.constexpr, KW: tl.constexpr):
     """Where tap t lies, in positions along each axis."""
     return (t // (KH * KW) - cz) * lz, (t // KW % KH - cy) * ly, (t % KW - cx) * lx
 
@@ -165,13 +217,56 @@ def _inside(z, y, x, oz, oy, ox, D, H, W, AXES: tl.constexpr):
 
 @triton.jit
 def _conv(
-    x, weight, bias, y, xn, xc, xz, xy, xx, yn, yc, yz, yy, yx, wr, wc, P, D, H, W, CO, rows, columns, last, cz, cy, cx,
-    lz, ly, lx, o_tiles, steps, CI: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, AXES: tl.constexpr,
-    PACKED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    x,
+    weight,
+    bias,
+    y,
+    xn,
+    xc,
+    xz,
+    xy,
+    xx,
+    yn,
+    yc,
+    yz,
+    yy,
+    yx,
+    wr,
+    wc,
+    P,
+    D,
+    H,
+    W,
+    CO,
+    rows,
+    columns,
+    last,
+    cz,
+    cy,
+    cx,
+    lz,
+    ly,
+    lx,
+    o_tiles,
+    steps,
+    CI: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    AXES: tl.constexpr,
+    PACKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    X_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A tile of positions by output channels of one group; ``last`` live rows, dilations l. negative for the transpose."""
+):
+    """A tile of positions by output channels of one group; ``last`` live rows, dilations l. negative for the
+    transpose."""
     group = tl.program_id(1)
     o = (tl.program_id(0) % o_tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
     p_tile = tl.program_id(0) // o_tiles
@@ -191,9 +286,23 @@ def _conv(
     source = x + group * CI * xc + (n * xn + pz * xz + py * xy + px * xx)
     there = p < P
     if X_LAST:
-        source, there, tx, ty, tz, k = source[:, None], there[:, None], px[:, None], py[:, None], pz[:, None], k[None, :]
+        source, there, tx, ty, tz, k = (
+            source[:, None],
+            there[:, None],
+            px[:, None],
+            py[:, None],
+            pz[:, None],
+            k[None, :],
+        )
     else:
-        source, there, tx, ty, tz, k = source[None, :], there[None, :], px[None, :], py[None, :], pz[None, :], k[:, None]
+        source, there, tx, ty, tz, k = (
+            source[None, :],
+            there[None, :],
+            px[None, :],
+            py[None, :],
+            pz[None, :],
+            k[:, None],
+        )
     weights = weight + group.to(tl.int64) * rows * columns + (r[:, None] * wr + o[None, :] * wc)
     total = tl.zeros((BLOCK_P, BLOCK_O), dtype=tl.float32)
     DEPTH: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
@@ -233,9 +342,29 @@ def _conv(
 
 @triton.jit
 def _gate(
-    grad_y, y, d, partial, gn, gc, gs, yn, yc, ys, dn, dc, ds, C, S, s_tiles, tiles, c_tiles, rows, FAR: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad_y,
+    y,
+    d,
+    partial,
+    gn,
+    gc,
+    gs,
+    yn,
+    yc,
+    ys,
+    dn,
+    dc,
+    ds,
+    C,
+    S,
+    s_tiles,
+    tiles,
+    c_tiles,
+    rows,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """d = grad_y (y > 0), and sum d for each channel over the tiles row, row + rows, ..."""
     row = tl.program_id(0) // c_tiles
     c = ((tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
@@ -264,9 +393,7 @@ def _divide(p, magic, shift):
 
 
 @triton.jit
-def _place(
-    p, D, H, W, s_magic, s_shift, h_magic, h_shift, w_magic, w_shift, AXES: tl.constexpr, FAR: tl.constexpr
-):  # fmt: skip
+def _place(p, D, H, W, s_magic, s_shift, h_magic, h_shift, w_magic, w_shift, AXES: tl.constexpr, FAR: tl.constexpr):
     """Sample and coordinates of position p of the batch."""
     if FAR:
         n = p // (D * H * W)
@@ -290,12 +417,57 @@ def _place(
 
 @triton.jit(do_not_specialize=["s_magic", "s_shift", "h_magic", "h_shift", "w_magic", "w_shift"])
 def _weight_grad(
-    d, x, partial, dn, dc, dz, dy, dx, xn, xc, xz, xy, xx, P, D, H, W, CO, size, s_magic, s_shift, h_magic, h_shift, w_magic,
-    w_shift, cz, cy, cx, lz, ly, lx, o_tiles, p_tiles, chunk_tiles, live, groups, CI: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, AXES: tl.constexpr, PACKED: tl.constexpr, D_LAST: tl.constexpr, X_LAST: tl.constexpr,
-    DENSE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    d,
+    x,
+    partial,
+    dn,
+    dc,
+    dz,
+    dy,
+    dx,
+    xn,
+    xc,
+    xz,
+    xy,
+    xx,
+    P,
+    D,
+    H,
+    W,
+    CO,
+    size,
+    s_magic,
+    s_shift,
+    h_magic,
+    h_shift,
+    w_magic,
+    w_shift,
+    cz,
+    cy,
+    cx,
+    lz,
+    ly,
+    lx,
+    o_tiles,
+    p_tiles,
+    chunk_tiles,
+    live,
+    groups,
+    CI: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    AXES: tl.constexpr,
+    PACKED: tl.constexpr,
+    D_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    DENSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """sum over a chunk of positions of d[p, o] x[p + offset of t, i]: a tile of o by i or, ``PACKED``, by (t, i).
 
     ``DENSE``: the positions of the whole batch lie evenly in both, as in channels_last.
@@ -343,7 +515,9 @@ def _weight_grad(
         if WIDE:
             g = g.to(tl.float32)
             value = value.to(tl.float32)
-        total = tl.dot(tl.trans(g) if D_LAST else g, value if X_LAST else tl.trans(value), total, input_precision=PRECISION)
+        total = tl.dot(
+            tl.trans(g) if D_LAST else g, value if X_LAST else tl.trans(value), total, input_precision=PRECISION
+        )
     row = (group * CO + o_at + o)[:, None]
     if PACKED:
         i += column * BLOCK_I
@@ -358,9 +532,23 @@ def _weight_grad(
 
 @triton.jit
 def _finish(
-    partial, dweight, size, pairs, CI, CO, all_taps, live, masked, chunks, groups, COLOURS: tl.constexpr,
-    BLOCKED: tl.constexpr, STRICT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    partial,
+    dweight,
+    size,
+    pairs,
+    CI,
+    CO,
+    all_taps,
+    live,
+    masked,
+    chunks,
+    groups,
+    COLOURS: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    STRICT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """Adds the partial sums (tap, output, input channel) in order; zero where the weight is dead."""
     t = tl.program_id(0) % all_taps
     e = (tl.program_id(0) // all_taps) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -426,7 +614,8 @@ def _channels_last(x: Image) -> Image:
 
 
 class Tile(NamedTuple):
-    """Positions, output channels and depth of a step of ``_conv``; output, input channels and positions of ``_weight_grad``."""
+    """Positions, output channels and depth of a step of ``_conv``; output, input channels and positions of
+    ``_weight_grad``."""
 
     rows: int
     columns: int
@@ -441,7 +630,8 @@ class Tile(NamedTuple):
 
 
 def _covering(size: int, largest: int) -> int:
-    """The power of two from 16 to ``largest`` that wastes least on ``size``; what a narrow tile reads again counts too."""
+    """The power of two from 16 to ``largest`` that wastes least on ``size``; what a narrow tile reads again counts
+    too."""
     blocks = [b for b in (128, 64, 32, 16) if b <= largest]
     return min(blocks, key=lambda b: cdiv(size, b) * b * (1 + 16 / b))
 
@@ -481,9 +671,17 @@ def _magic(d: int) -> tuple[int, int]:
 
 
 def _packed(
-    weight: Tensor, dtype: torch.dtype, how: str, groups: int, found: Taps, colours: Colours, mirrored: bool, columns: int,
-    depth: int, rows: int,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    dtype: torch.dtype,
+    how: str,
+    groups: int,
+    found: Taps,
+    colours: Colours,
+    mirrored: bool,
+    columns: int,
+    depth: int,
+    rows: int,
+) -> Tensor:
     """Live weights as (group, row, column); for TF32, whose tensor cores take nothing else, rows lie together."""
     flat = weight.flatten(2)
     out, inner = weight.shape[0] // groups, weight.shape[1]
@@ -496,17 +694,44 @@ def _packed(
     c_tiles = cdiv(columns, 64)
     if rows:
         _pack[(cdiv(rows, 16) * c_tiles, groups)](
-            flat, packed, out * wo, a[1], b[1], wt, packed.stride(1), packed.stride(2), a[0], b[0], rows, columns, depth,
-            found.live, found.masked, groups, c_tiles, COLOURS=colours.count, BLOCKED=colours.blocked,
-            STRICT=colours.strict, MIRRORED=mirrored, BLOCK_R=16, BLOCK_C=64,
-        )  # fmt: skip
+            flat,
+            packed,
+            out * wo,
+            a[1],
+            b[1],
+            wt,
+            packed.stride(1),
+            packed.stride(2),
+            a[0],
+            b[0],
+            rows,
+            columns,
+            depth,
+            found.live,
+            found.masked,
+            groups,
+            c_tiles,
+            COLOURS=colours.count,
+            BLOCKED=colours.blocked,
+            STRICT=colours.strict,
+            MIRRORED=mirrored,
+            BLOCK_R=16,
+            BLOCK_C=64,
+        )
     return packed
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, groups: int, found: Taps, colours: Colours, relu: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    groups: int,
+    found: Taps,
+    colours: Colours,
+    relu: bool,
     mirrored: bool,
-) -> None:  # fmt: skip
+) -> None:
     """The convolution of x with the live taps into y; ``mirrored``, its transpose."""
     source, target = image(x), image(y)
     inner, outer = x.shape[1] // groups, y.shape[1] // groups
@@ -521,18 +746,54 @@ def _launch(
     weights = _packed(weight, x.dtype, how, groups, found, colours, mirrored, o_tiles * t.columns, depth, rows)
     dilation = tuple(-step for step in found.dilation) if mirrored else found.dilation
     _conv[(cdiv(target.positions, t.rows) * o_tiles, groups)](
-        x, weights, weights if bias is None else bias.contiguous(), y, *source.strides, *target.strides, *weights.stride()[1:],
-        target.positions, *target.shape, outer, rows, o_tiles * t.columns, found.live * inner, *found.center, *dilation,
-        o_tiles, rows // t.depth, CI=inner, KH=found.sizes[1], KW=found.sizes[2], AXES=found.axes, PACKED=packed,
-        BIAS=bias is not None, RELU=relu, X_LAST=source.last, Y_LAST=target.last, PRECISION=how, WIDE=wide(x),
-        FAR=far, BLOCK_P=t.rows, BLOCK_O=t.columns, BLOCK_K=t.depth, **t.options,
-    )  # fmt: skip
+        x,
+        weights,
+        weights if bias is None else bias.contiguous(),
+        y,
+        *source.strides,
+        *target.strides,
+        *weights.stride()[1:],
+        target.positions,
+        *target.shape,
+        outer,
+        rows,
+        o_tiles * t.columns,
+        found.live * inner,
+        *found.center,
+        *dilation,
+        o_tiles,
+        rows // t.depth,
+        CI=inner,
+        KH=found.sizes[1],
+        KW=found.sizes[2],
+        AXES=found.axes,
+        PACKED=packed,
+        BIAS=bias is not None,
+        RELU=relu,
+        X_LAST=source.last,
+        Y_LAST=target.last,
+        PRECISION=how,
+        WIDE=wide(x),
+        FAR=far,
+        BLOCK_P=t.rows,
+        BLOCK_O=t.columns,
+        BLOCK_K=t.depth,
+        **t.options,
+    )
 
 
 def masked_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
-    dilation: list[int], groups: int, center: list[int], activation: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: list[int],
+    groups: int,
+    center: list[int],
+    activation: str,
+) -> Tensor:
     """y of genfast::masked_conv."""
     y = output(x, weight.shape[0])
     if y.numel():
@@ -552,9 +813,24 @@ def _through(grad_y: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     far = a.far or out.far or g.far
     partial = torch.empty((rows, a.c), dtype=torch.float32, device=y.device)
     _gate[(rows * c_tiles,)](
-        g.data, a.data, d, partial, *g.strides, *a.strides, *out.strides, a.c, a.s, s_tiles, a.n * s_tiles, c_tiles, rows,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far),
-    )  # fmt: skip
+        g.data,
+        a.data,
+        d,
+        partial,
+        *g.strides,
+        *a.strides,
+        *out.strides,
+        a.c,
+        a.s,
+        s_tiles,
+        a.n * s_tiles,
+        c_tiles,
+        rows,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **options(block_c * block_s, far),
+    )
     return d, partial.sum(0)
 
 
@@ -589,23 +865,76 @@ def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, groups: int, foun
     depth, height, width = source.shape
     if tiles:
         _weight_grad[(tiles, chunks, groups)](
-            grad.data, source.data, partial, *grad.strides, *source.strides, source.positions, *source.shape, outer, size,
-            *_magic(depth * height * width), *_magic(height), *_magic(width), *found.center, *found.dilation, o_tiles, p_tiles,
-            chunk_tiles, found.live, groups, CI=inner, KH=found.sizes[1], KW=found.sizes[2], AXES=found.axes, PACKED=packed,
-            D_LAST=grad.last, X_LAST=source.last, DENSE=grad.dense and source.dense, PRECISION=how, WIDE=wide(x), FAR=far,
-            BLOCK_O=t.rows, BLOCK_I=t.columns, BLOCK_P=t.depth, **t.options,
-        )  # fmt: skip
+            grad.data,
+            source.data,
+            partial,
+            *grad.strides,
+            *source.strides,
+            source.positions,
+            *source.shape,
+            outer,
+            size,
+            *_magic(depth * height * width),
+            *_magic(height),
+            *_magic(width),
+            *found.center,
+            *found.dilation,
+            o_tiles,
+            p_tiles,
+            chunk_tiles,
+            found.live,
+            groups,
+            CI=inner,
+            KH=found.sizes[1],
+            KW=found.sizes[2],
+            AXES=found.axes,
+            PACKED=packed,
+            D_LAST=grad.last,
+            X_LAST=source.last,
+            DENSE=grad.dense and source.dense,
+            PRECISION=how,
+            WIDE=wide(x),
+            FAR=far,
+            BLOCK_O=t.rows,
+            BLOCK_I=t.columns,
+            BLOCK_P=t.depth,
+            **t.options,
+        )
     pairs = dweight.shape[0] * inner
     _finish[(cdiv(pairs, 128) * found.all,)](
-        partial, dweight, size, pairs, inner, outer, found.all, found.live, found.masked, chunks, groups,
-        COLOURS=colours.count, BLOCKED=colours.blocked, STRICT=colours.strict, BLOCK_E=128, BLOCK_R=8,
-    )  # fmt: skip
+        partial,
+        dweight,
+        size,
+        pairs,
+        inner,
+        outer,
+        found.all,
+        found.live,
+        found.masked,
+        chunks,
+        groups,
+        COLOURS=colours.count,
+        BLOCKED=colours.blocked,
+        STRICT=colours.strict,
+        BLOCK_E=128,
+        BLOCK_R=8,
+    )
 
 
 def masked_conv_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
-    dilation: list[int], groups: int, center: list[int], activation: str, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: list[int],
+    groups: int,
+    center: list[int],
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) of genfast::masked_conv_backward; an empty tensor for each that is not wanted."""
     dx = output(x) if wanted[0] else x.new_empty(0)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0)
@@ -631,7 +960,9 @@ def _variants() -> list[Aot]:
     found = []
     rows, last = ("xx", "yx", "dx", "lz", "ly", "lx"), ("xc", "yc", "dc", "lz", "ly", "lx")
 
-    def add(label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any) -> None:
+    def add(
+        label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any
+    ) -> None:
         pointers = dict.fromkeys(("x", "y", "d", "weight", "bias", "grad_y", "packed", "dweight"), f"*{kind}")
         pointers |= {"partial": "*fp32"}
         types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
@@ -647,12 +978,26 @@ def _variants() -> list[Aot]:
                         continue
                     far, is_last, packed = ones is None, ones is last, channels < PACKED_BELOW
                     base = dict(
-                        CI=channels, KH=5, KW=5, AXES=2, PACKED=packed, X_LAST=is_last, Y_LAST=is_last, D_LAST=is_last,
-                        DENSE=is_last, PRECISION=how, WIDE=False, FAR=far,
-                    )  # fmt: skip
+                        CI=channels,
+                        KH=5,
+                        KW=5,
+                        AXES=2,
+                        PACKED=packed,
+                        X_LAST=is_last,
+                        Y_LAST=is_last,
+                        D_LAST=is_last,
+                        DENSE=is_last,
+                        PRECISION=how,
+                        WIDE=False,
+                        FAR=far,
+                    )
                     label = f"{channels} channels {kind} {how}{form}"
                     forward, transpose = dict(BIAS=True, RELU=True), dict(BIAS=False, RELU=False)
-                    for name, positions, ends in (("", 2**16, forward), (" small", 2**12, forward), (" dx", 2**16, transpose)):
+                    for name, positions, ends in (
+                        ("", 2**16, forward),
+                        (" small", 2**12, forward),
+                        (" dx", 2**16, transpose),
+                    ):
                         if name and (channels < 128 or far):
                             continue
                         t = _tile(how, half, far, is_last, positions, max(channels, 64), channels, 1)
@@ -661,7 +1006,9 @@ def _variants() -> list[Aot]:
                         add(label + name, _conv, kind, those, t.options, **base, **ends, **blocks)
                     if how == "ieee" and not half:
                         base["X_LAST"], ones = True, ones and (*(name for name in ones if name != "xx"), "xc")
-                    t = _grad_tile(how, half, far, is_last, max(channels, 64), 13 * channels if packed else channels, packed)
+                    t = _grad_tile(
+                        how, half, far, is_last, max(channels, 64), 13 * channels if packed else channels, packed
+                    )
                     blocks = dict(BLOCK_O=t.rows, BLOCK_I=t.columns, BLOCK_P=t.depth)
                     add(label, _weight_grad, kind, ones, t.options, **base, **blocks)
         base = dict(COLOURS=3, BLOCKED=False, STRICT=True, MIRRORED=False, BLOCK_R=16, BLOCK_C=64, BLOCK_E=128)

@@ -1,24 +1,26 @@
-"""A linear layer whose mask is a staircase after sorting (MADE, arXiv:1502.03509, section 4), over its live weights only.
+"""A linear layer whose mask is a staircase after sorting (MADE, arXiv:1502.03509, section 4), over its live weights
+only.
 
     y[n, rows[r]] = act(b[rows[r]] + sum_{k < counts[r]} x[n, columns[k]] w[rows[r], columns[k]])
     backward  d = dy [y > 0], dx[n, columns[k]] = sum_{r: counts[r] > k} d[n, rows[r]] w[rows[r], columns[k]],
               dw[rows[r], columns[k]] = sum_n d[n, rows[r]] x[n, columns[k]] where k < counts[r], else 0, db = sum_n d
 
-x (N, I), w (O, I), y (N, O); counts is nondecreasing. Fused: mask, bias, activation, the permutations of y, dx, dw and db.
+x (N, I), w (O, I), y (N, O); counts is nondecreasing. Fused: mask, bias, activation, the permutations of y, dx, dw and
+db.
 
-A small kernel packs w in sorted order with zeros for dead weights, so that no product needs a mask; x is gathered first, by one
-pass, only where its columns are not sorted already. Then a tile of sorted outputs ends its sum at its own largest count, which
-is its last row's, and a tile of dx begins at the first output that sees it. dw takes tiles that have a live weight alone, split
-over samples into chunks whose number depends on the shape alone; a second kernel adds their partial sums in order, puts them
-back in the user's order and writes zeros where weights are dead. d is formed once, in sorted order, with db. Among the tiles of
-the same samples those of longer sums start first. Half types add in float32; float32 follows
-torch.backends.cuda.matmul.allow_tf32.
+A small kernel packs w in sorted order with zeros for dead weights, so that no product needs a mask; x is gathered
+first, by one pass, only where its columns are not sorted already. Then a tile of sorted outputs ends its sum at its own
+largest count, which is its last row's, and a tile of dx begins at the first output that sees it. dw takes tiles that
+have a live weight alone, split over samples into chunks whose number depends on the shape alone; a second kernel adds
+their partial sums in order, puts them back in the user's order and writes zeros where weights are dead. d is formed
+once, in sorted order, with db. Among the tiles of the same samples those of longer sums start first. Half types add in
+float32; float32 follows torch.backends.cuda.matmul.allow_tf32.
 
-About N I O FLOPs in each of y, dx and dw, half of the dense product's, times 1 + BLOCK_O / O for tiles on the staircase. x is
-read once for a column of tiles (from L2 but for the first), y written once. Of 512 by 512 units that is 64 FLOPs a byte in
-float32 and 128 in half types, where an H200's FMA units balance at 14 and its tensor cores at 206: bound by FLOPs in float32,
-by memory in half types, and in batches of a few hundred by launches and by the longest sum: tiles shrink until each
-multiprocessor has one.
+About N I O FLOPs in each of y, dx and dw, half of the dense product's, times 1 + BLOCK_O / O for tiles on the
+staircase. x is read once for a column of tiles (from L2 but for the first), y written once. Of 512 by 512 units that is
+64 FLOPs a byte in float32 and 128 in half types, where an H200's FMA units balance at 14 and its tensor cores at 206:
+bound by FLOPs in float32, by memory in half types, and in batches of a few hundred by launches and by the longest sum:
+tiles shrink until each multiprocessor has one.
 Estimates, not measured.
 """
 
@@ -38,10 +40,16 @@ from ._common import MULTIPROCESSORS, Aot, by_rule, cdiv, precision, tile_option
 _TILES = [
     dict(rows=r, columns=c, depth=d, warps=w, stages=s, registers=0)
     for r, c, d, w, s in (
-        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
-        (64, 128, 64, 4, 4), (32, 64, 64, 4, 4), (32, 32, 64, 2, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (256, 128, 64, 8, 3),
+        (128, 64, 64, 4, 4),
+        (64, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4),
+        (32, 64, 64, 4, 4),
+        (32, 32, 64, 2, 4),
     )
-]  # fmt: skip
+]
 TUNABLE = {"product": by_rule(*_TILES), "weight_grad": by_rule(*_TILES)}
 ROWS = 1024  # programs a column of tiles of the gradient through the activation, as in masked_conv.py
 
@@ -50,9 +58,23 @@ ROWS = 1024  # programs a column of tiles of the gradient through the activation
 
 @triton.jit
 def _pack(
-    weight, packed, rows, columns, counts, wo, wi, pr, pc, CO, CI, all_rows, all_columns, c_tiles, BLOCK_R: tl.constexpr,
+    weight,
+    packed,
+    rows,
+    columns,
+    counts,
+    wo,
+    wi,
+    pr,
+    pc,
+    CO,
+    CI,
+    all_rows,
+    all_columns,
+    c_tiles,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """The weights in sorted order, zeros where they are dead and around them."""
     r = ((tl.program_id(0) // c_tiles) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     k = ((tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
@@ -61,7 +83,9 @@ def _pack(
     column = tl.load(columns + k, mask=k < CI, other=0)
     value = tl.load(weight + (row * wo + column * wi), mask=live, other=0)
     tl.store(
-        packed + (r.to(tl.int64) * pr + k * pc), value.to(packed.dtype.element_ty), mask=(r < all_rows) & (k < all_columns)
+        packed + (r.to(tl.int64) * pr + k * pc),
+        value.to(packed.dtype.element_ty),
+        mask=(r < all_rows) & (k < all_columns),
     )
 
 
@@ -77,10 +101,34 @@ def _blind(counts, CO, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, b, bias, y, order, counts, an, ac, br, bc, yn, N, CO, depth, width, tiles, TRANSPOSED: tl.constexpr,
-    SORTED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    bias,
+    y,
+    order,
+    counts,
+    an,
+    ac,
+    br,
+    bc,
+    yn,
+    N,
+    CO,
+    depth,
+    width,
+    tiles,
+    TRANSPOSED: tl.constexpr,
+    SORTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """A tile of act(a b + bias), a (N, depth), b (depth, width) packed; ``order`` says where a column of it belongs.
 
     b's live part of a column ends at its count or, ``TRANSPOSED``, begins at the first row that sees it.
@@ -124,9 +172,25 @@ def _product(
 
 @triton.jit
 def _gate(
-    grad, y, d, partial, order, gn, gc, yn, yc, N, CO, o_tiles, n_tiles, programs, RELU: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+    grad,
+    y,
+    d,
+    partial,
+    order,
+    gn,
+    gc,
+    yn,
+    yc,
+    N,
+    CO,
+    o_tiles,
+    n_tiles,
+    programs,
+    RELU: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
     """d = grad (y > 0) with its columns in sorted order, and its sum over the tiles p, p + programs, ..."""
     p = tl.program_id(0) // o_tiles
     o = ((tl.program_id(0) % o_tiles) * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
@@ -148,9 +212,27 @@ def _gate(
 
 @triton.jit
 def _weight_grad(
-    d, x, partial, counts, dn, dc, xn, xc, N, CO, CI, i_tiles, n_tiles, chunk_tiles, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, FAR: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    d,
+    x,
+    partial,
+    counts,
+    dn,
+    dc,
+    xn,
+    xc,
+    N,
+    CO,
+    CI,
+    i_tiles,
+    n_tiles,
+    chunk_tiles,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """sum over a chunk of samples of d[n, r] x[n, k], for a tile of r by k with a live weight."""
     t = tl.program_id(0) // i_tiles
     at = (tl.program_id(0) % i_tiles) * BLOCK_I
@@ -177,7 +259,7 @@ def _weight_grad(
 @triton.jit
 def _finish(
     partial, dweight, rows, columns, counts, CO, CI, c_tiles, chunks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
+):
     """Adds the partial sums in order and puts them where the weights are; zero where a weight is dead."""
     r = ((tl.program_id(0) // c_tiles) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     k = ((tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
@@ -199,7 +281,8 @@ _IN_ORDER: Any = WeakIdKeyDictionary()  # permutation: its version, and whether 
 
 
 def _in_order(order: Tensor) -> bool:
-    """Whether a permutation is the identity; asked of the device once for each tensor, and never while a graph is captured."""
+    """Whether a permutation is the identity; asked of the device once for each tensor, and never while a graph is
+    captured."""
     if order.is_inference():
         return False
     known = _IN_ORDER.get(order)
@@ -235,7 +318,9 @@ def _tile(exact: bool, half: bool, far: bool, rows: int, columns: int, repeats: 
     """The largest tile of which there is one for each multiprocessor; ``exact``: float32 on FMA units."""
     if far:
         return Tile(_covering(rows, 64), _covering(columns, 64), 16, 8, 2)
-    sizes = ((128, 64), (64, 64), (64, 32), (32, 32)) if exact else ((128, 128), (128, 64), (64, 64), (32, 64), (32, 32))
+    sizes = (
+        ((128, 64), (64, 64), (64, 32), (32, 32)) if exact else ((128, 128), (128, 64), (64, 64), (32, 64), (32, 32))
+    )
     for r, c in sizes:
         r, c = _covering(rows, r), _covering(columns, c)
         if cdiv(rows, r) * cdiv(columns, c) * repeats >= MULTIPROCESSORS:
@@ -255,9 +340,16 @@ def _far(*tensors: Tensor) -> bool:
 
 
 def _launch(
-    a: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, staircase: tuple[Tensor, ...], relu: bool, transposed: bool
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    staircase: tuple[Tensor, ...],
+    relu: bool,
+    transposed: bool,
 ) -> None:
-    """a, its columns sorted, times the live weights (or their transpose) into y, whose columns are in the user's order."""
+    """a, its columns sorted, times the live weights (or their transpose) into y, whose columns are in the user's
+    order."""
     rows, columns, counts = staircase
     out, inputs = weight.shape
     depth, width = (out, inputs) if transposed else (inputs, out)
@@ -272,16 +364,49 @@ def _launch(
     c_tiles = cdiv(by_row.shape[1], 64)
     if packed.numel():
         _pack[(cdiv(by_row.shape[0], 16) * c_tiles,)](
-            weight, by_row, rows, columns, counts, *weight.stride(), *by_row.stride(), out, inputs, *by_row.shape, c_tiles,
-            BLOCK_R=16, BLOCK_C=64,
-        )  # fmt: skip
+            weight,
+            by_row,
+            rows,
+            columns,
+            counts,
+            *weight.stride(),
+            *by_row.stride(),
+            out,
+            inputs,
+            *by_row.shape,
+            c_tiles,
+            BLOCK_R=16,
+            BLOCK_C=64,
+        )
     order = columns if transposed else rows
     _product[(cdiv(a.shape[0], t.rows) * tiles,)](
-        a, packed, packed if bias is None else bias.contiguous(), y, order, counts, *a.stride(), *packed.stride(), y.stride(0),
-        a.shape[0], out, depth, width, tiles, TRANSPOSED=transposed, SORTED=_in_order(order), BIAS=bias is not None, RELU=relu,
-        EVEN=depth % t.depth == 0, PRECISION=how, WIDE=wide(a), FAR=far, BLOCK_N=t.rows, BLOCK_O=t.columns, BLOCK_K=t.depth,
+        a,
+        packed,
+        packed if bias is None else bias.contiguous(),
+        y,
+        order,
+        counts,
+        *a.stride(),
+        *packed.stride(),
+        y.stride(0),
+        a.shape[0],
+        out,
+        depth,
+        width,
+        tiles,
+        TRANSPOSED=transposed,
+        SORTED=_in_order(order),
+        BIAS=bias is not None,
+        RELU=relu,
+        EVEN=depth % t.depth == 0,
+        PRECISION=how,
+        WIDE=wide(a),
+        FAR=far,
+        BLOCK_N=t.rows,
+        BLOCK_O=t.columns,
+        BLOCK_K=t.depth,
         **t.options,
-    )  # fmt: skip
+    )
 
 
 def _sorted(x: Tensor, columns: Tensor) -> Tensor:
@@ -310,9 +435,23 @@ def _through(grad: Tensor, y: Tensor | None, rows: Tensor) -> tuple[Tensor, Tens
     programs = min(n_tiles, ROWS)
     partial = torch.empty((programs, out), dtype=torch.float32, device=grad.device)
     _gate[(programs * o_tiles,)](
-        grad, of_y, d, partial, rows, *grad.stride(), *of_y.stride(), n, out, o_tiles, n_tiles, programs, RELU=y is not None,
-        FAR=_far(grad, of_y, d), BLOCK_N=height, BLOCK_O=block,
-    )  # fmt: skip
+        grad,
+        of_y,
+        d,
+        partial,
+        rows,
+        *grad.stride(),
+        *of_y.stride(),
+        n,
+        out,
+        o_tiles,
+        n_tiles,
+        programs,
+        RELU=y is not None,
+        FAR=_far(grad, of_y, d),
+        BLOCK_N=height,
+        BLOCK_O=block,
+    )
     total = partial.sum(0)
     return d, total if _in_order(rows) else torch.empty_like(total).index_copy_(0, rows, total)
 
@@ -320,18 +459,38 @@ def _through(grad: Tensor, y: Tensor | None, rows: Tensor) -> tuple[Tensor, Tens
 def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, staircase: tuple[Tensor, ...]) -> None:
     out, inputs = dweight.shape
     how, half, far = precision(x), x.dtype is not torch.float32, _far(d, x)
-    t = _grad_tile(how == "ieee" and not half, half, far, out, inputs, x.shape[0])._replace(**TUNABLE["weight_grad"].now)
+    t = _grad_tile(how == "ieee" and not half, half, far, out, inputs, x.shape[0])._replace(
+        **TUNABLE["weight_grad"].now
+    )
     o_tiles, i_tiles, n_tiles = cdiv(out, t.rows), cdiv(inputs, t.columns), cdiv(x.shape[0], t.depth)
-    # As many programs as run at once, at 16 warps a multiprocessor, half of them over dead weights; none of under 8 steps.
+    # As many programs as run at once, at 16 warps a multiprocessor, half of them over dead weights; none of under 8
+    # steps.
     at_once = 2 * MULTIPROCESSORS * 16 // t.warps
     chunk_tiles = max(8, cdiv(n_tiles, max(1, at_once // (o_tiles * i_tiles))))
     chunks = cdiv(n_tiles, chunk_tiles)
     partial = torch.empty((chunks, out, inputs), dtype=torch.float32, device=x.device)
     rows, columns, counts = staircase
     _weight_grad[(o_tiles * i_tiles, chunks)](
-        d, x, partial, counts, *d.stride(), *x.stride(), x.shape[0], out, inputs, i_tiles, n_tiles, chunk_tiles, PRECISION=how,
-        WIDE=wide(x), FAR=far, BLOCK_O=t.rows, BLOCK_I=t.columns, BLOCK_N=t.depth, **t.options,
-    )  # fmt: skip
+        d,
+        x,
+        partial,
+        counts,
+        *d.stride(),
+        *x.stride(),
+        x.shape[0],
+        out,
+        inputs,
+        i_tiles,
+        n_tiles,
+        chunk_tiles,
+        PRECISION=how,
+        WIDE=wide(x),
+        FAR=far,
+        BLOCK_O=t.rows,
+        BLOCK_I=t.columns,
+        BLOCK_N=t.depth,
+        **t.options,
+    )
     c_tiles = cdiv(inputs, 64)
     _finish[(cdiv(out, 16) * c_tiles,)](
         partial, dweight, rows, columns, counts, out, inputs, c_tiles, chunks, BLOCK_R=16, BLOCK_C=64
@@ -339,11 +498,20 @@ def _launch_weight_grad(d: Tensor, x: Tensor, dweight: Tensor, staircase: tuple[
 
 
 def masked_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor, wanted: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) of genfast::masked_linear_backward; an empty tensor for each that is not wanted."""
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    dx, dweight, dbias = (torch.empty(shape if w else (0,), dtype=x.dtype, device=x.device) for shape, w in zip(shapes, wanted))
+    dx, dweight, dbias = (
+        torch.empty(shape if w else (0,), dtype=x.dtype, device=x.device) for shape, w in zip(shapes, wanted)
+    )
     if not grad.numel() or not x.numel():
         dbias = grad.sum(0) if wanted[2] else dbias
         return dx.zero_(), dweight.zero_(), dbias
@@ -363,7 +531,9 @@ def masked_linear_backward(
 def _variants() -> list[Aot]:
     found = []
 
-    def add(label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any) -> None:
+    def add(
+        label: str, kernel: Any, kind: str, ones: tuple[str, ...] | None, launch: dict[str, int], **base: Any
+    ) -> None:
         pointers = dict.fromkeys(("a", "b", "x", "y", "d", "weight", "bias", "grad", "packed", "dweight"), f"*{kind}")
         pointers |= dict.fromkeys(("rows", "columns", "counts", "order"), "*i64") | {"partial": "*fp32"}
         types = {name: pointers[name] for name in kernel.arg_names if name in pointers}

@@ -7,8 +7,10 @@ k_ij = exp(-sum_c |M_ic - M_jc|), s_ijc = sign(M_ic - M_jc):
                      dg_i = -sum_j k_ij D_ij,  dM_ic = sum_j (g_i + g_j) k_ij D_ij s_ijc
 
 M, V (N, B, C), g, o (N, B). A program takes rows i of one kernel b and walks over all j in tiles, so each sum is one
-program's own: no atomics, and no array over pairs. It computes a pair twice, once from either side, where the C++ kernel
-counts it for both: N^2 B (3 C + 10) FLOPs forward, against 4 N B C bytes, so bound by arithmetic. Inputs are copied with N
+program's own: no atomics, and no array over pairs. It computes a pair twice, once from either side, where the C++
+kernel
+counts it for both: N^2 B (3 C + 10) FLOPs forward, against 4 N B C bytes, so bound by arithmetic. Inputs are copied
+    with N
 innermost. The gradients of a few features at a time stay in registers; beyond so many, programs recompute distances.
 """
 
@@ -69,8 +71,8 @@ def _forward(m, o, N, C, i_tiles, SELF: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _backward(
-    m, t, g, dg, dm, N, C, i_tiles, c_tiles, SECOND: tl.constexpr, SIZE: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
+    m, t, g, dg, dm, N, C, i_tiles, c_tiles, SECOND: tl.constexpr, SIZE: tl.constexpr, FEATURES: tl.constexpr
+):
     """dm of FEATURES features; with SECOND of <t, dm>, and dg, which the programs of the first features write."""
     tile = tl.program_id(0) // c_tiles
     c_tile = tl.program_id(0) % c_tiles
@@ -136,9 +138,21 @@ def _gradients(m: Tensor, grad: Tensor, tangent: Tensor | None) -> tuple[Tensor,
         features = min(choice["features"], triton.next_power_of_2(max(c, 1)))
         tiles, c_tiles = cdiv(n, choice["size"]), max(1, cdiv(c, features))
         _backward[(b * tiles * c_tiles,)](
-            inner, t, g, dg, dm, n, c, tiles, c_tiles, SECOND=tangent is not None, SIZE=choice["size"],
-            FEATURES=features, num_warps=choice["warps"], maxnreg=REGISTERS,
-        )  # fmt: skip
+            inner,
+            t,
+            g,
+            dg,
+            dm,
+            n,
+            c,
+            tiles,
+            c_tiles,
+            SECOND=tangent is not None,
+            SIZE=choice["size"],
+            FEATURES=features,
+            num_warps=choice["warps"],
+            maxnreg=REGISTERS,
+        )
     return _outer(dg), _outer(dm)
 
 
@@ -157,7 +171,9 @@ def _variants() -> list[Aot]:
     for kind in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("m", "t", "dm"), f"*{kind}") | {"o": "*fp32", "g": "*fp32", "dg": "*fp32"}
 
-        def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
+        def add(
+            label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any
+        ) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
             launch = {"maxnreg": REGISTERS} if kernel is _backward else {}
             choice = TUNABLE[kernel.fn.__name__[1:]]

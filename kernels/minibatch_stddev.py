@@ -3,13 +3,14 @@
 The batch is M groups of G members, sample n = g M + m; v is the variance of an element over g, t[m, f] the mean of
 (v + eps)^(1/2) over the elements of feature f, and y = [x | t].
 
-    backward  dx = d + k (x - mean_g x) / (v + eps)^(1/2), k[m, f] = sum of the gradient of t over group and positions, over G
+    backward  dx = d + k (x - mean_g x) / (v + eps)^(1/2), k[m, f] = sum of the gradient of t over group and positions,
+    over G
               and the number of elements
 
-x (N, C, S), y (N, C + F, S). Fused: the copy of x with both moments, shifted by the group's first member, which keeps v exact
-to G rounding errors; a second, small kernel adds the partial sums in order and writes the channels of t. The backward sums the
-gradient of t first and then takes x and d once (x a second time from the cache, for its group's mean). 8 bytes an element in
-float32, backward 12; some 6 FLOPs: bound by memory bandwidth.
+x (N, C, S), y (N, C + F, S). Fused: the copy of x with both moments, shifted by the group's first member, which keeps v
+exact to G rounding errors; a second, small kernel adds the partial sums in order and writes the channels of t. The
+backward sums the gradient of t first and then takes x and d once (x a second time from the cache, for its group's
+mean). 8 bytes an element in float32, backward 12; some 6 FLOPs: bound by memory bandwidth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from ._common import Aot, Choice, View, cdiv, every, options, output, tile, tile
 PARTS = 256  # partial sums that the second kernel reads at once
 # Of a tile its elements and those of a thread; parts, programs a group and feature.
 TUNABLE = {
-    "forward": Choice(dict(tile=1024, each=8, parts=256), every(tile=(512, 1024, 2048), each=(4, 8), parts=(64, 256, 1024))),
+    "forward": Choice(
+        dict(tile=1024, each=8, parts=256), every(tile=(512, 1024, 2048), each=(4, 8), parts=(64, 256, 1024))
+    ),
     "backward": tiles_choice(),
 }
 
@@ -46,10 +49,30 @@ def _moments(x, c, s, inside, xn, xc, xs, m, M, G, eps, BLOCK_C: tl.constexpr, B
 
 @triton.jit
 def _forward(
-    x, y, partial, xn, xc, xs, yn, yc, ys, C, S, M, G, F, eps, s_tiles, tiles, parts, FAR: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Copies a group's feature, the tiles part, part + parts, ..., and sums its standard deviations. C: of a feature."""
+    x,
+    y,
+    partial,
+    xn,
+    xc,
+    xs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    M,
+    G,
+    F,
+    eps,
+    s_tiles,
+    tiles,
+    parts,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Copies a group's feature, the tiles part, part + parts, ..., and sums its standard deviations. C: of a
+    feature."""
     cell = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     m = (cell // F).to(tl.int64)
@@ -75,7 +98,7 @@ def _forward(
 @triton.jit
 def _fill(
     partial, y, yn, yc, ys, C, S, M, F, elements, parts, FAR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr
-):  # fmt: skip
+):
     """The channel of one sample and feature. C: of x."""
     n = tl.program_id(0) // F
     f = tl.program_id(0) % F
@@ -110,9 +133,31 @@ def _gather(grad_y, k, gn, gc, gs, C, S, M, G, F, count, FAR: tl.constexpr, BLOC
 
 @triton.jit
 def _backward(
-    grad_y, x, k, dx, gn, gc, gs, xn, xc, xs, yn, yc, ys, C, S, M, G, F, eps, s_tiles, tiles, FAR: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad_y,
+    x,
+    k,
+    dx,
+    gn,
+    gc,
+    gs,
+    xn,
+    xc,
+    xs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    M,
+    G,
+    F,
+    eps,
+    s_tiles,
+    tiles,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """dx of a tile of a group's feature. C: of a feature."""
     cell = tl.program_id(0) // tiles
     place = tl.program_id(0) % tiles
@@ -161,11 +206,38 @@ def minibatch_stddev(x: Tensor, group_size: int, features: int, eps: float) -> T
     far = a.far or out.far
     partial = torch.empty((m, features, parts), dtype=torch.float32, device=x.device)
     _forward[(m * features * parts,)](
-        a.data, y, partial, *a.strides, *out.strides, channels, a.s, m, group, features, eps, s_tiles, tiles, parts, FAR=far,
-        BLOCK_C=block_c, BLOCK_S=block_s, **_options(block_c * block_s, far, choice),
-    )  # fmt: skip
+        a.data,
+        y,
+        partial,
+        *a.strides,
+        *out.strides,
+        channels,
+        a.s,
+        m,
+        group,
+        features,
+        eps,
+        s_tiles,
+        tiles,
+        parts,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **_options(block_c * block_s, far, choice),
+    )
     _fill[(a.n * features,)](
-        partial, y, *out.strides, a.c, a.s, m, features, float(channels * a.s), parts, FAR=far, BLOCK_P=PARTS, BLOCK_S=256
+        partial,
+        y,
+        *out.strides,
+        a.c,
+        a.s,
+        m,
+        features,
+        float(channels * a.s),
+        parts,
+        FAR=far,
+        BLOCK_P=PARTS,
+        BLOCK_S=256,
     )
     return y
 
@@ -186,9 +258,26 @@ def minibatch_stddev_backward(grad_y: Tensor, x: Tensor, group_size: int, featur
         d.data, k, *d.strides, a.c, a.s, m, group, features, float(group * channels * a.s), FAR=far, BLOCK_S=256
     )
     _backward[(m * features * tiles,)](
-        d.data, a.data, k, dx, *d.strides, *a.strides, *out.strides, channels, a.s, m, group, features, eps, s_tiles, tiles,
-        FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **_options(block_c * block_s, far, choice),
-    )  # fmt: skip
+        d.data,
+        a.data,
+        k,
+        dx,
+        *d.strides,
+        *a.strides,
+        *out.strides,
+        channels,
+        a.s,
+        m,
+        group,
+        features,
+        eps,
+        s_tiles,
+        tiles,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **_options(block_c * block_s, far, choice),
+    )
     return dx
 
 
@@ -199,13 +288,16 @@ def _variants() -> list[Aot]:
         pointers = dict.fromkeys(("x", "y", "grad_y", "dx"), f"*{kind}") | dict.fromkeys(("partial", "k"), "*fp32")
         pointers |= dict.fromkeys(("eps", "elements", "count"), "fp32")
         for label, ones, far, block_c in (
-            ("rows", ("xs", "ys", "gs"), False, 1), ("channels_last", ("xc", "yc", "gc"), False, 64),
+            ("rows", ("xs", "ys", "gs"), False, 1),
+            ("channels_last", ("xc", "yc", "gc"), False, 64),
             ("any strides", None, True, 64),
-        ):  # fmt: skip
+        ):
             for kernel in (_forward, _fill, _gather, _backward):
                 tiled = kernel in (_forward, _backward)
                 choice = TUNABLE["forward" if kernel in (_forward, _fill) else "backward"].of(width)
-                base = dict(FAR=far, BLOCK_C=block_c, BLOCK_S=choice["tile"] // block_c if tiled else 256, BLOCK_P=PARTS)
+                base = dict(
+                    FAR=far, BLOCK_C=block_c, BLOCK_S=choice["tile"] // block_c if tiled else 256, BLOCK_P=PARTS
+                )
                 constants = {name: value for name, value in base.items() if name in kernel.arg_names}
                 types = {name: pointers[name] for name in kernel.arg_names if name in pointers}
                 launch = _options(choice["tile"], far, choice) if tiled else {}

@@ -1,12 +1,13 @@
 """What a modulated convolution (StyleGAN2 1912.04958 sec. 2.2, eq. 1-3) needs beside its convolution.
 
-    channel_scale: y[n, c, s] = a[n, c] x[n, c, s] (+ noise[n, s]);  backward  dx = a d, da = sum_s d x, dnoise = sum_c d
+    channel_scale: y[n, c, s] = a[n, c] x[n, c, s] (+ noise[n, s]);  backward  dx = a d, da = sum_s d x, dnoise = sum_c
+        d
     tap_energy:    q[r] = sum_k w[r, k]^2
 
-x (N, C, S), a (N, C), noise (N or 1, S), w (O I, taps). The forward reads x and writes y (8 bytes an element in float32), the
-backward reads d and x and writes dx (12) in one pass with both sums: a program takes some positions of one sample, walks over
-channels, and writes a partial da, which the library adds up over position tiles in a fixed order. tap_energy reads w once. All
-bound by memory bandwidth.
+x (N, C, S), a (N, C), noise (N or 1, S), w (O I, taps). The forward reads x and writes y (8 bytes an element in
+float32), the backward reads d and x and writes dx (12) in one pass with both sums: a program takes some positions of
+one sample, walks over channels, and writes a partial da, which the library adds up over position tiles in a fixed
+order. tap_energy reads w once. All bound by memory bandwidth.
 """
 
 from __future__ import annotations
@@ -27,9 +28,29 @@ SPREAD = 512  # programs below which the backward splits channels over programs 
 
 @triton.jit
 def _scale(
-    x, scale, noise, y, xn, xc, xs, an, ac, zn, zs, yn, yc, ys, C, S, s_tiles, tiles, HAS_NOISE: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    x,
+    scale,
+    noise,
+    y,
+    xn,
+    xc,
+    xs,
+    an,
+    ac,
+    zn,
+    zs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    s_tiles,
+    tiles,
+    HAS_NOISE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n, k, c, p = place(s_tiles, tiles, BLOCK_C, BLOCK_S, FAR)
     inside = (c < C) & (p < S)
     out = tl.load(x + n * xn + (c * xc + p * xs), mask=inside, other=0).to(tl.float32)
@@ -41,9 +62,32 @@ def _scale(
 
 @triton.jit
 def _scale_backward(
-    grad_y, x, scale, dx, partial, dnoise, gn, gc, gs, xn, xc, xs, an, ac, yn, yc, ys, C, S, s_tiles, splits,
-    HAS_NOISE: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad_y,
+    x,
+    scale,
+    dx,
+    partial,
+    dnoise,
+    gn,
+    gc,
+    gs,
+    xn,
+    xc,
+    xs,
+    an,
+    ac,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    s_tiles,
+    splits,
+    HAS_NOISE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """partial (N, s_tiles, C); dnoise (N, splits, S)."""
     part = tl.program_id(0) % splits
     k = tl.program_id(0) // splits
@@ -94,16 +138,31 @@ def channel_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
     far = a.far or out.far
     noise_n, noise_s = (0, 0) if z is None else (z.n_stride if z.n > 1 else 0, z.s_stride)
     _scale[(a.n * tiles,)](
-        a.data, scale, a.data if z is None else z.data, y, *a.strides, *scale.stride(), noise_n, noise_s, *out.strides, a.c,
-        a.s, s_tiles, tiles, HAS_NOISE=z is not None, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s,
+        a.data,
+        scale,
+        a.data if z is None else z.data,
+        y,
+        *a.strides,
+        *scale.stride(),
+        noise_n,
+        noise_s,
+        *out.strides,
+        a.c,
+        a.s,
+        s_tiles,
+        tiles,
+        HAS_NOISE=z is not None,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
         **options(block_c * block_s, far, each=choice["each"]),
-    )  # fmt: skip
+    )
     return y
 
 
 def channel_scale_backward(
     grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dnoise) of genfast::channel_scale_backward."""
     dx = output(x)
     n, channels = x.shape[:2]
@@ -118,9 +177,26 @@ def channel_scale_backward(
     dnoise = torch.empty((n, splits, a.s) if noise is not None else 0, dtype=torch.float32, device=x.device)
     far = a.far or out.far or g.far
     _scale_backward[(n * s_tiles * splits,)](
-        g.data, a.data, scale, dx, partial, dnoise, *g.strides, *a.strides, *scale.stride(), *out.strides, a.c, a.s, s_tiles,
-        splits, HAS_NOISE=noise is not None, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **options(block_c * block_s, far),
-    )  # fmt: skip
+        g.data,
+        a.data,
+        scale,
+        dx,
+        partial,
+        dnoise,
+        *g.strides,
+        *a.strides,
+        *scale.stride(),
+        *out.strides,
+        a.c,
+        a.s,
+        s_tiles,
+        splits,
+        HAS_NOISE=noise is not None,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **options(block_c * block_s, far),
+    )
     dscale = partial.sum(1).to(scale.dtype)
     if noise is None:
         return dx, dscale, x.new_empty(0)

@@ -1,16 +1,18 @@
-"""The neural autoregressive distribution estimator (Larochelle and Murray 2011; Uria et al. 1306.0186), over d = 1 .. D:
+"""The neural autoregressive distribution estimator (Larochelle and Murray 2011; Uria et al. 1306.0186), over d = 1 ..
+D:
 
     a_1 = c;  h_d = act(rho_d a_d);  p_d = b_d + V_d h_d;  a_{d+1} = a_d + W_d x_d
     backward, from d = D and e_{D+1} = 0, g the cotangent of p:  dx_d = <W_d, e_{d+1}>,  dW_d = sum_n x_d e_{d+1},
     dV_d = sum_n g_d h_d,  z = act'(rho_d a_d) V_d^T g_d,  drho_d = sum_n <z, a_d>,  e_d = e_{d+1} + rho_d z
 
-x (N, D), W (D, H), V (D, P, H), p (N, D, P). One launch for all D steps, where the loop of library calls takes four a step;
-sampling draws within the step, so that it costs what the likelihood costs. Forward and sampling: a program takes a few samples
-with all hidden units, which stay in its registers, and streams W and V, (1 + P) D H numbers. Backward: a program takes some
-hidden units and walks over the samples of its group, tile by tile; a comes back as it was, swept again over STEPS steps from a
-checkpoint of the tile's own first sweep, both in scratch that is the program's alone. Each sum has one owner, and the partial
-sums of groups (weights) and of blocks of units (dx, drho) are added in order: no atomics. The D steps follow one another, so
-this is bound by their latency, and at large N by arithmetic: (2 P + 2) FLOPs and an activation a unit, step and sample.
+x (N, D), W (D, H), V (D, P, H), p (N, D, P). One launch for all D steps, where the loop of library calls takes four a
+step; sampling draws within the step, so that it costs what the likelihood costs. Forward and sampling: a program takes
+a few samples with all hidden units, which stay in its registers, and streams W and V, (1 + P) D H numbers. Backward: a
+program takes some hidden units and walks over the samples of its group, tile by tile; a comes back as it was, swept
+again over STEPS steps from a checkpoint of the tile's own first sweep, both in scratch that is the program's alone.
+Each sum has one owner, and the partial sums of groups (weights) and of blocks of units (dx, drho) are added in order:
+no atomics. The D steps follow one another, so this is bound by their latency, and at large N by arithmetic: (2 P + 2)
+FLOPs and an activation a unit, step and sample.
 """
 
 from __future__ import annotations
@@ -98,17 +100,37 @@ def _column(params, cols, k):
 
 @triton.jit
 def _scan(
-    x, known, uniforms, weight, readout, bias, hidden, rescale, out, N, D, P, H, hidden_row, ACT: tl.constexpr,
-    RESCALED: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr, SAMPLES: tl.constexpr,
+    x,
+    known,
+    uniforms,
+    weight,
+    readout,
+    bias,
+    hidden,
+    rescale,
+    out,
+    N,
+    D,
+    P,
+    H,
+    hidden_row,
+    ACT: tl.constexpr,
+    RESCALED: tl.constexpr,
+    KIND: tl.constexpr,
+    GIVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    SAMPLES: tl.constexpr,
     SIZE: tl.constexpr,
-):  # fmt: skip
+):
     """KIND 0: parameters of given x. Else samples; SIZE columns hold the P parameters of a step."""
     n = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     k = tl.arange(0, WIDE)
     cols = tl.arange(0, SIZE)
     rows, units = n < N, k < H
     far = tl.program_id(0).to(tl.int64) * 0
-    a = tl.load(hidden + n[:, None] * hidden_row + k[None, :], mask=rows[:, None] & units[None, :], other=0).to(tl.float32)
+    a = tl.load(hidden + n[:, None] * hidden_row + k[None, :], mask=rows[:, None] & units[None, :], other=0).to(
+        tl.float32
+    )
     for d in range(D):
         z = a
         if RESCALED:
@@ -152,7 +174,9 @@ def _scan(
 
 
 @triton.jit
-def _sweep(x, weight, kept, a, n, k, rows, units, first, last, every, N, D, H, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sweep(
+    x, weight, kept, a, n, k, rows, units, first, last, every, N, D, H, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Steps first to last from a; a_d of every `every`-th of them goes to kept."""
     inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     far = tl.program_id(0).to(tl.int64) * 0
@@ -166,10 +190,34 @@ def _sweep(x, weight, kept, a, n, k, rows, units, first, last, every, N, D, H, R
 
 @triton.jit
 def _backward(
-    grad, x, weight, readout, hidden, rescale, scratch, dx, dw, dv, dc, drho, N, D, P, H, hidden_row, runs, tiles, groups,
-    ACT: tl.constexpr, RESCALED: tl.constexpr, TO_X: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    x,
+    weight,
+    readout,
+    hidden,
+    rescale,
+    scratch,
+    dx,
+    dw,
+    dv,
+    dc,
+    drho,
+    N,
+    D,
+    P,
+    H,
+    hidden_row,
+    runs,
+    tiles,
+    groups,
+    ACT: tl.constexpr,
+    RESCALED: tl.constexpr,
+    TO_X: tl.constexpr,
+    OWN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     """COLUMNS hidden units of the samples of one group; dw, dv and dc are (groups, ...), dx and drho (blocks, ...)."""
     block, group = (tl.program_id(0) // groups).to(tl.int64), (tl.program_id(0) % groups).to(tl.int64)
     k = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -181,7 +229,9 @@ def _backward(
     for tile in range(group, tiles, groups):
         n = tile * ROWS + tl.arange(0, ROWS)
         rows = n < N
-        a = tl.load(hidden + n[:, None] * hidden_row + k[None, :], mask=rows[:, None] & units[None, :], other=0).to(tl.float32)
+        a = tl.load(hidden + n[:, None] * hidden_row + k[None, :], mask=rows[:, None] & units[None, :], other=0).to(
+            tl.float32
+        )
         _sweep(x, weight, checks, a, n, k, rows, units, 0, D, STEPS, N, D, H, ROWS, COLUMNS)
         tl.debug_barrier()
         e = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -227,7 +277,8 @@ def _backward(
 
 
 def _launch(hidden: int, size: int) -> tuple[int, int, dict[str, int]]:
-    """Width of a state, samples of a program, launch options; ``size`` parameters of a step are kept beside the state."""
+    """Width of a state, samples of a program, launch options; ``size`` parameters of a step are kept beside the
+    state."""
     wide = max(16, triton.next_power_of_2(hidden))
     samples = max(1, min(16, ELEMENTS // wide // (1 if size == 1 else 2)))
     warps = max(1, min(8, wide * samples // (1024 if size == 1 else 512)))
@@ -235,24 +286,60 @@ def _launch(hidden: int, size: int) -> tuple[int, int, dict[str, int]]:
 
 
 def _run(
-    x: Tensor | None, known: Tensor | None, uniforms: Tensor | None, weight: Tensor, readout: Tensor, bias: Tensor,
-    hidden_bias: Tensor, rescale: Tensor | None, activation: str, kind: int, out: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor | None,
+    known: Tensor | None,
+    uniforms: Tensor | None,
+    weight: Tensor,
+    readout: Tensor,
+    bias: Tensor,
+    hidden_bias: Tensor,
+    rescale: Tensor | None,
+    activation: str,
+    kind: int,
+    out: Tensor,
+) -> None:
     n, d, p, h = *out.shape[:2], *readout.shape[1:]
     size = triton.next_power_of_2(p) if kind else 1
     wide, samples, options = _launch(h, size)
-    dense = [t if t is None else t.contiguous() for t in (x, known, uniforms, weight, readout, bias, hidden_bias, rescale)]
+    dense = [
+        t if t is None else t.contiguous() for t in (x, known, uniforms, weight, readout, bias, hidden_bias, rescale)
+    ]
     values, mask, u, w, v, b, c, rho = (out if t is None else t for t in dense)
     if n:
         _scan[(cdiv(n, samples),)](
-            values, mask, u, w, v, b, c, rho, out, n, d, p, h, h if hidden_bias.dim() == 2 else 0, ACT=ACTIVATIONS[activation],
-            RESCALED=rescale is not None, KIND=kind, GIVEN=known is not None, WIDE=wide, SAMPLES=samples,
-            SIZE=size, **options,
-        )  # fmt: skip
+            values,
+            mask,
+            u,
+            w,
+            v,
+            b,
+            c,
+            rho,
+            out,
+            n,
+            d,
+            p,
+            h,
+            h if hidden_bias.dim() == 2 else 0,
+            ACT=ACTIVATIONS[activation],
+            RESCALED=rescale is not None,
+            KIND=kind,
+            GIVEN=known is not None,
+            WIDE=wide,
+            SAMPLES=samples,
+            SIZE=size,
+            **options,
+        )
 
 
 def nade(
-    x: Tensor, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str
+    x: Tensor,
+    weight: Tensor,
+    readout: Tensor,
+    bias: Tensor,
+    hidden_bias: Tensor,
+    rescale: Tensor | None,
+    activation: str,
 ) -> Tensor:
     """Parameters of genfast::nade."""
     out = torch.empty((*x.shape, readout.shape[1]), dtype=x.dtype, device=x.device)
@@ -261,9 +348,17 @@ def nade(
 
 
 def nade_sample(
-    uniforms: Tensor, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None,
-    given: Tensor | None, known: Tensor | None, activation: str, kind: str,
-) -> Tensor:  # fmt: skip
+    uniforms: Tensor,
+    weight: Tensor,
+    readout: Tensor,
+    bias: Tensor,
+    hidden_bias: Tensor,
+    rescale: Tensor | None,
+    given: Tensor | None,
+    known: Tensor | None,
+    activation: str,
+    kind: str,
+) -> Tensor:
     """x of genfast::nade_sample."""
     out = torch.empty(uniforms.shape[:2], dtype=uniforms.dtype, device=uniforms.device)
     mask = None if known is None else known.to(torch.uint8)
@@ -272,9 +367,15 @@ def nade_sample(
 
 
 def nade_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, readout: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    readout: Tensor,
+    hidden_bias: Tensor,
+    rescale: Tensor | None,
+    activation: str,
     need_x: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     """Gradients of genfast::nade_backward."""
     (n, d), p, h = x.shape, *readout.shape[1:]
     own = hidden_bias.dim() == 2
@@ -291,22 +392,58 @@ def nade_backward(
     if n:
         scratch = torch.empty(blocks * groups * (runs + STEPS) * ROWS * COLUMNS, dtype=torch.float32, device=x.device)
         _backward[(blocks * groups,)](
-            g, values, w, v, c, w if rescale is None else rescale.contiguous(), scratch, dx, dw, dv, dc, drho, n, d, p, h,
-            h if own else 0, runs, tiles, groups, ACT=ACTIVATIONS[activation], RESCALED=rescale is not None, TO_X=need_x,
-            OWN=own, ROWS=ROWS, COLUMNS=COLUMNS, STEPS=STEPS, num_warps=2, maxnreg=REGISTERS,
-        )  # fmt: skip
+            g,
+            values,
+            w,
+            v,
+            c,
+            w if rescale is None else rescale.contiguous(),
+            scratch,
+            dx,
+            dw,
+            dv,
+            dc,
+            drho,
+            n,
+            d,
+            p,
+            h,
+            h if own else 0,
+            runs,
+            tiles,
+            groups,
+            ACT=ACTIVATIONS[activation],
+            RESCALED=rescale is not None,
+            TO_X=need_x,
+            OWN=own,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            STEPS=STEPS,
+            num_warps=2,
+            maxnreg=REGISTERS,
+        )
     return (
-        dx.sum(0).to(x.dtype) if need_x else x.new_empty(0), dw.sum(0).to(weight.dtype), dv.sum(0).to(readout.dtype),
-        g.sum(0, dtype=torch.float32).to(readout.dtype), (dc if own else dc.sum(0)).to(hidden_bias.dtype),
+        dx.sum(0).to(x.dtype) if need_x else x.new_empty(0),
+        dw.sum(0).to(weight.dtype),
+        dv.sum(0).to(readout.dtype),
+        g.sum(0, dtype=torch.float32).to(readout.dtype),
+        (dc if own else dc.sum(0)).to(hidden_bias.dtype),
         x.new_empty(0) if rescale is None else drho.sum(0).to(rescale.dtype),
-    )  # fmt: skip
+    )
 
 
 def _add(
-    found: list[Aot], kind: str, label: str, kernel: Any, ones: tuple[str, ...] | None, launch: dict[str, int],
+    found: list[Aot],
+    kind: str,
+    label: str,
+    kernel: Any,
+    ones: tuple[str, ...] | None,
+    launch: dict[str, int],
     constants: dict[str, Any],
-) -> None:  # fmt: skip
-    types = dict.fromkeys(("x", "uniforms", "weight", "readout", "bias", "hidden", "rescale", "grad", "out"), f"*{kind}")
+) -> None:
+    types = dict.fromkeys(
+        ("x", "uniforms", "weight", "readout", "bias", "hidden", "rescale", "grad", "out"), f"*{kind}"
+    )
     types |= {"known": "*u8"} | dict.fromkeys(("scratch", "dx", "dw", "dv", "dc", "drho"), "*fp32")
     own = {name: types[name] for name in kernel.arg_names if name in types}
     sizes = "64-bit sizes" if ones is None else "P = 1" if ones else "P"
@@ -314,21 +451,39 @@ def _add(
 
 
 def _add_scan(
-    found: list[Aot], kind: str, hidden: int, act: int, ones: tuple[str, ...] | None, number: int = 0, given: bool = False,
+    found: list[Aot],
+    kind: str,
+    hidden: int,
+    act: int,
+    ones: tuple[str, ...] | None,
+    number: int = 0,
+    given: bool = False,
     size: int = 1,
-) -> None:  # fmt: skip
+) -> None:
     wide, samples, launch = _launch(hidden, size)
     constants = {
-        "ACT": act, "RESCALED": act == 1, "KIND": number, "GIVEN": given, "WIDE": wide, "SAMPLES": samples, "SIZE": size,
-    }  # fmt: skip
+        "ACT": act,
+        "RESCALED": act == 1,
+        "KIND": number,
+        "GIVEN": given,
+        "WIDE": wide,
+        "SAMPLES": samples,
+        "SIZE": size,
+    }
     label = f"{hidden} units, act {act}, kind {number}{', some known' if given else ''}"
     _add(found, kind, label, _scan, ones, launch, constants)
 
 
 def _add_backward(found: list[Aot], kind: str, act: int, to_x: bool, own: bool, ones: tuple[str, ...] | None) -> None:
     constants = {
-        "ACT": act, "RESCALED": act == 1, "TO_X": to_x, "OWN": own, "ROWS": ROWS, "COLUMNS": COLUMNS, "STEPS": STEPS,
-    }  # fmt: skip
+        "ACT": act,
+        "RESCALED": act == 1,
+        "TO_X": to_x,
+        "OWN": own,
+        "ROWS": ROWS,
+        "COLUMNS": COLUMNS,
+        "STEPS": STEPS,
+    }
     _add(found, kind, f"act {act}", _backward, ones, {"num_warps": 2, "maxnreg": REGISTERS}, constants)
 
 

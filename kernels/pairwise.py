@@ -1,15 +1,19 @@
-"""Sums of kernels over pairs of rows (MMD: Gretton et al., JMLR 13, 2012; KID: Binkowski et al. 1801.01401), and nearest rows:
+"""Sums of kernels over pairs of rows (MMD: Gretton et al., JMLR 13, 2012; KID: Binkowski et al. 1801.01401), and
+nearest rows:
 
     sums      o_i = sum_j sum_s k_s(x_i, y_j)
     gradient  dx_i = sum_j (g_i + h_j) 2 k'(d_ij) (x_i - y_j), or sum_j (g_i + h_j) k'(x_i.y_j) y_j for a polynomial
     nearest   the k least d_ij = |x_i - y_j|^2 of each i and their j
 
-x (B, N, C), y (B, M, C). A program of the sums takes one tile of pairs: product, kernel, sums of its rows; of x with itself
-only the tiles on and above the diagonal, and the sums of their columns too. Each writes its own place of (tiles, B, N), which
-is added up in order: no atomics, N / BLOCK values a row in place of N. The gradient's weights are written panel by panel, at
-most PANEL elements at once, and multiplied with the rows (and a column of ones) by the library. Nearest: a program of BLOCK
-rows walks over all columns, once for each of k. Distances are those of rows less their common mean.
-FLOPs 2 N M C (half of it with itself), 4 N M C for the gradient; bytes 4 (N + M) C from the second-level cache for each BLOCK
+x (B, N, C), y (B, M, C). A program of the sums takes one tile of pairs: product, kernel, sums of its rows; of x with
+itself only the tiles on and above the diagonal, and the sums of their columns too. Each writes its own place of (tiles,
+B, N), which
+is added up in order: no atomics, N / BLOCK values a row in place of N. The gradient's weights are written panel by
+    panel, at
+most PANEL elements at once, and multiplied with the rows (and a column of ones) by the library. Nearest: a program of
+BLOCK rows walks over all columns, once for each of k. Distances are those of rows less their common mean.
+FLOPs 2 N M C (half of it with itself), 4 N M C for the gradient; bytes 4 (N + M) C from the second-level cache for each
+BLOCK
 rows: bound by arithmetic, for float32 by the FMA rate unless torch's settings allow TF32.
 """
 
@@ -33,21 +37,39 @@ TUNABLE = {
         [
             dict(block=b, features=f, warps=w, stages=s, registers=r)
             for b, f, w, s, r in (
-                (64, 32, 4, 3, 0), (64, 32, 8, 3, 0), (64, 64, 4, 3, 0), (64, 64, 4, 4, 0), (128, 64, 8, 3, 0),
-                (128, 32, 8, 3, 0), (128, 32, 8, 4, 0), (64, 16, 8, 3, 0),
+                (64, 32, 4, 3, 0),
+                (64, 32, 8, 3, 0),
+                (64, 64, 4, 3, 0),
+                (64, 64, 4, 4, 0),
+                (128, 64, 8, 3, 0),
+                (128, 32, 8, 3, 0),
+                (128, 32, 8, 4, 0),
+                (64, 16, 8, 3, 0),
             )
         ],
     )
-}  # fmt: skip
+}
 PANEL = 1 << 24  # weights that are written at once
 KERNELS = {"rbf": 0, "imq": 1, "polynomial": 2}
 
 
 @triton.jit
 def _argument(
-    x, y, xn, yn, i, j, N, M, C, PRODUCT: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    xn,
+    yn,
+    i,
+    j,
+    N,
+    M,
+    C,
+    PRODUCT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """What the kernel is a function of: products of rows i and j, or their squared distances."""
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     rows = x + i.to(tl.int64)[:, None] * C
@@ -94,10 +116,29 @@ def _kernel(d, scales, offset, COUNT: tl.constexpr, DEGREE: tl.constexpr, KERNEL
 
 @triton.jit
 def _sums(
-    x, y, xn, yn, scales, partial, offset, B, N, M, C, i_tiles, j_tiles, COUNT: tl.constexpr, DEGREE: tl.constexpr,
-    KERNEL: tl.constexpr, SAME: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    xn,
+    yn,
+    scales,
+    partial,
+    offset,
+    B,
+    N,
+    M,
+    C,
+    i_tiles,
+    j_tiles,
+    COUNT: tl.constexpr,
+    DEGREE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    SAME: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     pid = tl.program_id(0)
     b = (pid // (i_tiles * j_tiles)).to(tl.int64)
     i_tile = pid // j_tiles % i_tiles
@@ -107,7 +148,20 @@ def _sums(
     i = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
     j = (j_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
     d = _argument(
-        x + b * N * C, y + b * M * C, xn + b * N, yn + b * M, i, j, N, M, C, KERNEL == 2, BLOCK, FEATURES, PRECISION, WIDE
+        x + b * N * C,
+        y + b * M * C,
+        xn + b * N,
+        yn + b * M,
+        i,
+        j,
+        N,
+        M,
+        C,
+        KERNEL == 2,
+        BLOCK,
+        FEATURES,
+        PRECISION,
+        WIDE,
     )
     if SAME and KERNEL != 2:  # a row's distance to itself is 0 but for rounding; NaN stays
         d = tl.where(i[:, None] == j[None, :], d * 0, d)
@@ -122,10 +176,33 @@ def _sums(
 
 @triton.jit
 def _weights(
-    x, y, xn, yn, scales, g, h, out, offset, N, M, C, first, rows, i_tiles, j_tiles, COUNT: tl.constexpr,
-    DEGREE: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXCLUDE: tl.constexpr,
-    BLOCK: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    xn,
+    yn,
+    scales,
+    g,
+    h,
+    out,
+    offset,
+    N,
+    M,
+    C,
+    first,
+    rows,
+    i_tiles,
+    j_tiles,
+    COUNT: tl.constexpr,
+    DEGREE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Of ``rows`` rows from ``first`` on: (B, rows, M)."""
     pid = tl.program_id(0)
     b = (pid // (i_tiles * j_tiles)).to(tl.int64)
@@ -133,7 +210,20 @@ def _weights(
     i = (first + at).to(tl.int32)
     j = ((pid % j_tiles) * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
     d = _argument(
-        x + b * N * C, y + b * M * C, xn + b * N, yn + b * M, i, j, N, M, C, KERNEL == 2, BLOCK, FEATURES, PRECISION, WIDE
+        x + b * N * C,
+        y + b * M * C,
+        xn + b * N,
+        yn + b * M,
+        i,
+        j,
+        N,
+        M,
+        C,
+        KERNEL == 2,
+        BLOCK,
+        FEATURES,
+        PRECISION,
+        WIDE,
     )
     weight = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     if ROWS:
@@ -149,9 +239,26 @@ def _weights(
 
 @triton.jit
 def _nearest(
-    x, y, xn, yn, last, last_index, out, out_index, N, M, C, i_tiles, j_tiles, AGAIN: tl.constexpr, EXCLUDE: tl.constexpr,
-    BLOCK: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    xn,
+    yn,
+    last,
+    last_index,
+    out,
+    out_index,
+    N,
+    M,
+    C,
+    i_tiles,
+    j_tiles,
+    AGAIN: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """The least (distance, j) of each row; with AGAIN, of those that come after (last, last_index)."""
     b = (tl.program_id(0) // i_tiles).to(tl.int64)
     i = ((tl.program_id(0) % i_tiles) * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
@@ -234,17 +341,43 @@ def pairwise_kernel_sum(
     i_tiles, j_tiles = cdiv(n, block), cdiv(m, block)
     partial = torch.empty((j_tiles, b, n), dtype=torch.float32, device=x.device)
     _sums[(b * i_tiles * j_tiles,)](
-        rows, other, xn, yn, _on_device(tuple(scales), x.device), partial, offset, b, n, m, c, i_tiles, j_tiles,
-        COUNT=len(scales), DEGREE=degree, KERNEL=KERNELS[kernel], SAME=y is None, EXCLUDE=exclude_diagonal, BLOCK=block,
-        FEATURES=choice["features"], maxnreg=choice["registers"] or _sums_registers(launch["PRECISION"]), **launch,
-    )  # fmt: skip
+        rows,
+        other,
+        xn,
+        yn,
+        _on_device(tuple(scales), x.device),
+        partial,
+        offset,
+        b,
+        n,
+        m,
+        c,
+        i_tiles,
+        j_tiles,
+        COUNT=len(scales),
+        DEGREE=degree,
+        KERNEL=KERNELS[kernel],
+        SAME=y is None,
+        EXCLUDE=exclude_diagonal,
+        BLOCK=block,
+        FEATURES=choice["features"],
+        maxnreg=choice["registers"] or _sums_registers(launch["PRECISION"]),
+        **launch,
+    )
     return partial.sum(0)
 
 
 def _gradient(
-    x: Tensor, y: Tensor | None, g: Tensor | None, h: Tensor | None, kernel: str, scales: list[float], degree: int,
-    offset: float, exclude: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+    h: Tensor | None,
+    kernel: str,
+    scales: list[float],
+    degree: int,
+    offset: float,
+    exclude: bool,
+) -> Tensor:
     """dx with pairs weighted by g_i + h_j."""
     b, n, c = x.shape
     m = n if y is None else y.shape[1]
@@ -264,11 +397,33 @@ def _gradient(
         weights = torch.empty((b, count, m), dtype=torch.float32, device=x.device)
         i_tiles, j_tiles = cdiv(count, BLOCK), cdiv(m, BLOCK)
         _weights[(b * i_tiles * j_tiles,)](
-            rows, other, xn, yn, _on_device(tuple(scales), x.device), given if g is None else g, given if h is None else h,
-            weights, offset, n, m, c, first, count, i_tiles, j_tiles, COUNT=len(scales), DEGREE=degree,
-            KERNEL=KERNELS[kernel], ROWS=g is not None, COLUMNS=h is not None, EXCLUDE=exclude, BLOCK=BLOCK,
-            FEATURES=FEATURES, maxnreg=WEIGHTS_REGISTERS, **_launch(rows),
-        )  # fmt: skip
+            rows,
+            other,
+            xn,
+            yn,
+            _on_device(tuple(scales), x.device),
+            given if g is None else g,
+            given if h is None else h,
+            weights,
+            offset,
+            n,
+            m,
+            c,
+            first,
+            count,
+            i_tiles,
+            j_tiles,
+            COUNT=len(scales),
+            DEGREE=degree,
+            KERNEL=KERNELS[kernel],
+            ROWS=g is not None,
+            COLUMNS=h is not None,
+            EXCLUDE=exclude,
+            BLOCK=BLOCK,
+            FEATURES=FEATURES,
+            maxnreg=WEIGHTS_REGISTERS,
+            **_launch(rows),
+        )
         total = weights @ right
         if not product:
             total = rows[:, first : first + count] * total[..., c:] - total[..., :c]
@@ -277,9 +432,17 @@ def _gradient(
 
 
 def pairwise_kernel_sum_backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, kernel: str, scales: list[float], degree: int, offset: float,
-    exclude_diagonal: bool, need_x: bool, need_y: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    scales: list[float],
+    degree: int,
+    offset: float,
+    exclude_diagonal: bool,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
     """(dx, dy) of genfast::pairwise_kernel_sum_backward."""
     g = grad.float().contiguous()
     options = (kernel, scales, degree, offset, exclude_diagonal)
@@ -299,10 +462,26 @@ def nearest_rows(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tup
         i_tiles = cdiv(n, BLOCK)
         for t in range(k):
             _nearest[(b * i_tiles,)](
-                rows, other, xn, yn, value[max(0, t - 1)], index[max(0, t - 1)], value[t], index[t], n, m, c, i_tiles,
-                cdiv(m, BLOCK), AGAIN=t > 0, EXCLUDE=exclude_self, BLOCK=BLOCK, FEATURES=FEATURES // 2,
-                maxnreg=REGISTERS, **_launch(rows),
-            )  # fmt: skip
+                rows,
+                other,
+                xn,
+                yn,
+                value[max(0, t - 1)],
+                index[max(0, t - 1)],
+                value[t],
+                index[t],
+                n,
+                m,
+                c,
+                i_tiles,
+                cdiv(m, BLOCK),
+                AGAIN=t > 0,
+                EXCLUDE=exclude_self,
+                BLOCK=BLOCK,
+                FEATURES=FEATURES // 2,
+                maxnreg=REGISTERS,
+                **_launch(rows),
+            )
     chosen = index.permute(1, 2, 0).long().sort(2).values  # ascending, so that equal distances stay so
     side = x if y is None else y
     near = side.float().gather(1, chosen.flatten(1).unsqueeze(2).expand(-1, -1, c)).unflatten(1, (n, k))

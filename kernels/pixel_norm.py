@@ -2,8 +2,9 @@
 
     backward  dx = r (d - y mean_c(d y)), r and y from x again
 
-x (N, C, S). Fused: the square, the mean, the root and the product. A program takes a block of positions through all channels:
-at once where they fit a tile, else twice, the second time from the cache. From memory the forward takes 8 bytes an element in
+x (N, C, S). Fused: the square, the mean, the root and the product. A program takes a block of positions through all
+channels: at once where they fit a tile, else twice, the second time from the cache. From memory the forward takes 8
+    bytes an element in
 float32 and 4 FLOPs, the backward 12 and 9: bound by memory bandwidth.
 """
 
@@ -21,9 +22,28 @@ TUNABLE = {"norm": Choice(dict(tile=2048, each=16), every(tile=(1024, 2048, 4096
 
 @triton.jit
 def _norm(
-    grad_y, x, y, gn, gc, gs, xn, xc, xs, yn, yc, ys, C, S, eps, s_tiles, BACKWARD: tl.constexpr, WHOLE: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad_y,
+    x,
+    y,
+    gn,
+    gc,
+    gs,
+    xn,
+    xc,
+    xs,
+    yn,
+    yc,
+    ys,
+    C,
+    S,
+    eps,
+    s_tiles,
+    BACKWARD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     n = (tl.program_id(0) // s_tiles).to(tl.int64)
     p = ((tl.program_id(0) % s_tiles) * BLOCK_S + tl.arange(0, BLOCK_S))[None, :]
     first = tl.arange(0, BLOCK_C)[:, None]
@@ -65,7 +85,8 @@ def _norm(
 
 
 def _blocks(a: View) -> tuple[int, int]:
-    """Channels and positions of a tile: all channels where they are contiguous and fit, else whole sectors of positions."""
+    """Channels and positions of a tile: all channels where they are contiguous and fit, else whole sectors of
+    positions."""
     c, s, size = triton.next_power_of_2(a.c), triton.next_power_of_2(a.s), TUNABLE["norm"]["tile"]
     if a.walks_channels:
         c = min(c, size)
@@ -91,9 +112,23 @@ def _run(grad_y: Tensor | None, x: Tensor, eps: float) -> Tensor:
     s_tiles = cdiv(a.s, block_s)
     far = a.far or out.far or d.far
     _norm[(a.n * s_tiles,)](
-        d.data, a.data, y, *d.strides, *a.strides, *out.strides, a.c, a.s, eps, s_tiles, BACKWARD=grad_y is not None,
-        WHOLE=block_c >= a.c, FAR=far, BLOCK_C=block_c, BLOCK_S=block_s, **_options(far),
-    )  # fmt: skip
+        d.data,
+        a.data,
+        y,
+        *d.strides,
+        *a.strides,
+        *out.strides,
+        a.c,
+        a.s,
+        eps,
+        s_tiles,
+        BACKWARD=grad_y is not None,
+        WHOLE=block_c >= a.c,
+        FAR=far,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        **_options(far),
+    )
     return y
 
 
@@ -115,9 +150,12 @@ def _variants() -> list[Aot]:
             way = "backward " if backward else ""
             for label, ones, far, block_c, block_s in (
                 ("channels_last", ("xc", "yc", "gc"), False, 512, size // 512),
-                ("rows", ("xs", "ys", "gs"), False, size // 32, 32), ("any strides", None, True, size // 32, 32),
-            ):  # fmt: skip
-                constants = dict(BACKWARD=backward, WHOLE=label == "channels_last", FAR=far, BLOCK_C=block_c, BLOCK_S=block_s)
+                ("rows", ("xs", "ys", "gs"), False, size // 32, 32),
+                ("any strides", None, True, size // 32, 32),
+            ):
+                constants = dict(
+                    BACKWARD=backward, WHOLE=label == "channels_last", FAR=far, BLOCK_C=block_c, BLOCK_S=block_s
+                )
                 found.append(variant(f"{way}{label} {kind}", _norm, types, constants, ones, **_options(far)))
     return found
 

@@ -2,10 +2,11 @@
 
     backward  g x / |x|, zero where |x| is; g 2 x for the square
 
-x (N, D) with D the whole sample, out (N,). Fused: square and sum; backward the quotient and the product. One pass each way:
-4 bytes an element in float32 forward, 8 backward. Squares are added in float64, where no float32 overflows or vanishes:
-two conversions and FLOPs in float64 an element, which keeps up with memory also where the rate of float64 is 1/64. Bound
-by memory bandwidth. A sample is cut into parts that depend on the shape alone; their sums are added in order.
+x (N, D) with D the whole sample, out (N,). Fused: square and sum; backward the quotient and the product. One pass each
+way: 4 bytes an element in float32 forward, 8 backward. Squares are added in float64, where no float32 overflows or
+    vanishes:
+two conversions and FLOPs in float64 an element, which keeps up with memory also where the rate of float64 is 1/64.
+Bound by memory bandwidth. A sample is cut into parts that depend on the shape alone; their sums are added in order.
 """
 
 from __future__ import annotations
@@ -71,7 +72,15 @@ def sample_norm(x: Tensor, squared: bool) -> Tensor:
     parts = min(tiles, max(1, choice["programs"] // r.n))
     partial = torch.empty((r.n, parts), dtype=torch.float64, device=x.device)
     _forward[(r.n * parts,)](
-        r.data, partial, r.stride, r.size, tiles, parts, FAR=r.far, BLOCK=size, **options(size, r.far, each=choice["each"])
+        r.data,
+        partial,
+        r.stride,
+        r.size,
+        tiles,
+        parts,
+        FAR=r.far,
+        BLOCK=size,
+        **options(size, r.far, each=choice["each"]),
     )
     total = partial.sum(1)
     return (total if squared else total.sqrt()).float()
@@ -88,9 +97,18 @@ def sample_norm_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -
     size = block(r.size, choice)
     tiles = cdiv(r.size, size)
     _backward[(r.n * tiles,)](
-        grad.contiguous(), r.data, norm.contiguous(), dx, r.stride, r.size, tiles, SQUARED=squared, FAR=r.far, BLOCK=size,
+        grad.contiguous(),
+        r.data,
+        norm.contiguous(),
+        dx,
+        r.stride,
+        r.size,
+        tiles,
+        SQUARED=squared,
+        FAR=r.far,
+        BLOCK=size,
         **options(size, r.far, each=choice["each"]),
-    )  # fmt: skip
+    )
     return dx
 
 

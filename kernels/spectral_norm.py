@@ -2,10 +2,11 @@
 
     backward  with u and v constant: dW = G / sigma + (g_sigma - <G, W> / sigma^2) u v^T
 
-W a dense array (a, h, b), which is the matrix of h rows and a b columns. Two launches a product: one sums tiles over PARTS
-parts of the long axis, one program then adds the parts, takes the norm and divides by it; what it divided by gives sigma.
-W is read twice an iteration and once for the scaling (16 bytes an element in float32 with one iteration); the backward reads
-G twice, W once and writes dW (16). 4 FLOPs an element and iteration: bound by memory bandwidth, of the L2 where W fits.
+W a dense array (a, h, b), which is the matrix of h rows and a b columns. Two launches a product: one sums tiles over
+PARTS parts of the long axis, one program then adds the parts, takes the norm and divides by it; what it divided by
+gives sigma. W is read twice an iteration and once for the scaling (16 bytes an element in float32 with one iteration);
+the backward reads G twice, W once and writes dW (16). 4 FLOPs an element and iteration: bound by memory bandwidth, of
+the L2 where W fits.
 No atomics: parts depend on the shape alone.
 """
 
@@ -105,7 +106,9 @@ def _outer(g, u, v, sigma, along, out, size, H, B, BLOCK: tl.constexpr):
     tl.store(out + i, found.to(out.dtype.element_ty), mask=inside)
 
 
-def _multiply(w: Tensor, a: Axes, x: Tensor, vector: Tensor, sigma: Tensor, by_h: bool, eps: float, keep: bool = False) -> None:
+def _multiply(
+    w: Tensor, a: Axes, x: Tensor, vector: Tensor, sigma: Tensor, by_h: bool, eps: float, keep: bool = False
+) -> None:
     """vector = n(W x) (by_h) or n(W^T x), and sigma."""
     columns = a.a * a.b
     rows, terms = (a.h, columns) if by_h else (columns, a.h)
@@ -157,9 +160,18 @@ def spectral_norm_backward(
         along = along + grad_sigma.float()
     out = torch.empty_like(w)
     _outer[(tiles,)](
-        g, u.contiguous(), to_memory(v, a).contiguous(), sigma, along, out, w.numel(), a.h, a.b, BLOCK=TILE,
+        g,
+        u.contiguous(),
+        to_memory(v, a).contiguous(),
+        sigma,
+        along,
+        out,
+        w.numel(),
+        a.h,
+        a.b,
+        BLOCK=TILE,
         **options(TILE, False),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -169,7 +181,9 @@ def _variants() -> list[Aot]:
         types = dict.fromkeys(("w", "g", "out"), f"*{kind}")
         types |= dict.fromkeys(("x", "partial", "vector", "sigma", "u", "v", "along"), "*fp32") | {"eps": "fp32"}
 
-        def add(label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any) -> None:
+        def add(
+            label: str, kernel: Any, ones: tuple[str, ...] | None, types: dict[str, str] = types, **constants: Any
+        ) -> None:
             own = {name: types[name] for name in kernel.arg_names if name in types}
             found.append(variant(label, kernel, own, constants, ones, num_warps=4))
 

@@ -1,27 +1,33 @@
 """Monotonic rational-quadratic splines with log-derivative (Durkan et al., 1906.04032, equations 4 to 8).
 
-    shares p = softmax(logits), sizes of the bins = size (min + (1 - K min) p), knots their running sums; in the bin of x, of
-    width w and height h, with slopes d0 and d1 at its ends: theta = (x - x0) / w, s = h / w, t = theta (1 - theta),
-    n = s theta^2 + d0 t, e = s (1 - 2 t) + (d0 + d1) t, q = d1 theta^2 + 2 s t + d0 (1 - theta)^2:
+    shares p = softmax(logits), sizes of the bins = size (min + (1 - K min) p), knots their running sums; in the bin of
+    x, of width w and height h, with slopes d0 and d1 at its ends: theta = (x - x0) / w, s = h / w, t = theta (1 -
+    theta), n = s theta^2 + d0 t, e = s (1 - 2 t) + (d0 + d1) t, q = d1 theta^2 + 2 s t + d0 (1 - theta)^2:
     y = y0 + h n / e, logdet = log(s^2 q / e^2)
-    inverse: r = (y - y0) / h, u = d1 r - d0 (1 - r), v = |u| + sqrt(u^2 + 4 s^2 r (1 - r)): theta = 2 s r / (v + 2 s r) where
+    inverse: r = (y - y0) / h, u = d1 r - d0 (1 - r), v = |u| + sqrt(u^2 + 4 s^2 r (1 - r)): theta = 2 s r / (v + 2 s r)
+        where
     u <= 0, else v / (v + 2 s (1 - r)): the root of the quadratic, written so that nothing cancels
-    backward: by theta, the bin's two starts, its two sizes and its two slopes, in closed form; a logit moves the start of every
-    later bin and the size of its own, so its gradient is p (g_j - sum_i p_i g_i) with g_j one of two numbers or 0. The inverse
-    keeps r fixed instead of theta, which then moves with the parameters the other way
+    backward: by theta, the bin's two starts, its two sizes and its two slopes, in closed form; a logit moves the start
+        of every
+    later bin and the size of its own, so its gradient is p (g_j - sum_i p_i g_i) with g_j one of two numbers or 0. The
+    inverse keeps r fixed instead of theta, which then moves with the parameters the other way
 
-x (R), logits of widths and heights (R, K), of slopes (R, K - 1 | K | K + 1) for linear | circular | no tails; y, logdet (R).
-Fused: two softmaxes, their running sums, the search, softplus (or zuko's clipped exponential) of the two slopes that count, the
-evaluation and its logarithm. One pass over the parameters each way, the backward recomputes: with P = 3 K - 1 the forward moves
-4 (P + 3) bytes an element in float32, the backward 4 (2 P + 4), 104 and 200 at 8 bins. The bound is copy bandwidth.
+x (R), logits of widths and heights (R, K), of slopes (R, K - 1 | K | K + 1) for linear | circular | no tails; y, logdet
+(R).
+Fused: two softmaxes, their running sums, the search, softplus (or zuko's clipped exponential) of the two slopes that
+    count, the
+evaluation and its logarithm. One pass over the parameters each way, the backward recomputes: with P = 3 K - 1 the
+forward moves 4 (P + 3) bytes an element in float32, the backward 4 (2 P + 4), 104 and 200 at 8 bins. The bound is copy
+bandwidth.
 
-A thread takes an element and holds one row of logits at a time in registers, so that threads exchange nothing: a tile has bins
-along its first axis and elements along its second. From 32 bins on two or four lanes share an element. Rows are read by threads
-that lie a row apart, from lines that stay in L1 meanwhile; the gradients of the logits cross shared memory, to be written in
-whole lines. What the compiler makes for sm_90 at 8 bins is about 620 instructions an element forward and 1040 backward, issued
-by an H200 in 88% and 78% of the time that its memory takes in float32, in 176% and 157% in bfloat16, where issue is the bound
-(benchmarks.sass; predicted, not yet run on a GPU; 704 and 1185 before divisions became reciprocals: 101% and 88%).
-float32 within, whatever the data. Each element has one writer, so two runs give the same bits.
+A thread takes an element and holds one row of logits at a time in registers, so that threads exchange nothing: a tile
+has bins along its first axis and elements along its second. From 32 bins on two or four lanes share an element. Rows
+are read by threads that lie a row apart, from lines that stay in L1 meanwhile; the gradients of the logits cross shared
+memory, to be written in whole lines. What the compiler makes for sm_90 at 8 bins is about 620 instructions an element
+forward and 1040 backward, issued by an H200 in 88% and 78% of the time that its memory takes in float32, in 176% and
+157% in bfloat16, where issue is the bound (benchmarks.sass; predicted, not yet run on a GPU; 704 and 1185 before
+divisions became reciprocals: 101% and 88%). float32 within, whatever the data. Each element has one writer, so two runs
+    give the same bits.
 """
 
 from __future__ import annotations
@@ -72,7 +78,8 @@ def _clip(logits, at, known, scale, limit, ZUKO: tl.constexpr):
 
 @triton.jit
 def _at(i, row, j, step):
-    """Where logits j of elements i are. Threads are to walk along elements, which Triton 3.9 chooses by itself and 3.6 does
+    """Where logits j of elements i are. Threads are to walk along elements, which Triton 3.9 chooses by itself and 3.6
+    does
     not: so they are said to lie together in pairs, and not to be aligned, lest two be loaded as one."""
     return tl.max_contiguous(tl.multiple_of((i * row)[None, :] + j * step, (1, 1)), (1, 2))
 
@@ -100,13 +107,13 @@ def _two_sum(a, b):
 
 
 @triton.jit
-def _part(
-    x, e, j, low, low_rest, least, least_rest, free, free_rest, BINS: tl.constexpr, ZUKO: tl.constexpr
-):  # fmt: skip
+def _part(x, e, j, low, low_rest, least, least_rest, free, free_rest, BINS: tl.constexpr, ZUKO: tl.constexpr):
     """The bin k of x, its place in it from 0 to 1, all weights, those before k, its own.
 
-    Bin i is (least + free e_i / S) long. The place is a difference of near numbers over a length that may be small, so it is
-    taken of sums that are exact: weights are split at 2^-16, where 64 of the upper parts add up without rounding. A knot
+    Bin i is (least + free e_i / S) long. The place is a difference of near numbers over a length that may be small, so
+    it is
+    taken of sums that are exact: weights are split at 2^-16, where 64 of the upper parts add up without rounding. A
+        knot
     belongs to the bin on its right, zuko: on its left.
     """
     upper = (e + 192.0) - 192.0
@@ -181,11 +188,38 @@ def _theta(part, s, d0, d1, INVERSE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["step"])
 def _forward(
-    x, first, second, derivatives, y, logdet, first_row, second_row, derivatives_row, step, N, low, low_rest, high, first_least,
-    first_least_rest, first_free, first_free_rest, second_low, second_least, second_free, least, limit, scale,
-    BINS: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr, INVERSE: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    first,
+    second,
+    derivatives,
+    y,
+    logdet,
+    first_row,
+    second_row,
+    derivatives_row,
+    step,
+    N,
+    low,
+    low_rest,
+    high,
+    first_least,
+    first_least_rest,
+    first_free,
+    first_free_rest,
+    second_low,
+    second_least,
+    second_free,
+    least,
+    limit,
+    scale,
+    BINS: tl.constexpr,
+    TAILS: tl.constexpr,
+    ZUKO: tl.constexpr,
+    INVERSE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """``first`` are the logits of the axis on which x lies: widths, or for the inverse heights."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if FAR:
@@ -231,9 +265,27 @@ def _forward(
 
 @triton.jit
 def _logit_grad(
-    grad, logits, e, total, row, grad_row, i, j, k, step, known, before, own, by_start, by_size, free, outside, scale, limit,
+    grad,
+    logits,
+    e,
+    total,
+    row,
+    grad_row,
+    i,
+    j,
+    k,
+    step,
+    known,
+    before,
+    own,
+    by_start,
+    by_size,
+    free,
+    outside,
+    scale,
+    limit,
     ZUKO: tl.constexpr,
-):  # fmt: skip
+):
     """Back from the start and the size of bin k to the logits."""
     by_total = _inverse(total)
     mean = (before * by_start + own * by_size) * by_total
@@ -247,12 +299,47 @@ def _logit_grad(
 
 @triton.jit(do_not_specialize=["step"])
 def _backward(
-    grad_y, grad_logdet, x, first, second, derivatives, dx, dfirst, dsecond, dderivatives, first_row, second_row,
-    derivatives_row, dfirst_row, dsecond_row, dderivatives_row, step, N, low, low_rest, high, first_least,
-    first_least_rest, first_free, first_free_rest, second_least, second_free, least, limit, scale, BINS: tl.constexpr,
-    TAILS: tl.constexpr, ZUKO: tl.constexpr, INVERSE: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOGDET: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_y,
+    grad_logdet,
+    x,
+    first,
+    second,
+    derivatives,
+    dx,
+    dfirst,
+    dsecond,
+    dderivatives,
+    first_row,
+    second_row,
+    derivatives_row,
+    dfirst_row,
+    dsecond_row,
+    dderivatives_row,
+    step,
+    N,
+    low,
+    low_rest,
+    high,
+    first_least,
+    first_least_rest,
+    first_free,
+    first_free_rest,
+    second_least,
+    second_free,
+    least,
+    limit,
+    scale,
+    BINS: tl.constexpr,
+    TAILS: tl.constexpr,
+    ZUKO: tl.constexpr,
+    INVERSE: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_LOGDET: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if FAR:
         i = i.to(tl.int64)
@@ -302,7 +389,9 @@ def _backward(
         g = gy * h
         out = (g * part_theta + gl * log_theta) * by_w
         g_x0, g_w, g_y0, g_h = -out, -out * theta, gy, gy * part
-    g_s = g * t * (d1 * theta * theta - d0 * rest * rest) * by_e * by_e + gl * 2.0 * t * (by_q + (d0 + d1) * (w * by_h) * by_e)
+    g_s = g * t * (d1 * theta * theta - d0 * rest * rest) * by_e * by_e + gl * 2.0 * t * (
+        by_q + (d0 + d1) * (w * by_h) * by_e
+    )
     g_w -= g_s * s * by_w
     g_h += g_s * by_w
     g_d0 = g * t * by_e * above + gl * (rest * rest * by_q - 2.0 * t * by_e)
@@ -313,13 +402,49 @@ def _backward(
         out = tl.where(outside, gy, out)
     tl.store(dx + i, out.to(dx.dtype.element_ty), mask=there)
     _logit_grad(
-        dsecond, second, f, second_total, second_row, dsecond_row, i, j, k, step, known, second_before, second_own,
-        g_x0 if INVERSE else g_y0, g_w if INVERSE else g_h, second_free, outside, scale, limit, ZUKO,
-    )  # fmt: skip
+        dsecond,
+        second,
+        f,
+        second_total,
+        second_row,
+        dsecond_row,
+        i,
+        j,
+        k,
+        step,
+        known,
+        second_before,
+        second_own,
+        g_x0 if INVERSE else g_y0,
+        g_w if INVERSE else g_h,
+        second_free,
+        outside,
+        scale,
+        limit,
+        ZUKO,
+    )
     _logit_grad(
-        dfirst, first, e, total, first_row, dfirst_row, i, j, k, step, known, before, own, g_y0 if INVERSE else g_x0,
-        g_h if INVERSE else g_w, first_free, outside, scale, limit, ZUKO,
-    )  # fmt: skip
+        dfirst,
+        first,
+        e,
+        total,
+        first_row,
+        dfirst_row,
+        i,
+        j,
+        k,
+        step,
+        known,
+        before,
+        own,
+        g_y0 if INVERSE else g_x0,
+        g_h if INVERSE else g_w,
+        first_free,
+        outside,
+        scale,
+        limit,
+        ZUKO,
+    )
     column = tl.arange(0, BLOCK_D)[:, None]
     left = k - 1 if TAILS == "linear" else k
     right = left + 1
@@ -353,7 +478,8 @@ def _split(params: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _block(bins: int, choice: Choice) -> tuple[int, int]:
-    """Elements and warps of a program; from 32 bins on lanes share an element, so that each holds 16 logits of a row."""
+    """Elements and warps of a program; from 32 bins on lanes share an element, so that each holds 16 logits of a
+    row."""
     if bins <= HELD:
         return choice["block"], choice["warps"]
     return 32 * HELD // triton.next_power_of_2(bins), 1
@@ -391,15 +517,27 @@ def _constants(
 ) -> dict[str, Any]:
     block, warps = _block(bins, choice)
     return dict(
-        BINS=bins, TAILS=tails, ZUKO=convention == "zuko", INVERSE=inverse, FAR=n * max(steps) >= 2**31,
-        BLOCK_K=triton.next_power_of_2(bins), BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        BINS=bins,
+        TAILS=tails,
+        ZUKO=convention == "zuko",
+        INVERSE=inverse,
+        FAR=n * max(steps) >= 2**31,
+        BLOCK_K=triton.next_power_of_2(bins),
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def rational_quadratic_spline(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str, convention: str, inverse: bool,
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    tails: str,
+    convention: str,
+    inverse: bool,
     options: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """(y, logdet) of genfast::rational_quadratic_spline."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     logdet = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -408,7 +546,9 @@ def rational_quadratic_spline(
         logits, steps = zip(*map(_rows, (heights, widths, derivatives) if inverse else (widths, heights, derivatives)))
         constants = _constants(bins, tails, convention, inverse, n, steps, TUNABLE["forward"])
         first, low, rest = _scalars(bins, convention == "zuko", inverse, tuple(options))
-        _forward[(cdiv(n, constants["BLOCK"]),)](_flat(x), *logits, y, logdet, *steps, 1, n, *first, low, *rest, **constants)
+        _forward[(cdiv(n, constants["BLOCK"]),)](
+            _flat(x), *logits, y, logdet, *steps, 1, n, *first, low, *rest, **constants
+        )
     return y, logdet
 
 
@@ -420,9 +560,16 @@ def rational_quadratic_spline_packed(
 
 
 def _launch_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, parameters: tuple[Tensor, ...], grads: tuple[Tensor, ...],
-    tails: str, convention: str, inverse: bool, options: Sequence[float],
-) -> Tensor:  # fmt: skip
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    parameters: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    tails: str,
+    convention: str,
+    inverse: bool,
+    options: Sequence[float],
+) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n, bins, x = x.numel(), parameters[0].shape[-1], _flat(x)
     if n:
@@ -432,28 +579,61 @@ def _launch_backward(
         constants = _constants(bins, tails, convention, inverse, n, (*steps, *grad_steps), TUNABLE["backward"])
         first, _, rest = _scalars(bins, convention == "zuko", inverse, tuple(options))
         _backward[(cdiv(n, constants["BLOCK"]),)](
-            x if grad_y is None else _flat(grad_y), x if grad_logdet is None else _flat(grad_logdet), x, *logits, dx, *into,
-            *steps, *grad_steps, 1, n, *first, *rest, HAS_Y=grad_y is not None,
-            HAS_LOGDET=grad_logdet is not None, BLOCK_D=triton.next_power_of_2(parameters[2].shape[-1]), **constants,
+            x if grad_y is None else _flat(grad_y),
+            x if grad_logdet is None else _flat(grad_logdet),
+            x,
+            *logits,
+            dx,
+            *into,
+            *steps,
+            *grad_steps,
+            1,
+            n,
+            *first,
+            *rest,
+            HAS_Y=grad_y is not None,
+            HAS_LOGDET=grad_logdet is not None,
+            BLOCK_D=triton.next_power_of_2(parameters[2].shape[-1]),
+            **constants,
             **_registers(bins, constants["FAR"]),
-        )  # fmt: skip
+        )
     return dx
 
 
 def rational_quadratic_spline_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor,
-    tails: str, convention: str, inverse: bool, options: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    tails: str,
+    convention: str,
+    inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dwidths, dheights, dderivatives) of genfast::rational_quadratic_spline_backward."""
     given = (widths, heights, derivatives)
     dw, dh, dd = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given)
-    return _launch_backward(grad_y, grad_logdet, x, given, (dw, dh, dd), tails, convention, inverse, options), dw, dh, dd
+    return (
+        _launch_backward(grad_y, grad_logdet, x, given, (dw, dh, dd), tails, convention, inverse, options),
+        dw,
+        dh,
+        dd,
+    )
 
 
 def rational_quadratic_spline_packed_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, bins: int, tails: str, convention: str,
-    inverse: bool, options: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    params: Tensor,
+    bins: int,
+    tails: str,
+    convention: str,
+    inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     """(dx, dparams) of genfast::rational_quadratic_spline_packed_backward."""
     dparams = torch.empty(params.shape, dtype=params.dtype, device=params.device)
     parts = _split(params, bins), _split(dparams, bins)

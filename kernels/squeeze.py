@@ -2,13 +2,13 @@
 
     y[c', h, w] = x[c, h f + i, w f + j], c' = c f^2 + i f + j ("pixel_unshuffle") or (i f + j) C + c ("space_to_depth")
 
-(N, C, H, W) <-> (N, f^2 C, H/f, W/f). A pure move: each element is read once and written once (8 bytes in float32, no FLOP),
-bound by memory bandwidth, one pass. A program takes a tile of rows of the unsqueezed tensor, along W in NCHW and along C in
-channels_last, so that on its side memory is walked in order and on the other in f runs at once that fill whole sectors.
-Pairs of columns are split in registers where f is 2 in NCHW, so that both sides move vectors: instructions take 48% of the
-bytes' time on an H200 in float32, 65% in bfloat16 (benchmarks.sass; predicted, not yet run on a GPU; 83% and 163% before,
-with one element a store). Only rows are divided into their two axes, not elements. Elements move as integers of their size,
-whatever their type.
+(N, C, H, W) <-> (N, f^2 C, H/f, W/f). A pure move: each element is read once and written once (8 bytes in float32, no
+FLOP), bound by memory bandwidth, one pass. A program takes a tile of rows of the unsqueezed tensor, along W in NCHW and
+along C in channels_last, so that on its side memory is walked in order and on the other in f runs at once that fill
+whole sectors. Pairs of columns are split in registers where f is 2 in NCHW, so that both sides move vectors:
+instructions take 48% of the bytes' time on an H200 in float32, 65% in bfloat16 (benchmarks.sass; predicted, not yet run
+on a GPU; 83% and 163% before, with one element a store). Only rows are divided into their two axes, not elements.
+Elements move as integers of their size, whatever their type.
 """
 
 from __future__ import annotations
@@ -28,10 +28,30 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @triton.jit
 def _move(
-    x, y, xn, xc, xh, xw, yn, yc, yh, yw, C, H, W, row_tiles, tiles, F: tl.constexpr, INVERSE: tl.constexpr,
-    DEPTH_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, PAIRS: tl.constexpr, FAR: tl.constexpr, BLOCK_R: tl.constexpr,
+    x,
+    y,
+    xn,
+    xc,
+    xh,
+    xw,
+    yn,
+    yc,
+    yh,
+    yw,
+    C,
+    H,
+    W,
+    row_tiles,
+    tiles,
+    F: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DEPTH_FIRST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PAIRS: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-):  # fmt: skip
+):
     """C, H, W and the strides x. are those of the unsqueezed side; ``INVERSE`` moves from y to x."""
     n = (tl.program_id(0) // tiles).to(tl.int64)
     k = tl.program_id(0) % tiles
@@ -104,10 +124,25 @@ def squeeze(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
     tiles = row_tiles * cdiv(inner, block_i)
     far = any(sum(size * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 2**31 for t in (wide, deep))
     _move[(n * tiles,)](
-        wide, deep, *wide.stride(), *deep.stride(), c, h, w, row_tiles, tiles, F=f, INVERSE=inverse,
-        DEPTH_FIRST=order == "space_to_depth", CHANNELS_LAST=last, PAIRS=f == 2 and not last, FAR=far, BLOCK_R=block_r,
-        BLOCK_I=block_i, **options(block_r * block_i, far, each=choice["each"]),
-    )  # fmt: skip
+        wide,
+        deep,
+        *wide.stride(),
+        *deep.stride(),
+        c,
+        h,
+        w,
+        row_tiles,
+        tiles,
+        F=f,
+        INVERSE=inverse,
+        DEPTH_FIRST=order == "space_to_depth",
+        CHANNELS_LAST=last,
+        PAIRS=f == 2 and not last,
+        FAR=far,
+        BLOCK_R=block_r,
+        BLOCK_I=block_i,
+        **options(block_r * block_i, far, each=choice["each"]),
+    )
     return y
 
 

@@ -1,11 +1,13 @@
 """Upsample, pad, filter, downsample (StyleGAN2 1912.04958; scipy.signal.upfirdn in two dimensions).
 
-    y[oy, ox] = sum_ij g[i, j] z[oy dy - py + i, ox dx - px + j],  z[k u] = x[k], zero elsewhere;  g is the filter reversed
+    y[oy, ox] = sum_ij g[i, j] z[oy dy - py + i, ox dx - px + j],  z[k u] = x[k], zero elsewhere;  g is the filter
+    reversed
 
-x (N, C, H, W), y (N, C, OH, OW). Only taps that meet an element of x are multiplied: ceil(fh / uy) ceil(fw / ux) an output, the
-first found from the output's phase. Reads x, whose repeated reads the first cache serves, and writes y: 4 (1 / u^2 + 1) or
-4 (d^2 + 1) bytes an output in float32, bound by memory bandwidth for the usual 4 x 4 taps. A program takes a tile of outputs:
-rows of all channels along W in NCHW, positions along C in channels_last. A filter of one axis with more than SPLIT products an
+x (N, C, H, W), y (N, C, OH, OW). Only taps that meet an element of x are multiplied: ceil(fh / uy) ceil(fw / ux) an
+output, the first found from the output's phase. Reads x, whose repeated reads the first cache serves, and writes y: 4
+(1 / u^2 + 1) or 4 (d^2 + 1) bytes an output in float32, bound by memory bandwidth for the usual 4 x 4 taps. A program
+takes a tile of outputs: rows of all channels along W in NCHW, positions along C in channels_last. A filter of one axis
+    with more than SPLIT products an
 output goes in two passes, along W and then along H, with a float32 image between them.
 """
 
@@ -32,7 +34,8 @@ SPLIT = 16  # products an output from which two passes of a separable filter cos
 
 @triton.jit
 def _first(o, DOWN: tl.constexpr, UP: tl.constexpr, shift, whole):
-    """The first tap that meets an element for outputs o, and that element; ``shift`` = UP whole - padding is not negative."""
+    """The first tap that meets an element for outputs o, and that element; ``shift`` = UP whole - padding is not
+    negative."""
     t = o * DOWN + shift
     k = (UP - t % UP) % UP
     return k, (t + k) // UP - whole
@@ -40,11 +43,44 @@ def _first(o, DOWN: tl.constexpr, UP: tl.constexpr, shift, whole):
 
 @triton.jit
 def _filter(
-    x, f, y, xn, xc, xh, xw, yn, yc, yh, yw, C, H, W, OH, OW, shift_y, whole_y, shift_x, whole_x, gain, row_tiles, tiles,
-    UX: tl.constexpr, UY: tl.constexpr, DX: tl.constexpr, DY: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr,
-    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, SEPARABLE: tl.constexpr, FLIP: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    FAR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
+    x,
+    f,
+    y,
+    xn,
+    xc,
+    xh,
+    xw,
+    yn,
+    yc,
+    yh,
+    yw,
+    C,
+    H,
+    W,
+    OH,
+    OW,
+    shift_y,
+    whole_y,
+    shift_x,
+    whole_x,
+    gain,
+    row_tiles,
+    tiles,
+    UX: tl.constexpr,
+    UY: tl.constexpr,
+    DX: tl.constexpr,
+    DY: tl.constexpr,
+    FH: tl.constexpr,
+    FW: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    SEPARABLE: tl.constexpr,
+    FLIP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
     n = (tl.program_id(0) // tiles).to(tl.int64)
     k = tl.program_id(0) % tiles
     rows = ((k % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
@@ -73,7 +109,9 @@ def _filter(
             here = inside & here_y & (kx + j * UX < FW) & (ix + j >= 0) & (ix + j < W)
             tap_x = kx + j * UX if FLIP else FW - 1 - kx - j * UX
             if SEPARABLE:
-                weight = tl.load(f + tap_y + tap_x * 0, mask=here, other=0) * tl.load(f + tap_x + tap_y * 0, mask=here, other=0)
+                weight = tl.load(f + tap_y + tap_x * 0, mask=here, other=0) * tl.load(
+                    f + tap_x + tap_y * 0, mask=here, other=0
+                )
             else:
                 weight = tl.load(f + tap_y * FW + tap_x, mask=here, other=0)
             value = tl.load(source + ((iy + i) * xh + (ix + j) * xw), mask=here, other=0).to(tl.float32)
@@ -92,9 +130,18 @@ def _options(elements: int, far: bool, taps: int) -> dict[str, int]:
 
 
 def _launch(
-    x: Tensor, f: Tensor, shape: tuple[int, ...], dtype: torch.dtype, size: tuple[int, int], up: tuple[int, int],
-    down: tuple[int, int], before: tuple[int, int], separable: bool, flip: bool, gain: float,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    f: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    up: tuple[int, int],
+    down: tuple[int, int],
+    before: tuple[int, int],
+    separable: bool,
+    flip: bool,
+    gain: float,
+) -> Tensor:
     """One pass with a filter of ``size`` = (width, height)."""
     form = memory_format(x)
     y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=form)
@@ -111,17 +158,43 @@ def _launch(
     far = any(sum(s * t for s, t in zip(t.shape[1:], t.stride()[1:])) >= 2**31 for t in (x, y))
     (shift_x, whole_x), (shift_y, whole_y) = _shift(before[0], up[0]), _shift(before[1], up[1])
     _filter[(n * tiles,)](
-        x, f, y, *x.stride(), *y.stride(), c, x.shape[2], x.shape[3], oh, ow, shift_y, whole_y, shift_x, whole_x, gain,
-        row_tiles, tiles, UX=up[0], UY=up[1], DX=down[0], DY=down[1], FH=size[1], FW=size[0], TAPS_Y=cdiv(size[1], up[1]),
-        TAPS_X=cdiv(size[0], up[0]), SEPARABLE=separable, FLIP=flip, CHANNELS_LAST=last, FAR=far, BLOCK_R=block_r,
-        BLOCK_I=block_i, **_options(block_r * block_i, far, size[0]),
-    )  # fmt: skip
+        x,
+        f,
+        y,
+        *x.stride(),
+        *y.stride(),
+        c,
+        x.shape[2],
+        x.shape[3],
+        oh,
+        ow,
+        shift_y,
+        whole_y,
+        shift_x,
+        whole_x,
+        gain,
+        row_tiles,
+        tiles,
+        UX=up[0],
+        UY=up[1],
+        DX=down[0],
+        DY=down[1],
+        FH=size[1],
+        FW=size[0],
+        TAPS_Y=cdiv(size[1], up[1]),
+        TAPS_X=cdiv(size[0], up[0]),
+        SEPARABLE=separable,
+        FLIP=flip,
+        CHANNELS_LAST=last,
+        FAR=far,
+        BLOCK_R=block_r,
+        BLOCK_I=block_i,
+        **_options(block_r * block_i, far, size[0]),
+    )
     return y
 
 
-def upfirdn2d(
-    x: Tensor, filter: Tensor, up: Any, down: Any, padding: Any, flip_filter: bool, gain: float
-) -> Tensor:  # fmt: skip
+def upfirdn2d(x: Tensor, filter: Tensor, up: Any, down: Any, padding: Any, flip_filter: bool, gain: float) -> Tensor:
     """y of genfast::upfirdn2d."""
     (ux, uy), (dx, dy), (x0, x1, y0, y1) = up, down, padding
     f = filter.to(torch.float32).contiguous()
@@ -143,7 +216,9 @@ def _variants() -> list[Aot]:
 
     def add(label: str, kind: str, ones: tuple[str, ...] | None, size: tuple[int, int], **changed: Any) -> None:
         constants = base | changed
-        constants |= dict(FW=size[0], FH=size[1], TAPS_X=cdiv(size[0], constants["UX"]), TAPS_Y=cdiv(size[1], constants["UY"]))
+        constants |= dict(
+            FW=size[0], FH=size[1], TAPS_X=cdiv(size[0], constants["UX"]), TAPS_Y=cdiv(size[1], constants["UY"])
+        )
         types = dict(x=f"*{kind}", y=f"*{kind}", f="*fp32", gain="fp32")
         found.append(variant(label, _filter, types, constants, ones, **_options(elements, constants["FAR"], size[0])))
 

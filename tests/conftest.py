@@ -48,8 +48,8 @@ SAMPLES = list(sampled())
 SAMPLE_IDS = [f"{op.name}-{sample.label}" for op, sample in SAMPLES]
 each_sample = pytest.mark.parametrize(("op", "sample"), SAMPLES, ids=SAMPLE_IDS)
 _FIRST = {id(next(sample for other, sample in SAMPLES if other is op)) for op in OPS.values() if op.samples is not None}
-# For tests that compile: ``make test`` takes the first sample of each op, ``make slow`` every fourth of the others, or all of
-# them where GENFAST_EVERY_SAMPLE=1.
+# For tests that compile: ``make test`` takes the first sample of each op, ``make slow`` every fourth of the others, or
+# all of them where GENFAST_EVERY_SAMPLE=1.
 _STEP = 1 if os.environ.get("GENFAST_EVERY_SAMPLE") == "1" else 4
 _COMPILED = [i for i, (_, sample) in enumerate(SAMPLES) if id(sample) in _FIRST or i % _STEP == 0]
 each_sample_compiled = pytest.mark.parametrize(

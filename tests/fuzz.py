@@ -2,10 +2,10 @@
 
     python -m tests.fuzz --calls 20000 --seed 3
 
-A call equals the same call on the reference, or both raise an error that names an argument. The arguments come from the ops'
-samples and from a table of calls of the public functions; one of them is changed: its shape (zeros and primes), strides,
-storage offset, dtype, layout or device, its values where they are indices, or its type. Runs in a process of its own, which
-writes each call down before it is made, so that a crash has a name.
+A call equals the same call on the reference, or both raise an error that names an argument. The arguments come from the
+ops' samples and from a table of calls of the public functions; one of them is changed: its shape (zeros and primes),
+strides, storage offset, dtype, layout or device, its values where they are indices, or its type. Runs in a process of
+its own, which writes each call down before it is made, so that a crash has a name.
 """
 
 from __future__ import annotations
@@ -28,13 +28,21 @@ from torch import Tensor
 import genfast
 from genfast import _registry, ops
 
-# Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check: with
-# other numbers in their place a kernel and the reference need not agree.
+# Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check:
+# with other numbers in their place a kernel and the reference need not agree.
 DERIVED = {
     "autoregressive_inverse_backward": ("x", "z", "packed", "statics", "code", "options"),
     "contextual_similarity": ("x", "y"),
     "contextual_similarity_backward": (
-        "x", "y", "prior_rows", "prior_columns", "value", "statistics", "mean", "winner", "nearest",
+        "x",
+        "y",
+        "prior_rows",
+        "prior_columns",
+        "value",
+        "statistics",
+        "mean",
+        "winner",
+        "nearest",
     ),
     "discretized_logistic_mixture_nll": ("x", "levels"),
     "discretized_logistic_mixture_nll_backward": ("x", "levels"),
@@ -45,14 +53,28 @@ DERIVED = {
     "sample_norm_backward": ("norm",),
     "spectral_norm_backward": ("u", "v", "sigma"),
     "style_loss_backward": ("difference",),
-}  # fmt: skip
+}
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn,
 )  # fmt: skip
 ERRORS = (TypeError, ValueError, RuntimeError)
 # Words by which an error may name what it means, beside the arguments' names.
-WORDS = ("batch", "channels", "shape", "device", "dtype", "features", "group", "taps", "rows", "bins", "kernel", "perm", "code")
+WORDS = (
+    "batch",
+    "channels",
+    "shape",
+    "device",
+    "dtype",
+    "features",
+    "group",
+    "taps",
+    "rows",
+    "bins",
+    "kernel",
+    "perm",
+    "code",
+)
 
 
 def _other(generator: torch.Generator, *shape: int) -> Tensor:
@@ -144,7 +166,8 @@ def declared_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...],
         for op in list(_registry.OPS.values()):
             for sample in list(op.samples(torch.Generator().manual_seed(0)))[:4] if op.samples is not None else ():
                 args = [
-                    a.float().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in sample.args
+                    a.float().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+                    for a in sample.args
                 ]
                 out = op(*args)
                 out = [o for o in ((out,) if isinstance(out, Tensor) else out) if o.requires_grad]
@@ -169,9 +192,26 @@ def declared_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...],
 def changed_tensor(t: Tensor, draw: random.Random) -> tuple[str, Any]:
     """Another argument in the place of a tensor, and what it is."""
     kind = draw.choice(
-        ("dtype", "shape", "axes", "strided", "transposed", "expanded", "offset", "neg", "zero", "sparse", "meta", "values",
-         "list", "numpy", "none", "number", "quantised")
-    )  # fmt: skip
+        (
+            "dtype",
+            "shape",
+            "axes",
+            "strided",
+            "transposed",
+            "expanded",
+            "offset",
+            "neg",
+            "zero",
+            "sparse",
+            "meta",
+            "values",
+            "list",
+            "numpy",
+            "none",
+            "number",
+            "quantised",
+        )
+    )
     shape = list(t.shape)
     if kind == "dtype":
         dtype = draw.choice(DTYPES)
@@ -221,7 +261,9 @@ def changed_tensor(t: Tensor, draw: random.Random) -> tuple[str, Any]:
 
 
 def changed_number(value: Any, draw: random.Random) -> tuple[str, Any]:
-    other = draw.choice((None, -1, 0, 1, 2, 7, 0.5, float("nan"), "x", True, torch.tensor(1), np.float32(0.5), [1], (0, 0)))
+    other = draw.choice(
+        (None, -1, 0, 1, 2, 7, 0.5, float("nan"), "x", True, torch.tensor(1), np.float32(0.5), [1], (0, 0))
+    )
     return f"{value!r:.40} -> {other!r:.40}", other
 
 
@@ -311,9 +353,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     @hypothesis.seed(a.seed)
     @hypothesis.settings(
-        max_examples=a.calls, deadline=None, database=None, phases=[hypothesis.Phase.generate],
+        max_examples=a.calls,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
+    )
     @hypothesis.given(st.integers(0, len(table) - 1), st.integers(0, 2**62))
     def call(which: int, seed: int) -> None:
         draw = random.Random(seed)

@@ -3,11 +3,11 @@
     python -m tests.sanitize --quick
     python -m tests.sanitize --no-build tests/ops/test_nade.py -k threads
 
-Compiles csrc for one instruction set into build/sanitize/run, beside copies of the package and of the tests, so that the
-ordinary installation stays as it is. Three deliberate faults show that the sanitizers are on and see the memory of tensors.
-Then follow every op on every declared sample and on odd shapes and layouts, the fuzzer, and the ops' and samplers' tests, which
-make batches of real sizes on several threads. Large outputs and workspaces have no slack there: the pool is off, and
-csrc/cpu/workspace.h allocates what was asked for.
+Compiles csrc for one instruction set into build/sanitize/run, beside copies of the package and of the tests, so that
+the ordinary installation stays as it is. Three deliberate faults show that the sanitizers are on and see the memory of
+tensors. Then follow every op on every declared sample and on odd shapes and layouts, the fuzzer, and the ops' and
+samplers' tests, which make batches of real sizes on several threads. Large outputs and workspaces have no slack there:
+the pool is off, and csrc/cpu/workspace.h allocates what was asked for.
 
 The first finding ends the process that it was made in, and its report is printed after it.
 """
@@ -28,11 +28,14 @@ BUILD = ROOT / "build" / "sanitize"
 RUN = BUILD / "run"
 REPORTS = BUILD / "reports"
 
-# A finding of UndefinedBehaviorSanitizer goes to stderr whatever it is told, and would be lost with what pytest holds back.
+# A finding of UndefinedBehaviorSanitizer goes to stderr whatever it is told, and would be lost with what pytest holds
+# back.
 PYTEST = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--capture=sys")
-# Tests that would watch something else: the compiler's Python, a derivative by differences of calls already made, a process's
-# time or memory.
-WITHOUT = "not compile and not opcheck and not gradcheck and not second_derivatives and not forward_mode and not functorch"
+# Tests that would watch something else: the compiler's Python, a derivative by differences of calls already made, a
+# process's time or memory.
+WITHOUT = (
+    "not compile and not opcheck and not gradcheck and not second_derivatives and not forward_mode and not functorch"
+)
 QUICK = "thread or (empty and not every_op)"
 
 # (name, arguments of Python), with --quick and without.
@@ -93,7 +96,9 @@ def environment() -> dict[str, str]:
     for name in ("libasan.so", "libubsan.so"):
         done = subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True)
         if not Path(done.stdout.strip()).is_absolute():
-            raise SystemExit(f"sanitize: {compiler} has no {name}; Debian: apt-get install g++ (clang is not supported here)")
+            raise SystemExit(
+                f"sanitize: {compiler} has no {name}; Debian: apt-get install g++ (clang is not supported here)"
+            )
         libraries.append(done.stdout.strip())
     common = f"log_path={REPORTS}/report"
     changed = {
@@ -126,12 +131,15 @@ def look_at_the_sanitizers() -> None:
         said = done.stderr + reports()
         right = expected in said and done.returncode if expected else not reports() and done.stdout == "done\n"
         if not right:
-            raise SystemExit(f"sanitize: expected {expected or 'no finding'} for {fault}, got {done.returncode}\n{said}")
+            raise SystemExit(
+                f"sanitize: expected {expected or 'no finding'} for {fault}, got {done.returncode}\n{said}"
+            )
     print("sanitize: both sanitizers see a kernel's fault in a tensor", flush=True)
 
 
 def calls(quick: bool) -> int:
-    """Every op's CPU kernel, forward and backward: the samples and their odd variants in every dtype, or a part of each."""
+    """Every op's CPU kernel, forward and backward: the samples and their odd variants in every dtype, or a part of
+    each."""
     import torch
 
     from genfast import _registry, _verify
@@ -164,7 +172,9 @@ def calls(quick: bool) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="every op and the tests of sizes and threads alone")
-    parser.add_argument("--level", choices=("base", "v3", "v4"), default=level(), help="instruction set (default: %(default)s)")
+    parser.add_argument(
+        "--level", choices=("base", "v3", "v4"), default=level(), help="instruction set (default: %(default)s)"
+    )
     parser.add_argument("--no-build", action="store_true", help="take what build/sanitize/run has")
     parser.add_argument("--calls", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("tests", nargs="*", help="these tests alone; options of pytest after --")

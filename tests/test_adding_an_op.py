@@ -31,9 +31,15 @@ def tree(tmp_path_factory):
 
 def run(tree, *command):
     found = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tree, env={"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", *command],
+        cwd=tree,
+        env={"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=600,
+        check=False,
+    )
     assert not found.returncode, found.stdout
     return found.stdout
 

@@ -48,8 +48,12 @@ def live(folder):
 
 def tiny(name, shape=(2,), **config):
     torch.manual_seed(0)
-    sizes = {"cgan": {"hidden": 8, "classes": 10}, "sagan": {"width": 4, "base": 2}, "r3gan": {"width": 8, "base": 2},
-             "dcgan": {"width": 4, "base": 2}}  # fmt: skip
+    sizes = {
+        "cgan": {"hidden": 8, "classes": 10},
+        "sagan": {"width": 4, "base": 2},
+        "r3gan": {"width": 8, "base": 2},
+        "dcgan": {"width": 4, "base": 2},
+    }
     return models.build(name, shape=shape, **(sizes.get(name, {"hidden": 8}) | config))
 
 
@@ -98,7 +102,9 @@ def test_a_critic_update_descends_the_loss_with_all_its_penalties(points):
         (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
         total = total + 0.15 * g.square().sum(1).mean()
     loss = torch.nn.functional.softplus(critic(fake) - critic(real)).mean() + total
-    torch.testing.assert_close(torch.tensor([figures["critic"], figures["penalty"]]), torch.stack([loss, total]).detach())
+    torch.testing.assert_close(
+        torch.tensor([figures["critic"], figures["penalty"]]), torch.stack([loss, total]).detach()
+    )
     for p, q, g in zip(
         trainer.model.critic.parameters(),
         critic.parameters(),
@@ -150,7 +156,9 @@ def test_the_average_follows_the_generator(points):
     for t in range(30):
         trainer.step()
         decay = min(0.9, (1 + t) / (10 + t))
-        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, trainer.model.generator.parameters())]
+        expected = [
+            decay * e + (1 - decay) * p.detach() for e, p in zip(expected, trainer.model.generator.parameters())
+        ]
     for a, e in zip(trainer.average.parameters(), expected):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
     live = trainer.model.generator
@@ -171,7 +179,9 @@ def test_buffers_are_copied_into_the_average(digits):
 
 def test_a_run_leaves_everything_it_should(tmp_path, digits):
     run = tmp_path / "run"
-    written = training.train("cgan", digits, run, config={"hidden": 16}, steps=12, save_every=5, sample_every=6, batch_size=16)
+    written = training.train(
+        "cgan", digits, run, config={"hidden": 16}, steps=12, save_every=5, sample_every=6, batch_size=16
+    )
     assert written == json.loads((run / "metrics.json").read_text())
     assert written["steps"] == 12
     assert written["recipe"]["loss"] == "nonsaturating"
@@ -199,7 +209,9 @@ def test_points_are_drawn_over_the_data_and_scored(tmp_path, points):
         pictures.draw_points(torch.zeros(4, 3), tmp_path / "x.png")
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("wgan-gp", {}), ("gan", {"penalty": "r1", "lazy": 4, "ema": 0.5}), ("wgan", {})])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("wgan-gp", {}), ("gan", {"penalty": "r1", "lazy": 4, "ema": 0.5}), ("wgan", {})]
+)
 def test_resuming_repeats_the_run_bit_by_bit(tmp_path, points, name, recipe):
     options = {"config": {"hidden": 8}, "recipe": recipe, "batch_size": 16, "sample_every": 0}
     training.train(name, points, tmp_path / "whole", steps=10, **options)
@@ -251,7 +263,9 @@ def test_numbers_that_are_not_finite_stop_before_the_update(points, where, monke
     trainer.step()
     if where == "critic":
         real = ops.critic_step
-        monkeypatch.setattr(ops, "critic_step", lambda *a, **k: (s := real(*a, **k))._replace(loss=s.loss * float("nan")))
+        monkeypatch.setattr(
+            ops, "critic_step", lambda *a, **k: (s := real(*a, **k))._replace(loss=s.loss * float("nan"))
+        )
         message = "the critic's loss is nan at step 2: lower the learning rate"
     elif where == "generator":
         real = losses.generator_loss
@@ -294,7 +308,8 @@ def test_what_does_not_fit_is_named(points, digits, make, message):
 
 @pytest.mark.slow
 def test_wgan_gp_finds_the_eight_gaussians():
-    """Measured after 750 steps of seeds 0, 1, 2: all modes, and 51%, 55%, 52% of samples within four standard deviations."""
+    """Measured after 750 steps of seeds 0, 1, 2: all modes, and 51%, 55%, 52% of samples within four standard
+    deviations."""
     points = data.points("8gaussians")
     torch.manual_seed(0)
     model = models.WGANGP((2,), hidden=64)
@@ -309,8 +324,8 @@ def test_wgan_gp_finds_the_eight_gaussians():
 
 @pytest.mark.slow
 def test_a_conditional_gan_draws_the_digit_that_was_asked_for(digits):
-    """By the five nearest real digits, which are right for 99% of real ones. Measured after 1800 steps of seeds 0 and 1:
-    96% and 99% of the drawn digits, which vary 0.71 and 0.65 times as much as real ones of their class."""
+    """By the five nearest real digits, which are right for 99% of real ones. Measured after 1800 steps of seeds 0 and
+    1: 96% and 99% of the drawn digits, which vary 0.71 and 0.65 times as much as real ones of their class."""
     torch.manual_seed(0)
     model = models.ConditionalGAN(digits.shape, classes=10)
     recipe = dataclasses.replace(model.recipe, generator_lr=1e-3, critic_lr=1e-3, ema=0.99)

@@ -1,4 +1,5 @@
-"""The benchmark suite: its cases are comparisons of the same numbers, its files are whole, its table comes from them."""
+"""The benchmark suite: its cases are comparisons of the same numbers, its files are whole, its table comes from
+them."""
 
 from __future__ import annotations
 
@@ -34,15 +35,57 @@ from benchmarks.test_cases import cases
 def test_every_family_of_ops_has_a_case():
     names = " ".join(case.name for case in cases())
     for family in (
-        "affine_coupling", "actnorm", "actnorm_conv1x1", "squeeze", "glow", "gated_activation",
-        "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "masked_conv1d", "masked_conv2d",
-        "row_lstm", "diagonal_lstm", "nade", "nade_sample", "pixelcnn train step", "sample pixelcnn", "sample gated_pixelcnn",
-        "sample pixelcnnpp", "sample wavenet", "gradient_penalty", "critic_step", "bias_act", "pixel_norm", "minibatch_stddev",
-        "upfirdn2d", "modulated_conv2d", "interpolate", "minibatch_discrimination", "sample_norm", "spectral_norm", "linear",
-        "activation", "contextual_similarity", "diagonal_gaussian", "gram_matrix", "style_loss", "style transfer step",
-        "mmd imq", "mmd rbf", "kernel_distance", "nearest_neighbors", "autoregressive_inverse", "MAF", "NSF",
-        "rational_quadratic_spline", "masked_linear", "MADE", "accelerate zuko", "accelerate nflows", "accelerate normflows",
-    ):  # fmt: skip
+        "affine_coupling",
+        "actnorm",
+        "actnorm_conv1x1",
+        "squeeze",
+        "glow",
+        "gated_activation",
+        "discretized_logistic_mixture_nll",
+        "discretized_logistic_mixture_sample",
+        "masked_conv1d",
+        "masked_conv2d",
+        "row_lstm",
+        "diagonal_lstm",
+        "nade",
+        "nade_sample",
+        "pixelcnn train step",
+        "sample pixelcnn",
+        "sample gated_pixelcnn",
+        "sample pixelcnnpp",
+        "sample wavenet",
+        "gradient_penalty",
+        "critic_step",
+        "bias_act",
+        "pixel_norm",
+        "minibatch_stddev",
+        "upfirdn2d",
+        "modulated_conv2d",
+        "interpolate",
+        "minibatch_discrimination",
+        "sample_norm",
+        "spectral_norm",
+        "linear",
+        "activation",
+        "contextual_similarity",
+        "diagonal_gaussian",
+        "gram_matrix",
+        "style_loss",
+        "style transfer step",
+        "mmd imq",
+        "mmd rbf",
+        "kernel_distance",
+        "nearest_neighbors",
+        "autoregressive_inverse",
+        "MAF",
+        "NSF",
+        "rational_quadratic_spline",
+        "masked_linear",
+        "MADE",
+        "accelerate zuko",
+        "accelerate nflows",
+        "accelerate normflows",
+    ):
         assert family in names
     for case in cases():
         assert {"reference", "genfast"} <= set(case.providers)
@@ -76,7 +119,14 @@ def test_measuring_fills_the_schema_and_the_table(tmp_path):
     assert all(path.stat().st_size > 5000 for path in drawn)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
-    command = [sys.executable, "-m", "benchmarks.readme_table", str(tmp_path / "results" / "r.json"), "--readme", str(readme)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.readme_table",
+        str(tmp_path / "results" / "r.json"),
+        "--readme",
+        str(readme),
+    ]
     assert subprocess.run([*command, "--check"], check=False, capture_output=True).returncode == 1
     subprocess.run(command, check=True)
     assert subprocess.run([*command, "--check"], check=False).returncode == 0
@@ -167,7 +217,12 @@ def test_the_25_gaussians_run_side_by_side_on_the_same_numbers(tmp_path, capsys)
 
 
 def test_new_cases_take_the_place_of_old_ones():
-    old = {"cases": [{"case": "a x", "v": 1}, {"case": "c", "v": 1}], "overhead": [1], "environment": "old", "gpu_check": 3}
+    old = {
+        "cases": [{"case": "a x", "v": 1}, {"case": "c", "v": 1}],
+        "overhead": [1],
+        "environment": "old",
+        "gpu_check": 3,
+    }
     new = {"cases": [{"case": "c", "v": 2}, {"case": "b", "v": 2}], "overhead": [], "environment": "new"}
     found = suite.merged(old, new)
     assert [(c["case"], c["v"]) for c in found["cases"]] == [("a x", 1), ("b", 2), ("c", 2)]
@@ -187,7 +242,8 @@ class OnCPU(TorchFunctionMode):
 
 
 class FakeGPU:
-    """torch.cuda's part in the timing: a clock that works move on, and graphs that remember how often they were replayed."""
+    """torch.cuda's part in the timing: a clock that works move on, and graphs that remember how often they were
+    replayed."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0  # milliseconds
@@ -227,8 +283,10 @@ class FakeGPU:
         stream = types.SimpleNamespace(wait_stream=lambda other: None)
         properties = types.SimpleNamespace(L2_cache_size=1 << 20)
         cuda = {
-            "Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": lambda: stream, "current_stream": lambda: stream,
-            "stream": lambda s: pytest.MonkeyPatch().context(), "synchronize": lambda: None, "empty_cache": lambda: None,
+            "Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda s: pytest.MonkeyPatch().context(), "synchronize": lambda: None,
+            "empty_cache": lambda: None,
             "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": self.debug, "current_device": lambda: 0,
             "get_device_properties": lambda device: properties, "memory_allocated": lambda: 100,
             "max_memory_allocated": lambda: 175, "reset_peak_memory_stats": lambda: None,
@@ -283,7 +341,11 @@ def test_a_gpu_is_timed_by_events_on_inputs_in_turn_and_by_graphs(gpu, monkeypat
 
         return make
 
-    providers = {"reference": maker("reference", 0.3), "peer": maker("peer", 4.0, True), "genfast": maker("genfast", 0.1)}
+    providers = {
+        "reference": maker("reference", 0.3),
+        "peer": maker("peer", 4.0, True),
+        "genfast": maker("genfast", 0.1),
+    }
     case = Case("c", providers, bytes=1 << 20, flops=1 << 20, dtype="bfloat16")
     found = measure(case, rounds=4, budget=1)
     # Four times the cache passes between two uses of a set.
@@ -302,7 +364,13 @@ def test_a_gpu_is_timed_by_events_on_inputs_in_turn_and_by_graphs(gpu, monkeypat
     assert p["genfast"]["peak_bytes"] == 75
     assert p["genfast"]["share_of_copy"] == pytest.approx((1 << 20) / 1e-4 / 4e9)
     assert p["genfast"]["share_of_matrix_rate"] == pytest.approx((1 << 20) / 1e-4 / 1e12)
-    clocks = {"clocks.sm": 1980.0, "clocks.mem": 2619.0, "clocks.max.sm": 1980.0, "temperature.gpu": 45.0, "power.draw": 300.5}
+    clocks = {
+        "clocks.sm": 1980.0,
+        "clocks.mem": 2619.0,
+        "clocks.max.sm": 1980.0,
+        "temperature.gpu": 45.0,
+        "power.draw": 300.5,
+    }
     assert found["clocks"] == [clocks] * 2
     results = {"environment": {"device": "fake"}, "cases": [found], "overhead": []}
     assert "graph ms" in suite.table(results)
@@ -387,10 +455,13 @@ def test_who_lacks_memory_is_named_and_the_others_are_compared():
         return make
 
     providers = {
-        "reference": raises(torch.OutOfMemoryError("CUDA out of memory")), "compile": raises(MemoryError()),
-        "trick": lambda: lambda: [right], "peer": lambda: lambda: [wrong], "graph": raises(ValueError("no such thing")),
+        "reference": raises(torch.OutOfMemoryError("CUDA out of memory")),
+        "compile": raises(MemoryError()),
+        "trick": lambda: lambda: [right],
+        "peer": lambda: lambda: [wrong],
+        "graph": raises(ValueError("no such thing")),
         "genfast": lambda: lambda: [right],
-    }  # fmt: skip
+    }
     found = measure(Case("c", providers), rounds=1, budget=0)
     assert set(found["providers"]) == {"trick", "genfast"}
     assert found["absent"]["reference"] == found["absent"]["compile"] == "out of memory"
@@ -465,7 +536,9 @@ def test_a_flow_is_sampled_as_a_graph(gpu, monkeypatch):
 def test_the_cases_of_a_gpu_are_made_without_one(monkeypatch):
     monkeypatch.setattr(_ceilings, "DEVICE", "cuda")
     here = Path(suite.__file__).parent
-    found = {p.stem.removeprefix("bench_"): runpy.run_path(str(p)).get("CASES", []) for p in sorted(here.glob("bench_*.py"))}
+    found = {
+        p.stem.removeprefix("bench_"): runpy.run_path(str(p)).get("CASES", []) for p in sorted(here.glob("bench_*.py"))
+    }
     first = {(op, case.dtype) for op, cases in found.items() for case in cases if case.priority == 0}
     for op in ("affine_coupling", "spline"):
         assert {(op, "float32"), (op, "bfloat16")} <= first
@@ -507,7 +580,8 @@ def test_a_case_that_fails_or_takes_its_process_with_it_leaves_the_others(tmp_pa
     file = tmp_path / "test_suite.py"
     file.write_text(SUITE)
     code = (
-        "import sys, pathlib; from benchmarks import __main__ as s; s.CASES = pathlib.Path(sys.argv.pop(1)); sys.exit(s.main())"
+        "import sys, pathlib; from benchmarks import __main__ as s; s.CASES = pathlib.Path(sys.argv.pop(1)); "
+        "sys.exit(s.main())"
     )
     out = tmp_path / "results" / "here.json"
     done = subprocess.run(

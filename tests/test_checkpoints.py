@@ -49,7 +49,9 @@ def test_a_flipped_byte_is_noticed(run, digits, name):
     content = bytearray(file.read_bytes())
     content[len(content) * 2 // 3] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}.*has changed since it was written.*remove it to go back to checkpoint-1"):
+    with pytest.raises(
+        ValueError, match=rf"{name}.*has changed since it was written.*remove it to go back to checkpoint-1"
+    ):
         resume(run, digits)
     if name == "weights.safetensors":
         with pytest.raises(ValueError, match="has changed since it was written"):
@@ -59,7 +61,9 @@ def test_a_flipped_byte_is_noticed(run, digits, name):
     assert not (run / "checkpoint-3").exists()
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "training.json", "state/.metadata", "state/__0_0.distcp", "state"])
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "training.json", "state/.metadata", "state/__0_0.distcp", "state"]
+)
 def test_what_is_missing_is_named_and_no_run_begins_anew(run, digits, name):
     path = run / "checkpoint-2" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -68,7 +72,9 @@ def test_what_is_missing_is_named_and_no_run_begins_anew(run, digits, name):
     with pytest.raises(FileExistsError, match="holds a run already"):
         training.train("glow", digits, run, steps=3)
     if name == "weights.safetensors":
-        with pytest.raises(FileNotFoundError, match="holds no weights.safetensors; remove it to go back to checkpoint-1"):
+        with pytest.raises(
+            FileNotFoundError, match="holds no weights.safetensors; remove it to go back to checkpoint-1"
+        ):
             checkpoints.load(run)
 
 

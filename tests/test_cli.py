@@ -18,8 +18,13 @@ from genfast import _registry, _verify, cli
 def test_info_tells_versions_devices_and_backends(capsys):
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out
-    for word in (torch.__version__, "x86-64" if genfast.info()["cpu"]["kernels"].startswith("x86") else "baseline",
-                 "affine_coupling", "threads", "not triton"):  # fmt: skip
+    for word in (
+        torch.__version__,
+        "x86-64" if genfast.info()["cpu"]["kernels"].startswith("x86") else "baseline",
+        "affine_coupling",
+        "threads",
+        "not triton",
+    ):
         assert word in said
     found = genfast.info()
     assert found["ops"]["affine_coupling"]["cpu"]["serves"] == ["cpu", "reference"]
@@ -60,10 +65,25 @@ def test_verify_fails_on_a_wrong_kernel_and_knows_new_ops(capsys, monkeypatch):
 
 def test_train_then_sample(tmp_path, capsys):
     run, picture = tmp_path / "run", tmp_path / "samples.png"
-    words = ["train", "glow", "--data", "digits", "--out", str(run), "--steps", "3", "--hidden", "4", "--flow-steps", "1"]
+    words = [
+        "train",
+        "glow",
+        "--data",
+        "digits",
+        "--out",
+        str(run),
+        "--steps",
+        "3",
+        "--hidden",
+        "4",
+        "--flow-steps",
+        "1",
+    ]
     assert cli.main(words) == 0
     assert "bits/dim on held-out images" in capsys.readouterr().out
-    assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "10", "--temperature", "0.7"]) == 0
+    assert (
+        cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "10", "--temperature", "0.7"]) == 0
+    )
     with Image.open(picture) as image:
         assert image.size[0] > image.size[1]
     assert cli.main(words) == 2
@@ -99,8 +119,14 @@ def test_train_then_sample(tmp_path, capsys):
         (["train", "glow", "--device", "meta"], "device='meta', expected cpu or cuda"),
         (["train", "glow", "--device", "abacus"], "device='abacus', expected cpu or cuda"),
         (["train", "glow", "--resume", "--out", "nowhere"], "'nowhere' holds no checkpoint to resume"),
-        (["train", "glow", "--out", "file.png/run"], "train: --out: the folder 'file.png/run' cannot be written to: Not a dir"),
-        (["train", "glow", "--out", "file.png"], "train: --out: the folder 'file.png' cannot be written to: File exists"),
+        (
+            ["train", "glow", "--out", "file.png/run"],
+            "train: --out: the folder 'file.png/run' cannot be written to: Not a dir",
+        ),
+        (
+            ["train", "glow", "--out", "file.png"],
+            "train: --out: the folder 'file.png' cannot be written to: File exists",
+        ),
         (["sample", "--checkpoint", "nowhere", "-n", "0"], "sample: n=0, expected at least 1"),
         (["sample", "--checkpoint", "nowhere", "--device", "cuda"], "device='cuda', and "),
         (
@@ -108,19 +134,37 @@ def test_train_then_sample(tmp_path, capsys):
             "style: --out='s.docx' has the extension '.docx'",
         ),
         (["style", "--content", "china", "--style", "flower", "--out", "s"], "style: --out='s' has the extension ''"),
-        (["style", "--content", "china", "--style", "flower", "--sheet", "s.xbm"], "style: --sheet='s.xbm' has the extension"),
+        (
+            ["style", "--content", "china", "--style", "flower", "--sheet", "s.xbm"],
+            "style: --sheet='s.xbm' has the extension",
+        ),
         (
             ["style", "--content", "china", "--style", "flower", "--out", "file.png/s.png"],
             "style: --out: the folder 'file.png' cannot be written to",
         ),
-        (["style", "--content", "china", "--style", "flower", "--out", "folder.png"], "style: --out='folder.png' is a folder"),
-        (["style", "--content", "china", "--style", "flower", "--out", "pipe.png"], "--out='pipe.png' is no regular file"),
+        (
+            ["style", "--content", "china", "--style", "flower", "--out", "folder.png"],
+            "style: --out='folder.png' is a folder",
+        ),
+        (
+            ["style", "--content", "china", "--style", "flower", "--out", "pipe.png"],
+            "--out='pipe.png' is no regular file",
+        ),
         (["style", "--content", "china", "--style", "flower", "--device", "cuda"], "device='cuda', and "),
         (["style", "--content", "china", "--style", "file.png"], "picture: 'file.png' cannot be read"),
         (["style", "--content", "pipe.png", "--style", "flower"], "'pipe.png' is neither a file nor one of"),
-        (["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "file.png"], "cannot be read"),
-        (["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "pipe.png"], "is no file"),
-        (["style", "--content", "china", "--style", "flower", "--background", "puce"], "background='puce', expected a colour"),
+        (
+            ["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "file.png"],
+            "cannot be read",
+        ),
+        (
+            ["style", "--content", "china", "--style", "flower", "--network", "vgg19", "--weights", "pipe.png"],
+            "is no file",
+        ),
+        (
+            ["style", "--content", "china", "--style", "flower", "--background", "puce"],
+            "background='puce', expected a colour",
+        ),
         (["train", "glow", "--background", "puce"], "background='puce', expected a colour"),
         (["verify", "--json", "folder.png"], "verify: --json='folder.png' is a folder"),
         (["demo", "--seconds", "0"], "demo: seconds=0.0, expected a positive number"),
@@ -188,14 +232,23 @@ def test_train_and_sample_a_gan_on_points(tmp_path, capsys):
 def test_a_gan_takes_its_recipe_from_the_command_line(tmp_path, capsys):
     run, picture = tmp_path / "run", tmp_path / "sevens.png"
     words = [
-        "train", "cgan", "--data", "digits", "--out", str(run), "--steps", "2", "--hidden", "8", "--loss", "relativistic",
+        "train", "cgan", "--data", "digits", "--out", str(run), "--steps", "2", "--hidden", "8", "--loss",
+        "relativistic",
         "--penalty", "r1,r2", "--penalty-weight", "0.5", "--lazy", "2", "--critic-steps", "2", "--lr", "0.01",
         "--critic-lr", "0.02", "--ema", "0.5", "--latent-dim", "3", "--depth", "1", "--sample-every", "1",
     ]  # fmt: skip
     assert cli.main(words) == 0
     recipe = json.loads((run / "metrics.json").read_text())["recipe"]
-    wanted = {"loss": "relativistic", "penalty": ["r1", "r2"], "weight": 0.5, "lazy": 2, "critic_steps": 2,
-              "generator_lr": 0.01, "critic_lr": 0.02, "ema": 0.5}  # fmt: skip
+    wanted = {
+        "loss": "relativistic",
+        "penalty": ["r1", "r2"],
+        "weight": 0.5,
+        "lazy": 2,
+        "critic_steps": 2,
+        "generator_lr": 0.01,
+        "critic_lr": 0.02,
+        "ema": 0.5,
+    }
     assert {k: recipe[k] for k in wanted} == wanted
     assert len(list((run / "progress").iterdir())) == 2
     assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "9", "--label", "7"]) == 0
@@ -228,7 +281,9 @@ def trained(tmp_path_factory):
         ("glow", "folder.png", "sample: --out='folder.png' is a folder"),
     ],
 )
-def test_what_cannot_be_written_is_known_before_samples_are_drawn(trained, tmp_path, capsys, monkeypatch, model, out, message):
+def test_what_cannot_be_written_is_known_before_samples_are_drawn(
+    trained, tmp_path, capsys, monkeypatch, model, out, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.png").write_text("")
     (tmp_path / "folder.png").mkdir()
@@ -238,7 +293,9 @@ def test_what_cannot_be_written_is_known_before_samples_are_drawn(trained, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.png", "folder.png"]
 
 
-@pytest.mark.parametrize(("model", "out"), [("glow", "a.JPG"), ("glow", "new/a.webp"), ("gan", "a.svg"), ("gan", "a.pdf")])
+@pytest.mark.parametrize(
+    ("model", "out"), [("glow", "a.JPG"), ("glow", "new/a.webp"), ("gan", "a.svg"), ("gan", "a.pdf")]
+)
 def test_pictures_of_other_kinds_are_written(trained, tmp_path, capsys, model, out):
     assert cli.main(["sample", "--checkpoint", str(trained / model), "--out", str(tmp_path / out), "-n", "3"]) == 0
     assert (tmp_path / out).stat().st_size > 100
@@ -249,7 +306,9 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_data_are_read(tm
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(cli.data, "load", lambda *a, **k: pytest.fail("the data were read"))
-    monkeypatch.setattr(cli._files.tempfile, "NamedTemporaryFile", refuse)  # the tests may run as root, whom nothing refuses
+    monkeypatch.setattr(
+        cli._files.tempfile, "NamedTemporaryFile", refuse
+    )  # the tests may run as root, whom nothing refuses
     for words in (["train", "glow"], ["train", "gan"], ["style", "--content", "china", "--style", "flower"], ["demo"]):
         out = tmp_path / ("s.png" if words[0] == "style" else "run")
         assert cli.main([*words, "--out", str(out)]) == 2
@@ -257,7 +316,9 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_data_are_read(tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["train", "glow"], ["train", "wgan-gp", "--data", "8gaussians"], ["train", "vae"], ["demo"]])
+@pytest.mark.parametrize(
+    "words", [["train", "glow"], ["train", "wgan-gp", "--data", "8gaussians"], ["train", "vae"], ["demo"]]
+)
 @pytest.mark.parametrize(
     ("missing", "command"), [("matplotlib", "pip install matplotlib"), ("sklearn", "pip install scikit-learn")]
 )

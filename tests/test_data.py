@@ -68,7 +68,9 @@ GREY = (RAMP.astype(np.float64) / 257).round()
 
 
 def pgm(path, white):
-    path.write_bytes(b"P5 20 20 %d\n" % white + (RAMP.astype(np.float64) * white / 65535).round().astype(">u2").tobytes())
+    path.write_bytes(
+        b"P5 20 20 %d\n" % white + (RAMP.astype(np.float64) * white / 65535).round().astype(">u2").tobytes()
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,13 +157,21 @@ def test_a_folder_trains_on_what_its_pictures_show(tmp_path):
         ("link.png", lambda path: path.symlink_to("nowhere"), "nowhere|link.png"),
         ("text.png", lambda path: path.write_text("no picture"), "text.png' cannot be read"),
         ("cut.png", lambda path: path.write_bytes(png()[:300]), "cut.png' cannot be read"),
-        ("changed.png", lambda path: path.write_bytes(png()[:60] + b"xxxx" + png()[64:]), "changed.png' cannot be read"),
+        (
+            "changed.png",
+            lambda path: path.write_bytes(png()[:60] + b"xxxx" + png()[64:]),
+            "changed.png' cannot be read",
+        ),
         (
             "float.tif",
             lambda path: Image.fromarray(GREY.astype(np.float32)).save(path),
             "holds floats, whose white is not stated",
         ),
-        ("int.tif", lambda path: Image.fromarray(GREY.astype(np.int32)).save(path), "holds 32-bit integers, whose white"),
+        (
+            "int.tif",
+            lambda path: Image.fromarray(GREY.astype(np.int32)).save(path),
+            "holds 32-bit integers, whose white",
+        ),
         ("bomb.png", lambda path: path.write_bytes(bomb()), "bomb.png' has too many pixels"),
     ],
 )

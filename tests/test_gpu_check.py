@@ -118,9 +118,13 @@ def test_parts_of_separate_calls_add_up(tmp_path, capsys):
     assert report["gpu_check"]["runs"]["verify"]["before"]["clocks.sm"] == "1980"
 
     suite = {
-        "environment": {"device": "NVIDIA H200"}, "quick": False, "overhead": [], "failed": [{"case": "b", "error": "boom"}],
-        "cases": [bench("actnorm (1, 2)", "actnorm", reference=4.0, trick=2.5, genfast=1.0)], "left_out": ["c"],
-    }  # fmt: skip
+        "environment": {"device": "NVIDIA H200"},
+        "quick": False,
+        "overhead": [],
+        "failed": [{"case": "b", "error": "boom"}],
+        "cases": [bench("actnorm (1, 2)", "actnorm", reference=4.0, trick=2.5, genfast=1.0)],
+        "left_out": ["c"],
+    }
     found = {"seed": 2, "rows": [verify_row("squeeze")], "left_out": []}
     two = check(tmp_path, Pretend(verify={"json": found}, benchmarks={"json": suite}))
     assert gpu_check.perform(two, ["verify", "benchmarks", "table"]) == 1
@@ -131,12 +135,16 @@ def test_parts_of_separate_calls_add_up(tmp_path, capsys):
     report = json.loads(two.out.read_text())
     assert report["gpu_check"]["verify"]["left_out"] == []
     assert [(r["op"], r["dtype"]) for r in report["gpu_check"]["verify"]["rows"]] == [
-        ("actnorm", "float32"), ("squeeze", "bfloat16"), ("squeeze", "float32"),
-    ]  # fmt: skip
+        ("actnorm", "float32"),
+        ("squeeze", "bfloat16"),
+        ("squeeze", "float32"),
+    ]
     assert [c["case"] for c in report["cases"]] == ["actnorm (1, 2)"]
     assert set(report["gpu_check"]["runs"]) == {"verify", "benchmarks", "table"}
     later = suite | {"cases": [bench("b", "b", reference=2.0, genfast=1.0)], "failed": [], "left_out": []}
-    assert gpu_check.perform(check(tmp_path, Pretend(benchmarks={"json": later})), ["benchmarks"]) == 1  # c is still missing
+    assert (
+        gpu_check.perform(check(tmp_path, Pretend(benchmarks={"json": later})), ["benchmarks"]) == 1
+    )  # c is still missing
     report = json.loads(two.out.read_text())
     assert report["failed"] == []
     assert report["left_out"] == ["c"]
@@ -145,8 +153,12 @@ def test_parts_of_separate_calls_add_up(tmp_path, capsys):
 
 
 def test_a_part_that_is_ended_or_wrong_is_told(tmp_path, capsys):
-    bad = verify_row("actnorm", passed=False, error="RuntimeError: CUDA error: an illegal memory access was encountered")
-    runner = Pretend(verify={"json": {"seed": 1, "rows": [bad], "left_out": []}, "status": None}, benchmarks={"status": None})
+    bad = verify_row(
+        "actnorm", passed=False, error="RuntimeError: CUDA error: an illegal memory access was encountered"
+    )
+    runner = Pretend(
+        verify={"json": {"seed": 1, "rows": [bad], "left_out": []}, "status": None}, benchmarks={"status": None}
+    )
     one = check(tmp_path, runner)
     assert gpu_check.perform(one, ["verify", "benchmarks", "table"]) == 1
     said = capsys.readouterr().out
@@ -198,15 +210,22 @@ def test_a_crash_and_a_spoilt_gpu_cost_one_test_each(tmp_path):
     one = check(tmp_path, gpu_check.run)
     by_test, unrun = one.some_tests(path, 0, 1, time.monotonic() + 120)
     assert {n.split("::")[1]: t["outcome"] for n, t in by_test.items()} == {
-        "test_passes": "passed", "test_skips": "skipped", "test_crashes": "crashed", "test_spoils": "failed",
+        "test_passes": "passed",
+        "test_skips": "skipped",
+        "test_crashes": "crashed",
+        "test_spoils": "failed",
         "test_after": "passed",
-    }  # fmt: skip
+    }
     assert not unrun
     assert len(list((tmp_path / "logs").glob("test_some-0-*.log"))) == 3
 
 
 def test_a_test_that_was_not_given_its_time_has_not_run():
-    records = [{"collected": ["a", "b", "c"]}, {"start": "a"}, {"end": "a", "outcome": "passed", "message": "", "seconds": 1.0}]
+    records = [
+        {"collected": ["a", "b", "c"]},
+        {"start": "a"},
+        {"end": "a", "outcome": "passed", "message": "", "seconds": 1.0},
+    ]
     late, unrun = gpu_check.outcomes([*records, {"start": "b"}, {"stopped": gpu_check.LATE}])
     assert (list(late), unrun) == (["a"], ["b", "c"])
     hung, unrun = gpu_check.outcomes([*records, {"start": "b"}, {"stopped": "it did not end"}])
@@ -234,7 +253,11 @@ def test_the_readme_shows_of_a_gpu_what_is_verified_there(tmp_path, monkeypatch)
         "verify": {"rows": [verify_row("actnorm"), verify_row("squeeze", passed=False)], "left_out": []},
     }
     larger = bench("actnorm 256 MB", "actnorm", reference=3.0, trick=2.0, genfast=1.0)
-    gpu = {**cpu, "cases": [*cases, larger, bench("squeeze 1 GB", "squeeze", reference=3.0, genfast=1.0)], "gpu_check": checks}
+    gpu = {
+        **cpu,
+        "cases": [*cases, larger, bench("squeeze 1 GB", "squeeze", reference=3.0, genfast=1.0)],
+        "gpu_check": checks,
+    }
     (tmp_path / "cpu.json").write_text(json.dumps(cpu))
     (tmp_path / "README.md").write_text(README)
     words = ["readme_table", str(tmp_path / "cpu.json"), "--readme", str(tmp_path / "README.md")]
@@ -292,7 +315,11 @@ def test_the_sanitizer_goes_on_after_a_call_that_ends_its_process(tmp_path, monk
     monkeypatch.setattr(gpu_check, "tool", lambda name: name)
     monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 2)
     last = f"sanitize: {names[3]}\nsanitize: done\n========= ERROR SUMMARY: 0 errors\n"
-    says = {f"{kind}_0_{i + 1}": {"log": log, "status": i} for kind in ("memcheck",) for i, log in enumerate((SANITIZED, last))}
+    says = {
+        f"{kind}_0_{i + 1}": {"log": log, "status": i}
+        for kind in ("memcheck",)
+        for i, log in enumerate((SANITIZED, last))
+    }
     whole = "".join(f"sanitize: {name}\nsanitize: done\n" for name in names)
     runner = Pretend(
         sanitizer={"log": "\n".join(names)}, racecheck_0_1={"log": f"{whole}========= RACECHECK SUMMARY: 0"}, **says
@@ -326,7 +353,14 @@ ptxas info    : Used 255 registers, used 0 barriers
 
 def test_nvcc_is_read():
     first, second = gpu_check.ptxas(PTXAS)
-    kernel = {"kernel": "pixel_step", "family": "pixel_step", "arch": "sm_90", "registers": 64, "shared": 2048, "stack": 0}
+    kernel = {
+        "kernel": "pixel_step",
+        "family": "pixel_step",
+        "arch": "sm_90",
+        "registers": 64,
+        "shared": 2048,
+        "stack": 0,
+    }
     assert first == kernel | {"spilled": 0}
     kernel = {"kernel": "scan", "family": "?", "arch": "sm_90", "registers": 255, "shared": 0, "stack": 16}
     assert second == kernel | {"spilled": 20}
@@ -447,7 +481,9 @@ def test_every_op_has_odd_shapes():
 
     for op in _registry.OPS.values():
         if op.samples is not None and op.name not in ("plu_weight", "style_loss_layers"):  # a square, and lists
-            kinds = {s.label.split(", ")[-1] for s, _ in _verify.odd(op, list(op.samples(torch.Generator().manual_seed(0))))}
+            kinds = {
+                s.label.split(", ")[-1] for s, _ in _verify.odd(op, list(op.samples(torch.Generator().manual_seed(0))))
+            }
             assert {"strided", "batch of 1"} <= kinds, op.name
             assert kinds & {"empty batch", "batch of 37"}, op.name
 

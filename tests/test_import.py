@@ -18,7 +18,9 @@ BUILT = genfast.has_kernels("cpu")
 
 
 # An installation in editable mode would find its kernels for a copy of the package, too.
-NOT_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+NOT_EDITABLE = (
+    "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+)
 
 
 def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +78,10 @@ def test_the_reference_by_request_is_no_reason_to_warn(source_folder):
 
 
 def test_benchmarks_refuse_to_measure_the_reference(source_folder):
-    code = "import runpy, sys; sys.argv[1:] = ['--quick', '-k', 'squeeze']; runpy.run_module('benchmarks', run_name='__main__')"
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['--quick', '-k', 'squeeze']; runpy.run_module('benchmarks', "
+        "run_name='__main__')"
+    )
     done = python(NOT_EDITABLE + code, source_folder)
     assert done.returncode == 2, done.stdout
     assert "shadows an installed genfast" in done.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 import genfast
 
 PACKAGE = Path(genfast.__file__).parent
-# From the top, where everything may be imported; otherwise rooms of one line do not know of each other. Private modules at the
-# top level that stand in no line are the base: every room may import them, and they import one another alone.
+# From the top, where everything may be imported; otherwise rooms of one line do not know of each other. Private modules
+# at the top level that stand in no line are the base: every room may import them, and they import one another alone.
 ROOMS = (
     ("__init__", "__main__", "_info", "_verify", "cli"),
     ("training",),
@@ -23,7 +23,7 @@ ROOMS = (
 )
 # Each with its reason; new ones are not to be added.
 EXCEPTIONS = {
-    ("ops", "penalty"): "genfast.ops names gradient_penalty and critic_step, and looks them up at the first use",
+    ("ops", "penalty"): "genfast.ops names gradient_penalty and critic_step, and looks them up at the first use"
 }
 
 

@@ -7,12 +7,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"genfast/ops": "tests/ops", "genfast/nn": "tests/nn", "genfast/losses": "tests/losses", "kernels": "tests/triton"}
+FOLDERS = {
+    "genfast/ops": "tests/ops",
+    "genfast/nn": "tests/nn",
+    "genfast/losses": "tests/losses",
+    "kernels": "tests/triton",
+}
 # A module that calls one operation and holds at most its parameters is tested with that operation.
 TESTED_WITH_THEIR_OPERATION = (
-    "bias_act", "contextual_similarity", "gram_matrix", "masked_linear", "minibatch_discrimination",
-    "minibatch_stddev", "modulated_conv", "nade", "pixel_norm", "spectral_norm", "upfirdn2d",
-)  # fmt: skip
+    "bias_act",
+    "contextual_similarity",
+    "gram_matrix",
+    "masked_linear",
+    "minibatch_discrimination",
+    "minibatch_stddev",
+    "modulated_conv",
+    "nade",
+    "pixel_norm",
+    "spectral_norm",
+    "upfirdn2d",
+)
 EXCEPTIONS = {f"genfast/nn/{name}.py": f"tests/ops/test_{name}.py" for name in TESTED_WITH_THEIR_OPERATION} | {
     "genfast/nn/gradient_penalty.py": "tests/penalty/test_gradient_penalty.py",  # It calls genfast.penalty.
     "genfast/nn/plain.py": "tests/nn/test_bijection_of_vectors.py",  # Each plain twin is tested beside its layer.

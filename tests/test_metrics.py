@@ -66,7 +66,9 @@ def test_points_spread_evenly_cover_no_mode():
     spread = (2 * torch.rand(10_000, 2, generator=torch.Generator().manual_seed(0)) - 1) * reach
     assert metrics.mode_scores(spread, points.centres, points.std, minimum=1).covered == 25
     assert metrics.mode_scores(spread, points.centres, points.std).covered == 0
-    true = points.centres.repeat(400, 1) + points.std * torch.randn(10_000, 2, generator=torch.Generator().manual_seed(0))
+    true = points.centres.repeat(400, 1) + points.std * torch.randn(
+        10_000, 2, generator=torch.Generator().manual_seed(0)
+    )
     assert metrics.mode_scores(true, points.centres, points.std).covered == 25
 
 

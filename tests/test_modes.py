@@ -1,7 +1,8 @@
-"""Whatever mode of PyTorch a first call comes in, it gives what an ordinary call gives, and leaves nothing of the mode behind.
+"""Whatever mode of PyTorch a first call comes in, it gives what an ordinary call gives, and leaves nothing of the mode
+behind.
 
-A first call in the mode, then a training step; both are compared with those of a copy that never saw the mode. For modules,
-models, the accelerated models of other libraries, and ops.
+A first call in the mode, then a training step; both are compared with those of a copy that never saw the mode. For
+modules, models, the accelerated models of other libraries, and ops.
 """
 
 from __future__ import annotations
@@ -105,22 +106,28 @@ def own() -> dict[str, Subject]:
         "NSF": Subject(lambda: ready_model(models.NSF(4, hidden=8, transforms=1)), vectors, log_prob),
         "NICE": Subject(lambda: models.NICE(4, hidden=8, couplings=2), vectors, log_prob),
         "LinearFlow": Subject(lambda: ready_model(models.LinearFlow(4)), vectors, log_prob),
-        "Glow": Subject(lambda: ready_model(models.Glow((1, 8, 8), levels=1, steps=2, hidden=8)), rows(3, 1, 8, 8), log_prob),
+        "Glow": Subject(
+            lambda: ready_model(models.Glow((1, 8, 8), levels=1, steps=2, hidden=8)), rows(3, 1, 8, 8), log_prob
+        ),
         "RealNVP": Subject(lambda: ready_model(models.RealNVP((1, 8, 8), hidden=4)).eval(), rows(3, 1, 8, 8), log_prob),
         "MADE model": Subject(lambda: models.MADE(6, hidden=8), levels(2, 5, 6), log_prob),
         "NADE model": Subject(lambda: models.NADE(6, hidden=8), levels(2, 5, 6), log_prob),
         "DeepNADE": Subject(lambda: models.DeepNADE(6, hidden=8, orders=2).eval(), levels(2, 5, 6), log_prob),
         "RNADE": Subject(lambda: models.RNADE(4, hidden=8), vectors, log_prob),
         "PixelCNN": Subject(lambda: models.PixelCNN(channels=8, layers=2, levels=4), levels(4, 2, 1, 5, 6), log_prob),
-        "GatedPixelCNN": Subject(lambda: models.GatedPixelCNN(channels=8, layers=2, levels=4), levels(4, 2, 1, 5, 6), log_prob),
+        "GatedPixelCNN": Subject(
+            lambda: models.GatedPixelCNN(channels=8, layers=2, levels=4), levels(4, 2, 1, 5, 6), log_prob
+        ),
         "PixelCNN++": Subject(
             lambda: models.PixelCNNPlusPlus(filters=8, blocks=1, mixtures=2), levels(256, 2, 3, 8, 8), log_prob
         ),
         "PixelRNN": Subject(
             lambda: models.PixelRNN(channels=8, layers=1, kind="diagonal", levels=2), levels(2, 2, 1, 5, 6), log_prob
         ),
-        "WaveNet": Subject(lambda: models.WaveNet(levels=16, residual=8, skip=8, layers=3), levels(16, 2, 1, 20), log_prob),
-    }  # fmt: skip
+        "WaveNet": Subject(
+            lambda: models.WaveNet(levels=16, residual=8, skip=8, layers=3), levels(16, 2, 1, 20), log_prob
+        ),
+    }
 
 
 def ready_model(model: Any) -> nn.Module:
@@ -129,7 +136,11 @@ def ready_model(model: Any) -> nn.Module:
 
 
 def peers() -> dict[str, Subject]:
-    zuko, nt, nf = pytest.importorskip("zuko"), pytest.importorskip("nflows.transforms"), pytest.importorskip("normflows")
+    zuko, nt, nf = (
+        pytest.importorskip("zuko"),
+        pytest.importorskip("nflows.transforms"),
+        pytest.importorskip("normflows"),
+    )
     vectors, images = rows(5, 4), rows(5, 4, 4, 4)
     small = {"hidden_features": (8, 8)}
 
@@ -148,8 +159,11 @@ def peers() -> dict[str, Subject]:
         "nflows MAF": (lambda: nt.MaskedAffineAutoregressiveTransform(4, 8), vectors, outputs),
         "nflows MAF inverse": (lambda: nt.MaskedAffineAutoregressiveTransform(4, 8), vectors, inverse),
         "nflows spline": (
-            lambda: nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, num_bins=4, tails="linear", tail_bound=3),
-            vectors, outputs,
+            lambda: nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                4, 8, num_bins=4, tails="linear", tail_bound=3
+            ),
+            vectors,
+            outputs,
         ),
         "nflows LULinear": (lambda: nt.LULinear(4, identity_init=False), vectors, outputs),
         "nflows LULinear inverse": (lambda: nt.LULinear(4, identity_init=False), vectors, inverse),
@@ -157,12 +171,16 @@ def peers() -> dict[str, Subject]:
         "nflows ActNorm": (lambda: nt.ActNorm(4).eval(), vectors, outputs),
         "normflows MAF": (lambda: nf.flows.MaskedAffineAutoregressive(4, 8), vectors, outputs),
         "normflows MAF inverse": (lambda: nf.flows.MaskedAffineAutoregressive(4, 8), vectors, inverse),
-        "normflows spline": (lambda: nf.flows.AutoregressiveRationalQuadraticSpline(4, 1, 8, num_bins=4), vectors, inverse),
+        "normflows spline": (
+            lambda: nf.flows.AutoregressiveRationalQuadraticSpline(4, 1, 8, num_bins=4),
+            vectors,
+            inverse,
+        ),
         "normflows LU": (lambda: nf.flows.LULinearPermute(4), vectors, outputs),
         "normflows 1x1": (lambda: nf.flows.Invertible1x1Conv(4, use_lu=True), images, outputs),
         "normflows mixing": (lambda: nf.flows.InvertibleAffine(4, use_lu=True), vectors, inverse),
         "normflows coupling": (lambda: nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4])), vectors, outputs),
-    }  # fmt: skip
+    }
     return {name: Subject(make, x, call, True) for name, (make, x, call) in subjects.items()}
 
 
@@ -260,9 +278,16 @@ def dynamic(module: Called, x: Tensor) -> None:
 
 
 MODES: dict[str, Callable[[Called, Tensor], None]] = {
-    "inference": inference, "no_grad": no_grad, "fake": fake, "meta": meta, "export": exported, "trace": traced,
-    "vmap": stacked, "compile": compiled, "dynamic": dynamic,
-}  # fmt: skip
+    "inference": inference,
+    "no_grad": no_grad,
+    "fake": fake,
+    "meta": meta,
+    "export": exported,
+    "trace": traced,
+    "vmap": stacked,
+    "compile": compiled,
+    "dynamic": dynamic,
+}
 
 
 def attempt(mode: str, module: Called, x: Tensor) -> Exception | None:
@@ -275,8 +300,8 @@ def attempt(mode: str, module: Called, x: Tensor) -> Exception | None:
     return None
 
 
-# Minutes of one core go into the compiles and exports of everything and into tracing the large models, so all of it is for
-# GENFAST_EVERY_MODE=1; each kind of what is kept between calls has a case here.
+# Minutes of one core go into the compiles and exports of everything and into tracing the large models, so all of it is
+# for GENFAST_EVERY_MODE=1; each kind of what is kept between calls has a case here.
 SLOW = {
     "export": ("zuko NICE", "nflows LULinear"),
     "compile": ("PixelCNN", "normflows mixing"),
@@ -326,9 +351,10 @@ def test_an_ops_first_call_in_a_mode(name: str) -> None:
         assert torch.equal(i, o) or bool((i.isnan() == o.isnan()).all())
         assert (f.shape, f.dtype, f.device) == (o.shape, o.dtype, o.device)
     leaves = [
-        a.requires_grad_() for k, a in enumerate(args)
+        a.requires_grad_()
+        for k, a in enumerate(args)
         if isinstance(a, Tensor) and a.is_floating_point() and k not in sample.constant
-    ]  # fmt: skip
+    ]
     with_gradients = [o for o in flat(op(*args)) if o.requires_grad and o.numel()]
     if with_gradients:
         grads = torch.autograd.grad([o.sum() for o in with_gradients], leaves, allow_unused=True)

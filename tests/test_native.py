@@ -24,7 +24,11 @@ def modules():
     """The modules that call kernels, with their syntax."""
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text()
-        if "kernels(" in text and path.name != "_native.py" and "/kernels/" not in str(path.relative_to(PACKAGE.parent)):
+        if (
+            "kernels(" in text
+            and path.name != "_native.py"
+            and "/kernels/" not in str(path.relative_to(PACKAGE.parent))
+        ):
             name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
             yield importlib.import_module(name), ast.parse(text)
 
@@ -67,7 +71,9 @@ def test_each_kernel_is_called_by_some_module():
 
 
 def test_a_wrong_name_fails_at_import():
-    with pytest.raises(TypeError, match=r"pixel_norm: it has no field width, expected one of is_double, x, grad, y, n,"):
+    with pytest.raises(
+        TypeError, match=r"pixel_norm: it has no field width, expected one of is_double, x, grad, y, n,"
+    ):
         kernels("_cpu", pixel_norm="is_double x y width")
     with pytest.raises(TypeError, match="the field x is named twice"):
         kernels("_cpu", pixel_norm="x y x")

@@ -1,4 +1,5 @@
-"""The pool of large CPU outputs: what it hands out again, what it lets go, and that a child process does not hang in it."""
+"""The pool of large CPU outputs: what it hands out again, what it lets go, and that a child process does not hang in
+it."""
 
 from __future__ import annotations
 
@@ -125,7 +126,13 @@ def test_memory_is_reused_only_when_nothing_refers_to_it():
     del first
     again = _pool.empty_like(like)
     assert again.data_ptr() == address
-    for keep in (lambda t: t[3:5], lambda t: t.untyped_storage(), lambda t: t.numpy(), lambda t: t.detach(), memoryview_of):
+    for keep in (
+        lambda t: t[3:5],
+        lambda t: t.untyped_storage(),
+        lambda t: t.numpy(),
+        lambda t: t.detach(),
+        memoryview_of,
+    ):
         held, again = keep(again), None
         others = [_pool.empty_like(like) for _ in range(8)]
         assert all(o.data_ptr() != address for o in others), keep

@@ -49,7 +49,9 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, capsys, monkeypatch, signum,
     send(monkeypatch, training.Trainer, "batch", getattr(signal, signum), when=3)
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main([*WORDS, str(tmp_path / "run")]) == status
-    assert capsys.readouterr().err.splitlines() == [f"genfast: stopped at step 3; checkpoint kept in {tmp_path / 'run'}"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"genfast: stopped at step 3; checkpoint kept in {tmp_path / 'run'}"
+    ]
     assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["checkpoint-3"]
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
@@ -76,7 +78,9 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
     calls = send(monkeypatch, checkpoints, "_checksum", signal.SIGINT, times=2)
     send(monkeypatch, training.Trainer, "batch", signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        training.train("glow", data.load("digits"), tmp_path / "run", config={"levels": 1, "hidden": 4, "steps": 1}, steps=9)
+        training.train(
+            "glow", data.load("digits"), tmp_path / "run", config={"levels": 1, "hidden": 4, "steps": 1}, steps=9
+        )
     assert len(calls) == 1
     assert not list(tmp_path.rglob("*checkpoint*"))  # and leaves no half of one
 
@@ -95,7 +99,9 @@ def test_somebody_elses_handlers_stay(tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     send(monkeypatch, training.Trainer, "batch", signal.SIGTERM)
     send(monkeypatch, training.Trainer, "_losses", signal.SIGHUP)
-    metrics = training.train("glow", data.load("digits"), tmp_path, config={"levels": 1, "hidden": 4, "steps": 1}, steps=2)
+    metrics = training.train(
+        "glow", data.load("digits"), tmp_path, config={"levels": 1, "hidden": 4, "steps": 1}, steps=2
+    )
     assert heard == [signal.SIGTERM]
     assert metrics["steps"] == 2
 
@@ -103,9 +109,12 @@ def test_somebody_elses_handlers_stay(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="when torch is loading is seen in /proc")
 def test_ctrl_c_while_torch_is_loading_is_one_line():
     process = subprocess.Popen(
-        [sys.executable, "-m", "genfast", "info"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "genfast", "info"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while "libc10" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < deadline:
         time.sleep(0.01)

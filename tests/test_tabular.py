@@ -1,4 +1,5 @@
-"""Density estimation on real tables: held-out log-likelihood not worse than zuko's from the same weights and batches."""
+"""Density estimation on real tables: held-out log-likelihood not worse than zuko's from the same weights and
+batches."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def test_gradients_of_a_trained_spline_flow_are_no_further_from_float64_than_zuk
 
 
 @pytest.mark.parametrize("kind", ["MAF", "NSF"])
-@pytest.mark.parametrize(("layers", "family"), [(gnn, tabular.models.Flow), (plain, tabular.models.plain(tabular.models.Flow))])
+@pytest.mark.parametrize(
+    ("layers", "family"), [(gnn, tabular.models.Flow), (plain, tabular.models.plain(tabular.models.Flow))]
+)
 def test_the_same_numbers_on_zukos_weights(kind, layers, family):
     torch.manual_seed(0)
     theirs = tabular.zuko_flow(kind, 6, 3, 24).double()

@@ -1,4 +1,5 @@
-"""Each private symbol of torch: that this torch has it, what its fallback answers, and that ops give the same numbers then."""
+"""Each private symbol of torch: that this torch has it, what its fallback answers, and that ops give the same numbers
+then."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import torch
 import genfast
 from genfast import _derived, _pool, _registry, _torch_private
 
-# By the name that genfast gives it: where each symbol stands in torch. What it is for stands beside it in _torch_private.py.
+# By the name that genfast gives it: where each symbol stands in torch. What it is for stands beside it in
+# _torch_private.py.
 SYMBOLS = {
     "dispatch_modes": ("_C", "_len_torch_dispatch_stack"),
     "function_modes": ("_C", "_len_torch_function_stack"),
@@ -56,7 +58,8 @@ def numbers():
         op = _registry.OPS[name]
         for sample in list(op.samples(generator))[:2]:
             args = [
-                a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in sample.args
+                a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                for a in sample.args
             ]
             outputs = op(*args)
             outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
@@ -145,7 +148,8 @@ def test_gradients_are_set_publicly_and_saved_tensors_go_through_hooks(monkeypat
 
 
 def test_autograd_inside_an_op(monkeypatch):
-    """Below the dispatcher's keys of autograd nothing is recorded; without them a reference that differentiates raises."""
+    """Below the dispatcher's keys of autograd nothing is recorded; without them a reference that differentiates
+    raises."""
     x = torch.ones(2, requires_grad=True)
     with torch._C._AutoDispatchBelowAutograd():
         assert not (2 * x).requires_grad

@@ -104,7 +104,9 @@ def test_a_picture_that_fails_does_not_end_a_run(tmp_path, digits, capsys, monke
     monkeypatch.setattr(pictures, "image_grid", fail)
     assert training.train("glow", digits, tmp_path / "run", config=SMALL, steps=2, batch_size=8)["steps"] == 2
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"genfast: {tmp_path / 'run' / name} was not drawn: no font" for name in ("loss.png", "samples.png")]
+    assert said == [
+        f"genfast: {tmp_path / 'run' / name} was not drawn: no font" for name in ("loss.png", "samples.png")
+    ]
 
 
 @pytest.mark.parametrize(("steps", "minutes"), [(0, None), (-5, None), (None, 0.0), (None, float("nan"))])
@@ -179,14 +181,31 @@ def test_a_run_that_is_worse_than_guessing_is_no_result(tmp_path, digits):
 
 def test_interrupting_keeps_a_checkpoint_and_exits_130(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "genfast", "train", "glow", "--out", str(out), "--steps", "100000", "--hidden", "4",
-               "--flow-steps", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "genfast",
+        "train",
+        "glow",
+        "--out",
+        str(out),
+        "--steps",
+        "100000",
+        "--hidden",
+        "4",
+        "--flow-steps",
+        "1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # A shell that runs these tests in the background has them ignore the signal, and a child would inherit that.
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while not list(out.glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,4 +1,5 @@
-"""The trainer of autoencoders: what a step does, exact resumption, what a run leaves, and that it learns real digits."""
+"""The trainer of autoencoders: what a step does, exact resumption, what a run leaves, and that it learns real
+digits."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def tiny(name, digits, **config):
 
 
 def independent_pixels(digits):
-    """Held-out bits per dimension of the model in which each pixel is on its own, with the levels' frequencies in training."""
+    """Held-out bits per dimension of the model in which each pixel is on its own, with the levels' frequencies in
+    training."""
     counts = torch.nn.functional.one_hot(digits.train.flatten(1).long(), 17).sum(0) + 0.1
     log_p = (counts / counts.sum(1, keepdim=True)).log()
     nats = log_p.gather(1, digits.test.flatten(1).long().T).sum(0).mean()
@@ -150,7 +152,20 @@ def test_numbers_that_are_not_finite_stop_before_the_update(digits, monkeypatch,
 @pytest.mark.parametrize("name", NAMES)
 def test_train_and_sample_from_the_command_line(name, tmp_path, capsys):
     run, picture = tmp_path / "run", tmp_path / "samples.png"
-    words = ["train", name, "--out", str(run), "--steps", "2", "--hidden", "8", "--latent-dim", "3", "--batch-size", "16"]
+    words = [
+        "train",
+        name,
+        "--out",
+        str(run),
+        "--steps",
+        "2",
+        "--hidden",
+        "8",
+        "--latent-dim",
+        "3",
+        "--batch-size",
+        "16",
+    ]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
     assert "2 steps, on held-out images" in said
@@ -166,7 +181,14 @@ def test_options_of_the_command_line_reach_the_model(tmp_path, capsys):
     vae = ["--likelihood", "bernoulli", "--beta", "2", "--warmup", "5", "--free-bits", "0.1"]
     assert cli.main(["train", "vae", *words, *vae]) == 0
     config = training.load_checkpoint(tmp_path / "a")[0].config
-    wanted = {"likelihood": "bernoulli", "beta": 2.0, "warmup": 5, "free_bits": 0.1, "network": "convolutional", "width": 4}
+    wanted = {
+        "likelihood": "bernoulli",
+        "beta": 2.0,
+        "warmup": 5,
+        "free_bits": 0.1,
+        "network": "convolutional",
+        "width": 4,
+    }
     assert {k: config[k] for k in wanted} == wanted
     other = ["--out", str(tmp_path / "b"), "--steps", "1", "--penalty", "l1", "--weight", "0.5"]
     assert cli.main(["train", "sparse_autoencoder", *other]) == 0

@@ -1,4 +1,5 @@
-"""The functions of csrc/cpu/vec.h against long double, in units of the last place, at every level this processor has."""
+"""The functions of csrc/cpu/vec.h against long double, in units of the last place, at every level this processor
+has."""
 
 from __future__ import annotations
 

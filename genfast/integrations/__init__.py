@@ -1,4 +1,5 @@
-"""Our kernels inside models made with zuko, nflows or normflows: :func:`accelerate`, :func:`report`, :func:`restore`."""
+"""Our kernels inside models made with zuko, nflows or normflows: :func:`accelerate`, :func:`report`,
+:func:`restore`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Entry:
     """One module of another library: where it is, what became of it, and why.
 
     Attributes:
-        path: as ``named_modules`` gives it, all of them with commas for a shared module; "(model)" for the model itself.
+        path: as ``named_modules`` gives it, all of them with commas for a shared module; "(model)" for the model
+            itself.
         name: its class.
         status: "swapped", or "left" as it was.
         detail: what our kernels do, or why it was left.
@@ -54,7 +56,9 @@ class Report:
         return tuple(e for e in self.entries if e.status == "left")
 
     def __str__(self) -> str:
-        rows = [(e.path, e.name, e.status, e.detail + (f"; {e.falls_back}" if e.falls_back else "")) for e in self.entries]
+        rows = [
+            (e.path, e.name, e.status, e.detail + (f"; {e.falls_back}" if e.falls_back else "")) for e in self.entries
+        ]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) for row in rows]
         return "\n".join([self.summary, *lines])
@@ -67,15 +71,15 @@ def accelerate(model: Model, *, report: Literal[True]) -> tuple[Model, Report]: 
 def accelerate(model: Model, *, report: bool = False) -> Model | tuple[Model, Report]:
     """Swaps our kernels, in place, into a model made with zuko, nflows or normflows, and returns it.
 
-    The parameters stay the same objects under the same state_dict keys, and the outputs and gradients the same to rounding,
-    in training and in evaluation. Calls that the kernels do not cover run the library's own method: half types, autocast, hooks
-    on inner layers, transforms of torch.func, export, tracing, fake and meta tensors. A copy or a pickle of the model is
-    accelerated too; loading such a pickle needs genfast. A second call changes nothing more.
+    The parameters stay the same objects under the same state_dict keys, and the outputs and gradients the same to
+    rounding, in training and in evaluation. Calls that the kernels do not cover run the library's own method: half
+    types, autocast, hooks on inner layers, transforms of torch.func, export, tracing, fake and meta tensors. A copy or
+    a pickle of the model is accelerated too; loading such a pickle needs genfast. A second call changes nothing more.
 
     Args:
         model: any module; what is not of the three libraries in it is not touched.
-        report: whether the :class:`Report` comes beside the model. Before version 0.2 it was all that came; a call whose result
-            is not used does what it did.
+        report: whether the :class:`Report` comes beside the model. Before version 0.2 it was all that came; a call
+            whose result is not used does what it did.
 
     Returns:
         ``model`` itself, so that ``flow = genfast.accelerate(flow)`` and ``genfast.accelerate(flow)`` do the same; with
@@ -99,7 +103,8 @@ def accelerate(model: Model, *, report: bool = False) -> Model | tuple[Model, Re
 
 
 def report(model: nn.Module) -> Report:
-    """What :func:`accelerate` did to a model, or to a part of one: which modules were swapped, which were left, and why.
+    """What :func:`accelerate` did to a model, or to a part of one: which modules were swapped, which were left, and
+    why.
 
     Args:
         model: any module, accelerated or not.
@@ -136,12 +141,15 @@ def restore(model: nn.Module) -> Report:
     """
     _check("restore", model)
     found = [
-        (module, ", ".join(p or "(model)" for p in paths)) for module, paths in by_path(model) if isinstance(module, Swapped)
+        (module, ", ".join(p or "(model)" for p in paths))
+        for module, paths in by_path(model)
+        if isinstance(module, Swapped)
     ]
     for module, path in found:
         if "original" not in type(module).__dict__:
             raise RuntimeError(
-                f"restore: {path} was given the class {type(module).__name__!r} after it was accelerated; undo that first"
+                f"restore: {path} was given the class {type(module).__name__!r} after it was accelerated; undo that "
+                "first"
             )
     entries = []
     for module, path in found:

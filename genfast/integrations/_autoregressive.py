@@ -50,7 +50,9 @@ class MaskedResidualBlock(Swapped):
         first, second = self.linear_layers
         y = None
         if context is None and plain_call(first) and activation_name(self.activation) == "relu":
-            y = masked_product(first.kept() if isinstance(first, Swapped) else {}, first, self.activation(inputs), "relu")
+            y = masked_product(
+                first.kept() if isinstance(first, Swapped) else {}, first, self.activation(inputs), "relu"
+            )
         if y is None:
             return super().forward(inputs, context)  # type: ignore[misc]
         return inputs + second(self.dropout(y))
@@ -183,9 +185,11 @@ def bins_refused(bins: int) -> str:
 def spline_options(module: Any) -> dict[str, Any]:
     """What a module with rational-quadratic splines says about them, in our op's words."""
     found: dict[str, Any] = {
-        "tails": module.tails, "min_bin_width": module.min_bin_width, "min_bin_height": module.min_bin_height,
+        "tails": module.tails,
+        "min_bin_width": module.min_bin_width,
+        "min_bin_height": module.min_bin_height,
         "min_derivative": module.min_derivative,
-    }  # fmt: skip
+    }
     if module.tails is not None:
         found["bound"] = module.tail_bound
     return found

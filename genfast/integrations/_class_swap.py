@@ -1,7 +1,7 @@
 """How a module of another library gets our kernels: its class becomes a mixin of ours in front of the class it had.
 
-Nothing is wrapped and no global of the other library is touched, so isinstance, the printed name, the state_dict, hooks,
-deep copies and pickles stay what they were, and putting the old class back undoes all of it.
+Nothing is wrapped and no global of the other library is touched, so isinstance, the printed name, the state_dict,
+hooks, deep copies and pickles stay what they were, and putting the old class back undoes all of it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch.nn.utils import parametrize
 from .._calls import changes_nothing, class_of
 from .._derived import readable, recorded
 
-KEPT = "_genfast"  # the attribute under which a swapped module keeps what is made once; no copy, pickle or restore has it
+KEPT = (
+    "_genfast"  # the attribute under which a swapped module keeps what is made once; no copy, pickle or restore has it
+)
 
 
 class Swapped:
     """Base of the mixins, and what ``isinstance`` asks to know a swapped module.
 
-    A mixin overrides methods of ``peer`` with ones that give the same results; ``super()`` is the peer's own method, for
-    calls that the kernels do not cover.
+    A mixin overrides methods of ``peer`` with ones that give the same results; ``super()`` is the peer's own method,
+    for calls that the kernels do not cover.
 
     Attributes:
         peer: the class that is served; its subclasses are too where they left ``stands_for`` alone.
@@ -93,9 +95,12 @@ def swapped_class(mixin: Any, original: Any) -> type[nn.Module]:
     if found is not None:
         return found
     members = {
-        "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
-        "original": original, "mixin": mixin,
-    }  # fmt: skip
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "original": original,
+        "mixin": mixin,
+    }
     metaclass: Any = type(original)
     made: type[nn.Module] = metaclass(original.__name__, (mixin, original), members)
     return _MADE.setdefault((mixin, original), made)
@@ -137,10 +142,11 @@ def reason_to_leave(module: nn.Module, mixin: type[Swapped]) -> str:
 
 
 def covered(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take a call: one dtype, float32 or float64, one device, no autocast, and tensors that hold numbers.
+    """Whether the kernels take a call: one dtype, float32 or float64, one device, no autocast, and tensors that hold
+    numbers.
 
-    Those of an export, of a FakeTensorMode, of the meta device and of torch.func's transforms go the library's own way, and so
-    does what torch.jit.trace or make_fx records, which then needs no genfast to run.
+    Those of an export, of a FakeTensorMode, of the meta device and of torch.func's transforms go the library's own way,
+    and so does what torch.jit.trace or make_fx records, which then needs no genfast to run.
     """
     given = [t for t in tensors if t is not None]
     dtype, device = given[0].dtype, given[0].device
@@ -165,9 +171,12 @@ def plain_call(module: nn.Module) -> bool:
 
 
 def of_library(module: nn.Module) -> bool:
-    """Whether a module has a class of a library that is served, or a subclass that changes nothing that a call could use."""
+    """Whether a module has a class of a library that is served, or a subclass that changes nothing that a call could
+    use."""
     cls = type(module).__dict__.get("original", class_of(module))
-    base = next((c for c in cls.__mro__ if c.__module__.partition(".")[0] in ("nflows", "normflows", "zuko", "torch")), None)
+    base = next(
+        (c for c in cls.__mro__ if c.__module__.partition(".")[0] in ("nflows", "normflows", "zuko", "torch")), None
+    )
     return base is not None and changes_nothing(cls, base)
 
 

@@ -13,7 +13,8 @@ from ._class_swap import Swapped, covered
 
 
 def _indices(module: Any) -> tuple[Tensor, Tensor] | None:
-    """Where L's and U's entries and diagonals lie in a matrix, on the module's device; None under a compiler before that."""
+    """Where L's and U's entries and diagonals lie in a matrix, on the module's device; None under a compiler before
+    that."""
     device = module.lower_entries.device
 
     def make() -> tuple[Tensor, Tensor]:

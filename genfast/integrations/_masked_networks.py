@@ -17,14 +17,29 @@ from ..programs import DegreeProgram, Layer, self_check
 from ._class_swap import covered
 
 _FUNCTIONS = {
-    F.relu: "relu", torch.relu: "relu", F.elu: "elu", torch.tanh: "tanh", F.tanh: "tanh", torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid", F.silu: "silu", F.gelu: "gelu", F.softplus: "softplus", F.leaky_relu: "leaky_relu",
-}  # fmt: skip
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.elu: "elu",
+    torch.tanh: "tanh",
+    F.tanh: "tanh",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.softplus: "softplus",
+    F.leaky_relu: "leaky_relu",
+}
 _MODULES: dict[Any, tuple[str | None, dict[str, Any]]] = {
-    nn.ReLU: ("relu", {}), nn.ELU: ("elu", {"alpha": 1.0}), nn.Tanh: ("tanh", {}), nn.Sigmoid: ("sigmoid", {}),
-    nn.SiLU: ("silu", {}), nn.GELU: ("gelu", {"approximate": "none"}), nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
-    nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}), nn.Identity: ("none", {}),
-}  # fmt: skip
+    nn.ReLU: ("relu", {}),
+    nn.ELU: ("elu", {"alpha": 1.0}),
+    nn.Tanh: ("tanh", {}),
+    nn.Sigmoid: ("sigmoid", {}),
+    nn.SiLU: ("silu", {}),
+    nn.GELU: ("gelu", {"approximate": "none"}),
+    nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
+    nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+    nn.Identity: ("none", {}),
+}
 
 
 def activation_name(function: Any) -> str | None:
@@ -40,8 +55,8 @@ def activation_name(function: Any) -> str | None:
 def staircase(kept: dict[Any, Any], linear: Any) -> ops.Staircase | None:
     """The staircase of ``linear.mask``, found once for each content of the mask.
 
-    None where it is none, where the mask weighs what it lets through (it holds more than 0 and 1), and where its numbers
-    cannot be read.
+    None where it is none, where the mask weighs what it lets through (it holds more than 0 and 1), and where its
+    numbers cannot be read.
     """
     mask: Tensor = linear.mask
     return derived(
@@ -63,7 +78,9 @@ def masked_product(kept: dict[Any, Any], linear: Any, x: Tensor, activation: str
     if not covered(x, linear.weight, linear.bias) or not x.dim() or x.shape[-1] != linear.weight.shape[1]:
         return None
     stairs = staircase(kept, linear)
-    return None if stairs is None else ops.masked_linear(x, linear.weight, linear.bias, mask=stairs, activation=activation)
+    return (
+        None if stairs is None else ops.masked_linear(x, linear.weight, linear.bias, mask=stairs, activation=activation)
+    )
 
 
 def layer_of(linear: Any, **fields: Any) -> Layer:
@@ -74,17 +91,23 @@ Again = Callable[[Any, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def solve(
-    kept: dict[Any, Any], layers: Sequence[Layer], z: Tensor, transform: str, options: dict[str, Any], module: Any,
-    network: nn.Module, again: Again,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    kept: dict[Any, Any],
+    layers: Sequence[Layer],
+    z: Tensor,
+    transform: str,
+    options: dict[str, Any],
+    module: Any,
+    network: nn.Module,
+    again: Again,
+) -> tuple[Tensor, Tensor] | None:
     """x (N, D) and log |det dx/dz| (N,) from z, through the engine; the program is made once for each set of masks.
 
     The first time for a program, one row is put through the module itself.
 
     Args:
         module: whose inverse this is; ``network`` is the part of it that the layers stand for.
-        again: ``again(module or a copy, x, z, dtype)`` solves the row z (1, D) for x and logdet, with what the module's network
-            makes of all of x in that dtype.
+        again: ``again(module or a copy, x, z, dtype)`` solves the row z (1, D) for x and logdet, with what the module's
+            network makes of all of x in that dtype.
 
     None where masks, weights or what comes from a context cannot be read, and where a mask holds more than 0 and 1.
     """
@@ -109,8 +132,12 @@ def solve(
         x, logdet, z = (t[:1].detach() for t in (*found, z))
         with ordinary(), self_check.quietly(z.device), evaluating(module):
             self_check.check_row(
-                type(module).__name__, module, x, logdet, lambda m, dtype: again(m, x.to(dtype), z.to(dtype), dtype),
+                type(module).__name__,
+                module,
+                x,
+                logdet,
+                lambda m, dtype: again(m, x.to(dtype), z.to(dtype), dtype),
                 lambda: self_check.first_layer(network, program.layers, lambda: again(module, x, z, z.dtype), x),
-            )  # fmt: skip
+            )
         kept["proven"] = program.code, settings
     return found

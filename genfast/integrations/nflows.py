@@ -68,13 +68,21 @@ def _linear_spline(module: Any, x: Tensor, pdf: Tensor, inverse: bool) -> tuple[
 _LINEAR_INVERSE = "the inverse is nflows' own, whose last knot is off by 1e-6"
 
 
-def _quadratic_spline(module: Any, x: Tensor, widths: Tensor, heights: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
+def _quadratic_spline(
+    module: Any, x: Tensor, widths: Tensor, heights: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor] | None:
     if not covered(x, widths, heights) or (module.tails is None and not within_unit(x)):
         return None
     return ops.quadratic_spline(
-        x, widths, heights, tails=module.tails, inverse=inverse, bound=None if module.tails is None else module.tail_bound,
-        min_bin_width=module.min_bin_width, min_bin_height=module.min_bin_height,
-    )  # fmt: skip
+        x,
+        widths,
+        heights,
+        tails=module.tails,
+        inverse=inverse,
+        bound=None if module.tails is None else module.tail_bound,
+        min_bin_width=module.min_bin_width,
+        min_bin_height=module.min_bin_height,
+    )
 
 
 def _refused(module: Any) -> str:
@@ -300,6 +308,7 @@ class OneByOneConvolution(_lu_layers.LULinear):
 
 SWAPS: tuple[type[Swapped], ...] = (
     MaskedLinear, MaskedResidualBlock, MaskedAffine, MaskedSpline, MaskedLinearSpline,
-    MaskedQuadraticSpline, AdditiveCoupling, LinearSplineCoupling, QuadraticSplineCoupling, RationalQuadraticSplineCoupling,
+    MaskedQuadraticSpline, AdditiveCoupling, LinearSplineCoupling, QuadraticSplineCoupling,
+    RationalQuadraticSplineCoupling,
     LinearSplineCDF, QuadraticSplineCDF, RationalQuadraticSplineCDF, ActNorm, LULinear, OneByOneConvolution,
 )  # fmt: skip

@@ -26,11 +26,21 @@ from ._class_swap import Swapped, covered
 
 TRANSFORMS = nf.flows.Flow
 CONTAINERS = (
-    nf.flows.Composite, nf.flows.Reverse, nf.flows.AffineCouplingBlock, nf.flows.GlowBlock, nf.flows.LULinearPermute,
-    nf.flows.Split, nf.flows.Merge, nf.flows.Squeeze, nf.flows.Permute, _Permutation,
-    nf.flows.CoupledRationalQuadraticSpline, nf.flows.CircularCoupledRationalQuadraticSpline,
-    nf.flows.AutoregressiveRationalQuadraticSpline, nf.flows.CircularAutoregressiveRationalQuadraticSpline,
-)  # fmt: skip
+    nf.flows.Composite,
+    nf.flows.Reverse,
+    nf.flows.AffineCouplingBlock,
+    nf.flows.GlowBlock,
+    nf.flows.LULinearPermute,
+    nf.flows.Split,
+    nf.flows.Merge,
+    nf.flows.Squeeze,
+    nf.flows.Permute,
+    _Permutation,
+    nf.flows.CoupledRationalQuadraticSpline,
+    nf.flows.CircularCoupledRationalQuadraticSpline,
+    nf.flows.AutoregressiveRationalQuadraticSpline,
+    nf.flows.CircularAutoregressiveRationalQuadraticSpline,
+)
 
 
 def why_left(module: nn.Module) -> str:
@@ -103,7 +113,14 @@ class AffineCoupling(Swapped):
         maps: dict[str, Literal["exp", "sigmoid"]] = {"exp": "exp", "sigmoid_inv": "sigmoid"}
         scale = maps.get(self.scale_map)
         same = param.dim() == z2.dim() and param.shape[1] == 2 * z2.shape[1] and param.shape[2:] == z2.shape[2:]
-        if not self.scale or scale is None or z2.dim() < 2 or not same or len(param) != len(z2) or not covered(z2, param):
+        if (
+            not self.scale
+            or scale is None
+            or z2.dim() < 2
+            or not same
+            or len(param) != len(z2)
+            or not covered(z2, param)
+        ):
             return None
         z2, log_det = ops.affine_coupling(z2, param, scale=scale, layout="shift_scale_interleaved", inverse=inverse)
         return [z1, z2], log_det
@@ -145,7 +162,9 @@ class _Mixing(Swapped):
         if perm is None:
             return None
         factors = (perm, self.L, self.U, self.sign_S, self.log_S)
-        weight: Tensor = reference.plu_inverse(*factors) if inverse else PLU_WEIGHT(*factors, None, None, False, 1, 1)[0]
+        weight: Tensor = (
+            reference.plu_inverse(*factors) if inverse else PLU_WEIGHT(*factors, None, None, False, 1, 1)[0]
+        )
         return weight
 
     def _assemble_W(self: Any, inverse: bool = False) -> Any:
@@ -245,6 +264,16 @@ class SplineCDF(shared.SplineCDF):
 
 
 SWAPS: tuple[type[Swapped], ...] = (
-    AffineConst, ActNorm, AffineCoupling, InvertibleAffine, Invertible1x1Conv, LULinear, MaskedLinear, MaskedResidualBlock,
-    MaskedAffine, MaskedSpline, SplineCoupling, SplineCDF,
-)  # fmt: skip
+    AffineConst,
+    ActNorm,
+    AffineCoupling,
+    InvertibleAffine,
+    Invertible1x1Conv,
+    LULinear,
+    MaskedLinear,
+    MaskedResidualBlock,
+    MaskedAffine,
+    MaskedSpline,
+    SplineCoupling,
+    SplineCDF,
+)

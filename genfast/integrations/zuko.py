@@ -88,7 +88,9 @@ def _apply(u: Univariate, x: Tensor, phi: Tensor, inverse: bool) -> tuple[Tensor
         shape = torch.broadcast_shapes(x.shape, phi.shape[:-1])
         size = shape[-1]
         rows, params = x.expand(shape).reshape(-1, size), phi.expand(*shape, 2).reshape(-1, 2 * size)
-        y, ladj = ops.affine_coupling(rows, params, scale="softclamp", layout="shift_scale_interleaved", inverse=inverse)
+        y, ladj = ops.affine_coupling(
+            rows, params, scale="softclamp", layout="shift_scale_interleaved", inverse=inverse
+        )
         return y.reshape(shape), ladj.reshape(shape[:-1])
     if u.kind == "circular" and not inverse:
         x = _shifted(x, u.bound)
@@ -287,8 +289,8 @@ def _layers(hyper: Any, features: int, context: Tensor | None, lead: tuple[int, 
 class _Conditioned(Swapped):
     """A transform of univariate ones whose parameters a network gives.
 
-    A distribution that was made before :func:`restore` goes on with these methods on a module that has its own class again, so
-    they call functions and the peer's class by name, and no method of a mixin.
+    A distribution that was made before :func:`restore` goes on with these methods on a module that has its own class
+    again, so they call functions and the peer's class by name, and no method of a mixin.
     """
 
     def meta(self: Any, c: Tensor | None, x: Tensor) -> Any:
@@ -394,7 +396,8 @@ class CouplingTransform(zt.CouplingTransform):  # type: ignore[misc]
         if not x.dim() or x.shape[-1] != len(self.back):
             # zuko's own lets columns go that no index names, and leaves them unwritten in what it returns.
             raise ValueError(
-                f"GeneralCouplingTransform: x has shape {tuple(x.shape)}, expected a last axis of {len(self.back)} features"
+                f"GeneralCouplingTransform: x has shape {tuple(x.shape)}, expected a last axis of {len(self.back)} "
+                "features"
             )
         return x.index_select(-1, self.idx_a), x.index_select(-1, self.idx_b)
 
@@ -426,7 +429,8 @@ class GeneralCoupling(_Conditioned):
         return super().forward(c) if places is None else CouplingTransform(self, c, places)  # type: ignore[misc]
 
     def places(self: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where the features lie that pass, those that move, and each in both side by side; None where it cannot be read."""
+        """Where the features lie that pass, those that move, and each in both side by side; None where it cannot be
+        read."""
         mask: Tensor = self.mask
 
         def make() -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,9 @@ def _logits(name: str, *, paired: bool = False, **given: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(f"{name}: {argument} has dtype {x.dtype}, expected floating-point logits")
         if x.dim() == 0 or x.numel() == 0 or x.numel() != x.shape[0]:
-            raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, expected one logit per sample, (N,) or (N, 1)")
+            raise ValueError(
+                f"{name}: {argument} has shape {tuple(x.shape)}, expected one logit per sample, (N,) or (N, 1)"
+            )
     shapes = {argument: tuple(x.shape) for argument, x in given.items()}
     if paired and len(set(shapes.values())) > 1:  # (N, 1) - (N,) would broadcast to every pair
         said = " and ".join(f"{argument} {shape}" for argument, shape in shapes.items())
@@ -49,7 +51,8 @@ def critic_loss(loss: str, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(loss: str, fake: Tensor, real: Tensor | None = None) -> Tensor:
-    """The generator's side of the game ``loss``, a key of ``GENERATOR_LOSSES``; the relativistic ones need ``real`` too.
+    """The generator's side of the game ``loss``, a key of ``GENERATOR_LOSSES``; the relativistic ones need ``real``
+    too.
 
     Args:
         loss: as for :func:`critic_loss`.
@@ -150,7 +153,8 @@ def lsgan_generator(fake: Tensor, c: float = 1.0) -> Tensor:
 
 
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
-    """E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))) (Lim and Ye, arXiv:1705.02894; Miyato et al., arXiv:1802.05957, eq. 16).
+    """E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))) (Lim and Ye, arXiv:1705.02894; Miyato et al., arXiv:1802.05957, eq.
+    16).
 
     real, fake: logits (N,) or (N, 1).
 

@@ -32,15 +32,26 @@ def _check_sequences(name: str, **named: Sequence[Tensor]) -> None:
     """All are sequences of tensors."""
     for argument, tensors in named.items():
         if not isinstance(tensors, Sequence) or isinstance(tensors, str):
-            raise TypeError(f"{name}: {argument} is a {type(tensors).__name__}, expected a torch.Tensor or a sequence of them")
+            raise TypeError(
+                f"{name}: {argument} is a {type(tensors).__name__}, expected a torch.Tensor or a sequence of them"
+            )
         _check.tensors(name, **{f"{argument}[{i}]": t for i, t in enumerate(tensors)})
 
 
 def acgan_critic(
-    real: Tensor, fake: Tensor, real_classes: Tensor, real_labels: Tensor, fake_classes: Tensor | None = None,
-    fake_labels: Tensor | None = None, *, loss: str = "minimax", real_scale: float = 1.0, fake_scale: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """The critic of AC-GAN: adversarial loss + cross-entropy of its class logits, L_S + L_C (Odena et al., arXiv:1610.09585).
+    real: Tensor,
+    fake: Tensor,
+    real_classes: Tensor,
+    real_labels: Tensor,
+    fake_classes: Tensor | None = None,
+    fake_labels: Tensor | None = None,
+    *,
+    loss: str = "minimax",
+    real_scale: float = 1.0,
+    fake_scale: float = 1.0,
+) -> Tensor:
+    """The critic of AC-GAN: adversarial loss + cross-entropy of its class logits, L_S + L_C (Odena et al.,
+    arXiv:1610.09585).
 
     Args:
         real, fake: logits D(x), D(G(z, c)), (N,) or (N, 1).
@@ -69,13 +80,19 @@ def acgan_critic(
 
 
 def acgan_generator(
-    fake: Tensor, fake_classes: Tensor, fake_labels: Tensor, *, real: Tensor | None = None, loss: str = "nonsaturating",
+    fake: Tensor,
+    fake_classes: Tensor,
+    fake_labels: Tensor,
+    *,
+    real: Tensor | None = None,
+    loss: str = "nonsaturating",
     scale: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """The generator of AC-GAN: adversarial loss + cross-entropy of the class that was asked for (arXiv:1610.09585, section 3).
+) -> Tensor:
+    """The generator of AC-GAN: adversarial loss + cross-entropy of the class that was asked for (arXiv:1610.09585,
+    section 3).
 
-    ``fake`` (N,) or (N, 1), ``fake_classes`` (N, K), ``fake_labels`` int64 (N,); ``real`` logits for the relativistic losses.
-    The code of WGAN-GP (arXiv:1704.00028) has ``scale`` 0.1.
+    ``fake`` (N,) or (N, 1), ``fake_classes`` (N, K), ``fake_labels`` int64 (N,); ``real`` logits for the relativistic
+    losses. The code of WGAN-GP (arXiv:1704.00028) has ``scale`` 0.1.
 
     Example:
         >>> import torch, genfast
@@ -87,10 +104,17 @@ def acgan_generator(
 
 
 def infogan(
-    logits: Tensor | Sequence[Tensor] = (), codes: Tensor | Sequence[Tensor] = (), mean: Tensor | None = None,
-    log_std: Tensor | None = None, values: Tensor | None = None, *, categorical: float = 1.0, continuous: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """-E log Q(c | x): minus the bound on the mutual information, but for the constant H(c) (InfoGAN, arXiv:1606.03657, eq. 5).
+    logits: Tensor | Sequence[Tensor] = (),
+    codes: Tensor | Sequence[Tensor] = (),
+    mean: Tensor | None = None,
+    log_std: Tensor | None = None,
+    values: Tensor | None = None,
+    *,
+    categorical: float = 1.0,
+    continuous: float = 1.0,
+) -> Tensor:
+    """-E log Q(c | x): minus the bound on the mutual information, but for the constant H(c) (InfoGAN, arXiv:1606.03657,
+    eq. 5).
 
     Both players minimise it. Section 6 has one head of Q per code: a softmax for each categorical code, and a diagonal
     Gaussian for the continuous ones.
@@ -112,7 +136,9 @@ def infogan(
     codes = (codes,) if isinstance(codes, Tensor) else codes
     _check_sequences("infogan", logits=logits, codes=codes)
     if len(logits) != len(codes):
-        raise ValueError(f"infogan: {len(logits)} logits and {len(codes)} codes, expected as many of one as of the other")
+        raise ValueError(
+            f"infogan: {len(logits)} logits and {len(codes)} codes, expected as many of one as of the other"
+        )
     parts = [categorical * _classes("infogan", "logits", one, "codes", code) for one, code in zip(logits, codes)]
     gaussians = {"mean": mean, "log_std": log_std, "values": values}
     present = {name: t for name, t in gaussians.items() if t is not None}
@@ -132,13 +158,15 @@ def _l1(name: str, pairs: Sequence[tuple[str, Tensor, Tensor]], weight: float) -
     for argument, ours, wanted in pairs:
         if ours.shape != wanted.shape:
             raise ValueError(
-                f"{name}: {argument} has shape {tuple(ours.shape)}, expected that of its original, {tuple(wanted.shape)}"
+                f"{name}: {argument} has shape {tuple(ours.shape)}, expected that of its original, "
+                f"{tuple(wanted.shape)}"
             )
     return weight * torch.stack([(ours - wanted).abs().mean() for _, ours, wanted in pairs]).sum()
 
 
 def cycle_consistency(x: Tensor, x_again: Tensor, y: Tensor, y_again: Tensor, *, weight: float = 10.0) -> Tensor:
-    """weight (E |F(G(x)) - x|_1 + E |G(F(y)) - y|_1), mean over elements (CycleGAN, arXiv:1703.10593, eq. 2; weight section 4).
+    """weight (E |F(G(x)) - x|_1 + E |G(F(y)) - y|_1), mean over elements (CycleGAN, arXiv:1703.10593, eq. 2; weight
+    section 4).
 
     x_again = F(G(x)), y_again = G(F(y)): the images that went there and back, of the same shapes.
 
@@ -152,7 +180,8 @@ def cycle_consistency(x: Tensor, x_again: Tensor, y: Tensor, y_again: Tensor, *,
 
 
 def identity_mapping(x: Tensor, x_mapped: Tensor, y: Tensor, y_mapped: Tensor, *, weight: float = 5.0) -> Tensor:
-    """weight (E |F(x) - x|_1 + E |G(y) - y|_1), mean over elements (CycleGAN, arXiv:1703.10593, section 5.2: half of 10).
+    """weight (E |F(x) - x|_1 + E |G(y) - y|_1), mean over elements (CycleGAN, arXiv:1703.10593, section 5.2: half of
+    10).
 
     x_mapped = F(x), y_mapped = G(y): an image that is in the target domain already is to stay.
 
@@ -166,7 +195,8 @@ def identity_mapping(x: Tensor, x_mapped: Tensor, y: Tensor, y_mapped: Tensor, *
 
 
 def feature_matching(real: Tensor | Sequence[Tensor], fake: Tensor | Sequence[Tensor]) -> Tensor:
-    """||E f(x) - E f(G(z))||^2 of features of the critic (Salimans et al., arXiv:1606.03498, section 3.1), summed over layers.
+    """||E f(x) - E f(G(z))||^2 of features of the critic (Salimans et al., arXiv:1606.03498, section 3.1), summed over
+    layers.
 
     real, fake: features (N, ...) of one or of several layers; batches may differ in size. ``real`` is usually detached.
 
@@ -183,15 +213,19 @@ def feature_matching(real: Tensor | Sequence[Tensor], fake: Tensor | Sequence[Te
     _check_sequences("feature_matching", real=real, fake=fake)
     shapes = [[tuple(t.shape[1:]) for t in part] for part in (real, fake)]
     if shapes[0] != shapes[1] or not shapes[0]:
-        raise ValueError(f"feature_matching: features of shapes {shapes[0]} in real and {shapes[1]} in fake, expected the same")
+        raise ValueError(
+            f"feature_matching: features of shapes {shapes[0]} in real and {shapes[1]} in fake, expected the same"
+        )
     return plain.feature_matching(real, fake)
 
 
 class HistoricalAveraging(nn.Module):
-    """||theta - (1/t) sum_i theta_i||^2, theta_1 the initial parameters (Salimans et al., arXiv:1606.03498, section 3.3).
+    """||theta - (1/t) sum_i theta_i||^2, theta_1 the initial parameters (Salimans et al., arXiv:1606.03498, section
+    3.3).
 
-    Holds the running mean, so its memory does not grow with t. Call it for the penalty, add the penalty to the loss, and
-    call :meth:`update` after the optimiser's step. The state_dict holds the mean and t. It keeps ``module`` without owning
+    Holds the running mean, so its memory does not grow with t. Call it for the penalty, add the penalty to the loss,
+    and call :meth:`update` after the optimiser's step. The state_dict holds the mean and t. It keeps ``module`` without
+    owning
     it: the parameters appear in neither ``parameters()`` nor the state_dict.
 
     Example:

@@ -21,8 +21,9 @@ VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 _VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)  # may hand on their input itself
 
 
-# Held for a pass that puts hooks or detached parameters into a network: two such passes at once would see each other's, and
-# the second to end would put back what the first had put in. One lock for all networks, as networks may share modules.
+# Held for a pass that puts hooks or detached parameters into a network: two such passes at once would see each other's,
+# and the second to end would put back what the first had put in. One lock for all networks, as networks may share
+# modules.
 _PASS = threading.RLock()
 
 
@@ -129,7 +130,8 @@ def _overwritten(parts: Sequence[tuple[str, nn.Module]]) -> bool:
 
 
 def _chain(network: nn.Module, wanted: Sequence[str], prefix: str = "") -> list[tuple[str, nn.Module]] | None:
-    """The modules of nested nn.Sequentials as one list that has every wanted layer, or None where it is no such chain."""
+    """The modules of nested nn.Sequentials as one list that has every wanted layer, or None where it is no such
+    chain."""
     if type(network).forward is not nn.Sequential.forward or network._forward_hooks or network._forward_pre_hooks:
         return None
     parts: list[tuple[str, nn.Module]] = []
@@ -151,7 +153,9 @@ def _affine(normalization: Normalization, value_range: tuple[float, float]) -> t
         return None
     if isinstance(normalization, str):
         if normalization != "imagenet":
-            raise ValueError(f"FeatureExtractor: normalization={normalization!r}, expected 'imagenet', (mean, std) or None")
+            raise ValueError(
+                f"FeatureExtractor: normalization={normalization!r}, expected 'imagenet', (mean, std) or None"
+            )
         normalization = IMAGENET
     try:
         mean, std = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in normalization)
@@ -161,7 +165,8 @@ def _affine(normalization: Normalization, value_range: tuple[float, float]) -> t
         ) from error
     if mean.shape != std.shape or not bool((std > 0).all()):
         raise ValueError(
-            f"FeatureExtractor: normalization has mean {mean.tolist()} and std {std.tolist()}, expected as many of one as of "
+            f"FeatureExtractor: normalization has mean {mean.tolist()} and std {std.tolist()}, expected as many of "
+            "one as of "
             "the other, and every std above 0"
         )
     low, high = value_range
@@ -172,34 +177,35 @@ class FeatureExtractor(nn.Module):
     """Outputs of a network's layers in one pass, which ends at the last of them.
 
     The network is held and not owned: it follows ``.to()`` and the like, but it is in neither ``parameters()`` nor the
-    state_dict, and ``train()`` does not reach it. Nothing in it is changed: its parameters keep their ``requires_grad`` and
-    get no gradients (unless ``learn``), and its hooks are gone after each call, also after one that raised.
+    state_dict, and ``train()`` does not reach it. Nothing in it is changed: its parameters keep their ``requires_grad``
+    and get no gradients (unless ``learn``), and its hooks are gone after each call, also after one that raised.
 
-    A plain nn.Sequential (of Sequentials, too) runs as the chain of its modules up to the last wanted one; this compiles
-    into one graph. Any other network is hooked and left by an exception, and torch.compile leaves it as it is; where a layer
-    runs twice in one pass, its first output counts. A layer whose output is changed in place behind it (as by
-    ``nn.ReLU(inplace=True)``) is kept as a copy.
+    A plain nn.Sequential (of Sequentials, too) runs as the chain of its modules up to the last wanted one; this
+    compiles into one graph. Any other network is hooked and left by an exception, and torch.compile leaves it as it is;
+    where a layer runs twice in one pass, its first output counts. A layer whose output is changed in place behind it
+    (as by ``nn.ReLU(inplace=True)``) is kept as a copy.
 
-    Several threads may call one extractor, or several on one network. Passes that need hooks, or whose network has parameters
-    that require gradients, wait for each other; those of a frozen nn.Sequential run at the same time. A thread that trains
-    the network itself meanwhile needs a network of its own: for a pass without ``learn`` its parameters are replaced by
-    detached ones.
+    Several threads may call one extractor, or several on one network. Passes that need hooks, or whose network has
+    parameters that require gradients, wait for each other; those of a frozen nn.Sequential run at the same time. A
+    thread that trains the network itself meanwhile needs a network of its own: for a pass without ``learn`` its
+    parameters are replaced by detached ones.
 
     Args:
         network: any module, in evaluation mode: batch norm and dropout in training mode are refused unless ``learn``.
         layers: their names, as in ``network.named_modules()``, dotted where nested; a str for one layer.
-        normalization: of the images, before the network: "imagenet" (what torchvision's weights expect), (mean, std) with
-            one number per channel, for values in [0, 1], or None for a network that takes the images as they are.
+        normalization: of the images, before the network: "imagenet" (what torchvision's weights expect), (mean, std)
+            with one number per channel, for values in [0, 1], or None for a network that takes the images as they are.
         value_range: of the images' values, which a normalisation maps to [0, 1] first.
         learn: let gradients reach the network's parameters, as for a critic's features.
 
-    Shape: images (N, C, ...) -> dict of each layer's output, in the order of ``layers``. Dtype and device are the network's;
+    Shape: images (N, C, ...) -> dict of each layer's output, in the order of ``layers``. Dtype and device are the
+        network's;
     the normalisation keeps the images' dtype.
 
     Raises:
-        ValueError: a name that is no layer, none or one twice, a layer that the pass does not reach, a network in training
-            mode, a normalisation or images that do not fit it. TypeError: images that are no floating-point tensor, or a
-            layer whose output is no tensor.
+        ValueError: a name that is no layer, none or one twice, a layer that the pass does not reach, a network in
+            training mode, a normalisation or images that do not fit it. TypeError: images that are no floating-point
+            tensor, or a layer whose output is no tensor.
 
     Example:
         >>> import torch, genfast
@@ -210,9 +216,14 @@ class FeatureExtractor(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, layers: str | Sequence[str], *, normalization: Normalization,
-        value_range: tuple[float, float] = (0.0, 1.0), learn: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        layers: str | Sequence[str],
+        *,
+        normalization: Normalization,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        learn: bool = False,
+    ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"FeatureExtractor: network is a {type(network).__name__}, expected a torch.nn.Module")
@@ -234,7 +245,9 @@ class FeatureExtractor(nn.Module):
             names = [name for name, _ in parts]
             parts = parts[: 1 + max(map(names.index, self.layers))]
             runs: nn.Module = _Chain(parts, self.layers)
-            self._copies = {name for i, (name, _) in enumerate(parts) if name in self.layers and _overwritten(parts[i + 1 :])}
+            self._copies = {
+                name for i, (name, _) in enumerate(parts) if name in self.layers and _overwritten(parts[i + 1 :])
+            }
             self._spare_input = _overwritten(parts)
         else:
             for name in self.layers:
@@ -249,7 +262,9 @@ class FeatureExtractor(nn.Module):
         self._held = (network, runs)  # in a tuple, so that they are no submodules
         if not learn:
             for name, module in runs.named_modules():
-                if module.training and isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+                if module.training and isinstance(
+                    module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+                ):
                     raise ValueError(
                         f"FeatureExtractor: network is in training mode, with a {type(module).__name__} at "
                         f"{name.partition('.')[2]}; call network.eval(), or pass learn=True"
@@ -274,13 +289,16 @@ class FeatureExtractor(nn.Module):
         channels = self._affine[0].numel()
         if images.dim() < 2 or images.shape[1] != channels:
             raise ValueError(
-                f"FeatureExtractor: images have shape {tuple(images.shape)}, and normalization has {channels} channels; "
+                f"FeatureExtractor: images have shape {tuple(images.shape)}, and normalization has {channels} "
+                "channels; "
                 f"expected (N, {channels}, ...)"
             )
         affine = self._affine  # another thread may replace it by that of its device
         if affine[0].device != images.device:
             self._affine = affine = (affine[0].to(images.device), affine[1].to(images.device))
-        dtype = torch.promote_types(images.dtype, torch.float32)  # half images are rounded once, behind the normalisation
+        dtype = torch.promote_types(
+            images.dtype, torch.float32
+        )  # half images are rounded once, behind the normalisation
         scale, shift = (t.to(dtype).reshape(-1, *[1] * (images.dim() - 2)) for t in affine)
         return torch.addcmul(shift, images, scale).to(images.dtype)
 
@@ -288,7 +306,9 @@ class FeatureExtractor(nn.Module):
         """The wanted outputs, by layer."""
         if not isinstance(images, Tensor) or not images.is_floating_point():
             said = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"FeatureExtractor: images are {said}, expected a floating-point tensor (uint8 images: x / 255)")
+            raise TypeError(
+                f"FeatureExtractor: images are {said}, expected a floating-point tensor (uint8 images: x / 255)"
+            )
         runs = self._held[1]
 
         def run(copies: set[str], learnt: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -344,7 +364,9 @@ def _vgg(name: str, function: str, *, channels: int = 3, width: int = 64, pool: 
 def _read(weights: str | Path) -> Mapping[str, Tensor]:
     path = Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"vgg_features: weights={str(weights)!r}, expected 'imagenet' or a file, and there is none")
+        raise FileNotFoundError(
+            f"vgg_features: weights={str(weights)!r}, expected 'imagenet' or a file, and there is none"
+        )
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -358,9 +380,13 @@ def _imagenet(name: str) -> Mapping[str, Tensor]:
     try:
         from torchvision.models import get_model_weights
     except ImportError as error:
-        raise ImportError(f"vgg_features: weights='imagenet' needs torchvision, which is not installed; {advice}") from error
+        raise ImportError(
+            f"vgg_features: weights='imagenet' needs torchvision, which is not installed; {advice}"
+        ) from error
     try:
-        found: Mapping[str, Tensor] = get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        found: Mapping[str, Tensor] = get_model_weights(name).IMAGENET1K_V1.get_state_dict(
+            progress=False, check_hash=True
+        )
     except OSError as error:
         raise OSError(f"vgg_features: torchvision's weights of {name} could not be had ({error}); {advice}") from error
     return found
@@ -371,13 +397,15 @@ def vgg_features(
 ) -> nn.Sequential:
     """The convolutions of VGG-16 or VGG-19, with layers by their usual names: conv1_1, relu1_1, ..., pool5.
 
-    The network expects images with ``normalization="imagenet"``. It is in evaluation mode and its parameters are frozen.
+    The network expects images with ``normalization="imagenet"``. It is in evaluation mode and its parameters are
+    frozen.
     Source: Simonyan and Zisserman, arXiv:1409.1556; for styles with average pooling, Gatys et al., arXiv:1508.06576.
 
     Args:
         name: "vgg16" or "vgg19".
-        weights: "imagenet": torchvision's, downloaded or from its cache. A file (.pth, .pt or .safetensors) or a mapping with
-            torchvision's names ("features.0.weight"; the classifier is ignored) or with those of this network.
+        weights: "imagenet": torchvision's, downloaded or from its cache. A file (.pth, .pt or .safetensors) or a
+            mapping with torchvision's names ("features.0.weight"; the classifier is ignored) or with those of this
+            network.
         pool: "max" as trained, or "avg".
 
     Raises:
@@ -414,8 +442,9 @@ def random_features(
 ) -> nn.Sequential:
     """A VGG-like network with random weights, the same for the same seed, for use without downloads.
 
-    Its layers have the names of :func:`vgg_features`. Random filters keep textures and layout well enough to transfer a style
-    (He et al., arXiv:1606.04801). It takes images as they are, centred on 0 best: ``normalization=((0.5,) * 3, (0.25,) * 3)``.
+    Its layers have the names of :func:`vgg_features`. Random filters keep textures and layout well enough to transfer a
+    style (He et al., arXiv:1606.04801). It takes images as they are, centred on 0 best:
+    ``normalization=((0.5,) * 3, (0.25,) * 3)``.
 
     Args:
         name: "vgg16" or "vgg19", for the numbers of convolutions.
@@ -423,7 +452,8 @@ def random_features(
         channels: of the images.
         width: channels of the first block; the others have 2, 4, 8 and 8 times as many.
         pool: "avg" (smoother gradients; Gatys et al., arXiv:1508.06576, section Methods) or "max".
-        init: "he" (normal, arXiv:1502.01852, equation 10) or "orthogonal" (arXiv:1312.6120), both with gain sqrt(2), no bias.
+        init: "he" (normal, arXiv:1502.01852, equation 10) or "orthogonal" (arXiv:1312.6120), both with gain sqrt(2), no
+            bias.
 
     Raises:
         ValueError: a value outside these.

@@ -29,9 +29,13 @@ class _FeatureLoss(nn.Module):
     """A sum over layers of weight * (features of x against what is kept of y's)."""
 
     def __init__(
-        self, network: nn.Module, layers: str | Sequence[str], weights: float | Sequence[float] | None,
-        normalization: Normalization, value_range: tuple[float, float],
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        layers: str | Sequence[str],
+        weights: float | Sequence[float] | None,
+        normalization: Normalization,
+        value_range: tuple[float, float],
+    ) -> None:
         super().__init__()
         self.features = FeatureExtractor(network, layers, normalization=normalization, value_range=value_range)
         count = len(self.features.layers)
@@ -76,7 +80,8 @@ class _FeatureLoss(nn.Module):
         for name, f, t in zip(self.features.layers, found, targets):
             if t.shape[0] not in (1, f.shape[0]):
                 raise ValueError(
-                    f"{self._name}: y has a batch of {t.shape[0]} and x of {f.shape[0]} at {name}, expected as many, or 1"
+                    f"{self._name}: y has a batch of {t.shape[0]} and x of {f.shape[0]} at {name}, expected as many, "
+                    "or 1"
                 )
         return self._compare(found, targets)
 
@@ -90,7 +95,8 @@ class _FeatureLoss(nn.Module):
 
 
 class PerceptualLoss(_FeatureLoss):
-    """Distance of features: sum over layers of w_l d(phi_l(x), phi_l(y)) (Johnson et al., arXiv:1603.08155, equation 2).
+    """Distance of features: sum over layers of w_l d(phi_l(x), phi_l(y)) (Johnson et al., arXiv:1603.08155, equation
+    2).
 
     The network runs to the last wanted layer and no further. No gradient reaches ``y`` or the network.
 
@@ -98,15 +104,16 @@ class PerceptualLoss(_FeatureLoss):
         network, normalization, value_range: as of :class:`FeatureExtractor`.
         layers: names of the network's layers; relu2_2 or relu3_3 of VGG-16 in the paper.
         weights: one per layer, one for all, or None for 1.
-        distance: "mse" (mean of squares; piq's ContentLoss sums over channels), "l1" (mean of absolute values), or "lpips":
-            features are divided by their norm over channels, sqrt(|f|^2 + eps), and the squares summed over channels and
-            averaged over positions (Zhang et al., arXiv:1801.03924, equation 1, without learnt channel weights). eps stands
-            inside the root, so that zero features have a finite gradient, as torchmetrics has it; the lpips package adds
-            1e-10 outside.
+        distance: "mse" (mean of squares; piq's ContentLoss sums over channels), "l1" (mean of absolute values), or
+            "lpips": features are divided by their norm over channels, sqrt(|f|^2 + eps), and the squares summed over
+            channels and averaged over positions (Zhang et al., arXiv:1801.03924, equation 1, without learnt channel
+            weights). eps stands inside the root, so that zero features have a finite gradient, as torchmetrics has it;
+            the lpips package adds 1e-10 outside.
         eps: of "lpips".
         reduction: "mean" over the batch, or "none": one value per sample.
 
-    Shape: x (N, C, H, W), y (N or 1, C, H, W), floating point, of one size -> a scalar, or (N,). Half features are compared
+    Shape: x (N, C, H, W), y (N or 1, C, H, W), floating point, of one size -> a scalar, or (N,). Half features are
+        compared
     in float32. An empty batch has loss 0.
 
     Raises:
@@ -120,12 +127,21 @@ class PerceptualLoss(_FeatureLoss):
     """
 
     def __init__(
-        self, network: nn.Module, layers: str | Sequence[str], weights: float | Sequence[float] | None = None, *,
-        normalization: Normalization, value_range: tuple[float, float] = (0.0, 1.0), distance: str = "mse",
-        eps: float = 1e-8, reduction: str = "mean",
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        layers: str | Sequence[str],
+        weights: float | Sequence[float] | None = None,
+        *,
+        normalization: Normalization,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        distance: str = "mse",
+        eps: float = 1e-8,
+        reduction: str = "mean",
+    ) -> None:
         if distance not in DISTANCES:
-            raise ValueError(f"PerceptualLoss: distance={distance!r}, expected one of {', '.join(map(repr, DISTANCES))}")
+            raise ValueError(
+                f"PerceptualLoss: distance={distance!r}, expected one of {', '.join(map(repr, DISTANCES))}"
+            )
         _reduction("PerceptualLoss", reduction)
         if not eps > 0:
             raise ValueError(f"PerceptualLoss: eps={eps}, expected above 0")
@@ -155,12 +171,13 @@ class PerceptualLoss(_FeatureLoss):
 
 
 class StyleLoss(_FeatureLoss):
-    """Distance of Gram matrices: sum over layers of w_l mean((G_l(x) - G_l(y))^2) (Gatys et al., arXiv:1508.06576, equation 4).
+    """Distance of Gram matrices: sum over layers of w_l mean((G_l(x) - G_l(y))^2) (Gatys et al., arXiv:1508.06576,
+    equation 4).
 
-    On :func:`genfast.ops.style_loss`, so half features cannot overflow. G is divided by C*H*W with ``normalize`` (Johnson
-    et al., arXiv:1603.08155, equation 3); without, it is the sum over positions, as in piq. The paper's factor 1/(4 C^2 M^2)
-    is 1/(4 M^2) of the mean without ``normalize``. The target's Grams, C*C numbers a layer, are kept by :meth:`set_target`;
-    one target serves images of any size and number. No gradient reaches ``y`` or the network.
+    On :func:`genfast.ops.style_loss`, so half features cannot overflow. G is divided by C*H*W with ``normalize``
+    (Johnson et al., arXiv:1603.08155, equation 3); without, it is the sum over positions, as in piq. The paper's factor
+    1/(4 C^2 M^2) is 1/(4 M^2) of the mean without ``normalize``. The target's Grams, C*C numbers a layer, are kept by
+    :meth:`set_target`; one target serves images of any size and number. No gradient reaches ``y`` or the network.
 
     Args:
         network, normalization, value_range: as of :class:`FeatureExtractor`.
@@ -176,17 +193,25 @@ class StyleLoss(_FeatureLoss):
 
     Example:
         >>> import torch, genfast
-        >>> loss = genfast.losses.StyleLoss(genfast.losses.random_features(width=4), ["relu1_1", "relu2_1"], normalization=None)
+        >>> loss = genfast.losses.StyleLoss(genfast.losses.random_features(width=4), ["relu1_1", "relu2_1"],
+        normalization=None)
         >>> loss.set_target(torch.zeros(1, 3, 20, 20))
         >>> loss(torch.zeros(2, 3, 16, 16))
         tensor(0.)
     """
 
     def __init__(
-        self, network: nn.Module, layers: str | Sequence[str], weights: float | Sequence[float] | None = None, *,
-        normalization: Normalization, value_range: tuple[float, float] = (0.0, 1.0), normalize: bool = True, shift: float = 0.0,
+        self,
+        network: nn.Module,
+        layers: str | Sequence[str],
+        weights: float | Sequence[float] | None = None,
+        *,
+        normalization: Normalization,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        normalize: bool = True,
+        shift: float = 0.0,
         reduction: str = "mean",
-    ) -> None:  # fmt: skip
+    ) -> None:
         _reduction("StyleLoss", reduction)
         super().__init__(network, layers, weights, normalization, value_range)
         self.normalize, self.shift, self.reduction = normalize, shift, reduction
@@ -200,11 +225,12 @@ class StyleLoss(_FeatureLoss):
 
 
 class ContextualLoss(_FeatureLoss):
-    """Contextual loss of features: sum over layers of w_l (-log CX(phi_l(x), phi_l(y))) (Mechrez et al., arXiv:1803.02077).
+    """Contextual loss of features: sum over layers of w_l (-log CX(phi_l(x), phi_l(y))) (Mechrez et al.,
+    arXiv:1803.02077).
 
     It compares sets of features, so x and y may be of different sizes and need not be aligned. On
-    :class:`genfast.nn.ContextualLoss`, in memory that does not grow with the product of the numbers of positions. No gradient
-    reaches ``y`` or the network.
+    :class:`genfast.nn.ContextualLoss`, in memory that does not grow with the product of the numbers of positions. No
+    gradient reaches ``y`` or the network.
 
     Args:
         network, normalization, value_range: as of :class:`FeatureExtractor`.
@@ -226,9 +252,16 @@ class ContextualLoss(_FeatureLoss):
     """
 
     def __init__(
-        self, network: nn.Module, layers: str | Sequence[str], weights: float | Sequence[float] | None = None, *,
-        normalization: Normalization, value_range: tuple[float, float] = (0.0, 1.0), preset: str | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        layers: str | Sequence[str],
+        weights: float | Sequence[float] | None = None,
+        *,
+        normalization: Normalization,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        preset: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(network, layers, weights, normalization, value_range)
         self.contextual = gnn.ContextualLoss(preset, **options)
 
@@ -249,14 +282,14 @@ class FeatureLosses(nn.Module):
 
     Args:
         weights: by name; 1 where none is given.
-        losses: by name: :class:`PerceptualLoss`, :class:`StyleLoss` or :class:`ContextualLoss` on the same network, with the
-            same normalisation and range of values.
+        losses: by name: :class:`PerceptualLoss`, :class:`StyleLoss` or :class:`ContextualLoss` on the same network,
+            with the same normalisation and range of values.
 
     Shape: as of the losses -> a scalar.
 
     Raises:
-        ValueError: no loss, losses that differ in network or normalisation, a weight or target of a name that is no loss, or
-            a missing target.
+        ValueError: no loss, losses that differ in network or normalisation, a weight or target of a name that is no
+            loss, or a missing target.
 
     Example:
         >>> import torch, genfast
@@ -292,9 +325,11 @@ class FeatureLosses(nn.Module):
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in losses}
         layers = dict.fromkeys(layer for loss in losses.values() for layer in loss.features.layers)
         self.features = FeatureExtractor(
-            first.features.network, tuple(layers), normalization=first.features.normalization,
+            first.features.network,
+            tuple(layers),
+            normalization=first.features.normalization,
             value_range=first.features.value_range,
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _known(argument: str, given: Mapping[str, Any], losses: Any) -> None:

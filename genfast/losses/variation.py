@@ -11,15 +11,17 @@ KINDS = ("anisotropic", "isotropic", "squared")
 def total_variation(x: Tensor, *, kind: str = "anisotropic", reduction: str = "mean") -> Tensor:
     """Total variation (Rudin, Osher and Fatemi, 1992, equation 2.2a), of images of any number of dimensions.
 
-    d_k x are the differences to the next element along each spatial axis k, zero at the last one. In plain PyTorch: beside
-    the pass through a network that it goes with, its few passes over the image take no time that a kernel could save.
+    d_k x are the differences to the next element along each spatial axis k, zero at the last one. In plain PyTorch:
+    beside the pass through a network that it goes with, its few passes over the image take no time that a kernel could
+    save.
 
     Args:
         x: (N, C, ...), floating point, at least one spatial axis; half types are summed in float32.
-        kind: "anisotropic": sum_k |d_k x|. "isotropic": sqrt(sum_k (d_k x)^2) at each element, with gradient 0 where all
-            differences are. "squared": sum_k (d_k x)^2 (Mahendran and Vedaldi, arXiv:1412.0035, section 3, beta = 2).
-        reduction: "mean" over all elements of x (0 where there are none), "sum" over them, or "none": (N,), summed over each
-            sample.
+        kind: "anisotropic": sum_k |d_k x|. "isotropic": sqrt(sum_k (d_k x)^2) at each element, with gradient 0 where
+            all differences are. "squared": sum_k (d_k x)^2 (Mahendran and Vedaldi, arXiv:1412.0035, section 3, beta =
+            2).
+        reduction: "mean" over all elements of x (0 where there are none), "sum" over them, or "none": (N,), summed over
+            each sample.
 
     Raises:
         TypeError: x is not floating point. ValueError: too few axes, or another ``kind`` or ``reduction``.

@@ -1,4 +1,5 @@
-"""The evidence lower bound: log-likelihoods of a decoder, their sum with the KL divergence, and what is reported of it."""
+"""The evidence lower bound: log-likelihoods of a decoder, their sum with the KL divergence, and what is reported of
+it."""
 
 from __future__ import annotations
 
@@ -29,17 +30,22 @@ class ELBO(NamedTuple):
 
 
 def log_likelihood(
-    x: Tensor, parameters: Tensor, likelihood: Literal["bernoulli", "gaussian", "categorical", "discretized_logistic"], *,
-    levels: int = 256, variance: float = 1.0,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    parameters: Tensor,
+    likelihood: Literal["bernoulli", "gaussian", "categorical", "discretized_logistic"],
+    *,
+    levels: int = 256,
+    variance: float = 1.0,
+) -> Tensor:
     """log p(x | parameters) of each sample, in nats, with every constant.
 
     Args:
-        x: (N, C, ...). "bernoulli": values in [0, 1], of which only 0 and 1 have a probability. "gaussian": any; a density.
-            "categorical" and "discretized_logistic": whole numbers from 0 to levels - 1.
-        parameters: "bernoulli": logits like x. "gaussian": the mean like x, of ``variance``; or (N, 2C, ...), mean and then
-            log-variance. "categorical": (N, levels C, ...), channel level C + c. "discretized_logistic": (N, 3K, ...) for
-            one channel or (N, 10K, ...) for three, K components; see :func:`genfast.ops.discretized_logistic_mixture_nll`.
+        x: (N, C, ...). "bernoulli": values in [0, 1], of which only 0 and 1 have a probability. "gaussian": any; a
+            density. "categorical" and "discretized_logistic": whole numbers from 0 to levels - 1.
+        parameters: "bernoulli": logits like x. "gaussian": the mean like x, of ``variance``; or (N, 2C, ...), mean and
+            then log-variance. "categorical": (N, levels C, ...), channel level C + c. "discretized_logistic": (N, 3K,
+            ...) for one channel or (N, 10K, ...) for three, K components; see
+            :func:`genfast.ops.discretized_logistic_mixture_nll`.
         levels: of the discrete ones.
         variance: of a Gaussian that is given its mean alone.
 
@@ -74,10 +80,13 @@ def log_likelihood(
         return -0.5 * (squares + math.log(2 * math.pi)).flatten(1).sum(1)
     if parameters.shape != x.shape or x.dim() < 2:
         raise ValueError(
-            f"{name}: parameters have shape {tuple(parameters.shape)} and x {tuple(x.shape)}, expected equal shapes (N, C, ...)"
+            f"{name}: parameters have shape {tuple(parameters.shape)} and x {tuple(x.shape)}, expected equal shapes "
+            "(N, C, ...)"
         )
     if likelihood == "bernoulli":
-        return -F.binary_cross_entropy_with_logits(parameters, x.to(parameters.dtype), reduction="none").flatten(1).sum(1)
+        return (
+            -F.binary_cross_entropy_with_logits(parameters, x.to(parameters.dtype), reduction="none").flatten(1).sum(1)
+        )
     if not variance > 0:
         raise ValueError(f"{name}: variance={variance}, expected a positive number")
     return -0.5 * ((x - parameters).square() / variance + math.log(2 * math.pi * variance)).flatten(1).sum(1)
@@ -88,7 +97,8 @@ def elbo(log_likelihood: Tensor, kl: Tensor, *, beta: float = 1.0) -> ELBO:
 
     Args:
         log_likelihood: (N,), in nats; see :func:`log_likelihood`.
-        kl: (N,), or its mean, a scalar, as ``ops.diagonal_gaussian`` gives it; with free bits the floors are part of it.
+        kl: (N,), or its mean, a scalar, as ``ops.diagonal_gaussian`` gives it; with free bits the floors are part of
+            it.
         beta: 1 for the bound itself; more for a beta-VAE, less while the KL is annealed.
 
     Returns:
@@ -108,7 +118,8 @@ def elbo(log_likelihood: Tensor, kl: Tensor, *, beta: float = 1.0) -> ELBO:
     _check.floating("elbo", log_likelihood=log_likelihood, kl=kl)
     if log_likelihood.dim() != 1 or kl.shape not in ((), log_likelihood.shape):
         raise ValueError(
-            f"elbo: log_likelihood has shape {tuple(log_likelihood.shape)} and kl {tuple(kl.shape)}, expected (N,), and (N,) "
+            f"elbo: log_likelihood has shape {tuple(log_likelihood.shape)} and kl {tuple(kl.shape)}, expected (N,), "
+            "and (N,) "
             "or a scalar"
         )
     if not beta >= 0:
@@ -135,7 +146,9 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     """
     _check.floating("importance_weighted_bound", log_weights=log_weights)
     if log_weights.dim() != 2 or not log_weights.numel():
-        raise ValueError(f"importance_weighted_bound: log_weights has shape {tuple(log_weights.shape)}, expected (K, N)")
+        raise ValueError(
+            f"importance_weighted_bound: log_weights has shape {tuple(log_weights.shape)}, expected (K, N)"
+        )
     return (log_weights.logsumexp(0) - math.log(log_weights.shape[0])).mean()
 
 
@@ -153,7 +166,8 @@ def bits_per_dim(nats: Number, dim: int) -> Number:
 
 
 def kl_to_bernoulli(activations: Tensor, rho: float) -> Tensor:
-    """sum_j KL(Bernoulli(rho) || Bernoulli(mean activation of unit j over the batch)): the penalty of a sparse autoencoder.
+    """sum_j KL(Bernoulli(rho) || Bernoulli(mean activation of unit j over the batch)): the penalty of a sparse
+    autoencoder.
 
     Args:
         activations: (N, D) in [0, 1], of sigmoid units; over several processes of this rank.

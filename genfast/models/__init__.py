@@ -1,4 +1,5 @@
-"""Small whole models, one file each. Their layers are those of :mod:`genfast.nn`, or with :func:`plain` its plain twins."""
+"""Small whole models, one file each. Their layers are those of :mod:`genfast.nn`, or with :func:`plain` its plain
+twins."""
 
 import functools
 from typing import Any, TypeVar
@@ -68,9 +69,11 @@ Model = TypeVar("Model", DensityModel, AutoregressiveModel)
 
 @functools.cache
 def plain(model: type[Model]) -> type[Model]:
-    """``model`` with the layers of :mod:`genfast.nn.plain` in place of genfast.nn's, for tests and as a yardstick of speed.
+    """``model`` with the layers of :mod:`genfast.nn.plain` in place of genfast.nn's, for tests and as a yardstick of
+    speed.
 
-    Parameters, initial values, ``config`` and state_dict are the same. Autoregressive models sample by the standard loop.
+    Parameters, initial values, ``config`` and state_dict are the same. Autoregressive models sample by the standard
+    loop.
 
     Args:
         model: a flow, an autoregressive model or a density model of vectors.
@@ -85,14 +88,16 @@ def plain(model: type[Model]) -> type[Model]:
     """
     if not isinstance(getattr(model, "layers", None), type(plain_layers)):
         raise TypeError(f"models.plain: model={model!r}, expected a flow, an autoregressive model or one of vectors")
-    return type(model.__name__, (model,), {"layers": plain_layers, "__module__": model.__module__, "__doc__": model.__doc__})
+    return type(
+        model.__name__, (model,), {"layers": plain_layers, "__module__": model.__module__, "__doc__": model.__doc__}
+    )
 
 
 __all__ = [
     "AdversarialAutoencoder", "AdversarialModel", "Autoencoder", "AutoencoderModel", "AutoregressiveModel", "build",
     "ConditionalGAN", "DCGAN", "DeepNADE", "DenoisingAutoencoder", "DensityModel", "dequantize", "DiagonalGaussian",
     "Flow", "FlowDistribution", "FlowModel", "GAN", "GatedPixelCNN", "Glow", "IAF", "LinearFlow", "LSGAN", "MADE",
-    "MAF", "mu_law_decode", "mu_law_encode", "NADE", "NAMES", "NICE", "NSF", "PixelCNN", "PixelCNNPlusPlus",
-    "PixelRNN", "plain", "R3GAN", "RealNVP", "Recipe", "RNADE", "SAGAN", "SparseAutoencoder", "style_transfer",
-    "StyleTransfer", "VAE", "VAEGAN", "WAE", "WaveNet", "WGAN", "WGANGP",
+    "MAF", "mu_law_decode", "mu_law_encode", "NADE", "NAMES", "NICE", "NSF", "PixelCNN", "PixelCNNPlusPlus", "PixelRNN",
+    "plain", "R3GAN", "RealNVP", "Recipe", "RNADE", "SAGAN", "SparseAutoencoder", "style_transfer", "StyleTransfer",
+    "VAE", "VAEGAN", "WAE", "WaveNet", "WGAN", "WGANGP",
 ]  # fmt: skip

@@ -25,8 +25,8 @@ def check_loss(name: str, loss: str) -> None:
 class AdversarialAutoencoder(Autoencoder):
     """An autoencoder whose codes a critic cannot tell from N(0, 1) (Makhzani et al., arXiv:1511.05644, section 2).
 
-    The encoder is deterministic. A step has the paper's two phases: encoder and decoder reduce the squared error, then the
-    critic learns to tell the prior from the codes and the encoder, as its generator, to fool it; an optimiser each.
+    The encoder is deterministic. A step has the paper's two phases: encoder and decoder reduce the squared error, then
+    the critic learns to tell the prior from the codes and the encoder, as its generator, to fool it; an optimiser each.
 
     Args:
         loss: the game, a key of ``losses.CRITIC_LOSSES`` but for the relativistic ones.
@@ -48,10 +48,20 @@ class AdversarialAutoencoder(Autoencoder):
     phases = (("autoencoder",), ("critic",), ("encoder",))
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int = 8, levels: int = 256, loss: str = "nonsaturating",
-        critic_hidden: int = 256, weight: float = 1.0, network: Network = "perceptron", hidden: int = 256, depth: int = 2,
-        width: int = 32, base: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int = 8,
+        levels: int = 256,
+        loss: str = "nonsaturating",
+        critic_hidden: int = 256,
+        weight: float = 1.0,
+        network: Network = "perceptron",
+        hidden: int = 256,
+        depth: int = 2,
+        width: int = 32,
+        base: int = 4,
+    ) -> None:
         sizes: dict[str, Any] = {"network": network, "hidden": hidden, "depth": depth, "width": width, "base": base}
         super().__init__(shape, latent_dim=latent_dim, levels=levels, **sizes)
         check_loss("AdversarialAutoencoder", loss)

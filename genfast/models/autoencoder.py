@@ -33,9 +33,17 @@ class Autoencoder(AutoencoderModel):
     """
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int = 16, levels: int = 256, network: Network = "perceptron",
-        hidden: int = 256, depth: int = 2, width: int = 32, base: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int = 16,
+        levels: int = 256,
+        network: Network = "perceptron",
+        hidden: int = 256,
+        depth: int = 2,
+        width: int = 32,
+        base: int = 4,
+    ) -> None:
         super().__init__(shape, latent_dim, levels)
         sizes = {"hidden": hidden, "depth": depth, "width": width, "base": base}
         self.config = {"shape": self.shape, "latent_dim": latent_dim, "levels": levels, "network": network} | sizes

@@ -22,11 +22,13 @@ class Recipe:
     """How a model is trained; every field can be replaced by the user.
 
     loss: a key of ``genfast.losses.CRITIC_LOSSES``.
-    penalty: None, a kind that ``ops.gradient_penalty`` takes, or several ("r1", "r2"); ``weight`` and ``target`` are theirs.
+    penalty: None, a kind that ``ops.gradient_penalty`` takes, or several ("r1", "r2"); ``weight`` and ``target`` are
+        theirs.
     critic_steps: updates of the critic for one of the generator.
     clip: bound of the critic's weights, None for none.
     optimizer: "adam" with ``betas``, or "rmsprop".
-    lazy: the penalty is taken every so many updates of the critic, that many times as strong (arXiv:1912.04958, section 3.2).
+    lazy: the penalty is taken every so many updates of the critic, that many times as strong (arXiv:1912.04958, section
+        3.2).
     ema: decay of the generator's moving average, which is what samples come from; 0 for none.
     """
 
@@ -80,14 +82,14 @@ def _without_gradient(module: nn.Module) -> Iterator[None]:
 class AdversarialModel(nn.Module):
     """A generator of data from Gaussian latents, and its critic. ``config`` rebuilds the model.
 
-    Images have values in [-1, 1]; points, shape (D,), any. ``generator(z)`` takes (N, latent_dim) and gives (N, *shape);
-    ``critic(x)`` gives one logit per sample, (N,). A model with ``classes`` takes labels, int64 (N,), as a second argument
-    of both. ``recipe`` says how its paper trains it; :class:`genfast.training.Trainer` does so.
+    Images have values in [-1, 1]; points, shape (D,), any. ``generator(z)`` takes (N, latent_dim) and gives (N,
+    *shape); ``critic(x)`` gives one logit per sample, (N,). A model with ``classes`` takes labels, int64 (N,), as a
+    second argument of both. ``recipe`` says how its paper trains it; :class:`genfast.training.Trainer` does so.
 
-    A step has ``recipe.critic_steps`` phases of the critic, each with loss and penalty from one ``ops.critic_step``, and one
-    of the generator. With ``recipe.lazy`` = k > 1 the penalty has an update of its own after every k-th one of the critic, k
-    times as strong, and the critic's Adam has learning rate lr c and betas^c, c = k / (k + 1) (StyleGAN2, arXiv:1912.04958,
-    appendix B). ``method`` is that of ``ops.critic_step``.
+    A step has ``recipe.critic_steps`` phases of the critic, each with loss and penalty from one ``ops.critic_step``,
+    and one of the generator. With ``recipe.lazy`` = k > 1 the penalty has an update of its own after every k-th one of
+    the critic, k times as strong, and the critic's Adam has learning rate lr c and betas^c, c = k / (k + 1) (StyleGAN2,
+    arXiv:1912.04958, appendix B). ``method`` is that of ``ops.critic_step``.
     """
 
     recipe: Recipe = Recipe()
@@ -131,14 +133,21 @@ class AdversarialModel(nn.Module):
         return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
 
     def losses(
-        self, phase: tuple[str, ...], real: Tensor, *, generator: torch.Generator | None, step: int,
-        context: tuple[Tensor, ...] = (), rows: slice = slice(None),
-    ) -> Losses:  # fmt: skip
+        self,
+        phase: tuple[str, ...],
+        real: Tensor,
+        *,
+        generator: torch.Generator | None,
+        step: int,
+        context: tuple[Tensor, ...] = (),
+        rows: slice = slice(None),
+    ) -> Losses:
         """The losses of a phase; ``step`` counts the updates of this phase from 0.
 
         Args:
             real: data (N, *shape), and ``context`` their labels where the model takes some.
-            rows: only these of the N, with the random numbers and the deviation of all: what one of several processes does.
+            rows: only these of the N, with the random numbers and the deviation of all: what one of several processes
+                does.
         """
         z = self.latent(len(real), generator)[rows]
         context = tuple(c[rows] for c in context)
@@ -148,12 +157,17 @@ class AdversarialModel(nn.Module):
             fake = self.generator(z, *context)
         recipe = self.recipe
         common: dict[str, Any] = {
-            "weight": recipe.weight, "target": recipe.target, "context": context or None, "method": self.method,
-        }  # fmt: skip
+            "weight": recipe.weight,
+            "target": recipe.target,
+            "context": context or None,
+            "method": self.method,
+        }
 
         def penalties(kinds: tuple[str, ...], where: list[dict[str, Any]]) -> Tensor:
             pairs = zip(kinds, where)
-            values = [ops.gradient_penalty(self.critic, real[rows], fake, kind=kind, **common, **at) for kind, at in pairs]
+            values = [
+                ops.gradient_penalty(self.critic, real[rows], fake, kind=kind, **common, **at) for kind, at in pairs
+            ]
             return torch.stack(values).sum()
 
         def lazy_penalties() -> Losses:
@@ -203,7 +217,8 @@ class AdversarialModel(nn.Module):
     def limits(self, first: dict[str, float]) -> dict[str, float]:
         """The size of each loss above which a run has diverged.
 
-        The values of a critic with slope 1 differ by the diameter of the data, 2 sqrt(D) in [-1, 1]^D; D would be 2.5e11 here.
+        The values of a critic with slope 1 differ by the diameter of the data, 2 sqrt(D) in [-1, 1]^D; D would be
+        2.5e11 here.
         """
         return {"critic": 1e6, "generator": 1e6}
 
@@ -217,7 +232,12 @@ class AdversarialModel(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, generator: torch.Generator | None = None, context: Tensor | None = None, rows: slice | None = None
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        context: Tensor | None = None,
+        rows: slice | None = None,
     ) -> Tensor:
         """Draws ``n`` samples (n, *shape) in evaluation mode.
 
@@ -238,7 +258,8 @@ class AdversarialModel(nn.Module):
             labels = torch.arange(n, device=z.device) % self.classes if context is None else context.to(z.device)
             if labels.dtype != torch.int64 or labels.shape != (n,):
                 raise ValueError(
-                    f"{name}.sample: context has shape {tuple(labels.shape)} and dtype {labels.dtype}, expected int64 ({n},)"
+                    f"{name}.sample: context has shape {tuple(labels.shape)} and dtype {labels.dtype}, expected int64 "
+                    f"({n},)"
                 )
             if n and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
                 raise ValueError(f"{name}.sample: context has labels outside [0, {self.classes})")
@@ -254,15 +275,27 @@ class PointsOrImages(AdversarialModel):
     """Perceptrons for points, the DCGAN networks for images: the models that differ from those in their game alone."""
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int | None = None, hidden: int = 256, depth: int = 3, width: int = 64,
-        base: int = 4, kernel_size: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int | None = None,
+        hidden: int = 256,
+        depth: int = 3,
+        width: int = 64,
+        base: int = 4,
+        kernel_size: int = 4,
+    ) -> None:
         points = len(shape) == 1
         super().__init__(shape, (2 if points else 100) if latent_dim is None else latent_dim)
         self.config = {
-            "shape": self.shape, "latent_dim": self.latent_dim, "hidden": hidden, "depth": depth, "width": width,
-            "base": base, "kernel_size": kernel_size,
-        }  # fmt: skip
+            "shape": self.shape,
+            "latent_dim": self.latent_dim,
+            "hidden": hidden,
+            "depth": depth,
+            "width": width,
+            "base": base,
+            "kernel_size": kernel_size,
+        }
         if points:
             self.generator, self.critic = mlp_networks(self.shape, self.latent_dim, hidden, depth)
         else:

@@ -17,9 +17,11 @@ from .phases import Losses as Losses
 Network = Literal["perceptron", "convolutional"]
 
 
-def encoder_network(name: str, network: Network, shape: Sequence[int], out: int, *, hidden: int, depth: int, width: int,
-                    base: int) -> nn.Sequential:  # fmt: skip
-    """Images (N, *shape) to (N, out): ``depth`` hidden layers, or convolutions of stride 2 down to ``base`` x ``base``."""
+def encoder_network(
+    name: str, network: Network, shape: Sequence[int], out: int, *, hidden: int, depth: int, width: int, base: int
+) -> nn.Sequential:
+    """Images (N, *shape) to (N, out): ``depth`` hidden layers, or convolutions of stride 2 down to ``base`` x
+    ``base``."""
     if network == "perceptron":
         return nn.Sequential(nn.Flatten(), *mlp([math.prod(shape), *[hidden] * depth, out], nn.ReLU))
     channels = _channels(name, network, shape, width, base)
@@ -29,14 +31,27 @@ def encoder_network(name: str, network: Network, shape: Sequence[int], out: int,
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * base * base, out))
 
 
-def decoder_network(name: str, network: Network, shape: Sequence[int], latent_dim: int, channels_out: int, *, hidden: int,
-                    depth: int, width: int, base: int) -> nn.Sequential:  # fmt: skip
+def decoder_network(
+    name: str,
+    network: Network,
+    shape: Sequence[int],
+    latent_dim: int,
+    channels_out: int,
+    *,
+    hidden: int,
+    depth: int,
+    width: int,
+    base: int,
+) -> nn.Sequential:
     """Latents (N, latent_dim) to maps (N, channels_out, H, W): the mirror image of :func:`encoder_network`."""
     if network == "perceptron":
         sizes = [latent_dim, *[hidden] * depth, channels_out * math.prod(shape[1:])]
         return nn.Sequential(*mlp(sizes, nn.ReLU), nn.Unflatten(1, (channels_out, *shape[1:])))
     channels = _channels(name, network, shape, width, base)[::-1]
-    layers: list[nn.Module] = [nn.Linear(latent_dim, channels[0] * base * base), nn.Unflatten(1, (channels[0], base, base))]
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, channels[0] * base * base),
+        nn.Unflatten(1, (channels[0], base, base)),
+    ]
     for taken, given in zip(channels, [*channels[1:], channels_out]):
         layers += [nn.ReLU(), nn.ConvTranspose2d(taken, given, 4, stride=2, padding=1)]
     return nn.Sequential(*layers)
@@ -52,8 +67,8 @@ class AutoencoderModel(nn.Module):
     """An encoder of images and a decoder from ``latent_dim`` numbers. ``config`` rebuilds the model.
 
     Images are whole numbers in [0, levels), (N, *shape); the networks see them as values in [-1, 1].
-    ``phases`` are the updates of one training step, in order, each by the players that it updates at once; ``losses`` gives
-    their losses and ``player`` their parameters. :class:`genfast.training.Trainer` does the rest.
+    ``phases`` are the updates of one training step, in order, each by the players that it updates at once; ``losses``
+    gives their losses and ``player`` their parameters. :class:`genfast.training.Trainer` does the rest.
     """
 
     phases: tuple[tuple[str, ...], ...] = (("autoencoder",),)
@@ -136,7 +151,8 @@ class AutoencoderModel(nn.Module):
 
     @torch.no_grad()
     def figures(self, images: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """What is reported of held-out images: by name, one number each, (N,). mse: of pixels in [0, 1], mean over an image."""
+        """What is reported of held-out images: by name, one number each, (N,). mse: of pixels in [0, 1], mean over an
+        image."""
         return {"mse": (self.decode(self.encode(images)) - self.scaled(images)).square().flatten(1).mean(1) / 4}
 
     @torch.no_grad()
@@ -146,7 +162,8 @@ class AutoencoderModel(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Fits the Gaussian that codes are sampled from to those of ``images`` (Ghosh et al., arXiv:1903.12436, section 4).
+        """Fits the Gaussian that codes are sampled from to those of ``images`` (Ghosh et al., arXiv:1903.12436, section
+        4).
 
         Nothing for a model with a prior of its own.
         """
@@ -157,7 +174,9 @@ class AutoencoderModel(nn.Module):
         covariance = centred.mT @ centred / len(codes)
         ridge = 1e-6 * covariance.diagonal().mean() + 1e-12  # a unit that never moves has no variance
         self.code_mean.copy_(codes.mean(0))
-        self.code_factor.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(self.latent_dim, device=codes.device)))
+        self.code_factor.copy_(
+            torch.linalg.cholesky(covariance + ridge * torch.eye(self.latent_dim, device=codes.device))
+        )
 
     def latent(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """``n`` codes (n, latent_dim) from the prior, its deviation times ``temperature``."""

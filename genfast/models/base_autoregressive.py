@@ -43,7 +43,9 @@ class AutoregressiveModel(nn.Module):
         if levels < 2:
             raise ValueError(f"{name}: levels={levels}, expected at least 2")
         if shape is not None and (len(shape) != self.dims + 1 or shape[0] != in_channels):
-            raise ValueError(f"{name}: shape={tuple(shape)}, expected ({in_channels}, {'H, W' if self.dims == 2 else 'L'})")
+            raise ValueError(
+                f"{name}: shape={tuple(shape)}, expected ({in_channels}, {'H, W' if self.dims == 2 else 'L'})"
+            )
         self.in_channels, self.levels = in_channels, levels
         self.shape = None if shape is None else tuple(shape)
 
@@ -71,7 +73,9 @@ class AutoregressiveModel(nn.Module):
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {wanted}")
         # Of a GPU's tensor only the loss asks, which need not wait for the answer.
         if not x.is_cuda and x.numel() and readable_now(x) and (int(x.min()) < 0 or int(x.max()) >= self.levels):
-            raise ValueError(f"{name}: x holds values from {int(x.min())} to {int(x.max())}, expected 0 to {self.levels - 1}")
+            raise ValueError(
+                f"{name}: x holds values from {int(x.min())} to {int(x.max())}, expected 0 to {self.levels - 1}"
+            )
         return x
 
     def logits(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -122,10 +126,19 @@ class AutoregressiveModel(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, n: int, shape: Sequence[int] | None = None, *, method: str = "auto", context: inputs.Context = None,
-        temperature: float = 1.0, prefix: Tensor | None = None, uniforms: Tensor | None = None,
-        generator: torch.Generator | None = None, progress: bool = False, rows: slice | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        n: int,
+        shape: Sequence[int] | None = None,
+        *,
+        method: str = "auto",
+        context: inputs.Context = None,
+        temperature: float = 1.0,
+        prefix: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        rows: slice | None = None,
+    ) -> Tensor:
         """Draws ``n`` images (n, C, H, W), or sequences (n, C, L), int64; see :meth:`genfast.sampling.Sampler.sample`.
 
         With ``rows`` only those of the n, from the random numbers of all: what one of several processes draws.
@@ -142,14 +155,23 @@ class AutoregressiveModel(nn.Module):
             context = inputs.of_rows(context, rows, n)
             n = len(range(n)[rows])
         return self.sampler.sample(
-            n, shape, method=method, context=context, temperature=temperature, prefix=prefix,
-            uniforms=uniforms, generator=generator, progress=progress,
-        )  # fmt: skip
+            n,
+            shape,
+            method=method,
+            context=context,
+            temperature=temperature,
+            prefix=prefix,
+            uniforms=uniforms,
+            generator=generator,
+            progress=progress,
+        )
 
     def shape_of(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         """``shape``, or the model's own."""
         if shape is None and self.shape is None:
-            raise ValueError(f"{type(self).__name__}.sample: shape=None, expected (C, H, W): the model was built without one")
+            raise ValueError(
+                f"{type(self).__name__}.sample: shape=None, expected (C, H, W): the model was built without one"
+            )
         found = tuple(shape) if shape is not None else self.shape
         assert found is not None
         if len(found) != self.dims + 1 or found[0] != self.in_channels or min(found) < 1:

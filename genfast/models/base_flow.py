@@ -61,7 +61,8 @@ class Logistic(nn.Module):
 
 
 class DensityModel(nn.Module):
-    """A density of real data (N, *shape); images in [-0.5, 0.5], as :func:`dequantize` makes them. ``config`` rebuilds it."""
+    """A density of real data (N, *shape); images in [-0.5, 0.5], as :func:`dequantize` makes them. ``config`` rebuilds
+    it."""
 
     config: dict[str, Any]
 
@@ -75,7 +76,8 @@ class DensityModel(nn.Module):
         name = type(self).__name__
         if not x.is_floating_point():
             raise TypeError(
-                f"{name}: x has dtype {x.dtype}, expected floating point; genfast.models.dequantize makes it from 8-bit data"
+                f"{name}: x has dtype {x.dtype}, expected floating point; genfast.models.dequantize makes it from "
+                "8-bit data"
             )
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, self.shape))})")
@@ -115,9 +117,14 @@ class FlowModel(DensityModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, context: Tensor | None = None,
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        context: Tensor | None = None,
         rows: slice | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """n samples (n, *shape); ``temperature`` multiplies the base distribution's deviation.
 
         With ``rows`` only those of the n, from the random numbers of all: what one of several processes draws.
@@ -125,7 +132,9 @@ class FlowModel(DensityModel):
         if n < 0 or temperature < 0:
             raise ValueError(f"{type(self).__name__}.sample: n={n} and temperature={temperature}, expected at least 0")
         where = self.base.loc
-        u = torch.empty((n, self.dim), dtype=torch.float64, device=where.device if generator is None else generator.device)
+        u = torch.empty(
+            (n, self.dim), dtype=torch.float64, device=where.device if generator is None else generator.device
+        )
         u.uniform_(generator=generator).clamp_(1e-12, 1 - 1e-12)
         if rows is not None:
             u, context = u[rows], None if context is None else context[rows]

@@ -1,7 +1,7 @@
 """What the density models of vectors have in common.
 
-A dimension of whole numbers has ``levels`` of them: one logit where there are two (black and white), else one logit a level
-(grey). The network sees x / (levels - 1).
+A dimension of whole numbers has ``levels`` of them: one logit where there are two (black and white), else one logit a
+level (grey). The network sees x / (levels - 1).
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ class VectorModel(AutoregressiveModel):
         return 1
 
     def _naive(
-        self, features: Tensor, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float
+        self,
+        features: Tensor,
+        uniforms: Tensor,
+        context: Tensor | None,
+        given: Tensor,
+        known: Tensor,
+        temperature: float,
     ) -> Tensor:
         """The standard loop: one pass of the whole network for each of ``features``, in their order."""
         x = given.clone()
@@ -69,9 +75,15 @@ class VectorModel(AutoregressiveModel):
         raise NotImplementedError
 
     def _draw(
-        self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
+        self,
+        uniforms: Tensor,
+        context: Tensor | None,
+        given: Tensor,
+        known: Tensor,
+        temperature: float,
+        naive: bool,
         share: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Scaled x (N, D) from uniforms (N, D, 1); ``share`` (N,) says which order of an ensemble draws each."""
         raise NotImplementedError
 
@@ -81,21 +93,32 @@ class VectorModel(AutoregressiveModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, shape: Sequence[int] | None = None, *, method: str = "auto", context: Any = None,
-        temperature: float = 1.0, prefix: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
-        uniforms: Tensor | None = None, generator: torch.Generator | None = None, progress: bool = False,
+        self,
+        n: int,
+        shape: Sequence[int] | None = None,
+        *,
+        method: str = "auto",
+        context: Any = None,
+        temperature: float = 1.0,
+        prefix: Tensor | None = None,
+        given: Tensor | None = None,
+        known: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
         rows: slice | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Draws ``n`` vectors (n, D), int64, in evaluation mode.
 
         Args:
-            method: "auto" or "cached", in one pass where the model can, or "naive", D passes; both draw the same from the same
-                numbers.
+            method: "auto" or "cached", in one pass where the model can, or "naive", D passes; both draw the same from
+                the same numbers.
             context: (n, K) of a conditional model.
             temperature: divides the logits.
             prefix: (n, k) whole numbers, the first k dimensions; or
-            given, known: (n, D) whole numbers, and bool (n, D) or (D,) where they hold: these stay as they are. What is drawn
-                is drawn given those known that come before it in the model's order (DeepNADE: given all that is known).
+            given, known: (n, D) whole numbers, and bool (n, D) or (D,) where they hold: these stay as they are. What is
+                drawn is drawn given those known that come before it in the model's order (DeepNADE: given all that is
+                known).
             uniforms: (n, D), the random numbers; from ``generator`` without.
             rows: only these of the n, from the random numbers of all: what one of several processes draws.
         """
@@ -110,7 +133,9 @@ class VectorModel(AutoregressiveModel):
             if given is not None or known is not None:
                 raise ValueError(f"{name}: both prefix and given, expected one of them")
             if prefix.dim() != 2 or prefix.shape[0] != n or prefix.shape[1] > self.dim:
-                raise ValueError(f"{name}: prefix has shape {tuple(prefix.shape)}, expected ({n}, k), k at most {self.dim}")
+                raise ValueError(
+                    f"{name}: prefix has shape {tuple(prefix.shape)}, expected ({n}, k), k at most {self.dim}"
+                )
             given = F.pad(prefix, (0, self.dim - prefix.shape[1]))
             known = torch.arange(self.dim, device=prefix.device) < prefix.shape[1]
         if (given is None) != (known is None):
@@ -120,7 +145,8 @@ class VectorModel(AutoregressiveModel):
         else:
             if tuple(given.shape) != (n, self.dim) or tuple(known.shape) not in ((self.dim,), (n, self.dim)):
                 raise ValueError(
-                    f"{name}: given has shape {tuple(given.shape)} and known {tuple(known.shape)}, expected ({n}, {self.dim}) "
+                    f"{name}: given has shape {tuple(given.shape)} and known {tuple(known.shape)}, expected ({n}, "
+                    f"{self.dim}) "
                     f"and that or ({self.dim},)"
                 )
             mask = known.to(like.device).bool().expand(n, -1)
@@ -145,7 +171,8 @@ class VectorModel(AutoregressiveModel):
 def check_drawn(name: str, x: Tensor, orders: Tensor, share: Tensor) -> None:
     """Raises where a sample has NaN, which its parameters were; on a GPU, which is not waited for, an assertion does.
 
-    ``orders`` (K, D) are degrees, and ``share`` (N,) says which of them drew each: what depends on the first NaN is NaN too.
+    ``orders`` (K, D) are degrees, and ``share`` (N,) says which of them drew each: what depends on the first NaN is NaN
+    too.
     """
     if x.is_cuda:
         torch._assert_async((x == x).all(), f"{name}: the network's parameters of a dimension are not finite")
@@ -154,7 +181,8 @@ def check_drawn(name: str, x: Tensor, orders: Tensor, share: Tensor) -> None:
         degrees = orders[int(share[sample])].to(x.device)
         dimension = int(degrees.masked_fill(~x[sample].isnan(), x.shape[1] + 1).argmin())
         raise FloatingPointError(
-            f"{name}: the network's parameters of dimension {dimension} of sample {sample} are not finite (a NaN, an infinity, "
+            f"{name}: the network's parameters of dimension {dimension} of sample {sample} are not finite (a NaN, an "
+            "infinity, "
             "or every level forbidden by a logit of -inf)"
         )
 
@@ -175,4 +203,6 @@ def shares(n: int, orders: int, generator: torch.Generator | None) -> Tensor:
     """Which order draws each sample of a mixture of all."""
     if orders == 1:
         return torch.zeros(n, dtype=torch.int64)
-    return torch.randint(orders, (n,), generator=generator, device=None if generator is None else generator.device).cpu()
+    return torch.randint(
+        orders, (n,), generator=generator, device=None if generator is None else generator.device
+    ).cpu()

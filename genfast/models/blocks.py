@@ -25,7 +25,9 @@ def leaky_relu() -> nn.Module:
 def stages(name: str, shape: Sequence[int], base: int) -> int:
     """How often ``base`` x ``base`` is doubled up to the side of images of ``shape``; an error where it cannot be."""
     if len(shape) != 3 or shape[1] != shape[2] or base < 1:
-        raise ValueError(f"{name}: shape={tuple(shape)} and base={base}, expected square images (C, side, side) and base >= 1")
+        raise ValueError(
+            f"{name}: shape={tuple(shape)} and base={base}, expected square images (C, side, side) and base >= 1"
+        )
     number = int(math.log2(max(shape[1] / base, 1)))
     if number < 1 or base << number != shape[1]:
         raise ValueError(f"{name}: shape={tuple(shape)}, expected a side of {base} (base) times 2, 4, 8, ...")
@@ -33,7 +35,8 @@ def stages(name: str, shape: Sequence[int], base: int) -> int:
 
 
 def mlp_networks(shape: Sequence[int], latent_dim: int, hidden: int, depth: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """(generator, critic) of ``depth`` hidden layers each; tanh behind a generator of images, none behind one of points."""
+    """(generator, critic) of ``depth`` hidden layers each; tanh behind a generator of images, none behind one of
+    points."""
     dim = math.prod(shape)
     sizes = [hidden] * depth
     last: list[nn.Module] = [nn.Tanh(), nn.Unflatten(1, tuple(shape))] if len(shape) > 1 else []
@@ -45,7 +48,8 @@ def mlp_networks(shape: Sequence[int], latent_dim: int, hidden: int, depth: int)
 def dcgan_networks(
     name: str, shape: Sequence[int], latent_dim: int, width: int, base: int, kernel_size: int
 ) -> tuple[nn.Sequential, nn.Sequential]:
-    """(generator, critic): transposed convolutions of stride 2 from ``base`` x ``base`` up, and convolutions back down."""
+    """(generator, critic): transposed convolutions of stride 2 from ``base`` x ``base`` up, and convolutions back
+    down."""
     if kernel_size not in (4, 5):
         raise ValueError(f"{name}: kernel_size={kernel_size}, expected 4 (padding 1) or 5 (padding 2)")
     number = stages(name, shape, base)
@@ -53,8 +57,10 @@ def dcgan_networks(
     same: dict[str, Any] = {"kernel_size": kernel_size, "stride": 2, "padding": (kernel_size - 1) // 2, "bias": False}
     up = same | {"output_padding": kernel_size - 4}
     layers: list[nn.Module] = [
-        nn.ConvTranspose2d(latent_dim, channels[0], base, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU(),
-    ]  # fmt: skip
+        nn.ConvTranspose2d(latent_dim, channels[0], base, bias=False),
+        nn.BatchNorm2d(channels[0]),
+        nn.ReLU(),
+    ]
     for taken, given in zip(channels[:-1], channels[1:]):
         layers += [nn.ConvTranspose2d(taken, given, **up), nn.BatchNorm2d(given), nn.ReLU()]
     layers += [nn.ConvTranspose2d(channels[-1], shape[0], **up), nn.Tanh()]

@@ -65,7 +65,8 @@ class ConditionalGAN(AdversarialModel):
         latent_dim: of z ~ N(0, 1).
         hidden, depth: units per hidden layer, and how many layers.
         embedding: of a label, beside z, and beside x in the critic.
-        conditioning: of the critic, "concatenate" as in the paper or "projection" (Miyato and Koyama, arXiv:1802.05637).
+        conditioning: of the critic, "concatenate" as in the paper or "projection" (Miyato and Koyama,
+            arXiv:1802.05637).
 
     Raises:
         ValueError: another ``conditioning``.
@@ -80,16 +81,28 @@ class ConditionalGAN(AdversarialModel):
     recipe = Recipe(loss="nonsaturating", generator_lr=2e-4, critic_lr=2e-4, betas=(0.5, 0.999))
 
     def __init__(
-        self, shape: Sequence[int], *, classes: int, latent_dim: int = 64, hidden: int = 256, depth: int = 2,
-        embedding: int = 32, conditioning: Literal["concatenate", "projection"] = "concatenate",
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        classes: int,
+        latent_dim: int = 64,
+        hidden: int = 256,
+        depth: int = 2,
+        embedding: int = 32,
+        conditioning: Literal["concatenate", "projection"] = "concatenate",
+    ) -> None:
         super().__init__(shape, latent_dim, classes)
         if conditioning not in ("concatenate", "projection"):
             raise ValueError(f"ConditionalGAN: conditioning={conditioning!r}, expected 'concatenate' or 'projection'")
         self.config = {
-            "shape": self.shape, "classes": classes, "latent_dim": latent_dim, "hidden": hidden, "depth": depth,
-            "embedding": embedding, "conditioning": conditioning,
-        }  # fmt: skip
+            "shape": self.shape,
+            "classes": classes,
+            "latent_dim": latent_dim,
+            "hidden": hidden,
+            "depth": depth,
+            "embedding": embedding,
+            "conditioning": conditioning,
+        }
         sizes, dim = [hidden] * depth, math.prod(self.shape)
         self.generator = LabelledGenerator(self.shape, latent_dim, classes, embedding, sizes)
         if conditioning == "projection":

@@ -50,7 +50,8 @@ class ConvNet(nn.Module):
 
 
 class ResNet(nn.Module):
-    """RealNVP's conditioner: a convolution, residual blocks, and a convolution that starts at zero (RealNVP, section 3.2)."""
+    """RealNVP's conditioner: a convolution, residual blocks, and a convolution that starts at zero (RealNVP, section
+    3.2)."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, blocks: int, context: int = 0) -> None:
         super().__init__()
@@ -74,12 +75,15 @@ class ResNet(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A residual perceptron: linear, blocks h + W2 relu(W1 relu(h)), linear (NSF, appendix B.1). The last starts at zero.
+    """A residual perceptron: linear, blocks h + W2 relu(W1 relu(h)), linear (NSF, appendix B.1). The last starts at
+    zero.
 
     ``period`` p > 0 makes it a function of cos and sin of pi x / p, so that x and x + 2p are one point.
     """
 
-    def __init__(self, inputs: int, outputs: int, hidden: int, blocks: int, context: int = 0, period: float = 0.0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, hidden: int, blocks: int, context: int = 0, period: float = 0.0
+    ) -> None:
         super().__init__()
         self.period = period
         self.first = nn.Linear(2 * inputs if period else inputs, hidden)

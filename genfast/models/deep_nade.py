@@ -12,9 +12,10 @@ from .base_vector import VectorModel, ensemble, mean_log
 class DeepNADE(VectorModel):
     """DeepNADE (arXiv:1310.1757): one network for the conditionals of every order, and an ensemble of orders (EoNADE).
 
-    While training, ``log_prob`` is an estimate: for each sample it draws an order and how many of its dimensions are known,
-    d - 1 of D, and gives D / (D - d + 1) times the log probability of those unknown, whose mean over the draws is the mean of
-    log p over all orders (section 3). In evaluation mode it is exact, for ``orders`` orders that are averaged.
+    While training, ``log_prob`` is an estimate: for each sample it draws an order and how many of its dimensions are
+    known, d - 1 of D, and gives D / (D - d + 1) times the log probability of those unknown, whose mean over the draws
+    is the mean of log p over all orders (section 3). In evaluation mode it is exact, for ``orders`` orders that are
+    averaged.
 
     Args:
         dim: D.
@@ -41,23 +42,36 @@ class DeepNADE(VectorModel):
     rows = 1 << 22  # numbers of the first layer's output that an evaluation holds at once
 
     def __init__(
-        self, dim: int, hidden: int = 500, layers: int = 2, levels: int = 2, *, orders: int = 1, activation: str = "relu",
+        self,
+        dim: int,
+        hidden: int = 500,
+        layers: int = 2,
+        levels: int = 2,
+        *,
+        orders: int = 1,
+        activation: str = "relu",
         context_features: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(dim, levels)
         if layers < 1:
             raise ValueError(f"DeepNADE: layers={layers}, expected at least 1")
         self.config = {
-            "dim": dim, "hidden": hidden, "layers": layers, "levels": levels, "orders": orders, "activation": activation,
+            "dim": dim,
+            "hidden": hidden,
+            "layers": layers,
+            "levels": levels,
+            "orders": orders,
+            "activation": activation,
             "context_features": context_features,
-        }  # fmt: skip
+        }
         self.register_buffer("orders", ensemble(dim, orders, "DeepNADE"))
         self.network = self.layers.DeepNADE(
             dim, (hidden,) * layers, self.outputs, activation=activation, context=context_features
         )
 
     def conditionals(self, x: Tensor, features: Tensor, context: Tensor | None = None) -> Tensor:
-        """Logits (N, D, outputs) of scaled x (N, D): that of ``features[d]`` given those before it in ``features`` (D,)."""
+        """Logits (N, D, outputs) of scaled x (N, D): that of ``features[d]`` given those before it in ``features``
+        (D,)."""
         net = self.network
         a = net.first(len(x), context)
         step = max(1, self.rows // max(1, a.numel()))
@@ -91,9 +105,15 @@ class DeepNADE(VectorModel):
         return mean_log([-self.nll(out, x).sum(1) for out in outs])
 
     def _draw(
-        self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
+        self,
+        uniforms: Tensor,
+        context: Tensor | None,
+        given: Tensor,
+        known: Tensor,
+        temperature: float,
+        naive: bool,
         share: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         n = len(given)
         degrees = self.orders[share.to(given.device)]
         features = (degrees + self.dim * ~known).argsort(1)  # what is known comes first

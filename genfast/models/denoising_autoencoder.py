@@ -16,8 +16,8 @@ class DenoisingAutoencoder(Autoencoder):
     """An autoencoder that finds the image behind a corrupted one (Vincent et al., ICML 2008; JMLR 2010, section 3.3).
 
     Args:
-        corruption: "masking": each pixel is black with probability ``amount``; "salt_and_pepper": black or white, a coin
-            each; "gaussian": noise of deviation ``amount`` on values in [-1, 1].
+        corruption: "masking": each pixel is black with probability ``amount``; "salt_and_pepper": black or white, a
+            coin each; "gaussian": noise of deviation ``amount`` on values in [-1, 1].
         amount: of the corruption.
         shape, latent_dim, levels, network, hidden, depth, width, base: as :class:`Autoencoder`.
 
@@ -32,10 +32,19 @@ class DenoisingAutoencoder(Autoencoder):
     """
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int = 16, levels: int = 256,
-        corruption: Literal["masking", "salt_and_pepper", "gaussian"] = "masking", amount: float = 0.25,
-        network: Network = "perceptron", hidden: int = 256, depth: int = 2, width: int = 32, base: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int = 16,
+        levels: int = 256,
+        corruption: Literal["masking", "salt_and_pepper", "gaussian"] = "masking",
+        amount: float = 0.25,
+        network: Network = "perceptron",
+        hidden: int = 256,
+        depth: int = 2,
+        width: int = 32,
+        base: int = 4,
+    ) -> None:
         sizes: dict[str, Any] = {"network": network, "hidden": hidden, "depth": depth, "width": width, "base": base}
         super().__init__(shape, latent_dim=latent_dim, levels=levels, **sizes)
         if corruption not in ("masking", "salt_and_pepper", "gaussian"):
@@ -43,7 +52,9 @@ class DenoisingAutoencoder(Autoencoder):
                 f"DenoisingAutoencoder: corruption={corruption!r}, expected 'masking', 'salt_and_pepper' or 'gaussian'"
             )
         if not amount >= 0 or (corruption != "gaussian" and amount > 1):
-            raise ValueError(f"DenoisingAutoencoder: amount={amount}, expected at least 0, and at most 1 for a probability")
+            raise ValueError(
+                f"DenoisingAutoencoder: amount={amount}, expected at least 0, and at most 1 for a probability"
+            )
         self.config |= {"corruption": corruption, "amount": amount}
         self.corruption, self.amount = corruption, amount
 

@@ -30,14 +30,17 @@ def _moved(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
 
 
 class FixedBase(nn.Module):
-    """A torch.distributions.Distribution as a flow's base: moved and cast with the module, not trained, not in the state_dict.
+    """A torch.distributions.Distribution as a flow's base: moved and cast with the module, not trained, not in the
+    state_dict.
 
     Dimensions of its batch count as dimensions of the event.
     """
 
     def __init__(self, distribution: Distribution) -> None:
         super().__init__()
-        distribution = _moved(distribution, lambda t: t)  # ours: what is outside its support is improbable, not an error
+        distribution = _moved(
+            distribution, lambda t: t
+        )  # ours: what is outside its support is improbable, not an error
         batch = len(distribution.batch_shape)
         self.distribution = Independent(distribution, batch) if batch else distribution  # type: ignore[no-untyped-call]
         self.shape = tuple(self.distribution.event_shape)
@@ -81,11 +84,11 @@ class Flow(FlowModel):
     """A density from a base density and a bijection: log p(x) = log p_base(z) + log|det dz/dx|, z = f(x, context).
 
     Args:
-        base: a torch.distributions.Distribution over one event (it moves and is cast with the flow, and is not trained), or a
-            module with ``log_prob(z (N, D)) -> (N,)`` and either ``scaled(u, temperature)``, a sample from uniform numbers
-            (as :class:`genfast.models.DiagonalGaussian` has), or ``sample(n) -> (n, D)``.
-        transforms: a bijection, or several from data to latent; each has ``forward(x, context)`` and ``inverse(z, context)``,
-            both returning (value, logdet (N,)).
+        base: a torch.distributions.Distribution over one event (it moves and is cast with the flow, and is not
+            trained), or a module with ``log_prob(z (N, D)) -> (N,)`` and either ``scaled(u, temperature)``, a sample
+            from uniform numbers (as :class:`genfast.models.DiagonalGaussian` has), or ``sample(n) -> (n, D)``.
+        transforms: a bijection, or several from data to latent; each has ``forward(x, context)`` and
+            ``inverse(z, context)``, both returning (value, logdet (N,)).
         shape: of one x; that of the base without.
 
     Contexts are (N, K), a row for each x, or (K,) for all.
@@ -105,7 +108,11 @@ class Flow(FlowModel):
     """
 
     def __init__(
-        self, base: Distribution | nn.Module, transforms: nn.Module | Sequence[nn.Module], *, shape: Sequence[int] | None = None
+        self,
+        base: Distribution | nn.Module,
+        transforms: nn.Module | Sequence[nn.Module],
+        *,
+        shape: Sequence[int] | None = None,
     ) -> None:
         if isinstance(base, nn.Module):
             missing = [n for n in ("log_prob",) if not callable(getattr(base, n, None))]
@@ -117,7 +124,9 @@ class Flow(FlowModel):
             if known is None and isinstance(getattr(base, "loc", None), Tensor):
                 known = base.loc.shape
             if known is None:
-                raise ValueError(f"Flow: base {type(base).__name__} has neither shape nor loc; pass shape, that of one x")
+                raise ValueError(
+                    f"Flow: base {type(base).__name__} has neither shape nor loc; pass shape, that of one x"
+                )
             super().__init__(tuple(known))
             self.base = base
         elif isinstance(base, Distribution):
@@ -127,7 +136,9 @@ class Flow(FlowModel):
             if math.prod(fixed.shape) != self.dim:
                 raise ValueError(f"Flow: base has the event shape {fixed.shape}, which does not fit shape={self.shape}")
         else:
-            raise TypeError(f"Flow: base is a {type(base).__name__}, expected a torch.distributions.Distribution or a module")
+            raise TypeError(
+                f"Flow: base is a {type(base).__name__}, expected a torch.distributions.Distribution or a module"
+            )
         steps = [transforms] if isinstance(transforms, nn.Module) else list(transforms)
         self.flow: Any = self.layers.FlowSequential(*steps)
         self.config: dict[str, Any] = {}
@@ -141,7 +152,8 @@ class Flow(FlowModel):
         if context.dim() == 1:
             return context.expand(n, -1)
         raise ValueError(
-            f"{type(self).__name__}: context has shape {tuple(context.shape)}, expected ({n}, K), a row for each of the {n}, "
+            f"{type(self).__name__}: context has shape {tuple(context.shape)}, expected ({n}, K), a row for each of "
+            f"the {n}, "
             "or (K,); distribution(context).sample((n,)) draws n for each row"
         )
 
@@ -161,7 +173,9 @@ class Flow(FlowModel):
         return result
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.flow.inverse(z.reshape(-1, *self.shape), self._context(context, z.shape[0]))
+        result: tuple[Tensor, Tensor] = self.flow.inverse(
+            z.reshape(-1, *self.shape), self._context(context, z.shape[0])
+        )
         return result
 
     # ---- the base ----
@@ -178,7 +192,9 @@ class Flow(FlowModel):
             raise ValueError(f"{name}.sample: temperature={temperature}, expected at least 0")
         if hasattr(self.base, "scaled"):
             where = self.base.loc
-            u = torch.empty((n, self.dim), dtype=torch.float64, device=where.device if generator is None else generator.device)
+            u = torch.empty(
+                (n, self.dim), dtype=torch.float64, device=where.device if generator is None else generator.device
+            )
             u.uniform_(generator=generator).clamp_(1e-12, 1 - 1e-12)
             drawn: Tensor = self.base.scaled(u.to(where.device), temperature).to(where.dtype)
             return drawn
@@ -209,9 +225,13 @@ class Flow(FlowModel):
         return density
 
     def rsample(
-        self, n: int | Sequence[int], context: Tensor | None = None, *, temperature: float = 1.0,
+        self,
+        n: int | Sequence[int],
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """As :meth:`sample`, with gradients through the inverse and the base to all parameters and the context."""
         self._must_differentiate("rsample")
         lead, count, rows = self._rows(n, context)
@@ -220,12 +240,18 @@ class Flow(FlowModel):
 
     @torch.no_grad()
     def sample(  # type: ignore[override]
-        self, n: int | Sequence[int], context: Tensor | None = None, *, temperature: float = 1.0,
-        generator: torch.Generator | None = None, rows: slice | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        n: int | Sequence[int],
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
         """n samples (n, *shape), one for each row of a context (n, K) or all for one context (K,).
 
-        For a shape in place of a number, and a context (*B, K): (*n, *B, *shape), that many for each row, as distributions do.
+        For a shape in place of a number, and a context (*B, K): (*n, *B, *shape), that many for each row, as
+        distributions do.
 
         Args:
             temperature: multiplies the base density's deviation.
@@ -239,9 +265,13 @@ class Flow(FlowModel):
         return self.inverse(z[rows], None if contexts is None else contexts[rows])[0].reshape(-1, *self.shape)
 
     def sample_and_log_prob(
-        self, n: int | Sequence[int], context: Tensor | None = None, *, temperature: float = 1.0,
+        self,
+        n: int | Sequence[int],
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Samples as :meth:`rsample` and their log p under this flow (whatever the temperature), in one pass.
 
         Both have gradients where the base's samples have, as a reverse KL divergence needs.
@@ -265,8 +295,8 @@ class Flow(FlowModel):
 class FlowDistribution(Distribution):
     """A flow at given contexts: batch_shape is that of the contexts (*B, K) without K, event_shape that of one x.
 
-    ``torch.distributions.kl_divergence`` with it on either side is the mean of ``kl_samples`` samples of the first, with
-    gradients where that one's samples have them.
+    ``torch.distributions.kl_divergence`` with it on either side is the mean of ``kl_samples`` samples of the first,
+    with gradients where that one's samples have them.
 
     Args:
         flow: any :class:`Flow`; its parameters are used, not copied.
@@ -333,7 +363,8 @@ class FlowDistribution(Distribution):
 
 
 def _sampled_kl(p: Distribution, q: Distribution) -> Tensor:
-    """KL(p || q) as the mean of log p - log q over samples of p; without a gradient to p where its samples have none."""
+    """KL(p || q) as the mean of log p - log q over samples of p; without a gradient to p where its samples have
+    none."""
     n = (p if isinstance(p, FlowDistribution) else q).kl_samples  # type: ignore[attr-defined]
     if isinstance(p, FlowDistribution):
         x, log_p = p.rsample_and_log_prob((n,))

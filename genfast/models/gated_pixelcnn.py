@@ -13,7 +13,8 @@ from .base_autoregressive import AutoregressiveModel
 
 
 class GatedPixelCNN(AutoregressiveModel):
-    """Gated PixelCNN (arXiv:1606.05328), conditional on ``context`` (N, D) or (N, D, H, W) if ``context_channels`` is D.
+    """Gated PixelCNN (arXiv:1606.05328), conditional on ``context`` (N, D) or (N, D, H, W) if ``context_channels`` is
+    D.
 
     Args:
         in_channels: colours.
@@ -34,15 +35,27 @@ class GatedPixelCNN(AutoregressiveModel):
     """
 
     def __init__(
-        self, in_channels: int = 1, channels: int | None = None, layers: int = 8, kernel_size: int = 5, levels: int = 256, *,
-        context_channels: int | None = None, shape: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int = 1,
+        channels: int | None = None,
+        layers: int = 8,
+        kernel_size: int = 5,
+        levels: int = 256,
+        *,
+        context_channels: int | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(in_channels, levels, shape)
         channels = self.width(channels, 64)
         self.config = {
-            "in_channels": in_channels, "channels": channels, "layers": layers, "kernel_size": kernel_size, "levels": levels,
-            "context_channels": context_channels, "shape": self.shape,
-        }  # fmt: skip
+            "in_channels": in_channels,
+            "channels": channels,
+            "layers": layers,
+            "kernel_size": kernel_size,
+            "levels": levels,
+            "context_channels": context_channels,
+            "shape": self.shape,
+        }
         if layers < 1:
             raise ValueError(f"{type(self).__name__}: layers={layers}, expected at least 1")
         layer = self.layers.GatedMaskedConv2d
@@ -50,7 +63,8 @@ class GatedPixelCNN(AutoregressiveModel):
         self.scale = gnn.ScaleLevels(levels)
         self.first = layer(in_channels, channels, 7, mask_type="A", context_channels=context_channels, **colours)
         self.body = nn.ModuleList(
-            layer(channels, channels, kernel_size, context_channels=context_channels, **colours) for _ in range(layers - 1)
+            layer(channels, channels, kernel_size, context_channels=context_channels, **colours)
+            for _ in range(layers - 1)
         )
         conv = self.layers.MaskedConv2d
         self.hidden = conv(channels, channels, 1, mask_type="B", activation="relu", **colours)

@@ -22,8 +22,8 @@ class Glow(FlowModel):
         reversible: trains in memory that does not grow with ``steps`` (genfast.nn.ReversibleSequential).
         channels_last: computes in channels_last, where CPU convolutions are faster; the numbers are the same.
 
-    The steps work on pairs of channel halves, so that inside a level nothing is split or concatenated, and the half that
-    a level factors out is one of the pair.
+    The steps work on pairs of channel halves, so that inside a level nothing is split or concatenated, and the half
+    that a level factors out is one of the pair.
 
     Example:
         >>> import torch, genfast
@@ -33,18 +33,34 @@ class Glow(FlowModel):
     """
 
     def __init__(
-        self, shape: tuple[int, ...] = (3, 32, 32), *, levels: int = 3, steps: int = 8, hidden: int = 64, plu: bool = True,
-        scale: str = "sigmoid", context: int = 0, reversible: bool = False, channels_last: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        shape: tuple[int, ...] = (3, 32, 32),
+        *,
+        levels: int = 3,
+        steps: int = 8,
+        hidden: int = 64,
+        plu: bool = True,
+        scale: str = "sigmoid",
+        context: int = 0,
+        reversible: bool = False,
+        channels_last: bool = True,
+    ) -> None:
         super().__init__(tuple(shape))
         if len(self.shape) != 3 or levels < 1 or self.shape[1] % 2**levels or self.shape[2] % 2**levels:
             raise ValueError(
                 f"Glow: shape={self.shape} with levels={levels}, expected (C, H, W) with H and W multiples of 2^levels"
             )
         self.config = dict(
-            shape=list(self.shape), levels=levels, steps=steps, hidden=hidden, plu=plu, scale=scale, context=context,
-            reversible=reversible, channels_last=channels_last,
-        )  # fmt: skip
+            shape=list(self.shape),
+            levels=levels,
+            steps=steps,
+            hidden=hidden,
+            plu=plu,
+            scale=scale,
+            context=context,
+            reversible=reversible,
+            channels_last=channels_last,
+        )
         self.squeeze = self.layers.Squeeze()
         self.levels = nn.ModuleList()
         self._pairs = self.layers is gnn  # the plain steps take whole tensors

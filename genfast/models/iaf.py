@@ -10,8 +10,8 @@ from .base_flow import DiagonalGaussian
 class IAF(AutoregressiveFlow):
     """Inverse autoregressive flow: x_i = s_i z_i + m_i, (s_i, m_i) a function of the z before i (arXiv:1606.04934).
 
-    A sample and its log_prob are one parallel pass (``sample_and_log_prob``, for variational inference); log_prob of given data
-    goes through the degree-ordered inverse. Both have gradients.
+    A sample and its log_prob are one parallel pass (``sample_and_log_prob``, for variational inference); log_prob of
+    given data goes through the degree-ordered inverse. Both have gradients.
 
     Args:
         dim, transforms, hidden, depth, context, order, residual, activation: as in :class:`MAF`.
@@ -26,14 +26,31 @@ class IAF(AutoregressiveFlow):
     """
 
     def __init__(
-        self, dim: int, *, transforms: int = 5, hidden: Hidden = 256, depth: int = 2, context: int = 0,
-        order: str = "alternating", norm: str | None = None, scale: str = "softclamp", residual: bool = False,
+        self,
+        dim: int,
+        *,
+        transforms: int = 5,
+        hidden: Hidden = 256,
+        depth: int = 2,
+        context: int = 0,
+        order: str = "alternating",
+        norm: str | None = None,
+        scale: str = "softclamp",
+        residual: bool = False,
         activation: str = "relu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         config = dict(
-            dim=dim, transforms=transforms, hidden=hidden, depth=depth, context=context, order=order, norm=norm, scale=scale,
-            residual=residual, activation=activation,
-        )  # fmt: skip
+            dim=dim,
+            transforms=transforms,
+            hidden=hidden,
+            depth=depth,
+            context=context,
+            order=order,
+            norm=norm,
+            scale=scale,
+            residual=residual,
+            activation=activation,
+        )
         self.check_options(dim, transforms, order, norm)
         if norm == "batch":
             raise ValueError("IAF: norm='batch' has no inverse in training, which sampling is; expected 'act' or None")

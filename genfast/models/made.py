@@ -14,22 +14,24 @@ from .base_vector import VectorModel, ensemble, mean_log
 
 
 class MADE(VectorModel):
-    """MADE (arXiv:1502.03509): a masked autoencoder that gives all conditionals in one pass, for one order or an ensemble.
+    """MADE (arXiv:1502.03509): a masked autoencoder that gives all conditionals in one pass, for one order or an
+    ensemble.
 
     Args:
         dim: D.
         hidden: units of each layer.
         layers: hidden layers.
         levels: of a dimension; 2 are black and white.
-        orders: K; with more than one each training batch takes the next, and ``log_prob`` in evaluation mode is the log of
-            the mean of their probabilities (section 4.2).
+        orders: K; with more than one each training batch takes the next, and ``log_prob`` in evaluation mode is the log
+            of the mean of their probabilities (section 4.2).
         activation: of the hidden layers, "relu" by default.
         context_features: of a conditional model, else 0.
 
     Raises:
         ValueError: arguments that do not fit, by name.
 
-    Black and white samples take one pass in the order of degrees (:func:`genfast.ops.autoregressive_inverse`), grey ones D.
+    Black and white samples take one pass in the order of degrees (:func:`genfast.ops.autoregressive_inverse`), grey
+    ones D.
 
     Example:
         >>> import torch, genfast
@@ -42,16 +44,28 @@ class MADE(VectorModel):
     turn: Tensor
 
     def __init__(
-        self, dim: int, hidden: int = 512, layers: int = 2, levels: int = 2, *, orders: int = 1, activation: str = "relu",
+        self,
+        dim: int,
+        hidden: int = 512,
+        layers: int = 2,
+        levels: int = 2,
+        *,
+        orders: int = 1,
+        activation: str = "relu",
         context_features: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(dim, levels)
         if layers < 1:
             raise ValueError(f"MADE: layers={layers}, expected at least 1")
         self.config = {
-            "dim": dim, "hidden": hidden, "layers": layers, "levels": levels, "orders": orders, "activation": activation,
+            "dim": dim,
+            "hidden": hidden,
+            "layers": layers,
+            "levels": levels,
+            "orders": orders,
+            "activation": activation,
             "context_features": context_features,
-        }  # fmt: skip
+        }
         self.register_buffer("orders", ensemble(dim, orders, "MADE"))
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
         self.network = self.layers.MADE(
@@ -82,9 +96,15 @@ class MADE(VectorModel):
         return mean_log(parts)
 
     def _draw(
-        self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
+        self,
+        uniforms: Tensor,
+        context: Tensor | None,
+        given: Tensor,
+        known: Tensor,
+        temperature: float,
+        naive: bool,
         share: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         x = torch.empty_like(given)
         share = share.to(x.device)
         for k in range(len(self.orders)):
@@ -123,7 +143,9 @@ class MADE(VectorModel):
         # Numbers on the border, and what is known (whose numbers are outside [0, 1]), fall on either side.
         clear = (u > 0) & (u < 1) & ((expected - logit).abs() > 1e-3 * (1 + expected.abs()))
         if bool(((x > 0) != (logit < expected))[clear].any()):
-            raise self_check.SelfCheckError("MADE: samples in the order of degrees differ from what the network's passes draw")
+            raise self_check.SelfCheckError(
+                "MADE: samples in the order of degrees differ from what the network's passes draw"
+            )
 
     def _program(self, context: Tensor | None, temperature: float) -> DegreeProgram:
         """The network as a degree program, its last layer divided by the temperature."""

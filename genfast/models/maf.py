@@ -8,9 +8,11 @@ from .base_flow import DiagonalGaussian
 
 
 class MAF(AutoregressiveFlow):
-    """Masked autoregressive flow: z_i = (x_i - mu_i) e^-alpha_i, mu and alpha functions of the x before i (arXiv:1705.07057).
+    """Masked autoregressive flow: z_i = (x_i - mu_i) e^-alpha_i, mu and alpha functions of the x before i
+    (arXiv:1705.07057).
 
-    log_prob is one parallel pass; a sample costs about as much, since each hidden unit is computed once, in degree order.
+    log_prob is one parallel pass; a sample costs about as much, since each hidden unit is computed once, in degree
+    order.
 
     Args:
         dim: D; data are (N, D).
@@ -18,8 +20,8 @@ class MAF(AutoregressiveFlow):
         hidden, depth: widths of the masked networks: ``depth`` layers of ``hidden`` units, or a list of widths.
         context: size of a conditioning vector; 0 for none.
         order: "alternating" or "random".
-        norm: before each transform: "act" (:class:`genfast.nn.ActNorm`), "batch" (:class:`genfast.nn.BatchNormFlow`, the
-            paper's, section 3.4) or None.
+        norm: before each transform: "act" (:class:`genfast.nn.ActNorm`), "batch" (:class:`genfast.nn.BatchNormFlow`,
+            the paper's, section 3.4) or None.
         scale: "softclamp" (alpha stays within log 1000), "exp" (the paper's: alpha as it is), "sigmoid" or "additive".
         residual, activation: of :class:`genfast.nn.MADE`.
 
@@ -32,14 +34,31 @@ class MAF(AutoregressiveFlow):
     """
 
     def __init__(
-        self, dim: int, *, transforms: int = 5, hidden: Hidden = 256, depth: int = 2, context: int = 0,
-        order: str = "alternating", norm: str | None = "act", scale: str = "softclamp", residual: bool = False,
+        self,
+        dim: int,
+        *,
+        transforms: int = 5,
+        hidden: Hidden = 256,
+        depth: int = 2,
+        context: int = 0,
+        order: str = "alternating",
+        norm: str | None = "act",
+        scale: str = "softclamp",
+        residual: bool = False,
         activation: str = "relu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         config = dict(
-            dim=dim, transforms=transforms, hidden=hidden, depth=depth, context=context, order=order, norm=norm, scale=scale,
-            residual=residual, activation=activation,
-        )  # fmt: skip
+            dim=dim,
+            transforms=transforms,
+            hidden=hidden,
+            depth=depth,
+            context=context,
+            order=order,
+            norm=norm,
+            scale=scale,
+            residual=residual,
+            activation=activation,
+        )
         self.check_options(dim, transforms, order, norm)
         steps = []
         outputs = AffineMap(scale).outputs

@@ -33,24 +33,42 @@ class NADE(VectorModel):
     """
 
     def __init__(
-        self, dim: int, hidden: int = 500, levels: int = 2, *, activation: str = "sigmoid",
-        order: str | Sequence[int] | None = None, context_features: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        hidden: int = 500,
+        levels: int = 2,
+        *,
+        activation: str = "sigmoid",
+        order: str | Sequence[int] | None = None,
+        context_features: int = 0,
+    ) -> None:
         super().__init__(dim, levels)
-        self.network = self.layers.NADE(dim, hidden, self.outputs, activation=activation, order=order, context=context_features)
+        self.network = self.layers.NADE(
+            dim, hidden, self.outputs, activation=activation, order=order, context=context_features
+        )
         self.config = {
-            "dim": dim, "hidden": hidden, "levels": levels, "activation": activation, "order": self.network.order.tolist(),
+            "dim": dim,
+            "hidden": hidden,
+            "levels": levels,
+            "activation": activation,
+            "order": self.network.order.tolist(),
             "context_features": context_features,
-        }  # fmt: skip
+        }
 
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
         out: Tensor = self.network(x, context)
         return out
 
     def _draw(
-        self, uniforms: Tensor, context: Tensor | None, given: Tensor, known: Tensor, temperature: float, naive: bool,
+        self,
+        uniforms: Tensor,
+        context: Tensor | None,
+        given: Tensor,
+        known: Tensor,
+        temperature: float,
+        naive: bool,
         share: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         if naive:
             return self._naive(self.network.order.argsort(), uniforms, context, given, known, temperature)
         found: Tensor = self.network.sample(

@@ -44,7 +44,8 @@ def picture(name: str, size: int, *, background: str = "white") -> Tensor:
         background: the colour behind what is transparent; see :func:`genfast.data.picture`.
 
     Raises:
-        FileNotFoundError: no such file. OSError: a file that is no picture. ValueError: a size below 1, or a picture that
+        FileNotFoundError: no such file. OSError: a file that is no picture. ValueError: a size below 1, or a picture
+            that
             :func:`genfast.data.picture` refuses.
         ImportError: the two photographs need scikit-learn.
 
@@ -61,7 +62,9 @@ def picture(name: str, size: int, *, background: str = "white") -> Tensor:
     if Path(name).is_file():
         image = _pictures.picture(name, background=background)
     elif name in PICTURES:
-        image = Image.fromarray(_pictures.scikit_learn(f"the photograph {name!r} needs").load_sample_image(f"{name}.jpg"))
+        image = Image.fromarray(
+            _pictures.scikit_learn(f"the photograph {name!r} needs").load_sample_image(f"{name}.jpg")
+        )
     else:
         raise FileNotFoundError(f"picture: {name!r} is neither a file nor one of {', '.join(map(repr, PICTURES))}")
     scale = size / max(image.size)
@@ -83,7 +86,9 @@ def _initial(init: str | Tensor, content: Tensor, style: Tensor, seed: int) -> T
     if isinstance(init, Tensor):
         image = _checked("init", init).to(content)
         if image.shape != content.shape:
-            raise ValueError(f"style_transfer: init has shape {tuple(image.shape)}, expected content's, {tuple(content.shape)}")
+            raise ValueError(
+                f"style_transfer: init has shape {tuple(image.shape)}, expected content's, {tuple(content.shape)}"
+            )
         return image.clone()
     if init == "content":
         return content.clone()
@@ -110,12 +115,18 @@ def _descend(
     history: list[float] = []
     descent: torch.optim.Optimizer
     if optimizer == "lbfgs":
-        # One call makes all steps, as the line search's last evaluation then serves the next step. The loss has no scale of
-        # its own, so that no tolerance could tell when to stop.
+        # One call makes all steps, as the line search's last evaluation then serves the next step. The loss has no
+        # scale of its own, so that no tolerance could tell when to stop.
         descent = torch.optim.LBFGS(
-            [z], 1.0 if lr is None else lr, max_iter=steps, max_eval=4 * steps + 20, tolerance_grad=0.0, tolerance_change=0.0,
-            history_size=20, line_search_fn="strong_wolfe",
-        )  # fmt: skip
+            [z],
+            1.0 if lr is None else lr,
+            max_iter=steps,
+            max_eval=4 * steps + 20,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
     else:
         descent = torch.optim.Adam([z], 0.2 if lr is None else lr)
 
@@ -126,7 +137,9 @@ def _descend(
         step = descent.state[z].get("n_iter", 0) if optimizer == "lbfgs" else len(history)
         found = float(value)
         if not math.isfinite(found):  # sigmoid(z) is bounded, so no line search should meet this
-            raise RuntimeError(f"style_transfer: the loss is {found}; are images, weights and network finite, and in range?")
+            raise RuntimeError(
+                f"style_transfer: the loss is {found}; are images, weights and network finite, and in range?"
+            )
         lowest = min([found, *history[-1:]])
         if step < len(history):
             history[step] = lowest
@@ -148,15 +161,30 @@ def _descend(
 
 
 def style_transfer(
-    content: Tensor, style: Tensor, network: nn.Module, *, normalization: Normalization, steps: int = 200,
-    optimizer: str = "lbfgs", lr: float | None = None, loss: str = "gram", content_layers: str | Sequence[str] = "relu4_2",
-    style_layers: str | Sequence[str] | None = None, style_layer_weights: float | Sequence[float] | None = None,
-    content_weight: float = 1.0, style_weight: float = 100.0, tv_weight: float = 0.0, relative: bool = True,
-    init: str | Tensor = "content", seed: int = 0, progress: bool = False,
-) -> StyleTransfer:  # fmt: skip
+    content: Tensor,
+    style: Tensor,
+    network: nn.Module,
+    *,
+    normalization: Normalization,
+    steps: int = 200,
+    optimizer: str = "lbfgs",
+    lr: float | None = None,
+    loss: str = "gram",
+    content_layers: str | Sequence[str] = "relu4_2",
+    style_layers: str | Sequence[str] | None = None,
+    style_layer_weights: float | Sequence[float] | None = None,
+    content_weight: float = 1.0,
+    style_weight: float = 100.0,
+    tv_weight: float = 0.0,
+    relative: bool = True,
+    init: str | Tensor = "content",
+    seed: int = 0,
+    progress: bool = False,
+) -> StyleTransfer:
     """An image with the content of one and the style of another (Gatys et al., arXiv:1508.06576, equation 7).
 
-    Minimises content_weight * :class:`genfast.losses.PerceptualLoss` + style_weight * :class:`genfast.losses.StyleLoss` (or
+    Minimises content_weight * :class:`genfast.losses.PerceptualLoss` + style_weight * :class:`genfast.losses.StyleLoss`
+    (or
     :class:`genfast.losses.ContextualLoss`, Mechrez et al., arXiv:1803.02077) + tv_weight * squared
     :func:`genfast.losses.total_variation` over the image, with one pass of the network a step and both targets kept.
 
@@ -164,8 +192,10 @@ def style_transfer(
         content, style: (N, C, H, W) or (C, H, W) in [0, 1]; the style may be of another size and its batch may be 1.
         network, normalization: as of :class:`genfast.losses.FeatureExtractor`.
         steps: of the optimiser; L-BFGS takes one to two evaluations a step.
-        optimizer: "lbfgs" (with a strong Wolfe line search) or "adam". Both change z in image = sigmoid(z), which keeps the
-            image within [0, 1]: an image clamped at the end is not the one whose loss was low. For half images take "adam":
+        optimizer: "lbfgs" (with a strong Wolfe line search) or "adam". Both change z in image = sigmoid(z), which keeps
+            the
+            image within [0, 1]: an image clamped at the end is not the one whose loss was low. For half images take
+                "adam":
             the first steps of L-BFGS are so short that they round to none.
         lr: of the optimiser; default 1 for L-BFGS and 0.2 for Adam.
         loss: of the style: "gram" or "contextual".
@@ -173,14 +203,15 @@ def style_transfer(
             :func:`genfast.losses.vgg_features`.
         style_layer_weights: one per style layer, or one for all; by default 1 / number of layers.
         content_weight, style_weight, tv_weight: a term with weight 0 is left out.
-        relative: divide each layer's squared error by the mean square of its target, so that weights mean the same in every
-            network; without, the terms are the papers' and the weights have to follow the network.
+        relative: divide each layer's squared error by the mean square of its target, so that weights mean the same in
+            every network; without, the terms are the papers' and the weights have to follow the network.
         init: "content", "noise" (uniform, by ``seed``), "style" or an image of the content's shape.
         seed: of the noise. The same arguments give the same image on the same machine.
         progress: a progress bar on a terminal.
 
     Returns:
-        :class:`StyleTransfer`: the image in [0, 1], in the content's shape (N, C, H, W), dtype and device, and the losses.
+        :class:`StyleTransfer`: the image in [0, 1], in the content's shape (N, C, H, W), dtype and device, and the
+        losses.
 
     Raises:
         ValueError: options or shapes that do not fit. TypeError: images that are no floating-point tensors.
@@ -202,12 +233,14 @@ def style_transfer(
         raise ValueError(f"style_transfer: steps={steps}, expected at least 1")
     if min(content_weight, style_weight, tv_weight) < 0 or content_weight + style_weight == 0:
         raise ValueError(
-            f"style_transfer: content_weight={content_weight}, style_weight={style_weight} and tv_weight={tv_weight}, expected "
+            f"style_transfer: content_weight={content_weight}, style_weight={style_weight} and tv_weight={tv_weight}, "
+            "expected "
             "none below 0, and not both of content and style 0"
         )
     if style.shape[0] not in (1, content.shape[0]) or style.shape[1] != content.shape[1]:
         raise ValueError(
-            f"style_transfer: style has shape {tuple(style.shape)} and content {tuple(content.shape)}; expected as many "
+            f"style_transfer: style has shape {tuple(style.shape)} and content {tuple(content.shape)}; expected as "
+            "many "
             "channels, and a batch of 1 or of the content's size"
         )
     style = style.to(content)
@@ -220,7 +253,9 @@ def style_transfer(
     if style_weight:
         kind = losses.StyleLoss if loss == "gram" else losses.ContextualLoss
         parts["style"] = kind(network, style_layers, style_layer_weights, normalization=normalization)
-    together = losses.FeatureLosses(weights={k: {"content": content_weight, "style": style_weight}[k] for k in parts}, **parts)
+    together = losses.FeatureLosses(
+        weights={k: {"content": content_weight, "style": style_weight}[k] for k in parts}, **parts
+    )
     together.set_target(**{k: {"content": content, "style": style}[k] for k in parts})
     for part in parts.values():
         if relative and not isinstance(part, losses.ContextualLoss):
@@ -231,7 +266,11 @@ def style_transfer(
         return total + tv_weight * losses.total_variation(image, kind="squared") if tv_weight else total
 
     wide = torch.promote_types(content.dtype, torch.float32)
-    z = torch.logit(_initial(init, content, style, seed).to(wide).clamp(MARGIN, 1 - MARGIN)).contiguous().requires_grad_()
+    z = (
+        torch.logit(_initial(init, content, style, seed).to(wide).clamp(MARGIN, 1 - MARGIN))
+        .contiguous()
+        .requires_grad_()
+    )
 
     def image() -> Tensor:
         return torch.sigmoid(z).to(content.dtype)

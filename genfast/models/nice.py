@@ -28,9 +28,15 @@ class NICE(FlowModel):
     """
 
     def __init__(
-        self, dim: int, *, hidden: int = 1000, depth: int = 5, couplings: int = 4,
-        prior: Literal["logistic", "gaussian"] = "logistic", context: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        *,
+        hidden: int = 1000,
+        depth: int = 5,
+        couplings: int = 4,
+        prior: Literal["logistic", "gaussian"] = "logistic",
+        context: int = 0,
+    ) -> None:
         super().__init__((dim,))
         if dim < 2:
             raise ValueError(f"NICE: dim={dim}, expected at least 2")

@@ -21,15 +21,15 @@ class NSF(AutoregressiveFlow):
 
     Args:
         dim: D; data are (N, D).
-        coupling: "coupling": one half moves by a function of the other, in turn, with a residual conditioner; "autoregressive":
-            each moves by a function of those before it.
+        coupling: "coupling": one half moves by a function of the other, in turn, with a residual conditioner;
+            "autoregressive": each moves by a function of those before it.
         transforms: how many.
-        bins, bound, tails, convention: of the splines. tails="circular": data are angles in [-bound, bound), the base is
-            uniform, and a learned turn stands before each transform (arXiv:2002.02428).
+        bins, bound, tails, convention: of the splines. tails="circular": data are angles in [-bound, bound), the base
+            is uniform, and a learned turn stands before each transform (arXiv:2002.02428).
         hidden, depth: of the conditioners: widths of a MADE, or ``depth`` residual blocks of ``hidden`` units.
         context: size of a conditioning vector; 0 for none.
-        mixing: before each transform: "lu" (:class:`genfast.nn.LULinear` after a random permutation, the paper's section
-            3.3), "permutation" (random), or None: couplings then move the halves in turn, and orders alternate.
+        mixing: before each transform: "lu" (:class:`genfast.nn.LULinear` after a random permutation, the paper's
+            section 3.3), "permutation" (random), or None: couplings then move the halves in turn, and orders alternate.
         order: "alternating" or "random", of the autoregressive ones.
         norm: before each transform: "act", "batch" or None; None too for circular tails.
         residual: whether the autoregressive networks are.
@@ -41,11 +41,24 @@ class NSF(AutoregressiveFlow):
     """
 
     def __init__(
-        self, dim: int, *, coupling: Literal["coupling", "autoregressive"] = "coupling", transforms: int = 5, bins: int = 8,
-        bound: float | None = None, tails: Literal["linear", "circular"] = "linear", convention: str = "nflows",
-        hidden: Hidden = 128, depth: int = 2, context: int = 0, mixing: str | None = None, order: str = "alternating",
-        norm: str | None = "act", residual: bool = False, activation: str = "relu",
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        *,
+        coupling: Literal["coupling", "autoregressive"] = "coupling",
+        transforms: int = 5,
+        bins: int = 8,
+        bound: float | None = None,
+        tails: Literal["linear", "circular"] = "linear",
+        convention: str = "nflows",
+        hidden: Hidden = 128,
+        depth: int = 2,
+        context: int = 0,
+        mixing: str | None = None,
+        order: str = "alternating",
+        norm: str | None = "act",
+        residual: bool = False,
+        activation: str = "relu",
+    ) -> None:
         if not widths(hidden, depth):
             raise ValueError(f"NSF: hidden={hidden} and depth={depth}, expected at least one layer")
         if coupling not in ("coupling", "autoregressive"):
@@ -61,11 +74,24 @@ class NSF(AutoregressiveFlow):
         bound = (math.pi if circular else 5.0) if bound is None else float(bound)
         norm = None if circular else norm
         config = dict(
-            dim=dim, coupling=coupling, transforms=transforms, bins=bins, bound=bound, tails=tails, convention=convention,
-            hidden=hidden, depth=depth, context=context, mixing=mixing, order=order, norm=norm, residual=residual,
+            dim=dim,
+            coupling=coupling,
+            transforms=transforms,
+            bins=bins,
+            bound=bound,
+            tails=tails,
+            convention=convention,
+            hidden=hidden,
+            depth=depth,
+            context=context,
+            mixing=mixing,
+            order=order,
+            norm=norm,
+            residual=residual,
             activation=activation,
-        )  # fmt: skip
-        # So that wide conditioners do not start with narrow bins (the paper's code); zuko clips the logits in its stead.
+        )
+        # So that wide conditioners do not start with narrow bins (the paper's code); zuko clips the logits in its
+        # stead.
         scale = widths(hidden, depth)[-1] ** -0.5 if convention == "nflows" else 1.0
         options = dict(bins=bins, bound=bound, tails=tails, convention=convention, logit_scale=scale)
         spline = SplineMap(**options)  # type: ignore[arg-type]
@@ -81,7 +107,9 @@ class NSF(AutoregressiveFlow):
                 continue
             transform, width = ("first", dim // 2) if i % 2 == 0 else ("last", dim - dim // 2)
             assert isinstance(hidden, int)
-            conditioner = ResidualMLP(dim - width, width * spline.outputs, hidden, depth, context, bound if circular else 0.0)
+            conditioner = ResidualMLP(
+                dim - width, width * spline.outputs, hidden, depth, context, bound if circular else 0.0
+            )
             with torch.no_grad():
                 conditioner.last.bias.copy_(spline.identity().repeat(width))
             steps.append(self.layers.SplineCoupling(conditioner, width=width, transform=transform, **options))

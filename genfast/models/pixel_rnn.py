@@ -26,7 +26,8 @@ class PixelRNN(AutoregressiveModel):
         levels: of a colour.
         shape: (C, H, W), what ``sample`` draws unless told otherwise.
 
-    The recurrences have no pixel program: ``sample`` runs the standard loop, and says so unless asked for ``method="naive"``.
+    The recurrences have no pixel program: ``sample`` runs the standard loop, and says so unless asked for
+        ``method="naive"``.
 
     Raises:
         ValueError: arguments that do not fit, by name.
@@ -41,18 +42,28 @@ class PixelRNN(AutoregressiveModel):
     """
 
     def __init__(
-        self, in_channels: int = 1, channels: int | None = None, layers: int = 4, kind: str = "row", levels: int = 256, *,
+        self,
+        in_channels: int = 1,
+        channels: int | None = None,
+        layers: int = 4,
+        kind: str = "row",
+        levels: int = 256,
+        *,
         shape: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(in_channels, levels, shape)
         _check.choice("PixelRNN", "kind", kind, ("row", "diagonal"))
         if layers < 1:
             raise ValueError(f"PixelRNN: layers={layers}, expected at least 1")
         channels = self.width(channels, 32, 2)
         self.config = {
-            "in_channels": in_channels, "channels": channels, "layers": layers, "kind": kind, "levels": levels,
+            "in_channels": in_channels,
+            "channels": channels,
+            "layers": layers,
+            "kind": kind,
+            "levels": levels,
             "shape": self.shape,
-        }  # fmt: skip
+        }
 
         def conv(inputs: int, outputs: int, size: int, mask_type: str, activation: str | None = None) -> nn.Module:
             options = {"mask_type": mask_type, "data_channels": in_channels, "activation": activation}

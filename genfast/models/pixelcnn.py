@@ -14,8 +14,8 @@ from .base_autoregressive import AutoregressiveModel
 class PixelCNN(AutoregressiveModel):
     """PixelCNN (arXiv:1601.06759, section 3.5): a stack of masked convolutions with residuals.
 
-    The first layer has type A, the others type B and a ReLU; 1 x 1 maps to the logits. With three colours each is seen by
-    the later ones (interleaved channels).
+    The first layer has type A, the others type B and a ReLU; 1 x 1 maps to the logits. With three colours each is seen
+    by the later ones (interleaved channels).
 
     Args:
         in_channels: colours.
@@ -34,22 +34,34 @@ class PixelCNN(AutoregressiveModel):
     """
 
     def __init__(
-        self, in_channels: int = 1, channels: int | None = None, layers: int = 8, kernel_size: int = 7, levels: int = 256, *,
+        self,
+        in_channels: int = 1,
+        channels: int | None = None,
+        layers: int = 8,
+        kernel_size: int = 7,
+        levels: int = 256,
+        *,
         shape: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(in_channels, levels, shape)
         channels = self.width(channels, 64)
         self.config = {
-            "in_channels": in_channels, "channels": channels, "layers": layers, "kernel_size": kernel_size, "levels": levels,
+            "in_channels": in_channels,
+            "channels": channels,
+            "layers": layers,
+            "kernel_size": kernel_size,
+            "levels": levels,
             "shape": self.shape,
-        }  # fmt: skip
+        }
         if layers < 1:
             raise ValueError(f"{type(self).__name__}: layers={layers}, expected at least 1")
         if kernel_size % 2 == 0:
             raise ValueError(f"{type(self).__name__}: kernel_size={kernel_size}, expected an odd number")
         conv = self.layers.MaskedConv2d
         self.scale = gnn.ScaleLevels(levels)
-        self.first = conv(in_channels, channels, kernel_size, mask_type="A", data_channels=in_channels, activation="relu")
+        self.first = conv(
+            in_channels, channels, kernel_size, mask_type="A", data_channels=in_channels, activation="relu"
+        )
         self.body = nn.ModuleList(
             conv(channels, channels, kernel_size, mask_type="B", data_channels=in_channels, activation="relu")
             for _ in range(layers - 1)

@@ -57,9 +57,16 @@ class PixelCNNPlusPlus(AutoregressiveModel):
     head = "logistic_mixture"
 
     def __init__(
-        self, in_channels: int = 3, filters: int = 80, blocks: int = 2, mixtures: int = 10, levels: int = 256, *,
-        dropout: float = 0.0, shape: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int = 3,
+        filters: int = 80,
+        blocks: int = 2,
+        mixtures: int = 10,
+        levels: int = 256,
+        *,
+        dropout: float = 0.0,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(in_channels, levels, shape)
         name = type(self).__name__
         if in_channels not in (1, 3):
@@ -68,9 +75,14 @@ class PixelCNNPlusPlus(AutoregressiveModel):
             if value < 1:
                 raise ValueError(f"{name}: {label}={value}, expected at least 1")
         self.config = {
-            "in_channels": in_channels, "filters": filters, "blocks": blocks, "mixtures": mixtures, "levels": levels,
-            "dropout": dropout, "shape": self.shape,
-        }  # fmt: skip
+            "in_channels": in_channels,
+            "filters": filters,
+            "blocks": blocks,
+            "mixtures": mixtures,
+            "levels": levels,
+            "dropout": dropout,
+            "shape": self.shape,
+        }
         f = filters
         down, right = gnn.DownShiftedConv2d, gnn.DownRightShiftedConv2d
         self.scale, self.ones = gnn.ScaleLevels(levels), gnn.AppendOnes()
@@ -95,7 +107,9 @@ class PixelCNNPlusPlus(AutoregressiveModel):
     def check(self, x: Tensor) -> Tensor:
         x = super().check(x)
         if x.shape[2] % 4 or x.shape[3] % 4:
-            raise ValueError(f"{type(self).__name__}: x has shape {tuple(x.shape)}, expected H and W that are multiples of 4")
+            raise ValueError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)}, expected H and W that are multiples of 4"
+            )
         return x
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -68,9 +68,10 @@ class Basis(nn.Module):
 class R3GAN(AdversarialModel):
     """Relativistic pairing, R1 and R2, and residual networks without normalisation (Huang et al., arXiv:2501.05441).
 
-    Grouped inverted bottlenecks, LeakyReLU(0.2), bilinear up- and downsampling, a learned 4 x 4 basis at the narrow end of
-    both networks, no tanh. The critic is piecewise linear. ``weight`` is the gamma of both penalties, gamma / 2 E |g|^2; the
-    paper has 0.05 for CIFAR-10 (falling to 0.005) and 150 for 256 x 256 faces: it grows with the number of pixels.
+    Grouped inverted bottlenecks, LeakyReLU(0.2), bilinear up- and downsampling, a learned 4 x 4 basis at the narrow end
+    of both networks, no tanh. The critic is piecewise linear. ``weight`` is the gamma of both penalties, gamma / 2 E
+    |g|^2; the paper has 0.05 for CIFAR-10 (falling to 0.005) and 150 for 256 x 256 faces: it grows with the number of
+    pixels.
 
     Args:
         shape: (C, side, side) of images with values in [-1, 1], side = base times a power of two.
@@ -90,22 +91,38 @@ class R3GAN(AdversarialModel):
         torch.Size([2, 3, 16, 16])
     """
 
-    recipe = Recipe(loss="relativistic", penalty="r1r2", weight=0.05, generator_lr=2e-4, critic_lr=2e-4, betas=(0.0, 0.99))
+    recipe = Recipe(
+        loss="relativistic", penalty="r1r2", weight=0.05, generator_lr=2e-4, critic_lr=2e-4, betas=(0.0, 0.99)
+    )
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int = 64, width: int = 96, blocks: int = 1, expansion: int = 2,
-        group_size: int = 16, base: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int = 64,
+        width: int = 96,
+        blocks: int = 1,
+        expansion: int = 2,
+        group_size: int = 16,
+        base: int = 4,
+    ) -> None:
         super().__init__(shape, latent_dim)
         number = stages("R3GAN", self.shape, base)
         if group_size < 1 or (width * expansion) % group_size:
-            raise ValueError(f"R3GAN: width * expansion = {width * expansion} is not a multiple of group_size={group_size}")
+            raise ValueError(
+                f"R3GAN: width * expansion = {width * expansion} is not a multiple of group_size={group_size}"
+            )
         if blocks < 1:
             raise ValueError(f"R3GAN: blocks={blocks}, expected at least 1")
         self.config = {
-            "shape": self.shape, "latent_dim": latent_dim, "width": width, "blocks": blocks, "expansion": expansion,
-            "group_size": group_size, "base": base,
-        }  # fmt: skip
+            "shape": self.shape,
+            "latent_dim": latent_dim,
+            "width": width,
+            "blocks": blocks,
+            "expansion": expansion,
+            "group_size": group_size,
+            "base": base,
+        }
         depth = blocks * (number + 1)
 
         def stage() -> list[nn.Module]:

@@ -31,14 +31,22 @@ class RealNVP(FlowModel):
     """
 
     def __init__(
-        self, shape: int | tuple[int, ...], *, couplings: int = 8, levels: int = 1, hidden: int = 64, depth: int = 2,
+        self,
+        shape: int | tuple[int, ...],
+        *,
+        couplings: int = 8,
+        levels: int = 1,
+        hidden: int = 64,
+        depth: int = 2,
         context: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         super().__init__(shape)
         if len(shape) not in (1, 3) or (len(shape) == 1 and shape[0] < 2):
             raise ValueError(f"RealNVP: shape={shape}, expected (D,) with D >= 2, or (C, H, W)")
-        self.config = dict(shape=list(shape), couplings=couplings, levels=levels, hidden=hidden, depth=depth, context=context)
+        self.config = dict(
+            shape=list(shape), couplings=couplings, levels=levels, hidden=hidden, depth=depth, context=context
+        )
         self._hidden, self._depth, self._context = hidden, depth, context
         self.stages = nn.ModuleList()
         if len(shape) == 1:
@@ -63,7 +71,9 @@ class RealNVP(FlowModel):
             transform, width = ("first", dim // 2) if i % 2 == 0 else ("last", dim - dim // 2)
             network = MLP(dim - width, 2 * width, self._hidden, self._depth, self._context)
             steps.append(self.layers.ActNorm(dim))
-            steps.append(self.layers.AffineCoupling(network, scale="tanh", alpha="learn", width=width, transform=transform))
+            steps.append(
+                self.layers.AffineCoupling(network, scale="tanh", alpha="learn", width=width, transform=transform)
+            )
         flow: nn.Module = self.layers.FlowSequential(*steps)
         return flow
 

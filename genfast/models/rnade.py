@@ -41,9 +41,17 @@ class RNADE(DensityModel):
     layers: Any = gnn  # genfast.nn, or its plain twins: see :func:`genfast.models.plain`
 
     def __init__(
-        self, dim: int, hidden: int = 100, components: int = 10, *, activation: str = "relu", rescale: bool = True,
-        scale_gradients: bool = False, order: str | Sequence[int] | None = None, context_features: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        hidden: int = 100,
+        components: int = 10,
+        *,
+        activation: str = "relu",
+        rescale: bool = True,
+        scale_gradients: bool = False,
+        order: str | Sequence[int] | None = None,
+        context_features: int = 0,
+    ) -> None:
         super().__init__((dim,))
         if components < 1:
             raise ValueError(f"RNADE: components={components}, expected at least 1")
@@ -52,11 +60,19 @@ class RNADE(DensityModel):
         )
         self.components, self.scale_gradients = components, scale_gradients
         with torch.no_grad():  # components that differ from the start, of the width of standardised data
-            self.network.bias[:, components : 2 * components] = torch.linspace(-1, 1, components) if components > 1 else 0
+            self.network.bias[:, components : 2 * components] = (
+                torch.linspace(-1, 1, components) if components > 1 else 0
+            )
         self.config = {
-            "dim": dim, "hidden": hidden, "components": components, "activation": activation, "rescale": rescale,
-            "scale_gradients": scale_gradients, "order": self.network.order.tolist(), "context_features": context_features,
-        }  # fmt: skip
+            "dim": dim,
+            "hidden": hidden,
+            "components": components,
+            "activation": activation,
+            "rescale": rescale,
+            "scale_gradients": scale_gradients,
+            "order": self.network.order.tolist(),
+            "context_features": context_features,
+        }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D, 3 components): logits, means and log deviations of p(x_d | x_<d)."""
@@ -73,21 +89,31 @@ class RNADE(DensityModel):
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None, context: Tensor | None = None,
-        uniforms: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None, rows: slice | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        context: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        given: Tensor | None = None,
+        known: Tensor | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
         """n samples (n, D).
 
         Args:
             temperature: multiplies the components' deviations.
             generator: of the random numbers, unless they are given: ``uniforms`` (n, D, 2).
             context: (n, K) of a conditional model.
-            given, known: (n, D) values, and bool (n, D) or (D,) where they hold; the rest is drawn given those known that come
-                before it in the model's order.
+            given, known: (n, D) values, and bool (n, D) or (D,) where they hold; the rest is drawn given those known
+                that come before it in the model's order.
             rows: only these of the n, from the random numbers of all: what one of several processes draws.
         """
         if n < 0 or temperature <= 0:
-            raise ValueError(f"RNADE.sample: n={n} and temperature={temperature}, expected n >= 0 and a positive temperature")
+            raise ValueError(
+                f"RNADE.sample: n={n} and temperature={temperature}, expected n >= 0 and a positive temperature"
+            )
         like = next(self.parameters())
         if uniforms is None:
             where = like.device if generator is None else generator.device

@@ -27,8 +27,8 @@ def _linear(taken: int, given: int) -> nn.Module:
 class SelfAttention2d(nn.Module):
     """x + gamma o(softmax(theta^T phi) g), gamma = 0 at first, in the released form (Zhang et al., arXiv:1805.08318).
 
-    theta and phi have C/8 channels, g has C/2; phi and g are max-pooled 2 x 2, so every position attends to a quarter of
-    the positions. The paper's own equations have neither the pooling nor C/2. Maps (N, C, H, W), H and W at least 2.
+    theta and phi have C/8 channels, g has C/2; phi and g are max-pooled 2 x 2, so every position attends to a quarter
+    of the positions. The paper's own equations have neither the pooling nor C/2. Maps (N, C, H, W), H and W at least 2.
     """
 
     def __init__(self, channels: int) -> None:
@@ -98,10 +98,14 @@ class CriticBlock(nn.Module):
 
 
 class SAGANGenerator(nn.Module):
-    def __init__(self, shape: Sequence[int], latent_dim: int, classes: int | None, width: int, base: int, number: int) -> None:
+    def __init__(
+        self, shape: Sequence[int], latent_dim: int, classes: int | None, width: int, base: int, number: int
+    ) -> None:
         super().__init__()
         channels = [width << i for i in reversed(range(number + 1))]
-        self.start = nn.Sequential(_linear(latent_dim, channels[0] * base * base), nn.Unflatten(1, (channels[0], base, base)))
+        self.start = nn.Sequential(
+            _linear(latent_dim, channels[0] * base * base), nn.Unflatten(1, (channels[0], base, base))
+        )
         self.blocks = nn.ModuleList(GeneratorBlock(t, g, classes) for t, g in zip(channels[:-1], channels[1:]))
         self.attention = SelfAttention2d(channels[-2])  # where maps have half the side of the images
         self.end = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), _conv(width, shape[0], 3), nn.Tanh())
@@ -141,8 +145,8 @@ class SAGANCritic(nn.Module):
 class SAGAN(AdversarialModel):
     """Residual networks with self-attention at half the images' side (Zhang et al., arXiv:1805.08318).
 
-    Hinge loss, spectral norm in both networks, one update of each, learning rates 1e-4 for the generator and 4e-4 for the
-    critic, Adam (0, 0.9). With ``classes``, conditional batch norm in the generator and projection in the critic.
+    Hinge loss, spectral norm in both networks, one update of each, learning rates 1e-4 for the generator and 4e-4 for
+    the critic, Adam (0, 0.9). With ``classes``, conditional batch norm in the generator and projection in the critic.
 
     Args:
         shape: (C, side, side) of images with values in [-1, 1], side = base times a power of two, at least 4.

@@ -16,8 +16,8 @@ from .base_autoencoder import Losses, Network, squared_error
 class SparseAutoencoder(Autoencoder):
     """An autoencoder whose code has few active units, and may have more units than the image has pixels.
 
-    "kl": sigmoid units, whose mean activations over the batch are pulled to ``rho`` by sum_j KL(rho || rho_j) (Ng, CS294A
-    lecture notes, section 3). "l1": ReLU units with the penalty sum_j |h_j|, mean over the batch.
+    "kl": sigmoid units, whose mean activations over the batch are pulled to ``rho`` by sum_j KL(rho || rho_j) (Ng,
+    CS294A lecture notes, section 3). "l1": ReLU units with the penalty sum_j |h_j|, mean over the batch.
 
     Args:
         penalty: "kl" or "l1".
@@ -35,10 +35,20 @@ class SparseAutoencoder(Autoencoder):
     """
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int = 128, levels: int = 256, penalty: Literal["kl", "l1"] = "kl",
-        weight: float = 0.1, rho: float = 0.05, network: Network = "perceptron", hidden: int = 256, depth: int = 1,
-        width: int = 32, base: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int = 128,
+        levels: int = 256,
+        penalty: Literal["kl", "l1"] = "kl",
+        weight: float = 0.1,
+        rho: float = 0.05,
+        network: Network = "perceptron",
+        hidden: int = 256,
+        depth: int = 1,
+        width: int = 32,
+        base: int = 4,
+    ) -> None:
         sizes: dict[str, Any] = {"network": network, "hidden": hidden, "depth": depth, "width": width, "base": base}
         super().__init__(shape, latent_dim=latent_dim, levels=levels, **sizes)
         if penalty not in ("kl", "l1"):
@@ -70,7 +80,9 @@ class SparseAutoencoder(Autoencoder):
         error = squared_error(self.decoder(code), target)
         penalty = kl_to_bernoulli(code, self.rho) if self.penalty == "kl" else code.abs().sum(1).mean()
         loss = error + self.weight * penalty
-        return Losses({"autoencoder": loss}, {"loss": loss, "error": error, "penalty": penalty, "activation": code.mean()})
+        return Losses(
+            {"autoencoder": loss}, {"loss": loss, "error": error, "penalty": penalty, "activation": code.mean()}
+        )
 
     @torch.no_grad()
     def figures(self, images: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -16,15 +16,16 @@ from .base_flow import dequantize
 
 
 class VAE(AutoencoderModel):
-    """The variational autoencoder: a diagonal Gaussian posterior, the prior N(0, 1) (Kingma and Welling, arXiv:1312.6114).
+    """The variational autoencoder: a diagonal Gaussian posterior, the prior N(0, 1) (Kingma and Welling,
+    arXiv:1312.6114).
 
     The loss is -(E log p(x|z) - beta KL), with one sample of z, from :func:`genfast.ops.diagonal_gaussian`.
 
     ``likelihood`` p(x|z): "categorical", a softmax over the levels of each pixel; "discretized_logistic", a mixture of
-    ``mixtures`` logistics (arXiv:1701.05517); both are probabilities of the images themselves, comparable with the bits per
-    dimension of other models. "gaussian": a mean and a variance for each pixel, of images with uniform noise, whose density
-    bounds that probability. "bernoulli": of images drawn from the grey values anew for every batch, as in the published
-    results on binary MNIST; its bits are those of black and white pixels.
+    ``mixtures`` logistics (arXiv:1701.05517); both are probabilities of the images themselves, comparable with the bits
+    per dimension of other models. "gaussian": a mean and a variance for each pixel, of images with uniform noise, whose
+    density bounds that probability. "bernoulli": of images drawn from the grey values anew for every batch, as in the
+    published results on binary MNIST; its bits are those of black and white pixels.
 
     Args:
         shape: (C, H, W); for the convolutional networks square, a side of ``base`` times a power of two.
@@ -51,30 +52,54 @@ class VAE(AutoencoderModel):
     prior = True
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int = 16, levels: int = 256,
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int = 16,
+        levels: int = 256,
         likelihood: Literal["categorical", "discretized_logistic", "gaussian", "bernoulli"] = "discretized_logistic",
-        beta: float = 1.0, warmup: int = 0, free_bits: float = 0.0, mixtures: int = 3, network: Network = "perceptron",
-        hidden: int = 256, depth: int = 2, width: int = 32, base: int = 4,
-    ) -> None:  # fmt: skip
+        beta: float = 1.0,
+        warmup: int = 0,
+        free_bits: float = 0.0,
+        mixtures: int = 3,
+        network: Network = "perceptron",
+        hidden: int = 256,
+        depth: int = 2,
+        width: int = 32,
+        base: int = 4,
+    ) -> None:
         super().__init__(shape, latent_dim, levels)
         if likelihood not in losses.LIKELIHOODS:
-            raise ValueError(f"VAE: likelihood={likelihood!r}, expected one of {', '.join(map(repr, losses.LIKELIHOODS))}")
+            raise ValueError(
+                f"VAE: likelihood={likelihood!r}, expected one of {', '.join(map(repr, losses.LIKELIHOODS))}"
+            )
         for name, value in (("beta", beta), ("warmup", warmup), ("free_bits", free_bits)):
             if not value >= 0:
                 raise ValueError(f"VAE: {name}={value}, expected at least 0")
         if mixtures < 1 or (likelihood == "discretized_logistic" and self.shape[0] not in (1, 3)):
-            raise ValueError(f"VAE: mixtures={mixtures} and {self.shape[0]} channels, expected at least 1 and 1 or 3 channels")
+            raise ValueError(
+                f"VAE: mixtures={mixtures} and {self.shape[0]} channels, expected at least 1 and 1 or 3 channels"
+            )
         sizes = {"hidden": hidden, "depth": depth, "width": width, "base": base}
         self.config = {
-            "shape": self.shape, "latent_dim": latent_dim, "levels": levels, "likelihood": likelihood, "beta": beta,
-            "warmup": warmup, "free_bits": free_bits, "mixtures": mixtures, "network": network,
-        } | sizes  # fmt: skip
+            "shape": self.shape,
+            "latent_dim": latent_dim,
+            "levels": levels,
+            "likelihood": likelihood,
+            "beta": beta,
+            "warmup": warmup,
+            "free_bits": free_bits,
+            "mixtures": mixtures,
+            "network": network,
+        } | sizes
         self.likelihood, self.beta, self.warmup, self.free_bits = likelihood, beta, warmup, free_bits
         channels = self.shape[0]
         out = {
-            "categorical": levels * channels, "gaussian": 2 * channels, "bernoulli": channels,
+            "categorical": levels * channels,
+            "gaussian": 2 * channels,
+            "bernoulli": channels,
             "discretized_logistic": mixtures * (10 if channels == 3 else 3),
-        }[likelihood]  # fmt: skip
+        }[likelihood]
         self.encoder = encoder_network("VAE", network, self.shape, 2 * latent_dim, **sizes)
         self.decoder = decoder_network("VAE", network, self.shape, latent_dim, out, **sizes)
 
@@ -107,7 +132,8 @@ class VAE(AutoencoderModel):
         return found
 
     def _observed(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, float]:
-        """What the encoder sees, what the likelihood is of, and what its logarithm is short of that of the images' levels."""
+        """What the encoder sees, what the likelihood is of, and what its logarithm is short of that of the images'
+        levels."""
         like = next(self.parameters())
         if self.likelihood == "gaussian":  # a density of values in [-1, 1], whose bins are 2 / levels wide
             values = 2 * dequantize(images, self.levels, generator=generator)
@@ -135,8 +161,9 @@ class VAE(AutoencoderModel):
     @torch.no_grad()
     def importance_weighted_bound(
         self, images: Tensor, samples: int = 64, *, generator: torch.Generator | None = None
-    ) -> Tensor:  # fmt: skip
-        """The tighter bound of ``samples`` samples of z a image, mean over the batch, nats (arXiv:1509.00519, equation 8)."""
+    ) -> Tensor:
+        """The tighter bound of ``samples`` samples of z a image, mean over the batch, nats (arXiv:1509.00519, equation
+        8)."""
         seen, target, constant = self._observed(images, generator)
         mean, log_variance = self.posterior(seen)
         weights = []

@@ -16,9 +16,9 @@ from .base_autoencoder import Losses, Network, squared_error
 class WAE(Autoencoder):
     """The Wasserstein autoencoder with a maximum mean discrepancy (Tolstikhin et al., arXiv:1711.01558, algorithm 2).
 
-    The encoder is deterministic. The loss is the squared error plus ``weight`` times the squared MMD, unbiased, between the
-    codes of the batch and as many from N(0, 1), under the sum of inverse multiquadratic kernels of the released code:
-    C / (C + |x - y|^2), C = 2 latent_dim s for s = 0.1, 0.2, 0.5, 1, 2, 5, 10; see :func:`genfast.ops.mmd`.
+    The encoder is deterministic. The loss is the squared error plus ``weight`` times the squared MMD, unbiased, between
+    the codes of the batch and as many from N(0, 1), under the sum of inverse multiquadratic kernels of the released
+    code: C / (C + |x - y|^2), C = 2 latent_dim s for s = 0.1, 0.2, 0.5, 1, 2, 5, 10; see :func:`genfast.ops.mmd`.
 
     Args:
         weight: of the discrepancy, the paper's lambda.
@@ -36,9 +36,18 @@ class WAE(Autoencoder):
     prior = True
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int = 8, levels: int = 256, weight: float = 10.0,
-        network: Network = "perceptron", hidden: int = 256, depth: int = 2, width: int = 32, base: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int = 8,
+        levels: int = 256,
+        weight: float = 10.0,
+        network: Network = "perceptron",
+        hidden: int = 256,
+        depth: int = 2,
+        width: int = 32,
+        base: int = 4,
+    ) -> None:
         sizes: dict[str, Any] = {"network": network, "hidden": hidden, "depth": depth, "width": width, "base": base}
         super().__init__(shape, latent_dim=latent_dim, levels=levels, **sizes)
         if not weight >= 0:
@@ -59,5 +68,7 @@ class WAE(Autoencoder):
     def figures(self, images: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """mse, and mmd of these images' codes, the same for each."""
         code = self.encode(images)
-        discrepancy = ops.mmd(code, self.latent(len(code), generator), kernel="imq") if len(code) > 1 else code.new_zeros(())
+        discrepancy = (
+            ops.mmd(code, self.latent(len(code), generator), kernel="imq") if len(code) > 1 else code.new_zeros(())
+        )
         return super().figures(images) | {"mmd": discrepancy.expand(len(code))}

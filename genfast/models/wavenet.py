@@ -39,17 +39,32 @@ class WaveNet(AutoregressiveModel):
     dims = 1
 
     def __init__(
-        self, levels: int = 256, residual: int = 64, skip: int = 128, layers: int = 10, stacks: int = 2, kernel_size: int = 2,
-        *, context_channels: int | None = None, shape: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        levels: int = 256,
+        residual: int = 64,
+        skip: int = 128,
+        layers: int = 10,
+        stacks: int = 2,
+        kernel_size: int = 2,
+        *,
+        context_channels: int | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(1, levels, shape)
         self.config = {
-            "levels": levels, "residual": residual, "skip": skip, "layers": layers, "stacks": stacks,
-            "kernel_size": kernel_size, "context_channels": context_channels, "shape": self.shape,
-        }  # fmt: skip
+            "levels": levels,
+            "residual": residual,
+            "skip": skip,
+            "layers": layers,
+            "stacks": stacks,
+            "kernel_size": kernel_size,
+            "context_channels": context_channels,
+            "shape": self.shape,
+        }
         if layers < 1 or stacks < 1 or kernel_size < 2:
             raise ValueError(
-                f"{type(self).__name__}: layers={layers}, stacks={stacks}, kernel_size={kernel_size}, expected at least 1, 1, 2"
+                f"{type(self).__name__}: layers={layers}, stacks={stacks}, kernel_size={kernel_size}, expected at "
+                "least 1, 1, 2"
             )
         conv, gate = self.layers.MaskedConv1d, self.layers.GatedActivation
         count, end = layers * stacks, (kernel_size - 1,)
@@ -61,7 +76,9 @@ class WaveNet(AutoregressiveModel):
         )
         self.gate = gate()
         features = context_channels or 0
-        self.conditions = nn.ModuleList(gnn.ConditionBias(features, 2 * residual) for _ in range(count if features else 0))
+        self.conditions = nn.ModuleList(
+            gnn.ConditionBias(features, 2 * residual) for _ in range(count if features else 0)
+        )
         self.residuals = nn.ModuleList(nn.Conv1d(residual, residual, 1) for _ in range(count - 1))
         self.skips = nn.ModuleList(nn.Conv1d(residual, skip, 1) for _ in range(count))
         self.hidden, self.out = nn.Conv1d(skip, skip, 1), nn.Conv1d(skip, levels, 1)

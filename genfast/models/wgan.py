@@ -22,4 +22,6 @@ class WGAN(PointsOrImages):
         torch.Size([3])
     """
 
-    recipe = Recipe(loss="wasserstein", clip=0.01, critic_steps=5, optimizer="rmsprop", generator_lr=5e-5, critic_lr=5e-5)
+    recipe = Recipe(
+        loss="wasserstein", clip=0.01, critic_steps=5, optimizer="rmsprop", generator_lr=5e-5, critic_lr=5e-5
+    )

@@ -14,16 +14,20 @@ from .blocks import mlp, stages
 
 
 class ResidualBlock(nn.Module):
-    """norm, ReLU, 3 x 3, norm, ReLU, 3 x 3, beside a shortcut; up: nearest before the first, down: mean behind the second.
+    """norm, ReLU, 3 x 3, norm, ReLU, 3 x 3, beside a shortcut; up: nearest before the first, down: mean behind the
+    second.
 
     Without ``first_activation``, for the critic's first block, the input goes to the convolution as it is, and the
     shortcut pools before its 1 x 1 convolution.
     """
 
     def __init__(
-        self, channels: tuple[int, int], resample: Literal["up", "down"] | None, norm: Literal["batch", "layer"] | None,
+        self,
+        channels: tuple[int, int],
+        resample: Literal["up", "down"] | None,
+        norm: Literal["batch", "layer"] | None,
         first_activation: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         taken, given = channels
         between = given if resample != "down" or not first_activation else taken
@@ -87,9 +91,14 @@ class ResNetGenerator(nn.Sequential):
     def __init__(self, name: str, shape: Sequence[int], latent_dim: int, width: int, base: int) -> None:
         blocks = [ResidualBlock((width, width), "up", "batch") for _ in range(stages(name, shape, base))]
         super().__init__(
-            _glorot(nn.Linear(latent_dim, width * base * base)), nn.Unflatten(1, (width, base, base)), *blocks,
-            nn.BatchNorm2d(width), nn.ReLU(), _glorot(nn.Conv2d(width, shape[0], 3, padding=1)), nn.Tanh(),
-        )  # fmt: skip
+            _glorot(nn.Linear(latent_dim, width * base * base)),
+            nn.Unflatten(1, (width, base, base)),
+            *blocks,
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            _glorot(nn.Conv2d(width, shape[0], 3, padding=1)),
+            nn.Tanh(),
+        )
 
 
 class ResNetCritic(nn.Sequential):
@@ -100,14 +109,16 @@ class ResNetCritic(nn.Sequential):
         blocks = [ResidualBlock((shape[0], width), "down", norm, first_activation=False)]
         blocks += [ResidualBlock((width, width), "down", norm) for _ in range(down - 1)]
         blocks += [ResidualBlock((width, width), None, norm) for _ in range(2)]
-        super().__init__(*blocks, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), _glorot(nn.Linear(width, 1)), nn.Flatten(0))
+        super().__init__(
+            *blocks, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), _glorot(nn.Linear(width, 1)), nn.Flatten(0)
+        )
 
 
 class WGANGP(AdversarialModel):
     """The Wasserstein game with a gradient penalty (Gulrajani et al., arXiv:1704.00028).
 
-    For points, the perceptrons of the released gan_toy.py: 2-512-512-512-1, ReLU, a penalty of weight 0.1. For images, the
-    residual networks of its CIFAR-10 experiment (appendix F): batch norm in the generator alone; weight 10.
+    For points, the perceptrons of the released gan_toy.py: 2-512-512-512-1, ReLU, a penalty of weight 0.1. For images,
+    the residual networks of its CIFAR-10 experiment (appendix F): batch norm in the generator alone; weight 10.
 
     Args:
         shape: (D,) of points or (C, side, side) of images with values in [-1, 1], side = base times a power of two.
@@ -127,22 +138,42 @@ class WGANGP(AdversarialModel):
     """
 
     recipe = Recipe(
-        loss="wasserstein", penalty="wgan-gp", weight=10.0, critic_steps=5, generator_lr=2e-4, critic_lr=2e-4, betas=(0.0, 0.9)
+        loss="wasserstein",
+        penalty="wgan-gp",
+        weight=10.0,
+        critic_steps=5,
+        generator_lr=2e-4,
+        critic_lr=2e-4,
+        betas=(0.0, 0.9),
     )
     toy_recipe = replace(recipe, weight=0.1, generator_lr=1e-4, critic_lr=1e-4, betas=(0.5, 0.9))
 
     def __init__(
-        self, shape: Sequence[int], *, latent_dim: int | None = None, hidden: int = 512, depth: int = 3, width: int = 128,
-        base: int = 4, critic_norm: Literal["layer"] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        shape: Sequence[int],
+        *,
+        latent_dim: int | None = None,
+        hidden: int = 512,
+        depth: int = 3,
+        width: int = 128,
+        base: int = 4,
+        critic_norm: Literal["layer"] | None = None,
+    ) -> None:
         points = len(shape) == 1
         super().__init__(shape, (2 if points else 128) if latent_dim is None else latent_dim)
         if critic_norm not in (None, "layer"):
-            raise ValueError(f"WGANGP: critic_norm={critic_norm!r}, expected None or 'layer' (batch norm couples samples)")
+            raise ValueError(
+                f"WGANGP: critic_norm={critic_norm!r}, expected None or 'layer' (batch norm couples samples)"
+            )
         self.config = {
-            "shape": self.shape, "latent_dim": self.latent_dim, "hidden": hidden, "depth": depth, "width": width,
-            "base": base, "critic_norm": critic_norm,
-        }  # fmt: skip
+            "shape": self.shape,
+            "latent_dim": self.latent_dim,
+            "hidden": hidden,
+            "depth": depth,
+            "width": width,
+            "base": base,
+            "critic_norm": critic_norm,
+        }
         if points:
             self.recipe = self.toy_recipe
             self.generator, self.critic = _toy(self.shape, self.latent_dim, hidden, depth)

@@ -43,10 +43,10 @@ from .upfirdn2d import Downsample2d, Upfirdn2d, Upsample2d
 __all__ = [
     "ActNorm", "AffineCoupling", "AppendOnes", "BatchNormFlow", "BiasAct", "Bijection", "CircularShift", "ConcatELU",
     "ConditionBias", "ContextualLoss", "CriticStep", "DeepNADE", "DiagonalBiLSTM", "DownRightShiftedConv2d",
-    "DownRightShiftedConvTranspose2d", "Downsample2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d", "FlowSequential",
-    "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "GramLoss", "GramMatrix", "Householder", "Inverse",
-    "InvertibleConv1x1", "LevelEmbedding", "LULinear", "MADE", "MaskedAutoregressive", "MaskedConv1d", "MaskedConv2d",
-    "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev", "ModulatedConv2d", "NADE", "Permutation",
-    "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift", "spectral_norm", "Spline", "SplineCoupling",
-    "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
+    "DownRightShiftedConvTranspose2d", "Downsample2d", "DownShiftedConv2d", "DownShiftedConvTranspose2d",
+    "FlowSequential", "GatedActivation", "GatedMaskedConv2d", "GlowStep", "GradientPenalty", "GramLoss", "GramMatrix",
+    "Householder", "Inverse", "InvertibleConv1x1", "LevelEmbedding", "LULinear", "MADE", "MaskedAutoregressive",
+    "MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MaskedLinear", "MinibatchDiscrimination", "MinibatchStddev",
+    "ModulatedConv2d", "NADE", "Permutation", "PixelNorm", "ReversibleSequential", "RowLSTM", "ScaleLevels", "Shift",
+    "spectral_norm", "Spline", "SplineCoupling", "Split", "Squeeze", "Upfirdn2d", "Upsample2d", "weight_norm",
 ]  # fmt: skip

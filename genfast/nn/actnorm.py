@@ -20,12 +20,14 @@ class ActNorm(Bijection):
 
     The first ``forward`` in training mode sets ``log_scale`` and ``bias`` so that its output has zero mean and unit
     variance per channel, over all ranks when torch.distributed is initialised. That happens once: the flag is in the
-    state_dict. Before it, in evaluation mode or through ``inverse``, the layer is what its parameters say (the identity).
+    state_dict. Before it, in evaluation mode or through ``inverse``, the layer is what its parameters say (the
+    identity).
 
     Args:
         channels: C; inputs are (N, C, ...).
         eps: a channel with a standard deviation below this is not scaled up any further.
-        shift_first: y = e^log_scale (x + bias), as OpenAI's Glow and its ports have it; see :func:`genfast.ops.actnorm`.
+        shift_first: y = e^log_scale (x + bias), as OpenAI's Glow and its ports have it; see
+            :func:`genfast.ops.actnorm`.
 
     Raises:
         ValueError: a first batch without a single position, from which nothing can be set.
@@ -61,7 +63,8 @@ class ActNorm(Bijection):
                 return  # a call for shapes alone
             if not readable(x, self.initialized):
                 raise RuntimeError(
-                    "ActNorm: the first call in training sets the parameters from its batch, which an exported or a batched "
+                    "ActNorm: the first call in training sets the parameters from its batch, which an exported or a "
+                    "batched "
                     "one cannot; call the model once on a batch before, or call eval()"
                 )
             with ordinary():

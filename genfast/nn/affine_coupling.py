@@ -21,8 +21,8 @@ class AffineCoupling(Bijection):
     """A coupling layer around any conditioner network: y_a = s(r) x_a + t with (r, t) = conditioner(x_b).
 
     The conditioner is called with x_b, or with (x_b, context) when a context is given, and returns (N, 2C', ...)
-    (C' for ``scale="additive"``). With a channel split x_b is the C - C' channels that pass through; with a ``mask`` it is
-    all of x with zeros where the mask is False, and C' = C.
+    (C' for ``scale="additive"``). With a channel split x_b is the C - C' channels that pass through; with a ``mask`` it
+    is all of x with zeros where the mask is False, and C' = C.
 
     Args:
         conditioner: any module.
@@ -31,8 +31,9 @@ class AffineCoupling(Bijection):
         width: C', the number of transformed channels; C // 2 without.
         transform: whether the "first" or the "last" channels are transformed.
         alpha: for ``scale="tanh"``: a float, or "learn" for one learned factor per channel (needs ``width``).
-        shift_first: y_a = s(r) (x_a + t), as OpenAI's Glow, its ports and chrischute/real-nvp have it; the same conditioner
-            is another function under the other convention, without an error. See :func:`genfast.ops.affine_coupling`.
+        shift_first: y_a = s(r) (x_a + t), as OpenAI's Glow, its ports and chrischute/real-nvp have it; the same
+            conditioner is another function under the other convention, without an error. See
+            :func:`genfast.ops.affine_coupling`.
 
     Raises:
         ValueError: options that do not fit, or a conditioner whose output has the wrong shape.
@@ -61,8 +62,10 @@ class AffineCoupling(Bijection):
     ) -> None:
         super().__init__()
         for name, value, allowed in (
-            ("scale", scale, SCALES), ("layout", layout, LAYOUTS), ("transform", transform, ("first", "last")),
-        ):  # fmt: skip
+            ("scale", scale, SCALES),
+            ("layout", layout, LAYOUTS),
+            ("transform", transform, ("first", "last")),
+        ):
             if value not in allowed:
                 raise ValueError(f"AffineCoupling: {name}={value!r}, expected one of {', '.join(map(repr, allowed))}")
         if alpha is not None and scale != "tanh":
@@ -100,9 +103,16 @@ class AffineCoupling(Bijection):
 
     def _couple(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         return ops.affine_coupling(
-            x, params, scale=self.scale, mask=self.mask, inverse=inverse, alpha=self.alpha, layout=self.layout,
-            transform=self.transform, shift_first=self.shift_first,
-        )  # fmt: skip
+            x,
+            params,
+            scale=self.scale,
+            mask=self.mask,
+            inverse=inverse,
+            alpha=self.alpha,
+            layout=self.layout,
+            transform=self.transform,
+            shift_first=self.shift_first,
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._couple(x, self._params(x, self._passed(x), context), False)
@@ -191,7 +201,7 @@ class GlowStep(Bijection):
         self.conv = InvertibleConv1x1(channels, plu=plu)
         self.coupling = AffineCoupling(
             conditioner, scale=scale, width=self.width, layout=layout, shift_first=shift_first
-        )  # fmt: skip
+        )
 
     def stages(self, paired: bool) -> list[Any]:
         return [_Mix(self, paired), _Couple(self, paired)]

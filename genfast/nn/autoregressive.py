@@ -27,24 +27,27 @@ class MaskedAutoregressive(Mapped, Bijection):
     """An autoregressive layer: z_i = f(x_i; theta_i), theta_i a function of the x before i, by a masked network.
 
     ``forward`` is one parallel pass. ``inverse`` goes through the network in the order of its degrees
-    (:func:`genfast.ops.autoregressive_inverse`): each unit is computed once, so it costs about one pass too and not D of them.
-    Both have gradients to x or z, the weights and the context. ``inverse_plain`` is the D passes.
+    (:func:`genfast.ops.autoregressive_inverse`): each unit is computed once, so it costs about one pass too and not D
+    of them. Both have gradients to x or z, the weights and the context. ``inverse_plain`` is the D passes.
 
     Args:
-        network: a :class:`MADE`, or any module with ``forward(x (N, D), context (N, K)) -> (N, D, P)`` of which output i sees
-            only what comes before i in some order, and a method ``layers(context)``, its :class:`genfast.sampling.Layer`s.
-            Without that method the inverse is ``inverse_plain``; so it is, with a warning, where hooks or a changed forward
-            make a call of the network another function than its layers.
+        network: a :class:`MADE`, or any module with ``forward(x (N, D), context (N, K)) -> (N, D, P)`` of which output
+            i sees only what comes before i in some order, and a method ``layers(context)``, its
+            :class:`genfast.sampling.Layer`s. Without that method the inverse is ``inverse_plain``; so it is, with a
+            warning, where hooks or a changed forward make a call of the network another function than its layers.
         transform: "affine", P = 2, the shift t then a (P = 1 for ``scale="additive"``), or "spline", P as
             :func:`genfast.ops.rational_quadratic_spline_packed` says.
-        scale: s(a) of the affine one: "softclamp" log s = a / (1 + |a| / log 1000), "exp" e^a, "sigmoid" sigmoid(a + 2), or
-            "additive" s = 1.
-        normalising: z = (x - t) / s, MAF's direction; False: z = s x + t, which zuko has and :class:`Inverse` makes IAF of.
-        bins, tails, bound, convention, min_bin_width, min_bin_height, min_derivative, slope, logit_scale: of the spline, on
+        scale: s(a) of the affine one: "softclamp" log s = a / (1 + |a| / log 1000), "exp" e^a, "sigmoid" sigmoid(a +
+            2), or "additive" s = 1.
+        normalising: z = (x - t) / s, MAF's direction; False: z = s x + t, which zuko has and :class:`Inverse` makes IAF
+            of.
+        bins, tails, bound, convention, min_bin_width, min_bin_height, min_derivative, slope, logit_scale: of the
+        spline, on
             [-bound, bound] (5 without).
 
     Raises:
-        TypeError, ValueError: options of the other transform, a network with another number of outputs or of the wrong shape.
+        TypeError, ValueError: options of the other transform, a network with another number of outputs or of the wrong
+            shape.
 
     Source: MAF (arXiv:1705.07057, section 3), Neural Spline Flows (arXiv:1906.04032, section 3).
 
@@ -64,7 +67,9 @@ class MaskedAutoregressive(Mapped, Bijection):
                 f"MaskedAutoregressive: the network has outputs={outputs}, expected {self.map.outputs} for {self.map}"
             )
         self._program: DegreeProgram | None = None
-        self._lowered: ModuleContents | None = None  # what ``_program`` was made from: of a MADE, whose layers follow from that
+        self._lowered: ModuleContents | None = (
+            None  # what ``_program`` was made from: of a MADE, whose layers follow from that
+        )
         self._proven: tuple[object, object] | None = None  # the program's code and the map that agreed with the network
 
     def __getstate__(self) -> dict[str, Any]:  # a copy lowers its own network
@@ -74,7 +79,8 @@ class MaskedAutoregressive(Mapped, Bijection):
         params: Tensor = self.network(x) if context is None else self.network(x, context)
         if params.shape != (*x.shape, self.map.outputs):
             raise ValueError(
-                f"MaskedAutoregressive: the network {type(self.network).__name__} returned {tuple(params.shape)} for an input "
+                f"MaskedAutoregressive: the network {type(self.network).__name__} returned {tuple(params.shape)} for "
+                "an input "
                 f"of {tuple(x.shape)}, expected {(*x.shape, self.map.outputs)}"
             )
         return params
@@ -110,7 +116,11 @@ class MaskedAutoregressive(Mapped, Bijection):
 
     def _unchanged_program(self) -> DegreeProgram | None:
         """The last program, where one walk over the network shows that it would be made again."""
-        if self._lowered is None or torch.compiler.is_compiling() or not changes_nothing(class_of(self), MaskedAutoregressive):
+        if (
+            self._lowered is None
+            or torch.compiler.is_compiling()
+            or not changes_nothing(class_of(self), MaskedAutoregressive)
+        ):
             return None
         return self._program if self._lowered.same(self.network) else None
 
@@ -157,9 +167,13 @@ class MaskedAutoregressive(Mapped, Bijection):
 
             name = f"MaskedAutoregressive of a {type(self.network).__name__}"
             checks.check_row(
-                name, self, x, logdet, again,
+                name,
+                self,
+                x,
+                logdet,
+                again,
                 lambda: checks.first_layer(self.network, program.layers, lambda: again(self, x.dtype), x.to(z.dtype)),
-            )  # fmt: skip
+            )
         self._proven = program.code, self.map
 
     def extra_repr(self) -> str:

@@ -14,7 +14,8 @@ from .bijection import Bijection
 
 
 class _Total(torch.autograd.Function):
-    """The sum over ranks, whose losses are summed too: of what each rank's depends on here, every rank's part counts."""
+    """The sum over ranks, whose losses are summed too: of what each rank's depends on here, every rank's part
+    counts."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -31,18 +32,18 @@ class _Total(torch.autograd.Function):
 class BatchNormFlow(Bijection):
     """Batch normalisation as a bijection: z = e^log_gamma (x - m) / sqrt(v + eps) + beta, logdet with it.
 
-    In training m and v are the batch's own, with their gradient, so one sample's density depends on the others of its batch;
-    in evaluation they are the running ones, and so is the inverse, which training has none of. On several ranks each uses the
-    statistics of its own part of the batch, and DistributedDataParallel makes the running ones those of rank 0, as with torch's
-    batch norm; or, with ``over_ranks``, all use those of the whole batch, in parts of any length, also none. The trainers of
-    genfast set it.
+    In training m and v are the batch's own, with their gradient, so one sample's density depends on the others of its
+    batch; in evaluation they are the running ones, and so is the inverse, which training has none of. On several ranks
+    each uses the statistics of its own part of the batch, and DistributedDataParallel makes the running ones those of
+    rank 0, as with torch's batch norm; or, with ``over_ranks``, all use those of the whole batch, in parts of any
+    length, also none. The trainers of genfast set it.
 
     Args:
         features: C; inputs are (N, C, ...).
         momentum: the newest batch's share in the running statistics.
         eps: added to the variance.
-        over_ranks: whether training takes the statistics over all processes of torch.distributed, which then call ``forward``
-            together. For gradients averaged over the ranks, as DistributedDataParallel does.
+        over_ranks: whether training takes the statistics over all processes of torch.distributed, which then call
+            ``forward`` together. For gradients averaged over the ranks, as DistributedDataParallel does.
 
     Raises:
         ValueError: a training batch with fewer than two positions per feature.
@@ -62,7 +63,8 @@ class BatchNormFlow(Bijection):
         super().__init__()
         if features < 1 or not 0 <= momentum <= 1 or not eps > 0:
             raise ValueError(
-                f"BatchNormFlow: features={features}, momentum={momentum} and eps={eps}, expected at least 1, 0 to 1 and "
+                f"BatchNormFlow: features={features}, momentum={momentum} and eps={eps}, expected at least 1, 0 to 1 "
+                "and "
                 "more than 0"
             )
         self.features, self.momentum, self.eps, self.over_ranks = features, momentum, eps, over_ranks
@@ -84,7 +86,9 @@ class BatchNormFlow(Bijection):
             *sums, whole = _Total.apply(torch.cat((wide.sum(axes), wide.new_tensor([count])))).split([self.features, 1])
             count = float(whole.detach())
         if count < 2:
-            raise ValueError(f"BatchNormFlow: x has shape {tuple(x.shape)}; training needs at least 2 positions per feature")
+            raise ValueError(
+                f"BatchNormFlow: x has shape {tuple(x.shape)}; training needs at least 2 positions per feature"
+            )
         if spread:  # in two passes, as a difference of squares would lose digits
             mean = sums[0] / count
             centred = wide - mean.view(-1, *[1] * (x.dim() - 2))
@@ -107,7 +111,9 @@ class BatchNormFlow(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
-            raise RuntimeError("BatchNormFlow: no inverse in training, where the statistics are the batch's own; call eval()")
+            raise RuntimeError(
+                "BatchNormFlow: no inverse in training, where the statistics are the batch's own; call eval()"
+            )
         return ops.actnorm(z, *self._affine(self.running_mean, self.running_var), log_scale=True, inverse=True)
 
     def extra_repr(self) -> str:

@@ -38,12 +38,16 @@ class BiasAct(nn.Module):
             raise ValueError(f"BiasAct: channels={channels}, expected at least 1, or None for no bias")
         self.act, self.alpha, self.gain, self.clamp, self.dim = act, alpha, gain, clamp, dim
         self.register_parameter("bias", None if channels is None else nn.Parameter(torch.zeros(channels)))
-        ops.bias_act(torch.zeros(1, channels or 1), act=act, alpha=alpha, gain=gain, clamp=clamp)  # says now what is wrong
+        ops.bias_act(
+            torch.zeros(1, channels or 1), act=act, alpha=alpha, gain=gain, clamp=clamp
+        )  # says now what is wrong
 
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.bias_act(x, self.bias, dim=self.dim, act=self.act, alpha=self.alpha, gain=self.gain, clamp=self.clamp)
+        return ops.bias_act(
+            x, self.bias, dim=self.dim, act=self.act, alpha=self.alpha, gain=self.gain, clamp=self.clamp
+        )
 
     def extra_repr(self) -> str:
         given = {"act": self.act, "alpha": self.alpha, "gain": self.gain, "clamp": self.clamp}

@@ -32,7 +32,8 @@ def like(state: State, values: Sequence[Tensor]) -> State:
 
 
 class Bijection(nn.Module):
-    """An invertible module. ``forward`` goes from data to latent, ``inverse`` back; both return (value, logdet (N,))."""
+    """An invertible module. ``forward`` goes from data to latent, ``inverse`` back; both return (value, logdet
+    (N,))."""
 
     def forward(self, x: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
         raise NotImplementedError
@@ -104,7 +105,9 @@ class FlowSequential(Bijection):
         return self._run(z, [(b, "inverse") for b in reversed(list(self.children()))], context)
 
     def stages(self, paired: bool) -> list[Any]:
-        return [s for b in self.children() for s in (b.stages(paired) if isinstance(b, Bijection) and is_ours(b) else [b])]
+        return [
+            s for b in self.children() for s in (b.stages(paired) if isinstance(b, Bijection) and is_ours(b) else [b])
+        ]
 
     def _run(self, x: Any, steps: list[tuple[nn.Module, str]], context: Tensor | None) -> tuple[Any, Tensor]:
         logdets = []

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class DownShiftedConv2d(nn.Conv2d):
     """A convolution whose output row i sees the rows up to i, whole: padding above, and equally left and right.
 
-    The vertical stack of Gated PixelCNN (arXiv:1606.05328, section 2.2) and PixelCNN++ (arXiv:1701.05517). Causal only behind
-    a :class:`Shift` by one row. All taps are live, so it is the library's convolution. (N, C, H, W) to
+    The vertical stack of Gated PixelCNN (arXiv:1606.05328, section 2.2) and PixelCNN++ (arXiv:1701.05517). Causal only
+    behind a :class:`Shift` by one row. All taps are live, so it is the library's convolution. (N, C, H, W) to
     (N, O, H / stride, W / stride).
 
     Raises:
@@ -38,7 +38,8 @@ class DownShiftedConv2d(nn.Conv2d):
 class DownRightShiftedConv2d(nn.Conv2d):
     """A convolution whose output sees what is above and to the left, itself included: padding above and left.
 
-    The horizontal stack of PixelCNN++ (arXiv:1701.05517). All taps are live. (N, C, H, W) to (N, O, H / stride, W / stride).
+    The horizontal stack of PixelCNN++ (arXiv:1701.05517). All taps are live. (N, C, H, W) to (N, O, H / stride, W /
+    stride).
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class DownRightShiftedConvTranspose2d(nn.ConvTranspose2d):
 
 
 class Shift(nn.Module):
-    """Moves an image (N, C, H, W) down and to the right; what comes in is zero. A sequence (N, C, L) moves by ``down``."""
+    """Moves an image (N, C, H, W) down and to the right; what comes in is zero. A sequence (N, C, L) moves by
+    ``down``."""
 
     def __init__(self, down: int = 0, right: int = 0) -> None:
         super().__init__()
@@ -132,7 +134,9 @@ class ScaleLevels(nn.Module):
         if x.is_floating_point():
             return x * (2 / (self.levels - 1)) - 1
         dtype = self.like.dtype
-        wide = x.to(dtype if dtype.itemsize >= 4 else torch.float32)  # a half-precision number has no room for large levels
+        wide = x.to(
+            dtype if dtype.itemsize >= 4 else torch.float32
+        )  # a half-precision number has no room for large levels
         return (wide * (2 / (self.levels - 1)) - 1).to(dtype)
 
     def extra_repr(self) -> str:
@@ -140,7 +144,8 @@ class ScaleLevels(nn.Module):
 
 
 class LevelEmbedding(nn.Module):
-    """A learned vector per level: (N, 1, *spatial) whole numbers to (N, features, *spatial), as a one-hot convolution."""
+    """A learned vector per level: (N, 1, *spatial) whole numbers to (N, features, *spatial), as a one-hot
+    convolution."""
 
     def __init__(self, levels: int, features: int) -> None:
         super().__init__()
@@ -172,8 +177,8 @@ class ConcatELU(nn.Module):
 class ConditionBias(nn.Module):
     """A condition as a bias: (N, D) to (N, O), or with a map (N, D, *spatial) to (N, O, *spatial), by one linear map.
 
-    Class conditioning takes a one-hot or embedded class, spatial conditioning a map of the image's size (Gated PixelCNN,
-    arXiv:1606.05328, section 2.3; WaveNet, arXiv:1609.03499, section 2.5).
+    Class conditioning takes a one-hot or embedded class, spatial conditioning a map of the image's size (Gated
+    PixelCNN, arXiv:1606.05328, section 2.3; WaveNet, arXiv:1609.03499, section 2.5).
 
     Raises:
         ValueError: a condition of another number of features.

@@ -18,10 +18,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adgan": {"bandwidth": 0.1, "eps": 2e-5},
 }
 _DEFAULTS: dict[str, Any] = {
-    "bandwidth": 0.5, "distance": "cosine", "eps": 1e-5, "center": True, "over": "sources", "spatial_weight": 0.0,
-    "spatial_bandwidth": None, "spatial_eps": 1e-5, "spatial_scale": 1.0, "log_eps": 0.0, "symmetric": False,
+    "bandwidth": 0.5,
+    "distance": "cosine",
+    "eps": 1e-5,
+    "center": True,
+    "over": "sources",
+    "spatial_weight": 0.0,
+    "spatial_bandwidth": None,
+    "spatial_eps": 1e-5,
+    "spatial_scale": 1.0,
+    "log_eps": 0.0,
+    "symmetric": False,
     "reduction": "mean",
-}  # fmt: skip
+}
 
 
 class ContextualLoss(nn.Module):
@@ -40,16 +49,18 @@ class ContextualLoss(nn.Module):
     adgan              0.1       2e-5 batch    sources menyifang/ADGAN
     ================== ========= ==== ======== ======= ==============================================
 
-    eps is on the scale of 1 - cos, where some of these codes halve it and add half as much. Maximum over the sources (x) is
-    the mean over targets of each one's best source; over the targets (y), the mean over sources of each one's best target.
+    eps is on the scale of 1 - cos, where some of these codes halve it and add half as much. Maximum over the sources
+    (x) is the mean over targets of each one's best source; over the targets (y), the mean over sources of each one's
+    best target.
 
     Args:
         preset: a name of the table; None is S-aiueo32's without its log_eps.
-        options: bandwidth, distance, eps, center, over, spatial_weight, spatial_bandwidth, spatial_eps, spatial_scale and
-            reduction as of the op; ``log_eps``, added within the logarithm; ``symmetric``, the mean of the losses of (x, y)
-            and (y, x).
+        options: bandwidth, distance, eps, center, over, spatial_weight, spatial_bandwidth, spatial_eps, spatial_scale
+            and reduction as of the op; ``log_eps``, added within the logarithm; ``symmetric``, the mean of the losses
+            of (x, y) and (y, x).
 
-    forward(x, y): (B, C, *spatial) twice, x generated and y the target; a scalar, or (B,) with reduction="none": the logarithm
+    forward(x, y): (B, C, *spatial) twice, x generated and y the target; a scalar, or (B,) with reduction="none": the
+        logarithm
     is of each sample's similarity. An empty batch has loss 0.
 
     Raises:
@@ -67,7 +78,9 @@ class ContextualLoss(nn.Module):
     def __init__(self, preset: str | None = None, **options: Any) -> None:
         super().__init__()
         if preset is not None and preset not in PRESETS:
-            raise ValueError(f"ContextualLoss: preset={preset!r}, expected None or one of {', '.join(map(repr, PRESETS))}")
+            raise ValueError(
+                f"ContextualLoss: preset={preset!r}, expected None or one of {', '.join(map(repr, PRESETS))}"
+            )
         for name in options:
             if name not in _DEFAULTS:
                 raise TypeError(f"ContextualLoss: unknown option {name!r}, expected one of {', '.join(_DEFAULTS)}")

@@ -32,8 +32,8 @@ class GatedActivation(nn.Module):
 class GatedMaskedConv2d(nn.Module):
     """A layer of Gated PixelCNN: a vertical and a horizontal stack without a blind spot (arXiv:1606.05328, figure 2).
 
-    The vertical stack sees the rows above whole; its map, one row down, enters the horizontal stack, which sees the row's
-    left part. Never the other way round. ``forward(v, h, context=None)`` gives (v, h, skip).
+    The vertical stack sees the rows above whole; its map, one row down, enters the horizontal stack, which sees the
+    row's left part. Never the other way round. ``forward(v, h, context=None)`` gives (v, h, skip).
 
     Args:
         in_channels: of v and h.
@@ -54,9 +54,17 @@ class GatedMaskedConv2d(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, channels: int, kernel_size: int = 3, *, mask_type: str = "B", data_channels: int = 1,
-        group_order: str = "interleaved", context_channels: int | None = None, residual: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int = 3,
+        *,
+        mask_type: str = "B",
+        data_channels: int = 1,
+        group_order: str = "interleaved",
+        context_channels: int | None = None,
+        residual: bool = True,
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if kernel_size % 2 == 0:
@@ -69,7 +77,9 @@ class GatedMaskedConv2d(nn.Module):
         masked, gate = self._parts()
         self.residual = residual and mask_type == "B" and in_channels == channels
         self.vertical = DownShiftedConv2d(in_channels, 2 * channels, (half + 1, kernel_size))
-        self.horizontal = masked(in_channels, 2 * channels, (1, half + 1), center=(0, half), mask_type=mask_type, **colours)
+        self.horizontal = masked(
+            in_channels, 2 * channels, (1, half + 1), center=(0, half), mask_type=mask_type, **colours
+        )
         self.down = Shift(down=1)
         self.link = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.gate_v, self.gate_h = gate(blocks), gate(blocks)

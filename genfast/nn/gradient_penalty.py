@@ -47,9 +47,9 @@ class GradientPenalty(_Lazy):
 
     Args:
         kind, weight, target, method, penalty, output, patches: as there.
-        every: lazy regularisation (StyleGAN2, arXiv:1912.04958, appendix B): the penalty is computed on the first call and
-            every ``every``-th one after it, ``every`` times as heavy, and is zero on the others. Adam then wants lr c and
-            betas^c with c = every / (every + 1), as ``genfast.training`` sets it.
+        every: lazy regularisation (StyleGAN2, arXiv:1912.04958, appendix B): the penalty is computed on the first call
+            and every ``every``-th one after it, ``every`` times as heavy, and is zero on the others. Adam then wants lr
+            c and betas^c with c = every / (every + 1), as ``genfast.training`` sets it.
 
     Its state_dict keeps the number of calls. Raises TypeError, ValueError as the op does.
 
@@ -61,9 +61,17 @@ class GradientPenalty(_Lazy):
     """
 
     def __init__(
-        self, kind: str = "wgan-gp", *, weight: float | None = None, target: float = 1.0, every: int = 1, method: str = "auto",
-        penalty: Penalty | None = None, output: Output = None, patches: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        kind: str = "wgan-gp",
+        *,
+        weight: float | None = None,
+        target: float = 1.0,
+        every: int = 1,
+        method: str = "auto",
+        penalty: Penalty | None = None,
+        output: Output = None,
+        patches: str | None = None,
+    ) -> None:
         super().__init__(every)
         _check.choice("GradientPenalty", "kind", kind, KINDS)
         _check.choice("GradientPenalty", "method", method, METHODS)
@@ -73,17 +81,36 @@ class GradientPenalty(_Lazy):
         self.penalty, self.output, self.patches = penalty, output, patches
 
     def forward(
-        self, critic: Callable[..., Any], real: Tensor, fake: Tensor | None = None, *, context: Contexts = None,
-        fake_context: Contexts = None, generator: torch.Generator | None = None, epsilon: Tensor | None = None,
+        self,
+        critic: Callable[..., Any],
+        real: Tensor,
+        fake: Tensor | None = None,
+        *,
+        context: Contexts = None,
+        fake_context: Contexts = None,
+        generator: torch.Generator | None = None,
+        epsilon: Tensor | None = None,
         points: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         if not self._due():
             return real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
         found: Tensor = ops.gradient_penalty(
-            critic, real, fake, kind=self.kind, weight=self.weight * self.every, target=self.target, context=context,
-            fake_context=fake_context, generator=generator, method=self.method, epsilon=epsilon, points=points,
-            penalty=self.penalty, output=self.output, patches=self.patches,
-        )  # fmt: skip
+            critic,
+            real,
+            fake,
+            kind=self.kind,
+            weight=self.weight * self.every,
+            target=self.target,
+            context=context,
+            fake_context=fake_context,
+            generator=generator,
+            method=self.method,
+            epsilon=epsilon,
+            points=points,
+            penalty=self.penalty,
+            output=self.output,
+            patches=self.patches,
+        )
         return found
 
     def extra_repr(self) -> str:
@@ -103,10 +130,19 @@ class CriticStep(_Lazy):
     """
 
     def __init__(
-        self, loss: str | Callable[[Tensor, Tensor], Tensor] = "wasserstein", penalty: str | Penalty | None = "wgan-gp", *,
-        weight: float | None = None, target: float = 1.0, every: int = 1, method: str = "auto", kind: str | None = None,
-        output: Output = None, patches: str | None = None, batching: str = "auto",
-    ) -> None:  # fmt: skip
+        self,
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "wasserstein",
+        penalty: str | Penalty | None = "wgan-gp",
+        *,
+        weight: float | None = None,
+        target: float = 1.0,
+        every: int = 1,
+        method: str = "auto",
+        kind: str | None = None,
+        output: Output = None,
+        patches: str | None = None,
+        batching: str = "auto",
+    ) -> None:
         super().__init__(every)
         if isinstance(loss, str):
             _check.choice("CriticStep", "loss", loss, CRITIC_LOSSES)
@@ -131,9 +167,22 @@ class CriticStep(_Lazy):
             options = {k: v for k, v in options.items() if k not in ("epsilon", "points", "generator")}
         options = {"batching": self.batching} | options
         return ops.critic_step(
-            critic, real, fake, loss=self.loss, penalty=penalty, weight=self.weight * self.every, target=self.target,
-            method=self.method, kind=kind, output=self.output, patches=self.patches, **options,
-        )  # fmt: skip
+            critic,
+            real,
+            fake,
+            loss=self.loss,
+            penalty=penalty,
+            weight=self.weight * self.every,
+            target=self.target,
+            method=self.method,
+            kind=kind,
+            output=self.output,
+            patches=self.patches,
+            **options,
+        )
 
     def extra_repr(self) -> str:
-        return f"loss={self.loss!r}, penalty={self.penalty!r}, weight={self.weight}, target={self.target}, every={self.every}"
+        return (
+            f"loss={self.loss!r}, penalty={self.penalty!r}, weight={self.weight}, target={self.target}, "
+            f"every={self.every}"
+        )

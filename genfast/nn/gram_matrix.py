@@ -53,7 +53,12 @@ class GramLoss(nn.Module):
     """
 
     def __init__(
-        self, targets: Sequence[Tensor], weights: Sequence[float] | None = None, *, normalize: bool = True, shift: float = 0.0
+        self,
+        targets: Sequence[Tensor],
+        weights: Sequence[float] | None = None,
+        *,
+        normalize: bool = True,
+        shift: float = 0.0,
     ) -> None:
         super().__init__()
         self.layers = len(targets)
@@ -64,7 +69,12 @@ class GramLoss(nn.Module):
 
     @classmethod
     def of_features(
-        cls, features: Sequence[Tensor], weights: Sequence[float] | None = None, *, normalize: bool = True, shift: float = 0.0
+        cls,
+        features: Sequence[Tensor],
+        weights: Sequence[float] | None = None,
+        *,
+        normalize: bool = True,
+        shift: float = 0.0,
     ) -> GramLoss:
         """The loss to the style of feature maps (N or 1, C, *), without a gradient to them."""
         with torch.no_grad():

@@ -15,8 +15,8 @@ class InvertibleConv1x1(Bijection):
     Args:
         channels: C; inputs are (N, C, ...), vectors included.
         plu: parametrise W = P L (U + diag(sign e^log_s)): parameters ``lower``, ``upper`` (C, C; only the strict
-            triangles are read) and ``log_s`` (C,), buffers ``perm`` (C,) and ``sign_s`` (C,), so that W stays invertible
-            and the log-determinant is a sum. False keeps one full ``weight`` (C, C).
+            triangles are read) and ``log_s`` (C,), buffers ``perm`` (C,) and ``sign_s`` (C,), so that W stays
+            invertible and the log-determinant is a sum. False keeps one full ``weight`` (C, C).
 
     Example:
         >>> import torch, genfast

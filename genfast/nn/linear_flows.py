@@ -62,7 +62,8 @@ class LULinear(Bijection):
 
 
 class Householder(Bijection):
-    """z = H_K ... H_1 x, a product of K reflections H = I - 2 v v^T / |v|^2: a learned rotation or reflection, logdet 0.
+    """z = H_K ... H_1 x, a product of K reflections H = I - 2 v v^T / |v|^2: a learned rotation or reflection, logdet
+    0.
 
     K = D reaches every orthogonal matrix. The product is taken as a whole, I - V^T S^-1 V with a triangular S of K x K
     numbers, so the batch is read once and not K times. A vector of zeros reflects nothing.

@@ -24,7 +24,9 @@ def check_whole_numbers(owner: str, *limits: tuple[str, object, int]) -> None:
             raise ValueError(f"{owner}: {name}={value!r}, expected a whole number of at least {least}")
 
 
-def input_degrees(features: int, order: Order | Tensor | Sequence[int] | None, generator: torch.Generator | None) -> Tensor:
+def input_degrees(
+    features: int, order: Order | Tensor | Sequence[int] | None, generator: torch.Generator | None
+) -> Tensor:
     """The degree of each input, 1 to D: its place in the order."""
     if order is None or (isinstance(order, str) and order == "natural"):
         return torch.arange(1, features + 1)
@@ -52,7 +54,9 @@ def hidden_degrees(
     if not isinstance(degrees, str):
         found = integers("MADE", "degrees", degrees).cpu()
         if len(found) != width or not bool(((found >= 0) & (found <= high)).all()):
-            raise ValueError(f"MADE: degrees={found.tolist()}, expected {width} degrees from 0 to {high} for this layer")
+            raise ValueError(
+                f"MADE: degrees={found.tolist()}, expected {width} degrees from 0 to {high} for this layer"
+            )
         return found
     if degrees == "even":
         return low + torch.arange(width) * (high - low + 1) // max(1, width)
@@ -69,25 +73,29 @@ def _device(generator: torch.Generator | None) -> torch.device:
 
 
 class MADE(nn.Module):
-    """A masked autoencoder (MADE): output i is a function of the inputs that come before i in the order, and of a context.
+    """A masked autoencoder (MADE): output i is a function of the inputs that come before i in the order, and of a
+    context.
 
     Args:
         features: D.
         hidden: widths of the hidden layers, any, also below D.
         outputs: numbers per feature.
-        context: K features of a context, 0 for none. It enters the first layer, ``Linear(K, hidden[0], bias=False)``, and
+        context: K features of a context, 0 for none. It enters the first layer, ``Linear(K, hidden[0], bias=False)``,
+            and
             reaches every output: with a context some hidden units have degree 0, which no input reaches.
-        order: the degree of each input, 1 to D: None or "natural", "reversed", "random", or integers. Inputs of equal degree
-            do not see one another.
-        degrees: of hidden units: "even" (spread over 1 to D - 1), "random" (drawn as the paper draws them, then sorted within
-            a layer, which only names the units), or integers for each layer.
-        residual: pre-activation blocks of two layers, one for each of ``hidden``, whose widths are equal (nflows' variant).
+        order: the degree of each input, 1 to D: None or "natural", "reversed", "random", or integers. Inputs of equal
+            degree do not see one another.
+        degrees: of hidden units: "even" (spread over 1 to D - 1), "random" (drawn as the paper draws them, then sorted
+            within a layer, which only names the units), or integers for each layer.
+        residual: pre-activation blocks of two layers, one for each of ``hidden``, whose widths are equal (nflows'
+            variant).
         activation: "relu" (fused), "elu", "gelu", "leaky_relu", "none", "sigmoid", "silu", "softplus" or "tanh".
         generator: of the draws.
 
-    ``forward(x, context=None)`` maps (N, D) and (N, K) to (N, D, outputs). With D = 1 an output depends on the context alone.
-    ``resample(order=..., degrees=..., generator=...)`` draws another order or other hidden degrees over the same weights, for
-    order-agnostic and connectivity-agnostic training; no weight is touched, so what one mask kills the next may use.
+    ``forward(x, context=None)`` maps (N, D) and (N, K) to (N, D, outputs). With D = 1 an output depends on the context
+    alone. ``resample(order=..., degrees=..., generator=...)`` draws another order or other hidden degrees over the same
+    weights, for order-agnostic and connectivity-agnostic training; no weight is touched, so what one mask kills the
+    next may use.
 
     Raises:
         ValueError: arguments that do not fit, by name.
@@ -104,16 +112,28 @@ class MADE(nn.Module):
     linear: type[MaskedLinear] = MaskedLinear
 
     def __init__(
-        self, features: int, hidden: Sequence[int] = (512, 512), *, outputs: int = 1, context: int = 0,
-        order: Order | Tensor | Sequence[int] | None = None, degrees: Degrees | Sequence[Tensor | Sequence[int]] = "even",
-        residual: bool = False, activation: str = "relu", generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        features: int,
+        hidden: Sequence[int] = (512, 512),
+        *,
+        outputs: int = 1,
+        context: int = 0,
+        order: Order | Tensor | Sequence[int] | None = None,
+        degrees: Degrees | Sequence[Tensor | Sequence[int]] = "even",
+        residual: bool = False,
+        activation: str = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         hidden = tuple(hidden)
         widths = [("hidden", h, 1) for h in hidden]
-        check_whole_numbers("MADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths)
+        check_whole_numbers(
+            "MADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths
+        )
         if activation not in ACTIVATIONS:
-            raise ValueError(f"MADE: activation={activation!r}, expected one of {', '.join(map(repr, sorted(ACTIVATIONS)))}")
+            raise ValueError(
+                f"MADE: activation={activation!r}, expected one of {', '.join(map(repr, sorted(ACTIVATIONS)))}"
+            )
         if residual and len(set(hidden)) != 1:
             raise ValueError(f"MADE: hidden={hidden} with residual=True, expected one or more layers of equal width")
         self.features, self.hidden, self.outputs, self.context_features = features, hidden, outputs, context
@@ -146,7 +166,9 @@ class MADE(nn.Module):
                 found.append(found[0])
                 continue
             found.append(
-                hidden_degrees(width, low, high, degrees if isinstance(degrees, str) else degrees[i], generator, ordered)
+                hidden_degrees(
+                    width, low, high, degrees if isinstance(degrees, str) else degrees[i], generator, ordered
+                )
             )
             low = int(found[-1].min())
         if self.residual and any(not torch.equal(f, found[0]) for f in found):
@@ -164,10 +186,14 @@ class MADE(nn.Module):
         return self._masked()[0].in_degrees
 
     def resample(
-        self, *, order: Order | Tensor | Sequence[int] | None = None,
-        degrees: Degrees | Sequence[Tensor | Sequence[int]] | None = None, generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        """Another order or other hidden degrees over the same weights (section 4.2 and 4.3); None keeps what there is."""
+        self,
+        *,
+        order: Order | Tensor | Sequence[int] | None = None,
+        degrees: Degrees | Sequence[Tensor | Sequence[int]] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Another order or other hidden degrees over the same weights (section 4.2 and 4.3); None keeps what there
+        is."""
         linears = self._masked()
         inputs = self.order.cpu() if order is None else input_degrees(self.features, order, generator)
         if degrees is None:
@@ -187,7 +213,8 @@ class MADE(nn.Module):
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (N, {self.features})")
         if (context is not None) != (self.context is not None):
             raise ValueError(
-                f"{name}: made with context={self.context_features}, called {'with' if context is not None else 'without'} one"
+                f"{name}: made with context={self.context_features}, called "
+                f"{'with' if context is not None else 'without'} one"
             )
         if context is not None and tuple(context.shape) != (x.shape[0], self.context_features):
             raise ValueError(
@@ -224,7 +251,9 @@ class MADE(nn.Module):
         for i, linear in enumerate(linears):
             if type(linear) is not MaskedLinear and stands_for(linear, (MaskedLinear,)) is None:
                 kind = class_of(linear)
-                raise LoweringError(f"MADE: linears.{i} is a {kind.__module__}.{kind.__qualname__}, expected a MaskedLinear")
+                raise LoweringError(
+                    f"MADE: linears.{i} is a {kind.__module__}.{kind.__qualname__}, expected a MaskedLinear"
+                )
         last, inner = len(linears) - 1, "none" if self.residual else self.activation
         found = []
         for i, linear in enumerate(linears):
@@ -237,7 +266,15 @@ class MADE(nn.Module):
                 after = inner
             added = self.context(context) if self.context is not None and i == 0 else None
             found.append(
-                Layer(linear.weight, linear.bias, linear.live, before=before, after=after, residual=residual, context=added)
+                Layer(
+                    linear.weight,
+                    linear.bias,
+                    linear.live,
+                    before=before,
+                    after=after,
+                    residual=residual,
+                    context=added,
+                )
             )
         return found
 

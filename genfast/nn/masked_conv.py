@@ -25,11 +25,25 @@ class _MaskedConv(nn.modules.conv._ConvNd):
     dims: int
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], stride: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int] = "causal", dilation: int | Sequence[int] = 1, groups: int = 1, bias: bool = True,
-        padding_mode: str = "zeros", device: Any = None, dtype: Any = None, *, mask_type: str = "B", data_channels: int = 1,
-        group_order: str = "interleaved", center: int | Sequence[int] | None = None, activation: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = "causal",
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        mask_type: str = "B",
+        data_channels: int = 1,
+        group_order: str = "interleaved",
+        center: int | Sequence[int] | None = None,
+        activation: str | None = None,
+    ) -> None:
         name, dims = type(self).__name__, self.dims
         if mask_type not in ("A", "B"):
             raise ValueError(f"{name}: mask_type={mask_type!r}, expected 'A' or 'B'")
@@ -48,23 +62,42 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         if set(_several(name, "stride", stride, dims)) != {1}:
             raise ValueError(f"{name}: stride={stride!r}, expected 1: a masked convolution keeps the size")
         if padding_mode != "zeros":
-            raise ValueError(f"{name}: padding_mode={padding_mode!r}, expected 'zeros': other modes would show the future")
+            raise ValueError(
+                f"{name}: padding_mode={padding_mode!r}, expected 'zeros': other modes would show the future"
+            )
         at = tuple(k // 2 for k in kernel) if center is None else _several(name, "center", center, dims)
         if any(not 0 <= c < k for c, k in zip(at, kernel)):
             raise ValueError(f"{name}: center={center!r}, expected a position inside kernel_size={kernel}")
         self._check_padding(name, padding, kernel, dilated, at)
         super().__init__(
-            in_channels, out_channels, kernel, (1,) * dims, tuple(c * d for c, d in zip(at, dilated)), dilated, False,
-            (0,) * dims, groups, bias, "zeros", device, dtype,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            kernel,
+            (1,) * dims,
+            tuple(c * d for c, d in zip(at, dilated)),
+            dilated,
+            False,
+            (0,) * dims,
+            groups,
+            bias,
+            "zeros",
+            device,
+            dtype,
+        )
         self.mask_type, self.data_channels, self.group_order = mask_type, data_channels, group_order
         self.center, self.activation = at, activation
-        with torch.no_grad():  # masked weights get no gradient, so they stay zero and a checkpoint serves a plain convolution
+        with (
+            torch.no_grad()
+        ):  # masked weights get no gradient, so they stay zero and a checkpoint serves a plain convolution
             self.weight.masked_fill_(~self.mask, 0)
 
     @staticmethod
     def _check_padding(
-        name: str, padding: str | int | Sequence[int], kernel: tuple[int, ...], dilation: tuple[int, ...], at: tuple[int, ...]
+        name: str,
+        padding: str | int | Sequence[int],
+        kernel: tuple[int, ...],
+        dilation: tuple[int, ...],
+        at: tuple[int, ...],
     ) -> None:
         if padding == "causal":
             return
@@ -95,18 +128,26 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         return self._masked(self.mask_type, self.data_channels, self.group_order).to(self.weight.device)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        """Takes checkpoints of masked convolutions that have a ``mask`` buffer, as most PixelCNN code registers one, if it is
-        this layer's mask."""
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes checkpoints of masked convolutions that have a ``mask`` buffer, as most PixelCNN code registers one, if
+        it is this layer's mask."""
         theirs = state_dict.get(f"{prefix}mask")
         if theirs is not None:
             state_dict = {k: v for k, v in state_dict.items() if k != f"{prefix}mask"}
             wrong = self._mask_fault(theirs)
             if wrong:
                 error_msgs.append(f"{type(self).__name__}: {prefix}mask {wrong}")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _mask_fault(self, theirs: Tensor) -> str:
         """What a checkpoint's mask has that this layer's has not; empty if they are one."""
@@ -138,7 +179,11 @@ class _MaskedConv(nn.modules.conv._ConvNd):
             None,
         )
         first = tuple((live != mine).nonzero()[0].tolist())
-        said = f"it is that of {fits}" if fits else f"they differ first at weight {first}, {int((live != mine).sum())} in all"
+        said = (
+            f"it is that of {fits}"
+            if fits
+            else f"they differ first at weight {first}, {int((live != mine).sum())} in all"
+        )
         return (
             f"is not the mask of this layer, mask_type={self.mask_type!r}, data_channels={self.data_channels}, "
             f"group_order={self.group_order!r}: {said}"
@@ -147,10 +192,17 @@ class _MaskedConv(nn.modules.conv._ConvNd):
     def forward(self, x: Tensor) -> Tensor:
         function = (ops.masked_conv1d, ops.masked_conv2d, ops.masked_conv3d)[self.dims - 1]
         return function(
-            x, self.weight, self.bias, mask_type=self.mask_type, data_channels=self.data_channels,
-            group_order=self.group_order, dilation=self.dilation, groups=self.groups, center=self.center,
+            x,
+            self.weight,
+            self.bias,
+            mask_type=self.mask_type,
+            data_channels=self.data_channels,
+            group_order=self.group_order,
+            dilation=self.dilation,
+            groups=self.groups,
+            center=self.center,
             activation=self.activation,
-        )  # fmt: skip
+        )
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, mask_type={self.mask_type!r}"
@@ -161,11 +213,11 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         return text + (f", activation={self.activation!r}" if self.activation else "")
 
 
-_DOC = """A causal convolution that takes the place of ``nn.Conv{dims}d`` and loads its state_dict (PixelRNN, section 3.4).
+_DOC = """A causal convolution in the place of ``nn.Conv{dims}d``, whose state_dict it loads (PixelRNN, section 3.4).
 
-    Computes live taps only, through :func:`genfast.ops.masked_conv{dims}d`. The stored weight is never changed by a forward
-    pass; its masked entries start at zero and get exactly zero gradient. A checkpoint may hold a ``mask`` buffer, which must
-    be this layer's mask and is left out.
+    Computes live taps only, through :func:`genfast.ops.masked_conv{dims}d`. The stored weight is never changed by a
+    forward pass; its masked entries start at zero and get exactly zero gradient. A checkpoint may hold a ``mask``
+    buffer, which must be this layer's mask and is left out.
 
     Args:
         in_channels, out_channels, kernel_size, dilation, groups, bias, device, dtype: as of ``nn.Conv{dims}d``.
@@ -229,7 +281,8 @@ class _LiveWeightNorm(nn.Module):
 
 
 def weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
-    """Weight normalisation (arXiv:1602.07868) whose norm leaves masked taps out; the keys are those of torch's weight_norm.
+    """Weight normalisation (arXiv:1602.07868) whose norm leaves masked taps out; the keys are those of torch's
+    weight_norm.
 
     ``module`` is changed in place and returned. Modules without a mask get the ordinary norm per output channel.
 

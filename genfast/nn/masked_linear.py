@@ -24,8 +24,8 @@ def integers(name: str, argument: str, value: Tensor | Sequence[int]) -> Tensor:
 class MaskedLinear(nn.Linear):
     """A linear layer of a masked autoencoder, through :func:`genfast.ops.masked_linear`.
 
-    The degrees are in the state_dict beside ``weight`` and ``bias``. The weight is never masked in place: dead entries keep
-    what they hold, get exactly zero gradient, and come to life where :meth:`set_degrees` says so.
+    The degrees are in the state_dict beside ``weight`` and ``bias``. The weight is never masked in place: dead entries
+    keep what they hold, get exactly zero gradient, and come to life where :meth:`set_degrees` says so.
 
     Args:
         in_degrees: (I,) integers.
@@ -61,7 +61,9 @@ class MaskedLinear(nn.Linear):
         strict: bool = False,
         bias: bool = True,
     ) -> None:
-        degrees = [integers("MaskedLinear", n, d) for n, d in (("in_degrees", in_degrees), ("out_degrees", out_degrees))]
+        degrees = [
+            integers("MaskedLinear", n, d) for n, d in (("in_degrees", in_degrees), ("out_degrees", out_degrees))
+        ]
         super().__init__(len(degrees[0]), len(degrees[1]), bias)
         self.strict = strict
         self.register_buffer("in_degrees", degrees[0].clone())
@@ -81,7 +83,9 @@ class MaskedLinear(nn.Linear):
         for name, value in (("in_degrees", in_degrees), ("out_degrees", out_degrees)):
             buffer, degrees = getattr(self, name), integers("MaskedLinear", name, value)
             if degrees.shape != buffer.shape:
-                raise ValueError(f"MaskedLinear: {name} has shape {tuple(degrees.shape)}, expected {tuple(buffer.shape)}")
+                raise ValueError(
+                    f"MaskedLinear: {name} has shape {tuple(degrees.shape)}, expected {tuple(buffer.shape)}"
+                )
             buffer.copy_(degrees)
         self._sort()
 

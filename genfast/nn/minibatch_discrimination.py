@@ -9,10 +9,11 @@ from .. import ops
 
 
 class MinibatchDiscrimination(nn.Module):
-    """Appends to each sample how near it is to the others of its batch, through :func:`genfast.ops.minibatch_discrimination`.
+    """Appends to each sample how near it is to the others of its batch, through
+    :func:`genfast.ops.minibatch_discrimination`.
 
-    (N, A) to (N, A + B). **Couples the samples of a batch**: with it a critic has no per-sample gradient (see the op), and
-    evaluation depends on how samples are batched; over several processes each sees its own part of a batch.
+    (N, A) to (N, A + B). **Couples the samples of a batch**: with it a critic has no per-sample gradient (see the op),
+    and evaluation depends on how samples are batched; over several processes each sees its own part of a batch.
 
     Args:
         in_features: A.

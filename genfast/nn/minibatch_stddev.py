@@ -10,7 +10,8 @@ from .. import ops
 class MinibatchStddev(nn.Module):
     """The standard deviation over groups of the batch as more channels, through :func:`genfast.ops.minibatch_stddev`.
 
-    It couples samples: a gradient penalty of a critic with this layer is exact for the critic's summed output, and no longer
+    It couples samples: a gradient penalty of a critic with this layer is exact for the critic's summed output, and no
+        longer
     speaks of each sample alone. Over several processes a group is of one rank's samples.
 
     Args:

@@ -20,9 +20,9 @@ class ModulatedConv2d(nn.Module):
         up, down: resampling factors.
         demodulate: False for the layers that make colours (StyleGAN2's toRGB).
         resample_filter: taps for ``up`` and ``down``, of which :func:`genfast.ops.setup_filter` makes a buffer.
-        equalized_lr: weights are drawn from N(0, 1) and scaled at run time by 1 / sqrt(fan in) (Progressive GAN, 1710.10196,
-            section 4.1), in the affine layer and, where there is no demodulation to cancel it, in the convolution; False draws
-            them at that scale.
+        equalized_lr: weights are drawn from N(0, 1) and scaled at run time by 1 / sqrt(fan in) (Progressive GAN,
+            1710.10196, section 4.1), in the affine layer and, where there is no demodulation to cancel it, in the
+            convolution; False draws them at that scale.
 
     The affine layer's bias starts at 1, so that the first styles change nothing on average.
 
@@ -73,16 +73,26 @@ class ModulatedConv2d(nn.Module):
     def styles(self, w: Tensor) -> Tensor:
         """(N, in_channels) from latent vectors (N, style_dim)."""
         if w.dim() != 2 or w.shape[1] != self.style_dim:
-            raise ValueError(f"ModulatedConv2d: w has shape {tuple(w.shape)}, expected (N, style_dim = {self.style_dim})")
+            raise ValueError(
+                f"ModulatedConv2d: w has shape {tuple(w.shape)}, expected (N, style_dim = {self.style_dim})"
+            )
         styles = nn.functional.linear(w, self.affine_weight * self.affine_gain, self.affine_bias)
         # Demodulation cancels any constant on the weight, so that it is spared there.
         return styles if self.demodulate else styles * self.weight_gain
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
         return ops.modulated_conv2d(
-            x, self.weight, self.styles(w), noise=noise, up=self.up, down=self.down, padding=self.kernel_size // 2,
-            demodulate=self.demodulate, resample_filter=self.resample_filter, eps=self.eps,
-        )  # fmt: skip
+            x,
+            self.weight,
+            self.styles(w),
+            noise=noise,
+            up=self.up,
+            down=self.down,
+            padding=self.kernel_size // 2,
+            demodulate=self.demodulate,
+            resample_filter=self.resample_filter,
+            eps=self.eps,
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -22,14 +22,15 @@ class NADE(nn.Module):
         hidden: H units, shared by all steps.
         outputs: P parameters of a conditional: 1 logit, a logit a level, or 3 K of a mixture of Gaussians.
         activation: "sigmoid", "relu" or "tanh".
-        rescale: whether step d multiplies the hidden layer's input by a number rho_d, as RNADE does; it begins at d^(-1/2).
+        rescale: whether step d multiplies the hidden layer's input by a number rho_d, as RNADE does; it begins at
+            d^(-1/2).
         order: the degree of each input, 1 to D, each once: None or "natural", "reversed", "random" or integers.
         context: K features of a condition, 0 for none; ``Linear(K, H, bias=False)`` adds to the hidden bias.
         generator: of a random order.
 
-    ``forward(x, context=None)`` maps (N, D) and (N, K) to (N, D, P). ``sample(uniforms, kind)`` draws in one pass; ``given``
-    and ``known`` hold what is to stay. The weights' rows are in the order of the steps: ``order.argsort()`` names their
-    features.
+    ``forward(x, context=None)`` maps (N, D) and (N, K) to (N, D, P). ``sample(uniforms, kind)`` draws in one pass;
+    ``given`` and ``known`` hold what is to stay. The weights' rows are in the order of the steps: ``order.argsort()``
+    names their features.
 
     Raises:
         ValueError: arguments that do not fit, by name.
@@ -45,9 +46,17 @@ class NADE(nn.Module):
     order: Tensor
 
     def __init__(
-        self, features: int, hidden: int = 500, outputs: int = 1, *, activation: str = "sigmoid", rescale: bool = False,
-        order: str | Tensor | Sequence[int] | None = None, context: int = 0, generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        features: int,
+        hidden: int = 500,
+        outputs: int = 1,
+        *,
+        activation: str = "sigmoid",
+        rescale: bool = False,
+        order: str | Tensor | Sequence[int] | None = None,
+        context: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         check_whole_numbers(
             "NADE", ("features", features, 1), ("hidden", hidden, 1), ("outputs", outputs, 1), ("context", context, 0)
@@ -85,16 +94,32 @@ class NADE(nn.Module):
         self._sort()
 
     def _parameters_of(self, x: Tensor, hidden_bias: Tensor) -> Tensor:
-        return ops.nade(x, self.weight, self.readout, self.bias, hidden_bias, rescale=self.rescale, activation=self.activation)
+        return ops.nade(
+            x, self.weight, self.readout, self.bias, hidden_bias, rescale=self.rescale, activation=self.activation
+        )
 
     def _samples_of(
-        self, uniforms: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, given: Tensor | None, known: Tensor | None,
+        self,
+        uniforms: Tensor,
+        readout: Tensor,
+        bias: Tensor,
+        hidden_bias: Tensor,
+        given: Tensor | None,
+        known: Tensor | None,
         kind: str,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return ops.nade_sample(
-            uniforms, self.weight, readout, bias, hidden_bias, rescale=self.rescale, activation=self.activation, kind=kind,
-            given=given, known=known,
-        )  # fmt: skip
+            uniforms,
+            self.weight,
+            readout,
+            bias,
+            hidden_bias,
+            rescale=self.rescale,
+            activation=self.activation,
+            kind=kind,
+            given=given,
+            known=known,
+        )
 
     def _hidden_bias(self, n: int, context: Tensor | None) -> Tensor:
         if (context is not None) != (self.context is not None):
@@ -118,9 +143,15 @@ class NADE(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, uniforms: Tensor, kind: str = "bernoulli", *, context: Tensor | None = None, given: Tensor | None = None,
-        known: Tensor | None = None, temperature: float = 1.0,
-    ) -> Tensor:  # fmt: skip
+        self,
+        uniforms: Tensor,
+        kind: str = "bernoulli",
+        *,
+        context: Tensor | None = None,
+        given: Tensor | None = None,
+        known: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
         """x (N, D) from uniforms (N, D, 1), or 2 of a mixture; see :func:`genfast.ops.nade_sample`.
 
         ``temperature`` divides logits, and multiplies the deviations of a mixture.
@@ -140,14 +171,17 @@ class NADE(nn.Module):
         if self._natural:
             return self._samples_of(uniforms, readout, bias, hidden_bias, given, known, kind)
         given, known = (t if t is None else t[:, self._feature] for t in (given, known))
-        return self._samples_of(uniforms[:, self._feature], readout, bias, hidden_bias, given, known, kind)[:, self._step]
+        return self._samples_of(uniforms[:, self._feature], readout, bias, hidden_bias, given, known, kind)[
+            :, self._step
+        ]
 
     def extra_repr(self) -> str:
         return f"{self.features}, {self.hidden}, outputs={self.outputs}, activation={self.activation!r}"
 
 
 class DeepNADE(nn.Module):
-    """One network for every order (DeepNADE): from [x m, m], m the mask of what is known, to parameters of all the rest.
+    """One network for every order (DeepNADE): from [x m, m], m the mask of what is known, to parameters of all the
+    rest.
 
     Args:
         features: D.
@@ -157,7 +191,8 @@ class DeepNADE(nn.Module):
         context: K features of a condition, 0 for none.
 
     ``forward(x, mask, context=None)`` gives (N, D, P). For one feature after the other, ``first``, ``learn`` and
-    ``conditional`` keep the first layer's pre-activation, to which a step adds one feature. The products are the library's.
+    ``conditional`` keep the first layer's pre-activation, to which a step adds one feature. The products are the
+    library's.
 
     Raises:
         ValueError: arguments that do not fit, by name.
@@ -171,16 +206,26 @@ class DeepNADE(nn.Module):
     """
 
     def __init__(
-        self, features: int, hidden: Sequence[int] = (500, 500), outputs: int = 1, *, activation: str = "relu", context: int = 0
+        self,
+        features: int,
+        hidden: Sequence[int] = (500, 500),
+        outputs: int = 1,
+        *,
+        activation: str = "relu",
+        context: int = 0,
     ) -> None:
         super().__init__()
         hidden = tuple(hidden)
         widths = [("hidden", h, 1) for h in hidden]
-        check_whole_numbers("DeepNADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths)
+        check_whole_numbers(
+            "DeepNADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths
+        )
         if not hidden:
             raise ValueError("DeepNADE: hidden=(), expected at least one layer")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"DeepNADE: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+            raise ValueError(
+                f"DeepNADE: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}"
+            )
         self.features, self.hidden, self.outputs, self.activation = features, hidden, outputs, activation
         self.context_features = context
         sizes = [2 * features + context, *hidden, features * outputs]
@@ -197,7 +242,9 @@ class DeepNADE(nn.Module):
         """(N, D, outputs) of x (N, D), mask (N, D) and context (N, K): what x holds where ``mask`` is 0 has no part."""
         if x.dim() != 2 or x.shape[1] != self.features or mask.shape != x.shape:
             wanted = f"(N, {self.features})"
-            raise ValueError(f"DeepNADE: x has shape {tuple(x.shape)} and mask {tuple(mask.shape)}, expected {wanted} of both")
+            raise ValueError(
+                f"DeepNADE: x has shape {tuple(x.shape)} and mask {tuple(mask.shape)}, expected {wanted} of both"
+            )
         m = mask.to(x.dtype)
         parts = [torch.where(mask.bool(), x, 0), m, *self._context(x.shape[0], context)]
         first, last = self.linears[0], self.linears[-1]
@@ -211,7 +258,9 @@ class DeepNADE(nn.Module):
         if context is None:
             return []
         if tuple(context.shape) != (n, self.context_features):
-            raise ValueError(f"DeepNADE: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}")
+            raise ValueError(
+                f"DeepNADE: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}"
+            )
         return [context]
 
     def first(self, n: int, context: Tensor | None = None) -> Tensor:
@@ -223,7 +272,8 @@ class DeepNADE(nn.Module):
         return F.linear(found[0], weight[:, 2 * self.features :], bias) if found else bias.expand(n, -1)
 
     def learn(self, x: Tensor, feature: Tensor) -> Tensor:
-        """What the first pre-activation gains (F, M, H) when each feature (F,), whose values are x (F, M), becomes known."""
+        """What the first pre-activation gains (F, M, H) when each feature (F,), whose values are x (F, M), becomes
+        known."""
         columns: Tensor = self.linears[0].weight.t()  # type: ignore[operator]
         return x[..., None] * columns[feature][:, None] + columns[feature + self.features][:, None]
 

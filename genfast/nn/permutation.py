@@ -58,7 +58,8 @@ class Permutation(Bijection):
 
 
 class CircularShift(Bijection):
-    """Turns each feature, a point of a circle [-bound, bound), by an angle of its own, and with it where a spline has its ends.
+    """Turns each feature, a point of a circle [-bound, bound), by an angle of its own, and with it where a spline has
+    its ends.
 
     Args:
         features: D; inputs are (N, D).
@@ -77,7 +78,9 @@ class CircularShift(Bijection):
     def __init__(self, features: int, *, bound: float = torch.pi, learn: bool = True) -> None:
         super().__init__()
         if features < 1 or not bound > 0:
-            raise ValueError(f"CircularShift: features={features} and bound={bound}, expected at least 1 and more than 0")
+            raise ValueError(
+                f"CircularShift: features={features} and bound={bound}, expected at least 1 and more than 0"
+            )
         self.bound = bound
         angles = (2 * torch.rand(features) - 1) * bound
         self.shift: Tensor

@@ -40,23 +40,25 @@ def _uniform(*shape: int) -> nn.Parameter:
 
 
 class RowLSTM(nn.Module):
-    """Row LSTM: a masked 1 x k convolution of the input, and a convolutional LSTM from row to row (1601.06759, section 3.1).
+    """Row LSTM: a masked 1 x k convolution of the input, and a convolutional LSTM from row to row (1601.06759, section
+    3.1).
 
-    Position (r, c) depends on the triangle above it, on the k // 2 inputs to its left and, under mask type B, on its own.
+    Position (r, c) depends on the triangle above it, on the k // 2 inputs to its left and, under mask type B, on its
+    own.
 
     Args:
         in_channels: of the input.
         hidden: h, of the output.
         kernel_size: k of both convolutions, odd.
         mask_type: "A" for a first layer, "B" for all others.
-        data_channels: colour channels; channel i of input and output belongs to group i modulo data_channels, and sees its
-            own position in lower groups (A), or also in its own (B).
+        data_channels: colour channels; channel i of input and output belongs to group i modulo data_channels, and sees
+            its own position in lower groups (A), or also in its own (B).
 
     Shapes: x (N, in_channels, H, W) to (N, hidden, H, W).
 
     Raises:
-        ValueError: channels that are no multiple of data_channels, an even kernel_size, an unknown mask_type, or an x that
-            does not fit.
+        ValueError: channels that are no multiple of data_channels, an even kernel_size, an unknown mask_type, or an x
+            that does not fit.
 
     Example:
         >>> import torch, genfast
@@ -87,21 +89,22 @@ class RowLSTM(nn.Module):
 class DiagonalBiLSTM(nn.Module):
     """Diagonal BiLSTM: two LSTMs along the diagonals, from the left and from the right (1601.06759, section 3.2).
 
-    Each direction has its own 1 x 1 masked convolution of the input (the first and the last 4h channels of one) and its own
-    state-to-state weight. The map from the right is shifted down by one row before the two are added, so that position
-    (r, c) depends on all earlier positions, on no later one and, under mask type B, on its own input.
+    Each direction has its own 1 x 1 masked convolution of the input (the first and the last 4h channels of one) and its
+    own state-to-state weight. The map from the right is shifted down by one row before the two are added, so that
+    position (r, c) depends on all earlier positions, on no later one and, under mask type B, on its own input.
 
     Args:
         in_channels: of the input.
         hidden: h, of the output.
         mask_type: "A" or "B"; "A" needs data_channels of 2 or more, as it hides all input otherwise.
-        data_channels: colour channels; channel i of input and output belongs to group i modulo data_channels, and sees its
-            own position in lower groups (A), or also in its own (B).
+        data_channels: colour channels; channel i of input and output belongs to group i modulo data_channels, and sees
+            its own position in lower groups (A), or also in its own (B).
 
     Shapes: x (N, in_channels, H, W) to (N, hidden, H, W).
 
     Raises:
-        ValueError: channels that are no multiple of data_channels, an unknown or useless mask_type, or an x that does not fit.
+        ValueError: channels that are no multiple of data_channels, an unknown or useless mask_type, or an x that does
+            not fit.
 
     Example:
         >>> import torch, genfast

@@ -1,7 +1,7 @@
 """The layers of :mod:`genfast.nn` in plain PyTorch, as one would write them eagerly, with equal names and state_dicts.
 
-A model made of these (:func:`genfast.models.plain`) is what the same model made of genfast.nn is tested and timed against. What
-calls no op of ours is the same class here as there.
+A model made of these (:func:`genfast.models.plain`) is what the same model made of genfast.nn is tested and timed
+against. What calls no op of ours is the same class here as there.
 """
 
 from __future__ import annotations
@@ -96,9 +96,15 @@ class AffineCoupling(nn.Module):
     mask: Tensor | None
 
     def __init__(
-        self, conditioner: nn.Module, *, scale: str = "exp", mask: Tensor | None = None, width: int | None = None,
-        transform: str = "first", alpha: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        conditioner: nn.Module,
+        *,
+        scale: str = "exp",
+        mask: Tensor | None = None,
+        width: int | None = None,
+        transform: str = "first",
+        alpha: str | None = None,
+    ) -> None:
         super().__init__()
         self.conditioner = conditioner
         self.scale, self.width, self.transform = scale, width, transform
@@ -224,7 +230,9 @@ class BatchNormFlow(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
-            raise RuntimeError("BatchNormFlow: no inverse in training, where the statistics are the batch's own; call eval()")
+            raise RuntimeError(
+                "BatchNormFlow: no inverse in training, where the statistics are the batch's own; call eval()"
+            )
         deviation = (self.running_var + self.eps).sqrt()
         x = (z - self.beta) * (-self.log_gamma).exp() * deviation + self.running_mean
         return x, (deviation.log() - self.log_gamma).sum().expand(z.shape[0])
@@ -253,9 +261,7 @@ def _affine(by: AffineMap, x: Tensor, params: Tensor, inverse: bool) -> tuple[Te
 def _spline(by: SplineMap, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """(y, logdet) of x (N, D, ...) and params (N, D, P, ...), logdet (N,)."""
     k, b = by.bins, by.bound
-    options = (
-        -b, b, -b, b, by.min_bin_width, by.min_bin_height, by.min_derivative, by.slope, by.logit_scale,
-    )  # fmt: skip
+    options = (-b, b, -b, b, by.min_bin_width, by.min_bin_height, by.min_derivative, by.slope, by.logit_scale)
     widths, heights, derivatives = params.movedim(2, -1).split((k, k, by.outputs - 2 * k), -1)
     y, logdet = reference.rational_quadratic_spline(
         x, widths, heights, derivatives, by.tails or "none", by.convention, inverse, options
@@ -299,9 +305,15 @@ class NADE(layers.NADE):
         return reference.nade(x, self.weight, self.readout, self.bias, hidden_bias, self.rescale, self.activation)
 
     def _samples_of(
-        self, uniforms: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, given: Tensor | None, known: Tensor | None,
+        self,
+        uniforms: Tensor,
+        readout: Tensor,
+        bias: Tensor,
+        hidden_bias: Tensor,
+        given: Tensor | None,
+        known: Tensor | None,
         kind: str,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """By the standard loop: the conditionals of all dimensions, D times."""
         x = uniforms.new_zeros(uniforms.shape[:2]) if given is None else given.clone()
         for d in range(self.features):
@@ -320,15 +332,26 @@ class _MaskedConv(nn.modules.conv._ConvNd):
     dims: int
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], *, dilation: int = 1, bias: bool = True,
-        mask_type: str = "B", data_channels: int = 1, group_order: str = "interleaved",
-        center: Sequence[int] | None = None, activation: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        *,
+        dilation: int = 1,
+        bias: bool = True,
+        mask_type: str = "B",
+        data_channels: int = 1,
+        group_order: str = "interleaved",
+        center: Sequence[int] | None = None,
+        activation: str | None = None,
+    ) -> None:
         kernel = (kernel_size,) * self.dims if isinstance(kernel_size, int) else tuple(kernel_size)
         at = tuple(k // 2 for k in kernel) if center is None else tuple(center)
         none = (0,) * self.dims
         ones = (1,) * self.dims
-        super().__init__(in_channels, out_channels, kernel, ones, none, (dilation,) * self.dims, False, none, 1, bias, "zeros")
+        super().__init__(
+            in_channels, out_channels, kernel, ones, none, (dilation,) * self.dims, False, none, 1, bias, "zeros"
+        )
         mask = reference.conv_mask(self.weight.shape, at, mask_type, data_channels, group_order, 1)
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         self.pads = [p for k, c in zip(reversed(kernel), reversed(at)) for p in (c * dilation, (k - 1 - c) * dilation)]

@@ -1,12 +1,12 @@
 """nn.ReversibleSequential: backpropagation through a chain of bijections that stores only the chain's output.
 
-The idea is RevNet's (Gomez et al., arXiv:1707.04585, section 3.2), for flows, whose inverses are at hand. It is a pair of
-torch.library ops, so it composes with torch.compile; a module reaches them by a handle.
+The idea is RevNet's (Gomez et al., arXiv:1707.04585, section 3.2), for flows, whose inverses are at hand. It is a pair
+of torch.library ops, so it composes with torch.compile; a module reaches them by a handle.
 
-The backward calls each stage again, and what a call moves would move twice, or be other numbers: the power iteration of a
-spectral norm, the statistics of a batch norm, random numbers. So the forward keeps, as torch.utils.checkpoint does and for each
-stage, the state of the generators and of the buffers before it, which modules were in training mode, and the autocast; the
-backward puts them back for the time of its calls.
+The backward calls each stage again, and what a call moves would move twice, or be other numbers: the power iteration of
+a spectral norm, the statistics of a batch norm, random numbers. So the forward keeps, as torch.utils.checkpoint does
+and for each stage, the state of the generators and of the buffers before it, which modules were in training mode, and
+the autocast; the backward puts them back for the time of its calls.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ class ReversibleSequential(FlowSequential):
     The forward keeps its output, the context and 1024 elements of the input; the backward rebuilds the input of each
     module from its output by inverting it, and recomputes what the gradient needs, one module at a time. That costs one
     more forward pass (couplings evaluate their conditioner once for both). Gradients equal those of
-    :class:`FlowSequential` up to the rounding of the inverses; the drift of the rebuilt input is measured in each backward.
+    :class:`FlowSequential` up to the rounding of the inverses; the drift of the rebuilt input is measured in each
+    backward.
 
-    Dropout, noise from torch's default generators, batch norm and spectral norm in the conditioners are replayed: the backward
-    meets the random numbers, buffers, training flags and autocast of the forward, and leaves all of them as it found them.
-    Under a transform of torch.func, torch.export and torch.jit.trace it is a :class:`FlowSequential`.
+    Dropout, noise from torch's default generators, batch norm and spectral norm in the conditioners are replayed: the
+    backward meets the random numbers, buffers, training flags and autocast of the forward, and leaves all of them as it
+    found them. Under a transform of torch.func, torch.export and torch.jit.trace it is a :class:`FlowSequential`.
 
     Args:
         bijections: modules with ``forward`` and ``inverse`` of the flow convention.
-        drift_warning: relative drift of the rebuilt input above which a warning tells the measured figure; on a GPU at the
-            next backward, which does not wait for it.
+        drift_warning: relative drift of the rebuilt input above which a warning tells the measured figure; on a GPU at
+            the next backward, which does not wait for it.
 
     Raises:
         ValueError: a :class:`BatchNormFlow` in training inside, which has no inverse then.
-        RuntimeError: in the backward, a bijection that gives other numbers when it is called again, for example by a generator
-            of its own, so that its input cannot be rebuilt.
+        RuntimeError: in the backward, a bijection that gives other numbers when it is called again, for example by a
+            generator of its own, so that its input cannot be rebuilt.
         NotImplementedError: second derivatives, which would need the activations that were never kept.
 
     Example:
@@ -95,7 +96,8 @@ class ReversibleSequential(FlowSequential):
         for name, module in self.named_modules():
             if module.training and isinstance(module, BatchNormFlow):
                 raise ValueError(
-                    f"ReversibleSequential: {name} is a BatchNormFlow in training mode, which has no inverse to rebuild its "
+                    f"ReversibleSequential: {name} is a BatchNormFlow in training mode, which has no inverse to "
+                    "rebuild its "
                     "input with; put it into evaluation mode, or use FlowSequential"
                 )
 
@@ -227,7 +229,12 @@ def _forward(
 
 
 def _run(
-    module: ReversibleSequential, stages: list[Any], xs: list[Tensor], context: Tensor | None, autocast: str, draws: bool
+    module: ReversibleSequential,
+    stages: list[Any],
+    xs: list[Tensor],
+    context: Tensor | None,
+    autocast: str,
+    draws: bool,
 ) -> list[Tensor]:
     device = xs[0].device
     cuda = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
@@ -279,7 +286,9 @@ def _moved_of(stages: list[Any], moved: list[Tensor], device: torch.device) -> l
     states = list(generators.unbind())
     states = states if len(states) == len(stages) else states * len(stages)
     cuda: list[Tensor | None] = [*cuda_generators.unbind()] or [None] * len(stages)
-    if cuda_generators.numel() and not cuda_generators.any():  # a graph was being captured, whose generators replay themselves
+    if (
+        cuda_generators.numel() and not cuda_generators.any()
+    ):  # a graph was being captured, whose generators replay themselves
         cuda = [None] * len(stages)
     return [
         _Moved([next(rest) for _ in _buffers(stage)], generator, cuda_generator, device)
@@ -288,9 +297,16 @@ def _moved_of(stages: list[Any], moved: list[Tensor], device: torch.device) -> l
 
 
 def _backward_kernel(
-    grads: list[Tensor], grad_logdet: Tensor, zs: list[Tensor], fingerprint: Tensor, moved: list[Tensor],
-    context: Tensor | None, parameters: list[Tensor], handle: int, autocast: str,
-) -> list[Tensor]:  # fmt: skip
+    grads: list[Tensor],
+    grad_logdet: Tensor,
+    zs: list[Tensor],
+    fingerprint: Tensor,
+    moved: list[Tensor],
+    context: Tensor | None,
+    parameters: list[Tensor],
+    handle: int,
+    autocast: str,
+) -> list[Tensor]:
     module, device = _MODULES[handle], zs[0].device
     state, dz = _halves(zs), list(grads)
     if context is not None:
@@ -343,8 +359,9 @@ def _rebuilt(stage: Any, before: _Moved, state: State, context: Tensor | None) -
 @torch.no_grad()
 def _changing(
     module: ReversibleSequential, stages: list[Any], befores: list[_Moved], x: State, context: Tensor | None
-) -> str:  # fmt: skip
-    """The first stage that gives other numbers when it is called again from the same state; empty where there is none."""
+) -> str:
+    """The first stage that gives other numbers when it is called again from the same state; empty where there is
+    none."""
     for i, (stage, before) in enumerate(zip(stages, befores)):
         twice = []
         for _ in range(2):
@@ -384,26 +401,36 @@ def _warn_if_large(module: ReversibleSequential, drift: float, elements: int, ch
     if drift <= module.drift_warning:
         return
     measured = (
-        f"the input rebuilt through {len(module)} modules differs from the true one by {drift:.1e} (relative, over {elements} "
+        f"the input rebuilt through {len(module)} modules differs from the true one by {drift:.1e} (relative, over "
+        f"{elements} "
         f"elements; the limit is {module.drift_warning:.0e})"
     )
     name = changing()
     if name:
         raise RuntimeError(
-            f"ReversibleSequential: {name} gives other numbers when the backward calls it again: {measured}. Its state is not "
+            f"ReversibleSequential: {name} gives other numbers when the backward calls it again: {measured}. Its "
+            "state is not "
             "in buffers and torch's default generators, which are replayed; use FlowSequential"
         )
     warnings.warn(
-        f"ReversibleSequential: {measured}, so the gradients are off by about as much. Every module gives the same numbers "
+        f"ReversibleSequential: {measured}, so the gradients are off by about as much. Every module gives the same "
+        "numbers "
         "again, so an inverse is ill-conditioned: use smaller scales, float64, or fewer modules in one chain",
         stacklevel=2,
     )
 
 
 def _backward_fake(
-    grads: list[Tensor], grad_logdet: Tensor, zs: list[Tensor], fingerprint: Tensor, moved: list[Tensor],
-    context: Tensor | None, parameters: list[Tensor], handle: int, autocast: str,
-) -> list[Tensor]:  # fmt: skip
+    grads: list[Tensor],
+    grad_logdet: Tensor,
+    zs: list[Tensor],
+    fingerprint: Tensor,
+    moved: list[Tensor],
+    context: Tensor | None,
+    parameters: list[Tensor],
+    handle: int,
+    autocast: str,
+) -> list[Tensor]:
     result = [*(torch.empty_like(z) for z in zs), *(torch.empty_like(p) for p in parameters)]
     return result if context is None else [*result, torch.empty_like(context)]
 
@@ -424,7 +451,12 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     context = saved.pop() if ctx.has_context else None
     split = len(saved) - ctx.parameters
     parameters, saved = saved[split:], saved[:split]
-    zs, logdet, fingerprint, moved = saved[: ctx.halves], saved[ctx.halves], saved[ctx.halves + 1], saved[ctx.halves + 2 :]
+    zs, logdet, fingerprint, moved = (
+        saved[: ctx.halves],
+        saved[ctx.halves],
+        saved[ctx.halves + 1],
+        saved[ctx.halves + 2 :],
+    )
     given = [torch.zeros_like(t) if g is None else g for t, g in zip([*zs, logdet], grads)]
     result = torch.ops.genfast.reversible_backward(
         given[:-1], given[-1], zs, fingerprint, moved, context, parameters, ctx.handle, ctx.autocast
@@ -437,13 +469,17 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 def _define() -> None:
     LIBRARY.define(
-        "reversible(Tensor[] xs, Tensor? context, Tensor[] parameters, int handle, str autocast, bool draws) -> Tensor[]"
+        "reversible(Tensor[] xs, Tensor? context, Tensor[] parameters, int handle, str autocast, bool draws) -> "
+        "Tensor[]"
     )
     LIBRARY.define(
         "reversible_backward(Tensor[] grads, Tensor grad_logdet, Tensor[] zs, Tensor fingerprint, Tensor[] moved, "
         "Tensor? context, Tensor[] parameters, int handle, str autocast) -> Tensor[]"
     )
-    for name, kernel, fake in (("reversible", _forward, _fake), ("reversible_backward", _backward_kernel, _backward_fake)):
+    for name, kernel, fake in (
+        ("reversible", _forward, _fake),
+        ("reversible_backward", _backward_kernel, _backward_fake),
+    ):
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"genfast::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd("genfast::reversible", _backward, setup_context=_setup_context, lib=LIBRARY)

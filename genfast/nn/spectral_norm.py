@@ -50,13 +50,14 @@ class _SpectralNorm(nn.Module):
 def spectral_norm(
     module: M, name: str = "weight", *, n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
 ) -> M:
-    """Spectral normalisation of a module's weight: each forward sees weight / sigma (SN-GAN, arXiv:1802.05957, algorithm 1).
+    """Spectral normalisation of a module's weight: each forward sees weight / sigma (SN-GAN, arXiv:1802.05957,
+    algorithm 1).
 
-    The same numbers and state_dict as torch.nn.utils.parametrizations.spectral_norm (``parametrizations.<name>.original``,
-    ``.0._u``, ``.0._v``), so checkpoints load either way. u and v move in training mode alone, at every access of the weight
-    (use torch.nn.utils.parametrize.cached where it is accessed more than once a step). They are a function of the weights and
-    of where they began, so equal on all ranks of which DistributedDataParallel makes both equal. ``module`` is changed in place
-    and returned.
+    The same numbers and state_dict as torch.nn.utils.parametrizations.spectral_norm
+    (``parametrizations.<name>.original``, ``.0._u``, ``.0._v``), so checkpoints load either way. u and v move in
+    training mode alone, at every access of the weight (use torch.nn.utils.parametrize.cached where it is accessed more
+    than once a step). They are a function of the weights and of where they began, so equal on all ranks of which
+    DistributedDataParallel makes both equal. ``module`` is changed in place and returned.
 
     Args:
         module: anything with a parameter ``name``.
@@ -81,5 +82,7 @@ def spectral_norm(
         dim = int(isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
     if not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"spectral_norm: dim={dim}, expected an axis of the weight of shape {tuple(weight.shape)}")
-    parametrize.register_parametrization(module, name, _SpectralNorm(weight, n_power_iterations, eps, dim % weight.dim()))
+    parametrize.register_parametrization(
+        module, name, _SpectralNorm(weight, n_power_iterations, eps, dim % weight.dim())
+    )
     return module

@@ -14,8 +14,10 @@ from .univariate import Mapped, SplineMap, univariate
 class SplineCoupling(Mapped, Bijection):
     """A coupling layer of rational-quadratic splines: x_a goes through splines whose parameters are conditioner(x_b).
 
-    The conditioner is called with x_b, or with (x_b, context) when a context is given, and returns (N, C' P, ...) for the C'
-    features of x_a, feature by feature: K bin widths, K heights, the derivatives. P = 3K - 1 with linear tails, 3K circular,
+    The conditioner is called with x_b, or with (x_b, context) when a context is given, and returns (N, C' P, ...) for
+    the C'
+    features of x_a, feature by feature: K bin widths, K heights, the derivatives. P = 3K - 1 with linear tails, 3K
+        circular,
     3K + 1 with tails=None. Inputs are vectors (N, C) or images (N, C, H, W), split by channels.
 
     Args:
@@ -24,8 +26,8 @@ class SplineCoupling(Mapped, Bijection):
         width: C', the number of moved features; C // 2 without.
         transform: whether the "first" or the "last" C' features move.
         bins: K, 2 to 64.
-        tails: beyond [-bound, bound]: "linear" and "circular" pass x unchanged (circular: both ends share a derivative), None
-            allows nothing there.
+        tails: beyond [-bound, bound]: "linear" and "circular" pass x unchanged (circular: both ends share a
+            derivative), None allows nothing there.
         bound: half of the splines' interval.
         convention: how logits become bins: "nflows" or "zuko"; see :func:`genfast.ops.rational_quadratic_spline`.
         min_bin_width, min_bin_height, min_derivative, slope, logit_scale: of that op.
@@ -45,9 +47,14 @@ class SplineCoupling(Mapped, Bijection):
     moved: Tensor | None
 
     def __init__(
-        self, conditioner: nn.Module, *, mask: Tensor | None = None, width: int | None = None,
-        transform: Literal["first", "last"] = "first", **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        conditioner: nn.Module,
+        *,
+        mask: Tensor | None = None,
+        width: int | None = None,
+        transform: Literal["first", "last"] = "first",
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.conditioner = conditioner
         self.width, self.transform = width, transform
@@ -67,12 +74,15 @@ class SplineCoupling(Mapped, Bijection):
         if self.passed is not None and self.moved is not None:
             if x.shape[1] != len(self.passed) + len(self.moved):
                 raise ValueError(
-                    f"SplineCoupling: x has shape {tuple(x.shape)}, expected (N, {len(self.passed) + len(self.moved)}, ...)"
+                    f"SplineCoupling: x has shape {tuple(x.shape)}, expected (N, "
+                    f"{len(self.passed) + len(self.moved)}, ...)"
                 )
             return x.index_select(1, self.moved), x.index_select(1, self.passed)
         width = x.shape[1] // 2 if self.width is None else self.width
         if not 0 < width < x.shape[1]:
-            raise ValueError(f"SplineCoupling: width={width} with {x.shape[1]} features, expected 1 to {x.shape[1] - 1}")
+            raise ValueError(
+                f"SplineCoupling: width={width} with {x.shape[1]} features, expected 1 to {x.shape[1] - 1}"
+            )
         if self.transform == "first":
             return x[:, :width], x[:, width:]
         return x[:, x.shape[1] - width :], x[:, : x.shape[1] - width]
@@ -88,7 +98,8 @@ class SplineCoupling(Mapped, Bijection):
         expected = (x.shape[0], x_a.shape[1] * self.map.outputs, *x.shape[2:])
         if params.shape != expected:
             raise ValueError(
-                f"SplineCoupling: the conditioner {type(self.conditioner).__name__} returned {tuple(params.shape)} for an "
+                f"SplineCoupling: the conditioner {type(self.conditioner).__name__} returned {tuple(params.shape)} "
+                "for an "
                 f"input of {tuple(x_b.shape)}, expected {expected}: {self.map.outputs} for each of {x_a.shape[1]}"
             )
         y_a, logdet = self._mapped(x_a, params.unflatten(1, (x_a.shape[1], self.map.outputs)), inverse)

@@ -20,7 +20,9 @@ class Squeeze(Bijection):
         torch.Size([2, 12, 4, 4])
     """
 
-    def __init__(self, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle") -> None:
+    def __init__(
+        self, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle"
+    ) -> None:
         super().__init__()
         self.factor = factor
         self.order = order

@@ -52,7 +52,9 @@ class SplineMap:
         if self.tails not in TAILS:
             raise ValueError(f"spline: tails={self.tails!r}, expected one of {', '.join(map(repr, TAILS))}")
         if self.convention not in CONVENTIONS:
-            raise ValueError(f"spline: convention={self.convention!r}, expected one of {', '.join(map(repr, CONVENTIONS))}")
+            raise ValueError(
+                f"spline: convention={self.convention!r}, expected one of {', '.join(map(repr, CONVENTIONS))}"
+            )
         if not self.bound > 0:
             raise ValueError(f"spline: bound={self.bound}, expected more than 0")
 
@@ -82,19 +84,31 @@ def univariate(kind: str, options: dict[str, Any]) -> AffineMap | SplineMap:
 def spline_options(by: SplineMap) -> dict[str, Any]:
     """As the ops take them."""
     return dict(
-        tails=by.tails, bound=None if by.tails is None else by.bound, convention=by.convention, left=-by.bound, right=by.bound,
-        bottom=-by.bound, top=by.bound, min_bin_width=by.min_bin_width, min_bin_height=by.min_bin_height,
-        min_derivative=by.min_derivative, slope=by.slope, logit_scale=by.logit_scale,
-    )  # fmt: skip
+        tails=by.tails,
+        bound=None if by.tails is None else by.bound,
+        convention=by.convention,
+        left=-by.bound,
+        right=by.bound,
+        bottom=-by.bound,
+        top=by.bound,
+        min_bin_width=by.min_bin_width,
+        min_bin_height=by.min_bin_height,
+        min_derivative=by.min_derivative,
+        slope=by.slope,
+        logit_scale=by.logit_scale,
+    )
 
 
 def mapped(by: AffineMap | SplineMap, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """(y, logdet) of x (N, D, ...) and params (N, D, P, ...), logdet (N,)."""
     if isinstance(by, AffineMap):
         return ops.affine_coupling(
-            x, params.flatten(1, 2), scale=by.scale, inverse=by.normalising != inverse,  # type: ignore[arg-type]
+            x,
+            params.flatten(1, 2),
+            scale=by.scale,
+            inverse=by.normalising != inverse,  # type: ignore[arg-type]
             layout="shift_scale_interleaved",
-        )  # fmt: skip
+        )
     packed = params.movedim(2, -1)
     y, logdet = ops.rational_quadratic_spline_packed(x, packed, by.bins, inverse=inverse, **spline_options(by))
     return y, logdet.flatten(1).sum(1)

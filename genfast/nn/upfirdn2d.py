@@ -26,7 +26,14 @@ class Upfirdn2d(nn.Module):
     filter: Tensor
 
     def __init__(
-        self, taps: Any, *, up: Pair = 1, down: Pair = 1, padding: Pair = 0, flip_filter: bool = False, gain: float = 1.0
+        self,
+        taps: Any,
+        *,
+        up: Pair = 1,
+        down: Pair = 1,
+        padding: Pair = 0,
+        flip_filter: bool = False,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_buffer("filter", ops.setup_filter(taps))
@@ -34,7 +41,13 @@ class Upfirdn2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.upfirdn2d(
-            x, self.filter, up=self.up, down=self.down, padding=self.padding, flip_filter=self.flip_filter, gain=self.gain
+            x,
+            self.filter,
+            up=self.up,
+            down=self.down,
+            padding=self.padding,
+            flip_filter=self.flip_filter,
+            gain=self.gain,
         )
 
     def extra_repr(self) -> str:

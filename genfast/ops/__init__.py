@@ -32,16 +32,17 @@ from .squeeze import squeeze, unsqueeze
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
-    "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits", "apply_bits_",
-    "autoregressive_inverse", "bias_act", "categorical_nll", "contextual_similarity", "critic_step", "CriticLoss",
-    "diagonal_gaussian", "diagonal_gaussian_kl", "diagonal_lstm", "DiagonalGaussian", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "gradient_penalty", "gram_matrix",
-    "interpolate", "invertible_conv1x1", "kernel_distance", "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input",
-    "linear_spline", "linear_weight", "masked_conv1d", "masked_conv2d", "masked_conv3d", "masked_linear",
-    "minibatch_discrimination", "minibatch_stddev", "mmd", "modulated_conv2d", "nade", "nade_sample", "nearest_neighbors",
-    "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "quadratic_spline", "rational_quadratic_spline",
-    "rational_quadratic_spline_packed", "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "Staircase",
-    "staircase", "staircase_from_mask", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
+    "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits",
+    "apply_bits_", "autoregressive_inverse", "bias_act", "categorical_nll", "contextual_similarity", "critic_step",
+    "CriticLoss", "diagonal_gaussian", "diagonal_gaussian_kl", "diagonal_lstm", "DiagonalGaussian",
+    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "downsample2d", "filter2d",
+    "gated_activation", "gradient_penalty", "gram_matrix", "interpolate", "invertible_conv1x1", "kernel_distance",
+    "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_spline", "linear_weight", "masked_conv1d",
+    "masked_conv2d", "masked_conv3d", "masked_linear", "minibatch_discrimination", "minibatch_stddev", "mmd",
+    "modulated_conv2d", "nade", "nade_sample", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum",
+    "pixel_norm", "PLU", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_packed",
+    "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "Staircase", "staircase",
+    "staircase_from_mask", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a public function of :mod:`genfast.penalty`, which is built on this package and cannot be imported before it."""
+    """Returns a public function of :mod:`genfast.penalty`, which is built on this package and cannot be imported before
+    it."""
     if name not in ("CriticLoss", "critic_step", "gradient_penalty"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .. import penalty

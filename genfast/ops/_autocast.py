@@ -19,5 +19,6 @@ def autocast(x: Tensor, *others: Any) -> list[Any]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in tensors
     ]

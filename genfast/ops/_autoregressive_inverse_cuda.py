@@ -23,9 +23,14 @@ _CUDA = kernels(
 
 # Transform of the engine.
 _TRANSFORMS = {
-    "affine:exp": 0, "affine:softclamp": 1, "affine:sigmoid2": 2, "affine:softplus": 3, "affine:additive": 4, "bernoulli": 5,
+    "affine:exp": 0,
+    "affine:softclamp": 1,
+    "affine:sigmoid2": 2,
+    "affine:softplus": 3,
+    "affine:additive": 4,
+    "bernoulli": 5,
     "spline": 6,
-}  # fmt: skip
+}
 _MOST = 2**31  # weights: the engine counts them in 32 bits
 
 
@@ -61,22 +66,48 @@ def forward(
         with torch.cuda.device(z.device):
             number, bins, tails, inverse, zuko, numbers = _engine_options(transform, options)
             _CUDA.degree_ordered(
-                stream=torch.cuda.current_stream().cuda_stream, item_list=plan.items, tables=plan.tables, order=plan.order,
-                weights=packed, statics=statics, statics_width=plan.statics, z=z, x=x, logdet=logdet,
-                scratch=_scratch(z, plan.rows), n=len(z), rows=plan.rows, items=len(plan.items), inputs=plan.inputs,
-                width=plan.width, given=plan.given, transform=number, bins=bins, tails=tails, inverse=inverse, zuko=zuko,
+                stream=torch.cuda.current_stream().cuda_stream,
+                item_list=plan.items,
+                tables=plan.tables,
+                order=plan.order,
+                weights=packed,
+                statics=statics,
+                statics_width=plan.statics,
+                z=z,
+                x=x,
+                logdet=logdet,
+                scratch=_scratch(z, plan.rows),
+                n=len(z),
+                rows=plan.rows,
+                items=len(plan.items),
+                inputs=plan.inputs,
+                width=plan.width,
+                given=plan.given,
+                transform=number,
+                bins=bins,
+                tails=tails,
+                inverse=inverse,
+                zuko=zuko,
                 options=numbers,
-            )  # fmt: skip
+            )
     return x, logdet
 
 
 def backward(
-    grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
-    code: Tensor, transform: str, options: Sequence[float], weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dz, dpacked, dstatics). With x known, all units and all derivatives of each unit or input by its own arguments are
-    computed at once; what remains is a recurrence over the levels, which the engine runs; the gradients of the weights are then
-    products of the units with their cotangents."""
+    grad_x: Tensor | None,
+    grad_logdet: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    statics: Tensor | None,
+    code: Tensor,
+    transform: str,
+    options: Sequence[float],
+    weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dpacked, dstatics). With x known, all units and all derivatives of each unit or input by its own arguments
+    are computed at once; what remains is a recurrence over the levels, which the engine runs; the gradients of the
+    weights are then products of the units with their cotangents."""
     plan = level_items(code, z.device)
     if plan.size >= _MOST:
         return reference.autoregressive_inverse_backward(
@@ -95,11 +126,24 @@ def backward(
     if n:
         with torch.cuda.device(z.device):
             _CUDA.degree_ordered_backward(
-                stream=torch.cuda.current_stream().cuda_stream, item_list=items, tables=tables, order=plan.order,
-                weights=transposed, z=grad_x, slopes=slopes, by_value=by_value, constant=constant, kept=kept,
-                scratch=_scratch(z, plan.units), n=n, rows=plan.units, units=plan.units, items=len(items), inputs=plan.inputs,
+                stream=torch.cuda.current_stream().cuda_stream,
+                item_list=items,
+                tables=tables,
+                order=plan.order,
+                weights=transposed,
+                z=grad_x,
+                slopes=slopes,
+                by_value=by_value,
+                constant=constant,
+                kept=kept,
+                scratch=_scratch(z, plan.units),
+                n=n,
+                rows=plan.units,
+                units=plan.units,
+                items=len(items),
+                inputs=plan.inputs,
                 width=plan.width,
-            )  # fmt: skip
+            )
     dz = (z_slope * kept[:, : plan.inputs] + z_constant).index_select(1, plan.places)
     dpacked = _weight_gradient(plan, values, kept) if weights else packed.new_empty(0)
     dstatics = z.new_empty(0) if statics is None else _statics_gradient(plan, values, kept, statics)
@@ -116,7 +160,9 @@ def _point(plan: LevelItems, layer: Layer) -> Tensor:
     return plan.tables[layer.sources : layer.sources + layer.units].long()
 
 
-def _values(plan: LevelItems, x: Tensor, packed: Tensor, transposed: Tensor, statics: Tensor | None) -> tuple[Tensor, Tensor]:
+def _values(
+    plan: LevelItems, x: Tensor, packed: Tensor, transposed: Tensor, statics: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(N, U): all units, and what each one's activation and gate multiply its cotangent by."""
     values, slopes = x.new_empty(len(x), plan.units), x.new_empty(len(x), plan.units)
     values[:, : plan.inputs] = x.index_select(1, plan.sorted)
@@ -147,7 +193,8 @@ def _values(plan: LevelItems, x: Tensor, packed: Tensor, transposed: Tensor, sta
 def _univariate(
     plan: LevelItems, z: Tensor, values: Tensor, grad_logdet: Tensor, transform: str, options: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the sorted inputs: dx/dz, dx/dparams, and what grad_logdet adds to the cotangents of z and of the parameters."""
+    """Of the sorted inputs: dx/dz, dx/dparams, and what grad_logdet adds to the cotangents of z and of the
+    parameters."""
     flat = values[:, plan.parameters : plan.parameters + plan.inputs * plan.width]
     params = flat.reshape(len(z), plan.inputs, plan.width)
     z = z.index_select(1, plan.sorted)

@@ -18,7 +18,8 @@ def axis(op: str, x: Tensor, dim: int) -> int:
 
 
 def along(x: Tensor, dim: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function``, which takes (N, C, ...) and keeps the shape, with axis ``dim`` as C: a view where x is contiguous."""
+    """``function``, which takes (N, C, ...) and keeps the shape, with axis ``dim`` as C: a view where x is
+    contiguous."""
     if dim == 1:
         return function(x)
     before, after = prod(x.shape[:dim]), x.shape[dim + 1 :]

@@ -13,7 +13,8 @@ from .._registry import check_number
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are floating point, on one device. The first is always there; of the others None is not looked at."""
+    """All given tensors are floating point, on one device. The first is always there; of the others None is not looked
+    at."""
     first: Tensor | None = None
     for name, t in tensors.items():
         if t is None and first is not None:
@@ -25,11 +26,14 @@ def floating(op: str, **tensors: Tensor | None) -> None:
         if first is None:
             first, first_name = t, name
         elif t.device != first.device:
-            raise ValueError(f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device")
+            raise ValueError(
+                f"{op}: {name} is on {t.device} and {first_name} on {first.device}; move both to one device"
+            )
 
 
 def number(op: str, **values: object) -> None:
-    """No value is a tensor that requires a gradient, which a number would lose in silence; nor has one among its items."""
+    """No value is a tensor that requires a gradient, which a number would lose in silence; nor has one among its
+    items."""
     for name, value in values.items():
         check_number(op, name, value)
 

@@ -1,8 +1,9 @@
 """The degree-ordered program as the CUDA engine takes it (csrc/cuda/autoregressive_inverse.cuh): a flat list of items.
 
-Forward: the groups of the program in their order, and after those of a level its inputs' solution. Backward: the same units
-on the transposed network, levels from the last to the first; a unit's cotangent is a sum over the products that read it and
-over links, by which a pointwise unit or a residual reads one.
+Forward: the groups of the program in their order, and after those of a level its inputs' solution. Backward: the same
+    units
+on the transposed network, levels from the last to the first; a unit's cotangent is a sum over the products that read it
+and over links, by which a pointwise unit or a residual reads one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,16 @@ _LANES = 32  # rows that a product may read past those that it needs
 _NONE = ACTIVATIONS.index("none")
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid, "softplus": F.softplus, "silu": F.silu, "gelu": F.gelu,
-}  # fmt: skip
+    "none": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
 
 
 @dataclass
@@ -65,11 +73,28 @@ class Layer:
         return FUNCTIONS[ACTIVATIONS[self.activation]]
 
 
-def _item(kind: int, *, activation: int = 0, first: int = 0, rows: int = 0, count: int = 0, source: int = 0, out: int = 0,
-          weight: int = 0, stride: int = 0, bias: int = -1, context: int = -1, gate: int = -1, sources: int = -1,
-          residual: int = -1, flags: int = 0, level: int = 0) -> list[int]:  # fmt: skip
+def _item(
+    kind: int,
+    *,
+    activation: int = 0,
+    first: int = 0,
+    rows: int = 0,
+    count: int = 0,
+    source: int = 0,
+    out: int = 0,
+    weight: int = 0,
+    stride: int = 0,
+    bias: int = -1,
+    context: int = -1,
+    gate: int = -1,
+    sources: int = -1,
+    residual: int = -1,
+    flags: int = 0,
+    level: int = 0,
+) -> list[int]:
     return [
-        kind, activation, first, rows, count, source, out, weight // _UNIT, stride, bias, context, gate, sources, residual,
+        kind, activation, first, rows, count, source, out, weight // _UNIT, stride, bias, context, gate, sources,
+        residual,
         flags, level,
     ]  # fmt: skip
 
@@ -80,7 +105,9 @@ class LevelItems:
     def __init__(self, code: Tensor, device: torch.device) -> None:
         code = code.cpu()
         numbers: list[int] = code.tolist()
-        self.inputs, self.width, levels, count, groups, self.units, self.statics, self.size, self.parameters = numbers[:HEADER]
+        self.inputs, self.width, levels, count, groups, self.units, self.statics, self.size, self.parameters = numbers[
+            :HEADER
+        ]
         at = HEADER + self.inputs
         self._numbers, self._ends = numbers, numbers[at : at + levels]
         at += levels
@@ -91,7 +118,9 @@ class LevelItems:
         for level, layer, row, rows, *_ in self._groups:
             self.layers[layer].groups.append((level, row, rows))
         for layer_ in self.layers:
-            layer_.sources, layer_.residual = (t - self._tables if t >= 0 else -1 for t in (layer_.sources, layer_.residual))
+            layer_.sources, layer_.residual = (
+                t - self._tables if t >= 0 else -1 for t in (layer_.sources, layer_.residual)
+            )
         self._device = device
         order = code[HEADER : HEADER + self.inputs]
         self.order = self._put(order.tolist())
@@ -120,11 +149,22 @@ class LevelItems:
                 layer = self.layers[number]
                 last = layer is self.layers[-1]
                 item = _item(
-                    _PRODUCT if layer.kind == PRODUCT else _POINT, activation=layer.activation, first=row, rows=rows,
-                    count=live, source=layer.source, out=local + row - begin * self.width if last else layer.first + row,
-                    weight=weight, stride=stride, bias=layer.bias, context=layer.context, gate=layer.gate,
-                    sources=layer.sources, residual=layer.residual, level=level,
-                )  # fmt: skip
+                    _PRODUCT if layer.kind == PRODUCT else _POINT,
+                    activation=layer.activation,
+                    first=row,
+                    rows=rows,
+                    count=live,
+                    source=layer.source,
+                    out=local + row - begin * self.width if last else layer.first + row,
+                    weight=weight,
+                    stride=stride,
+                    bias=layer.bias,
+                    context=layer.context,
+                    gate=layer.gate,
+                    sources=layer.sources,
+                    residual=layer.residual,
+                    level=level,
+                )
                 found.append(item)
                 group = next(groups)
             found.append(_item(_SOLVE, first=begin, rows=end - begin, source=local, level=level))
@@ -139,7 +179,8 @@ class LevelItems:
         return self._backward
 
     def _transpose(self) -> None:
-        """``index``: of each transposed weight its place among the packed, plus 1; 0: nowhere. ``inverse``: the converse."""
+        """``index``: of each transposed weight its place among the packed, plus 1; 0: nowhere. ``inverse``: the
+        converse."""
         size = 0
         for layer in self.layers:
             if layer.kind == PRODUCT:
@@ -196,9 +237,17 @@ class LevelItems:
                 flags |= sum(flag for (_, by), flag in zip(pair, (_FIRST_SLOPED, _SECOND_SLOPED)) if by)
                 tables_ = [table for table, _ in pair] + [-1] * (2 - len(pair))
                 item = _item(
-                    _SWEEP, first=row, rows=rows, out=first + row, sources=tables_[0], residual=tables_[1], flags=flags,
-                    gate=0 if sloped and i == steps - 1 else -1, level=level, **(products[i] if i < len(products) else {}),
-                )  # fmt: skip
+                    _SWEEP,
+                    first=row,
+                    rows=rows,
+                    out=first + row,
+                    sources=tables_[0],
+                    residual=tables_[1],
+                    flags=flags,
+                    gate=0 if sloped and i == steps - 1 else -1,
+                    level=level,
+                    **(products[i] if i < len(products) else {}),
+                )
                 found.append(item)
 
         for level in reversed(range(len(self._ends))):

@@ -99,7 +99,8 @@ def layout(x: Tensor) -> Layout:
 
 
 def aligned(own: Layout, like: Layout) -> Layout | None:
-    """``own`` told in the order of ``like``, or None where that takes a copy. One channel or one position lies in both."""
+    """``own`` told in the order of ``like``, or None where that takes a copy. One channel or one position lies in
+    both."""
     if not own.fits:
         return None
     if own.walks_channels == like.walks_channels:

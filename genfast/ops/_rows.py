@@ -1,4 +1,5 @@
-"""How the C++ kernels see a batch whose samples are treated alike: N rows of D dense elements, in any order of the axes."""
+"""How the C++ kernels see a batch whose samples are treated alike: N rows of D dense elements, in any order of the
+axes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""ops.leaky_relu_bits and ops.apply_bits, ops.activation_chain and ops.activation_second: what a gradient penalty needs of the
-activations between a critic's layers, in one pass each."""
+"""ops.leaky_relu_bits and ops.apply_bits, ops.activation_chain and ops.activation_second: what a gradient penalty needs
+of the activations between a critic's layers, in one pass each."""
 
 from __future__ import annotations
 
@@ -44,11 +44,15 @@ def _check_leaky(x: Tensor, slope: float) -> None:
 def _check_apply(x: Tensor, bits: Tensor, slope: float) -> None:
     _check.floating("apply_bits", x=x)
     if not isinstance(bits, Tensor) or bits.dtype != torch.uint8:
-        raise TypeError(f"apply_bits: bits is a {getattr(bits, 'dtype', type(bits).__name__)}, expected a torch.uint8 tensor")
+        raise TypeError(
+            f"apply_bits: bits is a {getattr(bits, 'dtype', type(bits).__name__)}, expected a torch.uint8 tensor"
+        )
     if bits.device != x.device:
         raise ValueError(f"apply_bits: bits is on {bits.device} and x on {x.device}; move both to one device")
     if bits.dim() == 2 and x.dim() == 2:
-        _check.shape("apply_bits", "bits", bits, (x.shape[0], (x.shape[1] + 7) // 8), "bits of the rows of x, in whole bytes")
+        _check.shape(
+            "apply_bits", "bits", bits, (x.shape[0], (x.shape[1] + 7) // 8), "bits of the rows of x, in whole bytes"
+        )
     else:
         _check.shape("apply_bits", "bits", bits, (_bytes(x),), "one bit an element of x, in whole bytes")
 
@@ -56,9 +60,16 @@ def _check_apply(x: Tensor, bits: Tensor, slope: float) -> None:
 def _run_bits(x: Tensor, y: Tensor, bits: Tensor, slope: float, apply: bool) -> None:
     rows, columns = x.shape if bits.dim() == 2 else (1, x.numel())
     _CPU.leaky_relu_bits(
-        is_double=x.dtype is torch.float64, apply=apply, x=x, y=y, bits=bits, slope=slope, rows=rows, columns=columns,
+        is_double=x.dtype is torch.float64,
+        apply=apply,
+        x=x,
+        y=y,
+        bits=bits,
+        slope=slope,
+        rows=rows,
+        columns=columns,
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
 
 
 def _cpu_leaky(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
@@ -70,9 +81,16 @@ def _cpu_leaky(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     # not from kept memory: when a gradient penalty needs the most, this is free again
     y, bits = torch.empty_like(x), torch.empty((n + 7) // 8, dtype=torch.uint8)
     _CPU.leaky_relu_bits(
-        is_double=x.dtype is torch.float64, apply=False, x=x, y=y, bits=bits, slope=slope, rows=1, columns=n,
+        is_double=x.dtype is torch.float64,
+        apply=False,
+        x=x,
+        y=y,
+        bits=bits,
+        slope=slope,
+        rows=1,
+        columns=n,
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return y, bits
 
 
@@ -116,8 +134,11 @@ def _samples_leaky(generator: torch.Generator) -> Iterator[Sample]:
 
 def _samples_apply(generator: torch.Generator) -> Iterator[Sample]:
     for shape, kept, slope in (
-        ((3, 5, 7), (14,), 0.2), ((16, 17, 3), (102,), 0.0), ((4, 11), (4, 2), 0.3), ((8, 4), (4,), 0.2),
-    ):  # fmt: skip
+        ((3, 5, 7), (14,), 0.2),
+        ((16, 17, 3), (102,), 0.0),
+        ((4, 11), (4, 2), 0.3),
+        ((8, 4), (4,), 0.2),
+    ):
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         bits = torch.randint(256, kept, generator=generator, dtype=torch.uint8)
         yield Sample(f"{'rows' if len(kept) == 2 else 'flat'} slope {slope} {shape}", (x, bits, slope))
@@ -155,8 +176,8 @@ def leaky_relu_bits(x: Tensor, slope: float = 0.0) -> tuple[Tensor, Tensor]:
         slope: of the negative side; 0 is relu.
 
     Returns:
-        (y, bits): y like x, in its memory format (channels_last is kept); bits uint8 (ceil(numel / 8),): bit i % 8 of byte
-        i // 8 is set where element i of x, in the order in which y lies in memory, is above zero.
+        (y, bits): y like x, in its memory format (channels_last is kept); bits uint8 (ceil(numel / 8),): bit i % 8 of
+        byte i // 8 is set where element i of x, in the order in which y lies in memory, is above zero.
 
     Raises:
         TypeError: integer x.
@@ -177,8 +198,8 @@ def apply_bits(x: Tensor, bits: Tensor, slope: float = 0.0) -> Tensor:
     """x where its bit is set, slope x elsewhere: the backward and the tangent of a leaky relu.
 
     Args:
-        x: any shape, floating point, laid out in memory as the tensor that the bits are of (``x.contiguous(memory_format=...)``
-            where it is not).
+        x: any shape, floating point, laid out in memory as the tensor that the bits are of
+            (``x.contiguous(memory_format=...)`` where it is not).
         bits: of :func:`leaky_relu_bits`, (ceil(numel / 8),), or of :func:`linear`, (N, ceil(C / 8)) for x (N, C).
         slope: what an element without its bit is multiplied by; for 0 the result is 0 whatever x holds. A number: no
             gradient flows to it.
@@ -198,7 +219,9 @@ def apply_bits(x: Tensor, bits: Tensor, slope: float = 0.0) -> Tensor:
 def _in_place(name: str, x: Tensor) -> bool:
     """Whether the kernel can work on x where it lies."""
     if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(f"{name}: x requires a gradient, which an in-place call would lose; call it under torch.no_grad()")
+        raise RuntimeError(
+            f"{name}: x requires a gradient, which an in-place call would lose; call it under torch.no_grad()"
+        )
     if torch.compiler.is_compiling() or _backend.forced is not None or not x.is_cpu:
         return False
     kernel, dtypes = OP_APPLY.preferred["cpu"]
@@ -284,9 +307,15 @@ def _cpu_chain(x: Tensor, grad: Tensor, kind: str) -> Tensor:
     x = _dense(x)
     grad, y = _aligned(x, grad), _empty_like(x)
     _CPU.activation(
-        is_double=x.dtype is torch.float64, second=False, x=x, grad=grad, y=y, size=x.numel(), kind=_NUMBER[kind],
+        is_double=x.dtype is torch.float64,
+        second=False,
+        x=x,
+        grad=grad,
+        y=y,
+        size=x.numel(),
+        kind=_NUMBER[kind],
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -296,9 +325,17 @@ def _cpu_second(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tensor | No
     grad, tangent, y = _aligned(x, grad), _aligned(x, tangent), _empty_like(x)
     cotangent = None if cotangent is None else _aligned(x, cotangent)
     _CPU.activation(
-        is_double=x.dtype is torch.float64, second=True, x=x, grad=grad, tangent=tangent, cotangent=cotangent, y=y,
-        size=x.numel(), kind=_NUMBER[kind], threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=x.dtype is torch.float64,
+        second=True,
+        x=x,
+        grad=grad,
+        tangent=tangent,
+        cotangent=cotangent,
+        y=y,
+        size=x.numel(),
+        kind=_NUMBER[kind],
+        threads=torch.get_num_threads(),
+    )
     return y
 
 
@@ -323,7 +360,9 @@ def _samples_second(generator: torch.Generator) -> Iterator[Sample]:
         shape = ((6, 37), (3, 5, 4, 7))[i % 2]
         x, grad, tangent, given = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
         cotangent = given if i % 3 else None
-        yield Sample(f"{kind}{'' if cotangent is None else ' with a cotangent'}", (2 * x, grad, tangent, cotangent, kind))
+        yield Sample(
+            f"{kind}{'' if cotangent is None else ' with a cotangent'}", (2 * x, grad, tangent, cotangent, kind)
+        )
 
 
 OP_SECOND = Op(
@@ -353,8 +392,8 @@ def activation_chain(x: Tensor, grad: Tensor, kind: str) -> Tensor:
     Args:
         x: the activation's argument, any shape, floating point.
         grad: of x's shape; cast to x's dtype.
-        kind: "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus" (beta 1, linear above 20), "elu" (alpha 1), "selu" or
-            "mish".
+        kind: "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus" (beta 1, linear above 20), "elu" (alpha 1),
+            "selu" or "mish".
 
     Returns:
         Like x, in its memory format.

@@ -18,9 +18,7 @@ from ._layout import Layout, describe, laid_out
 _NAME = "actnorm"
 _FIELDS = "is_double x scale bias y n c s channels_last log_scale inverse threads"
 _CPU = kernels(
-    "_cpu",
-    actnorm=f"{_FIELDS} logdet",
-    actnorm_backward=f"{_FIELDS} grad_y grad_logdet grad_scale grad_bias",
+    "_cpu", actnorm=f"{_FIELDS} logdet", actnorm_backward=f"{_FIELDS} grad_y grad_logdet grad_scale grad_bias"
 )
 
 
@@ -40,10 +38,20 @@ def _check_forward(x: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> None:
 
 @functools.lru_cache(1024)
 def _plan(
-    xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ss: tuple[int, ...], s_stride: tuple[int, ...],
-    s_dtype: torch.dtype, bs: tuple[int, ...], b_stride: tuple[int, ...], b_dtype: torch.dtype, log_scale: bool, inverse: bool,
-) -> tuple[Layout, Tensor, Any] | None:  # fmt: skip
-    """x's layout, a pattern for logdet and the kernel; None where something must be checked, converted or copied first."""
+    xs: tuple[int, ...],
+    x_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    ss: tuple[int, ...],
+    s_stride: tuple[int, ...],
+    s_dtype: torch.dtype,
+    bs: tuple[int, ...],
+    b_stride: tuple[int, ...],
+    b_dtype: torch.dtype,
+    log_scale: bool,
+    inverse: bool,
+) -> tuple[Layout, Tensor, Any] | None:
+    """x's layout, a pattern for logdet and the kernel; None where something must be checked, converted or copied
+    first."""
     if (
         len(xs) < 2
         or not ss == bs == (xs[1],)
@@ -55,17 +63,32 @@ def _plan(
     if not a.fits:
         return None
     kernel = _CPU.actnorm.prepare(
-        is_double=dtype is torch.float64, x=a.strides, n=a.n, c=a.c, s=a.s, channels_last=a.walks_channels,
-        log_scale=log_scale, inverse=inverse,
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        x=a.strides,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        channels_last=a.walks_channels,
+        log_scale=log_scale,
+        inverse=inverse,
+    )
     return a, torch.empty((), dtype=dtype).expand(a.n), kernel
 
 
 def _cpu(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     plan = _plan(
-        x.shape, x.stride(), x.dtype, scale.shape, scale.stride(), scale.dtype, bias.shape, bias.stride(), bias.dtype,
-        log_scale, inverse,
-    )  # fmt: skip
+        x.shape,
+        x.stride(),
+        x.dtype,
+        scale.shape,
+        scale.stride(),
+        scale.dtype,
+        bias.shape,
+        bias.stride(),
+        bias.dtype,
+        log_scale,
+        inverse,
+    )
     if plan is None:
         _check_forward(x, scale, bias)
         scale, bias = scale.to(x.dtype).contiguous(), bias.to(x.dtype).contiguous()
@@ -77,7 +100,13 @@ def _cpu(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool)
 
 
 def _cpu_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    log_scale: bool,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype
     x, a = laid_out(x)
@@ -87,10 +116,23 @@ def _cpu_backward(
     grad_y, g = laid_out(torch.zeros_like(x) if grad_y is None else grad_y.to(dtype), a)
     grad_logdet = x.new_zeros(a.n) if grad_logdet is None else grad_logdet.to(dtype).contiguous()
     _CPU.actnorm_backward(
-        is_double=dtype is torch.float64, x=a.view(x), grad_y=g.view(grad_y), grad_logdet=grad_logdet, scale=s, bias=b, y=dx,
-        grad_scale=ds, grad_bias=db, n=a.n, c=a.c, s=a.s, channels_last=a.walks_channels, log_scale=log_scale,
-        inverse=inverse, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        x=a.view(x),
+        grad_y=g.view(grad_y),
+        grad_logdet=grad_logdet,
+        scale=s,
+        bias=b,
+        y=dx,
+        grad_scale=ds,
+        grad_bias=db,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        channels_last=a.walks_channels,
+        log_scale=log_scale,
+        inverse=inverse,
+        threads=torch.get_num_threads(),
+    )
     return dx, ds.to(scale.dtype), db.to(bias.dtype)
 
 
@@ -123,7 +165,8 @@ def actnorm(
 ) -> tuple[Tensor, Tensor]:
     """Activation normalisation: y = s x + b per channel, logdet = H W sum log|s|.
 
-    OpenAI's Glow, rosinality/glow-pytorch, y0ast/Glow-PyTorch and chaiyujin/glow-pytorch shift first, y = s (x + b), with a b
+    OpenAI's Glow, rosinality/glow-pytorch, y0ast/Glow-PyTorch and chaiyujin/glow-pytorch shift first, y = s (x + b),
+    with a b
     of the same shape: ``shift_first=True`` takes their parameters.
 
     Args:
@@ -132,7 +175,8 @@ def actnorm(
         bias: (C,).
         log_scale: how ``scale`` is to be read.
         inverse: computes x = (y - b) / s and the negated log-determinant.
-        shift_first: y = s (x + b) and x = y / s - b, at one more pass over x. Where x lies far from zero this form is the
+        shift_first: y = s (x + b) and x = y / s - b, at one more pass over x. Where x lies far from zero this form is
+            the
             one whose bias does not round: the other's b is as large as s x.
 
     Returns:

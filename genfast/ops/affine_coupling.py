@@ -19,7 +19,8 @@ from ._layout import Layout, aligned, describe, laid_out
 
 _NAME = "affine_coupling"
 _FIELDS = """
-    is_double x params y alpha mask n c s width r_offset t_offset step scale last inverse channels_last shift_first threads
+    is_double x params y alpha mask n c s width r_offset t_offset step scale last inverse channels_last shift_first
+    threads
 """
 _CPU = kernels(
     "_cpu",
@@ -79,7 +80,9 @@ def _check_mask(mask: Tensor, x: Tensor, width: int) -> None:
     if mask.device != x.device:
         raise ValueError(f"{_NAME}: mask is on {mask.device} and x on {x.device}; move both to one device")
     if width != x.shape[1]:
-        raise ValueError(f"{_NAME}: with a mask params transforms every channel: expected C'={x.shape[1]}, got C'={width}")
+        raise ValueError(
+            f"{_NAME}: with a mask params transforms every channel: expected C'={x.shape[1]}, got C'={width}"
+        )
     if mask.dim() != x.dim() - 1 or any(m not in (1, s) for m, s in zip(mask.shape, x.shape[1:])):
         raise ValueError(
             f"{_NAME}: mask has shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(x.shape[1:])} "
@@ -105,9 +108,18 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(1024)
 def _plan(
-    xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ps: tuple[int, ...], p_stride: tuple[int, ...],
-    p_dtype: torch.dtype, scale: str, layout: str, last: bool, inverse: bool, shift_first: bool,
-) -> _Plan | None:  # fmt: skip
+    xs: tuple[int, ...],
+    x_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    ps: tuple[int, ...],
+    p_stride: tuple[int, ...],
+    p_dtype: torch.dtype,
+    scale: str,
+    layout: str,
+    last: bool,
+    inverse: bool,
+    shift_first: bool,
+) -> _Plan | None:
     """None where a copy must be made first. Raises for shapes and options that do not fit."""
     width = _check_shapes(xs, ps, scale, layout)
     a = describe(xs, x_stride)
@@ -116,21 +128,51 @@ def _plan(
         return None
     r_offset, t_offset, step = _offsets(layout, width)
     kernel = _CPU.affine_coupling.prepare(
-        is_double=dtype is torch.float64, x=a.strides, params=b.strides, n=a.n, c=a.c, s=a.s, width=width, r_offset=r_offset,
-        t_offset=t_offset, step=step, scale=_SCALE_CODE[scale], last=last, inverse=inverse, channels_last=a.walks_channels,
+        is_double=dtype is torch.float64,
+        x=a.strides,
+        params=b.strides,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        width=width,
+        r_offset=r_offset,
+        t_offset=t_offset,
+        step=step,
+        scale=_SCALE_CODE[scale],
+        last=last,
+        inverse=inverse,
+        channels_last=a.walks_channels,
         shift_first=shift_first,
-    )  # fmt: skip
+    )
     return _Plan(a.small, a, torch.empty((), dtype=dtype).expand(a.n), width, kernel)
 
 
 def _cpu(
-    x: Tensor, params: Tensor, alpha: Tensor | None, mask: Tensor | None, scale: str, layout: str,
-    last: bool, inverse: bool, keep_output: bool, shift_first: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    params: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    scale: str,
+    layout: str,
+    last: bool,
+    inverse: bool,
+    keep_output: bool,
+    shift_first: bool = False,
+) -> tuple[Tensor, Tensor]:
     dtype = x.dtype
     plan = _plan(
-        x.shape, x.stride(), dtype, params.shape, params.stride(), params.dtype, scale, layout, last, inverse, shift_first
-    )  # fmt: skip
+        x.shape,
+        x.stride(),
+        dtype,
+        params.shape,
+        params.stride(),
+        params.dtype,
+        scale,
+        layout,
+        last,
+        inverse,
+        shift_first,
+    )
     if plan is None:
         _check.floating(_NAME, x=x, params=params)
         x, a = laid_out(x)
@@ -148,9 +190,19 @@ def _cpu(
 
 
 def _cpu_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, kept: Tensor, params: Tensor, alpha: Tensor | None,
-    mask: Tensor | None, scale: str, layout: str, last: bool, inverse: bool, keep_output: bool, shift_first: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    kept: Tensor,
+    params: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    scale: str,
+    layout: str,
+    last: bool,
+    inverse: bool,
+    keep_output: bool,
+    shift_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype, given = kept.dtype, params
     kept, a = laid_out(kept)
     dx = a.empty_like(kept)
@@ -166,11 +218,31 @@ def _cpu_backward(
         mask = _mask_bytes(mask, kept, a)
     r_offset, t_offset, step = _offsets(layout, width)
     _CPU.affine_coupling_backward(
-        is_double=dtype is torch.float64, x=a.view(kept), grad_y=g.view(grad_y), grad_logdet=grad_logdet,
-        params=b.view(params), y=dx, params_out=dparams, alpha=full, grad_alpha=partial, mask=mask, n=a.n, c=a.c, s=a.s,
-        width=width, r_offset=r_offset, t_offset=t_offset, step=step, scale=_SCALE_CODE[scale], last=last, inverse=inverse,
-        keep_output=keep_output, channels_last=a.walks_channels, shift_first=shift_first, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        x=a.view(kept),
+        grad_y=g.view(grad_y),
+        grad_logdet=grad_logdet,
+        params=b.view(params),
+        y=dx,
+        params_out=dparams,
+        alpha=full,
+        grad_alpha=partial,
+        mask=mask,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        width=width,
+        r_offset=r_offset,
+        t_offset=t_offset,
+        step=step,
+        scale=_SCALE_CODE[scale],
+        last=last,
+        inverse=inverse,
+        keep_output=keep_output,
+        channels_last=a.walks_channels,
+        shift_first=shift_first,
+        threads=torch.get_num_threads(),
+    )
     if alpha is None or partial is None:
         return dx, dparams.to(given.dtype), kept.new_empty(0)
     total = partial.sum(0)
@@ -195,11 +267,23 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         for inverse in (False, True):
             for keep in (False, True):
                 label = f"{scale} shift first{' inverse' if inverse else ''} keep {'output' if keep else 'input'}"
-                first = (rand(3, 6, 5, 7), rand(3, 6, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep, True)
+                first = (
+                    rand(3, 6, 5, 7),
+                    rand(3, 6, 5, 7),
+                    alpha,
+                    None,
+                    scale,
+                    "scale_shift",
+                    False,
+                    inverse,
+                    keep,
+                    True,
+                )
                 yield Sample(label, first)
     board = (torch.arange(5)[:, None] + torch.arange(7)) % 2 == 0
     yield Sample(
-        "exp checkerboard", (rand(3, 4, 5, 7), rand(3, 8, 5, 7), None, board[None], "exp", LAYOUTS[2], False, False, False)
+        "exp checkerboard",
+        (rand(3, 4, 5, 7), rand(3, 8, 5, 7), None, board[None], "exp", LAYOUTS[2], False, False, False),
     )
     yield Sample("sigmoid vectors", (rand(9, 5), rand(9, 4), None, None, "sigmoid", LAYOUTS[3], True, False, True))
 
@@ -238,9 +322,10 @@ def affine_coupling(
 ) -> tuple[Tensor, Tensor]:
     """Affine coupling with its log-determinant: y_a = s(r) x_a + t, y_b = x_b, in one pass.
 
-    Published codes scale first, as here and in the papers, or shift first, y_a = s(r) (x_a + t). Both take the same tensors
-    and give the same logdet, so weights of the one run under the other without an error and are another function: pass
-    ``shift_first=True`` for those of OpenAI's Glow, rosinality/glow-pytorch, y0ast/Glow-PyTorch, chaiyujin/glow-pytorch and
+    Published codes scale first, as here and in the papers, or shift first, y_a = s(r) (x_a + t). Both take the same
+    tensors and give the same logdet, so weights of the one run under the other without an error and are another
+    function: pass ``shift_first=True`` for those of OpenAI's Glow, rosinality/glow-pytorch, y0ast/Glow-PyTorch,
+        chaiyujin/glow-pytorch and
     chrischute/real-nvp (``scale="tanh"``, whose inverse is y / s - t).
 
     Args:
@@ -285,5 +370,7 @@ def affine_coupling(
         _check.choice(_NAME, "keep", keep, ("input", "output"))
     if alpha is not None and not isinstance(alpha, Tensor):
         alpha = torch.full((1,), float(alpha), dtype=accumulator(x.dtype), device=x.device)  # no copy from the host
-    result: tuple[Tensor, Tensor] = OP(x, params, alpha, mask, scale, layout, last, inverse, keep_output, bool(shift_first))
+    result: tuple[Tensor, Tensor] = OP(
+        x, params, alpha, mask, scale, layout, last, inverse, keep_output, bool(shift_first)
+    )
     return result

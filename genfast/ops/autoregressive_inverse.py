@@ -51,7 +51,8 @@ _headers: dict[int, tuple[weakref.ref[Tensor], list[int]]] = {}
 
 
 def _header(code: Tensor) -> list[int]:
-    """The first numbers of a program, which no one changes; kept, since reading a tensor takes as long as a small kernel."""
+    """The first numbers of a program, which no one changes; kept, since reading a tensor takes as long as a small
+    kernel."""
     kept = _headers.get(id(code))
     if kept is not None and kept[0]() is code:
         return kept[1]
@@ -68,7 +69,9 @@ def _check_forward(
     _check.floating(_NAME, z=z, packed=packed, statics=statics)
     _check.choice(_NAME, "transform", transform, TRANSFORMS)
     if code.dtype != torch.int64 or code.dim() != 1 or len(code) < reference.PROGRAM_HEADER:
-        raise ValueError(f"{_NAME}: code is {code.dtype} of shape {tuple(code.shape)}, expected a DegreeProgram's int64 vector")
+        raise ValueError(
+            f"{_NAME}: code is {code.dtype} of shape {tuple(code.shape)}, expected a DegreeProgram's int64 vector"
+        )
     if code.is_meta or type(code) is not Tensor:  # under a tracer numbers are not to be had
         return
     inputs, width, *_, columns, size, _ = _header(code)
@@ -92,18 +95,29 @@ def _check_forward(
 
 
 def _check_backward(
-    grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
-    code: Tensor, transform: str, options: Sequence[float], weights: bool,
-) -> None:  # fmt: skip
+    grad_x: Tensor | None,
+    grad_logdet: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    statics: Tensor | None,
+    code: Tensor,
+    transform: str,
+    options: Sequence[float],
+    weights: bool,
+) -> None:
     _check_forward(z, packed, statics, code, transform, options)
     _check.shapes(
-        f"{_NAME}_backward", grad_x=(grad_x, z.shape, "that of z"), x=(x, z.shape, "that of z"),
+        f"{_NAME}_backward",
+        grad_x=(grad_x, z.shape, "that of z"),
+        x=(x, z.shape, "that of z"),
         grad_logdet=(grad_logdet, z.shape[:1], "one per sample"),
-    )  # fmt: skip
+    )
 
 
 def _check_code(code: Tensor, z: Tensor, packed: Tensor, statics: Tensor | None) -> None:
-    """The numbers of a program are indices for the kernels. Looked at anew at each call: they take a small part of its time."""
+    """The numbers of a program are indices for the kernels. Looked at anew at each call: they take a small part of its
+    time."""
     columns = 0 if statics is None else statics.shape[1]
     error: str = _CPU.degree_program_error(code.data_ptr(), len(code), z.shape[1], len(packed), columns)
     if error:
@@ -120,17 +134,36 @@ def _cpu(
     if len(z):
         numbers = array("d", options)
         _CPU.autoregressive_inverse(
-            is_double=z.dtype is torch.float64, code=code, packed=packed, statics=statics, z=z, x=x, logdet=logdet, units=None,
-            stride=0, transform=TRANSFORMS.index(transform), options=numbers.buffer_info()[0], option_count=len(numbers),
-            n=len(z), threads=torch.get_num_threads(),
-        )  # fmt: skip
+            is_double=z.dtype is torch.float64,
+            code=code,
+            packed=packed,
+            statics=statics,
+            z=z,
+            x=x,
+            logdet=logdet,
+            units=None,
+            stride=0,
+            transform=TRANSFORMS.index(transform),
+            options=numbers.buffer_info()[0],
+            option_count=len(numbers),
+            n=len(z),
+            threads=torch.get_num_threads(),
+        )
     return x, logdet
 
 
 def _cpu_backward(
-    grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
-    code: Tensor, transform: str, options: Sequence[float], weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x: Tensor | None,
+    grad_logdet: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    statics: Tensor | None,
+    code: Tensor,
+    transform: str,
+    options: Sequence[float],
+    weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_backward(grad_x, grad_logdet, z, x, packed, statics, code, transform, options, weights)
     n, double = len(z), z.dtype is torch.float64
     statics, grad_x, grad_logdet = (_like(t, z) for t in (statics, grad_x, grad_logdet))
@@ -148,17 +181,49 @@ def _cpu_backward(
     numbers = array("d", options)
     address, count = numbers.buffer_info()
     _CPU.autoregressive_inverse(
-        is_double=double, code=code, packed=packed, statics=statics, z=None, x=x, logdet=None, units=units, stride=stride,
-        transform=kind, options=address, option_count=count, n=n, threads=threads,
-    )  # fmt: skip
-    _CPU.autoregressive_inverse_sweep(
-        is_double=double, code=code, packed=packed, statics=statics, z=z, units=units, deltas=deltas, stride=stride,
-        grad_x=grad_x, grad_logdet=grad_logdet, grad_z=dz, transform=kind, options=address, option_count=count, n=n,
+        is_double=double,
+        code=code,
+        packed=packed,
+        statics=statics,
+        z=None,
+        x=x,
+        logdet=None,
+        units=units,
+        stride=stride,
+        transform=kind,
+        options=address,
+        option_count=count,
+        n=n,
         threads=threads,
-    )  # fmt: skip
+    )
+    _CPU.autoregressive_inverse_sweep(
+        is_double=double,
+        code=code,
+        packed=packed,
+        statics=statics,
+        z=z,
+        units=units,
+        deltas=deltas,
+        stride=stride,
+        grad_x=grad_x,
+        grad_logdet=grad_logdet,
+        grad_z=dz,
+        transform=kind,
+        options=address,
+        option_count=count,
+        n=n,
+        threads=threads,
+    )
     if weights:
         _CPU.autoregressive_inverse_weights(
-            is_double=double, code=code, units=units, deltas=deltas, stride=stride, grad_packed=dpacked, n=n, threads=threads
+            is_double=double,
+            code=code,
+            units=units,
+            deltas=deltas,
+            stride=stride,
+            grad_packed=dpacked,
+            n=n,
+            threads=threads,
         )
     if statics is not None:
         _static_gradients(code.tolist(), units[:, :n], deltas[:, :n], dstatics)
@@ -229,7 +294,8 @@ def _backward_gather(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
 
 OP_BACKWARD = Op(
-    f"{_NAME}_backward(Tensor? grad_x, Tensor? grad_logdet, Tensor z, Tensor x, Tensor packed, Tensor? statics, Tensor code, "
+    f"{_NAME}_backward(Tensor? grad_x, Tensor? grad_logdet, Tensor z, Tensor x, Tensor packed, Tensor? statics, "
+    "Tensor code, "
     "str transform, float[] options, bool weights)",
     reference=reference.autoregressive_inverse_backward,
     outputs={
@@ -255,8 +321,9 @@ OP = Op(
     backward=_backward,
 )
 
-# y[..., i] = x[..., index[i] - 1], zero where index[i] is 0. No element is taken twice, so the derivative is the same gather
-# with the inverse places, where that of index_select adds element by element (40 times slower on the weights of a MADE).
+# y[..., i] = x[..., index[i] - 1], zero where index[i] is 0. No element is taken twice, so the derivative is the same
+# gather with the inverse places, where that of index_select adds element by element (40 times slower on the weights of
+# a MADE).
 gather_once = Op(
     "gather_once(Tensor x, Tensor index, Tensor inverse)",
     reference=_gather_reference,
@@ -270,26 +337,43 @@ gather_once = Op(
 
 
 def autoregressive_inverse(
-    z: Tensor, program: DegreeProgram, transform: str = "affine:exp", *, flip: bool = False, scale_first: bool = False,
-    eps: float = 1e-3, slope: float = 1e-3, bins: int = 8, tails: str | None = "linear", bound: float | None = None,
-    convention: str = "nflows", left: float = 0.0, right: float = 1.0, bottom: float = 0.0, top: float = 1.0,
-    min_bin_width: float = 1e-3, min_bin_height: float = 1e-3, min_derivative: float = 1e-3, logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Inverts an autoregressive transformation: solves z_i = f(x_i; theta_i(x)) for x, one level of inputs after the other.
+    z: Tensor,
+    program: DegreeProgram,
+    transform: str = "affine:exp",
+    *,
+    flip: bool = False,
+    scale_first: bool = False,
+    eps: float = 1e-3,
+    slope: float = 1e-3,
+    bins: int = 8,
+    tails: str | None = "linear",
+    bound: float | None = None,
+    convention: str = "nflows",
+    left: float = 0.0,
+    right: float = 1.0,
+    bottom: float = 0.0,
+    top: float = 1.0,
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Inverts an autoregressive transformation: solves z_i = f(x_i; theta_i(x)) for x, one level of inputs after the
+    other.
 
-    theta (N, D, P) is what the program's network makes of x, where theta_i depends on inputs of lower levels only, so that each
-    unit of the network is computed once, as soon as what it depends on is solved: one pass in place of D.
+    theta (N, D, P) is what the program's network makes of x, where theta_i depends on inputs of lower levels only, so
+    that each unit of the network is computed once, as soon as what it depends on is solved: one pass in place of D.
 
-    Differentiable in z, in the network's weights and in its contexts and gates, to any order; the backward is a sweep through
-    the levels in reverse, in which again each unit is visited once.
+    Differentiable in z, in the network's weights and in its contexts and gates, to any order; the backward is a sweep
+    through the levels in reverse, in which again each unit is visited once.
 
     Args:
         z: (N, D) floating point; half types are computed in float32.
         program: the network, a :class:`genfast.sampling.DegreeProgram`, with this batch's contexts and gates.
-        transform: "affine:exp" s = exp(a); "affine:softclamp" log s = a / (1 + |a / log slope|), zuko's; "affine:sigmoid2"
-            s = sigmoid(a + 2) + eps, normflows'; "affine:softplus" s = softplus(a) + eps, nflows'; "affine:additive" s = 1,
-            theta the shift alone. "bernoulli": x_i = 1 where z_i, a uniform number, is below sigmoid(theta_i), else 0;
-            not differentiable, its logdet 0.
+        transform: "affine:exp" s = exp(a); "affine:softclamp" log s = a / (1 + |a / log slope|), zuko's;
+            "affine:sigmoid2" s = sigmoid(a + 2) + eps, normflows'; "affine:softplus" s = softplus(a) + eps, nflows';
+            "affine:additive" s = 1, theta the shift alone. "bernoulli": x_i = 1 where z_i, a uniform number, is below
+            sigmoid(theta_i), else 0; not differentiable, its logdet 0.
             "spline": z_i = :func:`genfast.ops.rational_quadratic_spline_packed` of x_i, theta_i its parameters.
         flip: x = s z + t, the other way round; else z = s x + t, x = (z - t) / s. So for the spline.
         scale_first: theta_i is (a, t); else (t, a).
@@ -315,7 +399,9 @@ def autoregressive_inverse(
     options: list[float] = []
     if transform == "spline":
         _check.choice(_NAME, "convention", convention, CONVENTIONS)
-        where, domain, _ = spline_domain(_NAME, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top)
+        where, domain, _ = spline_domain(
+            _NAME, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top
+        )
         _check.choice(_NAME, "tails", where, TAILS)
         zuko = convention == "zuko"
         minimums = [0.0, 0.0, 0.0] if zuko else [min_bin_width, min_bin_height, min_derivative]

@@ -58,16 +58,30 @@ def _check_second(grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | Non
 
 @functools.lru_cache(1024)
 def _plan(
-    xs: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, bs: tuple[int, ...] | None, act: str, alpha: float,
-    gain: float, clamp: float | None,
-) -> _Plan:  # fmt: skip
+    xs: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    bs: tuple[int, ...] | None,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
+) -> _Plan:
     """What a call needs but its tensors. Raises for arguments that do not fit."""
     _check_arguments(xs, bs, act, clamp)
     a = describe(xs, stride)
     fields = {
-        "is_double": dtype is torch.float64, "x": a.strides, "n": a.n, "c": a.c, "s": a.s, "act": _CODES[act], "alpha": alpha,
-        "gain": gain, "clamp": -1.0 if clamp is None else clamp, "channels_last": a.walks_channels,
-    }  # fmt: skip
+        "is_double": dtype is torch.float64,
+        "x": a.strides,
+        "n": a.n,
+        "c": a.c,
+        "s": a.s,
+        "act": _CODES[act],
+        "alpha": alpha,
+        "gain": gain,
+        "clamp": -1.0 if clamp is None else clamp,
+        "channels_last": a.walks_channels,
+    }
     return _Plan(a, *(k.prepare(**fields) for k in (_CPU.bias_act, _CPU.bias_act_backward, _CPU.bias_act_second)))
 
 
@@ -88,7 +102,9 @@ def _cpu(x: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     return y
 
 
-def _derivative(grad_y: Tensor, grad_dx: Tensor | None, x: Tensor, given: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
+def _derivative(
+    grad_y: Tensor, grad_dx: Tensor | None, x: Tensor, given: Tensor | None, options: Any
+) -> tuple[Tensor, Tensor]:
     x, bias, plan = _prepared(x, given, *options)
     out = plan.layout.empty_like(x)
     sums = x.new_empty(0) if bias is None else torch.empty_like(bias)
@@ -98,7 +114,9 @@ def _derivative(grad_y: Tensor, grad_dx: Tensor | None, x: Tensor, given: Tensor
         plan.backward(x=x, bias=bias, grad=g.view(grad_y), y=out, grad_bias=sums, threads=threads)
     else:
         grad_dx, d = laid_out(grad_dx.to(x.dtype), plan.layout)
-        plan.second(x=x, bias=bias, grad=g.view(grad_y), grad_dx=d.view(grad_dx), y=out, grad_bias=sums, threads=threads)
+        plan.second(
+            x=x, bias=bias, grad=g.view(grad_y), grad_dx=d.view(grad_dx), y=out, grad_bias=sums, threads=threads
+        )
     return out, sums if given is None else sums.to(given.dtype)
 
 
@@ -106,7 +124,9 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any)
     return _derivative(grad_y, None, x, bias, options)
 
 
-def _cpu_second(grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+def _cpu_second(
+    grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
     return _derivative(grad_y, grad_dx, x, bias, options)
 
 
@@ -121,7 +141,8 @@ def _backward_of_backward(ctx: Any, grad_dx: Tensor | None, grad_dbias: Tensor |
         return (None,) * 7
     again = OP.backward_op(total, x, bias, *options)[0] if ctx.needs_input_grad[0] else None
     if options[0] in PIECEWISE_LINEAR:
-        # No gradient rather than zeros, which would be convolved all the way down; but a parameter is told that it has none.
+        # No gradient rather than zeros, which would be convolved all the way down; but a parameter is told that it has
+        # none.
         return again, None, None if bias is None else torch.zeros_like(bias), *(None,) * 4
     gx, gbias = _OP_SECOND(total, grad_y, x, bias, *options)
     return again, gx, None if bias is None else gbias, *(None,) * 4
@@ -132,9 +153,11 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         x, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 5, 4, 7), (5,)))
         yield Sample(act, (x, bias, act, alpha, gain, None))
     for label, shape, act, gain, clamp in (
-        ("clamp", (2, 6, 9), "lrelu", -1.5, 0.7), ("vectors clamp", (6, 5), "swish", 2.0, 0.5),
-        ("rows clamp", (2, 3, 10, 9), "elu", 1.0, 0.6), ("no bias", (3, 5, 4, 7), "softplus", 1.5, 1.2),
-    ):  # fmt: skip
+        ("clamp", (2, 6, 9), "lrelu", -1.5, 0.7),
+        ("vectors clamp", (6, 5), "swish", 2.0, 0.5),
+        ("rows clamp", (2, 3, 10, 9), "elu", 1.0, 0.6),
+        ("no bias", (3, 5, 4, 7), "softplus", 1.5, 1.2),
+    ):
         x, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[1:2]))
         yield Sample(label, (x, None if label == "no bias" else bias, act, 0.3, gain, clamp))
 
@@ -156,7 +179,8 @@ OP = Op(
 )
 
 _OP_SECOND = Op(
-    "bias_act_second(Tensor grad_dx, Tensor grad_y, Tensor x, Tensor? bias, str act, float alpha, float gain, float? clamp)",
+    "bias_act_second(Tensor grad_dx, Tensor grad_y, Tensor x, Tensor? bias, str act, float alpha, float gain, float? "
+    "clamp)",
     reference=reference.bias_act_second,
     outputs={"x": "like x", "bias": "like bias if bias is not None"},
     check=_check_second,
@@ -177,9 +201,9 @@ def bias_act(
 ) -> Tensor:
     """Bias, activation, gain and clamp of the StyleGAN networks: y = clamp(gain f(x + b), -c, c).
 
-    Differentiable to any order. The first and the second derivative are one pass over memory each, and take x, not y, so that
-    they hold for any ``alpha`` and ``gain``; where f is linear in pieces (linear, relu, lrelu) the second derivative gives x no
-    gradient rather than zeros, which spares a gradient penalty the convolutions of those zeros.
+    Differentiable to any order. The first and the second derivative are one pass over memory each, and take x, not y,
+    so that they hold for any ``alpha`` and ``gain``; where f is linear in pieces (linear, relu, lrelu) the second
+    derivative gives x no gradient rather than zeros, which spares a gradient penalty the convolutions of those zeros.
 
     Args:
         x: floating point, of any shape; (N, C, ...) with the default ``dim``, contiguous or channels_last.

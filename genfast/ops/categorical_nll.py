@@ -1,4 +1,5 @@
-"""ops.categorical_nll: the softmax over levels that ends a PixelCNN, on whichever library call reads its layout in place."""
+"""ops.categorical_nll: the softmax over levels that ends a PixelCNN, on whichever library call reads its layout in
+place."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def categorical_nll(logits: Tensor, x: Tensor, *, layout: Literal["interleaved",
 
     Args:
         logits: (N, levels C, ...) floating point. "interleaved": channel level C + c, so (N, levels, C, ...), as masked
-            convolutions with interleaved colour groups emit them; "blocked": channel c levels + level, (N, C, levels, ...).
+            convolutions with interleaved colour groups emit them; "blocked": channel c levels + level, (N, C, levels,
+            ...).
         x: (N, C, ...) integers from 0 to levels - 1.
         layout: "interleaved" or "blocked".
 
@@ -30,7 +32,8 @@ def categorical_nll(logits: Tensor, x: Tensor, *, layout: Literal["interleaved",
 
     Raises:
         TypeError: logits that are not floating point, x that is not of integers.
-        ValueError: shapes, devices or a layout that do not fit, and values of x outside the levels (not under torch.compile).
+        ValueError: shapes, devices or a layout that do not fit, and values of x outside the levels (not under
+            torch.compile).
 
     Source: PixelRNN (arXiv:1601.06759, section 3.3), Gated PixelCNN (arXiv:1606.05328, section 2).
 
@@ -43,9 +46,18 @@ def categorical_nll(logits: Tensor, x: Tensor, *, layout: Literal["interleaved",
     _check.floating(_NAME, logits=logits)
     integers(_NAME, x, "logits", logits)
     ls, xs = tuple(logits.shape), tuple(x.shape)
-    if len(xs) < 2 or len(ls) != len(xs) or ls[0] != xs[0] or ls[2:] != xs[2:] or not xs[1] or not ls[1] or ls[1] % xs[1]:
+    if (
+        len(xs) < 2
+        or len(ls) != len(xs)
+        or ls[0] != xs[0]
+        or ls[2:] != xs[2:]
+        or not xs[1]
+        or not ls[1]
+        or ls[1] % xs[1]
+    ):
         raise ValueError(
-            f"{_NAME}: x has shape {xs} and logits {ls}; expected logits (N, levels C, ...) with the batch and positions of "
+            f"{_NAME}: x has shape {xs} and logits {ls}; expected logits (N, levels C, ...) with the batch and "
+            "positions of "
             "x (N, C, ...) and a multiple of its channels"
         )
     levels = ls[1] // xs[1]

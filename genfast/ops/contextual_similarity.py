@@ -1,5 +1,5 @@
-"""ops.contextual_similarity: nearest-neighbour similarity of two sets of features, in memory that grows with their number
-and not with its square."""
+"""ops.contextual_similarity: nearest-neighbour similarity of two sets of features, in memory that grows with their
+number and not with its square."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ _FIELDS = """
     bandwidth eps b n m c prior_height prior_width threads
 """
 _CPU = kernels(
-    "_cpu",
-    "indices_within",
-    contextual_similarity=_FIELDS,
-    contextual_similarity_backward=f"{_FIELDS} grad dx dy",
+    "_cpu", "indices_within", contextual_similarity=_FIELDS, contextual_similarity_backward=f"{_FIELDS} grad dx dy"
 )
 DISTANCES = ("cosine", "l2", "l1")
 OVER = ("sources", "targets")
@@ -35,9 +32,17 @@ _NOISE = 8
 
 
 def _check_rows(
-    x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
-    eps: float, distance: str, over: str, keep_mean: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    keep_mean: bool,
+) -> None:
     _check.floating(_NAME, x=x, y=y, prior_rows=prior_rows, prior_columns=prior_columns)
     _check.choice(_NAME, "distance", distance, DISTANCES)
     _check.choice(_NAME, "over", over, OVER)
@@ -62,26 +67,43 @@ def _check_rows(
                 )
         if prior_rows.shape[1] * prior_columns.shape[1] != y.shape[1]:
             raise ValueError(
-                f"{_NAME}: the prior is of {prior_rows.shape[1]} x {prior_columns.shape[1]} targets, expected {y.shape[1]}"
+                f"{_NAME}: the prior is of {prior_rows.shape[1]} x {prior_columns.shape[1]} targets, expected "
+                f"{y.shape[1]}"
             )
     if keep_mean and distance == "l1":
         raise ValueError(f"{_NAME}: keep_mean=True with distance='l1', whose gradient has no use for the mean")
 
 
 def _check_backward(
-    grad: Tensor, x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float,
-    bandwidth: float, eps: float, distance: str, over: str, value: Tensor, winner: Tensor, statistics: Tensor,
-    nearest: Tensor, mean: Tensor, *_: Any,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    value: Tensor,
+    winner: Tensor,
+    statistics: Tensor,
+    nearest: Tensor,
+    mean: Tensor,
+    *_: Any,
+) -> None:
     _check_rows(x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, False)
     op, (b, n, c) = f"{_NAME}_backward", x.shape
     of = (b, y.shape[1] if over == "sources" else n)
     _check.shapes(
-        op, grad=(grad, of, "that of value"), value=(value, of, f"for over={over!r}"),
-        winner=(winner, of, f"for over={over!r}"), statistics=(statistics, (b, 3, n), "three a source"),
+        op,
+        grad=(grad, of, "that of value"),
+        value=(value, of, f"for over={over!r}"),
+        winner=(winner, of, f"for over={over!r}"),
+        statistics=(statistics, (b, 3, n), "three a source"),
         nearest=(nearest, (b, n), "one a source"),
         mean=(mean, (b, n, c) if mean.dim() == 3 else (0,), "x's shape, or (0,) where it was not kept"),
-    )  # fmt: skip
+    )
     _check.same_dtype(op, accumulator(x.dtype), value=value, statistics=statistics, mean=mean)
 
 
@@ -95,28 +117,58 @@ def _check_numbers(bandwidth: float, eps: float, spatial_weight: float) -> None:
 
 
 def _call(
-    kernel: Any, x: Tensor, y: Tensor, prior: tuple[Tensor | None, Tensor | None], options: tuple[Any, ...],
+    kernel: Any,
+    x: Tensor,
+    y: Tensor,
+    prior: tuple[Tensor | None, Tensor | None],
+    options: tuple[Any, ...],
     tensors: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """Runs a C++ kernel, or one that has its gradients; what it works in is a tensor, so that it is counted with the rest."""
+) -> None:
+    """Runs a C++ kernel, or one that has its gradients; what it works in is a tensor, so that it is counted with the
+    rest."""
     prior_weight, bandwidth, eps, distance, over = options
     down, across = (None if t is None else t.to(x.dtype).contiguous() for t in prior)
     value, winner, statistics, nearest, mean = tensors
     prepared = kernel.prepare(
-        is_double=x.dtype is torch.float64, over_targets=over == "targets", distance=DISTANCES.index(distance), x=x, y=y,
-        prior_rows=down, prior_columns=across, value=value, winner=winner, statistics=statistics, nearest=nearest, mean=mean,
-        prior_weight=prior_weight, bandwidth=bandwidth, eps=eps, b=x.shape[0], n=x.shape[1], m=y.shape[1], c=y.shape[2],
-        prior_height=0 if down is None else down.shape[1], prior_width=0 if across is None else across.shape[1],
+        is_double=x.dtype is torch.float64,
+        over_targets=over == "targets",
+        distance=DISTANCES.index(distance),
+        x=x,
+        y=y,
+        prior_rows=down,
+        prior_columns=across,
+        value=value,
+        winner=winner,
+        statistics=statistics,
+        nearest=nearest,
+        mean=mean,
+        prior_weight=prior_weight,
+        bandwidth=bandwidth,
+        eps=eps,
+        b=x.shape[0],
+        n=x.shape[1],
+        m=y.shape[1],
+        c=y.shape[2],
+        prior_height=0 if down is None else down.shape[1],
+        prior_width=0 if across is None else across.shape[1],
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     work = _pool.empty_strided((prepared() // 8 + 8,), (1,), torch.float64)
     prepared(work=work.data_ptr() + -work.data_ptr() % 64)
 
 
 def _cpu(
-    x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
-    eps: float, distance: str, over: str, keep_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    keep_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_rows(x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, keep_mean)
     output: tuple[Tensor, ...] = OP.empty(
         x, y, prior_rows, prior_columns, prior_weight, bandwidth, eps, distance, over, keep_mean
@@ -128,10 +180,24 @@ def _cpu(
 
 
 def _cpu_backward(
-    grad: Tensor, x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float,
-    bandwidth: float, eps: float, distance: str, over: str, value: Tensor, winner: Tensor, statistics: Tensor,
-    nearest: Tensor, mean: Tensor, need_x: bool, need_y: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    value: Tensor,
+    winner: Tensor,
+    statistics: Tensor,
+    nearest: Tensor,
+    mean: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
     dx, dy = x.new_empty(x.shape if need_x else 0), y.new_empty(y.shape if need_y else 0)
     if x.numel() and (need_x or need_y):
         options = (prior_weight, bandwidth, eps, distance, over)
@@ -156,7 +222,9 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for distance in DISTANCES:
         for over in OVER:
             x, y = rows(9, 5, distance), rows(7, 5, distance)
-            yield Sample(f"{distance}, over {over}", (x, y, None, None, 0.0, 0.5, 1e-2, distance, over, distance == "cosine"))
+            yield Sample(
+                f"{distance}, over {over}", (x, y, None, None, 0.0, 0.5, 1e-2, distance, over, distance == "cosine")
+            )
     for over in OVER:
         x, y = rows(11, 8, "cosine"), rows(6, 8, "cosine")
         tables = prior(11, 2), prior(11, 3)
@@ -166,7 +234,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("several panels, kept", (x, y, None, None, 0.0, 0.3, 1e-2, "cosine", "sources", False))
     yield Sample("one target", (rows(4, 3, "l2"), rows(1, 3, "l2"), None, None, 0.0, 0.5, 1e-2, "l2", "sources", False))
     yield Sample(
-        "one source", (rows(1, 3, "cosine"), rows(5, 3, "cosine"), None, None, 0.0, 0.5, 1e-2, "cosine", "sources", False)
+        "one source",
+        (rows(1, 3, "cosine"), rows(5, 3, "cosine"), None, None, 0.0, 0.5, 1e-2, "cosine", "sources", False),
     )
 
 
@@ -248,12 +317,15 @@ def _prepared(x: Tensor, y: Tensor, center: bool | str, distance: str) -> tuple[
 
 def _grid(x: Tensor) -> tuple[int, int]:
     if x.dim() > 4:
-        raise ValueError(f"{_NAME}: spatial_weight with x or y of shape {tuple(x.shape)}, expected one or two spatial axes")
+        raise ValueError(
+            f"{_NAME}: spatial_weight with x or y of shape {tuple(x.shape)}, expected one or two spatial axes"
+        )
     return (1, x.shape[2]) if x.dim() == 3 else (x.shape[2], x.shape[3])
 
 
 def _prior(x: Tensor, y: Tensor, bandwidth: float, eps: float, scale: float) -> tuple[Tensor, Tensor]:
-    """The similarity of positions on the grids of x and y, separable: exp(-(dr^2 + dc^2) / (r_i h)) over its sum over targets.
+    """The similarity of positions on the grids of x and y, separable: exp(-(dr^2 + dc^2) / (r_i h)) over its sum over
+    targets.
 
     r_i is eps more than the least squared distance to a target, which is not zero where the grids differ.
     """
@@ -270,23 +342,37 @@ def _prior(x: Tensor, y: Tensor, bandwidth: float, eps: float, scale: float) -> 
 
 
 def contextual_similarity(
-    x: Tensor, y: Tensor, *, bandwidth: float = 0.5, distance: str = "cosine", eps: float = 1e-5, center: bool | str = True,
-    over: str = "sources", spatial_weight: float = 0.0, spatial_bandwidth: float | None = None, spatial_eps: float = 1e-5,
-    spatial_scale: float = 1.0, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    *,
+    bandwidth: float = 0.5,
+    distance: str = "cosine",
+    eps: float = 1e-5,
+    center: bool | str = True,
+    over: str = "sources",
+    spatial_weight: float = 0.0,
+    spatial_bandwidth: float | None = None,
+    spatial_eps: float = 1e-5,
+    spatial_scale: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
     """Contextual similarity CX of two feature maps, in [1/M, 1], without an array of N x M elements.
 
     With d_ij the distance of feature i of x (N of them) and j of y (M), t_ij = d_ij / (min_k d_ik + eps) and
-    A_ij = exp((1 - t_ij)/h) / sum_k exp((1 - t_ik)/h), the minimum and the sum over the **targets** (y) of each source (x).
-    Two conventions of the maximum are published:
+    A_ij = exp((1 - t_ij)/h) / sum_k exp((1 - t_ik)/h), the minimum and the sum over the **targets** (y) of each source
+    (x). Two conventions of the maximum are published:
 
-    - ``over="sources"``: CX = mean_j max_i A_ij, the best source of each target (the paper, its TensorFlow code and most
+    - ``over="sources"``: CX = mean_j max_i A_ij, the best source of each target (the paper, its TensorFlow code and
+        most
       ports; CoCosNet's ContextualLoss).
-    - ``over="targets"``: CX = mean_i max_j A_ij, the best target of each source (CoCosNet's ContextualLoss_forward, the one
+    - ``over="targets"``: CX = mean_i max_j A_ij, the best target of each source (CoCosNet's ContextualLoss_forward, the
+        one
       that it trains with; the bilateral form of S-aiueo32's port).
 
-    Saved for the backward: the rows, and O(N + M) numbers. Rows of x that win no column have exactly zero gradient. Ties go to
-    the lowest index, and neither threads nor runs change a bit. Where a distance is zero to rounding, nothing flows through it.
+    Saved for the backward: the rows, and O(N + M) numbers. Rows of x that win no column have exactly zero gradient.
+        Ties go to
+    the lowest index, and neither threads nor runs change a bit. Where a distance is zero to rounding, nothing flows
+    through it.
 
     Args:
         x: (B, C, *spatial) floating point features of the source (the generated image).
@@ -295,18 +381,21 @@ def contextual_similarity(
         bandwidth: h.
         distance: "cosine", 1 - cos of the centred features; "l2", the squared distance; "l1", the sum of differences.
         eps: on that scale. Codes that halve the cosine distance have half of it: 1e-5 there is 2e-5 here.
-        center: True or "batch", "sample", "channel": takes from both the mean of y over batch and positions, over the positions
-            of each sample, or over the channels at each position (CoCosNet's PONO); False: nothing. A feature that equals
-            the mean to within rounding has distance 1 from all and no gradient.
+        center: True or "batch", "sample", "channel": takes from both the mean of y over batch and positions, over the
+            positions of each sample, or over the channels at each position (CoCosNet's PONO); False: nothing. A feature
+            that equals the mean to within rounding has distance 1 from all and no gradient.
         over: the maximum's axis, as above.
-        spatial_weight: w of the bilateral form, (1 - w) A_ij + w P_ij in place of A_ij, where P is the same similarity of
-            positions at squared distance; it is separable, and no array of it is made either. One or two spatial axes.
-        spatial_bandwidth, spatial_eps, spatial_scale: of P; the bandwidth is that of the features without. Position k of n
+        spatial_weight: w of the bilateral form, (1 - w) A_ij + w P_ij in place of A_ij, where P is the same similarity
+            of positions at squared distance; it is separable, and no array of it is made either. One or two spatial
+            axes.
+        spatial_bandwidth, spatial_eps, spatial_scale: of P; the bandwidth is that of the features without. Position k
+        of n
             is at spatial_scale * k / n.
         reduction: "mean" over the batch, or "none".
 
     Returns:
-        CX, a scalar or (B,); float32 for half-precision features. NaN where a feature is not finite; 0 for an empty batch.
+        CX, a scalar or (B,); float32 for half-precision features. NaN where a feature is not finite; 0 for an empty
+        batch.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, by name.

@@ -1,4 +1,5 @@
-"""ops.diagonal_gaussian: the reparametrised sample of a diagonal Gaussian and its KL divergence from a prior, in one pass."""
+"""ops.diagonal_gaussian: the reparametrised sample of a diagonal Gaussian and its KL divergence from a prior, in one
+pass."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _CPU = kernels(
     "_cpu",
     diagonal_gaussian=f"{_FIELDS} kl dimension z",
     diagonal_gaussian_backward=f"""
-        {_FIELDS} grad_z grad_kl grad_dimension grad_mean grad_log_variance grad_noise grad_prior_mean grad_prior_log_variance
+        {_FIELDS} grad_z grad_kl grad_dimension grad_mean grad_log_variance grad_noise grad_prior_mean
+        grad_prior_log_variance
     """,
 )
 REDUCTIONS = ("none", "mean", "sum")
@@ -36,9 +38,13 @@ class DiagonalGaussian(NamedTuple):
 
 
 def _check_forward(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
     *_: Any,
-) -> None:  # fmt: skip
+) -> None:
     given = dict(zip(_ARGUMENTS, (mean, log_variance, noise, prior_mean, prior_log_variance)))
     _check.floating(_NAME, **given)
     if mean.dim() < 2:
@@ -49,15 +55,24 @@ def _check_forward(
 
 
 def _check_backward(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
-    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
-) -> None:  # fmt: skip
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_dimension: Tensor | None,
+    grad_z: Tensor | None,
+    wanted: Sequence[bool],
+) -> None:
     _check_forward(mean, log_variance, noise, prior_mean, prior_log_variance)
     op = f"{_NAME}_backward"
     _check.shapes(
-        op, grad_kl=(grad_kl, mean.shape[:1], "one per sample"), grad_z=(grad_z, mean.shape, "that of mean"),
+        op,
+        grad_kl=(grad_kl, mean.shape[:1], "one per sample"),
+        grad_z=(grad_z, mean.shape, "that of mean"),
         grad_dimension=(grad_dimension, mean.shape[1:], "one per dimension"),
-    )  # fmt: skip
+    )
     _check.flags(op, "wanted", wanted, len(_ARGUMENTS))
 
 
@@ -75,9 +90,13 @@ def _in_order(mean: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, Ro
 
 
 def _cpu(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
     per_dimension: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_forward(mean, log_variance, noise, prior_mean, prior_log_variance)
     mean, r, laid = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance))
     kl = mean.new_empty(r.n)
@@ -86,10 +105,19 @@ def _cpu(
         by_dimension = torch.empty_like(by_dimension, memory_format=r.layout.form)
     z = mean.new_empty(0) if noise is None else r.layout.empty_like(mean)
     _CPU.diagonal_gaussian(
-        is_double=mean.dtype is torch.float64, mean=(mean, r.stride), log_variance=laid[0], noise=laid[1], prior_mean=laid[2],
-        prior_log_variance=laid[3], kl=kl, dimension=by_dimension if per_dimension else None,
-        z=None if noise is None else z, n=r.n, d=r.size, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=mean.dtype is torch.float64,
+        mean=(mean, r.stride),
+        log_variance=laid[0],
+        noise=laid[1],
+        prior_mean=laid[2],
+        prior_log_variance=laid[3],
+        kl=kl,
+        dimension=by_dimension if per_dimension else None,
+        z=None if noise is None else z,
+        n=r.n,
+        d=r.size,
+        threads=torch.get_num_threads(),
+    )
     if not mean.numel():
         kl.zero_()
         by_dimension.zero_()
@@ -97,9 +125,16 @@ def _cpu(
 
 
 def _cpu_backward(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
-    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_dimension: Tensor | None,
+    grad_z: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = (mean, log_variance, noise, prior_mean, prior_log_variance)
     mean, r, laid = _in_order(mean, (log_variance, noise, prior_mean, prior_log_variance, grad_z))
     if grad_kl is not None:
@@ -110,11 +145,24 @@ def _cpu_backward(
     found = [r.layout.empty_like(mean) if t is not None and w else mean.new_empty(0) for t, w in zip(given, wanted)]
     outputs = [f if t is not None and w else None for f, t, w in zip(found, given, wanted)]
     _CPU.diagonal_gaussian_backward(
-        is_double=mean.dtype is torch.float64, mean=(mean, r.stride), log_variance=laid[0], noise=laid[1], prior_mean=laid[2],
-        prior_log_variance=laid[3], grad_z=laid[4], grad_kl=grad_kl, grad_dimension=grad_dimension, grad_mean=outputs[0],
-        grad_log_variance=outputs[1], grad_noise=outputs[2], grad_prior_mean=outputs[3], grad_prior_log_variance=outputs[4],
-        n=r.n, d=r.size, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=mean.dtype is torch.float64,
+        mean=(mean, r.stride),
+        log_variance=laid[0],
+        noise=laid[1],
+        prior_mean=laid[2],
+        prior_log_variance=laid[3],
+        grad_z=laid[4],
+        grad_kl=grad_kl,
+        grad_dimension=grad_dimension,
+        grad_mean=outputs[0],
+        grad_log_variance=outputs[1],
+        grad_noise=outputs[2],
+        grad_prior_mean=outputs[3],
+        grad_prior_log_variance=outputs[4],
+        n=r.n,
+        d=r.size,
+        threads=torch.get_num_threads(),
+    )
     dm, dv, dn, dpm, dpv = (f if t is None else f.to(t.dtype) for f, t in zip(found, given))
     return dm, dv, dn, dpm, dpv
 
@@ -129,7 +177,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 OP = Op(
-    "diagonal_gaussian(Tensor mean, Tensor log_variance, Tensor? noise, Tensor? prior_mean, Tensor? prior_log_variance, "
+    "diagonal_gaussian(Tensor mean, Tensor log_variance, Tensor? noise, Tensor? prior_mean, Tensor? "
+    "prior_log_variance, "
     "bool per_dimension)",
     reference=reference.diagonal_gaussian,
     outputs={
@@ -163,13 +212,12 @@ def _like(name: str, t: Tensor | None, mean: Tensor) -> Tensor | None:
         return t.expand(mean.shape)
     except RuntimeError:
         raise ValueError(
-            f"{_NAME}: {name} has shape {tuple(t.shape)}, expected one that broadcasts to that of mean, {tuple(mean.shape)}"
+            f"{_NAME}: {name} has shape {tuple(t.shape)}, expected one that broadcasts to that of mean, "
+            f"{tuple(mean.shape)}"
         ) from None
 
 
-def _reduced(
-    kl: Tensor, by_dimension: Tensor, n: int, free_bits: float, groups: str, reduction: str
-) -> Tensor:  # fmt: skip
+def _reduced(kl: Tensor, by_dimension: Tensor, n: int, free_bits: float, groups: str, reduction: str) -> Tensor:
     if not free_bits:
         return kl if reduction == "none" else kl.mean() if reduction == "mean" else kl.sum()
     mean = by_dimension / max(n, 1)
@@ -182,9 +230,15 @@ def _reduced(
 
 
 def _call(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
-    free_bits: float, groups: str, reduction: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    free_bits: float,
+    groups: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
     _check.choice(_NAME, "reduction", reduction, REDUCTIONS)
     _check.choice(_NAME, "groups", groups, GROUPS)
     if not free_bits >= 0:
@@ -203,33 +257,46 @@ def _call(
 
 
 def diagonal_gaussian(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None = None, *, prior_mean: Tensor | None = None,
-    prior_log_variance: Tensor | None = None, free_bits: float = 0.0,
-    groups: Literal["dimension", "channel", "all"] = "dimension", reduction: Literal["none", "mean", "sum"] = "none",
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None = None,
+    *,
+    prior_mean: Tensor | None = None,
+    prior_log_variance: Tensor | None = None,
+    free_bits: float = 0.0,
+    groups: Literal["dimension", "channel", "all"] = "dimension",
+    reduction: Literal["none", "mean", "sum"] = "none",
     generator: torch.Generator | None = None,
-) -> DiagonalGaussian:  # fmt: skip
-    """Samples q(z|x) = N(mean, e^log_variance) by z = mean + e^(log_variance / 2) noise, and its KL(q || p), in one pass.
+) -> DiagonalGaussian:
+    """Samples q(z|x) = N(mean, e^log_variance) by z = mean + e^(log_variance / 2) noise, and its KL(q || p), in one
+    pass.
 
-    One pass forward and one backward, whichever of z, the KLs and both have a gradient. The kernels' KL is right near the prior
-    too, where e^v - 1 - v cancels in the usual formula, and never negative. No sum depends on the number of threads.
+    One pass forward and one backward, whichever of z, the KLs and both have a gradient. The kernels' KL is right near
+    the prior too, where e^v - 1 - v cancels in the usual formula, and never negative. No sum depends on the number of
+    threads.
 
     Args:
-        mean, log_variance: (N, ...) floating point, such as the two halves of an encoder's output, which need not be copied.
+        mean, log_variance: (N, ...) floating point, such as the two halves of an encoder's output, which need not be
+            copied.
         noise: like mean, from N(0, 1); None draws it with ``generator``.
-        prior_mean, prior_log_variance: of the prior p, shapes that broadcast to mean's; None for 0, so p is N(0, 1) without.
-        free_bits: the floor lambda, in nats, of sum_g max(lambda, E_batch KL_g) (Kingma et al., arXiv:1606.04934, appendix
-            C.8: the mean over the batch first, then the maximum). A group at or below its floor has no gradient of the KL.
-        groups: what a floor is for: "dimension", "channel" (axis 1, summed over the others, as in that paper), or "all".
+        prior_mean, prior_log_variance: of the prior p, shapes that broadcast to mean's; None for 0, so p is N(0, 1)
+            without.
+        free_bits: the floor lambda, in nats, of sum_g max(lambda, E_batch KL_g) (Kingma et al., arXiv:1606.04934,
+            appendix C.8: the mean over the batch first, then the maximum). A group at or below its floor has no
+            gradient of the KL.
+        groups: what a floor is for: "dimension", "channel" (axis 1, summed over the others, as in that paper), or
+            "all".
         reduction: of the KLs over the batch: "none" (N,), "mean" or "sum"; "none" does not go with free bits.
         generator: of the noise.
 
     Returns:
-        :class:`DiagonalGaussian`: z in mean's dtype, and kl in nats, float32 for half types; differentiable to any order.
+        :class:`DiagonalGaussian`: z in mean's dtype, and kl in nats, float32 for half types; differentiable to any
+        order.
 
     Raises:
         TypeError: tensors that are not floating point.
-        ValueError: shapes or devices that do not fit, another reduction or group, a negative floor, a generator for a noise
-            that is given.
+        ValueError: shapes or devices that do not fit, another reduction or group, a negative floor, a generator for a
+            noise that is given.
 
     Source: Kingma and Welling (arXiv:1312.6114, section 2.4 and appendix B).
 
@@ -245,15 +312,23 @@ def diagonal_gaussian(
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=where).to(mean.device)
     elif generator is not None:
         raise ValueError(f"{_NAME}: both noise and generator are given, expected one of them")
-    return DiagonalGaussian(*_call(mean, log_variance, noise, prior_mean, prior_log_variance, free_bits, groups, reduction))
+    return DiagonalGaussian(
+        *_call(mean, log_variance, noise, prior_mean, prior_log_variance, free_bits, groups, reduction)
+    )
 
 
 def diagonal_gaussian_kl(
-    mean: Tensor, log_variance: Tensor, *, prior_mean: Tensor | None = None, prior_log_variance: Tensor | None = None,
-    free_bits: float = 0.0, groups: Literal["dimension", "channel", "all"] = "dimension",
+    mean: Tensor,
+    log_variance: Tensor,
+    *,
+    prior_mean: Tensor | None = None,
+    prior_log_variance: Tensor | None = None,
+    free_bits: float = 0.0,
+    groups: Literal["dimension", "channel", "all"] = "dimension",
     reduction: Literal["none", "mean", "sum"] = "none",
-) -> Tensor:  # fmt: skip
-    """KL(N(mean, e^log_variance) || N(prior_mean, e^prior_log_variance)) of each sample, in nats; the prior is N(0, 1) without.
+) -> Tensor:
+    """KL(N(mean, e^log_variance) || N(prior_mean, e^prior_log_variance)) of each sample, in nats; the prior is N(0, 1)
+    without.
 
     :func:`diagonal_gaussian` without its sample; the arguments and errors are those.
 

@@ -1,4 +1,5 @@
-"""ops.discretized_logistic_mixture_nll and _sample: the output layer of PixelCNN++, each in one pass over its parameters."""
+"""ops.discretized_logistic_mixture_nll and _sample: the output layer of PixelCNN++, each in one pass over its
+parameters."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def integers(op: str, x: Tensor, params_name: str, params: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x is a {type(x).__name__}, expected a torch.Tensor")
     if x.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: x has dtype {x.dtype}, expected integer levels ({', '.join(str(d)[6:] for d in _INTEGERS)})")
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype}, expected integer levels ({', '.join(str(d)[6:] for d in _INTEGERS)})"
+        )
     if x.device != params.device:
         raise ValueError(f"{op}: x is on {x.device} and {params_name} on {params.device}; move both to one device")
 
@@ -91,9 +94,14 @@ def _check_forward(params: Tensor, x: Tensor, levels: int) -> None:
 
 @functools.lru_cache(1024)
 def _plan(
-    ps: tuple[int, ...], p_stride: tuple[int, ...], dtype: torch.dtype, xs: tuple[int, ...], x_stride: tuple[int, ...],
-    x_dtype: torch.dtype, levels: int,
-) -> tuple[Any, Any] | None:  # fmt: skip
+    ps: tuple[int, ...],
+    p_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    xs: tuple[int, ...],
+    x_stride: tuple[int, ...],
+    x_dtype: torch.dtype,
+    levels: int,
+) -> tuple[Any, Any] | None:
     """The two kernels, prepared; None where something must be copied or refused first."""
     if x_dtype not in _INTEGERS or not dtype.is_floating_point:
         return None
@@ -102,10 +110,19 @@ def _plan(
     if not a.fits or not b.fits:
         return None
     fields = {
-        "is_double": dtype is torch.float64, "params": a.strides, "x": b.strides, "x_bytes": x_dtype.itemsize,
-        "x_signed": x_dtype is not torch.uint8, "n": a.n, "s": a.s, "mixtures": mixtures, "channels": xs[1], "levels": levels,
-        "channels_last": a.walks_channels, "stream": a.n * a.c * a.s * dtype.itemsize >= _STREAM,
-    }  # fmt: skip
+        "is_double": dtype is torch.float64,
+        "params": a.strides,
+        "x": b.strides,
+        "x_bytes": x_dtype.itemsize,
+        "x_signed": x_dtype is not torch.uint8,
+        "n": a.n,
+        "s": a.s,
+        "mixtures": mixtures,
+        "channels": xs[1],
+        "levels": levels,
+        "channels_last": a.walks_channels,
+        "stream": a.n * a.c * a.s * dtype.itemsize >= _STREAM,
+    }
     return _CPU.logistic_mixture_nll.prepare(**fields), _CPU.logistic_mixture_nll_backward.prepare(**fields)
 
 
@@ -134,11 +151,15 @@ def _cpu_backward(params: Tensor, x: Tensor, grad: Tensor, levels: int) -> Tenso
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape, channels, k, levels in (
-        ("3 channels", (3, 4, 7), 3, 5, 256), ("1 channel", (2, 5, 4), 1, 3, 16), ("2 levels", (2, 17), 1, 2, 2),
+        ("3 channels", (3, 4, 7), 3, 5, 256),
+        ("1 channel", (2, 5, 4), 1, 3, 16),
+        ("2 levels", (2, 17), 1, 2, 2),
         ("vectors", (6,), 3, 2, 65536),
-    ):  # fmt: skip
+    ):
         n, *positions = shape
-        params = torch.randn((n, (10 if channels == 3 else 3) * k, *positions), generator=generator, dtype=torch.float64)
+        params = torch.randn(
+            (n, (10 if channels == 3 else 3) * k, *positions), generator=generator, dtype=torch.float64
+        )
         x = torch.randint(levels, (n, channels, *positions), generator=generator)
         x.view(-1)[::5], x.view(-1)[1::5] = 0, levels - 1
         yield Sample(label, (params, x, levels))
@@ -166,13 +187,14 @@ def discretized_logistic_mixture_nll(
     """Negative log-likelihood of pixels under a discretised mixture of logistics, in nats a position.
 
     With x scaled to [-1, 1], each channel of each component has the probability that its logistic puts on the bin of
-    half-width 1 / (levels - 1) around x; the bins of the first and the last level are open. Forward and backward are one
-    pass each, and only ``params`` and ``x`` are kept.
+    half-width 1 / (levels - 1) around x; the bins of the first and the last level are open. Forward and backward are
+    one pass each, and only ``params`` and ``x`` are kept.
 
     Args:
         params: (N, 10K, ...) for 3 channels: K mixture logits, then for red, green and blue each K means, K log-scales
-            and K coefficients; (N, 3K, ...) for 1 channel: K logits, K means, K log-scales. Log-scales are clamped at -7.
-            The coefficients, through tanh, add red to the mean of green, red to that of blue, and green to that of blue.
+            and K coefficients; (N, 3K, ...) for 1 channel: K logits, K means, K log-scales. Log-scales are clamped at
+            -7. The coefficients, through tanh, add red to the mean of green, red to that of blue, and green to that of
+            blue.
         x: (N, 3 or 1, ...) levels from 0 to ``levels`` - 1, of any integer dtype (uint8 needs no look at its values).
         levels: 2 to 65536.
         parity: "pixelcnn++" computes as the published code does, which replaces a bin of probability below 1e-5 by the
@@ -183,7 +205,8 @@ def discretized_logistic_mixture_nll(
 
     Raises:
         TypeError: params that are not floating point, x that is not of integers.
-        ValueError: shapes, devices or levels that do not fit, and values of x outside the levels (not under torch.compile).
+        ValueError: shapes, devices or levels that do not fit, and values of x outside the levels (not under
+            torch.compile).
         genfast.BackendError: ``parity`` while a backend other than the reference is forced.
 
     Source: PixelCNN++ (arXiv:1701.05517, sections 2.1 and 2.2).
@@ -208,7 +231,9 @@ def discretized_logistic_mixture_nll(
 def _check_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, temperature: float) -> None:
     _check.floating(_SAMPLE, params=params, uniforms=uniforms)
     _mixtures(_SAMPLE, params.shape, channels, levels)
-    _check.shape(_SAMPLE, "uniforms", uniforms, (params.shape[0], 1 + channels, *params.shape[2:]), "(N, 1 + channels, ...)")
+    _check.shape(
+        _SAMPLE, "uniforms", uniforms, (params.shape[0], 1 + channels, *params.shape[2:]), "(N, 1 + channels, ...)"
+    )
     if not temperature > 0:
         raise ValueError(f"{_SAMPLE}: temperature={temperature}, expected more than 0")
 
@@ -219,10 +244,18 @@ def _cpu_sample(params: Tensor, uniforms: Tensor, channels: int, levels: int, te
     out = params.new_empty((params.shape[0], channels, *params.shape[2:]), dtype=torch.int64)
     uniforms = uniforms.float().contiguous()
     fault = _CPU.logistic_mixture_sample(
-        is_double=params.dtype is torch.float64, params=a.view(params), uniforms=uniforms, samples=out,
-        temperature=temperature, n=a.n, s=a.s, mixtures=_mixtures(_SAMPLE, params.shape, channels, levels),
-        channels=channels, levels=levels, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=params.dtype is torch.float64,
+        params=a.view(params),
+        uniforms=uniforms,
+        samples=out,
+        temperature=temperature,
+        n=a.n,
+        s=a.s,
+        mixtures=_mixtures(_SAMPLE, params.shape, channels, levels),
+        channels=channels,
+        levels=levels,
+        threads=torch.get_num_threads(),
+    )
     if fault >= 0:
         raise _not_finite(out)
     return out
@@ -238,7 +271,8 @@ def _reference_sample(params: Tensor, uniforms: Tensor, channels: int, levels: i
 def _not_finite(samples: Tensor) -> FloatingPointError:
     n, channel, *position = (samples < 0).nonzero()[0].tolist()
     return FloatingPointError(
-        f"{_SAMPLE}: params are not finite where channel {channel} of sample {n} is drawn, at position {tuple(position)}"
+        f"{_SAMPLE}: params are not finite where channel {channel} of sample {n} is drawn, at position "
+        f"{tuple(position)}"
     )
 
 
@@ -267,8 +301,8 @@ def discretized_logistic_mixture_sample(
 
     Args:
         params: (N, 10K, ...) for 3 channels, (N, 3K, ...) for 1; see :func:`discretized_logistic_mixture_nll`.
-        uniforms: (N, 1 + channels, ...) in (0, 1): the first picks the component, in order of components, each other one a
-            channel, clipped to [1e-5, 1 - 1e-5]. Read as float32. Drawn with ``generator`` where not given.
+        uniforms: (N, 1 + channels, ...) in (0, 1): the first picks the component, in order of components, each other
+            one a channel, clipped to [1e-5, 1 - 1e-5]. Read as float32. Drawn with ``generator`` where not given.
         channels: 3 or 1.
         levels: 2 to 65536.
         temperature: divides the logits and multiplies the scales; more than 0.
@@ -280,9 +314,9 @@ def discretized_logistic_mixture_sample(
     Raises:
         TypeError: params or uniforms that are not floating point.
         ValueError: shapes, devices, levels or a temperature that do not fit.
-        FloatingPointError: names the first position whose logits or drawn component are not finite (a logit of -inf only
-            forbids its component). On a GPU an assertion there; under a functorch transform, and in a compiled graph on a
-            GPU, the level is -1.
+        FloatingPointError: names the first position whose logits or drawn component are not finite (a logit of -inf
+            only forbids its component). On a GPU an assertion there; under a functorch transform, and in a compiled
+            graph on a GPU, the level is -1.
 
     Source: PixelCNN++ (arXiv:1701.05517, section 2.1) and the sampler of its published code.
 
@@ -299,5 +333,7 @@ def discretized_logistic_mixture_sample(
         uniforms = torch.rand(shape, generator=generator, device=where).to(params.device)
     result: Tensor = OP_SAMPLE(params.detach(), uniforms.detach(), channels, levels, float(temperature))
     if result.is_cuda and readable_now(result):
-        torch._assert_async((result >= 0).all(), f"{_SAMPLE}: params are not finite where a component is drawn from them")
+        torch._assert_async(
+            (result >= 0).all(), f"{_SAMPLE}: params are not finite where a component is drawn from them"
+        )
     return result

@@ -27,7 +27,9 @@ def _check_shapes(xs: tuple[int, ...], bs: tuple[int, ...] | None, groups: int) 
         raise ValueError(f"{_NAME}: groups={groups}, expected at least 1")
     if len(xs) < 2 or not xs[1] or xs[1] % (2 * groups):
         of = f"a multiple of 2 groups = {2 * groups}" if groups > 1 else "even"
-        raise ValueError(f"{_NAME}: x has shape {tuple(xs)}, expected (N, 2C, ...) with a number of channels that is {of}")
+        raise ValueError(
+            f"{_NAME}: x has shape {tuple(xs)}, expected (N, 2C, ...) with a number of channels that is {of}"
+        )
     if bs is None:
         return _NONE
     if bs == xs:
@@ -37,7 +39,9 @@ def _check_shapes(xs: tuple[int, ...], bs: tuple[int, ...] | None, groups: int) 
     if bs == xs[:2]:
         return _SAMPLE
     wide = xs[1]
-    raise ValueError(f"{_NAME}: bias has shape {tuple(bs)}, expected ({wide},), ({xs[0]}, {wide}) or x's shape {tuple(xs)}")
+    raise ValueError(
+        f"{_NAME}: bias has shape {tuple(bs)}, expected ({wide},), ({xs[0]}, {wide}) or x's shape {tuple(xs)}"
+    )
 
 
 def _check_forward(x: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -61,15 +65,23 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _plan(xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, bs: tuple[int, ...] | None, groups: int) -> _Plan:
+def _plan(
+    xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, bs: tuple[int, ...] | None, groups: int
+) -> _Plan:
     """What a call needs but its tensors. Raises for shapes that do not fit."""
     mode = _check_shapes(tuple(xs), None if bs is None else tuple(bs), groups)
     a = describe(xs, x_stride)
     shape = (xs[0], xs[1] // 2, *xs[2:])
     fields = {
-        "is_double": dtype is torch.float64, "x": a.strides, "n": a.n, "c": a.c // 2, "s": a.s, "groups": groups,
-        "bias_mode": mode, "channels_last": a.walks_channels,
-    }  # fmt: skip
+        "is_double": dtype is torch.float64,
+        "x": a.strides,
+        "n": a.n,
+        "c": a.c // 2,
+        "s": a.s,
+        "groups": groups,
+        "bias_mode": mode,
+        "channels_last": a.walks_channels,
+    }
     forward, backward = (k.prepare(**fields) for k in (_CPU.gated_activation, _CPU.gated_activation_backward))
     return _Plan(forward, backward, a, mode, shape, torch.empty(shape, device="meta", memory_format=a.form).stride())
 
@@ -121,10 +133,13 @@ def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, xs, bs, groups in (
-        ("plain", (3, 6, 4, 7), None, 1), ("bias", (3, 6, 4, 7), (6,), 1), ("bias of each sample", (2, 12, 5), (2, 12), 3),
-        ("bias of each sample and 3 groups", (2, 12, 3, 5), (2, 12), 3), ("spatial bias", (2, 4, 3, 6), (2, 4, 3, 6), 2),
+        ("plain", (3, 6, 4, 7), None, 1),
+        ("bias", (3, 6, 4, 7), (6,), 1),
+        ("bias of each sample", (2, 12, 5), (2, 12), 3),
+        ("bias of each sample and 3 groups", (2, 12, 3, 5), (2, 12), 3),
+        ("spatial bias", (2, 4, 3, 6), (2, 4, 3, 6), 2),
         ("vectors", (6, 10), (10,), 1),
-    ):  # fmt: skip
+    ):
         x, bias = (None if s is None else torch.randn(s, generator=generator, dtype=torch.float64) for s in (xs, bs))
         yield Sample(label, (x, bias, groups))
 
@@ -156,10 +171,10 @@ def gated_activation(x: Tensor, bias: Tensor | None = None, *, groups: int = 1) 
 
     Args:
         x: (N, 2C, ...) floating point; NCHW, channels_last, sequences or vectors.
-        bias: what the unit is conditioned on, V = [V_f | V_g] in the order of x's channels: (2C,), a sample each (N, 2C),
-            or spatial, of x's own shape.
-        groups: the channels are so many blocks of 2C / groups, each [f | g], so that colour groups which stand in blocks
-            do not mix; 1 is ``f, g = x.chunk(2, dim=1)``.
+        bias: what the unit is conditioned on, V = [V_f | V_g] in the order of x's channels: (2C,), a sample each (N,
+            2C), or spatial, of x's own shape.
+        groups: the channels are so many blocks of 2C / groups, each [f | g], so that colour groups which stand in
+            blocks do not mix; 1 is ``f, g = x.chunk(2, dim=1)``.
 
     Returns:
         (N, C, ...) in x's dtype and memory format. The backward recomputes both maps: only x and bias are kept.

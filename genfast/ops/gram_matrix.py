@@ -56,16 +56,23 @@ def _check_style(features: Tensor, target: Tensor, scale: float, shift: float, f
 
 
 def _check_layers(
-    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scales: Sequence[float],
+    shift: float,
+    factors: Sequence[float],
 ) -> None:
     counts = [len(features), len(targets), len(scales), len(factors)]
     if not features or len(set(counts)) > 1:
-        raise ValueError(f"style_loss_layers: {counts} features, targets, scales and factors; expected one of each a layer")
+        raise ValueError(
+            f"style_loss_layers: {counts} features, targets, scales and factors; expected one of each a layer"
+        )
     for f, a, scale, factor in zip(features, targets, scales, factors):
         _check_style(f, a, scale, shift, factor)
         if f.dtype != features[0].dtype or f.device != features[0].device or f.shape[0] != features[0].shape[0]:
             raise ValueError(
-                f"style_loss_layers: features have {f.dtype} on {f.device} in batches of {f.shape[0]} and {features[0].dtype} "
+                f"style_loss_layers: features have {f.dtype} on {f.device} in batches of {f.shape[0]} and "
+                f"{features[0].dtype} "
                 f"on {features[0].device} in batches of {features[0].shape[0]}; expected the same in each layer"
             )
 
@@ -80,7 +87,11 @@ def _check_style_backward(
 
 
 def _fake_layers(
-    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scales: Sequence[float],
+    shift: float,
+    factors: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     n, dtype = features[0].shape[0], accumulator(features[0].dtype)
     entries = sum(n * f.shape[1] * f.shape[1] for f in features)
@@ -96,22 +107,46 @@ def _forward(
     value = None if a is None else x.new_empty(at.n)
     out = _pool.empty_strided((at.n, c, c), (c * c, c, 1), x.dtype)
     _CPU.gram_matrix(
-        is_double=x.dtype is torch.float64, x=at.view(x), target=a,
-        target_stride=0 if a is None or a.shape[0] == 1 else c * c, out=out, value=value, scale=scale, shift=shift,
-        factor=factor, n=at.n, c=c, s=at.s, channels_last=at.walks_channels, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=x.dtype is torch.float64,
+        x=at.view(x),
+        target=a,
+        target_stride=0 if a is None or a.shape[0] == 1 else c * c,
+        out=out,
+        value=value,
+        scale=scale,
+        shift=shift,
+        factor=factor,
+        n=at.n,
+        c=c,
+        s=at.s,
+        channels_last=at.walks_channels,
+        threads=torch.get_num_threads(),
+    )
     return value, out
 
 
-def _product(features: Tensor, matrix: Tensor, grad: Tensor | None, symmetrize: bool, scale: float, shift: float) -> Tensor:
+def _product(
+    features: Tensor, matrix: Tensor, grad: Tensor | None, symmetrize: bool, scale: float, shift: float
+) -> Tensor:
     x, at = _layout.laid_out(features.to(accumulator(features.dtype)))
     m, g = matrix.to(x.dtype).contiguous(), None if grad is None else grad.to(x.dtype).contiguous()
     out = at.empty_like(x)
     if out.numel():
         _CPU.gram_matrix_backward(
-            is_double=x.dtype is torch.float64, symmetrize=symmetrize, x=at.view(x), matrix=m, grad=g, out=out, scale=scale,
-            shift=shift, n=at.n, c=at.c, s=at.s, channels_last=at.walks_channels, threads=torch.get_num_threads(),
-        )  # fmt: skip
+            is_double=x.dtype is torch.float64,
+            symmetrize=symmetrize,
+            x=at.view(x),
+            matrix=m,
+            grad=g,
+            out=out,
+            scale=scale,
+            shift=shift,
+            n=at.n,
+            c=at.c,
+            s=at.s,
+            channels_last=at.walks_channels,
+            threads=torch.get_num_threads(),
+        )
     return out.to(features.dtype)
 
 
@@ -151,14 +186,20 @@ def _backward_style(ctx: Any, grad: Tensor | None, grad_difference: Tensor | Non
     features, difference, target = ctx.saved_tensors
     found = _gradients(
         features, difference, target, grad, grad_difference, ctx.options, ctx.target, ctx.needs_input_grad[:2]
-    )  # fmt: skip
+    )
     return *found, None, None, None
 
 
 def _gradients(
-    features: Tensor, difference: Tensor, target: Tensor | None, grad: Tensor | None, grad_difference: Tensor | None,
-    options: Sequence[float], kind: tuple[torch.Size, torch.dtype], needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    features: Tensor,
+    difference: Tensor,
+    target: Tensor | None,
+    grad: Tensor | None,
+    grad_difference: Tensor | None,
+    options: Sequence[float],
+    kind: tuple[torch.Size, torch.dtype],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
     """Of a layer's features and target, the latter of shape and dtype ``kind``."""
     scale, shift, factor = options
     of_features = of_target = None
@@ -203,27 +244,40 @@ def _backward_layers(ctx: Any, grad: Tensor | None, grad_differences: Tensor | N
     found = [
         _gradients(f, d, a, g, more, (scale, ctx.shift, factor), kind, needs)
         for f, d, a, g, more, scale, factor, kind, needs in zip(
-            features, by_layer(differences), targets, grads, by_layer(grad_differences), ctx.scales, ctx.factors, ctx.targets,
+            features,
+            by_layer(differences),
+            targets,
+            grads,
+            by_layer(grad_differences),
+            ctx.scales,
+            ctx.factors,
+            ctx.targets,
             zip(*ctx.needs_input_grad[:2]),
         )
-    ]  # fmt: skip
+    ]
     return [f for f, _ in found], [a for _, a in found], None, None, None
 
 
 def _samples_gram(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape, scale, shift in (
-        ("images", (2, 5, 4, 3), 1 / 60, 0.0), ("shifted", (2, 7, 3, 3), 0.3, -1.5), ("sequence", (3, 4, 9), 1.0, 0.0),
-        ("volume", (1, 3, 2, 3, 2), 1.0, 0.5), ("one channel", (2, 1, 3, 4), 1.0, 0.0),
-        ("one position", (2, 6, 1, 1), 1.0, 0.0), ("whole and broken tiles", (1, 67, 5, 3), 1 / 64, 0.0),
-    ):  # fmt: skip
+        ("images", (2, 5, 4, 3), 1 / 60, 0.0),
+        ("shifted", (2, 7, 3, 3), 0.3, -1.5),
+        ("sequence", (3, 4, 9), 1.0, 0.0),
+        ("volume", (1, 3, 2, 3, 2), 1.0, 0.5),
+        ("one channel", (2, 1, 3, 4), 1.0, 0.0),
+        ("one position", (2, 6, 1, 1), 1.0, 0.0),
+        ("whole and broken tiles", (1, 67, 5, 3), 1 / 64, 0.0),
+    ):
         yield Sample(label, (torch.randn(shape, generator=generator, dtype=torch.float64), scale, shift))
 
 
 def _samples_style(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape, batch, shift in (
-        ("images", (2, 5, 4, 3), 2, 0.0), ("one target for all, shifted", (3, 4, 3, 3), 1, 0.7),
-        ("sequence", (2, 3, 9), 2, 0.0), ("whole and broken tiles", (1, 67, 5, 3), 1, 0.0),
-    ):  # fmt: skip
+        ("images", (2, 5, 4, 3), 2, 0.0),
+        ("one target for all, shifted", (3, 4, 3, 3), 1, 0.7),
+        ("sequence", (2, 3, 9), 2, 0.0),
+        ("whole and broken tiles", (1, 67, 5, 3), 1, 0.0),
+    ):
         c = shape[1]
         features = torch.randn(shape, generator=generator, dtype=torch.float64)
         target = torch.randn((batch, c, c), generator=generator, dtype=torch.float64)  # of no symmetry
@@ -235,7 +289,7 @@ def _samples_layers(generator: torch.Generator) -> Iterator[Sample]:
         ("images", ((2, 5, 4, 3), (2, 3, 6, 5)), 2, 0.0),
         ("one channel, one target for all, shifted", ((2, 1, 3), (2, 4, 3, 3)), 1, 0.7),
         ("whole and broken tiles", ((1, 67, 5, 3), (1, 2, 40, 5), (1, 3, 2, 2)), 1, 0.0),
-    ):  # fmt: skip
+    ):
         features = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
         targets = [torch.randn((batch, s[1], s[1]), generator=generator, dtype=torch.float64) for s in shapes]
         yield Sample(label, (features, targets, [1 / s[1] for s in shapes], shift, [0.25 + 0.5 * s[1] for s in shapes]))
@@ -281,7 +335,8 @@ OP_STYLE = Op(
 
 # No kernel for the CPU, where a launch costs nothing to share.
 OP_LAYERS = Op(
-    "style_loss_layers(Tensor[] features, Tensor[] targets, float[] scales, float shift, float[] factors) -> (Tensor, Tensor)",
+    "style_loss_layers(Tensor[] features, Tensor[] targets, float[] scales, float shift, float[] factors) -> (Tensor, "
+    "Tensor)",
     reference=reference.style_loss_layers,
     check=_check_layers,
     fake=_fake_layers,
@@ -309,8 +364,8 @@ def _scale(features: Tensor, normalize: bool) -> float:
 def gram_matrix(features: Tensor, *, normalize: bool = True, shift: float = 0.0) -> Tensor:
     """Gram matrices of a batch of feature maps: G = (F + shift)(F + shift)^T, F the C rows of positions of a sample.
 
-    One triangle is computed and mirrored, so that G is symmetric to the bit; it is scaled before it is rounded, so half types
-    do not overflow. Differentiable to any order; the first derivative, (dG + dG^T)(F + shift), is one product.
+    One triangle is computed and mirrored, so that G is symmetric to the bit; it is scaled before it is rounded, so half
+    types do not overflow. Differentiable to any order; the first derivative, (dG + dG^T)(F + shift), is one product.
 
     Args:
         features: (N, C, H, W) or (N, C, L), floating point, one or more axes of positions, any strides.
@@ -337,27 +392,34 @@ def gram_matrix(features: Tensor, *, normalize: bool = True, shift: float = 0.0)
 
 
 def style_loss(
-    features: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], weights: Sequence[float] | None = None, *,
-    normalize: bool = True, shift: float = 0.0, targets_are: str = "gram", reduction: str = "mean",
-) -> Tensor:  # fmt: skip
+    features: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    *,
+    normalize: bool = True,
+    shift: float = 0.0,
+    targets_are: str = "gram",
+    reduction: str = "mean",
+) -> Tensor:
     """The style loss: sum over layers of weight times the mean of (G - A)^2 over the C x C entries and the batch.
 
-    The difference and its square are taken where the Gram matrix is mirrored, and the derivative of a layer is one product.
-    On a GPU layers of one dtype, half or float32, share the forward's two kernel launches.
+    The difference and its square are taken where the Gram matrix is mirrored, and the derivative of a layer is one
+    product. On a GPU layers of one dtype, half or float32, share the forward's two kernel launches.
     A target's Gram matrix is computed once, by :func:`gram_matrix` with the same ``normalize`` and ``shift``, and kept.
 
     The published variants, with G and A plain sums (``normalize=False``) unless told, for N maps of M positions:
 
     - piq.StyleLoss: the default weights, ``normalize=False``.
-    - Gatys et al., 1 / (4 N^2 M^2) sum of squares: ``normalize=False`` and weight 1 / (4 M^2), as the mean divides by N^2; the
+    - Gatys et al., 1 / (4 N^2 M^2) sum of squares: ``normalize=False`` and weight 1 / (4 M^2), as the mean divides by
+        N^2; the
       same is ``normalize=True`` and weight N^2 / 4.
     - Johnson et al., squared Frobenius norm of matrices divided by C H W: ``normalize=True`` and weight C^2.
     - PyTorch's fast_neural_style: ``normalize=True``, and its style weight.
 
     Args:
         features: (N, C, H, W) or (N, C, L), or a sequence of them, one a layer.
-        targets: for each layer (N, C, C) or (1, C, C), Gram matrices; with ``targets_are="features"`` feature maps of N or 1
-            samples and any size. Gradients flow to targets that require them.
+        targets: for each layer (N, C, C) or (1, C, C), Gram matrices; with ``targets_are="features"`` feature maps of N
+            or 1 samples and any size. Gradients flow to targets that require them.
         weights: one a layer; None for 1 each.
         normalize, shift: as in :func:`gram_matrix`.
         targets_are: "gram" or "features".
@@ -381,7 +443,9 @@ def style_loss(
     _check.choice("style_loss", "reduction", reduction, ("mean", "none"))
     for name, maps in (("features", features), ("targets", targets)):
         if not isinstance(maps, (Tensor, Sequence)) or isinstance(maps, str):
-            raise TypeError(f"style_loss: {name} is a {type(maps).__name__}, expected a torch.Tensor or a sequence of them")
+            raise TypeError(
+                f"style_loss: {name} is a {type(maps).__name__}, expected a torch.Tensor or a sequence of them"
+            )
     layers = [features] if isinstance(features, Tensor) else list(features)
     given = [targets] if isinstance(targets, Tensor) else list(targets)
     if not layers:

@@ -19,7 +19,8 @@ _NAME = "interpolate"
 _CPU = kernels(
     "_cpu",
     interpolate_backward="""
-        is_double real fake grad epsilon grad_real grad_fake grad_epsilon n d real_stride fake_stride grad_stride threads
+        is_double real fake grad epsilon grad_real grad_fake grad_epsilon n d real_stride fake_stride grad_stride
+        threads
     """,
 )
 
@@ -31,7 +32,8 @@ def _check_pair(real: Tensor, fake: Tensor) -> None:
     _check.floating(_NAME, real=real, fake=fake)
     if real.dim() < 1 or real.shape != fake.shape:
         raise ValueError(
-            f"{_NAME}: real has shape {tuple(real.shape)} and fake {tuple(fake.shape)}, expected the same shape (N, ...); "
+            f"{_NAME}: real has shape {tuple(real.shape)} and fake {tuple(fake.shape)}, expected the same shape (N, "
+            "...); "
             "cut the larger batch to the smaller one's size"
         )
 
@@ -46,17 +48,31 @@ def _check_forward(real: Tensor, fake: Tensor, epsilon: Tensor) -> None:
 
 @functools.lru_cache(1024)
 def _plan(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, fakes: tuple[int, ...], fake_stride: tuple[int, ...],
-    fake_dtype: torch.dtype, es: tuple[int, ...], e_dtype: torch.dtype,
-) -> tuple[tuple[int, ...], bool] | None:  # fmt: skip
-    """epsilon's shape beside the samples, and whether lerp's own output will do; None where something must be checked."""
-    if len(shape) < 2 or shape != fakes or es != shape[:1] or not (dtype == fake_dtype == e_dtype and dtype.is_floating_point):
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    fakes: tuple[int, ...],
+    fake_stride: tuple[int, ...],
+    fake_dtype: torch.dtype,
+    es: tuple[int, ...],
+    e_dtype: torch.dtype,
+) -> tuple[tuple[int, ...], bool] | None:
+    """epsilon's shape beside the samples, and whether lerp's own output will do; None where something must be
+    checked."""
+    if (
+        len(shape) < 2
+        or shape != fakes
+        or es != shape[:1]
+        or not (dtype == fake_dtype == e_dtype and dtype.is_floating_point)
+    ):
         return None
     return (shape[0], *(1,) * (len(shape) - 1)), stride == fake_stride and describe(shape, stride).small
 
 
 def _cpu(real: Tensor, fake: Tensor, epsilon: Tensor) -> Tensor:
-    plan = _plan(real.shape, real.stride(), real.dtype, fake.shape, fake.stride(), fake.dtype, epsilon.shape, epsilon.dtype)
+    plan = _plan(
+        real.shape, real.stride(), real.dtype, fake.shape, fake.stride(), fake.dtype, epsilon.shape, epsilon.dtype
+    )
     if plan is None:
         _check_forward(real, fake, epsilon)
         return _cpu(real, fake.to(real.dtype), epsilon.to(real.dtype))
@@ -82,10 +98,21 @@ def _cpu_backward(
     )
     grad_real, grad_fake, grad_epsilon = (t if w else None for t, w in zip(found, wanted))
     _CPU.interpolate_backward(
-        is_double=real.dtype is torch.float64, grad=grad, grad_stride=g.stride, real=real, real_stride=r.stride, fake=fake,
-        fake_stride=f.stride, epsilon=e, grad_real=grad_real, grad_fake=grad_fake, grad_epsilon=grad_epsilon, n=r.n,
-        d=r.size, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=real.dtype is torch.float64,
+        grad=grad,
+        grad_stride=g.stride,
+        real=real,
+        real_stride=r.stride,
+        fake=fake,
+        fake_stride=f.stride,
+        epsilon=e,
+        grad_real=grad_real,
+        grad_fake=grad_fake,
+        grad_epsilon=grad_epsilon,
+        n=r.n,
+        d=r.size,
+        threads=torch.get_num_threads(),
+    )
     return found[0], found[1].to(fake_dtype), found[2].to(epsilon.dtype)
 
 

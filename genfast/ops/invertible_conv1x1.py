@@ -79,9 +79,10 @@ def _check_mix_backward(
     _check_mix(x, x_b, weight, None, split)
     first, second = ((x.shape[0], count, *x.shape[2:]) for count in (split, weight.shape[0] - split))
     _check.shapes(
-        "channel_mix_backward", grad_y=(grad_y, first, "that of the first half of the output"),
+        "channel_mix_backward",
+        grad_y=(grad_y, first, "that of the first half of the output"),
         grad_y_b=(grad_y_b, second, "that of the second half of the output"),
-    )  # fmt: skip
+    )
 
 
 def _like(x: Tensor, a: Layout, channels: int) -> Tensor:
@@ -94,9 +95,14 @@ def _like(x: Tensor, a: Layout, channels: int) -> Tensor:
 
 @functools.lru_cache(1024)
 def _mix_plan(
-    xs: tuple[int, ...], x_stride: tuple[int, ...], dtype: torch.dtype, ws: tuple[int, ...], w_stride: tuple[int, ...],
-    w_dtype: torch.dtype, split: int,
-) -> tuple[Layout, Tensor, Any] | None:  # fmt: skip
+    xs: tuple[int, ...],
+    x_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    ws: tuple[int, ...],
+    w_stride: tuple[int, ...],
+    w_dtype: torch.dtype,
+    split: int,
+) -> tuple[Layout, Tensor, Any] | None:
     """For the plainest call, one tensor in, one out, no bias: x's layout, an empty half and the kernel. Else None."""
     if len(xs) < 2 or xs[1] != split or ws != (split, split) or w_stride != (split, 1) or w_dtype != dtype:
         return None
@@ -104,9 +110,19 @@ def _mix_plan(
     if not a.fits:
         return None
     kernel = _CPU.channel_mix.prepare(
-        is_double=dtype is torch.float64, x=a.strides, first=split, x_b=None, transposed=False, bias=None, y_b=None, n=a.n,
-        c=split, s=a.s, split=split, channels_last=a.walks_channels,
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        x=a.strides,
+        first=split,
+        x_b=None,
+        transposed=False,
+        bias=None,
+        y_b=None,
+        n=a.n,
+        c=split,
+        s=a.s,
+        split=split,
+        channels_last=a.walks_channels,
+    )
     return a, torch.empty((xs[0], 0, *xs[2:]), dtype=dtype), kernel
 
 
@@ -130,9 +146,22 @@ def _cpu_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None,
     channels = weight.shape[0]
     y, y_b = _like(x, a, split), _like(x, a, channels - split)
     _CPU.channel_mix(
-        is_double=dtype is torch.float64, x=a.view(x), first=a.c, x_b=second, weight=weight, transposed=False, bias=bias, y=y,
-        y_b=y_b, n=a.n, c=channels, s=a.s, split=split, channels_last=a.walks_channels, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        x=a.view(x),
+        first=a.c,
+        x_b=second,
+        weight=weight,
+        transposed=False,
+        bias=bias,
+        y=y,
+        y_b=y_b,
+        n=a.n,
+        c=channels,
+        s=a.s,
+        split=split,
+        channels_last=a.walks_channels,
+        threads=torch.get_num_threads(),
+    )
     return y, y_b
 
 
@@ -155,14 +184,38 @@ def _cpu_mix_backward(
         grad_second = h.view(grad_y_b)
     threads = torch.get_num_threads()
     _CPU.channel_mix(
-        is_double=dtype is torch.float64, x=g.view(grad_y), first=split, x_b=grad_second, weight=w, transposed=True, bias=None,
-        y=dx, y_b=dx_b, n=a.n, c=channels, s=a.s, split=a.c, channels_last=a.walks_channels, threads=threads,
-    )  # fmt: skip
-    _CPU.channel_mix_weight_grad(
-        is_double=dtype is torch.float64, grad=g.view(grad_y), split=split, grad_b=grad_second, x=a.view(x), first=a.c,
-        x_b=second, grad_weight=dweight, grad_bias=dbias, n=a.n, c=channels, s=a.s, channels_last=a.walks_channels,
+        is_double=dtype is torch.float64,
+        x=g.view(grad_y),
+        first=split,
+        x_b=grad_second,
+        weight=w,
+        transposed=True,
+        bias=None,
+        y=dx,
+        y_b=dx_b,
+        n=a.n,
+        c=channels,
+        s=a.s,
+        split=a.c,
+        channels_last=a.walks_channels,
         threads=threads,
-    )  # fmt: skip
+    )
+    _CPU.channel_mix_weight_grad(
+        is_double=dtype is torch.float64,
+        grad=g.view(grad_y),
+        split=split,
+        grad_b=grad_second,
+        x=a.view(x),
+        first=a.c,
+        x_b=second,
+        grad_weight=dweight,
+        grad_bias=dbias,
+        n=a.n,
+        c=channels,
+        s=a.s,
+        channels_last=a.walks_channels,
+        threads=threads,
+    )
     return dx, dx_b, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
@@ -215,9 +268,15 @@ MIX = Op(
 
 
 def _check_plu(
-    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
-    bias: Tensor | None, *options: Any,
-) -> None:  # fmt: skip
+    perm: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    sign_s: Tensor,
+    log_s: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    *options: Any,
+) -> None:
     op = "invertible_conv1x1"
     for name, t in (("perm", perm), ("lower", lower), ("upper", upper), ("sign_s", sign_s), ("log_s", log_s)):
         if not isinstance(t, Tensor):
@@ -238,7 +297,9 @@ def _check_plu(
     if perm.dtype != torch.int64:
         raise TypeError(f"{op}: perm has dtype {perm.dtype}, expected torch.int64")
     if any(t is not None and t.dtype != log_s.dtype for t in (lower, upper, sign_s, scale, bias)):
-        raise TypeError(f"{op}: lower, upper, sign_s, log_s, scale and bias need one dtype, that of log_s ({log_s.dtype})")
+        raise TypeError(
+            f"{op}: lower, upper, sign_s, log_s, scale and bias need one dtype, that of log_s ({log_s.dtype})"
+        )
 
 
 def _check_plu_backward(
@@ -248,9 +309,11 @@ def _check_plu_backward(
     op, log_s, batch = "plu_weight_backward", arguments[4], arguments[8]
     c = log_s.shape[0]
     _check.shapes(
-        op, grad_weight=(grad_weight, (c, c), "that of the weight"), grad_folded=(grad_folded, (c,), "one per channel"),
+        op,
+        grad_weight=(grad_weight, (c, c), "that of the weight"),
+        grad_folded=(grad_folded, (c,), "one per channel"),
         grad_logdet=(grad_logdet, (batch,), "one per sample"),
-    )  # fmt: skip
+    )
     _check.same_dtype(op, log_s.dtype, grad_weight=grad_weight, grad_folded=grad_folded, grad_logdet=grad_logdet)
 
 
@@ -269,71 +332,195 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _cpu_plu(
-    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
-    bias: Tensor | None, log_scale: bool, batch: int, positions: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    perm: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    sign_s: Tensor,
+    log_s: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    log_scale: bool,
+    batch: int,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
-    weight, folded, logdet = PLU_WEIGHT.empty(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
+    weight, folded, logdet = PLU_WEIGHT.empty(
+        perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
+    )
     p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     _CPU.plu_weight(
-        is_double=log_s.dtype is torch.float64, perm=p, lower=low, upper=up, sign_s=sign, log_s=log, scale=s, bias=b,
-        weight=weight, folded=folded, logdet=logdet, c=log_s.shape[0], log_scale=log_scale, batch=batch, positions=positions,
-    )  # fmt: skip
+        is_double=log_s.dtype is torch.float64,
+        perm=p,
+        lower=low,
+        upper=up,
+        sign_s=sign,
+        log_s=log,
+        scale=s,
+        bias=b,
+        weight=weight,
+        folded=folded,
+        logdet=logdet,
+        c=log_s.shape[0],
+        log_scale=log_scale,
+        batch=batch,
+        positions=positions,
+    )
     return weight, folded, logdet
 
 
 def _cpu_plu_backward(
-    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
-    upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
-    batch: int, positions: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_weight: Tensor | None,
+    grad_folded: Tensor | None,
+    grad_logdet: Tensor | None,
+    perm: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    sign_s: Tensor,
+    log_s: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    log_scale: bool,
+    batch: int,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = PLU_WEIGHT.backward_op.empty(
-        grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
-    )  # fmt: skip
+        grad_weight,
+        grad_folded,
+        grad_logdet,
+        perm,
+        lower,
+        upper,
+        sign_s,
+        log_s,
+        scale,
+        bias,
+        log_scale,
+        batch,
+        positions,
+    )
     p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     dw, df, dl = _contiguous(grad_weight, grad_folded, grad_logdet)
     _CPU.plu_weight_backward(
-        is_double=log_s.dtype is torch.float64, perm=p, lower=low, upper=up, sign_s=sign, log_s=log, scale=s, bias=b,
-        grad_weight=dw, grad_folded=df, grad_logdet=dl, grad_lower=outputs[0], grad_upper=outputs[1], grad_log_s=outputs[2],
-        grad_scale=outputs[3], grad_bias=outputs[4], c=log_s.shape[0], log_scale=log_scale, batch=batch, positions=positions,
-    )  # fmt: skip
+        is_double=log_s.dtype is torch.float64,
+        perm=p,
+        lower=low,
+        upper=up,
+        sign_s=sign,
+        log_s=log,
+        scale=s,
+        bias=b,
+        grad_weight=dw,
+        grad_folded=df,
+        grad_logdet=dl,
+        grad_lower=outputs[0],
+        grad_upper=outputs[1],
+        grad_log_s=outputs[2],
+        grad_scale=outputs[3],
+        grad_bias=outputs[4],
+        c=log_s.shape[0],
+        log_scale=log_scale,
+        batch=batch,
+        positions=positions,
+    )
     return outputs
 
 
 def _cuda_plu(
-    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None,
-    bias: Tensor | None, log_scale: bool, batch: int, positions: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    perm: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    sign_s: Tensor,
+    log_s: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    log_scale: bool,
+    batch: int,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_plu(perm, lower, upper, sign_s, log_s, scale, bias)
-    weight, folded, logdet = PLU_WEIGHT.empty(perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions)
+    weight, folded, logdet = PLU_WEIGHT.empty(
+        perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
+    )
     p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     with torch.cuda.device(log_s.device):
         _CUDA.plu_weight(
-            stream=torch.cuda.current_stream().cuda_stream, perm=p, lower=low, upper=up, sign_s=sign, log_s=log, scale=s,
-            bias=b, weight=weight, folded=folded, logdet=logdet, c=log_s.shape[0], log_scale=log_scale, batch=batch,
+            stream=torch.cuda.current_stream().cuda_stream,
+            perm=p,
+            lower=low,
+            upper=up,
+            sign_s=sign,
+            log_s=log,
+            scale=s,
+            bias=b,
+            weight=weight,
+            folded=folded,
+            logdet=logdet,
+            c=log_s.shape[0],
+            log_scale=log_scale,
+            batch=batch,
             positions=positions,
-        )  # fmt: skip
+        )
     return weight, folded, logdet
 
 
 def _cuda_plu_backward(
-    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
-    upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool,
-    batch: int, positions: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_weight: Tensor | None,
+    grad_folded: Tensor | None,
+    grad_logdet: Tensor | None,
+    perm: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    sign_s: Tensor,
+    log_s: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    log_scale: bool,
+    batch: int,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = PLU_WEIGHT.backward_op.empty(
-        grad_weight, grad_folded, grad_logdet, perm, lower, upper, sign_s, log_s, scale, bias, log_scale, batch, positions
-    )  # fmt: skip
+        grad_weight,
+        grad_folded,
+        grad_logdet,
+        perm,
+        lower,
+        upper,
+        sign_s,
+        log_s,
+        scale,
+        bias,
+        log_scale,
+        batch,
+        positions,
+    )
     p, low, up, sign, log, s, b = _contiguous(perm, lower, upper, sign_s, log_s, scale, bias)
     dw, df, dl = _contiguous(grad_weight, grad_folded, grad_logdet)
     workspace, inverse_perm = torch.empty_like(outputs[0]), torch.empty_like(perm)
     with torch.cuda.device(log_s.device):
         _CUDA.plu_weight_backward(
-            stream=torch.cuda.current_stream().cuda_stream, workspace=workspace, inverse_perm=inverse_perm, perm=p, lower=low,
-            upper=up, sign_s=sign, log_s=log, scale=s, bias=b, grad_weight=dw, grad_folded=df, grad_logdet=dl,
-            grad_lower=outputs[0], grad_upper=outputs[1], grad_log_s=outputs[2], grad_scale=outputs[3], grad_bias=outputs[4],
-            c=log_s.shape[0], log_scale=log_scale, batch=batch, positions=positions,
-        )  # fmt: skip
+            stream=torch.cuda.current_stream().cuda_stream,
+            workspace=workspace,
+            inverse_perm=inverse_perm,
+            perm=p,
+            lower=low,
+            upper=up,
+            sign_s=sign,
+            log_s=log,
+            scale=s,
+            bias=b,
+            grad_weight=dw,
+            grad_folded=df,
+            grad_logdet=dl,
+            grad_lower=outputs[0],
+            grad_upper=outputs[1],
+            grad_log_s=outputs[2],
+            grad_scale=outputs[3],
+            grad_bias=outputs[4],
+            c=log_s.shape[0],
+            log_scale=log_scale,
+            batch=batch,
+            positions=positions,
+        )
     return outputs
 
 
@@ -391,7 +578,9 @@ def _inverted(op: str, weight: Tensor | PLU) -> Tensor:
         return reference.plu_inverse(*weight)
     inverse, info = torch.linalg.inv_ex(weight.double())
     if weight.is_cpu and readable_now(info) and int(info):
-        raise ValueError(f"{op}: weight is singular (pivot {int(info)} of its LU factorisation is zero), so it has no inverse")
+        raise ValueError(
+            f"{op}: weight is singular (pivot {int(info)} of its LU factorisation is zero), so it has no inverse"
+        )
     result: Tensor = inverse.to(weight.dtype)
     return result
 
@@ -430,14 +619,26 @@ def invertible_conv1x1(
 
 @overload
 def actnorm_conv1x1(
-    x: Tensor | tuple[Tensor, Tensor], scale: Tensor, bias: Tensor, weight: Tensor | PLU, *, log_scale: bool = False,
-    split: None = None, inverse: bool = False,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    x: Tensor | tuple[Tensor, Tensor],
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor | PLU,
+    *,
+    log_scale: bool = False,
+    split: None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...
 @overload
 def actnorm_conv1x1(
-    x: Tensor | tuple[Tensor, Tensor], scale: Tensor, bias: Tensor, weight: Tensor | PLU, *, log_scale: bool = False,
-    split: int, inverse: bool = False,
-) -> tuple[tuple[Tensor, Tensor], Tensor]: ...  # fmt: skip
+    x: Tensor | tuple[Tensor, Tensor],
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor | PLU,
+    *,
+    log_scale: bool = False,
+    split: int,
+    inverse: bool = False,
+) -> tuple[tuple[Tensor, Tensor], Tensor]: ...
 def actnorm_conv1x1(
     x: Tensor | tuple[Tensor, Tensor],
     scale: Tensor,
@@ -479,9 +680,17 @@ def actnorm_conv1x1(
 
 
 def _mixed(
-    op: str, x: Tensor, x_b: Tensor | None, scale: Tensor | None, bias: Tensor | None, weight: Tensor | PLU,
-    log_scale: bool, split: int | None, inverse: bool, after: Tensor | None = None,
-) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:  # fmt: skip
+    op: str,
+    x: Tensor,
+    x_b: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | PLU,
+    log_scale: bool,
+    split: int | None,
+    inverse: bool,
+    after: Tensor | None = None,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
     """``bias`` stands before the matrix, with the scale; ``after`` behind it."""
     _check.floating(op, x=x, x_b=x_b, bias=after)
     if x.dim() < 2:

@@ -1,4 +1,5 @@
-"""ops.linear, ops.linear_input and ops.linear_weight: the three products of a linear layer, with a leaky relu or its signs."""
+"""ops.linear, ops.linear_input and ops.linear_weight: the three products of a linear layer, with a leaky relu or its
+signs."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def _check_input(grad: Tensor, weight: Tensor, bits: Tensor | None, slope: float
     if bits is None:
         return
     if not isinstance(bits, Tensor) or bits.dtype != torch.uint8:
-        raise TypeError(f"linear_input: bits is a {getattr(bits, 'dtype', type(bits).__name__)}, expected a torch.uint8 tensor")
+        raise TypeError(
+            f"linear_input: bits is a {getattr(bits, 'dtype', type(bits).__name__)}, expected a torch.uint8 tensor"
+        )
     if bits.device != grad.device:
         raise ValueError(f"linear_input: bits is on {bits.device} and grad on {grad.device}; move both to one device")
     expected = (grad.shape[0], (weight.shape[1] + 7) // 8)
@@ -72,7 +75,8 @@ def _bytes(columns: int) -> int:
 
 
 def _ours(rows: int, columns: int, inner: int, epilogue: bool, turned: bool = False) -> bool:
-    """Whether gemm.h serves a product; the library does where it was as fast or faster (batches of 8 to 256, widths to 512).
+    """Whether gemm.h serves a product; the library does where it was as fast or faster (batches of 8 to 256, widths to
+    512).
 
     ``turned`` where the right-hand matrix is read along its inner axis, as in x W^T.
     """
@@ -102,26 +106,53 @@ def _plain(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 
 def _product(
-    a: Tensor, a_strides: tuple[int, int], b: Tensor, b_strides: tuple[int, int], sizes: tuple[int, int, int],
-    bias: Tensor | None = None, bits: Tensor | None = None, mode: int = _NONE, slope: float = 0.0,
-) -> Tensor:  # fmt: skip
+    a: Tensor,
+    a_strides: tuple[int, int],
+    b: Tensor,
+    b_strides: tuple[int, int],
+    sizes: tuple[int, int, int],
+    bias: Tensor | None = None,
+    bits: Tensor | None = None,
+    mode: int = _NONE,
+    slope: float = 0.0,
+) -> Tensor:
     """a (rows, inner) times b (inner, columns), and the epilogue."""
     rows, columns, inner = sizes
     out = _pool.empty_strided((rows, columns), (columns, 1), a.dtype)
     _CPU.linear(
-        is_double=a.dtype is torch.float64, a=a, a_row=a_strides[0], a_inner=a_strides[1], b=b, b_inner=b_strides[0],
-        b_column=b_strides[1], bias=bias, out=out, bits=bits, bits_mode=mode, slope=slope, rows=rows, columns=columns,
-        inner=inner, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=a.dtype is torch.float64,
+        a=a,
+        a_row=a_strides[0],
+        a_inner=a_strides[1],
+        b=b,
+        b_inner=b_strides[0],
+        b_column=b_strides[1],
+        bias=bias,
+        out=out,
+        bits=bits,
+        bits_mode=mode,
+        slope=slope,
+        rows=rows,
+        columns=columns,
+        inner=inner,
+        threads=torch.get_num_threads(),
+    )
     return out
 
 
 def _signs(y: Tensor, bits: Tensor, slope: float, apply: bool) -> None:
     """Leaky relu of y (N, M) in place, or its signs applied."""
     _CPU.leaky_relu_bits(
-        is_double=y.dtype is torch.float64, apply=apply, x=y, y=y, bits=bits, slope=slope, rows=y.shape[0],
-        columns=y.shape[1], threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=y.dtype is torch.float64,
+        apply=apply,
+        x=y,
+        y=y,
+        bits=bits,
+        slope=slope,
+        rows=y.shape[0],
+        columns=y.shape[1],
+        threads=torch.get_num_threads(),
+    )
 
 
 def _cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | None) -> tuple[Tensor, Tensor]:
@@ -218,7 +249,11 @@ def _backward_weight(ctx: Any, grad_w: Tensor | None) -> tuple[Any, ...]:
     return dgrad, OP_INPUT(grad, grad_w, None, 0.0) if ctx.needs_input_grad[1] else None
 
 
-_SIZES = ((7, 5, 3), (64, 3, 70), (67, 33, 129))  # N, K, M: the library's, and gemm.h's with whole and with broken tiles
+_SIZES = (
+    (7, 5, 3),
+    (64, 3, 70),
+    (67, 33, 129),
+)  # N, K, M: the library's, and gemm.h's with whole and with broken tiles
 
 
 def _samples_linear(generator: torch.Generator) -> Iterator[Sample]:
@@ -281,10 +316,12 @@ OP_WEIGHT = Op(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, slope: float | None = None) -> tuple[Tensor, Tensor]:
-    """A linear layer and its leaky relu: v = x W^T + bias, y = v where v > 0 and slope v elsewhere, with the signs as bits.
+    """A linear layer and its leaky relu: v = x W^T + bias, y = v where v > 0 and slope v elsewhere, with the signs as
+    bits.
 
-    On the CPU float32 and float64 go through a packed product whose epilogue is the activation; small and narrow products, half
-    types and CUDA go through the library, which was measured as fast or faster there, and a pass for the activation.
+    On the CPU float32 and float64 go through a packed product whose epilogue is the activation; small and narrow
+    products, half types and CUDA go through the library, which was measured as fast or faster there, and a pass for the
+    activation.
 
     Args:
         x: (N, K) floating point, any strides.
@@ -293,8 +330,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, slope: float |
         slope: of the negative side, 0 for relu; None for no activation.
 
     Returns:
-        (y, bits): y (N, M); bits uint8 (N, ceil(M / 8)), where bit i % 8 of byte i // 8 of a row is set for v > 0; empty
-        without a slope.
+        (y, bits): y (N, M); bits uint8 (N, ceil(M / 8)), where bit i % 8 of byte i // 8 of a row is set for v > 0;
+        empty without a slope.
 
     Raises:
         TypeError, ValueError: dtypes, devices or shapes that do not fit.

@@ -30,9 +30,17 @@ _ACTIVATIONS = ("none", "relu")
 
 
 def check_masked_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
-    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: Sequence[int],
+    groups: int,
+    center: Sequence[int],
+    activation: str,
+) -> None:
     """x (N, C, *spatial), weight (O, C / groups, *kernel) and the options fit."""
     dims = x.dim() - 2
     op = f"masked_conv{dims}d" if dims in (1, 2, 3) else _NAME
@@ -71,9 +79,19 @@ def check_masked_conv(
 
 
 def _check_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
-    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str, wanted: Sequence[bool],
-) -> None:  # fmt: skip
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: Sequence[int],
+    groups: int,
+    center: Sequence[int],
+    activation: str,
+    wanted: Sequence[bool],
+) -> None:
     check_masked_conv(x, weight, None, mask_type, data_channels, group_order, dilation, groups, center, activation)
     op, of = f"{_NAME}_backward", (x.shape[0], weight.shape[0], *x.shape[2:])
     _check.shapes(op, grad_y=(grad_y, of, "that of the output"))
@@ -84,9 +102,17 @@ def _check_backward(
 
 @functools.lru_cache(1024)
 def _plan(
-    xs: tuple[int, ...], ws: tuple[int, ...], dtype: torch.dtype, mask_type: str, data_channels: int, group_order: str,
-    dilation: tuple[int, ...], groups: int, center: tuple[int, ...], activation: str,
-) -> tuple[Any, Any]:  # fmt: skip
+    xs: tuple[int, ...],
+    ws: tuple[int, ...],
+    dtype: torch.dtype,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: tuple[int, ...],
+    groups: int,
+    center: tuple[int, ...],
+    activation: str,
+) -> tuple[Any, Any]:
     """The forward and the backward kernel with the live taps, and which pairs of channels live in the centre tap."""
     kernel = ws[2:]
     mask = reference.conv_mask(ws, center, mask_type, data_channels, group_order, groups)
@@ -102,10 +128,20 @@ def _plan(
         size *= k
     d, h, w = (1,) * (3 - len(kernel)) + xs[2:]
     fields = {
-        "is_double": dtype is torch.float64, "relu": activation == "relu", "taps": torch.tensor(taps, dtype=torch.int64),
-        "tap_count": len(taps) // 4, "kernel": size, "n": xs[0], "cin": xs[1], "cout": ws[0], "groups": groups, "d": d, "h": h,
-        "w": w, "centre": None if bool(centre.all()) else centre.to(torch.uint8).contiguous(),
-    }  # fmt: skip
+        "is_double": dtype is torch.float64,
+        "relu": activation == "relu",
+        "taps": torch.tensor(taps, dtype=torch.int64),
+        "tap_count": len(taps) // 4,
+        "kernel": size,
+        "n": xs[0],
+        "cin": xs[1],
+        "cout": ws[0],
+        "groups": groups,
+        "d": d,
+        "h": h,
+        "w": w,
+        "centre": None if bool(centre.all()) else centre.to(torch.uint8).contiguous(),
+    }
     return _CPU.masked_conv.prepare(**fields), _CPU.masked_conv_backward.prepare(**fields)
 
 
@@ -163,7 +199,15 @@ def _prepared(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options:
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     dtype = x.dtype
     options = tuple(tuple(o) if isinstance(o, list) else o for o in options)
-    key = (x.shape, x.stride(), dtype, weight.shape, weight.dtype, None if bias is None else (bias.shape, bias.dtype), options)
+    key = (
+        x.shape,
+        x.stride(),
+        dtype,
+        weight.shape,
+        weight.dtype,
+        None if bias is None else (bias.shape, bias.dtype),
+        options,
+    )
     call = _CALLS.get(key) or _prepared(key, x, weight, bias, options)
     if weight.dtype is not dtype or not weight.is_contiguous():
         weight = weight.to(dtype).contiguous()
@@ -177,13 +221,31 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tenso
 
 
 def _cpu_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
-    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: Sequence[int],
+    groups: int,
+    center: Sequence[int],
+    activation: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     _, kernel = _plan(
-        tuple(x.shape), tuple(weight.shape), x.dtype, mask_type, data_channels, group_order, tuple(dilation), groups,
-        tuple(center), activation,
-    )  # fmt: skip
+        tuple(x.shape),
+        tuple(weight.shape),
+        x.dtype,
+        mask_type,
+        data_channels,
+        group_order,
+        tuple(dilation),
+        groups,
+        tuple(center),
+        activation,
+    )
     dtype, own = x.dtype, weight.dtype
     grad_y, y, weight = grad_y.to(dtype), y.to(dtype), weight.to(dtype).contiguous()
     dx = _empty_like(x) if wanted[0] else x.new_empty(0)
@@ -192,11 +254,19 @@ def _cpu_backward(
     if not x.numel() or not y.numel():
         return dx.zero_(), dw.zero_().to(own), db.zero_().to(own)
     kernel(
-        grad_y=grad_y, grad_stride=_strides(grad_y.stride()), saved=y, saved_stride=_strides(y.stride()), x=x,
-        x_stride=_strides(x.stride()), weight=weight, y=dx if wanted[0] else None,
-        y_stride=_strides(dx.stride() if wanted[0] else x.stride()), grad_weight=dw if wanted[1] else None,
-        grad_bias=db if wanted[2] else None, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        grad_y=grad_y,
+        grad_stride=_strides(grad_y.stride()),
+        saved=y,
+        saved_stride=_strides(y.stride()),
+        x=x,
+        x_stride=_strides(x.stride()),
+        weight=weight,
+        y=dx if wanted[0] else None,
+        y_stride=_strides(dx.stride() if wanted[0] else x.stride()),
+        grad_weight=dw if wanted[1] else None,
+        grad_bias=db if wanted[2] else None,
+        threads=torch.get_num_threads(),
+    )
     return dx, dw.to(own), db.to(own)
 
 
@@ -208,7 +278,9 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield made("A 2-D", (2, 3, 7, 6), (8, 3, 5, 5), True, "A", 1, "interleaved", [1, 1], 1, [2, 2], "none")
     yield made("B 2-D relu", (2, 8, 6, 7), (5, 8, 3, 3), True, "B", 1, "interleaved", [1, 1], 1, [1, 1], "relu")
     yield made("A colours", (2, 3, 5, 6), (6, 3, 3, 5), False, "A", 3, "interleaved", [1, 1], 1, [1, 2], "none")
-    yield made("B colours blocked dilated", (2, 6, 6, 8), (9, 6, 3, 3), True, "B", 3, "blocked", [2, 1], 1, [1, 1], "none")
+    yield made(
+        "B colours blocked dilated", (2, 6, 6, 8), (9, 6, 3, 3), True, "B", 3, "blocked", [2, 1], 1, [1, 1], "none"
+    )
     yield made("B groups", (2, 6, 5, 5), (4, 3, 3, 3), True, "B", 1, "interleaved", [1, 2], 2, [1, 1], "none")
     yield made("even kernel", (2, 4, 5, 6), (20, 4, 2, 4), False, "B", 1, "interleaved", [1, 1], 1, [1, 2], "none")
     yield made("1x1 colours", (2, 6, 4, 5), (6, 6, 1, 1), True, "B", 3, "interleaved", [1, 1], 1, [0, 0], "relu")
@@ -217,7 +289,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 OP = Op(
-    "masked_conv(Tensor x, Tensor weight, Tensor? bias, str mask_type, int data_channels, str group_order, int[] dilation, "
+    "masked_conv(Tensor x, Tensor weight, Tensor? bias, str mask_type, int data_channels, str group_order, int[] "
+    "dilation, "
     "int groups, int[] center, str activation)",
     reference=reference.masked_conv,
     outputs={"y": "(N, weight.shape[0], ...) like x"},
@@ -244,9 +317,18 @@ def _several(op: str, name: str, value: int | Sequence[int], dims: int) -> tuple
 
 
 def _masked_conv(
-    dims: int, x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
-    dilation: int | Sequence[int], groups: int, center: int | Sequence[int] | None, activation: str | None,
-) -> Tensor:  # fmt: skip
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: int | Sequence[int],
+    groups: int,
+    center: int | Sequence[int] | None,
+    activation: str | None,
+) -> Tensor:
     op = f"masked_conv{dims}d"
     for name, t in (("x", x), ("weight", weight)):
         if not isinstance(t, Tensor):
@@ -258,9 +340,17 @@ def _masked_conv(
     at = tuple([k // 2 for k in weight.shape[2:]]) if center is None else _several(op, "center", center, dims)
     x, weight, bias = autocast(x, weight, bias)
     result: Tensor = OP(
-        x, weight, bias, mask_type, data_channels, group_order, _several(op, "dilation", dilation, dims), groups, at,
+        x,
+        weight,
+        bias,
+        mask_type,
+        data_channels,
+        group_order,
+        _several(op, "dilation", dilation, dims),
+        groups,
+        at,
         activation or "none",
-    )  # fmt: skip
+    )
     return result
 
 
@@ -269,12 +359,14 @@ _DOC = """Masked convolution over {axes}: only taps before the centre in raster 
 
     Args:
         x: (N, C, {axes}) floating point, in any strides.
-        weight: (O, C / groups, *kernel). It is never changed; weights that the mask covers do not reach the output whatever
-            they hold, and their gradient is exactly zero.
+        weight: (O, C / groups, *kernel). It is never changed; weights that the mask covers do not reach the output
+            whatever they hold, and their gradient is exactly zero.
         bias: (O,) or None.
         mask_type: "A" leaves the centre out (first layer), "B" takes it.
-        data_channels: colours per pixel. At the centre, outputs of colour k see inputs of colours < k ("A") or <= k ("B").
-        group_order: which channel is which colour: "interleaved" (c mod data_channels) or "blocked" (contiguous blocks).
+        data_channels: colours per pixel. At the centre, outputs of colour k see inputs of colours < k ("A") or <= k
+            ("B").
+        group_order: which channel is which colour: "interleaved" (c mod data_channels) or "blocked" (contiguous
+            blocks).
         dilation: one number or one per axis.
         groups: convolution groups.
         center: the tap that lies on the output's position, one number or one per axis; None for kernel // 2. With
@@ -298,32 +390,59 @@ _DOC = """Masked convolution over {axes}: only taps before the centre in raster 
 
 
 def masked_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask_type: str, data_channels: int = 1,
-    group_order: str = "interleaved", dilation: int | Sequence[int] = 1, groups: int = 1,
-    center: int | Sequence[int] | None = None, activation: str | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask_type: str,
+    data_channels: int = 1,
+    group_order: str = "interleaved",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    center: int | Sequence[int] | None = None,
+    activation: str | None = None,
+) -> Tensor:
     return _masked_conv(1, x, weight, bias, mask_type, data_channels, group_order, dilation, groups, center, activation)
 
 
 def masked_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask_type: str, data_channels: int = 1,
-    group_order: str = "interleaved", dilation: int | Sequence[int] = 1, groups: int = 1,
-    center: int | Sequence[int] | None = None, activation: str | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask_type: str,
+    data_channels: int = 1,
+    group_order: str = "interleaved",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    center: int | Sequence[int] | None = None,
+    activation: str | None = None,
+) -> Tensor:
     return _masked_conv(2, x, weight, bias, mask_type, data_channels, group_order, dilation, groups, center, activation)
 
 
 def masked_conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask_type: str, data_channels: int = 1,
-    group_order: str = "interleaved", dilation: int | Sequence[int] = 1, groups: int = 1,
-    center: int | Sequence[int] | None = None, activation: str | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask_type: str,
+    data_channels: int = 1,
+    group_order: str = "interleaved",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    center: int | Sequence[int] | None = None,
+    activation: str | None = None,
+) -> Tensor:
     return _masked_conv(3, x, weight, bias, mask_type, data_channels, group_order, dilation, groups, center, activation)
 
 
 for _dims, _function in enumerate((masked_conv1d, masked_conv2d, masked_conv3d), 1):
     _side = ", ".join(["6"] * _dims)
     _function.__doc__ = _DOC.format(
-        dims=_dims, axes=("L", "H, W", "D, H, W")[_dims - 1], example_x=f"2, 4, {_side}",
-        example_w=f"8, 4, {', '.join(['3'] * _dims)}", example_y=f"2, 8, {_side}",
-    )  # fmt: skip
+        dims=_dims,
+        axes=("L", "H, W", "D, H, W")[_dims - 1],
+        example_x=f"2, 4, {_side}",
+        example_w=f"8, 4, {', '.join(['3'] * _dims)}",
+        example_y=f"2, 8, {_side}",
+    )

@@ -51,11 +51,15 @@ class Staircase(NamedTuple):
 def _degrees(name: str, argument: str, value: Tensor | Sequence[int]) -> Tensor:
     found = torch.as_tensor(value)
     if found.dim() != 1 or found.is_complex() or found.dtype == torch.bool:
-        raise ValueError(f"{name}: {argument} has dtype {found.dtype} and shape {tuple(found.shape)}, expected numbers (n,)")
+        raise ValueError(
+            f"{name}: {argument} has dtype {found.dtype} and shape {tuple(found.shape)}, expected numbers (n,)"
+        )
     return found
 
 
-def staircase(in_degrees: Tensor | Sequence[int], out_degrees: Tensor | Sequence[int], strict: bool = False) -> Staircase:
+def staircase(
+    in_degrees: Tensor | Sequence[int], out_degrees: Tensor | Sequence[int], strict: bool = False
+) -> Staircase:
     """The mask that is live where an output's degree is at least an input's, or above it if ``strict``.
 
     Args:
@@ -105,7 +109,9 @@ def staircase_from_mask(mask: Tensor) -> Staircase | None:
 def _check_integers(name: str, like: Tensor, **tensors: tuple[Any, int]) -> None:
     for argument, (t, size) in tensors.items():
         if not isinstance(t, Tensor) or t.dtype != torch.int64:
-            raise TypeError(f"{name}: {argument} is {getattr(t, 'dtype', type(t).__name__)}, expected a torch.int64 tensor")
+            raise TypeError(
+                f"{name}: {argument} is {getattr(t, 'dtype', type(t).__name__)}, expected a torch.int64 tensor"
+            )
         _check.shape(name, argument, t, (size,))
         if t.device != like.device:
             raise ValueError(f"{name}: {argument} is on {t.device} and x on {like.device}; move both to one device")
@@ -120,7 +126,9 @@ def _check_forward(
             raise ValueError(f"{_NAME}: {name} has shape {tuple(t.shape)}, expected two axes")
     out, inputs = weight.shape
     if x.shape[1] != inputs:
-        raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, {inputs}) for a weight {tuple(weight.shape)}")
+        raise ValueError(
+            f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, {inputs}) for a weight {tuple(weight.shape)}"
+        )
     if bias is not None:
         _check.shape(_NAME, "bias", bias, (out,), "one per output")
     for name, other in (("weight", weight), ("bias", bias)):
@@ -131,9 +139,15 @@ def _check_forward(
 
 
 def _check_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Tensor,
     wanted: Sequence[bool],
-) -> None:  # fmt: skip
+) -> None:
     _check_forward(x, weight, None, rows, columns, counts, "none")
     op, of = f"{_NAME}_backward", (x.shape[0], weight.shape[0])
     _check.shapes(op, grad=(grad, of, "that of the output"), y=(y, of, "that of the output"))
@@ -192,9 +206,19 @@ def _cpu(
 ) -> Tensor:
     dtype = x.dtype
     key = (
-        x.shape, dtype, weight.shape, weight.dtype, None if bias is None else (bias.shape, bias.dtype), rows.shape, rows.dtype,
-        columns.shape, columns.dtype, counts.shape, counts.dtype, activation,
-    )  # fmt: skip
+        x.shape,
+        dtype,
+        weight.shape,
+        weight.dtype,
+        None if bias is None else (bias.shape, bias.dtype),
+        rows.shape,
+        rows.dtype,
+        columns.shape,
+        columns.dtype,
+        counts.shape,
+        counts.dtype,
+        activation,
+    )
     if key not in _CHECKED:
         _check_forward(x, weight, bias, rows, columns, counts, activation)
         if len(_CHECKED) >= 4096:
@@ -206,16 +230,35 @@ def _cpu(
     n, (outputs, inputs) = x.shape[0], weight.shape
     y = _empty(n, outputs, dtype)
     if not _CPU.masked_linear(
-        is_double=dtype is torch.float64, relu=activation == "relu", rows=rows, columns=columns, counts=counts, x=x,
-        x_row=x_row, weight=weight, weight_row=weight_row, bias=bias, out=y, n=n, outputs=outputs, inputs=inputs,
+        is_double=dtype is torch.float64,
+        relu=activation == "relu",
+        rows=rows,
+        columns=columns,
+        counts=counts,
+        x=x,
+        x_row=x_row,
+        weight=weight,
+        weight_row=weight_row,
+        bias=bias,
+        out=y,
+        n=n,
+        outputs=outputs,
+        inputs=inputs,
         threads=torch.get_num_threads(),
-    ):  # fmt: skip
+    ):
         raise _no_staircase(counts)
     return y
 
 
 def _cpu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor, wanted: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, (outputs, inputs), dtype = x.shape[0], weight.shape, x.dtype
     dx = _empty(n, inputs, dtype) if wanted[0] else x.new_empty(0)
@@ -227,11 +270,26 @@ def _cpu_backward(
     y, y_row = (None, 0) if y is None else _rows(y)
     rows, columns, counts = rows.contiguous(), columns.contiguous(), counts.contiguous()
     if not _CPU.masked_linear_backward(
-        is_double=dtype is torch.float64, rows=rows, columns=columns, counts=counts, grad=grad, grad_row=grad_row, x=x,
-        x_row=x_row, weight=weight, weight_row=weight_row, y=y, y_row=y_row, dx=dx if wanted[0] else None,
-        dw=dw if wanted[1] else None, db=db if wanted[2] else None, n=n, outputs=outputs, inputs=inputs,
+        is_double=dtype is torch.float64,
+        rows=rows,
+        columns=columns,
+        counts=counts,
+        grad=grad,
+        grad_row=grad_row,
+        x=x,
+        x_row=x_row,
+        weight=weight,
+        weight_row=weight_row,
+        y=y,
+        y_row=y_row,
+        dx=dx if wanted[0] else None,
+        dw=dw if wanted[1] else None,
+        db=db if wanted[2] else None,
+        n=n,
+        outputs=outputs,
+        inputs=inputs,
         threads=torch.get_num_threads(),
-    ):  # fmt: skip
+    ):
         raise _no_staircase(counts)
     return dx, dw, db
 
@@ -279,16 +337,16 @@ def masked_linear(
 ) -> Tensor:
     """A linear layer of a masked autoencoder, y = act(x (W o M)^T + b), over the live weights only.
 
-    On the CPU float32 and float64 go through products that end where a panel of outputs ends its terms, so that half of a
-    square layer's FLOPs are done and no masked weight is made; up to four samples are dot products with the weight as it lies.
-    Outputs whose degrees neither rise nor fall are spread over their places, which nn.MADE's sorted units need not be. A call
-    of very few operations (layers of some 32 units, or 64 with batches below 64) costs up to 5 us more than the library's two,
-    which a form that called them would pay too. Half types on the CPU run the reference.
+    On the CPU float32 and float64 go through products that end where a panel of outputs ends its terms, so that half of
+    a square layer's FLOPs are done and no masked weight is made; up to four samples are dot products with the weight as
+    it lies. Outputs whose degrees neither rise nor fall are spread over their places, which nn.MADE's sorted units need
+    not be. A call of very few operations (layers of some 32 units, or 64 with batches below 64) costs up to 5 us more
+    than the library's two, which a form that called them would pay too. Half types on the CPU run the reference.
 
     Args:
         x: (*, I) floating point, any strides.
-        weight: (O, I) in x's dtype and in the user's own order. It is never changed; dead weights do not reach the output
-            whatever they hold, and their gradient is exactly zero.
+        weight: (O, I) in x's dtype and in the user's own order. It is never changed; dead weights do not reach the
+            output whatever they hold, and their gradient is exactly zero.
         bias: (O,) or None.
         mask: what :func:`staircase` or :func:`staircase_from_mask` gives, on x's device.
         activation: "none" or "relu", fused.

@@ -28,16 +28,27 @@ def _check_backward(m: Tensor, grad: Tensor) -> None:
     _check.shapes(f"{_NAME}_backward", grad=(grad, m.shape[:2], "one per sample and kernel"))
 
 
-def _call(m: Tensor, include_self: bool, grad: Tensor | None, tangent: Tensor | None, out: Tensor, grad_m: Tensor) -> None:
+def _call(
+    m: Tensor, include_self: bool, grad: Tensor | None, tangent: Tensor | None, out: Tensor, grad_m: Tensor
+) -> None:
     n, b, c = m.shape
     if not m.numel():  # no differences: every kernel is 1
         grad_m.zero_()
         out.fill_(float(n - (not include_self)) if grad is None else 0.0)
         return
     _CPU.pairwise_l1(
-        is_double=m.dtype is torch.float64, include_self=include_self, m=m, grad=grad, tangent=tangent, out=out, grad_m=grad_m,
-        n=n, b=b, c=c, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=m.dtype is torch.float64,
+        include_self=include_self,
+        m=m,
+        grad=grad,
+        tangent=tangent,
+        out=out,
+        grad_m=grad_m,
+        n=n,
+        b=b,
+        c=c,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _cpu(m: Tensor, include_self: bool) -> Tensor:
@@ -95,8 +106,8 @@ def pairwise_l1_kernel_sum(m: Tensor, *, include_self: bool = True) -> Tensor:
     """How alike the samples of a batch are: o_ib = sum_j exp(-sum_c |m_ibc - m_jbc|).
 
     Forward, backward and second backward keep memory in proportion to N: no array over pairs is made. The derivative of
-    |.| at zero is zero, and its second derivative zero everywhere. A third derivative is taken through the reference, which
-    keeps the pairs.
+    |.| at zero is zero, and its second derivative zero everywhere. A third derivative is taken through the reference,
+    which keeps the pairs.
 
     Args:
         m: (N, B, C) floating point: B kernels of C features.
@@ -122,10 +133,11 @@ def pairwise_l1_kernel_sum(m: Tensor, *, include_self: bool = True) -> Tensor:
 def minibatch_discrimination(x: Tensor, weight: Tensor, *, include_self: bool = True) -> Tensor:
     """Minibatch discrimination: o_ib = sum_j exp(-|M_ib - M_jb|_1) with M = x T, for a critic to see a batch's variety.
 
-    The product is the library's; the sum over pairs is :func:`pairwise_l1_kernel_sum`, whose memory grows with N and which
-    a gradient penalty may differentiate (the backward of torch.cdist has no derivative).
+    The product is the library's; the sum over pairs is :func:`pairwise_l1_kernel_sum`, whose memory grows with N and
+    which a gradient penalty may differentiate (the backward of torch.cdist has no derivative).
 
-    **Couples the samples of a batch**: a critic with this layer has no per-sample gradient, and a penalty on the norm of
+    **Couples the samples of a batch**: a critic with this layer has no per-sample gradient, and a penalty on the norm
+        of
     its input gradient is not what the penalty's paper means.
 
     Args:

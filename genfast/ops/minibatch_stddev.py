@@ -38,7 +38,8 @@ def _check_shapes(xs: tuple[int, ...], group_size: int, features: int) -> None:
         raise ValueError(f"{_NAME}: x has {xs[1]} channels, expected a positive multiple of features={features}")
     if xs[0] > group_size and xs[0] % group_size:
         raise ValueError(
-            f"{_NAME}: a batch of {xs[0]} is not a multiple of group_size={group_size}; change either, or drop the last batch"
+            f"{_NAME}: a batch of {xs[0]} is not a multiple of group_size={group_size}; change either, or drop the "
+            "last batch"
         )
 
 
@@ -73,9 +74,18 @@ def _cpu(x: Tensor, group_size: int, features: int, eps: float) -> Tensor:
         return _cpu(laid_out(x)[0], group_size, features, eps)
     y = _pool.empty_strided(plan.shape, plan.strides, x.dtype)
     _CPU.minibatch_stddev(
-        is_double=x.dtype is torch.float64, x=a.view(x), y=y, n=a.n, c=a.c, s=a.s, group=plan.group, features=features,
-        eps=eps, channels_last=a.walks_channels, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=x.dtype is torch.float64,
+        x=a.view(x),
+        y=y,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        group=plan.group,
+        features=features,
+        eps=eps,
+        channels_last=a.walks_channels,
+        threads=torch.get_num_threads(),
+    )
     return y
 
 
@@ -84,18 +94,29 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, group_size: int, features: int, eps
     grad_y, g = laid_out(grad_y.to(x.dtype), a._replace(c=a.c + features))
     dx = a.empty_like(x)
     _CPU.minibatch_stddev_backward(
-        is_double=x.dtype is torch.float64, x=a.view(x), grad=g.view(grad_y), y=dx, n=a.n, c=a.c, s=a.s,
-        group=_plan(x.shape, x.stride(), group_size, features, eps).group, features=features, eps=eps,
-        channels_last=a.walks_channels, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=x.dtype is torch.float64,
+        x=a.view(x),
+        grad=g.view(grad_y),
+        y=dx,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        group=_plan(x.shape, x.stride(), group_size, features, eps).group,
+        features=features,
+        eps=eps,
+        channels_last=a.walks_channels,
+        threads=torch.get_num_threads(),
+    )
     return dx
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for label, shape, group_size, features, eps in (
-        ("one feature", (4, 5, 3, 7), 4, 1, 1e-8), ("groups and features", (6, 6, 4, 5), 3, 2, 1e-2),
-        ("fewer than a group", (3, 4, 11), 4, 2, 1e-3), ("vectors", (8, 6), 2, 3, 1e-8),
-    ):  # fmt: skip
+        ("one feature", (4, 5, 3, 7), 4, 1, 1e-8),
+        ("groups and features", (6, 6, 4, 5), 3, 2, 1e-2),
+        ("fewer than a group", (3, 4, 11), 4, 2, 1e-3),
+        ("vectors", (8, 6), 2, 3, 1e-8),
+    ):
         yield Sample(label, (torch.randn(shape, generator=generator, dtype=torch.float64), group_size, features, eps))
 
 
@@ -115,15 +136,17 @@ OP = Op(
 
 
 def minibatch_stddev(x: Tensor, *, group_size: int | None = 4, features: int = 1, eps: float = 1e-8) -> Tensor:
-    """x with the standard deviation over groups of its batch as more channels, by which a critic sees a lack of variety.
+    """x with the standard deviation over groups of its batch as more channels, by which a critic sees a lack of
+    variety.
 
     The batch is taken in N / G groups of G = min(group_size, N) samples, N / G apart; each of the F features is C / F
-    channels, and its statistic the mean over them and all positions of sqrt(var + eps), var over the group. Differentiable to
-    any order.
+    channels, and its statistic the mean over them and all positions of sqrt(var + eps), var over the group.
+    Differentiable to any order.
 
-    It couples the samples of a group: the gradient of a critic's summed output by one sample holds what that sample does to
-    the scores of the others. A gradient penalty is exact for that sum, but no longer a bound on each sample's own slope, and
-    WGAN-GP's authors leave out layers that do this; StyleGAN2 keeps it under R1 on purpose.
+    It couples the samples of a group: the gradient of a critic's summed output by one sample holds what that sample
+        does to
+    the scores of the others. A gradient penalty is exact for that sum, but no longer a bound on each sample's own
+    slope, and WGAN-GP's authors leave out layers that do this; StyleGAN2 keeps it under R1 on purpose.
 
     Args:
         x: (N, C, ...) floating point; images, contiguous or channels_last, sequences or vectors (N, C).
@@ -136,8 +159,8 @@ def minibatch_stddev(x: Tensor, *, group_size: int | None = 4, features: int = 1
 
     Raises:
         TypeError: x that is not a floating-point tensor, sizes that are no int.
-        ValueError: a batch larger than ``group_size`` and no multiple of it, channels that are no multiple of ``features``,
-            sizes below 1, an ``eps`` that is not positive.
+        ValueError: a batch larger than ``group_size`` and no multiple of it, channels that are no multiple of
+            ``features``, sizes below 1, an ``eps`` that is not positive.
 
     Source: Progressive Growing of GANs (arXiv:1710.10196, section 3), in the form of StyleGAN2 (arXiv:1912.04958).
 

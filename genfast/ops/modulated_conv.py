@@ -1,4 +1,5 @@
-"""ops.modulated_conv2d: the convolution of StyleGAN2, its activations scaled before and after one shared convolution."""
+"""ops.modulated_conv2d: the convolution of StyleGAN2, its activations scaled before and after one shared
+convolution."""
 
 from __future__ import annotations
 
@@ -54,12 +55,16 @@ def _library_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
     return torch.addcmul(noise.to(x.dtype), x, spread, out=y)
 
 
-def _reference_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_scale_backward(
+    grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dx, dscale, dnoise = reference.channel_scale_backward(grad_y, x, scale, noise)
     return dx.contiguous(memory_format=memory_format(x)), dscale, dnoise
 
 
-def _cpu_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_scale_backward(
+    grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype
     x, a = laid_out(x)
     grad_y, g = laid_out(grad_y.to(dtype), a)
@@ -67,10 +72,19 @@ def _cpu_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor 
     dx, ds = a.empty_like(x), torch.empty_like(s)
     dnoise = x.new_empty(0 if noise is None else (a.n, 1, *x.shape[2:]))
     _CPU.channel_scale_backward(
-        is_double=dtype is torch.float64, grad=g.view(grad_y), x=a.view(x), scale=s, dx=dx, grad_scale=ds,
-        grad_noise=None if noise is None else dnoise, n=a.n, c=a.c, s=a.s, channels_last=a.walks_channels,
+        is_double=dtype is torch.float64,
+        grad=g.view(grad_y),
+        x=a.view(x),
+        scale=s,
+        dx=dx,
+        grad_scale=ds,
+        grad_noise=None if noise is None else dnoise,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        channels_last=a.walks_channels,
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     if noise is not None and noise.shape[0] != a.n:
         dnoise = dnoise.sum(0, keepdim=True)
     return dx, ds.to(scale.dtype), dnoise if noise is None else dnoise.to(noise.dtype)
@@ -78,9 +92,11 @@ def _cpu_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor 
 
 def _samples_scale(generator: torch.Generator) -> Iterator[Sample]:
     for label, xs, ns in (
-        ("plain", (3, 5, 4, 7), None), ("noise", (3, 5, 4, 7), (3, 1, 4, 7)), ("one noise", (2, 6, 5, 3), (1, 1, 5, 3)),
+        ("plain", (3, 5, 4, 7), None),
+        ("noise", (3, 5, 4, 7), (3, 1, 4, 7)),
+        ("one noise", (2, 6, 5, 3), (1, 1, 5, 3)),
         ("vectors", (4, 9), (4, 1)),
-    ):  # fmt: skip
+    ):
         x, s, noise = (
             None if d is None else torch.randn(d, generator=generator, dtype=torch.float64) for d in (xs, xs[:2], ns)
         )
@@ -119,9 +135,13 @@ def _cpu_energy(weight: Tensor) -> Tensor:
     out = torch.empty(weight.shape[:2], dtype=weight.dtype)
     taps = math.prod(weight.shape[2:])
     _CPU.tap_energy(
-        is_double=weight.dtype is torch.float64, weight=weight, out=out, rows=out.numel(), taps=taps,
+        is_double=weight.dtype is torch.float64,
+        weight=weight,
+        out=out,
+        rows=out.numel(),
+        taps=taps,
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -160,7 +180,9 @@ def _check_all(
     if x.dim() != 4:
         raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, I, H, W)")
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or not weight.numel():
-        raise ValueError(f"{_NAME}: weight has shape {tuple(weight.shape)}, expected (O, I = {x.shape[1]}, height, width)")
+        raise ValueError(
+            f"{_NAME}: weight has shape {tuple(weight.shape)}, expected (O, I = {x.shape[1]}, height, width)"
+        )
     _check.shape(_NAME, "styles", styles, tuple(x.shape[:2]), "one per sample and input channel")
     for name, factor in (("up", up), ("down", down)):
         if not isinstance(factor, int) or factor < 1:
@@ -183,7 +205,9 @@ def _normalized(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
 def _in_half(x: Tensor) -> bool:
     """Whether the convolution will run in float16."""
     kind = x.device.type
-    return x.dtype is torch.float16 or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16)
+    return x.dtype is torch.float16 or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
+    )
 
 
 def _convolve(
@@ -220,7 +244,8 @@ def _convolve(
 
 
 def demodulation(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(sum_ik (s_ni w_oik)^2 + eps), (N, O), without a weight for each sample: a product of (N, I) and (I, O)."""
+    """1 / sqrt(sum_ik (s_ni w_oik)^2 + eps), (N, O), without a weight for each sample: a product of (N, I) and (I,
+    O)."""
     with torch.autocast(weight.device.type, enabled=False):
         energy: Tensor = OP_ENERGY(weight)
         coefficients: Tensor = (styles.to(energy.dtype).square() @ energy.t() + eps).rsqrt()
@@ -241,14 +266,15 @@ def modulated_conv2d(
     flip_weight: bool = True,
     eps: float = 1e-8,
 ) -> Tensor:
-    """The convolution of StyleGAN2: each sample scales the weight's input channels by its styles, and then each output channel
-    to unit norm; upsampling, downsampling and noise with it.
+    """The convolution of StyleGAN2: each sample scales the weight's input channels by its styles, and then each output
+    channel to unit norm; upsampling, downsampling and noise with it.
 
-    The activations are scaled by the styles, go through one convolution of the library with the shared weight, and are scaled
-    by the demodulation coefficients (noise added in the same pass), which is the same numbers as a grouped convolution with a
-    weight for each sample, and never writes those weights. This form is taken at every size: forward and backward together, it
-    was measured on CPUs at many times the grouped form's speed for small images and batches, and near it from 64 x 64 on,
-    where the convolution is nearly all there is. Differentiable to any order in x, weight, styles and noise.
+    The activations are scaled by the styles, go through one convolution of the library with the shared weight, and are
+    scaled by the demodulation coefficients (noise added in the same pass), which is the same numbers as a grouped
+    convolution with a weight for each sample, and never writes those weights. This form is taken at every size: forward
+    and backward together, it was measured on CPUs at many times the grouped form's speed for small images and batches,
+    and near it from 64 x 64 on, where the convolution is nearly all there is. Differentiable to any order in x, weight,
+    styles and noise.
 
     Args:
         x: (N, I, H, W) floating point, NCHW or channels_last.
@@ -256,15 +282,16 @@ def modulated_conv2d(
         styles: (N, I), what multiplies the input channels of each sample.
         noise: added to the result: (H', W'), (1, 1, H', W') or (N, 1, H', W').
         up, down: resampling factors, integers.
-        padding: of the upsampled image: an integer, (x, y) or (x0, x1, y0, y1); half the kernel's size keeps the image's.
+        padding: of the upsampled image: an integer, (x, y) or (x0, x1, y0, y1); half the kernel's size keeps the
+            image's.
         demodulate: scales each output channel of each sample to unit norm (equation 3).
         resample_filter: of :func:`setup_filter`, for ``up`` and ``down``; None for one tap.
         flip_weight: True for a correlation, as ``F.conv2d``; False for a convolution.
         eps: under the root of the norm.
 
     Returns:
-        (N, O, H', W') in x's dtype (autocast's, where that is on). In float16 weight and styles are first divided by their
-        largest values, as in NVlabs' code, so that neither they nor the sums overflow.
+        (N, O, H', W') in x's dtype (autocast's, where that is on). In float16 weight and styles are first divided by
+        their largest values, as in NVlabs' code, so that neither they nor the sums overflow.
 
     Raises:
         TypeError: an argument that is no floating-point tensor.
@@ -290,7 +317,8 @@ def modulated_conv2d(
         shapes = ((1, 1, *y.shape[2:]), (y.shape[0], 1, *y.shape[2:]))
         if tuple(noise.shape) not in shapes:
             raise ValueError(
-                f"{_NAME}: noise has shape {tuple(given.shape)}, expected {tuple(y.shape[2:])}, {shapes[0]} or {shapes[1]}"
+                f"{_NAME}: noise has shape {tuple(given.shape)}, expected {tuple(y.shape[2:])}, {shapes[0]} or "
+                f"{shapes[1]}"
             )
     if demodulate:
         result: Tensor = OP_SCALE(y, demodulation(weight, styles, eps), noise)

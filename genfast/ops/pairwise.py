@@ -1,4 +1,5 @@
-"""ops.mmd, ops.kernel_distance, ops.nearest_neighbors and the sums over pairs of rows beneath, without an array over pairs."""
+"""ops.mmd, ops.kernel_distance, ops.nearest_neighbors and the sums over pairs of rows beneath, without an array over
+pairs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ _CPU = kernels(
         is_double exclude_diagonal mode kernel x y x_grad y_grad out index scales count degree k offset b n m c threads
     """,
 )
-_DTYPES = {**_backend.DTYPES, "cpu": _backend.DTYPES["reference"]}  # half types are converted: the copy is of rows, not pairs
+_DTYPES = {
+    **_backend.DTYPES,
+    "cpu": _backend.DTYPES["reference"],
+}  # half types are converted: the copy is of rows, not pairs
 _MEDIAN_ROWS = 1024  # at most so many rows decide a median distance
 _AT_ONCE = 1 << 25  # elements of the subsets that kernel_distance gathers at once
 WAE_FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -43,7 +47,13 @@ def _pair(op: str, x: Tensor, y: Tensor | None) -> None:
 
 
 def _check_sum(
-    x: Tensor, y: Tensor | None, kernel: str, scales: Sequence[float], degree: int, offset: float, exclude_diagonal: bool
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    scales: Sequence[float],
+    degree: int,
+    offset: float,
+    exclude_diagonal: bool,
 ) -> None:
     _pair(_SUM, x, y)
     _check.choice(_SUM, "kernel", kernel, KERNELS)
@@ -65,9 +75,16 @@ def _check_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> N
 
 
 def _call(
-    mode: int, x: Tensor, y: Tensor | None, options: tuple[Any, ...], out: Tensor, x_grad: Tensor | None = None,
-    y_grad: Tensor | None = None, index: Tensor | None = None, k: int = 0,
-) -> None:  # fmt: skip
+    mode: int,
+    x: Tensor,
+    y: Tensor | None,
+    options: tuple[Any, ...],
+    out: Tensor,
+    x_grad: Tensor | None = None,
+    y_grad: Tensor | None = None,
+    index: Tensor | None = None,
+    k: int = 0,
+) -> None:
     """x, y, grads dense in one of float32 and float64."""
     kernel, scales, degree, offset, exclude = options
     b, n, c = x.shape
@@ -81,10 +98,27 @@ def _call(
         x, y, c = x.new_zeros(b, n, 1), None if y is None else y.new_zeros(b, m, 1), 1
     doubles = array("d", scales)
     _CPU.pairwise(
-        is_double=x.dtype is torch.float64, exclude_diagonal=exclude, mode=mode, kernel=KERNELS.index(kernel), x=x, y=y,
-        x_grad=x_grad, y_grad=y_grad, out=out, index=index, scales=doubles.buffer_info()[0], count=len(doubles),
-        degree=degree, offset=offset, k=k, b=b, n=n, m=m, c=c, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=x.dtype is torch.float64,
+        exclude_diagonal=exclude,
+        mode=mode,
+        kernel=KERNELS.index(kernel),
+        x=x,
+        y=y,
+        x_grad=x_grad,
+        y_grad=y_grad,
+        out=out,
+        index=index,
+        scales=doubles.buffer_info()[0],
+        count=len(doubles),
+        degree=degree,
+        offset=offset,
+        k=k,
+        b=b,
+        n=n,
+        m=m,
+        c=c,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +152,9 @@ def _cpu_nearest(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tup
     dtype = accumulator(x.dtype)
     distance, index = OP_NEAREST.empty(x, y, k, exclude_self)
     rows = _dense(x, dtype)
-    _call(2, rows, None if y is None else _dense(y, dtype), ("rbf", [], 1, 0.0, exclude_self), distance, index=index, k=k)
+    _call(
+        2, rows, None if y is None else _dense(y, dtype), ("rbf", [], 1, 0.0, exclude_self), distance, index=index, k=k
+    )
     return distance, index
 
 
@@ -213,9 +249,15 @@ def _one_dtype(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def pairwise_kernel_sum(
-    x: Tensor, y: Tensor | None = None, *, kernel: str, scales: Sequence[float], degree: int = 3, offset: float = 1.0,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    kernel: str,
+    scales: Sequence[float],
+    degree: int = 3,
+    offset: float = 1.0,
     exclude_diagonal: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Row sums of a kernel matrix that is never made: o_i = sum_j sum_s k_s(x_i, y_j).
 
     ``"rbf"`` exp(-s d^2), ``"imq"`` s / (s + d^2), ``"polynomial"`` (s x.y + offset)^degree, d the Euclidean distance.
@@ -254,7 +296,8 @@ def pairwise_kernel_sum(
 
 
 def wae_scales(features: int, prior_scale: float = 1.0) -> tuple[float, ...]:
-    """The inverse multiquadratic's C of the Wasserstein autoencoder: {.1, .2, .5, 1, 2, 5, 10} * 2 features prior_scale^2.
+    """The inverse multiquadratic's C of the Wasserstein autoencoder: {.1, .2, .5, 1, 2, 5, 10} * 2 features
+    prior_scale^2.
 
     Source: Tolstikhin et al. (arXiv:1711.01558), in their code (wae.py) for a normal prior.
 
@@ -323,22 +366,30 @@ def _median_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mmd(
-    x: Tensor, y: Tensor, *, kernel: str = "rbf", bandwidths: str | float | Sequence[float] | None = None,
-    unbiased: bool = True, degree: int = 3, gamma: float | None = None, offset: float = 1.0, prior_scale: float = 1.0,
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str = "rbf",
+    bandwidths: str | float | Sequence[float] | None = None,
+    unbiased: bool = True,
+    degree: int = 3,
+    gamma: float | None = None,
+    offset: float = 1.0,
+    prior_scale: float = 1.0,
     reduction: str = "mean",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The squared maximum mean discrepancy of two sets of rows, differentiable in both, without a matrix over pairs.
 
     mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k summed over the bandwidths.
 
     Args:
-        x, y: (N, C) and (M, C), or (B, N, C) and (B, M, C): a batch of pairs of sets. Of two dtypes both are taken in the
-            wider.
+        x, y: (N, C) and (M, C), or (B, N, C) and (B, M, C): a batch of pairs of sets. Of two dtypes both are taken in
+            the wider.
         kernel: "rbf" exp(-d^2 / (2 sigma^2)), "imq" s / (s + d^2), "polynomial" (gamma x.y + offset)^degree.
-        bandwidths: sigma of "rbf", s of "imq", one or several. None: for "rbf" the ``"median"``, for "imq" :func:`wae_scales`
-            of C features and ``prior_scale``, so that ``mmd(z, prior, kernel="imq")`` is the WAE's penalty (without its
-            weight). "median": sigma the median distance (s its square) between at most 1024 rows of x and y together,
-            evenly spaced, held constant; numbers beside it are not taken.
+        bandwidths: sigma of "rbf", s of "imq", one or several. None: for "rbf" the ``"median"``, for "imq"
+            :func:`wae_scales` of C features and ``prior_scale``, so that ``mmd(z, prior, kernel="imq")`` is the WAE's
+            penalty (without its weight). "median": sigma the median distance (s its square) between at most 1024 rows
+            of x and y together, evenly spaced, held constant; numbers beside it are not taken.
         unbiased: leaves out the pairs of a row with itself, whereby the value may be negative (Gretton's equation 3).
         degree, gamma, offset: of the polynomial; gamma is 1 / C if None.
         prior_scale: the standard deviation of the prior, for the default of "imq".
@@ -367,7 +418,9 @@ def mmd(
     _enough(name, x, other, unbiased)
     if kernel == "polynomial":
         if bandwidths is not None:
-            raise ValueError(f"{name}: bandwidths={bandwidths!r}, expected None: a polynomial has gamma, offset and degree")
+            raise ValueError(
+                f"{name}: bandwidths={bandwidths!r}, expected None: a polynomial has gamma, offset and degree"
+            )
         scales = [1.0 / max(1, x.shape[2]) if gamma is None else float(gamma)]
     elif bandwidths == "median" or (bandwidths is None and kernel == "rbf"):
         median = _median_distance(x, other).to(x.dtype)
@@ -386,16 +439,25 @@ def mmd(
 
 
 def kernel_distance(
-    x: Tensor, y: Tensor, *, degree: int = 3, gamma: float | None = None, offset: float = 1.0, subsets: int | None = None,
-    subset_size: int = 1000, generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """The kernel distance (KID) of two sets of features: the unbiased squared MMD under (x.y / C + 1)^3, differentiable.
+    x: Tensor,
+    y: Tensor,
+    *,
+    degree: int = 3,
+    gamma: float | None = None,
+    offset: float = 1.0,
+    subsets: int | None = None,
+    subset_size: int = 1000,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The kernel distance (KID) of two sets of features: the unbiased squared MMD under (x.y / C + 1)^3,
+    differentiable.
 
     Args:
         x, y: (N, C) and (M, C) features, or (B, N, C) and (B, M, C), which are B subsets already drawn.
         degree, gamma, offset: of the kernel; gamma is 1 / C if None.
-        subsets: draws so many subsets of ``subset_size`` rows of x and of y, each without repetition, and gives the distance
-            of each, whose mean and standard deviation papers report. None: all rows at once, which has the least variance.
+        subsets: draws so many subsets of ``subset_size`` rows of x and of y, each without repetition, and gives the
+            distance of each, whose mean and standard deviation papers report. None: all rows at once, which has the
+            least variance.
         generator: for the draws.
 
     Returns:
@@ -404,7 +466,8 @@ def kernel_distance(
     Raises:
         TypeError, ValueError: arguments that do not fit, by name; a subset_size above the number of rows.
 
-    Source: Binkowski et al. (arXiv:1801.01401, section 4). Equals torchmetrics' and torch-fidelity's on the same subsets.
+    Source: Binkowski et al. (arXiv:1801.01401, section 4). Equals torchmetrics' and torch-fidelity's on the same
+        subsets.
 
     Example:
         >>> import torch, genfast
@@ -432,7 +495,9 @@ def kernel_distance(
     where = "cpu" if generator is None else generator.device
     chosen = []
     for _ in range(subsets):
-        drawn = [torch.randperm(t.shape[0], generator=generator, device=where)[:subset_size].to(x.device) for t in (x, y)]
+        drawn = [
+            torch.randperm(t.shape[0], generator=generator, device=where)[:subset_size].to(x.device) for t in (x, y)
+        ]
         chosen.append(torch.stack(drawn))
     index = torch.stack(chosen, 1)
     step = max(1, _AT_ONCE // max(1, subset_size * x.shape[1]))
@@ -446,8 +511,8 @@ def nearest_neighbors(
     """The k nearest rows of y for each row of x: Euclidean distances, ascending, and indices; no array over pairs.
 
     Found by products of rows of which the common mean was taken, hence within rounding of the nearest; the distances
-    themselves come from differences. Of equal rows the one of lowest index. Differentiable, the choice held constant; the
-    slope of the distance to an equal row is zero.
+    themselves come from differences. Of equal rows the one of lowest index. Differentiable, the choice held constant;
+    the slope of the distance to an equal row is zero.
 
     Args:
         x: (N, C) or (B, N, C) floating point.
@@ -464,7 +529,8 @@ def nearest_neighbors(
 
     Example:
         >>> import torch, genfast
-        >>> distance, index = genfast.ops.nearest_neighbors(torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [7.0], [5.0]]))
+        >>> distance, index = genfast.ops.nearest_neighbors(torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [7.0],
+        [5.0]]))
         >>> index[:, 0]
         tensor([0, 2])
     """

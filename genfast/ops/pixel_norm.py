@@ -65,14 +65,26 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
     grad_y, g = laid_out(grad_y.to(x.dtype), a)
     dx = a.empty_like(x)
     _CPU.pixel_norm_backward(
-        is_double=x.dtype is torch.float64, x=a.view(x), grad=g.view(grad_y), y=dx, n=a.n, c=a.c, s=a.s, eps=eps,
-        channels_last=a.walks_channels, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=x.dtype is torch.float64,
+        x=a.view(x),
+        grad=g.view(grad_y),
+        y=dx,
+        n=a.n,
+        c=a.c,
+        s=a.s,
+        eps=eps,
+        channels_last=a.walks_channels,
+        threads=torch.get_num_threads(),
+    )
     return dx
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
-    for label, shape, eps in (("images", (3, 5, 4, 7), 1e-8), ("vectors", (6, 9), 1e-2), ("sequences", (2, 40, 19), 1e-5)):
+    for label, shape, eps in (
+        ("images", (3, 5, 4, 7), 1e-8),
+        ("vectors", (6, 9), 1e-2),
+        ("sequences", (2, 40, 19), 1e-5),
+    ):
         # Not a plain normal: a cotangent drawn from the same seed would be x itself, along which the gradient vanishes.
         yield Sample(label, (0.5 + torch.randn(shape, generator=generator, dtype=torch.float64), eps))
 

@@ -21,7 +21,8 @@ _CPU = kernels(
     "_cpu",
     pixel_rnn=f"is_double diagonal gates weight h0 c0 out kept {_SIZES} channels_last threads",
     pixel_rnn_backward=f"""
-        is_double diagonal grad_h grad_kept kept weight h0 c0 out grad_weight grad_h0 grad_c0 {_SIZES} channels_last threads
+        is_double diagonal grad_h grad_kept kept weight h0 c0 out grad_weight grad_h0 grad_c0 {_SIZES} channels_last
+        threads
     """,
 )
 _CUDA = kernels(
@@ -58,7 +59,12 @@ def _check_backward(op: str, diagonal: bool) -> Callable[..., None]:
     forward = _check_forward(op, diagonal)
 
     def check(
-        grad_h: Tensor | None, grad_kept: Tensor | None, kept: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None
+        grad_h: Tensor | None,
+        grad_kept: Tensor | None,
+        kept: Tensor,
+        weight: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
     ) -> None:
         _check.floating(f"{op}_backward", kept=kept, grad_h=grad_h, grad_kept=grad_kept)
         if kept.dim() != 5 or kept.shape[3] != 5:
@@ -67,9 +73,10 @@ def _check_backward(op: str, diagonal: bool) -> Callable[..., None]:
         # A view that has the gates' shape without their memory.
         forward(kept.new_empty(1, 1, 1, 1).expand(n, 4 * hidden, height, width), weight, h0, c0)
         _check.shapes(
-            f"{op}_backward", grad_h=(grad_h, (n, hidden, height, width), "that of the states"),
+            f"{op}_backward",
+            grad_h=(grad_h, (n, hidden, height, width), "that of the states"),
             grad_kept=(grad_kept, kept.shape, "that of kept"),
-        )  # fmt: skip
+        )
         _check.same_dtype(f"{op}_backward", kept.dtype, grad_kept=grad_kept)
 
     return check
@@ -123,10 +130,22 @@ def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         kept = _pool.empty_strided(sizes, strides, dtype) if keep else gates.new_empty(0)
         if n:
             _CPU.pixel_rnn(
-                is_double=dtype is torch.float64, diagonal=diagonal, gates=a.view(gates), weight=weight, h0=h0, c0=c0, out=h,
-                kept=kept if keep else None, n=n, hidden=hidden, height=height, width=width, taps=weight.shape[2],
-                channels_last=a.walks_channels, threads=torch.get_num_threads(),
-            )  # fmt: skip
+                is_double=dtype is torch.float64,
+                diagonal=diagonal,
+                gates=a.view(gates),
+                weight=weight,
+                h0=h0,
+                c0=c0,
+                out=h,
+                kept=kept if keep else None,
+                n=n,
+                hidden=hidden,
+                height=height,
+                width=width,
+                taps=weight.shape[2],
+                channels_last=a.walks_channels,
+                threads=torch.get_num_threads(),
+            )
         return h, kept
 
     return run
@@ -134,7 +153,12 @@ def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _cpu_backward(diagonal: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     def run(
-        grad_h: Tensor | None, grad_kept: Tensor | None, kept: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None
+        grad_h: Tensor | None,
+        grad_kept: Tensor | None,
+        kept: Tensor,
+        weight: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = kept.dtype
         n, height, width, _, hidden = kept.shape
@@ -149,11 +173,26 @@ def _cpu_backward(diagonal: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor,
         dh0, dc0 = (kept.new_zeros((positions, hidden) if s is not None else 0) for s in (h0, c0))
         if n:
             _CPU.pixel_rnn_backward(
-                is_double=dtype is torch.float64, diagonal=diagonal, grad_h=a.view(grad_h), grad_kept=grad_kept, kept=kept,
-                weight=weight, h0=h0, c0=c0, out=dgates, grad_weight=dweight, grad_h0=None if h0 is None else dh0,
-                grad_c0=None if c0 is None else dc0, n=n, hidden=hidden, height=height, width=width, taps=weight.shape[2],
-                channels_last=a.walks_channels, threads=torch.get_num_threads(),
-            )  # fmt: skip
+                is_double=dtype is torch.float64,
+                diagonal=diagonal,
+                grad_h=a.view(grad_h),
+                grad_kept=grad_kept,
+                kept=kept,
+                weight=weight,
+                h0=h0,
+                c0=c0,
+                out=dgates,
+                grad_weight=dweight,
+                grad_h0=None if h0 is None else dh0,
+                grad_c0=None if c0 is None else dc0,
+                n=n,
+                hidden=hidden,
+                height=height,
+                width=width,
+                taps=weight.shape[2],
+                channels_last=a.walks_channels,
+                threads=torch.get_num_threads(),
+            )
         if diagonal:
             dh0, dc0 = (d if s is None else d.sum(0) for d, s in ((dh0, h0), (dc0, c0)))
         else:
@@ -191,10 +230,22 @@ def _cuda(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         if n:
             with torch.cuda.device(gates.device):
                 _CUDA.pixel_rnn(
-                    stream=torch.cuda.current_stream().cuda_stream, diagonal=diagonal, gates=sites, weight=packed, h0=h0,
-                    c0=c0, h=h, kept=kept if keep else None, carry=carry, n=n, hidden=hidden, depth=depth, height=height,
-                    width=width, taps=taps,
-                )  # fmt: skip
+                    stream=torch.cuda.current_stream().cuda_stream,
+                    diagonal=diagonal,
+                    gates=sites,
+                    weight=packed,
+                    h0=h0,
+                    c0=c0,
+                    h=h,
+                    kept=kept if keep else None,
+                    carry=carry,
+                    n=n,
+                    hidden=hidden,
+                    depth=depth,
+                    height=height,
+                    width=width,
+                    taps=taps,
+                )
         return h.permute(0, 3, 1, 2).contiguous(memory_format=memory_format(gates)), kept
 
     return run
@@ -204,7 +255,12 @@ def _cuda_backward(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Ten
     fallback: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = getattr(reference, f"{name}_backward")
 
     def run(
-        grad_h: Tensor | None, grad_kept: Tensor | None, kept: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None
+        grad_h: Tensor | None,
+        grad_kept: Tensor | None,
+        kept: Tensor,
+        weight: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, height, width, _, hidden = kept.shape
         taps = weight.shape[2]
@@ -212,7 +268,9 @@ def _cuda_backward(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Ten
         if not _fits(kept.device, positions, taps, 4 * hidden):
             return fallback(grad_h, grad_kept, kept, weight, h0, c0)
         form = torch.contiguous_format if grad_h is None else memory_format(grad_h)
-        sites = kept.new_zeros(n, height, width, hidden) if grad_h is None else grad_h.to(kept.dtype).permute(0, 2, 3, 1)
+        sites = (
+            kept.new_zeros(n, height, width, hidden) if grad_h is None else grad_h.to(kept.dtype).permute(0, 2, 3, 1)
+        )
         sites, kept, weight = sites.contiguous(), kept.contiguous(), weight.to(kept.dtype)
         grad_kept = None if grad_kept is None else grad_kept.contiguous()
         packed = weight.permute(2, 0, 1).flip(0).contiguous()
@@ -221,10 +279,22 @@ def _cuda_backward(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Ten
         if n:
             with torch.cuda.device(kept.device):
                 _CUDA.pixel_rnn_backward(
-                    stream=torch.cuda.current_stream().cuda_stream, diagonal=diagonal, grad_h=sites, grad_kept=grad_kept,
-                    kept=kept, weight=packed, c0=first_c, dgates=dgates, carry=carry, n=n, hidden=hidden, depth=hidden,
-                    height=height, width=width, taps=taps,
-                )  # fmt: skip
+                    stream=torch.cuda.current_stream().cuda_stream,
+                    diagonal=diagonal,
+                    grad_h=sites,
+                    grad_kept=grad_kept,
+                    kept=kept,
+                    weight=packed,
+                    c0=first_c,
+                    dgates=dgates,
+                    carry=carry,
+                    n=n,
+                    hidden=hidden,
+                    depth=hidden,
+                    height=height,
+                    width=width,
+                    taps=taps,
+                )
         rows = dgates.reshape(-1, 4 * hidden).t()
         windows = _windows(kept[..., 0, :] * kept[..., 4, :].tanh(), h0, taps, diagonal)
         dweight = torch.stack([rows @ window.reshape(-1, hidden) for window in windows], 2)
@@ -281,7 +351,9 @@ def _samples(diagonal: bool) -> Callable[[torch.Generator], Iterator[Sample]]:
 
         taps = 2 if diagonal else 3
         state = (5,) if diagonal else (5, 4)
-        yield Sample("given states", (rand(3, 20, 5, 4), rand(20, 5, taps, scale=0.4), rand(*state), rand(*state), True))
+        yield Sample(
+            "given states", (rand(3, 20, 5, 4), rand(20, 5, taps, scale=0.4), rand(*state), rand(*state), True)
+        )
         yield Sample("17 hidden", (rand(2, 68, 3, 7), rand(68, 17, taps, scale=0.2), None, None, True))
         taps = 2 if diagonal else 5
         yield Sample("nothing kept", (rand(2, 8, 7, 3), rand(8, 2, taps, scale=0.4), None, None, False))
@@ -330,8 +402,8 @@ def _run(name: str, gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor
 def row_lstm(gates: Tensor, weight: Tensor, *, h0: Tensor | None = None, c0: Tensor | None = None) -> Tensor:
     """Row LSTM: a convolutional LSTM over the rows of an image, from the top.
 
-    [o, f, i, g] = act(K * h_{r-1} + gates_r), c_r = f c_{r-1} + i g, h_r = o tanh(c_r), where * is a convolution along the
-    row with zeros beyond its ends; tanh for g, sigmoid for o, f and i.
+    [o, f, i, g] = act(K * h_{r-1} + gates_r), c_r = f c_{r-1} + i g, h_r = o tanh(c_r), where * is a convolution along
+    the row with zeros beyond its ends; tanh for g, sigmoid for o, f and i.
 
     Args:
         gates: (N, 4h, H, W) floating point, the input-to-state part with its bias; channels o, f, i, g, h of each.
@@ -357,8 +429,8 @@ def row_lstm(gates: Tensor, weight: Tensor, *, h0: Tensor | None = None, c0: Ten
 def diagonal_lstm(gates: Tensor, weight: Tensor, *, h0: Tensor | None = None, c0: Tensor | None = None) -> Tensor:
     """Diagonal LSTM: position (r, c) continues from its neighbours above and to the left.
 
-    [o, f, i, g] = act(K_0 h(r-1, c) + K_1 h(r, c-1) + gates(r, c)), c(r, c) = f c(r, c-1) + i g, h(r, c) = o tanh(c(r, c));
-    tanh for g, sigmoid for o, f and i. Above the first row, h is zero.
+    [o, f, i, g] = act(K_0 h(r-1, c) + K_1 h(r, c-1) + gates(r, c)), c(r, c) = f c(r, c-1) + i g, h(r, c) = o tanh(c(r,
+    c)); tanh for g, sigmoid for o, f and i. Above the first row, h is zero.
 
     Args:
         gates: (N, 4h, H, W) floating point, the input-to-state part with its bias; channels o, f, i, g, h of each.

@@ -30,9 +30,15 @@ def _cpu(x: Tensor, squared: bool) -> Tensor:
     x, r = rows(x)
     out = x.new_empty(r.n)
     _CPU.sample_norm(
-        is_double=x.dtype is torch.float64, squared=squared, x=x, out=out, n=r.n, d=r.size, x_stride=r.stride,
+        is_double=x.dtype is torch.float64,
+        squared=squared,
+        x=x,
+        out=out,
+        n=r.n,
+        d=r.size,
+        x_stride=r.stride,
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -41,9 +47,17 @@ def _cpu_backward(x: Tensor, norm: Tensor, grad: Tensor, squared: bool) -> Tenso
     grad, norm = per_batch(grad, x.dtype), per_batch(norm, x.dtype)
     dx = r.layout.empty_like(x)
     _CPU.sample_norm_backward(
-        is_double=x.dtype is torch.float64, squared=squared, grad=grad, x=x, norm=norm, out=dx, n=r.n, d=r.size,
-        x_stride=r.stride, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=x.dtype is torch.float64,
+        squared=squared,
+        grad=grad,
+        x=x,
+        norm=norm,
+        out=dx,
+        n=r.n,
+        d=r.size,
+        x_stride=r.stride,
+        threads=torch.get_num_threads(),
+    )
     return dx
 
 
@@ -72,8 +86,9 @@ OP = Op(
 def sample_norm(x: Tensor, *, squared: bool = False) -> Tensor:
     """The Euclidean norm of each sample, over all axes but the first.
 
-    The gradient is x / |x|, and zero at a sample that is zero, as are all higher derivatives there; never NaN. Squares are
-    added in float64, so no float32 value is too large or too small, in an order that the number of threads does not change.
+    The gradient is x / |x|, and zero at a sample that is zero, as are all higher derivatives there; never NaN. Squares
+    are added in float64, so no float32 value is too large or too small, in an order that the number of threads does not
+    change.
 
     Args:
         x: (N, ...) floating point.

@@ -25,7 +25,9 @@ _CPU = kernels(
 def _check_forward(weight: Tensor, u: Tensor, v: Tensor | None, iterations: int, eps: float, dim: int) -> None:
     _check.floating(_NAME, weight=weight, u=u, v=v)
     if weight.dim() < 2 or not weight.numel():
-        raise ValueError(f"{_NAME}: weight has shape {tuple(weight.shape)}, expected two axes or more, none of them empty")
+        raise ValueError(
+            f"{_NAME}: weight has shape {tuple(weight.shape)}, expected two axes or more, none of them empty"
+        )
     if not 0 <= dim < weight.dim():
         raise ValueError(f"{_NAME}: dim={dim}, expected an axis of the weight of shape {tuple(weight.shape)}")
     _check.shape(_NAME, "u", u, (weight.shape[dim],), f"one per index of axis {dim} of the weight")
@@ -43,9 +45,11 @@ def _check_backward(
 ) -> None:
     _check_forward(weight, u, v, 0, 1.0, dim)
     _check.shapes(
-        f"{_NAME}_backward", grad=(grad, weight.shape, "that of weight"), grad_sigma=(grad_sigma, (), "a scalar"),
+        f"{_NAME}_backward",
+        grad=(grad, weight.shape, "that of weight"),
+        grad_sigma=(grad_sigma, (), "a scalar"),
         sigma=(sigma, (), "a scalar"),
-    )  # fmt: skip
+    )
 
 
 def _fake(
@@ -70,9 +74,20 @@ def _cpu(
     right = weight.new_empty(a.a * a.b) if v is None else to_memory(v.to(dtype, copy=True), a).contiguous()
     out, sigma = _pool.empty_like(weight), weight.new_empty(())
     _CPU.spectral_norm(
-        is_double=dtype is torch.float64, from_v=v is not None, weight=weight, u=left, v=right, sigma=sigma, out=out,
-        iterations=iterations, eps=eps, a=a.a, h=a.h, b=a.b, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        from_v=v is not None,
+        weight=weight,
+        u=left,
+        v=right,
+        sigma=sigma,
+        out=out,
+        iterations=iterations,
+        eps=eps,
+        a=a.a,
+        h=a.h,
+        b=a.b,
+        threads=torch.get_num_threads(),
+    )
     return out, left.to(given), from_memory(right, a).to(given), sigma
 
 
@@ -89,9 +104,19 @@ def _cpu_backward(
     u, v, sigma = u.to(dtype).contiguous(), to_memory(v.to(dtype), a).contiguous(), sigma.to(dtype)
     grad_sigma = None if grad_sigma is None else grad_sigma.to(dtype)
     _CPU.spectral_norm_backward(
-        is_double=dtype is torch.float64, grad=grad, grad_sigma=grad_sigma, weight=weight, u=u, v=v, sigma=sigma, out=out,
-        a=a.a, h=a.h, b=a.b, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        grad=grad,
+        grad_sigma=grad_sigma,
+        weight=weight,
+        u=u,
+        v=v,
+        sigma=sigma,
+        out=out,
+        a=a.a,
+        h=a.h,
+        b=a.b,
+        threads=torch.get_num_threads(),
+    )
     return out
 
 
@@ -115,9 +140,12 @@ def _backward(
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     # Without iterations, where u and v do not move with the weight: with them a difference quotient is no derivative.
     for label, shape, dim in (
-        ("linear", (6, 9), 0), ("linear, dim 1", (6, 9), 1), ("convolution", (5, 3, 2, 4), 0),
-        ("transposed convolution", (4, 5, 3, 3), 1), ("sequences, dim 2", (3, 4, 5), 2),
-    ):  # fmt: skip
+        ("linear", (6, 9), 0),
+        ("linear, dim 1", (6, 9), 1),
+        ("convolution", (5, 3, 2, 4), 0),
+        ("transposed convolution", (4, 5, 3, 3), 1),
+        ("sequences, dim 2", (3, 4, 5), 2),
+    ):
         weight = torch.randn(shape, generator=generator, dtype=torch.float64)
         u, _, v = torch.linalg.svd(weight.movedim(dim, 0).flatten(1), full_matrices=False)
         u, v = (w + 0.1 * torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in (u[:, 0], v[0]))
@@ -125,7 +153,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 _OP_BACKWARD = Op(
-    "spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) "
+    "spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int "
+    "dim) "
     "-> Tensor",
     reference=reference.spectral_norm_backward,
     check=_check_backward,
@@ -135,7 +164,8 @@ _OP_BACKWARD = Op(
 )
 
 OP = Op(
-    "spectral_norm(Tensor weight, Tensor u, Tensor? v, int iterations, float eps, int dim) -> (Tensor, Tensor, Tensor, Tensor)",
+    "spectral_norm(Tensor weight, Tensor u, Tensor? v, int iterations, float eps, int dim) -> (Tensor, Tensor, "
+    "Tensor, Tensor)",
     reference=reference.spectral_norm,
     check=_check_forward,
     fake=_fake,
@@ -151,7 +181,8 @@ def spectral_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The weight over its largest singular value, which power iterations estimate: W / sigma, sigma = u^T W v.
 
-    W is the weight as a matrix: axis ``dim`` first, the others flattened. An iteration sets v = W^T u / max(|W^T u|, eps),
+    W is the weight as a matrix: axis ``dim`` first, the others flattened. An iteration sets v = W^T u / max(|W^T u|,
+        eps),
     then u = W v / max(|W v|, eps). With ``v`` given it sets u first and then v, which is what
     torch.nn.utils.parametrizations.spectral_norm does. u and v count as constants in every derivative.
 

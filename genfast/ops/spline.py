@@ -1,4 +1,5 @@
-"""ops.rational_quadratic_spline and its packed form, ops.linear_spline, ops.quadratic_spline: elementwise, with logdet."""
+"""ops.rational_quadratic_spline and its packed form, ops.linear_spline, ops.quadratic_spline: elementwise, with
+logdet."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def _check_options(op: str, bins: int, tails: str, options: Sequence[float]) -> 
         raise ValueError(f"{op}: bottom={bottom}, top={top}, expected bottom < top (bound > 0), both finite")
     for name, minimum in (("min_bin_width", min_width), ("min_bin_height", min_height)):
         if not 0 <= minimum * bins <= 1:
-            raise ValueError(f"{op}: {name}={minimum} for {bins} bins, expected 0 to {1 / bins}, since the bins share one")
+            raise ValueError(
+                f"{op}: {name}={minimum} for {bins} bins, expected 0 to {1 / bins}, since the bins share one"
+            )
     if not min_derivative >= 0:
         raise ValueError(f"{op}: min_derivative={min_derivative}, expected at least 0")
     if not 0 < slope < 1:
@@ -60,9 +63,15 @@ def derivative_count(bins: int, tails: str) -> int:
 
 
 def _check_forward(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str, convention: str, inverse: bool,
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    tails: str,
+    convention: str,
+    inverse: bool,
     options: Sequence[float],
-) -> None:  # fmt: skip
+) -> None:
     _check.floating(_NAME, x=x, widths=widths, heights=heights, derivatives=derivatives)
     if not widths.dim():
         raise ValueError(f"{_NAME}: widths has no axes, expected {tuple(x.shape)} and a last axis of K bins")
@@ -73,7 +82,11 @@ def _check_forward(
     _check.shape(_NAME, "heights", heights, (*x.shape, bins), "x's shape, then K bins, as widths")
     count = derivative_count(bins, tails)
     _check.shape(
-        _NAME, "derivatives", derivatives, (*x.shape, count), f"x's shape, then {count} for {bins} bins, tails={tails!r}"
+        _NAME,
+        "derivatives",
+        derivatives,
+        (*x.shape, count),
+        f"x's shape, then {count} for {bins} bins, tails={tails!r}",
     )
 
 
@@ -97,7 +110,9 @@ def _check_linear(x: Tensor, unnormalized_pdf: Tensor, tails: str, inverse: bool
     _check.shape(op, "unnormalized_pdf", unnormalized_pdf, (*x.shape, bins), "x's shape, then K bins")
 
 
-def _check_quadratic(x: Tensor, widths: Tensor, heights: Tensor, tails: str, inverse: bool, options: Sequence[float]) -> None:
+def _check_quadratic(
+    x: Tensor, widths: Tensor, heights: Tensor, tails: str, inverse: bool, options: Sequence[float]
+) -> None:
     op = "quadratic_spline"
     _check.floating(op, x=x, widths=widths, heights=heights)
     bins = widths.shape[-1] if widths.dim() else 0
@@ -127,28 +142,45 @@ def _rows(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 
 @functools.lru_cache(1024)
-def _kernel(dtype: torch.dtype, bins: int, tails: str, convention: str, inverse: bool, options: tuple[float, ...]) -> Any:
+def _kernel(
+    dtype: torch.dtype, bins: int, tails: str, convention: str, inverse: bool, options: tuple[float, ...]
+) -> Any:
     """The kernel with all that describes the splines."""
     left, right, bottom, top, min_width, min_height, min_derivative, slope, scale = options
     return _CPU.spline.prepare(
-        is_double=dtype is torch.float64, inverse=inverse, zuko=convention == "zuko", bins=bins, tails=_TAILS[tails],
-        left=left, right=right, bottom=bottom, top=top, min_width=min_width, min_height=min_height,
-        min_derivative=min_derivative, log_slope=math.log(slope), logit_scale=scale,
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        inverse=inverse,
+        zuko=convention == "zuko",
+        bins=bins,
+        tails=_TAILS[tails],
+        left=left,
+        right=right,
+        bottom=bottom,
+        top=top,
+        min_width=min_width,
+        min_height=min_height,
+        min_derivative=min_derivative,
+        log_slope=math.log(slope),
+        logit_scale=scale,
+    )
 
 
 def _run(
-    x: Tensor, params: Sequence[Tensor], bins: int, tails: str, convention: str, inverse: bool,
-    options: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, params: Sequence[Tensor], bins: int, tails: str, convention: str, inverse: bool, options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     dtype = x.dtype
     wide = (x.float() if dtype in _HALF else x).contiguous()
     rows = [_rows(p, wide.dtype) for p in params]
     y, logdet = _pool.empty_like(wide), _pool.empty_like(wide)
     outside = wide.numel() and _kernel(wide.dtype, bins, tails, convention, inverse, tuple(options))(
-        x=wide, y=y, logdet=logdet, parts=[(p, None, p.shape[-1], step) for p, step in rows], part_count=len(rows),
-        n=wide.numel(), threads=torch.get_num_threads(),
-    )  # fmt: skip
+        x=wide,
+        y=y,
+        logdet=logdet,
+        parts=[(p, None, p.shape[-1], step) for p, step in rows],
+        part_count=len(rows),
+        n=wide.numel(),
+        threads=torch.get_num_threads(),
+    )
     if outside:
         low, high = options[2:4] if inverse else options[:2]
         raise ValueError(
@@ -159,9 +191,16 @@ def _run(
 
 
 def _run_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Sequence[Tensor], bins: int, tails: str,
-    convention: str, inverse: bool, options: Sequence[float],
-) -> list[Tensor]:  # fmt: skip
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    bins: int,
+    tails: str,
+    convention: str,
+    inverse: bool,
+    options: Sequence[float],
+) -> list[Tensor]:
     dtype = x.dtype
     wide = (x.float() if dtype in _HALF else x).contiguous()
     rows = [_rows(p, wide.dtype) for p in params]
@@ -171,10 +210,18 @@ def _run_backward(
     gl, gl_step = _cotangent(grad_logdet, wide)
     if wide.numel():
         _kernel(wide.dtype, bins, tails, convention, inverse, tuple(options))(
-            backward=True, x=wide, grad_y=gy, grad_y_step=gy_step, grad_logdet=gl, grad_logdet_step=gl_step, dx=dx,
-            parts=[(p, g, p.shape[-1], step) for (p, step), g in zip(rows, grads)], part_count=len(rows), n=wide.numel(),
+            backward=True,
+            x=wide,
+            grad_y=gy,
+            grad_y_step=gy_step,
+            grad_logdet=gl,
+            grad_logdet_step=gl_step,
+            dx=dx,
+            parts=[(p, g, p.shape[-1], step) for (p, step), g in zip(rows, grads)],
+            part_count=len(rows),
+            n=wide.numel(),
             threads=torch.get_num_threads(),
-        )  # fmt: skip
+        )
     return [dx.to(dtype), *(g.to(p.dtype) for g, p in zip(grads, params))]
 
 
@@ -196,9 +243,15 @@ def _cotangent(grad: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
 
 
 def _cpu(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str, convention: str, inverse: bool,
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    tails: str,
+    convention: str,
+    inverse: bool,
     options: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     _check_forward(x, widths, heights, derivatives, tails, convention, inverse, options)
     return _run(x, (widths, heights, derivatives), widths.shape[-1], tails, convention, inverse, options)
 
@@ -236,10 +289,12 @@ _SAMPLED = (
     ("5 bins no tails", (3, 3), 5, "none", "nflows", [0.0, 1.0, -1.0, 2.0, 1e-3, 1e-3, 1e-3, 1e-3, 1.0]),
     ("zuko 8 bins", (4, 5), 8, "linear", "zuko", [-2.0, 2.0, -2.0, 2.0, 0.0, 0.0, 0.0, 1e-3, 1.0]),
     ("zuko 2 bins", (2, 3), 2, "linear", "zuko", [-2.0, 2.0, -2.0, 2.0, 0.0, 0.0, 0.0, 1e-2, 0.7]),
-)  # fmt: skip
+)
 
 
-def _inputs(generator: torch.Generator, shape: tuple[int, ...], tails: str, inverse: bool, options: Sequence[float]) -> Tensor:
+def _inputs(
+    generator: torch.Generator, shape: tuple[int, ...], tails: str, inverse: bool, options: Sequence[float]
+) -> Tensor:
     low, high = options[2:4] if inverse else options[:2]
     if tails == "none":
         return low + (high - low) * (0.02 + 0.96 * torch.rand(shape, generator=generator, dtype=torch.float64))
@@ -277,7 +332,8 @@ def _quadratic_samples(generator: torch.Generator) -> Iterator[Sample]:
         for inverse in (False, True):
             x = _inputs(generator, shape, tails, inverse, options)
             widths, heights = (
-                torch.randn(*shape, n, generator=generator, dtype=torch.float64) for n in (bins, derivative_count(bins, tails))
+                torch.randn(*shape, n, generator=generator, dtype=torch.float64)
+                for n in (bins, derivative_count(bins, tails))
             )
             yield Sample(f"{label}{' inverse' if inverse else ''}", (x, widths, heights, tails, inverse, options))
 
@@ -384,36 +440,51 @@ def _within(x: Tensor, bound: Tensor | None, convention: str, call: Any) -> tupl
 
 
 def rational_quadratic_spline(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *, tails: str | None = "linear",
-    bound: float | Tensor | None = None, inverse: bool = False, convention: str = "nflows", left: float = 0.0,
-    right: float = 1.0, bottom: float = 0.0, top: float = 1.0, min_bin_width: float = 1e-3, min_bin_height: float = 1e-3,
-    min_derivative: float = 1e-3, slope: float = 1e-3, logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *,
+    tails: str | None = "linear",
+    bound: float | Tensor | None = None,
+    inverse: bool = False,
+    convention: str = "nflows",
+    left: float = 0.0,
+    right: float = 1.0,
+    bottom: float = 0.0,
+    top: float = 1.0,
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    slope: float = 1e-3,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """A monotonic rational-quadratic spline of K bins, each element with its own parameters, and its log-derivative.
 
-    Softmax, sums, search, evaluation and log-derivative run in one pass over the parameters; the backward recomputes them.
+    Softmax, sums, search, evaluation and log-derivative run in one pass over the parameters; the backward recomputes
+    them.
 
     Args:
         x: any shape (*), floating point.
         widths, heights: (*, K), 2 <= K <= 64, logits of the bins' sizes. Shapes before the last axis broadcast with x.
-        derivatives: (*, K - 1) with linear tails, (*, K) circular (the last knot's is the first's), (*, K + 1) tails=None;
-            logits of the derivatives at the knots.
-        tails: "linear" or "circular": the identity outside [-bound, bound], with end derivatives 1, or equal ones. None: no
-            outside; the domain is [left, right], and an x beyond it a ValueError on the CPU, NaN elsewhere.
+        derivatives: (*, K - 1) with linear tails, (*, K) circular (the last knot's is the first's), (*, K + 1)
+            tails=None; logits of the derivatives at the knots.
+        tails: "linear" or "circular": the identity outside [-bound, bound], with end derivatives 1, or equal ones.
+            None: no outside; the domain is [left, right], and an x beyond it a ValueError on the CPU, NaN elsewhere.
         bound: a positive number, or a tensor that broadcasts to x, of positive ones; default 1, for "zuko" 5.
         inverse: from y to x, and the negated log-derivative.
-        convention: "nflows" (sizes are a softmax with minimums, derivatives min + softplus; a knot belongs to the bin on its
-            right) or "zuko" (softly clipped logits, derivatives exp; a knot belongs to the bin on its left, x = -bound is
-            outside). The two differ at a knot only in the derivative of logdet.
+        convention: "nflows" (sizes are a softmax with minimums, derivatives min + softplus; a knot belongs to the bin
+            on its right) or "zuko" (softly clipped logits, derivatives exp; a knot belongs to the bin on its left, x =
+            -bound is outside). The two differ at a knot only in the derivative of logdet.
         left, right, bottom, top: the domain and the range where tails is None.
         min_bin_width, min_bin_height, min_derivative: nflows' minimums, the first two as shares of the whole.
         slope: zuko's least slope.
         logit_scale: multiplies widths and heights (nflows divides them by sqrt(hidden features)).
 
     Returns:
-        (y, logdet), both of x's shape: logdet = log |dy/dx| elementwise, as nflows and torch.distributions give it (sum it
-        over a sample for the log-determinant), float32 for half-precision x. A NaN in x or in the parameters it meets gives
-        NaN there and nowhere else.
+        (y, logdet), both of x's shape: logdet = log |dy/dx| elementwise, as nflows and torch.distributions give it (sum
+        it over a sample for the log-determinant), float32 for half-precision x. A NaN in x or in the parameters it
+        meets gives NaN there and nowhere else.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, counts or options that do not fit, by name.
@@ -428,21 +499,40 @@ def rational_quadratic_spline(
     where, domain, scale = _domain(_NAME, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top)
     minimums = [0.0, 0.0, 0.0] if convention == "zuko" else [min_bin_width, min_bin_height, min_derivative]
     options = [*domain, *minimums, slope, logit_scale]
-    x, (widths, heights, derivatives) = _broadcast(_NAME, x, {"widths": widths, "heights": heights, "derivatives": derivatives})
-    return _within(x, scale, convention, lambda u: OP(u, widths, heights, derivatives, where, convention, inverse, options))
+    x, (widths, heights, derivatives) = _broadcast(
+        _NAME, x, {"widths": widths, "heights": heights, "derivatives": derivatives}
+    )
+    return _within(
+        x, scale, convention, lambda u: OP(u, widths, heights, derivatives, where, convention, inverse, options)
+    )
 
 
 def rational_quadratic_spline_packed(
-    x: Tensor, params: Tensor, bins: int, *, tails: str | None = "linear", bound: float | Tensor | None = None,
-    inverse: bool = False, convention: str = "nflows", left: float = 0.0, right: float = 1.0, bottom: float = 0.0,
-    top: float = 1.0, min_bin_width: float = 1e-3, min_bin_height: float = 1e-3, min_derivative: float = 1e-3,
-    slope: float = 1e-3, logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`rational_quadratic_spline` of a conditioner's output as it is: no slices, whose gradients cost a copy each.
+    x: Tensor,
+    params: Tensor,
+    bins: int,
+    *,
+    tails: str | None = "linear",
+    bound: float | Tensor | None = None,
+    inverse: bool = False,
+    convention: str = "nflows",
+    left: float = 0.0,
+    right: float = 1.0,
+    bottom: float = 0.0,
+    top: float = 1.0,
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    slope: float = 1e-3,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rational_quadratic_spline` of a conditioner's output as it is: no slices, whose gradients cost a copy
+    each.
 
     Args:
         x: any shape (*).
-        params: (*, P): K widths, K heights, then the derivatives; P = 3K - 1 (linear tails), 3K (circular), 3K + 1 (None).
+        params: (*, P): K widths, K heights, then the derivatives; P = 3K - 1 (linear tails), 3K (circular), 3K + 1
+            (None).
         bins: K.
         tails, bound, ...: as there.
 
@@ -454,7 +544,8 @@ def rational_quadratic_spline_packed(
 
     Example:
         >>> import torch, genfast
-        >>> y, logdet = genfast.ops.rational_quadratic_spline_packed(torch.randn(4, 2), torch.randn(4, 2, 23), 8, bound=3.0)
+        >>> y, logdet = genfast.ops.rational_quadratic_spline_packed(torch.randn(4, 2), torch.randn(4, 2, 23), 8,
+        bound=3.0)
     """
     op = f"{_NAME}_packed"
     where, domain, scale = _domain(op, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top)
@@ -465,9 +556,17 @@ def rational_quadratic_spline_packed(
 
 
 def linear_spline(
-    x: Tensor, unnormalized_pdf: Tensor, *, tails: str | None = "linear", bound: float | None = None, inverse: bool = False,
-    left: float = 0.0, right: float = 1.0, bottom: float = 0.0, top: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    unnormalized_pdf: Tensor,
+    *,
+    tails: str | None = "linear",
+    bound: float | None = None,
+    inverse: bool = False,
+    left: float = 0.0,
+    right: float = 1.0,
+    bottom: float = 0.0,
+    top: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """A piecewise-linear spline of K bins of equal width, as nflows': the integral of softmax(unnormalized_pdf).
 
     Args:
@@ -476,7 +575,8 @@ def linear_spline(
         tails: "linear" (the identity outside [-bound, bound]) or None (domain [left, right]).
         bound: a positive number, default 1.
         inverse: from y to x.
-        left, right, bottom, top: the domain and the range where tails is None. logdet counts their ratio, which nflows forgets.
+        left, right, bottom, top: the domain and the range where tails is None. logdet counts their ratio, which nflows
+            forgets.
 
     Returns:
         (y, logdet), both of x's shape; logdet jumps at the knots.
@@ -497,14 +597,24 @@ def linear_spline(
 
 
 def quadratic_spline(
-    x: Tensor, widths: Tensor, heights: Tensor, *, tails: str | None = "linear", bound: float | None = None,
-    inverse: bool = False, left: float = 0.0, right: float = 1.0, bottom: float = 0.0, top: float = 1.0,
-    min_bin_width: float = 1e-3, min_bin_height: float = 1e-3,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    *,
+    tails: str | None = "linear",
+    bound: float | None = None,
+    inverse: bool = False,
+    left: float = 0.0,
+    right: float = 1.0,
+    bottom: float = 0.0,
+    top: float = 1.0,
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
     """A piecewise-quadratic spline of K bins, as nflows': the integral of a density that is linear in each bin.
 
-    With linear tails nflows sets the density at the ends near one, but not to one, so the derivative jumps there; its numbers
-    are kept.
+    With linear tails nflows sets the density at the ends near one, but not to one, so the derivative jumps there; its
+    numbers are kept.
 
     Args:
         x: any shape (*), floating point.
@@ -513,7 +623,8 @@ def quadratic_spline(
         tails: "linear" (the identity outside [-bound, bound]) or None (domain [left, right]).
         bound: a positive number, default 1.
         inverse: from y to x.
-        left, right, bottom, top: the domain and the range where tails is None. logdet counts their ratio, which nflows forgets.
+        left, right, bottom, top: the domain and the range where tails is None. logdet counts their ratio, which nflows
+            forgets.
         min_bin_width: the least share of a bin.
         min_bin_height: the least density.
 
@@ -527,7 +638,8 @@ def quadratic_spline(
 
     Example:
         >>> import torch, genfast
-        >>> y, logdet = genfast.ops.quadratic_spline(torch.rand(4, 2), torch.randn(4, 2, 8), torch.randn(4, 2, 9), tails=None)
+        >>> y, logdet = genfast.ops.quadratic_spline(torch.rand(4, 2), torch.randn(4, 2, 8), torch.randn(4, 2, 9),
+        tails=None)
     """
     where, domain, _ = _domain("quadratic_spline", tails, bound, 1.0, left, right, bottom, top)
     x, (widths, heights) = _broadcast("quadratic_spline", x, {"widths": widths, "heights": heights})

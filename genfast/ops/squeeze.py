@@ -67,9 +67,16 @@ def _plan(
     wide_c, wide_h, wide_w = (c, h, w) if inverse else xs[1:]
     strides = (c * h * w, 1, w * c, c) if a.walks_channels else (c * h * w, h * w, w, 1)
     kernel = _CPU.squeeze.prepare(
-        is_double=dtype is torch.float64, n=n, c=wide_c, h=wide_h, w=wide_w, factor=f,
-        space_to_depth=order == "space_to_depth", inverse=inverse, channels_last=a.walks_channels,
-    )  # fmt: skip
+        is_double=dtype is torch.float64,
+        n=n,
+        c=wide_c,
+        h=wide_h,
+        w=wide_w,
+        factor=f,
+        space_to_depth=order == "space_to_depth",
+        inverse=inverse,
+        channels_last=a.walks_channels,
+    )
     return _Plan((n, c, h, w), strides, kernel)
 
 
@@ -112,7 +119,9 @@ OP = Op(
 )
 
 
-def squeeze(x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle") -> Tensor:
+def squeeze(
+    x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle"
+) -> Tensor:
     """Moves f x f blocks of positions into channels: (N, C, H, W) to (N, f^2 C, H/f, W/f). Volume preserving.
 
     Args:
@@ -135,7 +144,9 @@ def squeeze(x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "sp
     return result
 
 
-def unsqueeze(x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle") -> Tensor:
+def unsqueeze(
+    x: Tensor, factor: int = 2, *, order: Literal["pixel_unshuffle", "space_to_depth"] = "pixel_unshuffle"
+) -> Tensor:
     """The inverse of :func:`squeeze`: (N, f^2 C, H, W) to (N, C, f H, f W).
 
     Example:

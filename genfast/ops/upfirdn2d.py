@@ -19,7 +19,8 @@ _NAME = "upfirdn2d"
 _CPU = kernels(
     "_cpu",
     upfirdn2d="""
-        is_double separable flip channels_last x filter y gain n c h w oh ow fh fw upx upy downx downy padx0 pady0 xn xc xh
+        is_double separable flip channels_last x filter y gain n c h w oh ow fh fw upx upy downx downy padx0 pady0 xn
+        xc xh
         threads
     """,
 )
@@ -56,7 +57,9 @@ def filter_size(filter: Tensor | None, op: str = _NAME) -> tuple[int, int]:
     if filter is None:
         return 1, 1
     if not isinstance(filter, Tensor):
-        raise TypeError(f"{op}: filter is a {type(filter).__name__}, expected a torch.Tensor (see setup_filter) or None")
+        raise TypeError(
+            f"{op}: filter is a {type(filter).__name__}, expected a torch.Tensor (see setup_filter) or None"
+        )
     if filter.dim() not in (1, 2) or not filter.numel():
         raise ValueError(f"{op}: filter has shape {tuple(filter.shape)}, expected (height, width) or (taps,)")
     return filter.shape[-1], filter.shape[0]
@@ -71,11 +74,19 @@ def _sizes(
 
 
 def _check_forward(
-    x: Tensor, filter: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip_filter: bool, gain: float
+    x: Tensor,
+    filter: Tensor,
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+    flip_filter: bool,
+    gain: float,
 ) -> None:
     _check.floating(_NAME, x=x, filter=filter)
     if x.dim() != 4 or not x.shape[2] or not x.shape[3]:
-        raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, C, H, W) with at least one row and column")
+        raise ValueError(
+            f"{_NAME}: x has shape {tuple(x.shape)}, expected (N, C, H, W) with at least one row and column"
+        )
     fw, fh = filter_size(filter)
     if len(up) != 2 or min(up) < 1:
         raise ValueError(f"{_NAME}: up={tuple(up)}, expected positive (x, y)")
@@ -86,7 +97,8 @@ def _check_forward(
     width, height = x.shape[3] * up[0] + padding[0] + padding[1], x.shape[2] * up[1] + padding[2] + padding[3]
     if width < fw or height < fh:
         raise ValueError(
-            f"{_NAME}: the upsampled and padded x has {height}x{width} positions, fewer than the filter's {fh}x{fw} taps; "
+            f"{_NAME}: the upsampled and padded x has {height}x{width} positions, fewer than the filter's {fh}x{fw} "
+            "taps; "
             "expected more padding or a larger x"
         )
 
@@ -96,7 +108,13 @@ def _reference(x: Tensor, *args: Any) -> Tensor:
 
 
 def _fake(
-    x: Tensor, filter: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip_filter: bool, gain: float
+    x: Tensor,
+    filter: Tensor,
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+    flip_filter: bool,
+    gain: float,
 ) -> Tensor:
     shape = _sizes(x.shape, filter.shape, up, down, padding)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -112,9 +130,16 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(1024)
 def _plan(
-    xs: tuple[int, ...], stride: tuple[int, ...], double: bool, last: bool, fs: tuple[int, ...], up: tuple[int, ...],
-    down: tuple[int, ...], padding: tuple[int, ...], flip_filter: bool,
-) -> _Plan | None:  # fmt: skip
+    xs: tuple[int, ...],
+    stride: tuple[int, ...],
+    double: bool,
+    last: bool,
+    fs: tuple[int, ...],
+    up: tuple[int, ...],
+    down: tuple[int, ...],
+    padding: tuple[int, ...],
+    flip_filter: bool,
+) -> _Plan | None:
     """None where a row of x is not contiguous."""
     n, c, h, w = xs
     if n * c and ((stride[1] != 1 or (w > 1 and stride[3] != c)) if last else (w > 1 and stride[3] != 1)):
@@ -123,22 +148,53 @@ def _plan(
     oh, ow = shape[2:]
     strides = (c * oh * ow, 1, ow * c, c) if last else (c * oh * ow, oh * ow, ow, 1)
     kernel = _CPU.upfirdn2d.prepare(
-        is_double=double, separable=len(fs) == 1, flip=flip_filter, channels_last=last, n=n, c=c, h=h, w=w, oh=oh, ow=ow,
-        fh=fs[0], fw=fs[-1], upx=up[0], upy=up[1], downx=down[0], downy=down[1], padx0=padding[0], pady0=padding[2],
-        xn=stride[0], xc=stride[1], xh=stride[2],
-    )  # fmt: skip
+        is_double=double,
+        separable=len(fs) == 1,
+        flip=flip_filter,
+        channels_last=last,
+        n=n,
+        c=c,
+        h=h,
+        w=w,
+        oh=oh,
+        ow=ow,
+        fh=fs[0],
+        fw=fs[-1],
+        upx=up[0],
+        upy=up[1],
+        downx=down[0],
+        downy=down[1],
+        padx0=padding[0],
+        pady0=padding[2],
+        xn=stride[0],
+        xc=stride[1],
+        xh=stride[2],
+    )
     return _Plan(shape, strides, kernel)
 
 
 def _cpu(
-    x: Tensor, filter: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip_filter: bool, gain: float
+    x: Tensor,
+    filter: Tensor,
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+    flip_filter: bool,
+    gain: float,
 ) -> Tensor:
     _check_forward(x, filter, up, down, padding, flip_filter, gain)
     form = memory_format(x)
     plan = _plan(
-        x.shape, x.stride(), x.dtype is torch.float64, form is torch.channels_last, filter.shape, tuple(up), tuple(down),
-        tuple(padding), flip_filter,
-    )  # fmt: skip
+        x.shape,
+        x.stride(),
+        x.dtype is torch.float64,
+        form is torch.channels_last,
+        filter.shape,
+        tuple(up),
+        tuple(down),
+        tuple(padding),
+        flip_filter,
+    )
     if plan is None:
         return _cpu(x.contiguous(memory_format=form), filter, up, down, padding, flip_filter, gain)
     y = _pool.empty_strided(plan.shape, plan.stride, x.dtype)
@@ -182,7 +238,8 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 
 OP = Op(
-    "upfirdn2d(Tensor x, Tensor filter, int[] up, int[] down, SymInt[] padding, bool flip_filter, float gain) -> Tensor",
+    "upfirdn2d(Tensor x, Tensor filter, int[] up, int[] down, SymInt[] padding, bool flip_filter, float gain) -> "
+    "Tensor",
     reference=_reference,
     check=_check_forward,
     fake=_fake,
@@ -205,14 +262,16 @@ def upfirdn2d(
 ) -> Tensor:
     """Upsamples with zeros, pads or crops, filters and downsamples each channel: the resampling of StyleGAN2 and 3.
 
-    In order: ``up - 1`` zeros after each element; ``padding`` zeros around (negative: that many are cut off); a convolution
-    with ``filter`` wherever it fits whole; every ``down``-th element of the result. Only products with elements of x are
-    taken. Differentiable to any order in x: the gradient is upfirdn2d itself, with up and down exchanged. The filter takes
-    no gradient.
+    In order: ``up - 1`` zeros after each element; ``padding`` zeros around (negative: that many are cut off); a
+        convolution
+    with ``filter`` wherever it fits whole; every ``down``-th element of the result. Only products with elements of x
+    are taken. Differentiable to any order in x: the gradient is upfirdn2d itself, with up and down exchanged. The
+    filter takes no gradient.
 
     Args:
         x: (N, C, H, W) floating point, NCHW or channels_last; the memory format is kept.
-        filter: (height, width), or (taps,) for the same taps along both axes, of any floating dtype; None for one tap of 1.
+        filter: (height, width), or (taps,) for the same taps along both axes, of any floating dtype; None for one tap
+            of 1.
         up, down: integers or pairs (x, y).
         padding: of the upsampled image: an integer, (x, y) or (x0, x1, y0, y1).
         flip_filter: False for a convolution, True for a correlation.
@@ -239,7 +298,9 @@ def upfirdn2d(
     filter_size(filter)
     if filter.requires_grad:
         raise ValueError(f"{_NAME}: filter requires a gradient, which is not computed; pass filter.detach()")
-    result: Tensor = OP(x, filter, _pair("up", up), _pair("down", down), parse_padding(padding), flip_filter, float(gain))
+    result: Tensor = OP(
+        x, filter, _pair("up", up), _pair("down", down), parse_padding(padding), flip_filter, float(gain)
+    )
     return result
 
 
@@ -265,7 +326,8 @@ def setup_filter(
         (height, width), or (taps,).
 
     Raises:
-        ValueError: more than two axes, no taps, a separable filter with two axes, or taps that sum to zero when normalised.
+        ValueError: more than two axes, no taps, a separable filter with two axes, or taps that sum to zero when
+            normalised.
 
     Example:
         >>> import genfast
@@ -275,7 +337,9 @@ def setup_filter(
     """
     f = torch.as_tensor(1.0 if taps is None else taps, dtype=torch.float32)
     if f.dim() > 2 or not f.numel():
-        raise ValueError(f"setup_filter: taps have shape {tuple(f.shape)}, expected (height, width), (taps,) or a number")
+        raise ValueError(
+            f"setup_filter: taps have shape {tuple(f.shape)}, expected (height, width), (taps,) or a number"
+        )
     f = f.reshape(1) if f.dim() == 0 else f
     if separable is None:
         separable = f.dim() == 1 and f.numel() >= 8
@@ -286,7 +350,9 @@ def setup_filter(
     if normalize:
         total = f.sum()
         if not float(total):
-            raise ValueError("setup_filter: the taps sum to zero, so they cannot be normalised; expected normalize=False")
+            raise ValueError(
+                "setup_filter: the taps sum to zero, so they cannot be normalised; expected normalize=False"
+            )
         f = f / total
     if flip_filter:
         f = f.flip(tuple(range(f.dim())))
@@ -294,7 +360,9 @@ def setup_filter(
     return (f * scale).to(device)
 
 
-def filter2d(x: Tensor, filter: Tensor | None, *, padding: Pair = 0, flip_filter: bool = False, gain: float = 1.0) -> Tensor:
+def filter2d(
+    x: Tensor, filter: Tensor | None, *, padding: Pair = 0, flip_filter: bool = False, gain: float = 1.0
+) -> Tensor:
     """Filters each channel; with ``padding=0`` the result has x's size. Arguments and errors as :func:`upfirdn2d`.
 
     Example:
@@ -313,7 +381,9 @@ def upsample_padding(filter: Tensor | None, up: tuple[int, int], padding: tuple[
     return p[0] + (fw + ux - 1) // 2, p[1] + (fw - ux) // 2, p[2] + (fh + uy - 1) // 2, p[3] + (fh - uy) // 2
 
 
-def downsample_padding(filter: Tensor | None, down: tuple[int, int], padding: tuple[int, ...]) -> tuple[int, int, int, int]:
+def downsample_padding(
+    filter: Tensor | None, down: tuple[int, int], padding: tuple[int, ...]
+) -> tuple[int, int, int, int]:
     """``padding`` of the input, to which is added what makes the output 1 / ``down`` as large."""
     (fw, fh), (dx, dy), p = filter_size(filter), down, padding
     return p[0] + (fw - dx + 1) // 2, p[1] + (fw - dx) // 2, p[2] + (fh - dy + 1) // 2, p[3] + (fh - dy) // 2
@@ -322,7 +392,8 @@ def downsample_padding(filter: Tensor | None, down: tuple[int, int], padding: tu
 def upsample2d(
     x: Tensor, filter: Tensor | None, *, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1.0
 ) -> Tensor:
-    """Upsamples each channel, keeping its magnitude; with ``padding=0`` to ``up`` times x's size. See :func:`upfirdn2d`.
+    """Upsamples each channel, keeping its magnitude; with ``padding=0`` to ``up`` times x's size. See
+    :func:`upfirdn2d`.
 
     Example:
         >>> import torch, genfast

@@ -112,7 +112,9 @@ class Add(Rule):
         return axis if self.prefix else -1
 
 
-def add(a: Any, b: Any, beta: float, place: Tensor | None, alpha: float, tape: Tape) -> tuple[Add, list[Tensor], Tensor]:
+def add(
+    a: Any, b: Any, beta: float, place: Tensor | None, alpha: float, tape: Tape
+) -> tuple[Add, list[Tensor], Tensor]:
     """(rule, active terms, value) of alpha a + beta b, in place of ``place`` (which is a) if given."""
     terms = [(x, tape.slot(x) >= 0, s) for x, s in ((a, alpha), (b, beta)) if isinstance(x, Tensor)]
     rule = Add(terms)
@@ -122,7 +124,9 @@ def add(a: Any, b: Any, beta: float, place: Tensor | None, alpha: float, tape: T
     else:
         y = torch.add(left, right, alpha=beta) if alpha == 1 else torch.sub(right, left, alpha=-alpha)
     rule.prefix = all(x.shape == y.shape for x, active, _ in terms if active)
-    rule.per_sample = y.dim() > 0 and all(x.dim() == y.dim() and x.shape[0] == y.shape[0] for x, active, _ in terms if active)
+    rule.per_sample = y.dim() > 0 and all(
+        x.dim() == y.dim() and x.shape[0] == y.shape[0] for x, active, _ in terms if active
+    )
     rule.y = y.shape
     return rule, [x for x, active, _ in terms if active], y
 

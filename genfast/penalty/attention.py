@@ -1,8 +1,8 @@
 """The rule of softmax attention, in memory linear in the number of keys.
 
-o = softmax(s q k^T + mask) v. A panel of queries at a time forms its weights P, and from them whatever a sweep needs; only
-q, k, v and o's gradients are kept, and P where all of it is one panel. PyTorch's fused attention has no double backward at all
-(pytorch#116350).
+o = softmax(s q k^T + mask) v. A panel of queries at a time forms its weights P, and from them whatever a sweep needs;
+only q, k, v and o's gradients are kept, and P where all of it is one panel. PyTorch's fused attention has no double
+backward at all (pytorch#116350).
 
     chain     dP = b v^T, dS = P (dP - sum P dP);  dq = s dS k, dk = s dS^T q, dv = P^T b
     tangent   S' = s (q' k^T + q k'^T), P' = P (S' - sum P S');  o' = P' v + P v'
@@ -31,7 +31,9 @@ class Attention(Rule):
     kind = "exact, smooth (attention by panels)"
     curved = True
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Maybe, causal: bool, scale: float, active: list[bool]) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Maybe, causal: bool, scale: float, active: list[bool]
+    ) -> None:
         self.q, self.k, self.v, self.mask, self.causal, self.scale, self.active = q, k, v, mask, causal, scale, active
         per_query = max(1, q.shape[:-2].numel() * k.shape[-2])
         self.panel = max(1, min(q.shape[-2], PANEL // per_query))
@@ -173,11 +175,19 @@ def _multi_head(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     q, k, v, width, heads, in_weight, in_bias, bias_k, bias_v, add_zero, p, out_weight, out_bias = args[:13]
     training = kwargs.get("training", True)
     plain = (
-        len(args) == 13 and bias_k is None and bias_v is None and not add_zero and not (p and training)
-        and kwargs.get("key_padding_mask") is None and not kwargs.get("need_weights", True)
-        and not kwargs.get("use_separate_proj_weight", False) and kwargs.get("static_k") is None
-        and kwargs.get("static_v") is None and q.dim() == 3 and in_weight is not None
-    )  # fmt: skip
+        len(args) == 13
+        and bias_k is None
+        and bias_v is None
+        and not add_zero
+        and not (p and training)
+        and kwargs.get("key_padding_mask") is None
+        and not kwargs.get("need_weights", True)
+        and not kwargs.get("use_separate_proj_weight", False)
+        and kwargs.get("static_k") is None
+        and kwargs.get("static_v") is None
+        and q.dim() == 3
+        and in_weight is not None
+    )
     if not plain:
         return otherwise(tape, func, args, kwargs)
     set_grad_enabled(True)
@@ -193,7 +203,9 @@ def _multi_head(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             mask = mask.view(-1, heads, *mask.shape[1:])
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask  # here True forbids
-        o = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=mask, is_causal=causal and mask is None)
+        o = F.scaled_dot_product_attention(
+            parts[0], parts[1], parts[2], attn_mask=mask, is_causal=causal and mask is None
+        )
         o = o.permute(2, 0, 1, 3).reshape(q.shape[0], q.shape[1], width)
         y = F.linear(o, out_weight, out_bias)
     set_grad_enabled(False)

@@ -18,9 +18,15 @@ from .tape import HANDLERS, Maybe, PlainLayoutNeeded, Rule, Tape, Unsupported
 
 # What draws a number for each element of what it is given, and where the argument stands that says whether it does.
 DRAWING = {
-    "alpha_dropout": 2, "bernoulli": -1, "gumbel_softmax": -1, "multinomial": -1, "normal": -1, "poisson": -1,
-    "randint_like": -1, "rrelu": 3,
-}  # fmt: skip
+    "alpha_dropout": 2,
+    "bernoulli": -1,
+    "gumbel_softmax": -1,
+    "multinomial": -1,
+    "normal": -1,
+    "poisson": -1,
+    "randint_like": -1,
+    "rrelu": 3,
+}
 
 
 def draws_numbers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -31,9 +37,9 @@ def draws_numbers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
 
 _ELEMENTWISE = {
-    "celu", "clamp", "cos", "elu", "erf", "exp", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log",
-    "log1p", "logsigmoid", "mish", "pow", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "softsign",
-    "sqrt", "square", "tanh", "tanhshrink",
+    "celu", "clamp", "cos", "elu", "erf", "exp", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+    "log", "log1p", "logsigmoid", "mish", "pow", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus",
+    "softsign", "sqrt", "square", "tanh", "tanhshrink",
 }  # fmt: skip
 
 
@@ -89,7 +95,9 @@ class Autograd(Rule):
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
         return axis if self.name in _ELEMENTWISE and len(self.inputs) == 1 and x.shape == y.shape else -1
 
-    def _grad(self, outs: Sequence[Any], wrt: Sequence[Tensor], g: Sequence[Tensor], graph: bool = False) -> list[Maybe]:
+    def _grad(
+        self, outs: Sequence[Any], wrt: Sequence[Tensor], g: Sequence[Tensor], graph: bool = False
+    ) -> list[Maybe]:
         if not outs or not wrt:
             return [None] * len(wrt)
         return list(torch.autograd.grad(outs, wrt, g, retain_graph=True, create_graph=graph, allow_unused=True))
@@ -133,12 +141,27 @@ class Autograd(Rule):
 
 REFUSED = {
     "__deepcopy__", "__reduce_ex__", "__set__", "__delete__", "apply_", "as_strided", "as_strided_", "backward", "grad",
-    "map_", "map2_", "register_hook", "register_post_accumulate_grad_hook", "resize_", "resize_as_", "retain_grad", "set_",
-    "share_memory_", "swap_tensors", "_make_dual", "make_dual",
+    "map_", "map2_", "register_hook", "register_post_accumulate_grad_hook", "resize_", "resize_as_", "retain_grad",
+    "set_", "share_memory_", "swap_tensors", "_make_dual", "make_dual",
 }  # fmt: skip
 IN_PLACE_OPERATORS = {
     f"__i{n}__": f"__{n}__"
-    for n in ("add", "sub", "mul", "truediv", "div", "pow", "matmul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift")
+    for n in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "div",
+        "pow",
+        "matmul",
+        "floordiv",
+        "mod",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
 }
 
 
@@ -171,7 +194,10 @@ def otherwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         place = args[0] if args else kwargs["input"]
         may_overwrite(tape, func, place)
         if tape.slot(place) < 0:  # what is kept of it must stay the constant that it has been
-            args, kwargs = (place.detach(), *args[1:]) if args else (), kwargs if args else kwargs | {"input": place.detach()}
+            args, kwargs = (
+                (place.detach(), *args[1:]) if args else (),
+                kwargs if args else kwargs | {"input": place.detach()},
+            )
     if twin is not None:
         func = twin
         handler = HANDLERS.get(twin)
@@ -207,10 +233,36 @@ def _constant(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 for _f in functions_named(
-    "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal", "isnan", "isinf",
-    "isfinite", "isclose", "allclose", "equal", "argmax", "argmin", "argsort", "nonzero", "count_nonzero", "signbit",
-    "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__",
-):  # fmt: skip
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "less",
+    "less_equal",
+    "greater",
+    "greater_equal",
+    "not_equal",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "isclose",
+    "allclose",
+    "equal",
+    "argmax",
+    "argmin",
+    "argsort",
+    "nonzero",
+    "count_nonzero",
+    "signbit",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__eq__",
+    "__ne__",
+):
     HANDLERS[_f] = _constant
 
 

@@ -20,9 +20,7 @@ def _exact(
     call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings, start: Callable[[], None]
 ) -> tuple[Tensor, Tensor]:
     """(value with its gradients, norms) at x by the rules."""
-    recorded = Pass(
-        call.op, critic, x, context, loss=False, start=start, read=call.read, mean=call.patches == "mean"
-    )  # fmt: skip
+    recorded = Pass(call.op, critic, x, context, loss=False, start=start, read=call.read, mean=call.patches == "mean")
     value, norms, u = penalty_of_gradient(call.op, recorded.input_gradient(len(x)), x, len(x), s)
     if not torch.is_grad_enabled():
         return value, norms
@@ -63,7 +61,8 @@ def warn_coupled(op: str, critic: Critic) -> None:
         return
     known.warned = True
     warnings.warn(
-        f"{op}: {known.coupling} couples the samples of a batch. The result is exact for the gradient of the sum of the "
+        f"{op}: {known.coupling} couples the samples of a batch. The result is exact for the gradient of the sum of "
+        "the "
         "critic's outputs, but the norm of one sample's gradient is then not what the penalty's paper means "
         "(arXiv:1704.00028, section 4, advises layer norm)",
         stacklevel=5,
@@ -84,21 +83,17 @@ class _Norms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        gradients = [
-            torch.zeros_like(t) if g is None else g for t, g in zip(tensors, ctx.again(weights.detach()))
-        ]  # fmt: skip
+        gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, ctx.again(weights.detach()))]
         if torch.is_grad_enabled():
             gradients = once(gradients, tensors[: ctx.count])
         return (None, None, None, *gradients, *[None] * (len(tensors) - ctx.count))
 
 
-def _with_norms(
-    call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _with_norms(call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings) -> tuple[Tensor, Tensor]:
     """As :func:`_run_penalty`, with norms that carry a gradient.
 
-    How much each norm counts is known only when a backward pass asks: it runs the critic again, from the state (buffers and
-    random numbers) that this call met.
+    How much each norm counts is known only when a backward pass asks: it runs the critic again, from the state (buffers
+    and random numbers) that this call met.
     """
     if not torch.is_grad_enabled():
         return _run_penalty(call, critic, x, context, s)
@@ -130,16 +125,21 @@ def _with_norms(
 
 def _ar1(
     call: Call, critic: Critic, points: Sequence[Tensor], context: Sequence[Tensor], s: Settings
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     d, near = (call.per_sample(call.read(critic(p, *context), len(p)), len(p)) for p in points)
     difference = (d - near).to(torch.promote_types(d.dtype, torch.float32))
     return s.weight * difference.square().mean(), difference.abs() / s.sigma
 
 
 def penalty_at_points(
-    call: Call, critic: Critic, points: Sequence[Tensor], contexts: Sequence[Sequence[Tensor]], s: Settings,
-    differentiable: bool = False, plain: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call: Call,
+    critic: Critic,
+    points: Sequence[Tensor],
+    contexts: Sequence[Sequence[Tensor]],
+    s: Settings,
+    differentiable: bool = False,
+    plain: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The sum over batches of points (one, or real and fake for "r1r2"; for "ar1" real and what is near it).
 
     differentiable: whether the norms carry a gradient. plain: the exact form has failed already.

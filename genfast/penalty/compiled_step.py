@@ -41,20 +41,38 @@ def number_of(thing: Any) -> int:
 
 LIBRARY.define(
     "critic_step(Tensor[] points, Tensor[] contexts, Tensor[] parameters, Tensor[] buffers, int critic, int loss, "
-    "int real_contexts, str kind, float weight, float target, str method, float sigma, int penalty, int output, str patches, "
+    "int real_contexts, str kind, float weight, float target, str method, float sigma, int penalty, int output, str "
+    "patches, "
     "str batching, ScalarType? autocast, bool[] wanted) -> (Tensor loss, Tensor adversarial, Tensor penalty, "
     "Tensor real_logits, Tensor fake_logits, Tensor norms, Tensor[] gradients, Tensor[] buffers)"
 )
 
 
 def _op(
-    points: list[Tensor], contexts: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], number: int, loss: int,
-    real_contexts: int, kind: str, weight: float, target: float, method: str, sigma: float, penalty: int, output: int,
-    patches: str, batching: str, autocast: torch.dtype | None, wanted: list[bool],
-) -> Any:  # fmt: skip
+    points: list[Tensor],
+    contexts: list[Tensor],
+    parameters: list[Tensor],
+    buffers: list[Tensor],
+    number: int,
+    loss: int,
+    real_contexts: int,
+    kind: str,
+    weight: float,
+    target: float,
+    method: str,
+    sigma: float,
+    penalty: int,
+    output: int,
+    patches: str,
+    batching: str,
+    autocast: torch.dtype | None,
+    wanted: list[bool],
+) -> Any:
     critic = _REGISTERED[number]()
     call = Call(
-        "critic_step" if loss >= 0 else "gradient_penalty", _REGISTERED[output]() if output >= 0 else None, patches or None
+        "critic_step" if loss >= 0 else "gradient_penalty",
+        _REGISTERED[output]() if output >= 0 else None,
+        patches or None,
     )
     function = _REGISTERED[penalty]() if penalty >= 0 else None
     s = Settings(kind, weight, target, method, sigma, function) if kind else None
@@ -95,7 +113,8 @@ def _op(
 
 
 def _check_alone(op: str, name: str, value: Any) -> None:
-    """Raises where a function of the user's own, of constants here, depends on more, which the compiled op would not see."""
+    """Raises where a function of the user's own, of constants here, depends on more, which the compiled op would not
+    see."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
             f"{op}: {name} depends on tensors that require a gradient, and under torch.compile none would reach them; "
@@ -112,9 +131,16 @@ def _own(g: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _op_fake(
-    points: list[Tensor], contexts: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], number: int, loss: int,
-    real_contexts: int, kind: str, *_: Any,
-) -> Any:  # fmt: skip
+    points: list[Tensor],
+    contexts: list[Tensor],
+    parameters: list[Tensor],
+    buffers: list[Tensor],
+    number: int,
+    loss: int,
+    real_contexts: int,
+    kind: str,
+    *_: Any,
+) -> Any:
     dtype = torch.promote_types(points[0].dtype, torch.float32)
     n = points[0].shape[0]
     norms = 0 if not kind else sum(p.shape[0] for p in points[:2]) if kind == "r1r2" else n
@@ -134,9 +160,12 @@ def _op_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     points, contexts, parameters, buffers = ctx.counts
     scaled = [g * grad.to(g.dtype) if g.is_floating_point() else None for g in ctx.saved_tensors]
     return (
-        scaled[:points], scaled[points : points + contexts], scaled[points + contexts :], [None] * buffers,
+        scaled[:points],
+        scaled[points : points + contexts],
+        scaled[points + contexts :],
+        [None] * buffers,
         *[None] * 14,
-    )  # fmt: skip
+    )
 
 
 LIBRARY.impl("critic_step", _op, "CompositeExplicitAutograd")
@@ -145,9 +174,14 @@ torch.library.register_autograd("genfast::critic_step", _op_backward, setup_cont
 
 
 def compiled_step(
-    call: Call, critic: Critic, points: list[Tensor], contexts: tuple[Sequence[Tensor], Sequence[Tensor]], loss: int,
-    s: Settings | None, batching: str = "auto",
-) -> CriticLoss:  # fmt: skip
+    call: Call,
+    critic: Critic,
+    points: list[Tensor],
+    contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
+    loss: int,
+    s: Settings | None,
+    batching: str = "auto",
+) -> CriticLoss:
     op = call.op
     if not isinstance(critic, nn.Module):
         raise TypeError(f"{op}: critic is a {type(critic).__name__}; under torch.compile it must be a torch.nn.Module")
@@ -157,10 +191,25 @@ def compiled_step(
     parameters, buffers = [p for p in critic.parameters() if p.requires_grad], list(critic.buffers())
     flat = [*contexts[0], *contexts[1]]
     *found, _, after = torch.ops.genfast.critic_step(
-        points, flat, parameters, buffers, number_of(critic), loss, len(contexts[0]), s.kind, s.weight, s.target, s.method,
-        s.sigma, -1 if s.function is None else number_of(s.function), -1 if call.output is None else number_of(call.output),
-        call.patches or "", batching, autocast, [x.requires_grad for x in (*points, *flat)],
-    )  # fmt: skip
+        points,
+        flat,
+        parameters,
+        buffers,
+        number_of(critic),
+        loss,
+        len(contexts[0]),
+        s.kind,
+        s.weight,
+        s.target,
+        s.method,
+        s.sigma,
+        -1 if s.function is None else number_of(s.function),
+        -1 if call.output is None else number_of(call.output),
+        call.patches or "",
+        batching,
+        autocast,
+        [x.requires_grad for x in (*points, *flat)],
+    )
     with torch.no_grad():
         for b, new in zip(buffers, after):
             b.copy_(new)

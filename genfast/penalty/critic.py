@@ -30,17 +30,22 @@ def per_sample_outputs(op: str, d: Any, n: int, patches: bool = False) -> Tensor
     """The critic's outputs, one for each of n samples or, with ``patches``, any number; or a clear error."""
     if not isinstance(d, Tensor):
         raise TypeError(
-            f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample; give output= the index "
+            f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample; give output= "
+            "the index "
             "or key of that tensor, or a function that takes it out"
         )
     if d.dim() == 0 or d.shape[0] != n or d.numel() == 0 or not (patches or d.numel() == n):
         several = d.dim() > 1 and d.shape[0] == n and d.numel() > n
         advice = (
-            "; give patches='sum' to take the sum of a sample's values, as autograd.grad with ones does, or patches='mean', or "
-            "output= a function that leaves one value per sample" if several and not patches else ""
-        )  # fmt: skip
+            "; give patches='sum' to take the sum of a sample's values, as autograd.grad with ones does, or "
+            "patches='mean', or "
+            "output= a function that leaves one value per sample"
+            if several and not patches
+            else ""
+        )
         raise ValueError(
-            f"{op}: critic returned shape {tuple(d.shape)} for a batch of {n}, expected one value per sample: ({n},), ({n}, 1) "
+            f"{op}: critic returned shape {tuple(d.shape)} for a batch of {n}, expected one value per sample: ({n},), "
+            f"({n}, 1) "
             f"or the like{advice}"
         )
     if not d.dtype.is_floating_point:
@@ -67,7 +72,8 @@ class Pass:
         into: where gradients are added up, if passes share it.
         stack: names of the modules that are running, for ``explain``.
         read: takes the critic's outputs (N, ...) out of what it returned, given N.
-        mean: whether S is the sum over samples of the mean of their outputs, where a sample has several, not of all outputs.
+        mean: whether S is the sum over samples of the mean of their outputs, where a sample has several, not of all
+            outputs.
         proving: whether calls that PyTorch differentiates are first compared with double backward.
 
     Raises:
@@ -76,11 +82,20 @@ class Pass:
     """
 
     def __init__(
-        self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], *, loss: bool,
-        start: Callable[[], None] | None = None, stack: list[str] | None = None,
-        into: dict[int, tuple[Tensor, Tensor, bool]] | None = None, proving: bool = True,
-        read: Callable[[Any, int], Tensor] | None = None, mean: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        op: str,
+        critic: Critic,
+        x: Tensor,
+        context: Sequence[Tensor],
+        *,
+        loss: bool,
+        start: Callable[[], None] | None = None,
+        stack: list[str] | None = None,
+        into: dict[int, tuple[Tensor, Tensor, bool]] | None = None,
+        proving: bool = True,
+        read: Callable[[Any, int], Tensor] | None = None,
+        mean: bool = False,
+    ) -> None:
         self.known = facts(critic)
         self.modules = modules(critic)
         self.device = x.device.type
@@ -103,7 +118,7 @@ class Pass:
 
     def _prove(
         self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], rows: int, start: Callable[[], None]
-    ) -> None:  # fmt: skip
+    ) -> None:
         def record(at: Tensor, given: Sequence[Tensor]) -> Pass:
             return Pass(op, critic, at, given, loss=False, start=start, proving=False, read=self.read)
 
@@ -116,7 +131,8 @@ class Pass:
             prove(outputs, x, context, rows, record, parameters, start)
 
     def _unproven(self, x: Tensor) -> set[Any]:
-        """The calls in the record whose derivatives by PyTorch have not been compared with double backward as a whole."""
+        """The calls in the record whose derivatives by PyTorch have not been compared with double backward as a
+        whole."""
         names = {rule.proven for rule in self.sweeps.live_rules if rule.proven}
         if self.sweeps.tape.hooked:
             names.add("saved by hooks")
@@ -127,7 +143,7 @@ class Pass:
 
     def _repeated(
         self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool, start: Callable[[], None]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Records a pass, again where the first shows that more must be kept, or another layout."""
         while True:
             try:
@@ -140,9 +156,12 @@ class Pass:
 
     def _record(self, op: str, critic: Critic, x: Tensor, context: Sequence[Tensor], loss: bool) -> None:
         tape = Tape(
-            x, keep_inputs=loss or self.known.curved is not False, channels_last=self.known.channels_last,
-            modules=self.modules, stack=self.stack,
-        )  # fmt: skip
+            x,
+            keep_inputs=loss or self.known.curved is not False,
+            channels_last=self.known.channels_last,
+            modules=self.modules,
+            stack=self.stack,
+        )
         active = tape.activate(x.detach())
         original = unwrapped(critic)
         with torch.compiler.set_stance("force_eager"), _no_half_autocast(self.device), torch.enable_grad(), tape:
@@ -228,11 +247,14 @@ class Pass:
         return total
 
     def gradients(self) -> list[tuple[Tensor, Tensor | None]]:
-        """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or added.
+        """(tensor, gradient) for each parameter, or tensor made of parameters or context, that the pass multiplied or
+        added.
 
         The record is dropped.
         """
-        gradients: list[tuple[Tensor, Tensor | None]] = [(x, gradient) for x, gradient, _ in self.sweeps.gradients.values()]
+        gradients: list[tuple[Tensor, Tensor | None]] = [
+            (x, gradient) for x, gradient, _ in self.sweeps.gradients.values()
+        ]
         del self.sweeps
         return gradients
 
@@ -248,7 +270,9 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of a penalty were asked for twice: give the first backward retain_graph=True")
+            raise RuntimeError(
+                "the gradients of a penalty were asked for twice: give the first backward retain_graph=True"
+            )
         last = not graph_is_retained()
         one = grad.is_cpu and float(grad.detach()) == 1
         found: list[Tensor] = []
@@ -274,7 +298,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         raise NotImplementedError(
-            "the gradient of a penalty was differentiated again, and its second derivative is not kept; use method='autograd'"
+            "the gradient of a penalty was differentiated again, and its second derivative is not kept; use "
+            "method='autograd'"
         )
 
 

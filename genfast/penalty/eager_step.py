@@ -26,23 +26,33 @@ def _check_loss(op: str, value: Any, logits: Tensor) -> None:
         raise ValueError(f"{op}: loss does not depend on the logits that it was given, expected a function of them")
 
 
-def loss_slopes(op: str, loss: Callable[[Tensor, Tensor], Tensor], real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def loss_slopes(
+    op: str, loss: Callable[[Tensor, Tensor], Tensor], real: Tensor, fake: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dloss/dreal, dloss/dfake); the loss keeps the graph to what it depends on besides the logits."""
     with torch.inference_mode(False), torch.enable_grad():
         r, f = (x.detach().clone() if x.is_inference() else x.detach() for x in (real, fake))
         value = loss(r.requires_grad_(), f.requires_grad_())
         _check_loss(op, value, r)
-        others = any(t is not r and t is not f for t in graph_ends(value)) if loss not in CRITIC_LOSSES.values() else False
+        others = (
+            any(t is not r and t is not f for t in graph_ends(value)) if loss not in CRITIC_LOSSES.values() else False
+        )
         slopes = torch.autograd.grad(value.sum(), (r, f), retain_graph=others, materialize_grads=True)
         value = value.reshape(()) if others else value.detach().reshape(())
     return value, slopes[0], slopes[1]
 
 
 def eager_step(
-    call: Call, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None,
-    contexts: tuple[Sequence[Tensor], Sequence[Tensor]], loss: Callable[[Tensor, Tensor], Tensor], s: Settings | None,
+    call: Call,
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    at: Tensor | None,
+    contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    s: Settings | None,
     batching: str,
-) -> CriticLoss:  # fmt: skip
+) -> CriticLoss:
     op = call.op
     known = facts(critic)
     failed: Exception | None = None
@@ -93,10 +103,17 @@ def _points(
 
 
 def _stacked(
-    call: Call, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None,
-    contexts: tuple[Sequence[Tensor], Sequence[Tensor]], loss: Callable[[Tensor, Tensor], Tensor], s: Settings | None,
-    restore: Callable[[], None], batching: str,
-) -> CriticLoss | None:  # fmt: skip
+    call: Call,
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    at: Tensor | None,
+    contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    s: Settings | None,
+    restore: Callable[[], None],
+    batching: str,
+) -> CriticLoss | None:
     """All points as one batch, those of the penalty first; None if the critic wants them apart."""
     op = call.op
     n, m = real.shape[0], fake.shape[0]
@@ -136,7 +153,9 @@ def _stacked(
         own = None if g is None else g[:rows]
         if kind == "r1r2":  # two means
             halves = [(slice(0, n), n), (slice(n, n + m), m)]
-            results = [penalty_of_gradient(op, None if own is None else own[part], real, count, s) for part, count in halves]
+            results = [
+                penalty_of_gradient(op, None if own is None else own[part], real, count, s) for part, count in halves
+            ]
             penalty, norms = results[0][0] + results[1][0], torch.cat([r[1] for r in results])
             u = None if own is None else torch.cat([r[2] for r in results if r[2] is not None])
         else:
@@ -155,11 +174,19 @@ def _stacked(
 
 
 def _separate(
-    call: Call, critic: Critic, real: Tensor, fake: Tensor, at: Tensor | None,
-    contexts: tuple[Sequence[Tensor], Sequence[Tensor]], loss: Callable[[Tensor, Tensor], Tensor], s: Settings | None,
-    restore: Callable[[], None], batching: str,
-) -> CriticLoss:  # fmt: skip
-    """One batch after another: real, fake, points of the penalty; real and fake as one for "auto", where they may be."""
+    call: Call,
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    at: Tensor | None,
+    contexts: tuple[Sequence[Tensor], Sequence[Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    s: Settings | None,
+    restore: Callable[[], None],
+    batching: str,
+) -> CriticLoss:
+    """One batch after another: real, fake, points of the penalty; real and fake as one for "auto", where they may
+    be."""
     op = call.op
     kind = s.kind if s is not None else ""
     penalised = {"r1": [0], "r2": [1], "r1r2": [0, 1]}.get(kind, [] if s is None else [2])
@@ -170,9 +197,15 @@ def _separate(
 
     def record(x: Tensor, context: Sequence[Tensor], has_loss: bool) -> Pass:
         return Pass(
-            op, critic, x, context, loss=has_loss and wanted, into=gradients, read=call.read,
+            op,
+            critic,
+            x,
+            context,
+            loss=has_loss and wanted,
+            into=gradients,
+            read=call.read,
             mean=call.patches == "mean",
-        )  # fmt: skip
+        )
 
     def finish(x: Tensor, recorded: Pass, slope: Tensor | None, has_penalty: bool) -> None:
         """The sweeps over one of the passes; its record is dropped."""
@@ -198,7 +231,7 @@ def _separate(
     if batching == "auto" and not {0, 1} & set(penalised):
         both = joined_pass(
             call, critic, [(real, contexts[0]), (fake, contexts[1])], restore, batching, gradients, loss=wanted
-        )  # fmt: skip
+        )
         if both is not None:
             values = list(both.values.split([len(real), len(fake)]))
             adversarial, *slopes = loss_slopes(op, loss, *values)

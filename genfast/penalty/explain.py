@@ -19,11 +19,12 @@ def explain(critic: Critic, example: Tensor | None = None, context: Tensor | Seq
 
     Args:
         critic: as in the op. It is run once; its buffers are put back.
-        example: (N, ...) of which only shape and dtype matter; by default a small one is tried that fits the first layer.
+        example: (N, ...) of which only shape and dtype matter; by default a small one is tried that fits the first
+            layer.
         context: what the critic takes besides.
 
-    "exact, ...": a rule of ours, first-order work; "exact, PyTorch's own double backward": that one function is differentiated
-    twice by PyTorch; otherwise the reason why the whole critic is.
+    "exact, ...": a rule of ours, first-order work; "exact, PyTorch's own double backward": that one function is
+    differentiated twice by PyTorch; otherwise the reason why the whole critic is.
 
     Raises:
         ValueError: no example given, and none found that the critic takes.

@@ -1,4 +1,5 @@
-"""Penalties of critics that no rule can follow: double backward by PyTorch, and finite differences where that is missing."""
+"""Penalties of critics that no rule can follow: double backward by PyTorch, and finite differences where that is
+missing."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ from .state import State, facts, restored, unwrapped
 from .tape import Unsupported
 
 
-def _finite_difference(call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings) -> tuple[Tensor, Tensor]:
+def _finite_difference(
+    call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings
+) -> tuple[Tensor, Tensor]:
     """The exact value, and gradients from the critic at two points beside x: ordinary passes forward and back.
 
-    d<u, grad S>/dtheta = d(S(x + e u) - S(x - e u))/dtheta / 2 e + O(e^2), with buffers and random numbers as in the first
-    pass. A last pass at x tells whether they were: it must repeat the first, and leaves the state that one pass leaves.
+    d<u, grad S>/dtheta = d(S(x + e u) - S(x - e u))/dtheta / 2 e + O(e^2), with buffers and random numbers as in the
+    first pass. A last pass at x tells whether they were: it must repeat the first, and leaves the state that one pass
+    leaves.
     """
     n = len(x)
     inner = [c.detach().requires_grad_() if c.requires_grad else c for c in context]
@@ -55,8 +59,8 @@ def _finite_difference(call: Call, critic: Critic, x: Tensor, context: Sequence[
             del beside
             if not end.requires_grad:
                 continue
-            # Gradients are taken now, since the next pass may write to buffers that this one's graph has kept; what is kept
-            # of a graph that others made stays theirs.
+            # Gradients are taken now, since the next pass may write to buffers that this one's graph has kept; what is
+            # kept of a graph that others made stays theirs.
             ends = graph_ends(end, (at, *inner))
             for leaf, slope in zip(ends, torch.autograd.grad(end, ends, allow_unused=True, retain_graph=True)):
                 leaf = x if leaf is at else outer.get(id(leaf), leaf)
@@ -81,8 +85,8 @@ def rounding_error(like: Tensor) -> float:
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest number of ``a``; infinite where shapes, or numbers that are not finite,
-    differ."""
+    """The largest difference, relative to the largest number of ``a``; infinite where shapes, or numbers that are not
+    finite, differ."""
     if a.shape != b.shape:
         return math.inf
     a, b = a.detach().double(), b.detach().double()
@@ -98,9 +102,12 @@ def _check_repeats(op: str, first: Tensor, again: Tensor) -> None:
     off = relative_difference(first, again)
     if not off <= rounding_error(first):
         raise RuntimeError(
-            f"{op}: finite differences need a critic that repeats its outputs, and two passes over the same samples, with "
-            f"buffers and random numbers put back, differ by {off:.1e} of their size: it keeps a state that cannot be put "
-            "back. Give the module itself where critic is a function around it, or set it to eval(), or use method='autograd'"
+            f"{op}: finite differences need a critic that repeats its outputs, and two passes over the same samples, "
+            "with "
+            f"buffers and random numbers put back, differ by {off:.1e} of their size: it keeps a state that cannot be "
+            "put "
+            "back. Give the module itself where critic is a function around it, or set it to eval(), or use "
+            "method='autograd'"
         )
 
 
@@ -117,7 +124,9 @@ def call_critic(op: str, critic: Critic, name: str, x: Tensor, context: Sequence
         raise type(error)(f"{op}: the critic raised for {what}: {error}") from error
 
 
-def _double_backward(call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings) -> tuple[Tensor, Tensor]:
+def _double_backward(
+    call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings
+) -> tuple[Tensor, Tensor]:
     original = unwrapped(critic)
 
     def checked(at: Tensor, *rest: Tensor) -> Tensor:
@@ -142,7 +151,9 @@ def _double_backward(call: Call, critic: Critic, x: Tensor, context: Sequence[Te
 _MISSING = ("not implemented", "double backward", "higher order", "once_differentiable", "no autograd formula")
 
 
-def fallback_penalty(call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings) -> tuple[Tensor, Tensor]:
+def fallback_penalty(
+    call: Call, critic: Critic, x: Tensor, context: Sequence[Tensor], s: Settings
+) -> tuple[Tensor, Tensor]:
     """Double backward by PyTorch; where that is not implemented, finite differences."""
     known = facts(critic)
     if s.method == "finite-difference" or (known.finite_differences and s.method != "autograd"):
@@ -164,12 +175,15 @@ def fallback_penalty(call: Call, critic: Critic, x: Tensor, context: Sequence[Te
     if restore is not None:
         restore()
     known.finite_differences = True
-    warnings.warn(f"{call.op}: PyTorch has no double backward here ({reason}); finite differences are used", stacklevel=4)
+    warnings.warn(
+        f"{call.op}: PyTorch has no double backward here ({reason}); finite differences are used", stacklevel=4
+    )
     return _finite_difference(call, critic, x, context, s)
 
 
 def report_unsupported(op: str, critic: Critic, error: Exception, s: Settings) -> None:
-    """What to do where the rules end, and the plain way works: raise if they were asked for, else say so once a critic."""
+    """What to do where the rules end, and the plain way works: raise if they were asked for, else say so once a
+    critic."""
     reason = str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
     if s.method == "exact":
         raise Unsupported(f"{op}: method='exact' cannot follow this critic: {reason}") from error
@@ -184,7 +198,8 @@ def report_unsupported(op: str, critic: Critic, error: Exception, s: Settings) -
 
 
 def failure_of_rules(op: str, critic: Critic, error: Exception, s: Settings) -> Exception:
-    """An exception of the exact form, after which the plain way is tried: what that raises is the caller's own error."""
+    """An exception of the exact form, after which the plain way is tried: what that raises is the caller's own
+    error."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):  # the plain way takes more
         raise error
     if s.method == "exact":

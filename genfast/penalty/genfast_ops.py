@@ -23,7 +23,13 @@ HANDLERS[UPFIRDN2D.overload] = mapped(of_images, prefix=True)
 def _bias_act(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The piecewise-linear ones as a term, a sign mask and a factor."""
     x, bias, act, alpha, gain, clamp = named_arguments(args, kwargs, ("x", "bias", "act", "alpha", "gain", "clamp"), ())
-    if tape.slot(x) < 0 or tape.slot(bias) >= 0 or act not in ("linear", "relu", "lrelu") or clamp is not None or x.dim() < 2:
+    if (
+        tape.slot(x) < 0
+        or tape.slot(bias) >= 0
+        or act not in ("linear", "relu", "lrelu")
+        or clamp is not None
+        or x.dim() < 2
+    ):
         return otherwise(tape, func, args, kwargs)
     term = per_channel(x, bias)
     if term is not None:

@@ -67,7 +67,9 @@ def name_of(func: Any) -> str:
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # of an attribute
 
 
-def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+def named_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], defaults: Sequence[Any]
+) -> list[Any]:
     """The arguments in the order of ``names``; the last ones have ``defaults``."""
     required = len(names) - len(defaults)
     found = list(args)
@@ -80,9 +82,11 @@ PASSED.update(
     f
     for f in (
         T.size, T.dim, T.numel, T.stride, T.is_contiguous, T.is_floating_point, T.element_size, T.__len__, T.ndimension,
-        T.is_complex, T.data_ptr, T.get_device, T.storage_offset, T.is_neg, T.is_conj, torch.is_floating_point, torch.numel,
-        *(getattr(T, n).__get__ for n in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_cpu",
-                                          "grad_fn", "is_leaf", "is_sparse", "is_mkldnn", "is_quantized", "is_nested", "names")
+        T.is_complex, T.data_ptr, T.get_device, T.storage_offset, T.is_neg, T.is_conj, torch.is_floating_point,
+        torch.numel,
+        *(getattr(T, n).__get__ for n in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout",
+        "is_cpu", "grad_fn", "is_leaf", "is_sparse", "is_mkldnn", "is_quantized", "is_nested",
+                                          "names")
           if hasattr(T, n)),
     )
 )  # fmt: skip

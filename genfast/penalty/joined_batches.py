@@ -40,17 +40,24 @@ def _stackable(parts: Sequence[Part]) -> str:
 
 
 def joined_pass(
-    call: Call, critic: Critic, parts: Sequence[Part], restore: Callable[[], None], batching: str,
-    into: dict[int, tuple[Tensor, Tensor, bool]] | None, loss: bool = True,
-) -> Pass | None:  # fmt: skip
+    call: Call,
+    critic: Critic,
+    parts: Sequence[Part],
+    restore: Callable[[], None],
+    batching: str,
+    into: dict[int, tuple[Tensor, Tensor, bool]] | None,
+    loss: bool = True,
+) -> Pass | None:
     """A pass over all parts as one batch; None if they must go through the critic apart.
 
-    What the record shows (a rule that mixes samples, a value that leaves its sight) forbids it. What no record shows, such as
-    a number made of the batch's size, is looked for by a comparison with the parts' own outputs, once for each structure.
+    What the record shows (a rule that mixes samples, a value that leaves its sight) forbids it. What no record shows,
+    such as a number made of the batch's size, is looked for by a comparison with the parts' own outputs, once for each
+    structure.
     """
     known = facts(critic)
-    # A function may be a new one at each call, which would pay for a comparison each time; a module is the same one again, and
-    # its first call goes the way of the later ones, so that a run that is resumed repeats the bits of one that was not.
+    # A function may be a new one at each call, which would pay for a comparison each time; a module is the same one
+    # again, and its first call goes the way of the later ones, so that a run that is resumed repeats the bits of one
+    # that was not.
     if batching == "auto" and (known.moves or (known.separable is None and not isinstance(critic, nn.Module))):
         return None
     recorded: Pass | None = None
@@ -61,14 +68,29 @@ def joined_pass(
 
         def record() -> Pass:
             return Pass(
-                call.op, critic, x, context, loss=loss, start=restore, into=into, read=call.read, mean=call.patches == "mean"
+                call.op,
+                critic,
+                x,
+                context,
+                loss=loss,
+                start=restore,
+                into=into,
+                read=call.read,
+                mean=call.patches == "mean",
             )
 
         recorded = record()
         sweeps, escaped = recorded.sweeps, recorded.sweeps.tape.escaped
         output = getattr(call.output, "__code__", call.output)
-        key = (tuple(map(type, sweeps.tape.rules)), output, call.patches, tuple(len(p) for p, _ in parts), x.shape, x.dtype,
-               torch.is_autocast_enabled(x.device.type))  # fmt: skip
+        key = (
+            tuple(map(type, sweeps.tape.rules)),
+            output,
+            call.patches,
+            tuple(len(p) for p, _ in parts),
+            x.shape,
+            x.dtype,
+            torch.is_autocast_enabled(x.device.type),
+        )
         if not sweeps.joinable:
             why = f"by {escaped}, which is not recorded" if escaped else f"by {known.coupling or 'one of its layers'}"
             reason = f"its samples may meet {why}"
@@ -88,7 +110,8 @@ def joined_pass(
         if batching == "together" and not known.warned_separate:
             known.warned_separate = True
             warnings.warn(
-                f"{call.op}: batching='together' is not followed for this critic: {reason}; real, fake and interpolated "
+                f"{call.op}: batching='together' is not followed for this critic: {reason}; real, fake and "
+                "interpolated "
                 "samples are batches of their own",
                 stacklevel=5,
             )
@@ -99,9 +122,21 @@ class _Undropped(TorchFunctionMode):
     """Runs dropout as in evaluation, so that the batches of a random critic can be compared."""
 
     FUNCTIONS = frozenset(
-        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, torch.dropout,
-         torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout, torch.rrelu)
-    )  # fmt: skip
+        (
+            F.dropout,
+            F.dropout1d,
+            F.dropout2d,
+            F.dropout3d,
+            F.alpha_dropout,
+            F.feature_alpha_dropout,
+            F.rrelu,
+            torch.dropout,
+            torch.feature_dropout,
+            torch.alpha_dropout,
+            torch.feature_alpha_dropout,
+            torch.rrelu,
+        )
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

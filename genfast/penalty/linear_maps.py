@@ -57,7 +57,9 @@ class Map(Rule):
 
     kind = "exact, linear"
 
-    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, prefix: bool) -> None:
+    def __init__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, prefix: bool
+    ) -> None:
         self.func, self.args, self.kwargs = func, args[1:], kwargs
         self.per_sample, self.prefix = per_sample, prefix
         self.shape, self.dtype, self.memory = args[0].shape, args[0].dtype, args[0].stride()
@@ -128,7 +130,9 @@ def mapped(keeps: Callable[[Tensor, Any, tuple[Any, ...], dict[str, Any]], bool]
 def _axes_but_first(x: Tensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """All axes that are named differ from 0 (and some are)."""
     named = [
-        kwargs[k] for k in ("dim", "dims", "axis", "dim0", "dim1", "axis0", "axis1", "source", "destination") if k in kwargs
+        kwargs[k]
+        for k in ("dim", "dims", "axis", "dim0", "dim1", "axis0", "axis1", "source", "destination")
+        if k in kwargs
     ]
     axes = flat_ints([*rest, *named])
     return bool(axes) and all(isinstance(a, int) and not isinstance(a, bool) and a % max(x.dim(), 1) != 0 for a in axes)
@@ -206,7 +210,9 @@ for _f in functions_named(
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"
 ):
     HANDLERS[_f] = mapped(of_images, prefix=True)
-for _f in functions_named("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "channel_shuffle"):
+for _f in functions_named(
+    "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "channel_shuffle"
+):
     HANDLERS[_f] = mapped(of_images, prefix=True)
 HANDLERS[T.unfold] = mapped(_last_axis(0))
 for _f in functions_named("to", "float", "double", "half", "bfloat16", "contiguous", "clone", "type_as", "cpu", "cuda"):
@@ -240,7 +246,9 @@ class Join(Rule):
 
     def _split(self, g: Tensor) -> Sequence[Tensor]:
         stacked = self.func is torch.stack
-        return list(g.unbind(self.dim) if stacked else g.split([shape[self.dim] for shape, _, _ in self.parts], self.dim))
+        return list(
+            g.unbind(self.dim) if stacked else g.split([shape[self.dim] for shape, _, _ in self.parts], self.dim)
+        )
 
     def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         assert g[0] is not None
@@ -258,7 +266,8 @@ class Join(Rule):
         values = [next(directions) if active else None for _, active, _ in self.parts]
         return [
             self.func(
-                [self.like.new_zeros(shape) if v is None else v for v, (shape, _, _) in zip(values, self.parts)], self.dim
+                [self.like.new_zeros(shape) if v is None else v for v, (shape, _, _) in zip(values, self.parts)],
+                self.dim,
             )
         ]
 

@@ -1,7 +1,8 @@
 """The rule of every normalisation: layer, group, instance, root mean square, and batch norm.
 
-x_hat = (x - mean) r over groups of n values, r = (mean (x - mean)^2 + eps)^(-1/2); then gain and bias as factors and terms.
-With P g = g - mean g - x_hat mean(x_hat g) (root mean square norm: without mean g), the Jacobian is J = r P, symmetric, and
+x_hat = (x - mean) r over groups of n values, r = (mean (x - mean)^2 + eps)^(-1/2); then gain and bias as factors and
+terms. With P g = g - mean g - x_hat mean(x_hat g) (root mean square norm: without mean g), the Jacobian is J = r P,
+symmetric, and
 
     d<b, J t>/dx = -(r / n) ( <b, J t> x_hat + <x_hat, t> J b + <x_hat, b> J t ).
 """
@@ -28,7 +29,14 @@ class Normalise(Rule):
     curved = True
 
     def __init__(
-        self, name: str, x_hat: Tensor, r: Tensor, shape: Sequence[int], dims: tuple[int, ...], centred: bool, per_sample: bool
+        self,
+        name: str,
+        x_hat: Tensor,
+        r: Tensor,
+        shape: Sequence[int],
+        dims: tuple[int, ...],
+        centred: bool,
+        per_sample: bool,
     ) -> None:
         self.kind = f"exact, smooth ({name})"
         self.shape, self.dims, self.centred, self.per_sample = x_hat.shape, dims, centred, per_sample
@@ -55,7 +63,9 @@ class Normalise(Rule):
         if self.dims == (1,) and self.centred:  # the library's kernel, told that x_hat is normalised already
             zero, one = torch.zeros_like(self.r), torch.ones_like(self.r)
             mask = [True, False, False]
-            found: Tensor = torch.ops.aten.native_layer_norm_backward(g, self.x_hat, [self.n], zero, one, None, None, mask)[0]
+            found: Tensor = torch.ops.aten.native_layer_norm_backward(
+                g, self.x_hat, [self.n], zero, one, None, None, mask
+            )[0]
             return found.mul_(self.r)
         found = torch.addcmul(g, self.x_hat, self._mean_product(g, self.x_hat), value=-1)
         if self.centred:

@@ -12,8 +12,11 @@ from .. import reference
 from .settings import Penalty, Settings
 
 
-def penalty_of_gradient(op: str, g: Tensor | None, like: Tensor, n: int, s: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(value, norms (n,), dP/dg) from g = d(sum of outputs)/dx of the n samples, which are shaped as those of ``like``."""
+def penalty_of_gradient(
+    op: str, g: Tensor | None, like: Tensor, n: int, s: Settings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(value, norms (n,), dP/dg) from g = d(sum of outputs)/dx of the n samples, which are shaped as those of
+    ``like``."""
     if s.function is not None:
         return penalty_of_function(op, g, like, n, s)
     if g is None:  # the critic does not look at x
@@ -36,17 +39,22 @@ def value_of_function(op: str, penalty: Penalty, gradient: Tensor) -> Tensor:
     """A penalty of the user's own as a scalar: what it is, or the mean of one value per sample."""
     value = penalty(gradient)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: penalty returned a {type(value).__name__}, expected a tensor, () or one value per sample")
+        raise TypeError(
+            f"{op}: penalty returned a {type(value).__name__}, expected a tensor, () or one value per sample"
+        )
     n = gradient.shape[0]
     if value.numel() != 1 and not (value.shape[0] == n == value.numel()):
         raise ValueError(
-            f"{op}: penalty returned shape {tuple(value.shape)} for a gradient of shape {tuple(gradient.shape)}, expected a "
+            f"{op}: penalty returned shape {tuple(value.shape)} for a gradient of shape {tuple(gradient.shape)}, "
+            "expected a "
             f"scalar () or one value per sample ({n},)"
         )
     return value.mean()
 
 
-def penalty_of_function(op: str, g: Tensor | None, like: Tensor, n: int, s: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
+def penalty_of_function(
+    op: str, g: Tensor | None, like: Tensor, n: int, s: Settings
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As :func:`penalty_of_gradient`, by a function of the user's own; the value keeps its graph to all but g."""
     assert s.function is not None
     zero = g is None
@@ -66,12 +74,15 @@ def penalty_of_function(op: str, g: Tensor | None, like: Tensor, n: int, s: Sett
 
 def slope_of_function(op: str, value: Tensor, gradient: Tensor, keep: bool) -> Tensor:
     """The derivative of a penalty of the user's own by the gradient that it is of."""
-    (u,) = torch.autograd.grad(value, gradient, retain_graph=keep, allow_unused=True) if value.requires_grad else (None,)
+    (u,) = (
+        torch.autograd.grad(value, gradient, retain_graph=keep, allow_unused=True) if value.requires_grad else (None,)
+    )
     if u is None:
         raise ValueError(f"{op}: penalty does not depend on the gradient that it was given, expected a function of it")
     if u.is_cpu and bool(value.detach().isfinite()) and not bool(u.isfinite().all()):
         raise FloatingPointError(
-            f"{op}: the derivative of penalty is not finite, though its value is; a root at a gradient of zero does that: use "
+            f"{op}: the derivative of penalty is not finite, though its value is; a root at a gradient of zero does "
+            "that: use "
             "torch.linalg.vector_norm, or add a small number under the root"
         )
     return u
@@ -103,7 +114,12 @@ def check_finite(op: str, value: Tensor, norms: Tensor) -> None:
         return
     if not math.isfinite(float(value.detach())):
         bad = (~norms.isfinite()).nonzero().flatten().tolist()
-        which = f"{len(bad)} of {len(norms)} samples (the first is sample {bad[0]})" if bad else "any sample alone, but for all"
+        which = (
+            f"{len(bad)} of {len(norms)} samples (the first is sample {bad[0]})"
+            if bad
+            else "any sample alone, but for all"
+        )
         raise FloatingPointError(
-            f"{op}: the critic's input gradient is not finite for {which}: its weights, its inputs or the loss have diverged"
+            f"{op}: the critic's input gradient is not finite for {which}: its weights, its inputs or the loss have "
+            "diverged"
         )

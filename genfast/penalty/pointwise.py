@@ -61,7 +61,9 @@ def _sign_mask(default: float, fixed: bool = False, in_place: bool = False) -> H
             x, inplace = named_arguments(args, kwargs, ("input", "inplace"), (in_place,))
             slope = default
         else:
-            x, slope, inplace = named_arguments(args, kwargs, ("input", "negative_slope", "inplace"), (default, in_place))
+            x, slope, inplace = named_arguments(
+                args, kwargs, ("input", "negative_slope", "inplace"), (default, in_place)
+            )
         own = bool(inplace) and may_overwrite(tape, func, x)
         value = x.data if own else x.detach()  # what is written through ``data`` counts no version
         if value.is_cpu and value.element_size() < 4:  # no kernel packs the bits of these
@@ -142,7 +144,9 @@ def _hardtanh(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if func is F.relu6:
         (x, inplace), low, high = named_arguments(args, kwargs, ("input", "inplace"), (False,)), 0.0, 6.0
     else:
-        x, low, high, inplace = named_arguments(args, kwargs, ("input", "min_val", "max_val", "inplace"), (-1.0, 1.0, False))
+        x, low, high, inplace = named_arguments(
+            args, kwargs, ("input", "min_val", "max_val", "inplace"), (-1.0, 1.0, False)
+        )
     if inplace:
         may_overwrite(tape, func, x)
     v = x.detach()

@@ -1,4 +1,5 @@
-"""Critics that are spread over processes: one forward pass of DistributedDataParallel, and none that is sharded in parts."""
+"""Critics that are spread over processes: one forward pass of DistributedDataParallel, and none that is sharded in
+parts."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class _OneForward(nn.Module):
 
 
 def as_one_forward(op: str, critic: Critic, run: Callable[..., Any], *points: Tensor) -> Any:
-    """``run(module, *points)`` with the plain module of a critic, as one forward pass of the wrapper that it may be in."""
+    """``run(module, *points)`` with the plain module of a critic, as one forward pass of the wrapper that it may be
+    in."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return run(critic, *points)
     check_sharded(op, critic)
@@ -74,6 +76,7 @@ def check_sharded(op: str, critic: Critic) -> None:
         if isinstance(part, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
             which = f"its part {name!r} is" if name else "it is"
             raise ValueError(
-                f"{op}: critic gathers weights on its own, since {which} sharded (fully_shard); leave the critic whole, call "
+                f"{op}: critic gathers weights on its own, since {which} sharded (fully_shard); leave the critic "
+                "whole, call "
                 f"{op} in the forward of a module that holds it, and shard that: fully_shard(objective)"
             )

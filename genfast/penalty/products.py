@@ -98,7 +98,13 @@ class Linear(Weighted):
 @handles(F.linear)
 def _linear(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias = named_arguments(args, kwargs, ("input", "weight", "bias"), (None,))
-    if tape.slot(x) < 0 or tape.slot(weight) >= 0 or tape.slot(bias) >= 0 or x.dim() < 2 or mixed_dtypes(x, weight, bias):
+    if (
+        tape.slot(x) < 0
+        or tape.slot(weight) >= 0
+        or tape.slot(bias) >= 0
+        or x.dim() < 2
+        or mixed_dtypes(x, weight, bias)
+    ):
         return otherwise(tape, func, args, kwargs)
     rule = Linear(tape, x, weight, bias)
     y, rule.y = rule.y, None
@@ -109,15 +115,25 @@ class Convolution(Weighted):
     kind = "exact, convolution"
 
     def __init__(
-        self, tape: Tape, x: Tensor, weight: Tensor, bias: Maybe, stride: list[int], padding: list[int], dilation: list[int],
-        transposed: bool, output_padding: list[int], groups: int,
-    ) -> None:  # fmt: skip
+        self,
+        tape: Tape,
+        x: Tensor,
+        weight: Tensor,
+        bias: Maybe,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+    ) -> None:
         self.weight, self.bias, self.dtype = weight, bias, x.dtype
         self.options = (stride, padding, dilation, transposed, output_padding, groups)
         self.to: dict[str, Any] = {"dtype": autocast_dtype(x)}
         if x.dim() == 4 and x.is_cpu:
             if weight.shape[2:] == (1, 1) and max(stride) > 1 and (x.shape[1] % 16 or weight.shape[0] % 16):
-                # In channels_last these write beyond their memory (oneDNN in torch 2.13, seen with AVX2 and 3 to 6 channels).
+                # In channels_last these write beyond their memory (oneDNN in torch 2.13, seen with AVX2 and 3 to 6
+                # channels).
                 self.to["memory_format"] = torch.contiguous_format
             elif tape.channels_last:  # oneDNN's convolutions are 1.1 to 4 times as fast
                 self.to["memory_format"] = torch.channels_last
@@ -136,7 +152,9 @@ class Convolution(Weighted):
     def _backward(self, b: Tensor, x: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [b.shape[1]] if mask[2] else None
         b, x = b.to(**self.to), x.to(**self.to)
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(b, x, self.w, sizes, *self.options, mask)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            b, x, self.w, sizes, *self.options, mask
+        )
         return found
 
     def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
@@ -144,9 +162,11 @@ class Convolution(Weighted):
         assert b is not None
         b = b.to(**self.to)
         # only its shape and strides are read, so nothing is ever written to it
-        like = b.new_empty(0).as_strided((0,), (1,)) if not b.shape[0] else torch.empty_strided(
-            (b.shape[0], *self.shape[1:]), self.strides, dtype=b.dtype, device=b.device
-        )  # fmt: skip
+        like = (
+            b.new_empty(0).as_strided((0,), (1,))
+            if not b.shape[0]
+            else torch.empty_strided((b.shape[0], *self.shape[1:]), self.strides, dtype=b.dtype, device=b.device)
+        )
         return [self._backward(b, like, [True, False, False])[0].to(self.dtype)]
 
     def tangent(self, sweeps: Sweeps, b: list[Maybe], t: list[Maybe], wanted: bool) -> list[Maybe]:
@@ -247,7 +267,9 @@ class MatMul(Rule):
     def _left(g: Tensor, b: Tensor, like: Tensor) -> Tensor:
         """The gradient of A, of the rows of the batch that g holds."""
         found = g @ b.mT
-        return found if found.dim() == like.dim() and found.shape[1:] == like.shape[1:] else found.sum_to_size(like.shape)
+        return (
+            found if found.dim() == like.dim() and found.shape[1:] == like.shape[1:] else found.sum_to_size(like.shape)
+        )
 
     @staticmethod
     def _right(g: Tensor, a: Tensor, like: Tensor) -> Tensor:
@@ -255,7 +277,9 @@ class MatMul(Rule):
         if like.dim() == 2 and g.dim() > 2:  # one product instead of one for each sample
             return a.reshape(-1, a.shape[-1]).t() @ g.reshape(-1, g.shape[-1])
         found = a.mT @ g
-        return found if found.dim() == like.dim() and found.shape[1:] == like.shape[1:] else found.sum_to_size(like.shape)
+        return (
+            found if found.dim() == like.dim() and found.shape[1:] == like.shape[1:] else found.sum_to_size(like.shape)
+        )
 
     def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
         (c,) = g

@@ -1,8 +1,8 @@
 """One comparison of a recorded pass with double backward, for critics that call what no rule of ours is for.
 
-Such a call is differentiated by PyTorch, alone, which is right as long as it computes what it is given and nothing else. That
-cannot be seen from outside, so the first time that a critic makes such a call both ways are run from one state, and their
-input gradients and the parameter gradients of one random direction compared.
+Such a call is differentiated by PyTorch, alone, which is right as long as it computes what it is given and nothing
+else. That cannot be seen from outside, so the first time that a critic makes such a call both ways are run from one
+state, and their input gradients and the parameter gradients of one random direction compared.
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ from torch import Tensor
 
 from .tape import Unsupported
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of norms: one kink that rounding flips must not count as an error
+TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-2,
+}  # of norms: one kink that rounding flips must not count as an error
 HALF = 0.15  # of norms, where products are in a half type
 
 
 def prove(
-    critic: Callable[..., Any], x: Tensor, context: Sequence[Tensor], rows: int, record: Callable[..., Any],
-    parameters: Sequence[Tensor], restore: Callable[[], None],
-) -> None:  # fmt: skip
+    critic: Callable[..., Any],
+    x: Tensor,
+    context: Sequence[Tensor],
+    rows: int,
+    record: Callable[..., Any],
+    parameters: Sequence[Tensor],
+    restore: Callable[[], None],
+) -> None:
     """Raises Unsupported where a recorded pass and double backward differ.
 
     critic: as it is called in plain code. record: (x, context) to a ``Pass`` of it. rows: of x, that are enough.
@@ -53,9 +61,14 @@ def _few(c: Any, batch: int, rows: int) -> Any:
 
 
 def _difference(
-    critic: Callable[..., Any], at: Tensor, context: Sequence[Any], record: Callable[..., Any], parameters: Sequence[Tensor],
-    restore: Callable[[], None], generator: torch.Generator,
-) -> float:  # fmt: skip
+    critic: Callable[..., Any],
+    at: Tensor,
+    context: Sequence[Any],
+    record: Callable[..., Any],
+    parameters: Sequence[Tensor],
+    restore: Callable[[], None],
+    generator: torch.Generator,
+) -> float:
     restore()
     recorded = record(at, context)
     g = recorded.input_gradient(len(at))
@@ -71,7 +84,9 @@ def _difference(
         try:
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 d = critic(point, *context).sum()
-            (expected,) = torch.autograd.grad(d, point, create_graph=True, allow_unused=True) if d.requires_grad else (None,)
+            (expected,) = (
+                torch.autograd.grad(d, point, create_graph=True, allow_unused=True) if d.requires_grad else (None,)
+            )
             total = at.new_zeros(()) if expected is None else (expected * direction).sum()
             theirs = _gradients([total] if total.requires_grad else [], leaves, None)
         except (torch.OutOfMemoryError, MemoryError):
@@ -118,5 +133,7 @@ def _relative(found: Sequence[Tensor], expected: Sequence[Tensor], floor: float)
     difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected)) ** 0.5
     size = max(sum(float(a.double().square().sum()) for a in side) ** 0.5 for side in (found, expected))
     if difference != difference or size != size or size == float("inf"):
-        return 0.0 if any(not bool(b.isfinite().all()) for b in expected) else float("inf")  # divergence is told of elsewhere
+        return (
+            0.0 if any(not bool(b.isfinite().all()) for b in expected) else float("inf")
+        )  # divergence is told of elsewhere
     return 0.0 if difference <= floor else difference / size

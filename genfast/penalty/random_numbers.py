@@ -29,16 +29,24 @@ def _plain_like(tape: Tape, x: Tensor, function: Callable[..., Tensor], **option
 
 
 @handles(
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout, torch.dropout_,
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    torch.dropout,
+    torch.feature_dropout,
+    torch.dropout_,
     torch.feature_dropout_,
-)  # fmt: skip
+)
 def _dropout(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in (torch.dropout, torch.feature_dropout, torch.dropout_, torch.feature_dropout_):
         x, p, training = named_arguments(args, kwargs, ("input", "p", "train"), ())
         inplace = func in (torch.dropout_, torch.feature_dropout_)
         draw = torch.dropout if func in (torch.dropout, torch.dropout_) else torch.feature_dropout
     else:
-        x, p, training, inplace = named_arguments(args, kwargs, ("input", "p", "training", "inplace"), (0.5, True, False))
+        x, p, training, inplace = named_arguments(
+            args, kwargs, ("input", "p", "training", "inplace"), (0.5, True, False)
+        )
         draw = func
     if not training or p == 0:
         return x

@@ -20,7 +20,9 @@ class SetItem(Rule):
 
     kind = "exact, linear"
 
-    def __init__(self, key: Any, active: tuple[bool, bool], shapes: tuple[torch.Size, torch.Size], per_sample: bool) -> None:
+    def __init__(
+        self, key: Any, active: tuple[bool, bool], shapes: tuple[torch.Size, torch.Size], per_sample: bool
+    ) -> None:
         self.key, self.active, self.shapes, self.per_sample = key, active, shapes, per_sample
 
     def pull(self, sweeps: Sweeps, g: list[Maybe]) -> list[Maybe]:
@@ -49,7 +51,9 @@ class SetItem(Rule):
 def _summed(g: Tensor, shape: torch.Size) -> Tensor:
     """The gradient of a value that was broadcast, and may have had more axes of length one than its place."""
     return (
-        g.sum_to_size(shape) if g.dim() >= len(shape) else g.reshape((1,) * (len(shape) - g.dim()) + g.shape).sum_to_size(shape)
+        g.sum_to_size(shape)
+        if g.dim() >= len(shape)
+        else g.reshape((1,) * (len(shape) - g.dim()) + g.shape).sum_to_size(shape)
     )
 
 

@@ -1,4 +1,5 @@
-"""What a call asks for: how the penalty is made of the gradient, and how outputs are taken from what the critic returns."""
+"""What a call asks for: how the penalty is made of the gradient, and how outputs are taken from what the critic
+returns."""
 
 from __future__ import annotations
 
@@ -80,11 +81,14 @@ class Call(NamedTuple):
         if isinstance(output, str):
             if isinstance(result, Mapping):
                 if output not in result:
-                    raise ValueError(f"{self.op}: output={output!r}, and critic returned the keys {sorted(map(str, result))}")
+                    raise ValueError(
+                        f"{self.op}: output={output!r}, and critic returned the keys {sorted(map(str, result))}"
+                    )
                 return result[output]
             if isinstance(result, Tensor) or not hasattr(result, output):
                 raise TypeError(
-                    f"{self.op}: output={output!r} is a key, and critic returned a {what}, expected a mapping or what has that "
+                    f"{self.op}: output={output!r} is a key, and critic returned a {what}, expected a mapping or what "
+                    "has that "
                     "attribute"
                 )
             return getattr(result, output)

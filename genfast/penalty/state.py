@@ -1,8 +1,9 @@
 """What a critic is made of, and how all that a pass over it has changed is taken back.
 
-A critic may be a module, or a function that calls one: a lambda, a partial, a bound method, an object with ``__call__``. What
-is to be remembered of it belongs to the modules in it and to its code, since the function itself is often a new one at each
-call; and what a pass changes is in those modules, in Python attributes beside them, and in the generators of random numbers.
+A critic may be a module, or a function that calls one: a lambda, a partial, a bound method, an object with
+``__call__``. What is to be remembered of it belongs to the modules in it and to its code, since the function itself is
+often a new one at each call; and what a pass changes is in those modules, in Python attributes beside them, and in the
+generators of random numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from .._calls import all_modules
 
 INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has, other than its settings
-SMALL = 1 << 16  # elements of a tensor without gradients that a forward pass may be expected to update, as power iterations do
+SMALL = (
+    1 << 16
+)  # elements of a tensor without gradients that a forward pass may be expected to update, as power iterations do
 CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict)
 LIBRARIES = ("torch", "numpy", "genfast")  # whose functions hold no module of a user's
 
@@ -36,8 +39,8 @@ def unwrapped(critic: Any) -> Any:
 
 @dataclass
 class Parts:
-    """What a callable is made of: modules, other objects with attributes, generators, the code that it runs first, and calls
-    into what cannot be looked into."""
+    """What a callable is made of: modules, other objects with attributes, generators, the code that it runs first, and
+    calls into what cannot be looked into."""
 
     modules: list[nn.Module] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)
@@ -47,7 +50,8 @@ class Parts:
 
 
 def parts(critic: Any) -> Parts:
-    """The modules that ``critic`` is, or calls as far as its code shows: through closures, defaults, globals and attributes."""
+    """The modules that ``critic`` is, or calls as far as its code shows: through closures, defaults, globals and
+    attributes."""
     critic = unwrapped(critic)
     if isinstance(critic, nn.Module):
         return Parts([critic])
@@ -55,7 +59,8 @@ def parts(critic: Any) -> Parts:
 
 
 class _Search:
-    """Walks from a callable to what it refers to. Of plain objects only those attributes are followed that the code names."""
+    """Walks from a callable to what it refers to. Of plain objects only those attributes are followed that the code
+    names."""
 
     def __init__(self, critic: Any) -> None:
         self.parts = Parts()
@@ -64,13 +69,20 @@ class _Search:
         self.seen: dict[int, Any] = {}  # an id says something only while its object lives
         self._visit(critic, 4)
         count = -1
-        while count != len(self.names) + len(self.plain):  # code that was reached last may name more of what was reached first
+        while count != len(self.names) + len(
+            self.plain
+        ):  # code that was reached last may name more of what was reached first
             count = len(self.names) + len(self.plain)
             for thing, depth in list(self.plain):
                 self._attributes(thing, depth)
 
     def _visit(self, thing: Any, depth: int) -> None:
-        if thing is None or isinstance(thing, (int, float, str, bytes, Tensor, type)) or id(thing) in self.seen or depth < 0:
+        if (
+            thing is None
+            or isinstance(thing, (int, float, str, bytes, Tensor, type))
+            or id(thing) in self.seen
+            or depth < 0
+        ):
             return
         self.seen[id(thing)] = thing
         if isinstance(thing, nn.Module):
@@ -247,7 +259,10 @@ class State:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             here = {torch.cuda.current_device()}
             here |= {
-                p.device.index for m in found.modules for p in (next(m.parameters(), None),) if p is not None and p.is_cuda
+                p.device.index
+                for m in found.modules
+                for p in (next(m.parameters(), None),)
+                if p is not None and p.is_cuda
             }
             self.devices = [(i, torch.cuda.get_rng_state(i)) for i in here if i is not None]
         self.foreign = _foreign_states() if foreign else None
@@ -281,7 +296,11 @@ class State:
         for held, before in self.bindings:
             for name in {**before, **held}:
                 value, old = held.get(name), before.get(name)
-                if value is not old and not (isinstance(value, Tensor) and value.requires_grad) and not _equal(value, old):
+                if (
+                    value is not old
+                    and not (isinstance(value, Tensor) and value.requires_grad)
+                    and not _equal(value, old)
+                ):
                     return True
         if any(not _equal(value, before) for value, before in self.containers):
             return True
@@ -317,7 +336,8 @@ class State:
                         tensor.copy_(content)
                 elif tensor.shape != content.shape:
                     tensor.data = content.clone()
-                else:  # ``data`` has a version counter of its own: what a graph has saved is valid again with its contents
+                # ``data`` has a version counter of its own: what a graph has saved is valid again with its contents
+                else:
                     tensor.data.copy_(content)
         torch.default_generator.set_state(self.random)
         for i, state in self.devices:
@@ -340,7 +360,9 @@ PLAIN = frozenset({int, float, bool, str, type(None), tuple, torch.Size, torch.d
 class Facts:
     """What earlier passes over a critic have shown, in one of its modes (training or not)."""
 
-    curved: bool | None = None  # whether a layer has curvature; None before the first pass, which then keeps what that needs
+    curved: bool | None = (
+        None  # whether a layer has curvature; None before the first pass, which then keeps what that needs
+    )
     separable: bool | None = None  # whether every rule keeps the samples of a batch separate
     channels_last: bool = True  # whether no layer wants another memory format
     coupling: str = ""  # the layer that couples samples

@@ -1,17 +1,17 @@
 """The sweeps over a recorded pass that replace double backward.
 
-With S the sum of the critic's outputs, g = dS/dx, P = phi(g) and u = dP/dg held fixed, dP/dtheta = d<u, dS/dx>/dtheta: the
-gradient of a directional derivative, for which three sweeps over the recorded pass suffice (Pearlmutter 1994;
+With S the sum of the critic's outputs, g = dS/dx, P = phi(g) and u = dP/dg held fixed, dP/dtheta = d<u, dS/dx>/dtheta:
+the gradient of a directional derivative, for which three sweeps over the recorded pass suffice (Pearlmutter 1994;
 arXiv:1906.06637 counts them for piecewise-linear networks):
 
     chain     b: cotangents of S, from the output to x                          b_in = J^T b_out
     tangent   t: the directional derivative, from x to the output, t_0 = u      t_out = J t_in
     second    c: what a layer's curvature adds, from the output to x            c_in = J^T c_out + d<b, J(h) t>/dh
 
-and every parameter collects d<b, J t>/dtheta (for a weight: b (x) t) and d<c, f(h)>/dtheta (c (x) h). In a piecewise-linear
-critic there is no curvature, so c = 0 and neither the third sweep nor the activations h are needed. A loss with
-f' = dloss/dD shares all of it: its cotangents are f' b as long as no layer couples samples, so that a weight gets
-b (x) (t + f' h) in one product; where samples are coupled, c starts from f' instead.
+and every parameter collects d<b, J t>/dtheta (for a weight: b (x) t) and d<c, f(h)>/dtheta (c (x) h). In a
+piecewise-linear critic there is no curvature, so c = 0 and neither the third sweep nor the activations h are needed. A
+loss with f' = dloss/dD shares all of it: its cotangents are f' b as long as no layer couples samples, so that a weight
+gets b (x) (t + f' h) in one product; where samples are coupled, c starts from f' instead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Sweeps:
     They run in one order: ``chain``, then ``sweep``. ``gradients`` is where the results are added up.
     """
 
-    def __init__(self, tape: Tape, output: int, gradients: dict[int, tuple[Tensor, Tensor, bool]] | None = None) -> None:
+    def __init__(
+        self, tape: Tape, output: int, gradients: dict[int, tuple[Tensor, Tensor, bool]] | None = None
+    ) -> None:
         self.tape, self.output, self.batch, self.slots = tape, output, tape.batch, tape.slots
         # by id of the tensor: (tensor, gradient, whether no one else has its memory)
         self.gradients: dict[int, tuple[Tensor, Tensor, bool]] = {} if gradients is None else gradients
@@ -78,7 +80,9 @@ class Sweeps:
         self.per_sample = all(r.per_sample for r in self.live_rules)
         self.separable = all(tape.axes[s] >= 0 for r in self.live_rules for s in r.outs)
         # a rule that is not live may have made a mask or a number of all samples
-        self.joinable = self.separable and not tape.escaped and all(tape.axes[s] >= 0 for r in tape.rules for s in r.outs)
+        self.joinable = (
+            self.separable and not tape.escaped and all(tape.axes[s] >= 0 for r in tape.rules for s in r.outs)
+        )
 
     def collect(self, parameter: Tensor, gradient: Tensor, fresh: bool = False) -> None:
         """Adds to the gradient of a tensor that does not depend on x; ``fresh``: no one else has its memory."""
@@ -122,7 +126,12 @@ class Sweeps:
     def collect_rows(self, parameter: Tensor, gradient: Tensor, start: int) -> None:
         """Adds ``gradient``, of some rows of the batch from ``start`` on, summed to what ``parameter`` has of them."""
         shape = parameter.shape
-        if not gradient.dim() or parameter.dim() < gradient.dim() or shape[0] != self.batch or gradient.shape[0] == self.batch:
+        if (
+            not gradient.dim()
+            or parameter.dim() < gradient.dim()
+            or shape[0] != self.batch
+            or gradient.shape[0] == self.batch
+        ):
             self.collect(parameter, gradient.sum_to_size(shape))
             return
         full = torch.zeros_like(parameter, dtype=gradient.dtype)

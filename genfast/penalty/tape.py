@@ -1,9 +1,9 @@
 """The record of one forward pass of a critic, over which ``sweeps.py`` finds what double backward would.
 
 The pass is recorded by a TorchFunctionMode: the functions that the critic calls on what depends on x ("active" tensors)
-reach ``Tape.__torch_function__``, which looks up their handlers in ``HANDLERS``; each runs its function and records a ``Rule``.
-What does not depend on x, weights and how they are made of parameters, runs under autograd as usual, and the gradients found
-here continue there.
+reach ``Tape.__torch_function__``, which looks up their handlers in ``HANDLERS``; each runs its function and records a
+``Rule``. What does not depend on x, weights and how they are made of parameters, runs under autograd as usual, and the
+gradients found here continue there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class PlainLayoutNeeded(Exception):
 
 
 class _Untouched(torch.autograd.graph.saved_tensors_hooks):
-    """Saves tensors as they are, whatever a checkpoint around the call would do: its recomputation is of another function."""
+    """Saves tensors as they are, whatever a checkpoint around the call would do: its recomputation is of another
+    function."""
 
     def __init__(self) -> None:
         super().__init__(_same, _same)
@@ -60,7 +61,8 @@ class Rule:
     kind: what ``genfast.explain`` calls it.
     couples: what it is, if it is known to mix the samples of a batch.
     curved: whether its Jacobian depends on its active inputs.
-    per_sample: whether, axis 0 of its inputs being the batch, so is that of its outputs, and it keeps the samples apart.
+    per_sample: whether, axis 0 of its inputs being the batch, so is that of its outputs, and it keeps the samples
+        apart.
     prefix: whether its methods also take the first rows of the batch alone.
     fresh: whether what its methods return is in memory of its own.
     """
@@ -75,11 +77,13 @@ class Rule:
     outs: tuple[int, ...]
     module = ""
     called = ""
-    proven = ""  # the name of a call whose derivatives are compared with PyTorch's double backward once; "" for rules of ours
+    # the name of a call whose derivatives are compared with PyTorch's double backward once; "" for rules of ours
+    proven = ""
     saved_versions: tuple[tuple[str, int], ...] = ()
 
     def follow(self, axis: int, x: Tensor, y: Tensor) -> int:
-        """Where the batch, along ``axis`` of the input x, lies in the output y; -1 where samples meet, or it is not known."""
+        """Where the batch, along ``axis`` of the input x, lies in the output y; -1 where samples meet, or it is not
+        known."""
         return -1
 
     @property
@@ -132,14 +136,22 @@ class Tape(TorchFunctionMode):
     """
 
     def __init__(
-        self, x: Tensor, *, keep_inputs: bool, channels_last: bool, modules: Sequence[torch.nn.Module], stack: list[str] | None
-    ) -> None:  # fmt: skip
+        self,
+        x: Tensor,
+        *,
+        keep_inputs: bool,
+        channels_last: bool,
+        modules: Sequence[torch.nn.Module],
+        stack: list[str] | None,
+    ) -> None:
         super().__init__()
         self.batch = x.shape[0]
         in_channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         self.memory_format = torch.channels_last if in_channels_last else torch.contiguous_format  # that x came in
         self.keep_inputs, self.channels_last, self.modules, self.stack = keep_inputs, channels_last, modules, stack
-        self.serial = next(_SERIAL)  # what active tensors are marked with: the tape itself would make a cycle of references
+        self.serial = next(
+            _SERIAL
+        )  # what active tensors are marked with: the tape itself would make a cycle of references
         self.calling = ""
         self.rules: list[Rule] = []
         self.slots = 0
@@ -229,7 +241,8 @@ class Tape(TorchFunctionMode):
                     found = True
                     if version(a) != self.versions[slot] or a.grad_fn is not None:
                         raise Unsupported(
-                            f"a tensor {tuple(a.shape)} that depends on x was changed in place by a call that PyTorch shows to "
+                            f"a tensor {tuple(a.shape)} that depends on x was changed in place by a call that PyTorch "
+                            "shows to "
                             "no function mode, or through its data"
                         )
                 elif a.requires_grad and a.grad_fn is not None and id(a) not in self._cleared:
@@ -250,7 +263,8 @@ class Tape(TorchFunctionMode):
             seen.add(node)
             if self.slot(getattr(node, "variable", None)) >= 0:
                 raise Unsupported(
-                    f"a call that PyTorch shows to no function mode ({tensor.grad_fn.name() if tensor.grad_fn else 'unknown'}: "
+                    "a call that PyTorch shows to no function mode "
+                    f"({tensor.grad_fn.name() if tensor.grad_fn else 'unknown'}: "
                     "an autograd.Function or a compiled or scripted part)"
                 )
             queue += [n for n, _ in node.next_functions]

@@ -1,32 +1,38 @@
-"""Degree-ordered inverse: a masked network lowered so that each of its units is computed once, when its inputs are known.
+"""Degree-ordered inverse: a masked network lowered so that each of its units is computed once, when its inputs are
+known.
 
-Every unit has a level. An input of level l is solved in round l; a unit of level l needs inputs of levels below l only, so it
-is computed once, at the beginning of round l. Units that no parameter of an input needs are left out.
+Every unit has a level. An input of level l is solved in round l; a unit of level l needs inputs of levels below l only,
+so it is computed once, at the beginning of round l. Units that no parameter of an input needs are left out.
 
-The program is two tensors. In ``code`` (int64) units have numbers: the D inputs first, sorted by level, then the units of
-each layer, from a multiple of 16 on (some numbers are no unit's), sorted by level within the layer; those of the last layer by
+The program is two tensors. In ``code`` (int64) units have numbers: the D inputs first, sorted by level, then the units
+of each layer, from a multiple of 16 on (some numbers are no unit's), sorted by level within the layer; those of the
+last layer by
 the input that they are parameters of: input j of the sorted order has the P units ``parameters + j P + p``.
 
-    header      D, P, L levels, M layers, G groups, U numbers, S columns of statics, W elements of packed, ``parameters``
+    header      D, P, L levels, M layers, G groups, U numbers, S columns of statics, W elements of packed,
+    ``parameters``
     order       D: which input of the caller stands at each place of the sorted order
     ends        L: how many inputs have a level of at most l
-    layers      M x 11: kind, activation, first unit of the source, units of the source, first unit, units, then -1 where there
-                is none: bias (offset in packed), context and gate (first column of statics), sources and residual (offsets in
+    layers      M x 11: kind, activation, first unit of the source, units of the source, first unit, units, then -1
+        where there
+                is none: bias (offset in packed), context and gate (first column of statics), sources and residual
+                    (offsets in
                 code of tables of ``units`` unit numbers)
     groups      G x 7: level, layer, first row (in the layer), rows, count, weight (offset in packed), stride
     tables      as the layers say
 
     kind 0, product:  v[r] = act(sum over k < count of packed[weight + (r - row) stride + k] v[source + k]
                                  + packed[bias + r] + statics[context + r]) + v[residual[r]]
-                      act is one whose derivative follows from its value: none, relu, leaky_relu (0.01), elu, tanh, sigmoid,
-                      softplus; there is a residual only with none, and no gate
+                      act is one whose derivative follows from its value: none, relu, leaky_relu (0.01), elu, tanh,
+                      sigmoid, softplus; there is a residual only with none, and no gate
     kind 1, point:    v[r] = act(v[sources[r]]) statics[gate + r] + v[residual[r]], any act: also silu, gelu; count is 0
 
-``packed`` is flat: for each group of a product its rows one behind the other, ``stride`` elements apart, zero where the mask
-is zero and from ``count`` to ``stride``, which is a multiple of 16 (offsets too); then the biases. ``statics`` is
+``packed`` is flat: for each group of a product its rows one behind the other, ``stride`` elements apart, zero where the
+mask is zero and from ``count`` to ``stride``, which is a multiple of 16 (offsets too); then the biases. ``statics`` is
 (N, S): what does not depend on x.
 
-Groups stand in the order of execution: by level, within it by layer. Round l: the groups of level l, one after the other
+Groups stand in the order of execution: by level, within it by layer. Round l: the groups of level l, one after the
+    other
 (rows of a group do not depend on each other; a group may read what the one before it wrote), then inputs ends[l - 1] to
 ends[l] are solved from z and their parameters. Some rounds may have no group of a layer.
 """
@@ -83,12 +89,14 @@ def layers_of(network: Any, context: Tensor | None = None) -> list[Layer]:
     """``network.layers(context)`` with the weights that a call would use.
 
     Raises:
-        LoweringError: a call of the network does more than its ``layers`` can say: a module has hooks or a forward of its own,
-            or a subclass changed the forward and not ``layers``.
+        LoweringError: a call of the network does more than its ``layers`` can say: a module has hooks or a forward of
+            its own, or a subclass changed the forward and not ``layers``.
     """
     name, plain = type(network).__name__, called_plainly(network)
     for path, module in () if plain else network.named_modules():
-        hook = hook_in_the_way(module, weights=bool(path)) or ("a forward of its own" if "forward" in module.__dict__ else "")
+        hook = hook_in_the_way(module, weights=bool(path)) or (
+            "a forward of its own" if "forward" in module.__dict__ else ""
+        )
         if hook:
             raise LoweringError(f"{name}: {path or 'it'} has {hook}, which its layers() do not show")
     cls = class_of(network)
@@ -165,9 +173,10 @@ class _Structure:
 class DegreeProgram:
     """A masked network, lowered for :func:`genfast.ops.autoregressive_inverse`.
 
-    :meth:`build` lowers a list of layers; :meth:`update` takes the same network with other weights, contexts and gates, and
-    lowers it anew only where a mask or a shape has changed. Weights are packed at a call; on the CPU, with no gradient asked
-    for, they stay packed as long as a comparison finds the contents that they had, however they may be written.
+    :meth:`build` lowers a list of layers; :meth:`update` takes the same network with other weights, contexts and gates,
+    and lowers it anew only where a mask or a shape has changed. Weights are packed at a call; on the CPU, with no
+    gradient asked for, they stay packed as long as a comparison finds the contents that they had, however they may be
+    written.
 
     Example:
         >>> import torch, genfast
@@ -243,7 +252,8 @@ class DegreeProgram:
         return [t for layer in self.layers for t in (layer.weight, layer.bias) if t is not None]
 
     def packed(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The flat weights in the order that ``code`` names; a function of the weights where a gradient is asked for."""
+        """The flat weights in the order that ``code`` names; a function of the weights where a gradient is asked
+        for."""
         tensors = self.parameters()
         dtype = tensors[0].dtype if dtype is None else dtype
         watched = torch.compiler.is_compiling() or recorded() or transform() is not None
@@ -269,7 +279,8 @@ class DegreeProgram:
             for name, t, shape in (("weight", layer.weight, weight), ("bias", layer.bias, bias)):
                 if t is not None and t.shape != shape:  # a write through ``data`` may change it
                     raise ValueError(
-                        f"DegreeProgram: {name} of layer {i} has shape {tuple(t.shape)}, expected {shape}, which was lowered"
+                        f"DegreeProgram: {name} of layer {i} has shape {tuple(t.shape)}, expected {shape}, which was "
+                        "lowered"
                     )
         flat = torch.cat([t.to(dtype).flatten() for t in tensors])
         packed: Tensor = gather_once(flat, *s.on(flat.device)[:2])
@@ -295,9 +306,16 @@ class DegreeProgram:
 
 def _signature(layer: Layer) -> tuple[object, ...]:
     return (
-        tuple(layer.weight.shape), None if layer.bias is None else tuple(layer.bias.shape), layer.mask is None, layer.source,
-        layer.before, layer.after, layer.residual, layer.context is None, layer.gate is None,
-    )  # fmt: skip
+        tuple(layer.weight.shape),
+        None if layer.bias is None else tuple(layer.bias.shape),
+        layer.mask is None,
+        layer.source,
+        layer.before,
+        layer.after,
+        layer.residual,
+        layer.context is None,
+        layer.gate is None,
+    )
 
 
 def _same_mask(mask: Tensor | None, kept: _Mask) -> bool:
@@ -334,7 +352,9 @@ def _check(layers: list[Layer]) -> None:
         if layer.bias is not None and tuple(layer.bias.shape) != (w.shape[0],):
             raise ValueError(f"{name}: bias of layer {i} has shape {tuple(layer.bias.shape)}, expected ({w.shape[0]},)")
         if layer.mask is not None and layer.mask.shape != w.shape:
-            raise ValueError(f"{name}: mask of layer {i} has shape {tuple(layer.mask.shape)}, expected {tuple(w.shape)}")
+            raise ValueError(
+                f"{name}: mask of layer {i} has shape {tuple(layer.mask.shape)}, expected {tuple(w.shape)}"
+            )
         for place in ("before", "after"):
             if getattr(layer, place) not in ACTIVATIONS:
                 names = ", ".join(map(repr, ACTIVATIONS))
@@ -375,13 +395,17 @@ def _values(layers: list[Layer]) -> list[_Value]:
         before = values[source]
         if layer.weight.shape[1] != before.units:
             raise ValueError(
-                f"DegreeProgram: weight of layer {i + 1} has shape {tuple(layer.weight.shape)}, expected (out, {before.units})"
+                f"DegreeProgram: weight of layer {i + 1} has shape {tuple(layer.weight.shape)}, expected (out, "
+                f"{before.units})"
             )
-        mask = torch.ones(layer.weight.shape, dtype=torch.bool) if layer.mask is None else layer.mask.detach().bool().cpu()
+        mask = (
+            torch.ones(layer.weight.shape, dtype=torch.bool) if layer.mask is None else layer.mask.detach().bool().cpu()
+        )
         reach = mask.float() @ before.reach.float() > 0
         residual = None if layer.residual is None else outputs[layer.residual]
         after = layer.after
-        # A derivative that does not follow from the value, and what changes the value behind the activation, take a step.
+        # A derivative that does not follow from the value, and what changes the value behind the activation, take a
+        # step.
         split = layer.gate is not None or after not in _FROM_VALUE or (residual is not None and after != "none")
         out = len(mask)
         product = _Value(out, reach, PRODUCT, "none" if split else after, i, source, None if split else residual, mask)
@@ -389,7 +413,8 @@ def _values(layers: list[Layer]) -> list[_Value]:
         if residual is not None:
             if values[residual].units != out:
                 raise ValueError(
-                    f"DegreeProgram: layer {i + 1} gives {out} numbers, its residual {values[residual].units}; expected as many"
+                    f"DegreeProgram: layer {i + 1} gives {out} numbers, its residual {values[residual].units}; "
+                    "expected as many"
                 )
             if not split:
                 product.reach = reach | values[residual].reach
@@ -408,16 +433,21 @@ def _input_levels(depends: Tensor, given: tuple[int, ...] | None) -> Tensor:
     inputs = len(depends)
     own = depends.diagonal().nonzero().flatten().tolist()
     if own:
-        raise LoweringError(f"DegreeProgram: the parameters of input {own[0]} depend on that input itself, through the masks")
+        raise LoweringError(
+            f"DegreeProgram: the parameters of input {own[0]} depend on that input itself, through the masks"
+        )
     if given is not None:
         levels = torch.tensor(given, dtype=torch.int64)
         if len(given) != inputs or min(given) < 0 or sorted(set(given)) != list(range(max(given) + 1)):
-            raise ValueError(f"DegreeProgram: levels={given}, expected {inputs} numbers that take all values from 0 to L - 1")
+            raise ValueError(
+                f"DegreeProgram: levels={given}, expected {inputs} numbers that take all values from 0 to L - 1"
+            )
         wrong = (depends & (levels[:, None] <= levels)).nonzero().tolist()
         if wrong:
             i, j = wrong[0]
             raise LoweringError(
-                f"DegreeProgram: input {i} of level {given[i]} depends on input {j} of level {given[j]}, expected a lower one"
+                f"DegreeProgram: input {i} of level {given[i]} depends on input {j} of level {given[j]}, expected a "
+                "lower one"
             )
         return levels
     levels = torch.full((inputs,), -1, dtype=torch.int64)
@@ -430,7 +460,9 @@ def _input_levels(depends: Tensor, given: tuple[int, ...] | None) -> Tensor:
         waiting -= needed_by[free].sum(0)
     if bool((levels < 0).any()):
         cycle = (levels < 0).nonzero().flatten().tolist()
-        raise LoweringError(f"DegreeProgram: inputs {cycle[:8]} depend on one another in a circle, so none can be solved first")
+        raise LoweringError(
+            f"DegreeProgram: inputs {cycle[:8]} depend on one another in a circle, so none can be solved first"
+        )
     return levels
 
 
@@ -553,7 +585,7 @@ def _lower(layers: list[Layer], given: tuple[int, ...] | None) -> _Structure:
                 bias,
                 context,
                 gate,
-            ]  # fmt: skip
+            ]
         )
         tables.append(
             [
@@ -573,17 +605,36 @@ def _lower(layers: list[Layer], given: tuple[int, ...] | None) -> _Structure:
         for table in pair:
             field_.append(at + len(tail) if table else -1)
             tail += table
-    code = [*header, *order.tolist(), *ends.tolist(), *(n for f in fields for n in f), *(n for g in groups for n in g), *tail]
+    code = [
+        *header,
+        *order.tolist(),
+        *ends.tolist(),
+        *(n for f in fields for n in f),
+        *(n for g in groups for n in g),
+        *tail,
+    ]
     gathered, inverse = _gather(
         index, sum(layer.weight.numel() + (0 if layer.bias is None else len(layer.bias)) for layer in layers)
     )
     static_gathered, static_inverse = _gather(static_index, wide)
     return _Structure(
-        code=torch.tensor(code, dtype=torch.int64), inputs=inputs, width=width, order=order, levels=count, units=units,
-        packed=packed, index=gathered, inverse=inverse, statics=columns, static_index=static_gathered,
-        static_inverse=static_inverse, multiplications=multiplications, signature=[_signature(layer) for layer in layers],
-        masks=[_kept_mask(layer.mask) for layer in layers], given=given,
-    )  # fmt: skip
+        code=torch.tensor(code, dtype=torch.int64),
+        inputs=inputs,
+        width=width,
+        order=order,
+        levels=count,
+        units=units,
+        packed=packed,
+        index=gathered,
+        inverse=inverse,
+        statics=columns,
+        static_index=static_gathered,
+        static_inverse=static_inverse,
+        multiplications=multiplications,
+        signature=[_signature(layer) for layer in layers],
+        masks=[_kept_mask(layer.mask) for layer in layers],
+        given=given,
+    )
 
 
 def _kept_mask(mask: Tensor | None) -> _Mask:

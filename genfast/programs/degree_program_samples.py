@@ -1,4 +1,5 @@
-"""Sample calls of ops.autoregressive_inverse. They stand here and not with the op, since they are made of degree programs."""
+"""Sample calls of ops.autoregressive_inverse. They stand here and not with the op, since they are made of degree
+programs."""
 
 from __future__ import annotations
 
@@ -39,9 +40,11 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     x, h, k, out = degrees(4, 9, 9)
     static = [rand(9, 9), rand(9, 9)]
     layers = [
-        layer(x, h, context=static[0]), layer(h, h, before="tanh", after="silu", bias=False),
-        layer(h, h, after="gelu", residual=1, gate=static[1]), layer(h, out, before="elu"),
-    ]  # fmt: skip
+        layer(x, h, context=static[0]),
+        layer(h, h, before="tanh", after="silu", bias=False),
+        layer(h, h, after="gelu", residual=1, gate=static[1]),
+        layer(h, out, before="elu"),
+    ]
     yield sample("residual, context and gate", 9, layers, "affine:sigmoid2", 0, 1, 1e-3)
     x, h, out = torch.arange(6) % 2, torch.zeros(7, dtype=torch.int64), (torch.arange(6) % 2).repeat_interleave(2) - 1
     layers = [layer(x, h, after="softplus"), layer(h, out, after="leaky_relu")]

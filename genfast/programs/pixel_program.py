@@ -1,7 +1,7 @@
 """A pixel program: the flat list of steps that csrc/{cpu,cuda}/pixel_program.* run, and the memory that they run on.
 
-Values are ordered by when they are known at pixel (i, j): ``S`` before anything is sampled, ``R`` (rows) when row i begins,
-``P`` (pixel) before the pixel is sampled, ``Q`` after it, ``F`` (following) when row i is complete.
+Values are ordered by when they are known at pixel (i, j): ``S`` before anything is sampled, ``R`` (rows) when row i
+begins, ``P`` (pixel) before the pixel is sampled, ``Q`` after it, ``F`` (following) when row i is complete.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 KINDS = (
-    "conv", "copy", "add", "relu", "elu", "tanh", "sigmoid", "scale", "gate", "linear_gate", "concat_elu", "static", "embed",
+    "conv", "copy", "add", "relu", "elu", "tanh", "sigmoid", "scale", "gate", "linear_gate", "concat_elu", "static",
+    "embed",
     "input", "categorical", "mixture",
 )  # fmt: skip
 LANES = 16  # channels are padded to the widest vector
@@ -67,7 +68,8 @@ class Step:
     def numbers(self, first: int) -> list[int]:
         return [
             KINDS.index(self.kind), self.scale, self.out, self.out_offset, self.count, self.a, self.a_offset, self.b,
-            self.b_offset, self.weight, self.bias, first, len(self.taps), self.stride, self.up, int(self.relu), self.arg0,
+            self.b_offset, self.weight, self.bias, first, len(self.taps), self.stride, self.up, int(self.relu),
+            self.arg0,
             self.arg1, int(self.barrier), self.phase,
         ]  # fmt: skip
 
@@ -78,7 +80,9 @@ class Step:
         if self.kind == "conv":
             args.append(f"{len(self.taps)} taps, {sum(t[3] for t in self.taps)} products a channel")
             tail = "" if self.b < 0 else f" + {buffers[self.b].name}"
-            return f"{out}{'relu ' if self.relu else ''}conv({', '.join(args)}){' + bias' if self.bias >= 0 else ''}{tail}"
+            return (
+                f"{out}{'relu ' if self.relu else ''}conv({', '.join(args)}){' + bias' if self.bias >= 0 else ''}{tail}"
+            )
         if self.b >= 0:
             args.append(buffers[self.b].name)
         if self.kind in ("input", "embed", "categorical"):
@@ -121,9 +125,17 @@ class Program:
             taps += [n for t in s.taps for n in t]
             first += len(s.taps)
         header = [
-            len(self.buffers), len(self.begin), len(self.pixel), len(self.end), self.height, self.width, self.channels,
-            self.image_floats, self.uniforms, self.levels,
-        ]  # fmt: skip
+            len(self.buffers),
+            len(self.begin),
+            len(self.pixel),
+            len(self.end),
+            self.height,
+            self.width,
+            self.channels,
+            self.image_floats,
+            self.uniforms,
+            self.levels,
+        ]
         layout = [
             n
             for b in self.buffers
@@ -161,7 +173,8 @@ class Program:
     def __str__(self) -> str:
         lines = [
             f"pixel program for {self.channels} x {self.height} x {self.width}, {self.levels} levels: "
-            f"{self.image_floats * 4 / 2**10:.0f} KiB of feature maps an image, {self.weights.numel() * 4 / 2**20:.2f} MiB of "
+            f"{self.image_floats * 4 / 2**10:.0f} KiB of feature maps an image, "
+            f"{self.weights.numel() * 4 / 2**20:.2f} MiB of "
             f"weights, {self.multiplications / 1e6:.1f} million products an image"
         ]
         for title, steps in (("row begins", self.begin), ("pixel", self.pixel), ("row ends", self.end)):

@@ -49,8 +49,8 @@ def beyond_rounding(found: Tensor, expected: Tensor, exact: Callable[[], tuple[T
     """How far ``found`` is from what the network gives, relative to its largest value, if rounding does not explain it.
 
     Args:
-        exact: (output in float64, output in float32) of copies of the network, asked for only where the two differ by more
-            than a few units in the last place; None where there are no copies. What these differ by is rounding.
+        exact: (output in float64, output in float32) of copies of the network, asked for only where the two differ by
+            more than a few units in the last place; None where there are no copies. What these differ by is rounding.
     """
     precision, finite = expected.dtype, expected.isfinite()
     found, expected = (torch.where(finite, t.double(), 0.0) for t in (found, expected))
@@ -60,7 +60,11 @@ def beyond_rounding(found: Tensor, expected: Tensor, exact: Callable[[], tuple[T
         return None
     outputs = exact()
     if outputs is None:
-        return None if error <= 4096 * max(torch.finfo(precision).eps, TOLERANCE / 32) * scale else error / max(scale, 1e-300)
+        return (
+            None
+            if error <= 4096 * max(torch.finfo(precision).eps, TOLERANCE / 32) * scale
+            else error / max(scale, 1e-300)
+        )
     double, single = (torch.where(finite, t.double(), 0.0) for t in outputs)
     own = largest(found - double)
     return None if own <= 16 * largest(single - double) + TOLERANCE * scale else own / max(scale, 1e-300)
@@ -82,9 +86,13 @@ def in_both_precisions(network: nn.Module, call: Callable[[Any, torch.dtype], Te
 
 
 def check_row(
-    name: str, module: nn.Module, x: Tensor, logdet: Tensor, again: Callable[[Any, torch.dtype], tuple[Tensor, Tensor]],
+    name: str,
+    module: nn.Module,
+    x: Tensor,
+    logdet: Tensor,
+    again: Callable[[Any, torch.dtype], tuple[Tensor, Tensor]],
     begins: Callable[[], str],
-) -> None:  # fmt: skip
+) -> None:
     """Compares one row that a degree program has solved with what the module makes of it.
 
     Each x_i is solved again from z_i and from what the network makes of all of x, which must give x_i.
@@ -112,7 +120,8 @@ def check_row(
         error = beyond_rounding(found.flatten(), own.flatten(), both)
         if error is not None:
             raise SelfCheckError(
-                f"{name}: its inverse in the order of degrees differs from what its network says by {error:.2g} of the largest "
+                f"{name}: its inverse in the order of degrees differs from what its network says by {error:.2g} of "
+                "the largest "
                 f"x or log-determinant of one row, and the difference begins at {begins()}"
             )
 
@@ -130,7 +139,9 @@ def first_layer(network: nn.Module, layers: Sequence[Layer], call: Callable[[], 
         name, module = names.get(id(layer.weight), ("", None))
         if module is not None:
             handles.append(
-                module.register_forward_hook(lambda m, _, out, name=name: outputs.setdefault(name, out.detach().clone()))
+                module.register_forward_hook(
+                    lambda m, _, out, name=name: outputs.setdefault(name, out.detach().clone())
+                )
             )
     try:
         call()
@@ -147,6 +158,8 @@ def first_layer(network: nn.Module, layers: Sequence[Layer], call: Callable[[], 
         values.append(y if layer.residual is None else y + values[layer.residual])
         name, _ = names.get(id(layer.weight), ("", None))
         expected = outputs.get(name)
-        if expected is not None and all(largest(v - expected) > 128 * TOLERANCE * largest(expected) for v in (linear, y)):
+        if expected is not None and all(
+            largest(v - expected) > 128 * TOLERANCE * largest(expected) for v in (linear, y)
+        ):
             return f"layer {i} ({name})"
     return f"the {len(layers)} layers, which fit their modules' outputs one by one"

@@ -1,5 +1,5 @@
-"""Pointwise activations and what a gradient penalty needs of them (see gradient_penalty.py): the signs of a leaky relu as
-bits, and for a smooth map s the chain grad s'(x) and its derivative cotangent s'(x) + grad tangent s''(x)."""
+"""Pointwise activations and what a gradient penalty needs of them (see gradient_penalty.py): the signs of a leaky relu
+as bits, and for a smooth map s the chain grad s'(x) and its derivative cotangent s'(x) + grad tangent s''(x)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def leaky_relu_bits(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
 
 
 def apply_bits(x: Tensor, bits: Tensor, slope: float) -> Tensor:
-    """x where its bit is set, slope x elsewhere; bits (ceil(numel / 8),) in x's memory order, or of the rows of x (N, C)."""
+    """x where its bit is set, slope x elsewhere; bits (ceil(numel / 8),) in x's memory order, or of the rows of x (N,
+    C)."""
     if bits.dim() == 2:
         on = unpack(bits).view(bits.shape[0], 8 * bits.shape[1])[:, : x.shape[1]]
     else:

@@ -1,4 +1,5 @@
-"""Activation normalisation (Glow, 1807.03039, section 3.1): y = s x + b per channel, logdet = S sum log|s|, S positions."""
+"""Activation normalisation (Glow, 1807.03039, section 3.1): y = s x + b per channel, logdet = S sum log|s|, S
+positions."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def positions(x: Tensor) -> int:
     return size
 
 
-def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool = False, inverse: bool = False) -> tuple[Tensor, Tensor]:
+def actnorm(
+    x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool = False, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
     """Returns (y, logdet); ``log_scale`` says that ``scale`` holds log s."""
     dtype = x.dtype
     wide = x if x.element_size() >= 4 else x.float()
@@ -28,7 +31,13 @@ def actnorm(x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool = False, inv
 
 
 def actnorm_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, scale: Tensor, bias: Tensor, log_scale: bool, inverse: bool
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    log_scale: bool,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form: forward dx = s d, ds = sum d x + S g / s, db = sum d; inverse with y = (x - b) / s:
     dx = d / s, ds = -(sum d y + S g) / s, db = -sum d / s. In terms of log s, ds is multiplied by s."""

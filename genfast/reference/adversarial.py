@@ -1,4 +1,5 @@
-"""Adversarial losses of the logits r = D(real) and f = D(fake), each (N,) to a scalar mean, and what is added to them."""
+"""Adversarial losses of the logits r = D(real) and f = D(fake), each (N,) to a scalar mean, and what is added to
+them."""
 
 from __future__ import annotations
 

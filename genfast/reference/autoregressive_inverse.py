@@ -1,7 +1,8 @@
 """The inverse of an autoregressive transformation, as one writes it: a pass of the network for each level of inputs.
 
-x_i = f(z_i; theta_i(x)), where theta_i sees inputs of lower levels only; logdet = log |det dx/dz| = sum_i log |f'(z_i)|.
-The network comes as ``packed`` and ``code``, in the format that genfast/programs/degree_program.py describes.
+x_i = f(z_i; theta_i(x)), where theta_i sees inputs of lower levels only; logdet = log |det dx/dz| = sum_i log
+|f'(z_i)|. The network comes as ``packed`` and ``code``, in the format that genfast/programs/degree_program.py
+describes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from .spline import rational_quadratic_spline_packed
 TAILS = ("linear", "none", "circular")
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid", "softplus", "silu", "gelu")
 _FUNCTIONS = {
-    "none": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid, "softplus": F.softplus, "silu": F.silu, "gelu": F.gelu,
-}  # fmt: skip
+    "none": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
 HEADER = 9
 PRODUCT, POINT = 0, 1
 
@@ -71,9 +79,17 @@ def autoregressive_inverse(
 
 
 def autoregressive_inverse_backward(
-    grad_x: Tensor | None, grad_logdet: Tensor | None, z: Tensor, x: Tensor, packed: Tensor, statics: Tensor | None,
-    code: Tensor, transform: str, options: Sequence[float], weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x: Tensor | None,
+    grad_logdet: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    statics: Tensor | None,
+    code: Tensor,
+    transform: str,
+    options: Sequence[float],
+    weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (dz, dpacked, dstatics), the second empty without ``weights``, the third without statics.
 
     Autograd through every pass: exact, since the Jacobian is triangular. x is what the forward gave.
@@ -81,7 +97,9 @@ def autoregressive_inverse_backward(
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (z, packed, statics) if t is not None]
-        found = autoregressive_inverse(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, code, transform, options)
+        found = autoregressive_inverse(
+            leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, code, transform, options
+        )
         pairs = [(o, g.to(o.dtype)) for o, g in zip(found, (grad_x, grad_logdet)) if g is not None and o.requires_grad]
         grads: list[Tensor | None] = [None] * len(leaves)
         if pairs:
@@ -94,11 +112,14 @@ def autoregressive_inverse_backward(
     return dz, dpacked if weights else z.new_empty(0), rest[0] if rest else z.new_empty(0)
 
 
-def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options: Sequence[float]) -> tuple[Tensor, Tensor]:
+def autoregressive_univariate(
+    z: Tensor, params: Tensor, transform: str, options: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """(x, log |dx/dz|), each of z's shape; params (*z.shape, P).
 
-    "affine:<scale>": z = s x + t, or x = s z + t with the option ``flip``; s of a by ``scale``. "bernoulli": z are uniforms.
-    "spline": z = the rational-quadratic spline of x, or x that of z with ``flip``; options flip, bins, tails, zuko, its nine.
+    "affine:<scale>": z = s x + t, or x = s z + t with the option ``flip``; s of a by ``scale``. "bernoulli": z are
+    uniforms. "spline": z = the rational-quadratic spline of x, or x that of z with ``flip``; options flip, bins, tails,
+    zuko, its nine.
     """
     if transform == "bernoulli":
         chance = params[..., 0].sigmoid()
@@ -107,7 +128,7 @@ def autoregressive_univariate(z: Tensor, params: Tensor, transform: str, options
         flip, bins, tails, zuko, *rest = options
         return rational_quadratic_spline_packed(
             z, params, int(bins), TAILS[int(tails)], "zuko" if zuko else "nflows", not flip, rest
-        )  # fmt: skip
+        )
     flip, scale_first, constant = options
     scale = transform.removeprefix("affine:")
     if scale == "additive":
@@ -140,9 +161,7 @@ def _steps(numbers: list[int], packed: Tensor) -> list[Step]:
         fields = numbers[at + 11 * i : at + 11 * i + 11]
         sources, residual = (numbers[f : f + fields[5]] if f >= 0 else [] for f in fields[9:])
         kind, activation, source, source_units, first, units, bias, context, gate = fields[:9]
-        steps.append(
-            Step(kind, activation, source, source_units, first, units, bias, context, gate, sources, residual)
-        )  # fmt: skip
+        steps.append(Step(kind, activation, source, source_units, first, units, bias, context, gate, sources, residual))
     at += 11 * count
     rows: list[list[Tensor]] = [[] for _ in steps]
     for i in range(groups):

@@ -1,4 +1,5 @@
-"""Bias and activation (StyleGAN2, 1912.04958; NVlabs' bias_act): y = clamp(gain f(x + b), -c, c), b a bias of each channel."""
+"""Bias and activation (StyleGAN2, 1912.04958; NVlabs' bias_act): y = clamp(gain f(x + b), -c, c), b a bias of each
+channel."""
 
 from __future__ import annotations
 
@@ -10,11 +11,19 @@ from torch import Tensor
 
 from .affine_coupling import per_channel
 
-# What alpha and gain are where none is given; the gains of relu, lrelu and swish keep the second moment of a normal input.
+# What alpha and gain are where none is given; the gains of relu, lrelu and swish keep the second moment of a normal
+# input.
 ACTIVATIONS: dict[str, tuple[float, float]] = {
-    "linear": (0.0, 1.0), "relu": (0.0, math.sqrt(2)), "lrelu": (0.2, math.sqrt(2)), "tanh": (0.0, 1.0),
-    "sigmoid": (0.0, 1.0), "elu": (0.0, 1.0), "selu": (0.0, 1.0), "softplus": (0.0, 1.0), "swish": (0.0, math.sqrt(2)),
-}  # fmt: skip
+    "linear": (0.0, 1.0),
+    "relu": (0.0, math.sqrt(2)),
+    "lrelu": (0.2, math.sqrt(2)),
+    "tanh": (0.0, 1.0),
+    "sigmoid": (0.0, 1.0),
+    "elu": (0.0, 1.0),
+    "selu": (0.0, 1.0),
+    "softplus": (0.0, 1.0),
+    "swish": (0.0, math.sqrt(2)),
+}
 PIECEWISE_LINEAR = ("linear", "relu", "lrelu")
 SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
@@ -99,7 +108,8 @@ def _inside(v: Tensor, act: str, alpha: float, gain: float, clamp: float | None)
 
 
 def _summed(dx: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dx and its sum over all but the channels, which is the gradient of the bias; that is empty where there is none."""
+    """dx and its sum over all but the channels, which is the gradient of the bias; that is empty where there is
+    none."""
     if bias is None:
         return dx.to(x.dtype), dx.new_empty(0)
     return dx.to(x.dtype), dx.sum([i for i in range(x.dim()) if i != 1]).to(bias.dtype)
@@ -121,9 +131,17 @@ def bias_act_backward(
 
 
 def bias_act_second(
-    grad_dx: Tensor, grad_y: Tensor, x: Tensor, bias: Tensor | None, act: str, alpha: float, gain: float, clamp: float | None
+    grad_dx: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """What <grad_dx, dx> gives x and the bias: gain f''(x + b) grad_y grad_dx where the clamp lets y through, and its sum."""
+    """What <grad_dx, dx> gives x and the bias: gain f''(x + b) grad_y grad_dx where the clamp lets y through, and its
+    sum."""
     v = _argument(x, bias)
     product = grad_dx.to(v.dtype) * grad_y.to(v.dtype)
     return _summed(product * (gain * _curvature(v, act)) * _inside(v, act, alpha, gain, clamp), x, bias)

@@ -1,8 +1,8 @@
 """Contextual similarity (Mechrez et al., 1803.02077, section 3.2) of rows x_i and y_j:
 
 d_ij = distance, r_i = min_k d_ik + eps, t_ij = d_ij / r_i, A_ij = exp((1 - t_ij)/h) / sum_k exp((1 - t_ik)/h),
-and with a spatial term (Zhang et al., 1905.05169, as their code has it) S_ij = (1 - w) A_ij + w P_ij; then the maximum of S
-over the sources i of each target j, or over the targets j of each source i.
+and with a spatial term (Zhang et al., 1905.05169, as their code has it) S_ij = (1 - w) A_ij + w P_ij; then the maximum
+of S over the sources i of each target j, or over the targets j of each source i.
 """
 
 from __future__ import annotations
@@ -29,16 +29,25 @@ def contextual_distance(x: Tensor, y: Tensor, distance: str) -> Tensor:
 
 
 def contextual_similarity(
-    x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float, bandwidth: float,
-    eps: float, distance: str, over: str, keep_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, sum_j exp(-t'_ij/h) but for the nearest, which adds
-    1, and sum_j A_ij t'_ij as (B, 3, N), with t'_ij = t_ij - m_i / r_i; the index a of m_i (B, N); sum_j A_ij (y_j - y_a)
-    (B, N, C) if ``keep_mean``. Ties go to the lowest index. The prior is P_ij = prior_rows[i, r] prior_columns[i, c] for
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    keep_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The maxima (B, M), or (B, N) over targets, and their indices; m_i, sum_j exp(-t'_ij/h) but for the nearest, which
+    adds 1, and sum_j A_ij t'_ij as (B, 3, N), with t'_ij = t_ij - m_i / r_i; the index a of m_i (B, N); sum_j A_ij (y_j
+    - y_a) (B, N, C) if ``keep_mean``. Ties go to the lowest index. The prior is P_ij = prior_rows[i, r]
+        prior_columns[i, c] for
     target j = (r, c). Only the maxima have a derivative.
 
-    A does not see what is added to a row of t. Relative to the nearest target nothing cancels where x_i lies on it, which
-    1 / (h r_i) would magnify."""
+    A does not see what is added to a row of t. Relative to the nearest target nothing cancels where x_i lies on it,
+    which 1 / (h r_i) would magnify."""
     rows, targets = _wide(x), _wide(y)
     d = contextual_distance(rows, targets, distance)
     nearest = d.argmin(2)
@@ -64,13 +73,28 @@ def contextual_similarity(
 
 
 def contextual_similarity_backward(
-    grad: Tensor, x: Tensor, y: Tensor, prior_rows: Tensor | None, prior_columns: Tensor | None, prior_weight: float,
-    bandwidth: float, eps: float, distance: str, over: str, value: Tensor, winner: Tensor, statistics: Tensor,
-    nearest: Tensor, mean: Tensor, need_x: bool, need_y: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of <grad, value> by x and by y, empty where not needed, from the indices alone: what else the forward
-    kept is a function of x and y, which a second derivative must see. With g the gradient at the winners, zero elsewhere:
-    dl = A (g - sum_j A g), dt = -dl / h, dd = dt / r, and -sum_j dt t / r at the nearest. dt sums to zero over a row: at the
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    prior_rows: Tensor | None,
+    prior_columns: Tensor | None,
+    prior_weight: float,
+    bandwidth: float,
+    eps: float,
+    distance: str,
+    over: str,
+    value: Tensor,
+    winner: Tensor,
+    statistics: Tensor,
+    nearest: Tensor,
+    mean: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of <grad, value> by x and by y, empty where not needed, from the indices alone: what else the
+    forward kept is a function of x and y, which a second derivative must see. With g the gradient at the winners, zero
+    elsewhere: dl = A (g - sum_j A g), dt = -dl / h, dd = dt / r, and -sum_j dt t / r at the nearest. dt sums to zero
+        over a row: at the
     nearest it is minus the sum of the others, and t is taken relative to it."""
     axis = 1 if over == "sources" else 2
     rows, targets, g = _wide(x), _wide(y), _wide(grad)

@@ -1,4 +1,5 @@
-"""The diagonal Gaussian q(z|x) of a variational autoencoder (Kingma and Welling, 1312.6114, section 2.4 and appendix B).
+"""The diagonal Gaussian q(z|x) of a variational autoencoder (Kingma and Welling, 1312.6114, section 2.4 and appendix
+B).
 
 z = mu + sigma * noise, and against a prior N(nu, tau^2), with t = log sigma^2 - log tau^2:
 KL(q || p) = 1/2 sum_d [ (e^t - 1 - t) + (mu - nu)^2 / tau^2 ], in nats.
@@ -15,10 +16,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def diagonal_gaussian(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None = None, prior_mean: Tensor | None = None,
-    prior_log_variance: Tensor | None = None, per_dimension: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(KL of each sample (N,), KL of each dimension summed over the batch, z); all arguments (N, ...), without a prior N(0, 1).
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None = None,
+    prior_mean: Tensor | None = None,
+    prior_log_variance: Tensor | None = None,
+    per_dimension: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL of each sample (N,), KL of each dimension summed over the batch, z); all arguments (N, ...), without a prior
+    N(0, 1).
 
     The second is empty unless ``per_dimension``, z without ``noise``. KLs of half types are float32.
     """
@@ -34,10 +40,18 @@ def diagonal_gaussian(
 
 
 def diagonal_gaussian_backward(
-    mean: Tensor, log_variance: Tensor, noise: Tensor | None, prior_mean: Tensor | None, prior_log_variance: Tensor | None,
-    grad_kl: Tensor | None, grad_dimension: Tensor | None, grad_z: Tensor | None, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the five tensors, empty where not ``wanted``. An element's KL has gradient g = g_kl[n] + g_dimension[d]:
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_dimension: Tensor | None,
+    grad_z: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five tensors, empty where not ``wanted``. An element's KL has gradient g = g_kl[n] +
+    g_dimension[d]:
 
     d mu = g (mu - nu) / tau^2 + g_z                      d nu = -g (mu - nu) / tau^2
     d log sigma^2 = 1/2 [g (e^t - 1) + g_z noise sigma]   d log tau^2 = -1/2 g [(e^t - 1) + (mu - nu)^2 / tau^2]

@@ -1,7 +1,8 @@
 """Discretised mixture of logistics (PixelCNN++, 1701.05517, equations 1 to 3): how likely each level of a pixel is.
 
-P(x | pi, mu, s) = sum_k pi_k prod_c [sigma((x_c + 1/(L-1) - mu_kc) / s_kc) - sigma((x_c - 1/(L-1) - mu_kc) / s_kc)], where
-x = 2 v / (L-1) - 1 for the levels v = 0 ... L-1, the bins of 0 and L-1 are open to their side, and the means depend on the
+P(x | pi, mu, s) = sum_k pi_k prod_c [sigma((x_c + 1/(L-1) - mu_kc) / s_kc) - sigma((x_c - 1/(L-1) - mu_kc) / s_kc)],
+where x = 2 v / (L-1) - 1 for the levels v = 0 ... L-1, the bins of 0 and L-1 are open to their side, and the means
+depend on the
 colours before: mu_G += a x_R, mu_B += b x_R + c x_G.
 """
 
@@ -37,7 +38,8 @@ class Mixture(NamedTuple):
 
 
 def mixture(params: Tensor, channels: int) -> Mixture:
-    """Splits (N, P, ...): [K logits | for each colour K means, K log-scales, K coefficients], without these for one colour."""
+    """Splits (N, P, ...): [K logits | for each colour K means, K log-scales, K coefficients], without these for one
+    colour."""
     each = 3 if channels == 3 else 2
     k = params.shape[1] // (1 + each * channels)
     blocks = params[:, k:].unflatten(1, (channels, each, k))
@@ -65,8 +67,9 @@ def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int) -> 
 
 
 def discretized_logistic_mixture_nll_backward(params: Tensor, x: Tensor, grad: Tensor, levels: int) -> Tensor:
-    """The gradient of params. With r_k = P(k | x): d logits = g (pi - r); for a colour of component k, where log p depends on
-    a, b and t = a - b, d a = sigma(-a), d b = -sigma(b), d t = e^-t / (1 - e^-t) (an open bin lacks one edge, and t)."""
+    """The gradient of params. With r_k = P(k | x): d logits = g (pi - r); for a colour of component k, where log p
+    depends on a, b and t = a - b, d a = sigma(-a), d b = -sigma(b), d t = e^-t / (1 - e^-t) (an open bin lacks one
+    edge, and t)."""
     m = mixture(_wide(params), x.shape[1])
     v, half = _scaled(x, levels, m.logits), 1 / (levels - 1)
     centered, inv_s = v[:, :, None] - m.means_given(v), (-m.log_scales).exp()
@@ -90,7 +93,8 @@ def discretized_logistic_mixture_nll_backward(params: Tensor, x: Tensor, grad: T
 
 
 def pixelcnnpp_nll(params: Tensor, x: Tensor, levels: int) -> Tensor:
-    """The same as the published code computes it: where a bin has a probability below 1e-5, the density in its middle."""
+    """The same as the published code computes it: where a bin has a probability below 1e-5, the density in its
+    middle."""
     m = mixture(_wide(params), x.shape[1])
     v, half = _scaled(x, levels, m.logits), 1 / (levels - 1)
     centered, log_s = v[:, :, None] - m.means_given(v), m.log_scales
@@ -110,7 +114,8 @@ def discretized_logistic_mixture_sample(
     """Levels (N, C, ...). uniforms (N, 1 + C, ...): the first picks the component by the inverse of its cumulative
     probability, the others are mapped through the logistic's inverse, x = mu + s T log(u / (1 - u)).
 
-    -1 where the logits have no sum (NaN, plus infinity, minus infinity throughout) or the component drawn is not finite."""
+    -1 where the logits have no sum (NaN, plus infinity, minus infinity throughout) or the component drawn is not
+    finite."""
     m = mixture(params.double(), channels)
     u = uniforms.float().double()
     cumulative = (m.logits / temperature).softmax(1).cumsum(1)

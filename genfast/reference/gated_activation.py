@@ -36,8 +36,9 @@ def gated_activation(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
 
 
 def gated_activation_backward(grad_y: Tensor, x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
-    """(dx, dbias) with df = d sigma(g) (1 - tanh(f)^2), dg = d tanh(f) sigma(g) (1 - sigma(g)), and dbias their sums over what
-    bias was spread over. dbias is empty where there is no bias, or one of x's own shape, whose gradient is dx."""
+    """(dx, dbias) with df = d sigma(g) (1 - tanh(f)^2), dg = d tanh(f) sigma(g) (1 - sigma(g)), and dbias their sums
+    over what bias was spread over. dbias is empty where there is no bias, or one of x's own shape, whose gradient is
+    dx."""
     f, g = _arguments(x, bias, groups)
     d, t, s = grad_y.to(f.dtype), f.tanh(), g.sigmoid()
     pair = torch.stack([p.unflatten(1, (groups, -1)) for p in (d * s * (1 - t * t), d * t * s * (1 - s))], 2)

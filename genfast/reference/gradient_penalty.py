@@ -12,15 +12,20 @@ KINDS = ("wgan-gp", "wgan-lp", "r1", "r2", "r1r2", "dragan", "ar1")
 
 
 def penalty_points(
-    real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None = None, epsilon: Tensor | None = None,
+    real: Tensor,
+    fake: Tensor | None,
+    kind: str,
+    generator: torch.Generator | None = None,
+    epsilon: Tensor | None = None,
     sigma: float = 0.01,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Where a penalty takes the critic's gradient, (N, ...).
 
     wgan-gp, wgan-lp: eps real + (1 - eps) fake with one eps ~ U[0, 1] a sample (arXiv:1704.00028, algorithm 1);
-    dragan: real + a std(real) U / 2 with U ~ U[0, 1] for each element, one a ~ U[0, 1] a sample and the deviation of the
-    whole batch (arXiv:1705.07215, as its authors' code has it); r1: real; r2: fake; ar1, which takes no gradient: what real is
-    compared with, real + sigma N(0, 1) (arXiv:2501.08316).
+    dragan: real + a std(real) U / 2 with U ~ U[0, 1] for each element, one a ~ U[0, 1] a sample and the deviation of
+        the
+    whole batch (arXiv:1705.07215, as its authors' code has it); r1: real; r2: fake; ar1, which takes no gradient: what
+    real is compared with, real + sigma N(0, 1) (arXiv:2501.08316).
     """
     if kind == "r1":
         return real
@@ -61,13 +66,19 @@ def penalty_of_norms(norms: Tensor, kind: str, weight: float, target: float) -> 
 
 
 def gradient_penalty(
-    critic: Callable[..., Tensor], at: Tensor, kind: str, weight: float, target: float, context: Sequence[Tensor] = (),
+    critic: Callable[..., Tensor],
+    at: Tensor,
+    kind: str,
+    weight: float,
+    target: float,
+    context: Sequence[Tensor] = (),
     penalty: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(penalty, norms (N,)) of the critic's gradient at the points ``at`` (N, ...), differentiable by autograd to any order.
+) -> tuple[Tensor, Tensor]:
+    """(penalty, norms (N,)) of the critic's gradient at the points ``at`` (N, ...), differentiable by autograd to any
+    order.
 
-    The norm is over all but the batch axis; its gradient where a sample's gradient is zero is zero. ``penalty``, a function of
-    the gradient (N, ...) to a scalar, takes the place of the ``kind``.
+    The norm is over all but the batch axis; its gradient where a sample's gradient is zero is zero. ``penalty``, a
+    function of the gradient (N, ...) to a scalar, takes the place of the ``kind``.
     """
     if not at.requires_grad:
         at = at.detach().requires_grad_()

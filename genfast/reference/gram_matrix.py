@@ -36,14 +36,18 @@ def gram_matrix_backward(features: Tensor, grad: Tensor, scale: float = 1.0, shi
 def style_loss(
     features: Tensor, target: Tensor, scale: float = 1.0, shift: float = 0.0, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """L_n = factor sum_ij (G_nij - A_nij)^2 for target A (N or 1, C, C), and D = G - (A + A^T) / 2, which is G - A for a Gram
-    matrix A and of which dL/dF is 4 factor scale D (F + shift) for any A."""
+    """L_n = factor sum_ij (G_nij - A_nij)^2 for target A (N or 1, C, C), and D = G - (A + A^T) / 2, which is G - A for
+    a Gram matrix A and of which dL/dF is 4 factor scale D (F + shift) for any A."""
     g, a = gram_matrix(features, scale, shift), _wide(target)
     return factor * (g - a).square().sum((1, 2)), g - (a + a.mT) / 2
 
 
 def style_loss_layers(
-    features: Sequence[Tensor], targets: Sequence[Tensor], scales: Sequence[float], shift: float, factors: Sequence[float]
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scales: Sequence[float],
+    shift: float,
+    factors: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """style_loss of each layer: L (layers, N), and every D, one after the other, as one vector."""
     found = [style_loss(f, a, scale, shift, k) for f, a, scale, k in zip(features, targets, scales, factors)]

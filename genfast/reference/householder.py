@@ -9,7 +9,8 @@ from torch import Tensor
 def householder(vectors: Tensor) -> Tensor:
     """Q = H_K ... H_1 (D, D) of ``vectors`` (K, D), H = I - 2 v v^T / |v|^2; a vector of zeros gives I.
 
-    Q = I - V^T S^-1 V with unit rows V and S = tril(V V^T, -1) + I / 2 (Joffrain et al. 2006, with the last factor first).
+    Q = I - V^T S^-1 V with unit rows V and S = tril(V V^T, -1) + I / 2 (Joffrain et al. 2006, with the last factor
+    first).
     """
     # By the largest entry first, so that no square under- or overflows.
     largest = vectors.detach().abs().amax(1, keepdim=True)

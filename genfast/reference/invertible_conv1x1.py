@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 
-def channel_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int) -> tuple[Tensor, Tensor]:
-    """y = weight x + bias over the channels of x (and x_b behind it), returned as the channels before and from ``split``."""
+def channel_mix(
+    x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | None, split: int
+) -> tuple[Tensor, Tensor]:
+    """y = weight x + bias over the channels of x (and x_b behind it), returned as the channels before and from
+    ``split``."""
     dtype = x.dtype
     if x_b is not None:
         x = torch.cat((x, x_b), dim=1)
@@ -27,7 +30,8 @@ def channel_mix(x: Tensor, x_b: Tensor | None, weight: Tensor, bias: Tensor | No
 def channel_mix_backward(
     grad_y: Tensor | None, grad_y_b: Tensor | None, x: Tensor, x_b: Tensor | None, weight: Tensor, split: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx = weight^T d, dweight = sum d x^T, dbias = sum d over batch and positions. Returns (dx, dx_b, dweight, dbias)."""
+    """dx = weight^T d, dweight = sum d x^T, dbias = sum d over batch and positions. Returns (dx, dx_b, dweight,
+    dbias)."""
     dtype, channels = x.dtype, weight.shape[0]
     shape = list(x.shape)
     d_a = x.new_zeros([shape[0], split, *shape[2:]]) if grad_y is None else grad_y
@@ -40,7 +44,12 @@ def channel_mix_backward(
     dweight = torch.einsum("no...,ni...->oi", d, whole)
     dbias = d.sum([i for i in range(d.dim()) if i != 1])
     first = x.shape[1]
-    return dx[:, :first].contiguous(), dx[:, first:].contiguous(), dweight.contiguous().to(weight.dtype), dbias.to(weight.dtype)
+    return (
+        dx[:, :first].contiguous(),
+        dx[:, first:].contiguous(),
+        dweight.contiguous().to(weight.dtype),
+        dbias.to(weight.dtype),
+    )
 
 
 def plu_matrix(perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor) -> Tensor:
@@ -52,9 +61,17 @@ def plu_matrix(perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s
 
 
 def plu_weight(
-    perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None,
-    log_scale: bool, batch: int, positions: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    perm: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    sign_s: Tensor,
+    log_s: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    log_scale: bool,
+    batch: int,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The folded step: (W diag s, W b, logdet (batch,)); without an activation norm (W, zeros, logdet)."""
     weight = plu_matrix(perm, lower, upper, sign_s, log_s)
     unit = log_s.sum()
@@ -76,10 +93,20 @@ def plu_inverse(perm: Tensor, lower: Tensor, upper: Tensor, sign_s: Tensor, log_
 
 
 def plu_weight_backward(
-    grad_weight: Tensor | None, grad_folded: Tensor | None, grad_logdet: Tensor | None, perm: Tensor, lower: Tensor,
-    upper: Tensor, sign_s: Tensor, log_s: Tensor, scale: Tensor | None, bias: Tensor | None, log_scale: bool, batch: int,
+    grad_weight: Tensor | None,
+    grad_folded: Tensor | None,
+    grad_logdet: Tensor | None,
+    perm: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    sign_s: Tensor,
+    log_s: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    log_scale: bool,
+    batch: int,
     positions: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The closed form, through W = P A, A = L R: dA = P^T dW, dL = tril(dA R^T, -1), dR = L^T dA.
 
     Returns (dlower, dupper, dlog_s, dscale, dbias), the last two empty where there is no activation norm.

@@ -1,5 +1,5 @@
-"""The three products of a linear layer, y = x W^T + c, dx = b W and dW = b^T t, with the signs of a leaky relu as bits of rows:
-bit i % 8 of byte i // 8 of a row stands for its element i, and rows are padded to whole bytes."""
+"""The three products of a linear layer, y = x W^T + c, dx = b W and dW = b^T t, with the signs of a leaky relu as bits
+of rows: bit i % 8 of byte i // 8 of a row stands for its element i, and rows are padded to whole bytes."""
 
 from __future__ import annotations
 

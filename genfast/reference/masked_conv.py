@@ -1,4 +1,5 @@
-"""Masked convolution (PixelRNN, 1601.06759, section 3.4): causal in raster order, with an order of colours at the centre."""
+"""Masked convolution (PixelRNN, 1601.06759, section 3.4): causal in raster order, with an order of colours at the
+centre."""
 
 from __future__ import annotations
 
@@ -20,10 +21,15 @@ def colour_group(channels: int, data_channels: int, group_order: str) -> Tensor:
 
 
 def conv_mask(
-    weight_shape: Sequence[int], center: Sequence[int], mask_type: str, data_channels: int, group_order: str, groups: int
+    weight_shape: Sequence[int],
+    center: Sequence[int],
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    groups: int,
 ) -> Tensor:
-    """Which weights are live, bool (O, C / groups, *kernel): taps before ``center`` in raster order, and the centre where the
-    input's colour comes before the output's ("A"), or not after it ("B")."""
+    """Which weights are live, bool (O, C / groups, *kernel): taps before ``center`` in raster order, and the centre
+    where the input's colour comes before the output's ("A"), or not after it ("B")."""
     out, per = weight_shape[0], weight_shape[1]
     mask = torch.zeros(tuple(weight_shape), dtype=torch.bool)
     every: tuple[Any, ...] = (slice(None), slice(None))
@@ -43,9 +49,17 @@ def _padding(kernel: Sequence[int], center: Sequence[int], dilation: Sequence[in
 
 
 def masked_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, data_channels: int, group_order: str,
-    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: Sequence[int],
+    groups: int,
+    center: Sequence[int],
+    activation: str,
+) -> Tensor:
     """activation(conv(x, where(mask, weight, 0)) + bias), of x's spatial size, zero outside x."""
     mask = conv_mask(weight.shape, center, mask_type, data_channels, group_order, groups).to(weight.device)
     live = torch.where(mask, weight, weight.new_zeros(())).to(x.dtype)
@@ -58,9 +72,19 @@ def masked_conv(
 
 
 def masked_conv_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, mask_type: str, data_channels: int, group_order: str,
-    dilation: Sequence[int], groups: int, center: Sequence[int], activation: str, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    mask_type: str,
+    data_channels: int,
+    group_order: str,
+    dilation: Sequence[int],
+    groups: int,
+    center: Sequence[int],
+    activation: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); empty where not wanted. ``y`` is the output, which says where a ReLU was open."""
     d = (grad_y * (y > 0).to(grad_y.dtype) if activation == "relu" else grad_y).to(x.dtype)
     mask = conv_mask(weight.shape, center, mask_type, data_channels, group_order, groups).to(weight.device)
@@ -71,9 +95,18 @@ def masked_conv_backward(
     pads = _padding(weight.shape[2:], center, dilation)
     dims = x.dim() - 2
     found = torch.ops.aten.convolution_backward(
-        d, F.pad(x, pads), live, None, [1] * dims, [0] * dims, list(dilation), False, [0] * dims, groups,
+        d,
+        F.pad(x, pads),
+        live,
+        None,
+        [1] * dims,
+        [0] * dims,
+        list(dilation),
+        False,
+        [0] * dims,
+        groups,
         [wanted[0], wanted[1], False],
-    )  # fmt: skip
+    )
     dx, dw, db = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if wanted[0]:
         dx = F.pad(found[0], [-p for p in pads])

@@ -1,6 +1,7 @@
 """A linear layer whose mask is a staircase after sorting (MADE, arXiv:1502.03509, section 4): y = act(x (W o M)^T + b).
 
-``rows`` (O) and ``columns`` (I) sort outputs and inputs, and the r-th sorted output sees the first ``counts[r]`` sorted inputs.
+``rows`` (O) and ``columns`` (I) sort outputs and inputs, and the r-th sorted output sees the first ``counts[r]`` sorted
+inputs.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from torch import Tensor
 
 # What stands between the layers of a masked network, by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu, "gelu": F.gelu, "leaky_relu": F.leaky_relu, "none": lambda x: x, "relu": F.relu, "sigmoid": torch.sigmoid,
-    "silu": F.silu, "softplus": F.softplus, "tanh": torch.tanh,
-}  # fmt: skip
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "leaky_relu": F.leaky_relu,
+    "none": lambda x: x,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
 
 
 def staircase(in_degrees: Tensor, out_degrees: Tensor, strict: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,9 +50,17 @@ def masked_linear(
 
 
 def masked_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor, wanted: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dW, db), each empty where it is not ``wanted``; ``y`` is the output of a relu, None without one. Dead dW are 0."""
+    """(dx, dW, db), each empty where it is not ``wanted``; ``y`` is the output of a relu, None without one. Dead dW are
+    0."""
     mask = staircase_mask(rows, columns, counts)
     if y is not None:
         grad = torch.where(y > 0, grad, grad.new_zeros(()))

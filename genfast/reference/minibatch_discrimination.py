@@ -29,7 +29,8 @@ def _kernel(difference: Tensor) -> Tensor:
 
 
 def pairwise_l1_kernel_sum(m: Tensor, include_self: bool = True) -> Tensor:
-    """o_ib = sum_j exp(-sum_c |M_ibc - M_jbc|) of m (N, B, C), (N, B), float32 for half types; j = i if ``include_self``."""
+    """o_ib = sum_j exp(-sum_c |M_ibc - M_jbc|) of m (N, B, C), (N, B), float32 for half types; j = i if
+    ``include_self``."""
     m = _wide(m)
     sums = [m.new_zeros(0, m.shape[1])]
     for rows in _rows(m):

@@ -1,5 +1,5 @@
-"""Minibatch standard deviation (progressive growing of GANs, 1710.10196, section 3; StyleGAN2, 1912.04958): the batch in
-groups, the standard deviation of every element over its group, and its mean over a feature as one more channel."""
+"""Minibatch standard deviation (progressive growing of GANs, 1710.10196, section 3; StyleGAN2, 1912.04958): the batch
+in groups, the standard deviation of every element over its group, and its mean over a feature as one more channel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def minibatch_stddev(x: Tensor, group_size: int, features: int, eps: float) -> T
 
 
 def minibatch_stddev_backward(grad_y: Tensor, x: Tensor, group_size: int, features: int, eps: float) -> Tensor:
-    """dx = d + k (x - mean) / sqrt(var + eps), k the gradient of the group's statistic over G and the number of elements."""
+    """dx = d + k (x - mean) / sqrt(var + eps), k the gradient of the group's statistic over G and the number of
+    elements."""
     d, rest = grad_y[:, : x.shape[1]], grad_y[:, x.shape[1] :]
     if not x.numel():
         return d.clone()

@@ -12,9 +12,18 @@ from .upfirdn2d import upfirdn2d
 
 
 def modulated_conv2d(
-    x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | None, up: int, down: int, padding: Sequence[int],
-    demodulate: bool, resample_filter: Tensor | None, flip_weight: bool, eps: float,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    noise: Tensor | None,
+    up: int,
+    down: int,
+    padding: Sequence[int],
+    demodulate: bool,
+    resample_filter: Tensor | None,
+    flip_weight: bool,
+    eps: float,
+) -> Tensor:
     """One weight for each sample, as the paper has it; ``padding`` is (x0, x1, y0, y1) of the upsampled image."""
     n = x.shape[0]
     w = weight[None] * styles[:, None, :, None, None]  # (N, O, I, kh, kw), equation 1
@@ -26,7 +35,12 @@ def modulated_conv2d(
     if up > 1:
         x0, x1, y0, y1 = x0 + (fw + up - 1) // 2, x1 + (fw - up) // 2, y0 + (fh + up - 1) // 2, y1 + (fh - up) // 2
     if down > 1:
-        x0, x1, y0, y1 = x0 + (fw - down + 1) // 2, x1 + (fw - down) // 2, y0 + (fh - down + 1) // 2, y1 + (fh - down) // 2
+        x0, x1, y0, y1 = (
+            x0 + (fw - down + 1) // 2,
+            x1 + (fw - down) // 2,
+            y0 + (fh - down + 1) // 2,
+            y1 + (fh - down) // 2,
+        )
     one = f.new_ones((1, 1))
     z = upfirdn2d(x, f if up > 1 else one, (up, up), (1, 1), (x0, x1, y0, y1), False, up * up)
     w = w if flip_weight else w.flip(3, 4)  # F.conv2d is a correlation
@@ -43,7 +57,9 @@ def channel_scale(x: Tensor, scale: Tensor, noise: Tensor | None = None) -> Tens
     return (y if noise is None else y + noise.to(wide.dtype)).to(x.dtype)
 
 
-def channel_scale_backward(grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def channel_scale_backward(
+    grad_y: Tensor, x: Tensor, scale: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dnoise); dnoise is empty where there is no noise."""
     wide = x if x.element_size() >= 4 else x.float()
     d = grad_y.to(wide.dtype)

@@ -1,4 +1,5 @@
-"""The neural autoregressive distribution estimator, as the papers write it: one step after the other over the dimensions."""
+"""The neural autoregressive distribution estimator, as the papers write it: one step after the other over the
+dimensions."""
 
 from __future__ import annotations
 
@@ -26,9 +27,16 @@ def _wide(like: Tensor, *tensors: Tensor | None) -> list[Any]:
 
 
 def nade(
-    x: Tensor, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str
+    x: Tensor,
+    weight: Tensor,
+    readout: Tensor,
+    bias: Tensor,
+    hidden_bias: Tensor,
+    rescale: Tensor | None,
+    activation: str,
 ) -> Tensor:
-    """Parameters (N, D, P) of p(x_d | x_<d): a_1 = c, h_d = act(rho_d a_d), p_d = b_d + V_d h_d, a_{d+1} = a_d + W_d x_d."""
+    """Parameters (N, D, P) of p(x_d | x_<d): a_1 = c, h_d = act(rho_d a_d), p_d = b_d + V_d h_d, a_{d+1} = a_d + W_d
+    x_d."""
     given, w, v, b, c, rho = _wide(x, weight, readout, bias, hidden_bias, rescale)
     a = c.expand(x.shape[0], -1)
     params = []
@@ -40,9 +48,15 @@ def nade(
 
 
 def nade_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, readout: Tensor, hidden_bias: Tensor, rescale: Tensor | None, activation: str,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    readout: Tensor,
+    hidden_bias: Tensor,
+    rescale: Tensor | None,
+    activation: str,
     need_x: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (empty unless ``need_x``), weight, readout, bias, hidden_bias and rescale (empty without one).
 
     The scan in reverse, with e the cotangent of a: e_d = e_{d+1} + rho_d act'(rho_d a_d) V_d^T g_d.
@@ -115,9 +129,17 @@ def nade_draw(params: Tensor, uniforms: Tensor, kind: str) -> Tensor:
 
 @torch.no_grad()
 def nade_sample(
-    uniforms: Tensor, weight: Tensor, readout: Tensor, bias: Tensor, hidden_bias: Tensor, rescale: Tensor | None,
-    given: Tensor | None, known: Tensor | None, activation: str, kind: str,
-) -> Tensor:  # fmt: skip
+    uniforms: Tensor,
+    weight: Tensor,
+    readout: Tensor,
+    bias: Tensor,
+    hidden_bias: Tensor,
+    rescale: Tensor | None,
+    given: Tensor | None,
+    known: Tensor | None,
+    activation: str,
+    kind: str,
+) -> Tensor:
     """x (N, D), drawn in one pass; where ``known`` (N, D), x is ``given``."""
     u, w, v, b, c, rho, values = _wide(uniforms, weight, readout, bias, hidden_bias, rescale, given)
     a = c.expand(u.shape[0], -1)

@@ -1,4 +1,5 @@
-"""Sums of kernels over pairs of rows (MMD: Gretton et al., JMLR 13, 2012; KID: Binkowski et al., 1801.01401), nearest rows.
+"""Sums of kernels over pairs of rows (MMD: Gretton et al., JMLR 13, 2012; KID: Binkowski et al., 1801.01401), nearest
+rows.
 
     o_i = sum_j sum_s k_s(x_i, y_j),   squared distance d_ij = sum_c (x_ic - y_jc)^2
     rbf         k_s = exp(-s d_ij),  s = 1 / (2 sigma^2)
@@ -36,7 +37,13 @@ def _others(rows: slice, like: Tensor) -> Tensor:
 
 
 def pairwise_kernel_sum(
-    x: Tensor, y: Tensor | None, kernel: str, scales: Sequence[float], degree: int, offset: float, exclude_diagonal: bool
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    scales: Sequence[float],
+    degree: int,
+    offset: float,
+    exclude_diagonal: bool,
 ) -> Tensor:
     """o (B, N) of x (B, N, C) and y (B, M, C), x itself if None; ``exclude_diagonal`` leaves out j = i."""
     x = _wide(x)
@@ -55,12 +62,21 @@ def pairwise_kernel_sum(
 
 
 def pairwise_kernel_sum_backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, kernel: str, scales: Sequence[float], degree: int, offset: float,
-    exclude_diagonal: bool, need_x: bool, need_y: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    scales: Sequence[float],
+    degree: int,
+    offset: float,
+    exclude_diagonal: bool,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
     """With k'_ij the derivative of sum_s k_s by d_ij, or by x_i.y_j for a polynomial:
 
-    dx_i = sum_j g_i k'_ij 2 (x_i - y_j),  dy_j = -sum_i g_i k'_ij 2 (x_i - y_j);  polynomial: y_j, x_i for the differences.
+    dx_i = sum_j g_i k'_ij 2 (x_i - y_j),  dy_j = -sum_i g_i k'_ij 2 (x_i - y_j);  polynomial: y_j, x_i for the
+    differences.
     Without y both meet in dx: g_i + g_j in place of g_i. What is not needed is empty.
     """
     g, wide = _wide(grad), _wide(x)
@@ -109,7 +125,13 @@ def nearest_rows(x: Tensor, y: Tensor | None, k: int, exclude_self: bool) -> tup
 
 
 def mmd(
-    x: Tensor, y: Tensor, kernel: str, scales: Sequence[float], degree: int = 3, offset: float = 1.0, unbiased: bool = True
+    x: Tensor,
+    y: Tensor,
+    kernel: str,
+    scales: Sequence[float],
+    degree: int = 3,
+    offset: float = 1.0,
+    unbiased: bool = True,
 ) -> Tensor:
     """Squared MMD of x (B, N, C) and y (B, M, C): mean k(x, x') + mean k(y, y') - 2 mean k(x, y), (B,).
 

@@ -1,4 +1,5 @@
-"""Pixel norm (progressive growing of GANs, 1710.10196, section 4.2): y = x / sqrt(mean_c x^2 + eps) at each position."""
+"""Pixel norm (progressive growing of GANs, 1710.10196, section 4.2): y = x / sqrt(mean_c x^2 + eps) at each
+position."""
 
 from __future__ import annotations
 

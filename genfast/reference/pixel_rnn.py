@@ -89,9 +89,14 @@ def _scan(
 
 
 def _scan_backward(
-    grads: list[Tensor], states: list[Tensor], weight: Tensor, pads: tuple[int, int], h0: Tensor | None, c0: Tensor | None,
+    grads: list[Tensor],
+    states: list[Tensor],
+    weight: Tensor,
+    pads: tuple[int, int],
+    h0: Tensor | None,
+    c0: Tensor | None,
     begun: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The closed form, backwards in t: da is the gradient of the gates before their activation."""
     o, f, i, g, c = states
     n, hidden, positions, steps = o.shape

@@ -20,8 +20,8 @@ def spectral_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(W / sigma, u, v, sigma), u and v after so many power iterations and constant in the derivative.
 
-    An iteration takes v from u and then u from v; with ``v`` given, first u from v (torch's parametrization). Without an
-    iteration ``v`` must be given.
+    An iteration takes v from u and then u from v; with ``v`` given, first u from v (torch's parametrization). Without
+    an iteration ``v`` must be given.
     """
 
     def unit(x: Tensor) -> Tensor:

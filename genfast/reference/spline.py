@@ -22,7 +22,8 @@ def _softclip(a: Tensor, limit: float) -> Tensor:
 
 
 def _shares(logits: Tensor, convention: str, slope: float, scale: float) -> Tensor:
-    """Positive numbers that sum to one; zuko clips the logits so that no bin is steeper or flatter than ``slope`` allows."""
+    """Positive numbers that sum to one; zuko clips the logits so that no bin is steeper or flatter than ``slope``
+    allows."""
     logits = logits * scale
     return torch.softmax(_softclip(logits, math.log(slope) / 2) if convention == "zuko" else logits, dim=-1)
 
@@ -64,7 +65,8 @@ def _pick(values: Tensor, k: Tensor) -> Tensor:
 
 
 def _unit(theta: Tensor) -> Tensor:
-    """Rounding may leave a hair beyond the bin's ends, which a narrow bin magnifies; the derivative is that of theta."""
+    """Rounding may leave a hair beyond the bin's ends, which a narrow bin magnifies; the derivative is that of
+    theta."""
     return theta + (theta.clamp(0, 1) - theta).detach()
 
 
@@ -83,8 +85,16 @@ class _Bin(NamedTuple):
     part: Tensor  # the place of y in its bin
 
 
-def _solve(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str, convention: str, inverse: bool,
-           options: Sequence[float]) -> _Bin:  # fmt: skip
+def _solve(
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    tails: str,
+    convention: str,
+    inverse: bool,
+    options: Sequence[float],
+) -> _Bin:
     left, right, bottom, top, *_, slope, scale = options
     min_width, min_height, min_derivative = _minimums(options, convention)
     w = _sizes(_shares(widths, convention, slope, scale), min_width, left, right)
@@ -110,10 +120,17 @@ def _solve(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tail
 
 
 def rational_quadratic_spline(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tails: str = "linear", convention: str = "nflows",
-    inverse: bool = False, options: Sequence[float] = SPLINE_DEFAULTS,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, logdet); widths and heights (*, K) and derivatives (*, K - 1 | K | K + 1) are logits, tails linear|circular|none."""
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    tails: str = "linear",
+    convention: str = "nflows",
+    inverse: bool = False,
+    options: Sequence[float] = SPLINE_DEFAULTS,
+) -> tuple[Tensor, Tensor]:
+    """(y, logdet); widths and heights (*, K) and derivatives (*, K - 1 | K | K + 1) are logits, tails
+    linear|circular|none."""
     dtype = x.dtype
     x = x if x.element_size() >= 4 else x.float()
     widths, heights, derivatives = (p.to(x.dtype).contiguous() for p in (widths, heights, derivatives))
@@ -128,7 +145,14 @@ def rational_quadratic_spline(
 
 
 def _logit_gradient(
-    logits: Tensor, k: Tensor, before: Tensor, within: Tensor, spread: float, convention: str, slope: float, scale: float
+    logits: Tensor,
+    k: Tensor,
+    before: Tensor,
+    within: Tensor,
+    spread: float,
+    convention: str,
+    slope: float,
+    scale: float,
 ) -> Tensor:
     """Of sizes before bin k (which move its start), within it, and after it (none), back to the logits."""
     share = _shares(logits, convention, slope, scale)
@@ -140,18 +164,29 @@ def _logit_gradient(
 
 
 def rational_quadratic_spline_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor,
-    tails: str, convention: str, inverse: bool, options: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The closed form. With theta = (x - x0)/w, s = h/w, t = theta (1 - theta), n = s theta^2 + d0 t, e = s + (d0 + d1 - 2s) t,
-    q = d1 theta^2 + 2 s t + d0 (1 - theta)^2: y = y0 + h n/e, logdet = log(s^2 q / e^2). The inverse holds y and solves for
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    tails: str,
+    convention: str,
+    inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The closed form. With theta = (x - x0)/w, s = h/w, t = theta (1 - theta), n = s theta^2 + d0 t, e = s + (d0 + d1
+    - 2s) t, q = d1 theta^2 + 2 s t + d0 (1 - theta)^2: y = y0 + h n/e, logdet = log(s^2 q / e^2). The inverse holds y
+        and solves for
     theta, so theta's derivative is taken through n/e = (y - y0)/h."""
     dtypes = [v.dtype for v in (x, widths, heights, derivatives)]
     x = x if x.element_size() >= 4 else x.float()
     widths, heights, derivatives = (p.to(x.dtype).contiguous() for p in (widths, heights, derivatives))
     gy = torch.zeros_like(x) if grad_y is None else grad_y.to(x.dtype)
     gl = torch.zeros_like(x) if grad_logdet is None else grad_logdet.to(x.dtype)
-    outside, k, _, w, _, h, d0, d1, theta, part = _solve(x, widths, heights, derivatives, tails, convention, inverse, options)
+    outside, k, _, w, _, h, d0, d1, theta, part = _solve(
+        x, widths, heights, derivatives, tails, convention, inverse, options
+    )
     dx_outside = torch.zeros_like(gy) if tails == "none" else gy
     gy, gl = torch.where(outside, 0.0, gy), torch.where(outside, 0.0, gl)
     s, t = h / w, theta * (1 - theta)
@@ -203,17 +238,29 @@ def _parts(params: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rational_quadratic_spline_packed(
-    x: Tensor, params: Tensor, bins: int, tails: str = "linear", convention: str = "nflows", inverse: bool = False,
+    x: Tensor,
+    params: Tensor,
+    bins: int,
+    tails: str = "linear",
+    convention: str = "nflows",
+    inverse: bool = False,
     options: Sequence[float] = SPLINE_DEFAULTS,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The same of parameters (*, P): K widths, K heights, then the derivatives."""
     return rational_quadratic_spline(x, *_parts(params, bins), tails, convention, inverse, options)
 
 
 def rational_quadratic_spline_packed_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, bins: int, tails: str, convention: str,
-    inverse: bool, options: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    params: Tensor,
+    bins: int,
+    tails: str,
+    convention: str,
+    inverse: bool,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     dx, *grads = rational_quadratic_spline_backward(
         grad_y, grad_logdet, x, *_parts(params, bins), tails, convention, inverse, options
     )
@@ -244,9 +291,12 @@ def _unscaled(
 
 
 def linear_spline(
-    x: Tensor, unnormalized_pdf: Tensor, tails: str = "linear", inverse: bool = False,
+    x: Tensor,
+    unnormalized_pdf: Tensor,
+    tails: str = "linear",
+    inverse: bool = False,
     options: Sequence[float] = SPLINE_DEFAULTS,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """K bins of equal width, softmax(unnormalized_pdf) high."""
     u, outside, (pdf,) = _scaled(x, [unnormalized_pdf], inverse, options)
     share = torch.softmax(pdf, -1)
@@ -258,11 +308,15 @@ def linear_spline(
 
 
 def quadratic_spline(
-    x: Tensor, widths: Tensor, heights: Tensor, tails: str = "linear", inverse: bool = False,
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    tails: str = "linear",
+    inverse: bool = False,
     options: Sequence[float] = SPLINE_DEFAULTS,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A density that is linear in each of K bins: heights are the density's logits at the knots, K - 1 (linear tails, which
-    fix the ends at one) or K + 1."""
+) -> tuple[Tensor, Tensor]:
+    """A density that is linear in each of K bins: heights are the density's logits at the knots, K - 1 (linear tails,
+    which fix the ends at one) or K + 1."""
     u, outside, (widths, heights) = _scaled(x, [widths, heights], inverse, options)
     min_width, min_height = options[4:6]
     w = _sizes(torch.softmax(widths, -1), min_width, 0.0, 1.0)

@@ -1,4 +1,5 @@
-"""Upsample with zeros, pad, filter, downsample: the resampling of StyleGAN2 (1912.04958), scipy.signal.upfirdn in two axes."""
+"""Upsample with zeros, pad, filter, downsample: the resampling of StyleGAN2 (1912.04958), scipy.signal.upfirdn in two
+axes."""
 
 from __future__ import annotations
 
@@ -9,9 +10,16 @@ from torch import Tensor
 
 
 def upfirdn2d(
-    x: Tensor, filter: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip_filter: bool, gain: float
+    x: Tensor,
+    filter: Tensor,
+    up: Sequence[int],
+    down: Sequence[int],
+    padding: Sequence[int],
+    flip_filter: bool,
+    gain: float,
 ) -> Tensor:
-    """``up`` and ``down`` are (x, y), ``padding`` is (x0, x1, y0, y1) of the upsampled image, negative where it crops."""
+    """``up`` and ``down`` are (x, y), ``padding`` is (x0, x1, y0, y1) of the upsampled image, negative where it
+    crops."""
     n, c, h, w = x.shape
     wide = x if x.element_size() >= 4 else x.float()
     # Zeros after each element of both axes.

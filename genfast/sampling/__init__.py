@@ -5,6 +5,15 @@ from .checks import CausalityError, Equivalence, ReceptiveField, assert_causal, 
 from .sampler import Sampler
 
 __all__ = [
-    "CausalityError", "DegreeProgram", "Equivalence", "Layer", "LoweringError", "Program", "ReceptiveField", "Sampler",
-    "assert_causal", "receptive_field", "sample_equivalence",
-]  # fmt: skip
+    "CausalityError",
+    "DegreeProgram",
+    "Equivalence",
+    "Layer",
+    "LoweringError",
+    "Program",
+    "ReceptiveField",
+    "Sampler",
+    "assert_causal",
+    "receptive_field",
+    "sample_equivalence",
+]

@@ -49,8 +49,9 @@ class _Subject:
     def dependence(self, x: Tensor, outputs: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """For each output (channel, *position), which entries of x (C, *spatial) move it, as bool.
 
-        By the gradient where whole numbers become floats by a scale, or by conversions and arithmetic alone; a network that
-        embeds or compares them, or whose output has no gradient by them, is asked by changing one entry after the other.
+        By the gradient where whole numbers become floats by a scale, or by conversions and arithmetic alone; a network
+        that embeds or compares them, or whose output has no gradient by them, is asked by changing one entry after the
+        other.
         """
         how = self.entrance
         if how.input in ("unit", "signed") or (how.input == "integers" and how.smooth):
@@ -88,9 +89,14 @@ class _Subject:
 
 
 def _subject(
-    name: str, network: Any, shape: Sequence[int] | None, levels: int | None, head: str | None, context: inputs.Context,
+    name: str,
+    network: Any,
+    shape: Sequence[int] | None,
+    levels: int | None,
+    head: str | None,
+    context: inputs.Context,
     input: inputs.Input,
-) -> _Subject:  # fmt: skip
+) -> _Subject:
     """Shape, levels and head from the model's attributes where they are not given; the network is called once."""
     inner = inputs.unwrapped(network)
     if shape is None:
@@ -110,14 +116,21 @@ def _subject(
 
 
 def assert_causal(
-    network: Any, shape: Sequence[int] | None = None, *, levels: int | None = None, head: str | None = None,
-    context: inputs.Context = None, input: inputs.Input = None, group_order: str | None = None, seed: int = 0,
-) -> None:  # fmt: skip
+    network: Any,
+    shape: Sequence[int] | None = None,
+    *,
+    levels: int | None = None,
+    head: str | None = None,
+    context: inputs.Context = None,
+    input: inputs.Input = None,
+    group_order: str | None = None,
+    seed: int = 0,
+) -> None:
     """Raises unless every output depends on earlier inputs only: the gradient to every other input is exactly zero.
 
-    A logit of colour k may see the pixels before its own in raster order, and the colours before k of its own; the parameters
-    of a mixture may see the pixels before only. Takes one backward pass for each output channel of a few and each position,
-    so give a small ``shape``.
+    A logit of colour k may see the pixels before its own in raster order, and the colours before k of its own; the
+    parameters of a mixture may see the pixels before only. Takes one backward pass for each output channel of a few and
+    each position, so give a small ``shape``.
 
     Args:
         network: as for :class:`Sampler`; in evaluation mode while it is checked.
@@ -149,7 +162,8 @@ def assert_causal(
     if fault is not None:
         channel, position, colour, at = fault
         raise CausalityError(
-            f"{inputs.name_of(network)}: output channel {channel} at {position} depends on colour {colour} at {at}, which "
+            f"{inputs.name_of(network)}: output channel {channel} at {position} depends on colour {colour} at {at}, "
+            "which "
             "comes later"
         )
 
@@ -160,9 +174,14 @@ def _spread(count: int, some: int) -> list[int]:
 
 
 def _first_fault(
-    outputs: list[tuple[int, ...]], seen: list[Tensor], number: dict[tuple[int, ...], int], head: str, colours: int, per: int,
+    outputs: list[tuple[int, ...]],
+    seen: list[Tensor],
+    number: dict[tuple[int, ...], int],
+    head: str,
+    colours: int,
+    per: int,
     order: str,
-) -> tuple[int, tuple[int, ...], int, tuple[int, ...]] | None:  # fmt: skip
+) -> tuple[int, tuple[int, ...], int, tuple[int, ...]] | None:
     """The first output (channel, position) that sees a (colour, position) which does not come before it."""
     for (channel, *position), map_ in zip(outputs, seen):
         own_colour = channel % colours if order == "interleaved" else channel // per
@@ -176,7 +195,8 @@ def _first_fault(
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """What one output sees, (C, H, W) bool: ``seen``, and ``blind``, the earlier inputs that it could see and does not."""
+    """What one output sees, (C, H, W) bool: ``seen``, and ``blind``, the earlier inputs that it could see and does
+    not."""
 
     seen: Tensor
     blind: Tensor
@@ -206,9 +226,15 @@ class ReceptiveField:
 
 
 def receptive_field(
-    network: Any, shape: Sequence[int] | None = None, *, position: Sequence[int] | None = None, levels: int | None = None,
-    context: inputs.Context = None, input: inputs.Input = None, seed: int = 0,
-) -> ReceptiveField:  # fmt: skip
+    network: Any,
+    shape: Sequence[int] | None = None,
+    *,
+    position: Sequence[int] | None = None,
+    levels: int | None = None,
+    context: inputs.Context = None,
+    input: inputs.Input = None,
+    seed: int = 0,
+) -> ReceptiveField:
     """What the output at ``position`` (the middle by default) depends on, and which earlier inputs it is blind to.
 
     Args and errors as of :func:`assert_causal`.
@@ -238,8 +264,9 @@ def receptive_field(
 
 @dataclass(frozen=True)
 class Equivalence:
-    """How far the cached sampler is from the standard loop: the largest difference of what pixels are drawn from, relative to
-    the largest value, and how many levels of how many differ when both draw with the same uniform numbers."""
+    """How far the cached sampler is from the standard loop: the largest difference of what pixels are drawn from,
+    relative to the largest value, and how many levels of how many differ when both draw with the same uniform
+    numbers."""
 
     error: float
     different: int
@@ -251,9 +278,16 @@ class Equivalence:
 
 
 def sample_equivalence(
-    network: nn.Module, shape: Sequence[int] | None = None, *, n: int = 2, levels: int | None = None, head: str | None = None,
-    context: inputs.Context = None, input: inputs.Input = None, seed: int = 0,
-) -> Equivalence:  # fmt: skip
+    network: nn.Module,
+    shape: Sequence[int] | None = None,
+    *,
+    n: int = 2,
+    levels: int | None = None,
+    head: str | None = None,
+    context: inputs.Context = None,
+    input: inputs.Input = None,
+    seed: int = 0,
+) -> Equivalence:
     """Compares cached and naive sampling of any network of :mod:`genfast.nn` layers, on random images of ``shape``.
 
     Raises:
@@ -268,7 +302,11 @@ def sample_equivalence(
         with torch.no_grad():
             expected = subject.call(subject.fed(x))
         found = sampler.teacher_forced(x, context=context)
-        uniforms = torch.rand((n, sampler.uniforms_per_pixel(shape[0]), *shape[1:]), generator=generator, dtype=torch.float32)
+        uniforms = torch.rand(
+            (n, sampler.uniforms_per_pixel(shape[0]), *shape[1:]), generator=generator, dtype=torch.float32
+        )
         drawn = [sampler.sample(n, shape, method=m, uniforms=uniforms, context=context) for m in ("cached", "naive")]
     scale = max(float(expected.abs().max()), 1e-30)
-    return Equivalence(float((found - expected).abs().max()) / scale, int((drawn[0] != drawn[1]).sum()), drawn[0].numel())
+    return Equivalence(
+        float((found - expected).abs().max()) / scale, int((drawn[0] != drawn[1]).sum()), drawn[0].numel()
+    )

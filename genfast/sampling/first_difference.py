@@ -30,12 +30,13 @@ class _Recorder(fx.Interpreter):
 
 def first_difference(
     lowered: Lowered, record: Tensor, call: Callable[[], Any], inputs: tuple[Any, ...], error: float
-) -> str:  # fmt: skip
+) -> str:
     """Where the program first differs from the network.
 
     Args:
         lowered: with all its values recorded.
-        record: (H, W, numbers) what it recorded for one image; a sequence has W = 1, a video's frames lie one below another.
+        record: (H, W, numbers) what it recorded for one image; a sequence has W = 1, a video's frames lie one below
+            another.
         call: runs the network itself, of which the modules' outputs are watched.
         inputs: of the graph.
         error: of the output, relative to its largest value: what begins it is not much smaller.

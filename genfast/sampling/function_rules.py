@@ -28,7 +28,9 @@ def tanh(low: Lowering, input: Value) -> Value:
     return low.pointwise("tanh", feature_map(low, input))
 
 
-@function_rule(lambda input, *, out=None: None, torch.sigmoid, F.sigmoid, "sigmoid", in_place=[torch.sigmoid_, "sigmoid_"])
+@function_rule(
+    lambda input, *, out=None: None, torch.sigmoid, F.sigmoid, "sigmoid", in_place=[torch.sigmoid_, "sigmoid_"]
+)
 def sigmoid(low: Lowering, input: Value) -> Value:
     x = low.spread(feature_map(low, input))
     y = low.pointwise("sigmoid", x)
@@ -51,7 +53,9 @@ def leaky_relu(low: Lowering, input: Value, negative_slope: float = 0.01) -> Val
     return low.pointwise("add", low.pointwise("relu", x), low.affine(below, -float(negative_slope), 0.0))
 
 
-@function_rule(lambda input, p=0.5, training=True, inplace=False: None, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+@function_rule(
+    lambda input, p=0.5, training=True, inplace=False: None, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d
+)
 def _dropout(low: Lowering, input: Value, p: float = 0.5, training: bool = True) -> Value:
     if training and p:
         raise low.error("drops units at random, since it is called with training=True")
@@ -108,7 +112,9 @@ def _mul(low: Lowering, input: Any, other: Any) -> Value:
 
 
 @function_rule(lambda input, other: None, operator.truediv, in_place=[operator.itruediv])
-@function_rule(lambda input, other, *, rounding_mode=None, out=None: None, torch.div, torch.divide, "div", in_place=["div_"])
+@function_rule(
+    lambda input, other, *, rounding_mode=None, out=None: None, torch.div, torch.divide, "div", in_place=["div_"]
+)
 @function_rule(lambda input, other, *, out=None: None, torch.true_divide, "true_divide", in_place=["true_divide_"])
 @takes_levels
 def _div(low: Lowering, input: Any, other: Any) -> Value:
@@ -136,11 +142,19 @@ def gated_activation(low: Lowering, x: Value, bias: Any = None, groups: int = 1)
     return low.gate(x if bias is None else low.pointwise("add", x, feature_map(low, bias)), "gate", groups)
 
 
-@function_rule(lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None, F.conv1d, F.conv2d, F.conv3d)
+@function_rule(
+    lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None, F.conv1d, F.conv2d, F.conv3d
+)
 def _convolution(
-    low: Lowering, input: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    low: Lowering,
+    input: Value,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
     groups: int = 1,
-) -> Value:  # fmt: skip
+) -> Value:
     """As a subclass's forward calls it, with a weight of the network's own."""
     single = isinstance(weight, Tensor) and set(weight.shape[2:]) == {1} and weight.dim() == low.rank()
     plain = all(set(v if isinstance(v, (tuple, list)) else (v,)) == {of} for v, of in ((stride, 1), (padding, 0)))
@@ -148,7 +162,9 @@ def _convolution(
         raise low.error(f"calls {('', 'conv1d', 'conv2d', 'conv3d')[low.dims]} with a kernel that is not 1 x 1")
     dense, live = dense_weight(SimpleNamespace(weight=weight, groups=groups), None)
     taps = taps_of(dense, live, (0,) * low.dims, (1,) * low.dims)
-    return low.convolve(feature_map(low, input), taps, len(weight), None if bias is None else bias.detach().float().cpu())
+    return low.convolve(
+        feature_map(low, input), taps, len(weight), None if bias is None else bias.detach().float().cpu()
+    )
 
 
 @function_rule(lambda input, chunks, dim=0: None, torch.chunk, "chunk")

@@ -1,7 +1,8 @@
 """What a network takes: how whole numbers enter it, and its conditions, of any names.
 
-A sampler and the checks call other people's networks. Here a condition is bound to the arguments of the network's forward, and
-it is found out whether a network takes the levels 0 ... L - 1 as they are or floats, which someone must then have scaled.
+A sampler and the checks call other people's networks. Here a condition is bound to the arguments of the network's
+forward, and it is found out whether a network takes the levels 0 ... L - 1 as they are or floats, which someone must
+then have scaled.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _layers(network: Any) -> list[Any]:
 
 
 def unwrapped(network: Any) -> Any:
-    """The network inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, which compute the same."""
+    """The network inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, which compute the
+    same."""
     return _layers(network)[-1]
 
 
@@ -53,7 +55,8 @@ def wrappers(network: Any) -> list[nn.Module]:
 
 
 def modules_of(network: Any) -> list[nn.Module]:
-    """The modules that a network is or, of a method or a ``functools.partial``, is made from; none of another function."""
+    """The modules that a network is or, of a method or a ``functools.partial``, is made from; none of another
+    function."""
     if isinstance(network, nn.Module):
         return [network]
     if isinstance(network, functools.partial):
@@ -77,7 +80,8 @@ def buffers_as_they_were(*networks: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def probing(network: Any, device: torch.device) -> Iterator[None]:
-    """For a call that only asks: in evaluation mode, without gradients, random numbers and buffers as they were afterwards."""
+    """For a call that only asks: in evaluation mode, without gradients, random numbers and buffers as they were
+    afterwards."""
     modules = modules_of(network)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), evaluating(*modules), buffers_as_they_were(*modules):
@@ -86,7 +90,9 @@ def probing(network: Any, device: torch.device) -> Iterator[None]:
 
 def name_of(network: Any) -> str:
     inner = unwrapped(network)
-    return type(inner).__name__ if isinstance(inner, nn.Module) else str(getattr(inner, "__name__", type(inner).__name__))
+    return (
+        type(inner).__name__ if isinstance(inner, nn.Module) else str(getattr(inner, "__name__", type(inner).__name__))
+    )
 
 
 def dtype_of(network: Any) -> torch.dtype:
@@ -182,7 +188,8 @@ def bind(name: str, network: Any, context: Context) -> Conditions:
     """The condition as arguments of the network.
 
     Args:
-        context: a tensor for the network's one condition; a sequence for several, in their order; or a dict by their names.
+        context: a tensor for the network's one condition; a sequence for several, in their order; or a dict by their
+            names.
 
     Raises:
         ValueError: a condition that the network needs and that is missing, or one that it does not take, by name.
@@ -209,14 +216,19 @@ def bind(name: str, network: Any, context: Context) -> Conditions:
             raise ValueError(f"{name}: context has {', '.join(map(repr, unknown))}, the network takes {takes}")
     elif context is not None and _several(context):
         each = list(context)
-        # What stands in the signature with a number by default is an option, which a sequence of conditions passes over.
+        # What stands in the signature with a number by default is an option, which a sequence of conditions passes
+        # over.
         slots = [p.name for p in conditions]
         values, surplus = dict(zip(slots, each)), each[len(slots) :]
         if surplus and not many:
             takes = ", ".join(map(repr, slots)) or "none"
             raise ValueError(f"{name}: context has {len(each)} conditions, the network takes {len(slots)}: {takes}")
     elif context is not None:
-        usual = [p for p in conditions if p.name == "context"] or [p for p in conditions if p.name in required] or conditions
+        usual = (
+            [p for p in conditions if p.name == "context"]
+            or [p for p in conditions if p.name in required]
+            or conditions
+        )
         if usual:
             values = {usual[0].name: context}
         elif many:
@@ -229,7 +241,9 @@ def bind(name: str, network: Any, context: Context) -> Conditions:
     if missing:
         raise ValueError(f"{name}: the network needs {', '.join(map(repr, missing))}, which context does not give")
     # By position where that is the only way, and whatever stands before it; by name otherwise.
-    by_position = [p for p in named if p.kind is kinds.POSITIONAL_ONLY or (surplus and p.kind is kinds.POSITIONAL_OR_KEYWORD)]
+    by_position = [
+        p for p in named if p.kind is kinds.POSITIONAL_ONLY or (surplus and p.kind is kinds.POSITIONAL_OR_KEYWORD)
+    ]
     used = [p for p in by_position if p.name in values]
     args, names = [], []
     for p in by_position[: by_position.index(used[-1]) + 1] if used else by_position if surplus else []:
@@ -266,7 +280,8 @@ def feed(images: Tensor, value: Input, levels: int, dtype: torch.dtype) -> Tenso
 _ARITHMETIC = {f"aten::{name}" for name in ("add", "sub", "rsub", "mul", "div", "neg", "true_divide")}
 _MOVES = {
     f"aten::{name}" for name in (
-        "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select",
+        "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
+        "select",
         "clone", "alias", "detach", "contiguous", "split", "split_with_sizes", "chunk", "unbind", "cat", "stack", "pad",
         "constant_pad_nd", "unfold", "movedim",
     )
@@ -276,8 +291,9 @@ _MOVES = {
 class _Entering(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows an image of whole numbers into a network, until they have become floats.
 
-    By an explicit conversion, an embedding or a comparison, the network takes whole numbers. Arithmetic with floats converts
-    too, and may be meant for floats; it is taken for a scale of whole numbers if it brings them into [-1, 1] on the way.
+    By an explicit conversion, an embedding or a comparison, the network takes whole numbers. Arithmetic with floats
+    converts too, and may be meant for floats; it is taken for a scale of whole numbers if it brings them into [-1, 1]
+    on the way.
     """
 
     def __init__(self, image: Tensor) -> None:
@@ -321,9 +337,15 @@ class Entrance:
 
 
 def entrance(
-    name: str, network: Any, conditions: Conditions, shape: Sequence[int], levels: int, value: Input, device: torch.device,
+    name: str,
+    network: Any,
+    conditions: Conditions,
+    shape: Sequence[int],
+    levels: int,
+    value: Input,
+    device: torch.device,
     n: int = 1,
-) -> Entrance:  # fmt: skip
+) -> Entrance:
     """Calls the network once with ``n`` images of ``shape``; see :class:`_Entering`. Modules are in evaluation mode.
 
     Raises:
@@ -361,7 +383,8 @@ def entrance(
         follower.found = "floats"
     if value is None and follower.found == "floats":
         raise ValueError(
-            f"{name}: {name_of(network)} takes floats; say by input= which floats the levels 0 to {levels - 1} are: 'unit' "
+            f"{name}: {name_of(network)} takes floats; say by input= which floats the levels 0 to {levels - 1} are: "
+            "'unit' "
             f"(x / {levels - 1}), 'signed' (2 x / {levels - 1} - 1), 'integers' (as they are) or a function of them"
         )
     return Entrance("integers", follower.smooth, out.shape[1])
@@ -399,13 +422,17 @@ def entry(
     assert callable(value)
     colours, spatial = shape[0], tuple(shape[1:])
     every = (
-        torch.arange(levels, device=device).view(levels, *(1,) * len(shape)).expand(levels, *shape[:1], *(1,) * len(spatial))
+        torch.arange(levels, device=device)
+        .view(levels, *(1,) * len(shape))
+        .expand(levels, *shape[:1], *(1,) * len(spatial))
     )
     images = torch.randint(levels, (2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
     try:
         table, seen = value(every.clone()).float(), value(images.clone()).float()
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"{name}: input is a function that fails on whole numbers {tuple(every.shape)}: {error}") from error
+        raise ValueError(
+            f"{name}: input is a function that fails on whole numbers {tuple(every.shape)}: {error}"
+        ) from error
     features = table.shape[1] if table.dim() > 1 else 0
     fits = table.shape == (levels, features, *every.shape[2:]) and seen.shape == (2, features, *spatial)
     if fits and colours in (1, features):

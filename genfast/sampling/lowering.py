@@ -1,17 +1,17 @@
 """Lowers a causal PyTorch network to a pixel program.
 
-The network is traced with torch.fx; every call in its graph becomes steps over feature maps. What does not depend on the
-image (conditioning) is computed by PyTorch once, by calling its modules. The rest is ordered by when it is known (see
-programs/pixel_program.py), which is also a proof that it is causal: a value that would need the future, or the colour that it
-predicts, is refused by name.
+The network is traced with torch.fx; every call in its graph becomes steps over feature maps. What does not depend on
+the image (conditioning) is computed by PyTorch once, by calling its modules. The rest is ordered by when it is known
+(see programs/pixel_program.py), which is also a proof that it is causal: a value that would need the future, or the
+colour that it predicts, is refused by name.
 
-A module is read instead of called only where its class is one of those below, or a subclass that changes nothing a call could
-use; others are traced through. Hooks are refused, but for those that compute a weight. Calls are bound to their signatures, and
-an argument that no rule reads must have its default. A value stands for a tensor: what writes into it in place gives all of the
-tensor's names the new value.
+A module is read instead of called only where its class is one of those below, or a subclass that changes nothing a call
+could use; others are traced through. Hooks are refused, but for those that compute a weight. Calls are bound to their
+signatures, and an argument that no rule reads must have its default. A value stands for a tensor: what writes into it
+in place gives all of the tensor's names the new value.
 
-With C colours drawn one after the other, channels lie colour by colour, and the steps of a pixel run once for each colour,
-on that colour's channels only, so that all passes together cost one forward pass.
+With C colours drawn one after the other, channels lie colour by colour, and the steps of a pixel run once for each
+colour, on that colour's channels only, so that all passes together cost one forward pass.
 """
 
 from __future__ import annotations
@@ -57,25 +57,35 @@ class Lowered:
 
 
 def lower(
-    network: nn.Module, shape: tuple[int, int, int], *, levels: int, head: str = "categorical",
-    conditions: Conditions | None = None, entry: tuple[float, float] | Tensor | None = None, group_order: str | None = None,
-    frames: int = 1, panel: int | None = None, dims: int = 2, record_all: bool = False,
-) -> Lowered:  # fmt: skip
+    network: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    levels: int,
+    head: str = "categorical",
+    conditions: Conditions | None = None,
+    entry: tuple[float, float] | Tensor | None = None,
+    group_order: str | None = None,
+    frames: int = 1,
+    panel: int | None = None,
+    dims: int = 2,
+    record_all: bool = False,
+) -> Lowered:
     """The pixel program of ``network``, and a function from the conditions to the maps that it reads.
 
     Args:
-        network: in evaluation mode; integer images (N, C, H, W) to logits (N, levels * C, H, W), level by level, or to mixture
-            parameters. Sequences (N, C, L) are images of L rows of one pixel.
+        network: in evaluation mode; integer images (N, C, H, W) to logits (N, levels * C, H, W), level by level, or to
+            mixture parameters. Sequences (N, C, L) are images of L rows of one pixel.
         shape: (C, H, W); of a video (C, frames * H, W).
         frames: of a video (N, C, frames, H, W).
         head: "categorical" or "logistic_mixture".
         conditions: what the network is called with besides the image; tensors of one row, or :class:`Unknown`.
-        entry: how levels become the floats that the network takes: a factor and what is added, or a table (levels, C) or, of
-            one colour, (levels, features); None where it takes whole numbers.
+        entry: how levels become the floats that the network takes: a factor and what is added, or a table (levels, C)
+            or, of one colour, (levels, features); None where it takes whole numbers.
         group_order: how the colours lie where no layer says so.
         panel: how many columns of a product's weights lie together; None for what the CPU's engine takes, 0 for all.
         dims: spatial axes of what the network takes: 1 for sequences, 3 for videos.
-        record_all: the program also records every value inside the network, to find where it goes wrong; it cannot draw then.
+        record_all: the program also records every value inside the network, to find where it goes wrong; it cannot draw
+            then.
 
     Raises:
         LoweringError: naming the module that has no pixel program.
@@ -86,10 +96,18 @@ def lower(
 
 
 def _lower(
-    network: nn.Module, shape: tuple[int, int, int], levels: int, head: str, conditions: Conditions,
-    entry: tuple[float, float] | Tensor | None, group_order: str | None, frames: int, panel: int | None, dims: int,
+    network: nn.Module,
+    shape: tuple[int, int, int],
+    levels: int,
+    head: str,
+    conditions: Conditions,
+    entry: tuple[float, float] | Tensor | None,
+    group_order: str | None,
+    frames: int,
+    panel: int | None,
+    dims: int,
     record_all: bool,
-) -> Lowered:  # fmt: skip
+) -> Lowered:
     graph = trace(network, conditions)
     nodes = list(graph.graph.nodes)
     image = next(n for n in nodes if n.op == "placeholder")
@@ -102,7 +120,9 @@ def _lower(
     rows = shape[1] // frames
     volumes = [m for m in convs if isinstance(m, gnn.MaskedConv3d)]
     gap = max((max(m.center[1], m.kernel_size[1] - 1 - m.center[1]) * m.dilation[1] for m in volumes), default=0)
-    low = Lowering(graph, shape, levels, head, panel, dims=dims, recorded={} if record_all else None, conditions=conditions)
+    low = Lowering(
+        graph, shape, levels, head, panel, dims=dims, recorded={} if record_all else None, conditions=conditions
+    )
     low.passes = max((m.data_channels for m in convs), default=1)
     low.colours = max(low.passes, shape[0] if head == "categorical" else 1)
     if low.passes not in (1, shape[0]):
@@ -186,7 +206,9 @@ def _materialise(low: Lowering, a: fx.Node) -> Any:
 def _static_channels(low: Lowering, a: fx.Node) -> int:
     """How many channels a value of the condition has, by computing it for one image."""
     if any(isinstance(v, Unknown) for _, v in low.conditions.items()):
-        raise low.error(f"takes {a.name}, which is no genfast.nn.ConditionBias of the context; prepare it with a context")
+        raise low.error(
+            f"takes {a.name}, which is no genfast.nn.ConditionBias of the context; prepare it with a context"
+        )
     value = _static_values(low.graph, low.conditions, {a}).get(a)
     if not isinstance(value, Tensor) or value.dim() > low.rank() or not value.is_floating_point():
         raise low.error(f"takes {a.name}, which is no tensor of the image's axes")
@@ -276,10 +298,21 @@ def _finish(low: Lowering, graph: fx.GraphModule, frames: int, gap: int) -> Lowe
         low.recorded = {node: (record + at, y) for node, (at, y) in low.recorded.items()}
         record += sum(low.buffers[y.buffer].channels for _, y in low.recorded.values())
     program = Program(
-        channels, height, width, low.levels, 1 + channels if mixture else channels, record, low.buffers, low.begin,
-        [*itertools.chain(*low.pixel), *low.after], low.end,
-        torch.cat([*low.weights, torch.zeros(64, dtype=torch.float32)]), [n.name for n in low.statics], frames, gap,
-    )  # fmt: skip
+        channels,
+        height,
+        width,
+        low.levels,
+        1 + channels if mixture else channels,
+        record,
+        low.buffers,
+        low.begin,
+        [*itertools.chain(*low.pixel), *low.after],
+        low.end,
+        torch.cat([*low.weights, torch.zeros(64, dtype=torch.float32)]),
+        [n.name for n in low.statics],
+        frames,
+        gap,
+    )
     wanted = [(n, torch.tensor(low.values[n].place), low.buffers[low.values[n].buffer].channels) for n in low.statics]
     calls = {n: graph.get_submodule(str(n.target)) for n in low.statics if n.op == "call_module"}
     biases = {n for n, module in calls.items() if isinstance(module, gnn.ConditionBias)}
@@ -308,7 +341,9 @@ def _finish(low: Lowering, graph: fx.GraphModule, frames: int, gap: int) -> Lowe
                 value = value.expand(-1, height, width, -1)
             if value.shape[1:3] not in ((1, 1), (height, width)):
                 size = tuple(value.shape[1:3])
-                raise ValueError(f"context: a map of {size} positions, expected ({height}, {width}) as the image, or a vector")
+                raise ValueError(
+                    f"context: a map of {size} positions, expected ({height}, {width}) as the image, or a vector"
+                )
             made = value.new_zeros(*value.shape[:-1], room)
             made[..., place] = value
             found.append(made.contiguous())

@@ -103,7 +103,9 @@ def _one_by_one(low: Lowering, module: Any, x: Value) -> Value:
             NotCausalError,
         )
     dims = len(module.kernel_size)
-    return low.convolve(x, taps_of(*dense_weight(module, None), (0,) * dims, (1,) * dims), module.out_channels, _bias(module))
+    return low.convolve(
+        x, taps_of(*dense_weight(module, None), (0,) * dims, (1,) * dims), module.out_channels, _bias(module)
+    )
 
 
 @module_rule(gnn.DownShiftedConv2d, gnn.DownRightShiftedConv2d)

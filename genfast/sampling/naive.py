@@ -14,7 +14,8 @@ from ..reference import discretized_logistic_mixture_sample
 
 
 def draw_categorical(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-    """The smallest level whose cumulative probability exceeds the uniform number; logits (..., levels), uniforms (...)."""
+    """The smallest level whose cumulative probability exceeds the uniform number; logits (..., levels), uniforms
+    (...)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     weight = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp().double()
     sums = weight.cumsum(-1)
@@ -22,9 +23,11 @@ def draw_categorical(logits: Tensor, uniforms: Tensor, temperature: float = 1.0)
 
 
 def drawable(params: Tensor, colours: int, head: str) -> Tensor:
-    """Whether there is something to draw, (N,), of the logits (N, levels) of a colour or the parameters (N, P) of a mixture.
+    """Whether there is something to draw, (N,), of the logits (N, levels) of a colour or the parameters (N, P) of a
+    mixture.
 
-    A logit of minus infinity forbids its level or component; NaN, plus infinity and logits that forbid all have no meaning.
+    A logit of minus infinity forbids its level or component; NaN, plus infinity and logits that forbid all have no
+    meaning.
     """
     if head == "categorical":
         return params.amax(1).isfinite()
@@ -37,7 +40,8 @@ def not_drawable(name: str, head: str, image: int, colour: int, position: Sequen
     where = f"image {image}" + (f", colour {colour}" if head == "categorical" else "")
     what = "logits" if head == "categorical" else "mixture parameters"
     return FloatingPointError(
-        f"{name}: the network's {what} of {where} at position {tuple(position)} are not finite (a NaN, an infinity, or every "
+        f"{name}: the network's {what} of {where} at position {tuple(position)} are not finite (a NaN, an infinity, "
+        "or every "
         "level forbidden by a logit of -inf)"
     )
 
@@ -61,8 +65,8 @@ def head_channels(name: str, out: Any, images: Tensor, levels: int, head: str) -
 
 
 def of_colour(logits: Tensor, colours: int, levels: int, colour: int, group_order: str = "interleaved") -> Tensor:
-    """Of logits (N, levels * C, ...) those of one colour, (N, levels, ...): they lie level by level, or colour by colour where
-    the network's colours are "blocked"."""
+    """Of logits (N, levels * C, ...) those of one colour, (N, levels, ...): they lie level by level, or colour by
+    colour where the network's colours are "blocked"."""
     blocked = group_order == "blocked"
     parts: Tensor = logits.unflatten(1, (colours, levels) if blocked else (levels, colours))
     return parts[:, colour] if blocked else parts[:, :, colour]
@@ -70,10 +74,20 @@ def of_colour(logits: Tensor, colours: int, levels: int, colour: int, group_orde
 
 @torch.no_grad()
 def naive_sample(
-    network: Callable[..., Any], images: Tensor, uniforms: Tensor, given: int, *, levels: int, head: str,
-    context: Tensor | None = None, temperature: float = 1.0, progress: bool = False, group_order: str = "interleaved",
-) -> Tensor:  # fmt: skip
-    """The standard loop: one forward pass over the whole image per pixel and colour. Fills ``images`` from row ``given``.
+    network: Callable[..., Any],
+    images: Tensor,
+    uniforms: Tensor,
+    given: int,
+    *,
+    levels: int,
+    head: str,
+    context: Tensor | None = None,
+    temperature: float = 1.0,
+    progress: bool = False,
+    group_order: str = "interleaved",
+) -> Tensor:
+    """The standard loop: one forward pass over the whole image per pixel and colour. Fills ``images`` from row
+    ``given``.
 
     Raises:
         ValueError: an output of another shape than the head's.
@@ -98,7 +112,9 @@ def naive_sample(
                         images[(every, k, *at)] = draw_categorical(params, u[:, k], temperature)
                     else:
                         params = here
-                        drawn = discretized_logistic_mixture_sample(here[..., None], u[..., None], colours, levels, temperature)
+                        drawn = discretized_logistic_mixture_sample(
+                            here[..., None], u[..., None], colours, levels, temperature
+                        )
                         images[(every, every, *at)] = drawn[..., 0].clamp_min(0)  # -1 where there is nothing to draw
                     fits[(*rest, k)] = drawable(params, colours, head)
             if not bool(fits.all()):

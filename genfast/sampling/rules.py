@@ -33,7 +33,9 @@ REFUSED_MODULES = (gnn.RowLSTM, gnn.DiagonalBiLSTM)  # so that they are named as
 _Lower = TypeVar("_Lower", bound=Callable[..., Any])
 
 
-def function_rule(signature: Callable[..., Any], *targets: Any, in_place: Sequence[Any] = ()) -> Callable[[_Lower], _Lower]:
+def function_rule(
+    signature: Callable[..., Any], *targets: Any, in_place: Sequence[Any] = ()
+) -> Callable[[_Lower], _Lower]:
     """Registers a rule for functions, operators and (as strings) methods of tensors, all of this signature."""
 
     def register(rule: _Lower) -> _Lower:
@@ -47,7 +49,8 @@ def function_rule(signature: Callable[..., Any], *targets: Any, in_place: Sequen
 
 
 def module_rule(*classes: type) -> Callable[[_Lower], _Lower]:
-    """Registers a rule for modules of these classes; it is given the module and, by the names of forward, the arguments."""
+    """Registers a rule for modules of these classes; it is given the module and, by the names of forward, the
+    arguments."""
 
     def register(rule: _Lower) -> _Lower:
         reads = frozenset(inspect.signature(rule).parameters) - {"low", "module", "x"}
@@ -121,7 +124,9 @@ def lower_call(low: Lowering, node: fx.Node, args: list[Any], kwargs: dict[str, 
     if rule.lower not in _TAKING_PADDING:
         for value in _flat(given.values()):
             if isinstance(value, Value) and any(value.margin):
-                raise low.error("takes a padded map, which has a pixel program only where a slice makes it as large as it was")
+                raise low.error(
+                    "takes a padded map, which has a pixel program only where a slice makes it as large as it was"
+                )
     result = rule.lower(low, **given)
     if in_place:
         written = next(iter(node.all_input_nodes), None)

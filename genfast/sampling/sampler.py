@@ -29,7 +29,9 @@ from .lowering import Lowered, lower
 from .naive import head_channels, naive_sample, not_drawable
 from .steps import NotCausalError
 
-_FIELDS = "program weights statics cache images uniforms record faults record_size n first_row last_row given temperature"
+_FIELDS = (
+    "program weights statics cache images uniforms record faults record_size n first_row last_row given temperature"
+)
 _CPU = kernels("_cpu", pixel_program=f"{_FIELDS} group period active threads")
 _CUDA = kernels("_cuda", pixel_program=f"{_FIELDS} stream scratch code weight_floats image_floats")
 HEADS = ("categorical", "logistic_mixture")
@@ -62,30 +64,35 @@ class Sampler:
     """Draws integer images from a network of :mod:`genfast.nn` layers, or by the standard loop from any network.
 
     The network is lowered once to a pixel program (:meth:`prepare`; ``print`` shows it); weights are folded and packed
-    again whenever they, a setting or a hook have changed, which is found by comparing their contents. On a GPU that would
-    wait for it: there steps of optimisers, loading and ordinary changes in place are seen, and after one that goes through
+    again whenever they, a setting or a hook have changed, which is found by comparing their contents. On a GPU that
+    would
+    wait for it: there steps of optimisers, loading and ordinary changes in place are seen, and after one that goes
+        through
     ``.data`` the images hold -1 everywhere until :meth:`renew` is called.
 
-    The first time that a program is made, and again when the network's structure has changed, what it computes for a random
-    image is compared with what the network computes (about two forward passes); a difference beyond rounding is a
+    The first time that a program is made, and again when the network's structure has changed, what it computes for a
+    random image is compared with what the network computes (about two forward passes); a difference beyond rounding is
+    a
     :class:`LoweringError` that names the layer where it begins.
 
-    Given the same uniform numbers, "cached" draws the same images as "naive" (up to rounding: a draw that lands within about
-    1e-7 of the border between two levels may fall on either).
+    Given the same uniform numbers, "cached" draws the same images as "naive" (up to rounding: a draw that lands within
+    about 1e-7 of the border between two levels may fall on either).
 
     Args:
-        network: images (N, C, H, W), sequences (N, C, L) or videos (N, C, T, H, W) to logits (N, levels * C, ...), level by
-            level (see ``group_order``), or to mixture parameters (see :func:`genfast.ops.discretized_logistic_mixture_nll`).
-            A module, also within ``torch.compile`` or ``DataParallel``, or for ``method="naive"`` any function. Modules are
-            in evaluation mode while they are sampled from; then each submodule gets its own mode back.
+        network: images (N, C, H, W), sequences (N, C, L) or videos (N, C, T, H, W) to logits (N, levels * C, ...),
+            level by level (see ``group_order``), or to mixture parameters (see
+            :func:`genfast.ops.discretized_logistic_mixture_nll`). A module, also within ``torch.compile`` or
+            ``DataParallel``, or for ``method="naive"`` any function. Modules are in evaluation mode while they are
+            sampled from; then each submodule gets its own mode back.
         levels: of a colour.
         head: "categorical" or "logistic_mixture".
-        input: what the network is given for the levels 0 ... L - 1: "integers" (int64, as they are), "unit" (x / (L - 1), in
-            [0, 1]), "signed" (2 x / (L - 1) - 1, in [-1, 1]), both in the type of its parameters, or a function of the int64
-            images. None finds out whether the network takes whole numbers (it converts, embeds or compares them, or scales
-            them into [-1, 1]), by calling it once, and is an error where it takes floats.
-        group_order: how the logits of C colours lie: "interleaved", channel c is of colour c mod C, or "blocked", colour by
-            colour. None takes the order of the network's masked convolutions, or that in which its outputs are causal.
+        input: what the network is given for the levels 0 ... L - 1: "integers" (int64, as they are), "unit" (x / (L -
+            1), in [0, 1]), "signed" (2 x / (L - 1) - 1, in [-1, 1]), both in the type of its parameters, or a function
+            of the int64 images. None finds out whether the network takes whole numbers (it converts, embeds or compares
+            them, or scales them into [-1, 1]), by calling it once, and is an error where it takes floats.
+        group_order: how the logits of C colours lie: "interleaved", channel c is of colour c mod C, or "blocked",
+            colour by colour. None takes the order of the network's masked convolutions, or that in which its outputs
+            are causal.
         self_check: False leaves out the comparison with the network.
 
     The engine computes in float32, so networks of another type have no pixel program.
@@ -102,15 +109,23 @@ class Sampler:
     """
 
     def __init__(
-        self, network: Callable[..., Any], *, levels: int = 256, head: str = "categorical", input: Input = None,
-        group_order: str | None = None, self_check: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        network: Callable[..., Any],
+        *,
+        levels: int = 256,
+        head: str = "categorical",
+        input: Input = None,
+        group_order: str | None = None,
+        self_check: bool = True,
+    ) -> None:
         if head not in HEADS:
             raise ValueError(f"Sampler: head={head!r}, expected one of {', '.join(map(repr, HEADS))}")
         if levels < 2:
             raise ValueError(f"Sampler: levels={levels}, expected at least 2")
         if group_order is not None and group_order not in ORDERS:
-            raise ValueError(f"Sampler: group_order={group_order!r}, expected one of {', '.join(map(repr, ORDERS))} or None")
+            raise ValueError(
+                f"Sampler: group_order={group_order!r}, expected one of {', '.join(map(repr, ORDERS))} or None"
+            )
         if not callable(network):
             raise TypeError(f"Sampler: network is a {type(network).__name__}, expected a module or a function")
         inputs.check_input("Sampler", input)
@@ -120,7 +135,9 @@ class Sampler:
 
     def _forget(self) -> None:
         self._prepared: dict[Any, _Prepared] = {}
-        self._proven: dict[Any, Any] = {}  # by shape and conditions: the structure whose program agreed with the network
+        self._proven: dict[
+            Any, Any
+        ] = {}  # by shape and conditions: the structure whose program agreed with the network
         self._entrances: dict[tuple[int, ...], Entrance] = {}
         self._warned: set[str] = set()
 
@@ -167,12 +184,15 @@ class Sampler:
 
     def _declared_order(self) -> str | None:
         """The order of the colours in the network's masked convolutions, if they have several and one order."""
-        convs = [c for m in self._modules() for c in m.modules() if isinstance(c, (MaskedConv1d, MaskedConv2d, MaskedConv3d))]
+        convs = [
+            c for m in self._modules() for c in m.modules() if isinstance(c, (MaskedConv1d, MaskedConv2d, MaskedConv3d))
+        ]
         orders = {c.group_order for c in convs if c.data_channels > 1}
         return next(iter(orders)) if len(orders) == 1 else None
 
     def _order(self, name: str, shape: tuple[int, ...], conditions: Conditions) -> str:
-        """How the logits of several colours lie: as said, or as the network's outputs depend on the colours of their pixel.
+        """How the logits of several colours lie: as said, or as the network's outputs depend on the colours of their
+        pixel.
 
         At one pixel, a logit of the first colour moves with none of its own pixel's colours, one of the second with the
         first alone, and so on; so the order shows in what moves, whatever layers the network is made of.
@@ -205,16 +225,18 @@ class Sampler:
             if order is not None and causal[order]:
                 return order
         raise NotCausalError(
-            f"{name}: {inputs.name_of(self.network)} lets logits at {at} see their own or a later colour of their pixel, "
+            f"{name}: {inputs.name_of(self.network)} lets logits at {at} see their own or a later colour of their "
+            "pixel, "
             "whether they lie level by level (interleaved) or colour by colour (blocked)"
         )
 
     def prepare(self, shape: Sequence[int], *, has_context: bool = False, context: Context = None) -> Program:
-        """The pixel program for images of ``shape`` (C, H, W) or sequences (C, L), lowered anew if the network has changed.
+        """The pixel program for images of ``shape`` (C, H, W) or sequences (C, L), lowered anew if the network has
+        changed.
 
         Args:
-            has_context: the network gets a condition, of which nothing else is known yet; the program is compared with the
-                network when the first one is given.
+            has_context: the network gets a condition, of which nothing else is known yet; the program is compared with
+                the network when the first one is given.
             context: as of :meth:`sample`, of any number of rows.
 
         Raises:
@@ -241,7 +263,8 @@ class Sampler:
         other = {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32}
         if other:
             raise LoweringError(
-                f"{inputs.name_of(network)}: its parameters are {', '.join(sorted(map(str, other)))}, and the engine computes "
+                f"{inputs.name_of(network)}: its parameters are {', '.join(sorted(map(str, other)))}, and the engine "
+                "computes "
                 "in float32; give it network.float(), or sample with method='naive'"
             )
         return network
@@ -288,7 +311,8 @@ class Sampler:
         return found
 
     def _prove(self, prepared: _Prepared, shape: tuple[int, ...], conditions: Conditions) -> None:
-        """Compares a program with the network on a random image, teacher forced, unless this structure has passed before."""
+        """Compares a program with the network on a random image, teacher forced, unless this structure has passed
+        before."""
         one = conditions.rows(slice(0, 1))
         if prepared.checked or not self.self_check or any(not len(t) for t in one.tensors()):
             return
@@ -322,15 +346,21 @@ class Sampler:
                 error = checks.beyond_rounding(
                     found.to(expected.device), expected, lambda: checks.in_both_precisions(network, in_precision)
                 )
-                if error is not None and math.isnan(error) and not all(bool(t.isfinite().all()) for t in network.parameters()):
-                    return  # weights that are not finite, which spread otherwise at a border: the drawing says at which pixel
+                if (
+                    error is not None
+                    and math.isnan(error)
+                    and not all(bool(t.isfinite().all()) for t in network.parameters())
+                ):
+                    # weights that are not finite, which spread otherwise at a border: the drawing says at which pixel
+                    return
                 if error is not None:
                     lowered = self._lowered(shape, conditions, record_all=True)
                     record = self._recorded(lowered, image, one)[0]
                     at = first_difference(lowered, record, lambda: one.call(network, fed), (fed, *one.tensors()), error)
                     raise checks.SelfCheckError(
                         f"{type(network).__name__}: its pixel program differs from the network by {error:.2g} of the "
-                        f"largest output on a random image, and the difference begins at {at}; sample with method='naive', or "
+                        f"largest output on a random image, and the difference begins at {at}; sample with "
+                        "method='naive', or "
                         "switch the comparison off with self_check=False"
                     )
         except BaseException:
@@ -348,19 +378,28 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, n: int, shape: Sequence[int], *, method: str = "auto", context: Context = None,
-        temperature: float = 1.0, prefix: Tensor | None = None, uniforms: Tensor | None = None,
-        generator: torch.Generator | None = None, progress: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        n: int,
+        shape: Sequence[int],
+        *,
+        method: str = "auto",
+        context: Context = None,
+        temperature: float = 1.0,
+        prefix: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
         """Draws ``n`` images.
 
         Args:
             shape: (C, H, W), (C, L) of a sequence or (C, T, H, W) of a video.
-            method: "cached" computes every activation once; "naive" is the standard loop, one forward pass for each pixel
-                (and colour), for networks that have no pixel program; "auto" is "cached" for networks that have one, and
-                otherwise "naive", with a warning that says why.
-            context: the network's condition, (n, ...) as it takes it, of any type; of several a sequence, in the order of the
-                network's arguments, or a dict by their names. What is no tensor, or has no axes, is passed on as it is.
+            method: "cached" computes every activation once; "naive" is the standard loop, one forward pass for each
+                pixel (and colour), for networks that have no pixel program; "auto" is "cached" for networks that have
+                one, and otherwise "naive", with a warning that says why.
+            context: the network's condition, (n, ...) as it takes it, of any type; of several a sequence, in the order
+                of the network's arguments, or a dict by their names. What is no tensor, or has no axes, is passed on as
+                it is.
             temperature: divides the logits, or multiplies the scales of a mixture and divides its logits.
             prefix: (n or 1, C, h, W) whole numbers: the first h rows, kept as given; of a sequence
                 (n or 1, C, l) the first l samples, of a video (n or 1, C, t, H, W) the first t frames.
@@ -372,10 +411,10 @@ class Sampler:
 
         Raises:
             ValueError: arguments that do not fit, by name; a network that takes floats without ``input``.
-            FloatingPointError: logits or mixture parameters that are not finite, with the image, the colour and the position;
-                a logit of -inf only forbids its level. By the engine on a GPU, an assertion there.
-            LoweringError: the network has no pixel program, with ``method="cached"``; it sees what it predicts; or the program
-                computes something else than the network.
+            FloatingPointError: logits or mixture parameters that are not finite, with the image, the colour and the
+                position; a logit of -inf only forbids its level. By the engine on a GPU, an assertion there.
+            LoweringError: the network has no pixel program, with ``method="cached"``; it sees what it predicts; or the
+                program computes something else than the network.
             KeyboardInterrupt: nothing is left behind.
         """
         shape = tuple(shape)
@@ -398,23 +437,32 @@ class Sampler:
         order = self._order("sample", shape, conditions)
         with evaluating(*self._modules()):
             return naive_sample(
-                lambda x: self._called("sample", x, conditions), images, uniforms, given, levels=self.levels, head=self.head,
-                temperature=temperature, progress=progress, group_order=order,
-            )  # fmt: skip
+                lambda x: self._called("sample", x, conditions),
+                images,
+                uniforms,
+                given,
+                levels=self.levels,
+                head=self.head,
+                temperature=temperature,
+                progress=progress,
+                group_order=order,
+            )
 
     def _warn(self, reason: str) -> None:
         """Says once why the standard loop runs."""
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
-                f"sample: the standard loop runs, a forward pass a pixel, since the network has no pixel program: {reason}"
+                "sample: the standard loop runs, a forward pass a pixel, since the network has no pixel program: "
+                f"{reason}"
                 " (method='naive' asks for the loop, method='cached' makes this an error)",
                 stacklevel=4,
             )
 
     @torch.no_grad()
     def teacher_forced(self, images: Tensor, *, context: Context = None) -> Tensor:
-        """What each pixel of ``images`` (N, C, H, W) would be drawn from, by the cached engine: the network's output."""
+        """What each pixel of ``images`` (N, C, H, W) would be drawn from, by the cached engine: the network's
+        output."""
         shape = tuple(images.shape[1:])
         conditions = inputs.bind("teacher_forced", self.network, context)
         conditions.check_rows("teacher_forced", len(images))
@@ -447,9 +495,16 @@ class Sampler:
         return prepared.contents.unchanged(state(self._lowerable())[1])
 
     def _checked(
-        self, n: int, shape: tuple[int, ...], method: str, temperature: float, prefix: Tensor | None,
-        uniforms: Tensor | None, generator: torch.Generator | None, conditions: Conditions,
-    ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+        self,
+        n: int,
+        shape: tuple[int, ...],
+        method: str,
+        temperature: float,
+        prefix: Tensor | None,
+        uniforms: Tensor | None,
+        generator: torch.Generator | None,
+        conditions: Conditions,
+    ) -> tuple[Tensor, Tensor, int]:
         if method not in METHODS:
             raise ValueError(f"sample: method={method!r}, expected one of {', '.join(map(repr, METHODS))}")
         if n < 0:
@@ -478,23 +533,32 @@ class Sampler:
         if not fits or prefix.shape[3:] != shape[2:] or prefix.shape[2] > shape[1]:
             rest = "".join(f", {s}" for s in shape[2:])
             raise ValueError(
-                f"sample: prefix has shape {tuple(prefix.shape)}, expected ({n} or 1, {shape[0]}, at most {shape[1]}{rest})"
+                f"sample: prefix has shape {tuple(prefix.shape)}, expected ({n} or 1, {shape[0]}, at most "
+                f"{shape[1]}{rest})"
             )
         if prefix.is_cuda:
             torch._assert_async(
-                ((prefix >= 0) & (prefix < self.levels)).all(), f"sample: prefix holds values beyond 0 to {self.levels - 1}"
+                ((prefix >= 0) & (prefix < self.levels)).all(),
+                f"sample: prefix holds values beyond 0 to {self.levels - 1}",
             )
         elif prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= self.levels):
             raise ValueError(
-                f"sample: prefix holds values from {int(prefix.min())} to {int(prefix.max())}, expected 0 to {self.levels - 1}"
+                f"sample: prefix holds values from {int(prefix.min())} to {int(prefix.max())}, expected 0 to "
+                f"{self.levels - 1}"
             )
         images[:, :, : prefix.shape[2]] = prefix
         return images, uniforms, prefix.shape[2]
 
     def _run(
-        self, images: Tensor, uniforms: Tensor, given: int, conditions: Conditions, temperature: float, progress: bool,
+        self,
+        images: Tensor,
+        uniforms: Tensor,
+        given: int,
+        conditions: Conditions,
+        temperature: float,
+        progress: bool,
         record: Tensor | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         shape = tuple(images.shape[1:])
         prepared = self._program(shape, conditions)
         self._prove(prepared, shape, conditions)
@@ -503,9 +567,16 @@ class Sampler:
             images.masked_fill_(~self._unchanged(prepared), -1)
 
     def _execute(
-        self, lowered: Lowered, images: Tensor, uniforms: Tensor, given: int, conditions: Conditions, temperature: float,
-        progress: bool, record: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        lowered: Lowered,
+        images: Tensor,
+        uniforms: Tensor,
+        given: int,
+        conditions: Conditions,
+        temperature: float,
+        progress: bool,
+        record: Tensor | None,
+    ) -> None:
         if _CPU is None and not images.is_cuda:
             raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cpu')[1]}")
         program = lowered.program
@@ -529,19 +600,33 @@ class Sampler:
                 row, rows = 0, max(1, height // 64)
                 while row < height:
                     _CPU.pixel_program(
-                        program=program.code, weights=program.weights, statics=maps, cache=cache, images=images[part],
-                        uniforms=uniforms[part], record=None if record is None else record[part],
-                        faults=faults.buffer_info()[0], record_size=program.record, n=count, group=GROUP, first_row=row,
-                        last_row=min(row + rows, height), given=given, period=program.period, active=program.active,
-                        temperature=temperature, threads=threads,
-                    )  # fmt: skip
+                        program=program.code,
+                        weights=program.weights,
+                        statics=maps,
+                        cache=cache,
+                        images=images[part],
+                        uniforms=uniforms[part],
+                        record=None if record is None else record[part],
+                        faults=faults.buffer_info()[0],
+                        record_size=program.record,
+                        n=count,
+                        group=GROUP,
+                        first_row=row,
+                        last_row=min(row + rows, height),
+                        given=given,
+                        period=program.period,
+                        active=program.active,
+                        temperature=temperature,
+                        threads=threads,
+                    )
                     _check_faults(faults, program, images.shape[2:], start, self.head)
                     advance(min(rows, height - row))
                     row += rows
 
 
 def _check_faults(faults: Sequence[int], program: Program, spatial: Sequence[int], first: int, head: str) -> None:
-    """Raises where an image, of those from ``first`` on, has one plus the first place at which nothing could be drawn."""
+    """Raises where an image, of those from ``first`` on, has one plus the first place at which nothing could be
+    drawn."""
     if not any(faults):
         return
     image = next(i for i, fault in enumerate(faults) if fault)
@@ -555,13 +640,15 @@ def _check_faults(faults: Sequence[int], program: Program, spatial: Sequence[int
 
 
 def _map(values: Tensor, first: int) -> list[int]:
-    """A condition (N or 1, rows or 1, columns or 1, channels) from image ``first`` on: its address and its three strides."""
+    """A condition (N or 1, rows or 1, columns or 1, channels) from image ``first`` on: its address and its three
+    strides."""
     steps = [s if size > 1 else 0 for s, size in zip(values.stride(), values.shape[:3])]
     return [values.data_ptr() + 4 * first * steps[0], *steps]
 
 
 def _on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """Whole numbers on a GPU, which get there as arguments of a launch: a graph captures no copy from pageable memory."""
+    """Whole numbers on a GPU, which get there as arguments of a launch: a graph captures no copy from pageable
+    memory."""
     found = torch.zeros(len(numbers), dtype=torch.int64, device=device)
     if numbers:
         torch._foreach_add_(list(found.unbind()), numbers)
@@ -572,20 +659,32 @@ def _to_gpu(program: Program, device: torch.device) -> None:
     """Moves what csrc/cuda/pixel_program.cu reads, which counts in 32 bits."""
     largest = max(program.weights.numel(), program.image_floats)
     if largest >= 2**31:
-        raise LoweringError(f"the program has {largest} weights or values of an image, the GPU's engine takes less than 2^31")
+        raise LoweringError(
+            f"the program has {largest} weights or values of an image, the GPU's engine takes less than 2^31"
+        )
     program.code, program.weights = program.code.to(device, torch.int32), program.weights.to(device)
 
 
 def _run_on_gpu(
-    program: Program, statics: list[Tensor], images: Tensor, uniforms: Tensor, given: int, temperature: float, progress: bool,
+    program: Program,
+    statics: list[Tensor],
+    images: Tensor,
+    uniforms: Tensor,
+    given: int,
+    temperature: float,
+    progress: bool,
     record: Tensor | None,
-) -> None:  # fmt: skip
-    """One launch for some rows of as many images as fit, on the current stream; waits for none unless progress is shown.
+) -> None:
+    """One launch for some rows of as many images as fit, on the current stream; waits for none unless progress is
+    shown.
 
-    Where nothing can be drawn, the kernel prints the place, and an assertion fails when the GPU gets there, as PyTorch's own
+    Where nothing can be drawn, the kernel prints the place, and an assertion fails when the GPU gets there, as
+    PyTorch's own
     do for indices: to raise here would wait for it."""
     if program.frames > 1:
-        raise _backend.BackendError("genfast::pixel_program: the GPU engine takes no videos; move the network to the CPU")
+        raise _backend.BackendError(
+            "genfast::pixel_program: the GPU engine takes no videos; move the network to the CPU"
+        )
     if _CUDA is None:
         raise _backend.BackendError(f"genfast::pixel_program: {_backend.extension('_cuda')[1]}")
     wave, rows = max(1, GPU_WAVE // (4 * max(1, program.image_floats))), max(1, program.height // 64)
@@ -602,16 +701,32 @@ def _run_on_gpu(
             for row in range(0, program.height, rows):
                 last = min(row + rows, program.height)
                 _CUDA.pixel_program(
-                    stream=stream.cuda_stream, program=program.code, weights=program.weights, statics=maps, cache=cache,
-                    images=images[part], uniforms=uniforms[part], record=None if record is None else record[part],
-                    scratch=scratch, faults=faults, code=program.code.numel(), weight_floats=program.weights.numel(),
-                    image_floats=program.image_floats, record_size=program.record, n=count, first_row=row, last_row=last,
-                    given=given, temperature=temperature,
-                )  # fmt: skip
+                    stream=stream.cuda_stream,
+                    program=program.code,
+                    weights=program.weights,
+                    statics=maps,
+                    cache=cache,
+                    images=images[part],
+                    uniforms=uniforms[part],
+                    record=None if record is None else record[part],
+                    scratch=scratch,
+                    faults=faults,
+                    code=program.code.numel(),
+                    weight_floats=program.weights.numel(),
+                    image_floats=program.image_floats,
+                    record_size=program.record,
+                    n=count,
+                    first_row=row,
+                    last_row=last,
+                    given=given,
+                    temperature=temperature,
+                )
                 if progress:
                     stream.synchronize()
                 advance(last - row)
-            torch._assert_async((faults == 0).all(), "sample: the network's logits or mixture parameters are not finite")
+            torch._assert_async(
+                (faults == 0).all(), "sample: the network's logits or mixture parameters are not finite"
+            )
 
 
 class _bar:

@@ -20,7 +20,8 @@ _ORDER = "SRPQF"
 
 
 class NotCausalError(LoweringError):
-    """A network has no pixel program because it sees what it predicts, or what comes later: no sampler is right for it."""
+    """A network has no pixel program because it sees what it predicts, or what comes later: no sampler is right for
+    it."""
 
 
 @dataclass
@@ -37,7 +38,12 @@ class Value:
     levels: bool = False  # the image as whole numbers, which no buffer holds
     scaled: tuple[float, float] | None = None  # of the image as floating point: its factor and its offset
     logistic_of: Value | None = None  # whose sigmoid this is
-    margin: tuple[int, int, int, int] = (0, 0, 0, 0)  # zeros around it that a later slice takes off: left, right, above, below
+    margin: tuple[int, int, int, int] = (
+        0,
+        0,
+        0,
+        0,
+    )  # zeros around it that a later slice takes off: left, right, above, below
 
 
 @dataclass
@@ -158,9 +164,17 @@ class Lowering:
         return "P" if tap.column < 0 else source
 
     def convolve(
-        self, x: Value, taps: list[Tap], out: int, bias: Tensor | None, *, stride: int = 1, up: int = 1,
-        phases: dict[int, list[Tap]] | None = None, relu: bool = False,
-    ) -> Value:  # fmt: skip
+        self,
+        x: Value,
+        taps: list[Tap],
+        out: int,
+        bias: Tensor | None,
+        *,
+        stride: int = 1,
+        up: int = 1,
+        phases: dict[int, list[Tap]] | None = None,
+        relu: bool = False,
+    ) -> Value:
         """The convolution of ``x``; ``phases`` gives the taps per place inside an upsampled pixel."""
         every = taps if phases is None else [t for part in phases.values() for t in part]
         every = [t for t in every if bool(t.live.any())]
@@ -202,7 +216,8 @@ class Lowering:
             for later in range(colour + 1 - x.late, self.colours):
                 if bool(t.live[rows][:, self.members(x.channels, later)].any()):
                     raise self.error(
-                        f"lets colour {colour} see colour {later} of its own pixel; give it data_channels={self.colours}",
+                        f"lets colour {colour} see colour {later} of its own pixel; give it "
+                        f"data_channels={self.colours}",
                         NotCausalError,
                     )
 
@@ -214,9 +229,17 @@ class Lowering:
         return list(range(colour, channels, self.colours))
 
     def product(
-        self, x: Value, y: Value, taps: list[Tap], bias: Tensor | None, add: Value | None, *, relu: bool,
-        colour: int | None = None, **options: Any,
-    ) -> list[Step]:  # fmt: skip
+        self,
+        x: Value,
+        y: Value,
+        taps: list[Tap],
+        bias: Tensor | None,
+        add: Value | None,
+        *,
+        relu: bool,
+        colour: int | None = None,
+        **options: Any,
+    ) -> list[Step]:
         """The step that computes one colour's channels of ``y``, or all of them."""
         if colour is None:
             first, room = 0, padded(self.buffers[y.buffer].channels)
@@ -273,10 +296,18 @@ class Lowering:
             for at, count in self.ranges(a.channels, colour):
                 steps.append(
                     Step(
-                        kind, scale=a.scale, out=y.buffer, out_offset=at, count=count, a=a.buffer, a_offset=at,
-                        b=-1 if b is None else b.buffer, b_offset=at, weight=weight,
+                        kind,
+                        scale=a.scale,
+                        out=y.buffer,
+                        out_offset=at,
+                        count=count,
+                        a=a.buffer,
+                        a_offset=at,
+                        b=-1 if b is None else b.buffer,
+                        b_offset=at,
+                        weight=weight,
                     )
-                )  # fmt: skip
+                )
         return y
 
     def spread(self, x: Value) -> Value:
@@ -289,7 +320,9 @@ class Lowering:
         y = self.new(x.known, x.channels, x.scale)
         for steps, _ in self.lists(x.known):
             for from_, to in zip(x.place, y.place):
-                steps.append(Step("copy", scale=x.scale, out=y.buffer, out_offset=to, count=1, a=x.buffer, a_offset=from_))
+                steps.append(
+                    Step("copy", scale=x.scale, out=y.buffer, out_offset=to, count=1, a=x.buffer, a_offset=from_)
+                )
         return y
 
     def shift(self, x: Value, down: int, right: int) -> Value:
@@ -301,10 +334,17 @@ class Lowering:
             for at, count in self.ranges(x.channels, colour):
                 steps.append(
                     Step(
-                        "copy", scale=x.scale, out=y.buffer, out_offset=at, count=count, a=x.buffer, a_offset=at, arg0=down,
+                        "copy",
+                        scale=x.scale,
+                        out=y.buffer,
+                        out_offset=at,
+                        count=count,
+                        a=x.buffer,
+                        a_offset=at,
+                        arg0=down,
                         arg1=right,
                     )
-                )  # fmt: skip
+                )
         return y
 
     def concatenate(self, parts: Sequence[Value]) -> Value:
@@ -322,7 +362,9 @@ class Lowering:
                 for p in parts:
                     per = p.channels // self.colours
                     at = g * padded(per)
-                    steps.append(Step("copy", scale=p.scale, out=y.buffer, out_offset=to, count=per, a=p.buffer, a_offset=at))
+                    steps.append(
+                        Step("copy", scale=p.scale, out=y.buffer, out_offset=to, count=per, a=p.buffer, a_offset=at)
+                    )
                     to += per
         return y
 
@@ -330,18 +372,24 @@ class Lowering:
         """``count`` channels from ``first`` on."""
         x = self.spread(x)
         grouped = self.colours > 1 and x.channels % self.colours == 0
-        if self.colours > 1 and (not grouped or self.order == "blocked" or first % self.colours or count % self.colours):
+        if self.colours > 1 and (
+            not grouped or self.order == "blocked" or first % self.colours or count % self.colours
+        ):
             raise self.error("takes channels out of a map so that their colours do not stay in order")
         y = self.new(x.known, count, x.scale)
         for steps, colour in self.lists(x.known):
             for g in range(self.colours) if colour is None else [colour]:
                 steps.append(
                     Step(
-                        "copy", scale=x.scale, out=y.buffer, out_offset=g * padded(count // self.colours),
-                        count=count // self.colours, a=x.buffer,
+                        "copy",
+                        scale=x.scale,
+                        out=y.buffer,
+                        out_offset=g * padded(count // self.colours),
+                        count=count // self.colours,
+                        a=x.buffer,
                         a_offset=g * padded(x.channels // self.colours) + first // self.colours,
                     )
-                )  # fmt: skip
+                )
         return y
 
     def affine(self, x: Value, factor: float, offset: float) -> Value:
@@ -354,7 +402,9 @@ class Lowering:
         if not offset:
             return x
         diagonal = torch.eye(x.channels)
-        return self.convolve(x, [Tap(0, 0, diagonal, diagonal > 0)], x.channels, torch.full((x.channels,), float(offset)))
+        return self.convolve(
+            x, [Tap(0, 0, diagonal, diagonal > 0)], x.channels, torch.full((x.channels,), float(offset))
+        )
 
     # ---- tensors and their memory ----
 
@@ -391,7 +441,9 @@ class Lowering:
         for steps, colour in self.lists(y.known):
             for first, count in self.ranges(y.channels, colour) if spread else [(0, y.channels)]:
                 steps.append(
-                    Step("categorical", scale=y.scale, count=count, a=y.buffer, a_offset=first, arg0=-1, arg1=at + first)
+                    Step(
+                        "categorical", scale=y.scale, count=count, a=y.buffer, a_offset=first, arg0=-1, arg1=at + first
+                    )
                 )
 
     def gate(self, x: Value, kind: str, blocks: int) -> Value:
@@ -403,7 +455,9 @@ class Lowering:
         lies_by_colour = self.colours > 1 and x.channels % self.colours == 0
         if lies_by_colour:
             if half % self.colours or blocks != (self.colours if self.order == "blocked" else 1):
-                raise self.error(f"gates {half} channels whose halves do not agree in their colours (of {self.colours})")
+                raise self.error(
+                    f"gates {half} channels whose halves do not agree in their colours (of {self.colours})"
+                )
             pieces, per = self.colours, half // self.colours
         else:
             pieces, per = blocks, half // blocks
@@ -414,10 +468,17 @@ class Lowering:
                 to = g * padded(per) if lies_by_colour else g * per
                 steps.append(
                     Step(
-                        kind, scale=x.scale, out=y.buffer, out_offset=to, count=per, a=x.buffer, a_offset=at, b=x.buffer,
+                        kind,
+                        scale=x.scale,
+                        out=y.buffer,
+                        out_offset=to,
+                        count=per,
+                        a=x.buffer,
+                        a_offset=at,
+                        b=x.buffer,
                         b_offset=at + per,
                     )
-                )  # fmt: skip
+                )
         return y
 
     def concat_elu(self, x: Value) -> Value:
@@ -430,10 +491,16 @@ class Lowering:
             for g in range(self.colours) if colour is None else [colour]:
                 steps.append(
                     Step(
-                        "concat_elu", scale=x.scale, out=y.buffer, out_offset=g * padded(2 * per), count=per, a=x.buffer,
-                        a_offset=g * padded(per), arg0=per,
+                        "concat_elu",
+                        scale=x.scale,
+                        out=y.buffer,
+                        out_offset=g * padded(2 * per),
+                        count=per,
+                        a=x.buffer,
+                        a_offset=g * padded(per),
+                        arg0=per,
                     )
-                )  # fmt: skip
+                )
         return y
 
     def entered(self, scale: float, offset: float, ones: int = 0) -> Value:
@@ -444,7 +511,9 @@ class Lowering:
         y.scaled = None if ones else (scale, offset)
         for c in range(colours + ones):
             factors = torch.tensor([scale, offset] if c < colours else [0.0, 1.0], dtype=torch.float64)
-            step = Step("input", out=y.buffer, out_offset=c, count=1, weight=self.constant(factors), arg0=min(c, colours - 1))
+            step = Step(
+                "input", out=y.buffer, out_offset=c, count=1, weight=self.constant(factors), arg0=min(c, colours - 1)
+            )
             if self.passes > 1 and c < colours:
                 self.pixel[c].append(step)  # moved behind the drawing of colour c when the head is known
             else:
@@ -461,7 +530,9 @@ class Lowering:
         for c in range(colours):
             column = torch.zeros(len(table), padded(1), dtype=torch.float32)
             column[:, 0] = table[:, c]
-            step = Step("embed", out=y.buffer, out_offset=c, count=1, weight=self.constant(column), arg0=c, arg1=padded(1))
+            step = Step(
+                "embed", out=y.buffer, out_offset=c, count=1, weight=self.constant(column), arg0=c, arg1=padded(1)
+            )
             (self.pixel[c] if self.passes > 1 else self.after).append(step)
         return y
 

@@ -27,7 +27,8 @@ class _Root(nn.Module):
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that sees ``h += y`` and the like, which fx takes for ``h = h + y``, though every name of h sees the sum."""
+    """A proxy that sees ``h += y`` and the like, which fx takes for ``h = h + y``, though every name of h sees the
+    sum."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -60,7 +61,8 @@ class _Tracer(fx.Tracer):
         self.dynamic: set[fx.Node] = set()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """The image and every condition that is a tensor become placeholders; what else the network is called with is fixed."""
+        """The image and every condition that is a tensor become placeholders; what else the network is called with is
+        fixed."""
 
         def entered(label: str, value: Any) -> Any:
             if value is None or isinstance(value, (bool, int, float, str)):
@@ -96,7 +98,8 @@ class _Tracer(fx.Tracer):
         hook = hook_in_the_way(m, weights=leaf)
         if hook:
             raise LoweringError(
-                f"{shown_path(path)} ({class_of(m).__name__}): has {hook}, which no pixel program runs; remove it, or sample "
+                f"{shown_path(path)} ({class_of(m).__name__}): has {hook}, which no pixel program runs; remove it, or "
+                "sample "
                 "with method='naive'"
             )
         return super().call_module(m, m._call_impl, args, kwargs)  # past a compiled form of the call
@@ -108,7 +111,9 @@ class _Tracer(fx.Tracer):
         cls = class_of(m)
         library = cls.__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
         return (
-            library and stands_for(m, (cls,)) is not None and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+            library
+            and stands_for(m, (cls,)) is not None
+            and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         )
 
 
@@ -118,7 +123,8 @@ def shown_path(path: str) -> str:
 
 
 def trace(network: nn.Module, conditions: Conditions) -> fx.GraphModule:
-    """The call of ``network`` with an image and ``conditions`` as a graph of modules that this file knows, under "network.".
+    """The call of ``network`` with an image and ``conditions`` as a graph of modules that this file knows, under
+    "network.".
 
     Raises:
         LoweringError: its Python code depends on values, or takes other arguments, or a module is called with hooks.

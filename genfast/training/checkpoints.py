@@ -2,17 +2,20 @@
 
 A run's folder holds the last two ``checkpoint-<step>``, each with
 
-    weights.safetensors  the whole model to sample from, with its name and config: what :func:`load` and ``genfast sample`` read
-    training.json        what of the trainer's state is numbers and names: the step, the curves, the recipe
-    state/               its tensors (model, optimisers, averages, generators), torch.distributed.checkpoint's format: each rank
+    weights.safetensors  the whole model to sample from, with its name and config: what :func:`load` and
+    ``genfast sample`` read training.json        what of the trainer's state is numbers and names: the step, the curves,
+    the recipe state/               its tensors (model, optimisers, averages, generators),
+    torch.distributed.checkpoint's format: each rank
                          writes its shards, and any number of ranks, with shards or without, reads them
-    checksums.json       SHA-256 of training.json and of the files of state/; that of the weights is in their own metadata
+    checksums.json       SHA-256 of training.json and of the files of state/; that of the weights is in their own
+    metadata
 
 All of it is written under a temporary name, reaches the disk, and is renamed by rank 0 once every rank has finished.
 
-A checkpoint may come from somebody else. Its checksums show damage, not intent, so nothing in it is trusted: the pickles of
-``state/`` are read by unpicklers that know the classes of that format and no others; a model is built only once the shapes that
-its config asks for are those of the file's own tensors; numbers that become indices are checked before anything uses them.
+A checkpoint may come from somebody else. Its checksums show damage, not intent, so nothing in it is trusted: the
+pickles of ``state/`` are read by unpicklers that know the classes of that format and no others; a model is built only
+once the shapes that its config asks for are those of the file's own tensors; numbers that become indices are checked
+before anything uses them.
 """
 
 from __future__ import annotations
@@ -77,13 +80,16 @@ def _damaged(checkpoint: Path, what: str) -> str:
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Raises FileExistsError where a new run would write over another, FileNotFoundError where there is none to resume."""
+    """Raises FileExistsError where a new run would write over another, FileNotFoundError where there is none to
+    resume."""
     if steps(out) and not resume:
         raise FileExistsError(
             f"train: {str(out)!r} holds a run already; go on with --resume (resume=True) or name another folder"
         )
     if resume and not steps(out):
-        raise FileNotFoundError(f"train: {str(out)!r} holds no checkpoint to resume; without --resume a new run begins there")
+        raise FileNotFoundError(
+            f"train: {str(out)!r} holds no checkpoint to resume; without --resume a new run begins there"
+        )
 
 
 def _acquire(path: Path) -> int | None:
@@ -128,7 +134,9 @@ def _lock(out: Path) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
             descriptor = _acquire(out / LOCK)
             if descriptor is None:
-                error = BlockingIOError(f"train: another process trains in {str(out)!r}; wait for it or name another folder")
+                error = BlockingIOError(
+                    f"train: another process trains in {str(out)!r}; wait for it or name another folder"
+                )
         except OSError as raised:
             error = raised
     try:
@@ -193,8 +201,8 @@ def save(
         folder: of the run.
         name: of the model, a key of ``models.NAMES``.
         model: its ``config`` is kept, and its weights are those to sample from.
-        state: entries of numbers, strings, lists and dicts of them (JSON), "step" among them, and entries that are tensors or
-            dicts with tensors inside, equal on all ranks or DTensors.
+        state: entries of numbers, strings, lists and dicts of them (JSON), "step" among them, and entries that are
+            tensors or dicts with tensors inside, equal on all ranks or DTensors.
         bins: of the data.
         weights: those to sample from, where they are not the model's own.
 
@@ -218,18 +226,27 @@ def save(
             if distributed.first():
                 gathered[key] = t.cpu().contiguous()
         if distributed.first():
-            metadata = {"model": name, "config": json.dumps(model.config), "bins": str(bins), "step": str(state["step"])}
+            metadata = {
+                "model": name,
+                "config": json.dumps(model.config),
+                "bins": str(bins),
+                "step": str(state["step"]),
+            }
             metadata["checksum"] = _checksum(metadata, gathered)
             try:
                 save_file(gathered, temporary / "weights.safetensors", metadata)
             except SafetensorError as error:  # no OSError, though what it says is the disk's
-                raise OSError(f"checkpoint: {str(target / 'weights.safetensors')!r} could not be written: {error}") from error
+                raise OSError(
+                    f"checkpoint: {str(target / 'weights.safetensors')!r} could not be written: {error}"
+                ) from error
             notes = {key: value for key, value in state.items() if not _tensors(value)}
             (temporary / "training.json").write_text(json.dumps(notes), encoding="utf-8")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which one process is
             try:
-                write({key: value for key, value in state.items() if _tensors(value)}, checkpoint_id=temporary / "state")
+                write(
+                    {key: value for key, value in state.items() if _tensors(value)}, checkpoint_id=temporary / "state"
+                )
             except CheckpointException as error:  # no Exception, and it hides the disk's
                 raise next(iter(error.failures.values()))[0] from None
         if distributed.first():
@@ -282,8 +299,8 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, dict[str, str], 
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a device that is not there; a weights file that is not one of ours, that is damaged, or that holds what its
-            model cannot.
+        ValueError: a device that is not there; a weights file that is not one of ours, that is damaged, or that holds
+            what its model cannot.
     """
     distributed.check_device(device)
     path = latest(folder)
@@ -306,7 +323,8 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, dict[str, str], 
 
 
 def begin(out: Path, name: str, resume: bool, config: dict[str, Any]) -> tuple[Any, Path | None]:
-    """(model, None) for a new run in the folder ``out``; (model, checkpoint) for one that goes on, whose config is its own.
+    """(model, None) for a new run in the folder ``out``; (model, checkpoint) for one that goes on, whose config is its
+    own.
 
     Raises:
         FileExistsError: it holds a run, and ``resume`` is not set.
@@ -352,7 +370,9 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(_damaged(path.parent, f"holds {path.name} that is no JSON: {error}")) from error
     if not isinstance(value, dict):
-        raise ValueError(_damaged(path.parent, f"holds {path.name} with a {type(value).__name__}, expected names and values"))
+        raise ValueError(
+            _damaged(path.parent, f"holds {path.name} with a {type(value).__name__}, expected names and values")
+        )
     return value
 
 
@@ -382,7 +402,8 @@ def _paths(entries: dict[str, Any], above: str = "") -> Iterator[str]:
 
 
 def _check_complete(checkpoint: Path, wanted: Iterable[str], kept: Collection[str]) -> None:
-    """Raises ValueError for a tensor that the checkpoint lacks; only a parameter that no step has used may have no state."""
+    """Raises ValueError for a tensor that the checkpoint lacks; only a parameter that no step has used may have no
+    state."""
     used = {name.rpartition(".")[0] for name in kept}
     for name in wanted:
         if name not in kept and (".state." not in name or name.rpartition(".")[0] in used):
@@ -392,8 +413,8 @@ def _check_complete(checkpoint: Path, wanted: Iterable[str], kept: Collection[st
 def restore(checkpoint: Path, state: dict[str, Any]) -> None:
     """Fills a state, made as for :func:`save` by a trainer that has just begun; all ranks call this together.
 
-    Tensors are written in place, shards of them where they are DTensors, whatever ranks and shards wrote the checkpoint. The
-    other entries are replaced.
+    Tensors are written in place, shards of them where they are DTensors, whatever ranks and shards wrote the
+    checkpoint. The other entries are replaced.
 
     Raises:
         FileNotFoundError: there is only a model, and nothing to go on with.
@@ -409,7 +430,9 @@ def restore(checkpoint: Path, state: dict[str, Any]) -> None:
             raise ValueError(_damaged(checkpoint, f"holds training.json whose {key!r} is a {said}"))
     for key, value in entries.items():
         if isinstance(value, list) and len(value) != entries["step"]:  # the curves
-            raise ValueError(_damaged(checkpoint, f"holds training.json with {len(value)} {key} after {entries['step']} steps"))
+            raise ValueError(
+                _damaged(checkpoint, f"holds training.json with {len(value)} {key} after {entries['step']} steps")
+            )
     tensors = {key: value for key, value in state.items() if _tensors(value)}
     reader = untrusted.reader(checkpoint / "state")
     _check_complete(checkpoint, _paths(tensors), reader.read_metadata().state_dict_metadata)

@@ -42,7 +42,8 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Points:
-    """Points of a plane, float32 (N, D), split into train and test; ``centres`` (K, D) and ``std`` where they are a mixture."""
+    """Points of a plane, float32 (N, D), split into train and test; ``centres`` (K, D) and ``std`` where they are a
+    mixture."""
 
     name: str
     train: Tensor
@@ -60,7 +61,8 @@ class Points:
 
 @dataclass(frozen=True)
 class Table:
-    """A real table, float32 (N, D), standardised: what the source holds is ``mean + std * train``, the training part's own.
+    """A real table, float32 (N, D), standardised: what the source holds is ``mean + std * train``, the training part's
+    own.
 
     A log density of these numbers less ``std.log().sum()`` is one of the source's.
     """
@@ -84,7 +86,8 @@ POINTS = ("25gaussians", "8gaussians", "swissroll")
 
 
 def points(name: str, *, count: int = 100_000, seed: int = 0) -> Points:
-    """A set of points in the plane, as the toy experiments of WGAN-GP (arXiv:1704.00028, figure 1; gan_toy.py) have them.
+    """A set of points in the plane, as the toy experiments of WGAN-GP (arXiv:1704.00028, figure 1; gan_toy.py) have
+    them.
 
     Args:
         name: "25gaussians": on the grid {-4, -2, 0, 2, 4}^2 with standard deviation 0.05, all divided by 2.828.
@@ -128,8 +131,8 @@ def table(name: str, *, seed: int = 0) -> Table:
 
     Args:
         name: "digits" (1797 x 64): whole numbers 0 to 16 plus uniform noise, (x + u) / 17, so that a density of them is
-            bounded. "breast_cancer" (569 x 30), "diabetes" (442 x 10, of which the sex takes two values), "iris" (150 x 4, in
-            steps of 0.1), "wine" (178 x 13): as they are.
+            bounded. "breast_cancer" (569 x 30), "diabetes" (442 x 10, of which the sex takes two values), "iris" (150 x
+            4, in steps of 0.1), "wine" (178 x 13): as they are.
         seed: of the split, which is that of :func:`load`, and of the noise.
 
     Raises:
@@ -171,13 +174,13 @@ def binarized(data: Dataset) -> Dataset:
 
 def load(
     name: str, *, size: int = 32, count: int = 4096, seed: int = 0, root: str | None = None, background: str = "white"
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """A data set of images by name.
 
     Args:
         name: "digits": 1797 handwritten digits, 8x8, 17 grey levels. "photos": RGB patches cut at random from two
-            photographs; train and test come from different parts of them. "torchvision:CIFAR10" and the like, from files
-            that are already under ``root``. Anything else is a folder of images.
+            photographs; train and test come from different parts of them. "torchvision:CIFAR10" and the like, from
+            files that are already under ``root``. Anything else is a folder of images.
         size: side of photo patches and of images from a folder (scaled to cover, cropped at the centre).
         count: how many photo patches, test included.
         seed: of the split and of the crops.
@@ -195,7 +198,9 @@ def load(
         (1, 8, 8)
     """
     if name in POINTS:
-        raise ValueError(f"data: {name!r} are points, which genfast.data.points makes and GANs train on; expected images")
+        raise ValueError(
+            f"data: {name!r} are points, which genfast.data.points makes and GANs train on; expected images"
+        )
     colour(background)  # whose name is wrong whatever the data are
     if name == "digits":
         return _digits(seed)
@@ -237,7 +242,9 @@ def _photos(size: int, count: int, seed: int) -> Dataset:
             return drawn
 
         rows, columns, which = draw(height - size + 1), draw(right - left - size + 1), draw(len(photos))
-        return torch.stack([photos[k][:, r : r + size, left + c : left + c + size] for r, c, k in zip(rows, columns, which)])
+        return torch.stack(
+            [photos[k][:, r : r + size, left + c : left + c + size] for r, c, k in zip(rows, columns, which)]
+        )
 
     test = max(1, count // 10)
     return Dataset("photos", crops(count - test, 0, border), crops(test, border, width))
@@ -246,7 +253,9 @@ def _photos(size: int, count: int, seed: int) -> Dataset:
 def _folder(name: str, size: int, seed: int, background: str) -> Dataset:
     folder = Path(name)
     if not name.strip() or not folder.is_dir():
-        raise FileNotFoundError(f"data: {name!r} is neither 'digits', 'photos', 'torchvision:NAME' nor a folder of images")
+        raise FileNotFoundError(
+            f"data: {name!r} is neither 'digits', 'photos', 'torchvision:NAME' nor a folder of images"
+        )
     if size < 1:
         raise ValueError(f"data: size={size}, expected at least 1")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())

@@ -1,4 +1,5 @@
-"""The main job: a flow and a PixelCNN on real digits, and a WGAN-GP, trained with genfast beside the same in plain PyTorch."""
+"""The main job: a flow and a PixelCNN on real digits, and a WGAN-GP, trained with genfast beside the same in plain
+PyTorch."""
 
 from __future__ import annotations
 
@@ -52,7 +53,10 @@ def run(out: Path, seconds: float) -> int:
         bar.n = min(bar.total, round(time.monotonic() - began))
         bar.set_postfix_str(f"side by side, {trainers['genfast'].history[-1]['bits_per_dim']:.3f} bits/dim")
         if quiet and blocks % 20 == 0:
-            print(f"  {blocks * BLOCK} steps each, {trainers['genfast'].history[-1]['bits_per_dim']:.3f} bits/dim", flush=True)
+            print(
+                f"  {blocks * BLOCK} steps each, {trainers['genfast'].history[-1]['bits_per_dim']:.3f} bits/dim",
+                flush=True,
+            )
     ours = trainers["genfast"]
     together = len(ours.history)
     curves = {label: [h["bits_per_dim"] for h in t.history] for label, t in trainers.items()}
@@ -86,7 +90,9 @@ def run(out: Path, seconds: float) -> int:
     pictures.plot_losses(curves, out / "loss.png")
     ends = [models.dequantize(digits.test[part], digits.bins) for part in (slice(0, 8), slice(8, 16))]
     path = flow.interpolate(ends[0], ends[1], 8)
-    pictures.save_picture(pictures.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png")
+    pictures.save_picture(
+        pictures.image_grid(path.transpose(0, 1).flatten(0, 1), digits.bins), out / "interpolation.png"
+    )
     print(f"pictures: {', '.join(str(out / f'{n}.png') for n in ('samples', 'data', 'loss', 'interpolation'))}")
     pixelcnn(digits, out, seconds / 3)
     wgan_gp(out, seconds / 3)
@@ -103,8 +109,15 @@ def _steps_of_each(trainers: dict[str, Trainer], count: int, spent: dict[str, fl
 
 
 def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
-    """Trains two PixelCNNs in turn, draws the same 64 digits with both samplers, and completes digits from their upper half."""
-    config: dict[str, Any] = {"channels": 64, "layers": 6, "kernel_size": 5, "levels": digits.bins, "shape": digits.shape}
+    """Trains two PixelCNNs in turn, draws the same 64 digits with both samplers, and completes digits from their upper
+    half."""
+    config: dict[str, Any] = {
+        "channels": 64,
+        "layers": 6,
+        "kernel_size": 5,
+        "levels": digits.bins,
+        "shape": digits.shape,
+    }
     trainers: dict[str, Trainer] = {}
     for label, build in (("genfast", models.PixelCNN), ("plain PyTorch", models.plain(models.PixelCNN))):
         torch.manual_seed(0)
@@ -144,7 +157,9 @@ def pixelcnn(digits: data.Dataset, out: Path, seconds: float) -> None:
     whole = [ours.sample(8, prefix=halves[:, :, :4], generator=torch.Generator().manual_seed(k)) for k in range(7)]
     grid = torch.cat([halves, *whole]).unflatten(0, (8, 8)).transpose(0, 1).flatten(0, 1)
     pictures.save_picture(pictures.image_grid(grid, digits.bins), out / "completion.png")
-    print(f"pictures: {out / 'pixelcnn.png'}, {out / 'completion.png'} (first column real, then its upper half completed)")
+    print(
+        f"pictures: {out / 'pixelcnn.png'}, {out / 'completion.png'} (first column real, then its upper half completed)"
+    )
 
 
 def wgan_gp(out: Path, seconds: float) -> None:
@@ -158,14 +173,19 @@ def wgan_gp(out: Path, seconds: float) -> None:
         trainers[label] = Trainer(model, points, batch_size=256)
         trainers[label].step()
     count = sum(p.numel() for p in model.parameters())
-    print(f"\nmodel: WGAN-GP, perceptrons of 3 x 512, {count:,} parameters, five critic updates a step, batch 256", flush=True)
+    print(
+        f"\nmodel: WGAN-GP, perceptrons of 3 x 512, {count:,} parameters, five critic updates a step, batch 256",
+        flush=True,
+    )
     spent = dict.fromkeys(trainers, 0.0)
     steps, began = 0, time.monotonic()
     while steps < BLOCK or time.monotonic() - began < seconds:
         _steps_of_each(trainers, BLOCK // 5, spent)
         steps += BLOCK // 5
     ours, theirs = trainers["genfast"], trainers["plain PyTorch"]
-    apart = max(abs(a["critic"] - b["critic"]) / abs(b["critic"]) for a, b in zip(ours.history[:BLOCK], theirs.history[:BLOCK]))
+    apart = max(
+        abs(a["critic"] - b["critic"]) / abs(b["critic"]) for a, b in zip(ours.history[:BLOCK], theirs.history[:BLOCK])
+    )
     for label, trainer in trainers.items():
         last = trainer.history[-1]
         print(f"{label:<16}{steps / spent[label]:>9.2f} steps/s, critic {last['critic']:.3f} after {steps} steps")

@@ -4,20 +4,21 @@
     torchrun --nproc-per-node=8 -m genfast train gated_pixelcnn --device cuda --parallel fsdp
     torchrun --nproc-per-node=2 -m genfast sample --checkpoint out/glow-digits -n 256
 
-What is exact. ``batch_size`` is the whole batch, over all ranks. Every rank draws the random numbers of the whole batch from
-equal generators and works on its :func:`portion`; its mean loss counts by the length of that portion (:func:`weight`), so that
-gradients averaged over the ranks are those of the whole batch, in uneven parts too. Losses, clipped gradient norms,
-checkpoints, held-out figures and samples are those of one process up to the order in which floating-point numbers are added.
-Activation norms are set from the whole first batch.
+What is exact. ``batch_size`` is the whole batch, over all ranks. Every rank draws the random numbers of the whole batch
+from equal generators and works on its :func:`portion`; its mean loss counts by the length of that portion
+(:func:`weight`), so that gradients averaged over the ranks are those of the whole batch, in uneven parts too. Losses,
+clipped gradient norms, checkpoints, held-out figures and samples are those of one process up to the order in which
+floating-point numbers are added. Activation norms are set from the whole first batch.
 
-What is not. Dropout inside networks draws other numbers on each rank (:func:`seed`), so a run repeats on the same number of
-ranks and not on another. Layers and losses with statistics of a batch (torch's batch normalisation, minibatch deviation and
-discrimination, relativistic averages, discrepancies) see the rank's portion. Memory pools and caches belong to one process
-each.
+What is not. Dropout inside networks draws other numbers on each rank (:func:`seed`), so a run repeats on the same
+number of ranks and not on another. Layers and losses with statistics of a batch (torch's batch normalisation, minibatch
+deviation and discrimination, relativistic averages, discrepancies) see the rank's portion. Memory pools and caches
+belong to one process each.
 
-Without torchrun there is one rank, 0, and nothing here communicates; a process group that the user's code has made serves as
-well. :func:`parallel` wraps what has its loss inside its ``forward``, an :class:`Objective`: DistributedDataParallel and FSDP2
-see no other method. Under FSDP2 weights are shards between the steps; :func:`whole` gathers them for everything else.
+Without torchrun there is one rank, 0, and nothing here communicates; a process group that the user's code has made
+serves as well. :func:`parallel` wraps what has its loss inside its ``forward``, an :class:`Objective`:
+DistributedDataParallel and FSDP2 see no other method. Under FSDP2 weights are shards between the steps; :func:`whole`
+gathers them for everything else.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ from torch.overrides import TorchFunctionMode
 from ..nn import BatchNormFlow, FlowSequential, ReversibleSequential
 
 STRATEGIES = ("ddp", "fsdp")
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
+_LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # what torchrun puts into the environment
 
 
 def _group() -> bool:
@@ -73,7 +80,11 @@ def check_device(device: str | torch.device) -> None:
     if wanted.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
-            why = "no GPU is visible" if torch.version.cuda or torch.version.hip else f"PyTorch {torch.__version__} has no CUDA"
+            why = (
+                "no GPU is visible"
+                if torch.version.cuda or torch.version.hip
+                else f"PyTorch {torch.__version__} has no CUDA"
+            )
             raise ValueError(f"device={str(device)!r}, and {why}; expected cpu")
         if (wanted.index or 0) >= count:
             raise ValueError(f"device={str(device)!r}, expected cuda:0 to cuda:{count - 1}")
@@ -116,7 +127,9 @@ def start(device: str = "cpu") -> Iterator[str]:
             )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=torch.device(device) if kind == "cuda" else None)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", device_id=torch.device(device) if kind == "cuda" else None
+    )
     try:
         yield device
     except BaseException:
@@ -158,7 +171,8 @@ def check_batch(n: int) -> int:
 
 
 def weight(n: int) -> float:
-    """What makes the average over the ranks of this rank's mean over its portion of ``n`` items the mean over all of them."""
+    """What makes the average over the ranks of this rank's mean over its portion of ``n`` items the mean over all of
+    them."""
     part = portion(n)
     return float((part.stop - part.start) * size() / n)
 
@@ -171,7 +185,8 @@ def _home() -> torch.device:
 
 
 def gather(t: Tensor) -> Tensor:
-    """The rows of all ranks in the order of the ranks, on every rank; parts may differ in length, and be empty. No gradient."""
+    """The rows of all ranks in the order of the ranks, on every rank; parts may differ in length, and be empty. No
+    gradient."""
     t = t.detach()
     if size() == 1:
         return t
@@ -200,7 +215,8 @@ def barrier() -> None:
 
 
 def on_first(function: Callable[..., None], *args: Any, **options: Any) -> None:
-    """Calls ``function(*args, **options)`` on rank 0, and raises its exception on every rank; all ranks call this together.
+    """Calls ``function(*args, **options)`` on rank 0, and raises its exception on every rank; all ranks call this
+    together.
 
     An exception on one rank alone would leave the others waiting for it in their next collective call.
 
@@ -239,7 +255,11 @@ class _ForAll(TorchFunctionMode):
             shape = tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else args
             if shape and shape[0] == self.count:
                 return func((self.n, *shape[1:]), **kwargs)[self.part].clone()
-        elif func in (Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_) and args[0].dim() and len(args[0]) == self.count:
+        elif (
+            func in (Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_)
+            and args[0].dim()
+            and len(args[0]) == self.count
+        ):
             into = args[0]
             func(drawn := into.new_empty((self.n, *into.shape[1:])), *args[1:], **kwargs)
             return into.copy_(drawn[self.part])
@@ -247,10 +267,11 @@ class _ForAll(TorchFunctionMode):
 
 
 def drawn_for_all(n: int, generator: torch.Generator) -> contextlib.AbstractContextManager[Any]:
-    """While entered, random tensors with a row for each item of this rank's portion of ``n`` are its rows of those of all.
+    """While entered, random tensors with a row for each item of this rank's portion of ``n`` are its rows of those of
+    all.
 
-    That is what torch.rand, torch.randn, uniform_, normal_ and bernoulli_ draw from ``generator``, which is in the same state
-    on all ranks and stays so.
+    That is what torch.rand, torch.randn, uniform_, normal_ and bernoulli_ draw from ``generator``, which is in the same
+    state on all ranks and stays so.
 
     Example:
         >>> import torch
@@ -336,11 +357,12 @@ def parallel(module: nn.Module, strategy: str = "ddp", *, static: bool = True) -
 
     Args:
         module: an :class:`Objective`; only its ``forward`` may be called for gradients.
-        strategy: "ddp", every rank has all weights (torch.nn.parallel.DistributedDataParallel); or "fsdp", every rank has its
-            shards of weights, gradients and optimiser state, and the blocks of the model (elements of its lists and sequences)
-            are gathered one by one while they compute (torch.distributed.fsdp.fully_shard). Make the optimiser afterwards:
-            the parameters are others.
-        static: of "ddp", that every step uses the same parameters, maybe not all; without, each step must use all of them.
+        strategy: "ddp", every rank has all weights (torch.nn.parallel.DistributedDataParallel); or "fsdp", every rank
+            has its shards of weights, gradients and optimiser state, and the blocks of the model (elements of its lists
+            and sequences) are gathered one by one while they compute (torch.distributed.fsdp.fully_shard). Make the
+            optimiser afterwards: the parameters are others.
+        static: of "ddp", that every step uses the same parameters, maybe not all; without, each step must use all of
+            them.
 
     Raises:
         ValueError: an unknown strategy, or "fsdp" without a process group.
@@ -411,7 +433,8 @@ def whole(model: Any) -> Any:
 
 @torch.no_grad()
 def sample(model: Any, n: int, *, generator: torch.Generator, **options: Any) -> Tensor:
-    """``n`` samples on every rank, each drawn by one of them: those that ``model.sample(n, generator=generator)`` draws.
+    """``n`` samples on every rank, each drawn by one of them: those that ``model.sample(n, generator=generator)``
+    draws.
 
     All ranks draw the random numbers of all ``n``, and turn their portion into samples.
 

@@ -1,4 +1,5 @@
-"""How good samples are: modes of a mixture counted, and FID, KID and inception score on a feature network of the user's."""
+"""How good samples are: modes of a mixture counted, and FID, KID and inception score on a feature network of the
+user's."""
 
 from __future__ import annotations
 
@@ -28,15 +29,17 @@ def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int | 
     """Modes covered and the share of good samples of a mixture of equal Gaussians.
 
     Good is within three standard deviations of a centre in VEEGAN (arXiv:1705.07761, section 4.1), within four in
-    discriminator rejection sampling (arXiv:1810.06758, section 4.1). Of true samples in the plane, 98.9% and 99.97% are.
+    discriminator rejection sampling (arXiv:1810.06758, section 4.1). Of true samples in the plane, 98.9% and 99.97%
+    are.
 
     Args:
         samples: (N, D), floating point.
         centres: (K, D).
         std: of every Gaussian in every direction.
-        minimum: how many good samples cover a mode. By default a twentieth of a mode's equal share, N / (20 K), and at least
-            two. One sample, which is enough in VEEGAN, covers modes by chance: of 10,000 points spread evenly over the square
-            of the 25 Gaussians every mode has 7 within three standard deviations, where this default asks for 20.
+        minimum: how many good samples cover a mode. By default a twentieth of a mode's equal share, N / (20 K), and at
+            least two. One sample, which is enough in VEEGAN, covers modes by chance: of 10,000 points spread evenly
+            over the square of the 25 Gaussians every mode has 7 within three standard deviations, where this default
+            asks for 20.
 
     Raises:
         ValueError: shapes that do not fit, no samples, or a ``std`` or ``minimum`` that is not positive.
@@ -46,9 +49,16 @@ def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int | 
         >>> genfast.metrics.mode_scores(torch.zeros(4, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), 0.1).covered
         1
     """
-    if samples.dim() != 2 or centres.dim() != 2 or samples.shape[1] != centres.shape[1] or not len(samples) or not len(centres):
+    if (
+        samples.dim() != 2
+        or centres.dim() != 2
+        or samples.shape[1] != centres.shape[1]
+        or not len(samples)
+        or not len(centres)
+    ):
         raise ValueError(
-            f"mode_scores: samples {tuple(samples.shape)} and centres {tuple(centres.shape)}, expected (N, D) and (K, D)"
+            f"mode_scores: samples {tuple(samples.shape)} and centres {tuple(centres.shape)}, expected (N, D) and (K, "
+            "D)"
         )
     if minimum is None:
         minimum = max(2, -(-len(samples) // (20 * len(centres))))
@@ -64,7 +74,8 @@ def mode_scores(samples: Tensor, centres: Tensor, std: float, *, minimum: int | 
 
 
 class ImageScores(NamedTuple):
-    """fid; kid and its standard deviation over subsets; inception_score and its standard deviation, None without logits."""
+    """fid; kid and its standard deviation over subsets; inception_score and its standard deviation, None without
+    logits."""
 
     fid: float
     kid: float
@@ -86,16 +97,21 @@ class _Features(nn.Module):
 
 @torch.no_grad()
 def image_scores(
-    real: Tensor, fake: Tensor, features: Callable[[Tensor], Tensor], *, logits: Callable[[Tensor], Tensor] | None = None,
-    batch_size: int = 256, seed: int = 0,
-) -> ImageScores:  # fmt: skip
+    real: Tensor,
+    fake: Tensor,
+    features: Callable[[Tensor], Tensor],
+    *,
+    logits: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> ImageScores:
     """FID (arXiv:1706.08500), KID (arXiv:1801.01401) and inception score (arXiv:1606.03498), computed by torchmetrics.
 
     Only figures from the same features, images and numbers of samples may be compared.
 
     Args:
-        real, fake: images (N, C, H, W) as ``features`` takes them; at least two, and for a FID that means something, more
-            than features.
+        real, fake: images (N, C, H, W) as ``features`` takes them; at least two, and for a FID that means something,
+            more than features.
         features: a network in evaluation mode, (N, C, H, W) to (N, D) or (N, ...), which is flattened.
         logits: of a classifier, (N, K), for the inception score.
         batch_size: of the images that go through the networks at once.
@@ -113,7 +129,8 @@ def image_scores(
     """
     if min(len(real), len(fake)) < 2 or real.shape[1:] != fake.shape[1:]:
         raise ValueError(
-            f"image_scores: real {tuple(real.shape)} and fake {tuple(fake.shape)}, expected two images at least, of one shape"
+            f"image_scores: real {tuple(real.shape)} and fake {tuple(fake.shape)}, expected two images at least, of "
+            "one shape"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that features are kept, and that what is not used here is not installed
@@ -121,15 +138,21 @@ def image_scores(
 
 
 def _image_scores(
-    real: Tensor, fake: Tensor, features: Callable[[Tensor], Tensor], logits: Callable[[Tensor], Tensor] | None,
-    batch_size: int, seed: int,
-) -> ImageScores:  # fmt: skip
+    real: Tensor,
+    fake: Tensor,
+    features: Callable[[Tensor], Tensor],
+    logits: Callable[[Tensor], Tensor] | None,
+    batch_size: int,
+    seed: int,
+) -> ImageScores:
     try:  # not from torchmetrics.image, which exports them only where torch-fidelity's own network is
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.inception import InceptionScore
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError as error:
-        raise ImportError("metrics: FID, KID and inception score need torchmetrics: pip install torchmetrics") from error
+        raise ImportError(
+            "metrics: FID, KID and inception score need torchmetrics: pip install torchmetrics"
+        ) from error
     width = features(real[:2]).flatten(1).shape[1]
     network = _Features(features, width)
     subset = max(2, min(len(real) // 2, len(fake) // 2, 1000))

@@ -88,7 +88,9 @@ def draw_points(samples: Tensor, path: Path, *, real: Tensor | None = None, crit
     pyplot.close(figure)
 
 
-def draw(samples: Tensor, path: Path, *, bins: int, real: Tensor | None = None, critic: nn.Module | None = None) -> None:
+def draw(
+    samples: Tensor, path: Path, *, bins: int, real: Tensor | None = None, critic: nn.Module | None = None
+) -> None:
     """Samples (N, D) or (N, C, H, W) in [-1, 1] as a PNG: points, or a grid of images with ``bins`` levels."""
     if samples.dim() == 2:
         draw_points(samples, path, real=real, critic=critic)
@@ -114,7 +116,11 @@ def latent_grid(model: AutoencoderModel, side: int = 15) -> Any:
         ValueError: the latent space is no plane, or has no prior N(0, 1).
     """
     if model.latent_dim != 2 or not model.prior:
-        raise ValueError(f"latent_grid: latent_dim={model.latent_dim} and prior={model.prior}, expected a plane with a prior")
+        raise ValueError(
+            f"latent_grid: latent_dim={model.latent_dim} and prior={model.prior}, expected a plane with a prior"
+        )
     line = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side)
-    at = torch.cartesian_prod(-line, line).flip(1).to(next(model.parameters()))  # rows from the top, columns from the left
+    at = (
+        torch.cartesian_prod(-line, line).flip(1).to(next(model.parameters()))
+    )  # rows from the top, columns from the left
     return image_grid(model.levels_of(model.decode(at)), model.levels, columns=side)

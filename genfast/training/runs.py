@@ -87,7 +87,9 @@ class _Log:
 
     def _take(self, lines: list[str]) -> None:
         self.names = lines[0]
-        rows = [line for line in lines[1:-1] if line.count(",") == self.names.count(",") and line.split(",")[0].isdecimal()]
+        rows = [
+            line for line in lines[1:-1] if line.count(",") == self.names.count(",") and line.split(",")[0].isdecimal()
+        ]
         rows = [row for row in rows if int(row.split(",")[0]) <= self.step]
         if rows:
             self.seconds = float(rows[-1].split(",")[1])
@@ -115,16 +117,26 @@ class _Log:
 
 
 def loop(
-    step: Callable[[], dict[str, float]], done: Callable[[], int], save: Callable[[], object], out: Path, *, title: str,
-    steps: int | None, minutes: float | None, save_every: int, every: Callable[[], None] | None = None,
+    step: Callable[[], dict[str, float]],
+    done: Callable[[], int],
+    save: Callable[[], object],
+    out: Path,
+    *,
+    title: str,
+    steps: int | None,
+    minutes: float | None,
+    save_every: int,
+    every: Callable[[], None] | None = None,
     diverged: Callable[[], str | None] = lambda: None,
-) -> float:  # fmt: skip
-    """Calls ``step``, which returns its figures, until ``done`` is ``steps`` or the minutes are over; returns the seconds.
+) -> float:
+    """Calls ``step``, which returns its figures, until ``done`` is ``steps`` or the minutes are over; returns the
+    seconds.
 
-    1000 steps without either. Saves every ``save_every`` steps and at the end, no step twice; calls ``every`` after each step.
-    Off a terminal there is a line on standard error every half minute in the place of the bar; log.csv has all figures.
-    Ctrl-C and SIGTERM let the step end, save, and then raise KeyboardInterrupt (:class:`genfast._signals.Terminated` is one);
-    pressed twice they do so at once. Ranks stop after the same step: whichever is asked to, or is the first out of time.
+    1000 steps without either. Saves every ``save_every`` steps and at the end, no step twice; calls ``every`` after
+    each step. Off a terminal there is a line on standard error every half minute in the place of the bar; log.csv has
+    all figures. Ctrl-C and SIGTERM let the step end, save, and then raise KeyboardInterrupt
+    (:class:`genfast._signals.Terminated` is one); pressed twice they do so at once. Ranks stop after the same step:
+    whichever is asked to, or is the first out of time.
 
     Raises:
         ValueError: fewer than one step, or no time.
@@ -178,7 +190,11 @@ def loop(
                             log.write()
                             if not terminal:
                                 of, rate = "" if steps is None else f" of {steps}", (done() - began) / (spoken - start)
-                                print(f"{title}: step {done()}{of}, {text}, {rate:.2f} steps/s", file=sys.stderr, flush=True)
+                                print(
+                                    f"{title}: step {done()}{of}, {text}, {rate:.2f} steps/s",
+                                    file=sys.stderr,
+                                    flush=True,
+                                )
                     if done() % save_every == 0:
                         keep()
                     if every is not None:
@@ -224,8 +240,8 @@ def check_plots() -> None:
 def write_results(metrics: dict[str, Any], pictures: Mapping[str, Callable[[Path], object]], out: Path) -> None:
     """Writes metrics.json, then each picture under its name; all ranks call this together, and rank 0 writes.
 
-    A picture that fails is a line on standard error and not the run's end. Numbers that are not finite become null, since JSON
-    has no others.
+    A picture that fails is a line on standard error and not the run's end. Numbers that are not finite become null,
+    since JSON has no others.
     """
     if distributed.first():
         write_text(out / "metrics.json", json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
@@ -234,12 +250,16 @@ def write_results(metrics: dict[str, Any], pictures: Mapping[str, Callable[[Path
 
 
 def attempt(draw: Callable[[Path], object], path: Path) -> None:
-    """Draws a picture of a run, or says on standard error why there is none: whatever fails is less than the run's weights."""
+    """Draws a picture of a run, or says on standard error why there is none: whatever fails is less than the run's
+    weights."""
     try:
         draw(path)
     except Exception as error:
         if distributed.first():
-            print(f"genfast: {path} was not drawn: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            print(
+                f"genfast: {path} was not drawn: {' '.join(str(error).split()) or type(error).__name__}",
+                file=sys.stderr,
+            )
 
 
 def _finite(value: Any) -> Any:
@@ -285,10 +305,14 @@ def _pictures(trainer: Trainer, data: Dataset | Points) -> dict[str, Callable[[P
     names = SIDES if isinstance(model, AdversarialModel) else tuple(history[0] if history else ())
     curves = {name: [h[name] for h in history] for name in names}
     unit = "loss" if names == SIDES else "bits per dimension" if "bits_per_dim" in curves else "nats or squared error"
-    drawn: dict[str, Callable[[Path], object]] = {"loss.png": lambda path: pictures.plot_losses(curves, path, ylabel=unit)}
+    drawn: dict[str, Callable[[Path], object]] = {
+        "loss.png": lambda path: pictures.plot_losses(curves, path, ylabel=unit)
+    }
     if isinstance(model, AutoencoderModel):
         held_out = data.test[:32]
-        drawn["reconstructions.png"] = lambda path: pictures.save_picture(pictures.reconstruction_grid(model, held_out), path)
+        drawn["reconstructions.png"] = lambda path: pictures.save_picture(
+            pictures.reconstruction_grid(model, held_out), path
+        )
         if model.latent_dim == 2 and model.prior:
             drawn["latent.png"] = lambda path: pictures.save_picture(pictures.latent_grid(model), path)
     return drawn
@@ -299,26 +323,38 @@ def _pictures(trainer: Trainer, data: Dataset | Points) -> dict[str, Callable[[P
 
 @checkpoints.holding_folder
 def train(
-    name: str, data: Dataset | Points, out: str | Path, *, config: dict[str, Any] | None = None,
-    recipe: dict[str, Any] | None = None, steps: int | None = None, minutes: float | None = None, batch_size: int = 64,
-    lr: float | None = None, seed: int = 0, device: str = "cpu", resume: bool = False, save_every: int = 200,
-    sample_every: int = 500, parallel: str = "ddp",
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    data: Dataset | Points,
+    out: str | Path,
+    *,
+    config: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    batch_size: int = 64,
+    lr: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+    save_every: int = 200,
+    sample_every: int = 500,
+    parallel: str = "ddp",
+) -> dict[str, Any]:
     """Trains ``models.NAMES[name]`` on ``data`` and leaves a run's folder; returns the metrics that it wrote.
 
-    The folder holds ``checkpoint-<step>`` (the last two), ``log.csv``, ``loss.png``, ``samples.png`` and ``metrics.json``, in
-    which are the held-out figures of the model, of a VAE the evidence lower bound in nats and in bits per dimension, its two
-    parts, and the bound of 64 importance-weighted samples. Of an autoencoder there are ``reconstructions.png`` of held-out
-    images, and ``latent.png`` where the latent space is a plane with a prior; of an adversarial model the same latents drawn
-    every so often, in ``progress/``, and its checkpoints hold the averaged generator as the model and the rest beside it.
-    Ctrl-C and SIGTERM write a last checkpoint and then raise KeyboardInterrupt. A picture that cannot be drawn is a line on
-    standard error.
+    The folder holds ``checkpoint-<step>`` (the last two), ``log.csv``, ``loss.png``, ``samples.png`` and
+    ``metrics.json``, in which are the held-out figures of the model, of a VAE the evidence lower bound in nats and in
+    bits per dimension, its two parts, and the bound of 64 importance-weighted samples. Of an autoencoder there are
+    ``reconstructions.png`` of held-out images, and ``latent.png`` where the latent space is a plane with a prior; of an
+    adversarial model the same latents drawn every so often, in ``progress/``, and its checkpoints hold the averaged
+    generator as the model and the rest beside it. Ctrl-C and SIGTERM write a last checkpoint and then raise
+    KeyboardInterrupt. A picture that cannot be drawn is a line on standard error.
 
     Args:
         config: of the model, beside what the data decide.
         recipe: fields of :class:`genfast.models.Recipe` that replace an adversarial model's own.
-        steps, minutes: whichever ends first; 1000 steps without either. A step of an adversarial model is one update of the
-            generator.
+        steps, minutes: whichever ends first; 1000 steps without either. A step of an adversarial model is one update of
+            the generator.
         out: the folder.
         batch_size: over all ranks.
         lr: 1e-3 by default; of both sides of an adversarial model, by default what its recipe has.
@@ -354,7 +390,7 @@ def train(
         raise ValueError(f"train: {name} takes no {', '.join(recipe)}")
     trainer = Trainer(
         model, view, recipe=chosen, batch_size=batch_size, lr=lr, seed=seed, device=device, parallel=parallel
-    )  # fmt: skip
+    )
     if checkpoint is not None:
         trainer.restore(checkpoint)
     history, began = trainer.history, len(trainer.history)
@@ -371,19 +407,33 @@ def train(
             attempt(samples, out / "progress" / f"step-{len(history):07d}.png")
 
     seconds = loop(
-        trainer.step, lambda: len(history), save, out, title=f"{name} on {data.name}", steps=steps, minutes=minutes,
-        save_every=save_every, every=every, diverged=trainer.diverged,
-    )  # fmt: skip
+        trainer.step,
+        lambda: len(history),
+        save,
+        out,
+        title=f"{name} on {data.name}",
+        steps=steps,
+        minutes=minutes,
+        save_every=save_every,
+        every=every,
+        diverged=trainer.diverged,
+    )
     model.eval()
     tail = history[-50:]
     means = {k: sum(h[k] for h in tail) / len(tail) for k in (tail[0] if tail else ())}
     held_out = trainer.evaluate()
     written: dict[str, Any] = {
-        "model": name, "data": data.name, "steps": len(history), "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": seconds, "steps_per_second": (len(history) - began) / seconds if seconds else 0.0,
-    }  # fmt: skip
+        "model": name,
+        "data": data.name,
+        "steps": len(history),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": seconds,
+        "steps_per_second": (len(history) - began) / seconds if seconds else 0.0,
+    }
     if adversarial:
-        written |= {"recipe": dataclasses.asdict(model.recipe)} | {f"{side}_loss": means.get(side, 0.0) for side in SIDES}
+        written |= {"recipe": dataclasses.asdict(model.recipe)} | {
+            f"{side}_loss": means.get(side, 0.0) for side in SIDES
+        }
         if isinstance(data, Points) and data.centres is not None:
             scores = metrics.mode_scores(trainer.sample(10_000), data.centres, data.std)
             written |= {"modes": len(data.centres)} | scores._asdict()

@@ -1,4 +1,5 @@
-"""The steps that train a model: batches, noise, updates and averages that repeat exactly from a seed or a checkpoint."""
+"""The steps that train a model: batches, noise, updates and averages that repeat exactly from a seed or a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Density:
         return list(self.model.parameters())
 
     def bits(self, images: Tensor, generator: torch.Generator, rows: slice) -> Tensor:
-        """Bits per dimension of ``rows`` of images (N, *shape) in [0, bins); of a flow with noise, so that they are a bound."""
+        """Bits per dimension of ``rows`` of images (N, *shape) in [0, bins); of a flow with noise, so that they are a
+        bound."""
         like = next(self.model.parameters())
         if isinstance(self.model, AutoregressiveModel):
             return self.model.bits_per_dim(images[rows].to(like.device))
@@ -54,7 +56,9 @@ class Density:
         bits: Tensor = (math.log(self.bins) - self.model.log_prob(x) / self.model.dim) / math.log(2)
         return bits
 
-    def losses(self, phase: tuple[str, ...], images: Tensor, *, generator: torch.Generator, step: int, rows: slice) -> Losses:
+    def losses(
+        self, phase: tuple[str, ...], images: Tensor, *, generator: torch.Generator, step: int, rows: slice
+    ) -> Losses:
         """The mean of the bits per dimension."""
         mean = self.bits(images, generator, rows).mean()
         return Losses({"model": mean}, {"bits_per_dim": mean.detach()})
@@ -71,27 +75,28 @@ class Density:
 class Trainer:
     """One model on one data set: batches, noise and updates that repeat exactly from a seed or a checkpoint.
 
-    A step runs the phases that the model has, in order: the losses of a phase's players from one pass over a batch, then an
-    update of each player by its own loss. Flows and autoregressive models have one phase and one player.
+    A step runs the phases that the model has, in order: the losses of a phase's players from one pass over a batch,
+    then an update of each player by its own loss. Flows and autoregressive models have one phase and one player.
 
-    Of an adversarial model each phase has a batch of its own, and ``average`` is the generator's moving average, whose decay
-    warms up as (1 + t) / (10 + t).
+    Of an adversarial model each phase has a batch of its own, and ``average`` is the generator's moving average, whose
+    decay warms up as (1 + t) / (10 + t).
 
-    On several ranks (see :mod:`genfast.distributed`) all are made and stepped together, and take the steps of one, but where a
-    network or a loss couples the samples of a batch, which then see a rank's portion: batch normalisation, the loss
-    "relativistic-average", the discrepancy of a WAE, the KL of mean activations. Statistics that a network keeps are those of
-    rank 0.
+    On several ranks (see :mod:`genfast.distributed`) all are made and stepped together, and take the steps of one, but
+    where a network or a loss couples the samples of a batch, which then see a rank's portion: batch normalisation, the
+    loss "relativistic-average", the discrepancy of a WAE, the KL of mean activations. Statistics that a network keeps
+    are those of rank 0.
 
     Args:
-        data: images; points too for an adversarial model, which sees images as values in [-1, 1] with dequantisation noise.
+        data: images; points too for an adversarial model, which sees images as values in [-1, 1] with dequantisation
+            noise.
         recipe: of an adversarial model, in the place of its own.
         batch_size: over all ranks; at most the training set.
         lr: of Adam, 1e-3 by default; an adversarial model's are those of its recipe.
         seed: of batches, noise, latents, labels, corruption and dropout.
         clip: the largest norm of a player's gradient; by default 50 for densities, 1000 for autoencoders, none for
             adversarial models.
-        parallel: of densities, a strategy of :func:`genfast.distributed.parallel`. With "fsdp" the parameters of ``model``
-            become shards.
+        parallel: of densities, a strategy of :func:`genfast.distributed.parallel`. With "fsdp" the parameters of
+            ``model`` become shards.
 
     Raises:
         ValueError: model and data that do not fit, fewer samples in a batch than ranks, or a strategy that cannot be.
@@ -105,9 +110,18 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Model, data: Dataset | Points, *, recipe: Recipe | None = None, batch_size: int = 64,
-        lr: float | None = None, seed: int = 0, device: str = "cpu", clip: float | None = None, parallel: str = "ddp",
-    ) -> None:  # fmt: skip
+        self,
+        model: Model,
+        data: Dataset | Points,
+        *,
+        recipe: Recipe | None = None,
+        batch_size: int = 64,
+        lr: float | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        clip: float | None = None,
+        parallel: str = "ddp",
+    ) -> None:
         distributed.check_strategy(parallel)
         distributed.check_device(device)
         if batch_size < 1:
@@ -157,7 +171,8 @@ class Trainer:
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Sets what is set from the first batch, as the first step would: wrapped, a model's weights are not its own to set."""
+        """Sets what is set from the first batch, as the first step would: wrapped, a model's weights are not its own to
+        set."""
         if any(getattr(m, "_pending", False) for m in self.model.modules()):
             before = self.generator.get_state()
             distributed.seed(self.seed)
@@ -195,7 +210,8 @@ class Trainer:
     def update(
         self, phase: tuple[str, ...], batch: tuple[Tensor, tuple[Tensor, ...]] | None = None, step: int = 0
     ) -> dict[str, float | None]:
-        """Updates the players of a phase, after ``step`` other times, on a new batch by default; returns the figures."""
+        """Updates the players of a phase, after ``step`` other times, on a new batch by default; returns the
+        figures."""
         compute = self._losses if self.objective is None else self.objective
         values = self._descend(phase, lambda: compute(phase, *(batch or self.batch()), step))
         figures = self._figures(values)
@@ -222,7 +238,8 @@ class Trainer:
         return values
 
     def _differentiate(self, name: str, loss: Tensor, what: str, last: bool) -> None:
-        """Leaves the player's gradient of its loss in ``grad``, or raises TrainingError, on all ranks, if it is not finite."""
+        """Leaves the player's gradient of its loss in ``grad``, or raises TrainingError, on all ranks, if it is not
+        finite."""
         parameters = self.players[name]
         if self.objective is not None:  # whose wrapper averages gradients while they are computed
             self.optimizers[name].zero_grad()
@@ -244,7 +261,9 @@ class Trainer:
 
     def _figures(self, values: Losses) -> dict[str, float | None]:
         """The figures over all ranks, whose means count by the length of their portions."""
-        present = {name: float(value.detach()) * self.weight for name, value in values.figures.items() if value is not None}
+        present = {
+            name: float(value.detach()) * self.weight for name, value in values.figures.items() if value is not None
+        }
         sums = distributed.total(*present.values())
         return dict.fromkeys(values.figures) | {name: s / distributed.size() for name, s in zip(present, sums)}
 
@@ -256,7 +275,8 @@ class Trainer:
         """One step; returns its figures by name, over all ranks, means over the phases that have them.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite, on all ranks together; the weights are those before the phase.
+            TrainingError: a loss or a gradient is not finite, on all ranks together; the weights are those before the
+                phase.
         """
         if distributed.size() > 1:  # one process goes on with the numbers that torch draws
             distributed.seed(self.seed, len(self.history))
@@ -279,8 +299,8 @@ class Trainer:
     def _follow(self) -> None:
         """Moves the average towards the generator.
 
-        AveragedModel of torch.optim.swa_utils would begin with the weights after the first step, and this one with those
-        before it.
+        AveragedModel of torch.optim.swa_utils would begin with the weights after the first step, and this one with
+        those before it.
         """
         t, average, live = len(self.history), self.average, self.task.generator
         assert average is not None
@@ -304,15 +324,16 @@ class Trainer:
             if isinstance(self.model, models.VAE):
                 bound = _importance_weighted_bound(self.model, images, generator)
                 means |= {
-                    "importance_weighted_bound": bound, "bits_per_dim": losses.bits_per_dim(means["elbo"], self.model.dim),
+                    "importance_weighted_bound": bound,
+                    "bits_per_dim": losses.bits_per_dim(means["elbo"], self.model.dim),
                     "importance_weighted_bits_per_dim": losses.bits_per_dim(bound, self.model.dim),
-                }  # fmt: skip
+                }
         return means
 
     @torch.no_grad()
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` samples of an adversarial model with its averaged generator, the same latents for the same seed; all ranks
-        call this together."""
+        """``n`` samples of an adversarial model with its averaged generator, the same latents for the same seed; all
+        ranks call this together."""
         assert self.average is not None
         distributed.share(self.average.buffers())
         live, self.task.generator = self.task.generator, self.average
@@ -350,12 +371,19 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside :meth:`weights`; see :func:`genfast.checkpoints.save`."""
         state: dict[str, Any] = {
-            "step": len(self.history), "history": self.history, "model": self.model.state_dict(),
-            "optimizers": {name: checkpoints.optimizer_state(self._part(name), o) for name, o in self.optimizers.items()},
-            "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
-        }  # fmt: skip
+            "step": len(self.history),
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizers": {
+                name: checkpoints.optimizer_state(self._part(name), o) for name, o in self.optimizers.items()
+            },
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),
+        }
         if self.average is not None:
-            distributed.share([*self.model.buffers(), *self.average.buffers()])  # each rank has its own batch statistics
+            distributed.share(
+                [*self.model.buffers(), *self.average.buffers()]
+            )  # each rank has its own batch statistics
             state |= {"recipe": dataclasses.asdict(self.task.recipe), "average": self.average.state_dict()}
         return state
 
@@ -373,7 +401,10 @@ class Trainer:
             state |= {"losses": state.pop("history"), "optimizer": state.pop("optimizers")["model"]}
         checkpoints.restore(checkpoint, state)
         if curve:
-            state |= {"history": [{"bits_per_dim": v} for v in state["losses"]], "optimizers": {"model": state["optimizer"]}}
+            state |= {
+                "history": [{"bits_per_dim": v} for v in state["losses"]],
+                "optimizers": {"model": state["optimizer"]},
+            }
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -397,7 +428,9 @@ def _check_fit(model: Any, data: Dataset | Points) -> None:
         if data.train_labels is None:
             raise ValueError(f"train: the model has classes={model.classes}, and {data.name} has no labels")
         if int(data.train_labels.max()) >= model.classes:
-            raise ValueError(f"train: the model has classes={model.classes}, and a label is {int(data.train_labels.max())}")
+            raise ValueError(
+                f"train: the model has classes={model.classes}, and a label is {int(data.train_labels.max())}"
+            )
 
 
 def _importance_weighted_bound(model: models.VAE, images: Tensor, generator: torch.Generator) -> float:

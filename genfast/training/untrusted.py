@@ -29,15 +29,17 @@ LARGEST_BINS = 2**16
 
 
 def build(metadata: dict[str, str], tensors: dict[str, Tensor], file: Path) -> Any:
-    """The model that the metadata of a weights file name, with weights of its own; ``tensors`` fit it and may be loaded.
+    """The model that the metadata of a weights file name, with weights of its own; ``tensors`` fit it and may be
+    loaded.
 
     Raises:
-        ValueError: metadata that are missing, are no JSON or ask for too much; tensors that the model does not have or that it
-            cannot work with.
+        ValueError: metadata that are missing, are no JSON or ask for too much; tensors that the model does not have or
+            that it cannot work with.
     """
     bins, config = _bins(metadata, file), _config(metadata, file)
     name = metadata["model"]
-    # Twice what the models here take and more: they make up to four tensors for each of their own, and one for each order.
+    # Twice what the models here take and more: they make up to four tensors for each of their own, and one for each
+    # order.
     orders = sum(len(t) for t in tensors.values() if t.dim() == 2 and not t.is_floating_point())
     budget = _Shapes(200 + 8 * len(tensors) + 2 * orders, 2**22 + 4 * sum(t.numel() for t in tensors.values()))
     try:
@@ -81,7 +83,9 @@ def _config(metadata: dict[str, str], file: Path) -> dict[str, Any]:
             raise ValueError(f"checkpoint: {str(file)!r} asks for {name}={value}, expected at most {LARGEST}")
         whole = name == "shape" and isinstance(value, list) and all(isinstance(n, int) for n in value)
         if whole and math.prod(value) > LARGEST_SHAPE:
-            raise ValueError(f"checkpoint: {str(file)!r} asks for shape={value}, expected at most {LARGEST_SHAPE} numbers")
+            raise ValueError(
+                f"checkpoint: {str(file)!r} asks for shape={value}, expected at most {LARGEST_SHAPE} numbers"
+            )
 
     for name, value in config.items():
         check(name, value)
@@ -132,7 +136,8 @@ def _check_shapes(shapes: dict[str, Tensor], tensors: dict[str, Tensor]) -> None
 
 
 def _check_values(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError for numbers that are not finite, and for those that select and that ``model`` cannot select by."""
+    """Raises ValueError for numbers that are not finite, and for those that select and that ``model`` cannot select
+    by."""
     for key, t in tensors.items():
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise ValueError(f"its {key} holds values that are not finite")
@@ -179,15 +184,21 @@ def _check_degrees(path: str, module: gnn.MADE, tensors: dict[str, Tensor]) -> N
 
 _METADATA = {
     "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.serialization": ("_get_layout",),
     "torch": ("Size",),
     "pathlib": ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
     "collections": ("OrderedDict",),
-}  # fmt: skip
+}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -195,7 +206,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # of Python 3.13
-        if name in _METADATA.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in _METADATA.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return getattr(importlib.import_module(module), name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of its format")
 
@@ -216,7 +229,10 @@ def reader(folder: Path) -> Any:
                 if not isinstance(value, Metadata):
                     raise TypeError(f"it is a {type(value).__name__}")
                 for info in value.storage_data.values():
-                    if pathlib.PurePath(info.relative_path).name != str(info.relative_path) or info.transform_descriptors:
+                    if (
+                        pathlib.PurePath(info.relative_path).name != str(info.relative_path)
+                        or info.transform_descriptors
+                    ):
                         raise ValueError(f"it names {str(info.relative_path)!r}, which is none of its files")
                 value.storage_meta = value.storage_meta or StorageMeta()
                 value.storage_meta.load_id = self.load_id
@@ -228,7 +244,8 @@ def reader(folder: Path) -> Any:
 
 
 def planner() -> Any:
-    """A planner that reads the numbers and names between the tensors as torch.load's ``weights_only`` does, without code."""
+    """A planner that reads the numbers and names between the tensors as torch.load's ``weights_only`` does, without
+    code."""
     from torch.distributed.checkpoint._nested_dict import set_element  # type: ignore[attr-defined]
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 

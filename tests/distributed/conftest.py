@@ -32,7 +32,8 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As on the ranks: the models are made in float32, by factorisations whose last digits depend on the number of threads."""
+    """As on the ranks: the models are made in float32, by factorisations whose last digits depend on the number of
+    threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

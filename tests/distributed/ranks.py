@@ -23,7 +23,11 @@ class JobError(AssertionError):
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
     )
     while True:
         job, args = pipe.recv()
@@ -57,7 +61,9 @@ class Ranks:
         errors: dict[int, str] = {}
         while len(answers) < self.size:
             waiting = [pipe for i, pipe in enumerate(self.pipes) if i not in answers]
-            ready = wait(waiting, GRACE if errors else timeout)  # behind an error the others may wait for what will not come
+            ready = wait(
+                waiting, GRACE if errors else timeout
+            )  # behind an error the others may wait for what will not come
             if not ready and not errors:
                 errors[self.pipes.index(waiting[0])] = f"{job.__name__} took longer than {timeout} s"
             if not ready:

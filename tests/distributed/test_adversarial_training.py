@@ -1,4 +1,5 @@
-"""Adversarial training on two ranks: the steps of one process, errors on all, and runs that go on with another number."""
+"""Adversarial training on two ranks: the steps of one process, errors on all, and runs that go on with another
+number."""
 
 from __future__ import annotations
 
@@ -115,7 +116,15 @@ def train(out, steps, resume=False):
     points = data.points("25gaussians", count=100)
     recipe = None if resume else {"penalty": "r1", "weight": 0.5, "lazy": 2, "ema": 0.5}
     return training.train(
-        "gan", points, out, config={"hidden": 8}, recipe=recipe, steps=steps, batch_size=BATCH, resume=resume, sample_every=2
+        "gan",
+        points,
+        out,
+        config={"hidden": 8},
+        recipe=recipe,
+        steps=steps,
+        batch_size=BATCH,
+        resume=resume,
+        sample_every=2,
     )
 
 
@@ -128,7 +137,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
         assert json.loads((run / "metrics.json").read_text()) == written
         assert written["steps"] == 5
         names = sorted(p.name for p in run.iterdir())
-        assert names == ["checkpoint-3", "checkpoint-5", "log.csv", "loss.png", "metrics.json", "progress", "samples.png"]
+        assert names == [
+            "checkpoint-3",
+            "checkpoint-5",
+            "log.csv",
+            "loss.png",
+            "metrics.json",
+            "progress",
+            "samples.png",
+        ]
         histories = [checkpoints.notes(folder / "checkpoint-5")["history"] for folder in (tmp_path / "one", run)]
         curves = [[list(h.values()) for h in history] for history in histories]
         torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-4, atol=1e-5)

@@ -96,14 +96,18 @@ def by_objective(d, r, f, e):
 
 PATTERNS = (beside, together, apart, alone, double_backward)
 OPTIONS = {
-    "plain": {}, "unused": {"find_unused_parameters": True}, "static": {"static_graph": True},
+    "plain": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
     "views": {"gradient_as_bucket_view": True},
-}  # fmt: skip
+}
 
 
 def error(critic, expected):
-    gaps = [0.0 if p.grad is None else float((p.grad - (0 if q.grad is None else q.grad)).abs().max())
-            for p, q in zip(critic.parameters(), expected.parameters())]  # fmt: skip
+    gaps = [
+        0.0 if p.grad is None else float((p.grad - (0 if q.grad is None else q.grad)).abs().max())
+        for p, q in zip(critic.parameters(), expected.parameters())
+    ]
     used = [p.grad for p in critic.layers.parameters()]
     return max(gaps) if all(g is not None for g in used[:-1]) else float("inf")
 
@@ -119,8 +123,12 @@ def _errors(option):
         wrapped.append((in_turn, lambda c: DistributedDataParallel(c, **OPTIONS[option])))
     if option in ("plain", "unused"):
         wrapped.append((of_a_compiled_step, lambda c: DistributedDataParallel(c, **OPTIONS[option])))
-        wrapped.append((apart, lambda c: torch.compile(DistributedDataParallel(c, **OPTIONS[option]), backend="aot_eager")))
-        wrapped.append((apart, lambda c: DistributedDataParallel(torch.compile(c, backend="aot_eager"), **OPTIONS[option])))
+        wrapped.append(
+            (apart, lambda c: torch.compile(DistributedDataParallel(c, **OPTIONS[option]), backend="aot_eager"))
+        )
+        wrapped.append(
+            (apart, lambda c: DistributedDataParallel(torch.compile(c, backend="aot_eager"), **OPTIONS[option]))
+        )
     for i, (pattern, wrap) in enumerate(wrapped):
         critic, whole, part = given()
         expected, parallel = copy.deepcopy(critic), wrap(critic)
@@ -141,8 +149,13 @@ def test_every_pattern_averages_the_gradients(ranks, option):
 
 
 KINDS = {
-    "wgan-gp": ("wgan-gp",), "r1": ("r1",), "r1r2": ("r1", "r2"), "dragan": ("dragan",), "ar1": ("ar1",), "alone": ("wgan-gp",),
-}  # fmt: skip
+    "wgan-gp": ("wgan-gp",),
+    "r1": ("r1",),
+    "r1r2": ("r1", "r2"),
+    "dragan": ("dragan",),
+    "ar1": ("ar1",),
+    "alone": ("wgan-gp",),
+}
 
 
 def _critics(names):
@@ -172,8 +185,10 @@ def _critics(names):
                 else:
                     total = total + reference.gradient_penalty(expected, at, kind, 10.0, 1.0, context)[0]
             total.backward()
-            pairs = [(p.grad, torch.zeros_like(p) if q.grad is None else q.grad)
-                     for p, q in zip(critic.parameters(), expected.parameters())]  # fmt: skip
+            pairs = [
+                (p.grad, torch.zeros_like(p) if q.grad is None else q.grad)
+                for p, q in zip(critic.parameters(), expected.parameters())
+            ]
             worst[name, label] = max(float((g - q).norm() / (q.norm() + 1e-3)) for g, q in pairs)
     return worst
 
@@ -184,10 +199,14 @@ def test_critics_of_all_sorts_and_every_kind(ranks):
 
 
 def _statistics():
-    """Of a critic with buffers: what the ranks hold after two steps, and whether looking at it leaves the reducer alone."""
+    """Of a critic with buffers: what the ranks hold after two steps, and whether looking at it leaves the reducer
+    alone."""
     torch.manual_seed(distributed.rank())  # the wrapper makes them equal
     critic = nn.Sequential(
-        genfast.nn.spectral_norm(nn.Linear(5, 8)), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.utils.spectral_norm(nn.Linear(8, 1))
+        genfast.nn.spectral_norm(nn.Linear(5, 8)),
+        nn.BatchNorm1d(8),
+        nn.LeakyReLU(0.2),
+        nn.utils.spectral_norm(nn.Linear(8, 1)),
     ).double()
     parallel = DistributedDataParallel(critic)
     torch.manual_seed(distributed.rank())
@@ -238,6 +257,9 @@ def _sharded():
 def test_sharded_objectives_are_exact_and_sharded_critics_are_refused(ranks):
     for found, said in ranks.run(_sharded):
         assert max(found.values()) < 1e-13
-        assert "critic gathers weights on its own, since it is sharded (fully_shard); leave the critic whole" in said["critic"]
+        assert (
+            "critic gathers weights on its own, since it is sharded (fully_shard); leave the critic whole"
+            in said["critic"]
+        )
         assert "since its part 'layers.2' is sharded" in said["layer"]
         assert said["layer"].endswith("and shard that: fully_shard(objective)")

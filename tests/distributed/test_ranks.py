@@ -17,9 +17,15 @@ def _basics():
     rows = torch.arange(10).reshape(5, 2)
     found["gathered"] = [
         torch.equal(distributed.gather(rows[distributed.portion(n)].to(dtype)), rows[:n].to(dtype))
-        for n, dtype in ((5, torch.int64), (1, torch.float64), (0, torch.float32), (4, torch.uint8), (3, torch.bool),
-                         (5, torch.bfloat16))
-    ]  # fmt: skip
+        for n, dtype in (
+            (5, torch.int64),
+            (1, torch.float64),
+            (0, torch.float32),
+            (4, torch.uint8),
+            (3, torch.bool),
+            (5, torch.bfloat16),
+        )
+    ]
     found["total"] = distributed.total(distributed.rank() + 1.5, 0.1)
     draws = []
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0), (-1, 0)):

@@ -1,4 +1,5 @@
-"""Statistics of a batch that lies on two ranks: activation norms, batch norms of flows, and what they are to one process."""
+"""Statistics of a batch that lies on two ranks: activation norms, batch norms of flows, and what they are to one
+process."""
 
 from __future__ import annotations
 
@@ -69,10 +70,14 @@ def test_an_empty_batch_is_refused_on_all_ranks(ranks):
 
 
 def trained(rows, strategy="ddp"):
-    """A flow with batch norms in float64, some steps on a batch: (losses, gradients of the last, running statistics)."""
+    """A flow with batch norms in float64, some steps on a batch: (losses, gradients of the last, running
+    statistics)."""
     torch.manual_seed(0)
     flow = gnn.FlowSequential(
-        gnn.BatchNormFlow(4), gnn.AffineCoupling(nn.Conv2d(2, 4, 3, padding=1)), gnn.BatchNormFlow(4), gnn.InvertibleConv1x1(4)
+        gnn.BatchNormFlow(4),
+        gnn.AffineCoupling(nn.Conv2d(2, 4, 3, padding=1)),
+        gnn.BatchNormFlow(4),
+        gnn.InvertibleConv1x1(4),
     ).double()
     part = slice(None) if distributed.size() == 1 else slice(0, rows) if distributed.first() else slice(rows, 6)
 

@@ -44,7 +44,9 @@ def test_interrupting_all_keeps_one_whole_checkpoint(tmp_path):
     deadline = time.monotonic() + 2 * MINUTE
     while not list(tmp_path.glob("run/checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: torchrun hears it, and tells the processes, which hear it too
+    os.killpg(
+        process.pid, signal.SIGINT
+    )  # as a terminal does: torchrun hears it, and tells the processes, which hear it too
     _, errors = process.communicate(timeout=MINUTE)
     assert process.returncode != 0
     assert errors.count("checkpoint kept in") == 1

@@ -17,15 +17,22 @@ DIGITS = data.load("digits")
 MODELS = {
     "glow": {"levels": 2, "steps": 2, "hidden": 4},
     "glow reversible": {"levels": 2, "steps": 2, "hidden": 4, "reversible": True},
-    "realnvp": {"hidden": 4, "depth": 1}, "nice": {"hidden": 8}, "linear_flow": {}, "maf": {"hidden": 8, "transforms": 2},
-    "iaf": {"hidden": 8, "transforms": 1}, "nsf": {"hidden": 8, "transforms": 1}, "rnade": {"hidden": 8, "components": 2},
-    "made": {"hidden": 16, "layers": 1, "orders": 2}, "nade": {"hidden": 8},
-    "pixelcnn": {"channels": 4, "layers": 2, "kernel_size": 3}, "pixelrnn": {"channels": 4, "layers": 1},
+    "realnvp": {"hidden": 4, "depth": 1},
+    "nice": {"hidden": 8},
+    "linear_flow": {},
+    "maf": {"hidden": 8, "transforms": 2},
+    "iaf": {"hidden": 8, "transforms": 1},
+    "nsf": {"hidden": 8, "transforms": 1},
+    "rnade": {"hidden": 8, "components": 2},
+    "made": {"hidden": 16, "layers": 1, "orders": 2},
+    "nade": {"hidden": 8},
+    "pixelcnn": {"channels": 4, "layers": 2, "kernel_size": 3},
+    "pixelrnn": {"channels": 4, "layers": 1},
     "gated_pixelcnn": {"channels": 4, "layers": 2, "kernel_size": 3},
     "pixelcnnpp": {"filters": 4, "blocks": 1, "mixtures": 2, "dropout": 0.0},
     "pixelcnnpp dropout": {"filters": 4, "blocks": 1, "mixtures": 2, "dropout": 0.5},
     "wavenet": {"layers": 2, "residual": 4, "skip": 4, "stacks": 1},
-}  # fmt: skip
+}
 SHARDED = ("glow", "glow reversible", "maf", "made", "gated_pixelcnn", "wavenet")
 CASES = [(label, "ddp") for label in MODELS if "dropout" not in label] + [(label, "fsdp") for label in SHARDED]
 SINGLE = ("gated_pixelcnn", "pixelcnnpp", "pixelcnnpp dropout")  # their inputs are scaled in float32
@@ -77,7 +84,9 @@ def both(ranks):
 def apart(a, b):
     """The largest difference of two dicts of tensors, relative to the norm of each tensor."""
     assert a.keys() == b.keys()
-    found = [float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-3)) for k in b if b[k].numel()]
+    found = [
+        float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-3)) for k in b if b[k].numel()
+    ]
     assert all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape for k in b)
     return max(found)
 

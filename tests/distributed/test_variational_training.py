@@ -1,4 +1,5 @@
-"""Autoencoders on two ranks: the steps and the held-out figures of one process, and runs that go on with another number."""
+"""Autoencoders on two ranks: the steps and the held-out figures of one process, and runs that go on with another
+number."""
 
 from __future__ import annotations
 
@@ -13,9 +14,13 @@ from genfast.training import Trainer
 
 BATCH = 7  # uneven parts
 MODELS = {
-    "autoencoder": {}, "sparse_autoencoder": {"penalty": "l1"}, "denoising_autoencoder": {"corruption": "salt_and_pepper"},
-    "vae": {"warmup": 2}, "vaegan": {}, "aae": {},
-}  # fmt: skip
+    "autoencoder": {},
+    "sparse_autoencoder": {"penalty": "l1"},
+    "denoising_autoencoder": {"corruption": "salt_and_pepper"},
+    "vae": {"warmup": 2},
+    "vaegan": {},
+    "aae": {},
+}
 VAES = {f"vae {likelihood}": {"likelihood": likelihood} for likelihood in ("gaussian", "bernoulli")}
 
 
@@ -23,7 +28,9 @@ def steps(label, config, count=2):
     """(figures of some steps in float64, held-out figures, weights)."""
     digits = data.load("digits")
     torch.manual_seed(distributed.rank())  # the trainer makes them equal
-    model = models.build(label.split()[0], shape=digits.shape, levels=digits.bins, hidden=8, latent_dim=3, **config).double()
+    model = models.build(
+        label.split()[0], shape=digits.shape, levels=digits.bins, hidden=8, latent_dim=3, **config
+    ).double()
     trainer = Trainer(model, digits, batch_size=BATCH, seed=3)
     figures = [trainer.step() for _ in range(count)]
     return figures, trainer.evaluate(17 if label == "vae" else 3), [p.detach() for p in model.parameters()]
@@ -88,8 +95,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
         written = train(run, 4, True) if then == 1 else ranks.run(train, run, 4, True)[0]
         assert json.loads((run / "metrics.json").read_text()) == written
         names = {p.name for p in run.iterdir()}
-        assert names == {"checkpoint-2", "checkpoint-4", "log.csv", "loss.png", "metrics.json", "samples.png",
-                         "reconstructions.png", "latent.png"}  # fmt: skip
+        assert names == {
+            "checkpoint-2",
+            "checkpoint-4",
+            "log.csv",
+            "loss.png",
+            "metrics.json",
+            "samples.png",
+            "reconstructions.png",
+            "latent.png",
+        }
         curves = [checkpoints.notes(folder / "checkpoint-4")["history"] for folder in (tmp_path / "one", run)]
         for ours, theirs in zip(*curves):
             assert ours == pytest.approx(theirs, rel=1e-4)
@@ -103,10 +118,12 @@ def _drawn():
     count = len(range(5)[distributed.portion(5)])
     with distributed.drawn_for_all(5, generator):
         found = [
-            torch.rand(count, 2, generator=generator), torch.randn((count,), generator=generator),
-            torch.empty(count, 3).uniform_(generator=generator), torch.randint(9, (4,), generator=generator),
+            torch.rand(count, 2, generator=generator),
+            torch.randn((count,), generator=generator),
+            torch.empty(count, 3).uniform_(generator=generator),
+            torch.randint(9, (4,), generator=generator),
             torch.zeros(count, dtype=torch.double).normal_(1, 2, generator=generator),
-        ]  # fmt: skip
+        ]
     return found, generator.get_state()
 
 

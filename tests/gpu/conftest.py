@@ -14,7 +14,8 @@ WITHOUT = None if torch.cuda.is_available() else pytest.mark.skip(reason="needs 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """They are collected everywhere, so that they at least import; without a GPU one of each function stands for all."""
+    """They are collected everywhere, so that they at least import; without a GPU one of each function stands for
+    all."""
     kept, seen = [], set()
     for item in items:
         if Path(__file__).parent in item.path.parents:

@@ -1,6 +1,7 @@
 """Small calls of every GPU kernel, for compute-sanitizer to watch: ``compute-sanitizer python -m tests.gpu.sanitize``.
 
-Says which call comes next, so that a finding between two lines belongs to the first; ``--list`` needs no GPU. A call's numbers
+Says which call comes next, so that a finding between two lines belongs to the first; ``--list`` needs no GPU. A call's
+numbers
 are not looked at: ``genfast verify`` and the tests do that.
 """
 
@@ -52,7 +53,8 @@ def _sampler(label: str) -> Callable[[], object]:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call): of each op and backend the first, middle and last sample, and an odd variant in which none is dense."""
+    """(name, call): of each op and backend the first, middle and last sample, and an odd variant in which none is
+    dense."""
     for op in OPS.values():
         if op.samples is None:
             continue
@@ -70,7 +72,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the names and end")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="every Nth call from the Ith on (default 0/1: all)")
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="every Nth call from the Ith on (default 0/1: all)"
+    )
     parser.add_argument("--skip", type=int, default=0, metavar="K", help="leave out that many of them at the beginning")
     arguments = parser.parse_args()
     i, n = map(int, arguments.part.split("/"))

@@ -1,6 +1,7 @@
 """Splines, masked linear layers, NADE and what is built of them on a CUDA GPU, at real sizes against float64.
 
-The ops' samples run in test_flow_ops, which takes every op with a Triton kernel; the degree-ordered engine has a file too.
+The ops' samples run in test_flow_ops, which takes every op with a Triton kernel; the degree-ordered engine has a file
+too.
 """
 
 from __future__ import annotations
@@ -77,9 +78,12 @@ def test_masked_linear_in_tf32():
     degrees = 1 + torch.arange(512) // 8
     a = cases.made(512, degrees, degrees, False, like())
     y = OPS["masked_linear"](*a.values())
-    exact = OPS["masked_linear"].reference(*(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-                                             for t in a.values()))  # fmt: skip
-    assert 1e-5 < relative_error(y, exact) < 1e-3  # TF32 keeps 10 bits, so less would mean that the switch is not followed
+    exact = OPS["masked_linear"].reference(
+        *(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in a.values())
+    )
+    assert (
+        1e-5 < relative_error(y, exact) < 1e-3
+    )  # TF32 keeps 10 bits, so less would mean that the switch is not followed
 
 
 def test_masked_linear_is_captured_in_a_graph():

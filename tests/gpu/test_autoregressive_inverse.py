@@ -1,4 +1,5 @@
-"""The degree-ordered inverse on a CUDA GPU: against float64 at real sizes, in every group size, twice for equal bits."""
+"""The degree-ordered inverse on a CUDA GPU: against float64 at real sizes, in every group size, twice for equal
+bits."""
 
 from __future__ import annotations
 

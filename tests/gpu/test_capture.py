@@ -1,5 +1,5 @@
-"""CUDA graphs and streams: every op, layer, sampler and training step is captured, keeps to the current stream, waits for
-nothing and takes memory from PyTorch's allocator alone.
+"""CUDA graphs and streams: every op, layer, sampler and training step is captured, keeps to the current stream, waits
+for nothing and takes memory from PyTorch's allocator alone.
 
 The same calls run on fake CUDA tensors, with no GPU, in tests/kernels/test_fake_cuda.py.
 """
@@ -17,7 +17,10 @@ from tests.kernels.capture_cases import CASES, of_sample
 
 # An op has one backend or two on a GPU; each is captured.
 CALLS = {
-    f"{op.name}, {sample.label}, {backend}": (backend, lambda device, op=op, sample=sample: of_sample(op, sample, device))
+    f"{op.name}, {sample.label}, {backend}": (
+        backend,
+        lambda device, op=op, sample=sample: of_sample(op, sample, device),
+    )
     for op, sample in SAMPLES
     for backend in ("triton", "cuda")
     if backend in op.kernels
@@ -35,7 +38,8 @@ def forbidden_to_wait():
 
 
 def built(label, device="cuda"):
-    """(backend, case), the case run until all its tables and kernels are there, on a stream of its own as a capture asks."""
+    """(backend, case), the case run until all its tables and kernels are there, on a stream of its own as a capture
+    asks."""
     backend, build = CALLS[label]
     torch.manual_seed(0)
     case = build(device)
@@ -94,7 +98,8 @@ def test_a_replay_is_what_eager_gives(label):
 
 @each_call
 def test_the_current_stream_is_used_and_nothing_waits(label):
-    """New values are copied in behind a long kernel on a side stream: whatever ran elsewhere, or before, saw the old ones."""
+    """New values are copied in behind a long kernel on a side stream: whatever ran elsewhere, or before, saw the old
+    ones."""
     backend, case = built(label)
     static = [t.clone() for t in case.inputs]
     fresh = [other(t) for t in case.inputs]

@@ -1,4 +1,5 @@
-"""Gram matrices, contextual similarity, pairwise sums and the diagonal Gaussian on a CUDA GPU, at real sizes against float64.
+"""Gram matrices, contextual similarity, pairwise sums and the diagonal Gaussian on a CUDA GPU, at real sizes against
+float64.
 
 The ops' samples run in test_flow_ops, which takes every op with a Triton kernel.
 """
@@ -64,7 +65,9 @@ def test_style_loss_of_five_layers():
 @each_dtype
 @pytest.mark.parametrize("over", ["sources", "targets"])
 @pytest.mark.parametrize(
-    "sizes", [((1, 256, 32, 32), (1, 256, 32, 32)), ((2, 64, 31, 33), (2, 64, 40, 25)), ((1, 512, 16, 16),) * 2], ids=str
+    "sizes",
+    [((1, 256, 32, 32), (1, 256, 32, 32)), ((2, 64, 31, 33), (2, 64, 40, 25)), ((1, 512, 16, 16),) * 2],
+    ids=str,
 )
 def test_contextual_similarity(sizes, over, dtype):
     x, y = (randn(*s, dtype=dtype) for s in sizes)
@@ -88,8 +91,12 @@ def test_contextual_similarity_writes_no_pairs():
 @pytest.mark.parametrize("kernel", ["rbf", "imq", "polynomial"])
 @pytest.mark.parametrize("shape", [(1024, 8), (2048, 256), (997, 65)], ids=str)
 def test_mmd(shape, kernel):
-    check(lambda x, y: ops.mmd(x, y, kernel=kernel, bandwidths=[1.0, 4.0] if kernel != "polynomial" else None), torch.float32,
-          randn(*shape), 1.0 + randn(*shape))  # fmt: skip
+    check(
+        lambda x, y: ops.mmd(x, y, kernel=kernel, bandwidths=[1.0, 4.0] if kernel != "polynomial" else None),
+        torch.float32,
+        randn(*shape),
+        1.0 + randn(*shape),
+    )
 
 
 def test_nearest_neighbors():

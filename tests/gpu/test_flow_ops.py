@@ -1,4 +1,5 @@
-"""The flow operations on a CUDA GPU: the Triton kernels at real sizes against float64, compiled, and twice for equal bits."""
+"""The flow operations on a CUDA GPU: the Triton kernels at real sizes against float64, compiled, and twice for equal
+bits."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_affine_coupling_shapes(label, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("scale", ["exp", "sigmoid", "tanh", "softclamp", "additive"])
-@pytest.mark.parametrize("shape", [(64, 48, 16, 16), (256, 12, 32, 32), (4096, 64), (70001, 2), (70001, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 48, 16, 16), (256, 12, 32, 32), (4096, 64), (70001, 2), (70001, 2, 2, 2)], ids=str
+)
 def test_affine_coupling_at_real_sizes(shape, scale, dtype):
     x, width = randn(*shape, dtype=dtype), shape[1] // 2
     params = randn(shape[0], width * (1 if scale == "additive" else 2), *shape[2:], dtype=dtype)
@@ -104,7 +107,10 @@ def test_discretized_logistic_mixture_at_real_sizes(channels, k, last, dtype):
     cases.check_mixture(params, x, 256, dtype)
     args = (params, torch.rand(16, 1 + channels, 32, 32, device=GPU), channels, 256, 0.9)
     op = OPS["discretized_logistic_mixture_sample"]
-    assert int((cases.run(op, args)[0].cpu() != op.reference(*(a.cpu() if hasattr(a, "cpu") else a for a in args))).sum()) <= 1
+    assert (
+        int((cases.run(op, args)[0].cpu() != op.reference(*(a.cpu() if hasattr(a, "cpu") else a for a in args))).sum())
+        <= 1
+    )
 
 
 def test_channel_mix_in_tf32():
@@ -146,9 +152,13 @@ def step(x, params, alpha, scale, bias, weight):
 
 def arguments(dtype=torch.float32):
     tensors = (
-        randn(16, 12, 16, 16, dtype=dtype), randn(16, 12, 16, 16, dtype=dtype), randn(6), randn(12).abs() + 0.5, randn(12),
+        randn(16, 12, 16, 16, dtype=dtype),
+        randn(16, 12, 16, 16, dtype=dtype),
+        randn(6),
+        randn(12).abs() + 0.5,
+        randn(12),
         randn(12, 12),
-    )  # fmt: skip
+    )
     return [t.requires_grad_() for t in tensors]
 
 
@@ -186,10 +196,14 @@ def test_cuda_tensors_prefer_the_kernels():
     torch.testing.assert_close(ops.affine_coupling(x, params), expected)
 
 
-@pytest.mark.parametrize("draw", [
-    lambda g, **on: ops.interpolate(torch.zeros(9, 2, **on), torch.ones(9, 2, **on), generator=g),
-    lambda g, **on: ops.discretized_logistic_mixture_sample(torch.zeros(3, 100, 4, **on), generator=g),
-], ids=["interpolate", "discretized_logistic_mixture_sample"])  # fmt: skip
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda g, **on: ops.interpolate(torch.zeros(9, 2, **on), torch.ones(9, 2, **on), generator=g),
+        lambda g, **on: ops.discretized_logistic_mixture_sample(torch.zeros(3, 100, 4, **on), generator=g),
+    ],
+    ids=["interpolate", "discretized_logistic_mixture_sample"],
+)
 def test_a_generator_of_the_cpu_draws_the_same_for_the_gpu(draw):
     expected, found = (draw(torch.Generator().manual_seed(3), device=where) for where in ("cpu", "cuda"))
     assert found.is_cuda

@@ -1,4 +1,5 @@
-"""The gradient penalty and the critic step on a CUDA GPU: every critic of the catalogue against double backward in float64."""
+"""The gradient penalty and the critic step on a CUDA GPU: every critic of the catalogue against double backward in
+float64."""
 
 from __future__ import annotations
 
@@ -52,7 +53,13 @@ def test_one_batch_equals_batches_apart(name, penalty):
     found = []
     for batching in ("together", "apart"):
         step = ops.critic_step(
-            critic, real, fake, penalty=penalty, context=context, batching=batching, generator=torch.Generator().manual_seed(0)
+            critic,
+            real,
+            fake,
+            penalty=penalty,
+            context=context,
+            batching=batching,
+            generator=torch.Generator().manual_seed(0),
         )
         found.append([step.loss.detach(), *torch.autograd.grad(step.loss, parameters, allow_unused=True)])
     close(*found, 1e-10)

@@ -1,4 +1,5 @@
-"""Masked convolution on a CUDA GPU: every case of the interpreter's tests, real sizes, a capture, and twice for equal bits."""
+"""Masked convolution on a CUDA GPU: every case of the interpreter's tests, real sizes, a capture, and twice for equal
+bits."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def test_every_case(label, dtype):
 def test_real_sizes(shape, out, kernel, form, dtype):
     options = dict(mask_type="B", data_channels=1)
     x = torch.randn(shape, device=GPU).to(dtype).contiguous(memory_format=form).requires_grad_()
-    w = (torch.randn(out, shape[1], kernel, kernel, device=GPU) / (shape[1] * kernel**2) ** 0.5).to(dtype).requires_grad_()
+    w = (
+        (torch.randn(out, shape[1], kernel, kernel, device=GPU) / (shape[1] * kernel**2) ** 0.5)
+        .to(dtype)
+        .requires_grad_()
+    )
     gy = torch.randn(shape[0], out, *shape[2:], device=GPU).to(dtype)
     found = torch.autograd.grad(y := genfast.ops.masked_conv2d(x, w, **options), (x, w), gy)
     again = torch.autograd.grad(genfast.ops.masked_conv2d(x, w, **options), (x, w), gy)

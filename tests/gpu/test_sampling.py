@@ -1,4 +1,5 @@
-"""Cached sampling on a CUDA GPU: the images of the naive loop, of the CPU's engine, twice for equal bits, at real sizes."""
+"""Cached sampling on a CUDA GPU: the images of the naive loop, of the CPU's engine, twice for equal bits, at real
+sizes."""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ def test_a_call_that_does_not_fit_ends_as_the_librarys_own(name):
             for f, e in zip(found, expected):
                 assert f.shape == e.shape, change
                 assert f.dtype == e.dtype, change
-                torch.testing.assert_close(f, e, rtol=3e-2 if e.dtype == torch.bfloat16 else 1e-4, atol=1e-5, equal_nan=True)
+                torch.testing.assert_close(
+                    f, e, rtol=3e-2 if e.dtype == torch.bfloat16 else 1e-4, atol=1e-5, equal_nan=True
+                )
 
 
 def test_a_coupling_names_the_features_that_it_did_not_expect():
@@ -109,7 +111,9 @@ def test_a_mask_that_weighs_is_no_staircase():
 def test_another_checkpoints_masks_reach_a_compiled_graph():
     zuko = pytest.importorskip("zuko")
     orders = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0, 3, 1])]
-    first, second = (zuko.flows.MaskedAutoregressiveTransform(4, order=order, hidden_features=(16,)).eval() for order in orders)
+    first, second = (
+        zuko.flows.MaskedAutoregressiveTransform(4, order=order, hidden_features=(16,)).eval() for order in orders
+    )
     genfast.accelerate(first)
     x = torch.randn(5, 4)
     torch._dynamo.reset()

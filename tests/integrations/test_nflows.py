@@ -53,7 +53,9 @@ CASES = {
     "maf": _case(lambda: MAF(5, 16), 9),
     "maf context": _case(lambda: MAF(5, 16, 3, activation=torch.tanh), 7, context=True),
     "maf feedforward": _case(lambda: MAF(5, 16, use_residual_blocks=False, random_mask=True), 5),
-    "maf feedforward context": _case(lambda: MAF(5, 16, 3, use_residual_blocks=False, activation=F.elu), 5, context=True),
+    "maf feedforward context": _case(
+        lambda: MAF(5, 16, 3, use_residual_blocks=False, activation=F.elu), 5, context=True
+    ),
     "maf gelu": _case(lambda: MAF(5, 16, activation=F.gelu), 7),
     "maf of one feature": _case(lambda: MAF(1, 4), 9, x=lambda: torch.randn(9, 1)),
     "rq": _case(lambda: RQ(5, 16, tails="linear", tail_bound=2.0), 9),
@@ -114,8 +116,15 @@ def test_a_flow_trains_and_samples_alike():
 
 
 SWEPT = [
-    "maf", "maf context", "maf feedforward", "maf feedforward context", "maf gelu", "rq", "rq context", "rq bounded",
-]  # fmt: skip
+    "maf",
+    "maf context",
+    "maf feedforward",
+    "maf feedforward context",
+    "maf gelu",
+    "rq",
+    "rq context",
+    "rq bounded",
+]
 
 
 @pytest.mark.parametrize("name", SWEPT)
@@ -174,10 +183,13 @@ def test_what_is_left_and_why():
 
     model = nt.CompositeTransform(
         [
-            nt.AffineCouplingTransform(MASK, _net), nt.PiecewiseCubicCDF([5], 10), Twice(5), nt.BatchNorm(5),
+            nt.AffineCouplingTransform(MASK, _net),
+            nt.PiecewiseCubicCDF([5], 10),
+            Twice(5),
+            nt.BatchNorm(5),
             nt.PiecewiseRationalQuadraticCDF([5], num_bins=1, tails="linear"),
         ]
-    )  # fmt: skip
+    )
     torch.nn.utils.parametrizations.weight_norm(linear := nt.LULinear(5), "bias", dim=None)
     model._transforms.append(linear)
     report = genfast.report(genfast.accelerate(model))

@@ -9,7 +9,9 @@ import torch
 
 import genfast
 
-nf = pytest.importorskip("normflows", reason="normflows is not installed: pip install --no-deps -r requirements/peers.txt")
+nf = pytest.importorskip(
+    "normflows", reason="normflows is not installed: pip install --no-deps -r requirements/peers.txt"
+)
 
 from .common import CHECKS, Case, build, same  # noqa: E402
 
@@ -108,7 +110,11 @@ def test_the_inverse_does_not_call_the_network(name, monkeypatch):
 
 def test_a_flow_samples_alike():
     torch.manual_seed(0)
-    flows = [F.MaskedAffineAutoregressive(4, 16), F.LULinearPermute(4), F.AutoregressiveRationalQuadraticSpline(4, 1, 16)]
+    flows = [
+        F.MaskedAffineAutoregressive(4, 16),
+        F.LULinearPermute(4),
+        F.AutoregressiveRationalQuadraticSpline(4, 1, 16),
+    ]
     plain = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), flows)
     with torch.no_grad():
         for p in plain.parameters():

@@ -1,4 +1,5 @@
-"""Accelerated inverses against changed modules of the peers, weights written by any way, and layers that are read wrongly."""
+"""Accelerated inverses against changed modules of the peers, weights written by any way, and layers that are read
+wrongly."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 import genfast
+from genfast.integrations import _autoregressive
 from genfast.programs.self_check import SelfCheckError
 
 nt = pytest.importorskip("nflows.transforms")
 nf = pytest.importorskip("normflows")
 zuko = pytest.importorskip("zuko")
+from genfast.integrations import zuko as zuko_integration  # noqa: E402
 
 
 def nflows_maf():
@@ -102,7 +105,7 @@ def test_layers_that_are_read_wrongly_are_found_out(build, monkeypatch):
 
         return read
 
-    for module, name in ((genfast.integrations._autoregressive, "made_layers"), (genfast.integrations.zuko, "_layers")):
+    for module, name in ((_autoregressive, "made_layers"), (zuko_integration, "_layers")):
         monkeypatch.setattr(module, name, faulty(getattr(module, name)))
     with pytest.raises(SelfCheckError, match="its inverse in the order of degrees differs from what its network says"):
         inverse(fast, z)

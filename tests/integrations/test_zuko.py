@@ -13,6 +13,8 @@ import genfast
 zuko = pytest.importorskip("zuko", reason="zuko is not installed: pip install --no-deps -r requirements/peers.txt")
 from zuko.bayesian import BayesianModel  # noqa: E402
 
+from genfast.integrations import zuko as zuko_integration  # noqa: E402
+
 from .common import CHECKS, Case, build, results, same  # noqa: E402
 
 C = torch.linspace(-1, 1, 9 * 3).view(9, 3)
@@ -81,7 +83,17 @@ def test_sampling_with_the_same_noise(name):
         same(*found, 1e-7, 1e-9)
 
 
-SWEPT = ("maf", "maf context", "maf residual", "maf elu", "maf slope", "maf random order", "maf graph", "nsf", "nsf context")
+SWEPT = (
+    "maf",
+    "maf context",
+    "maf residual",
+    "maf elu",
+    "maf slope",
+    "maf random order",
+    "maf graph",
+    "nsf",
+    "nsf context",
+)
 
 
 @pytest.mark.parametrize("name", SWEPT)
@@ -89,7 +101,7 @@ def test_sampling_does_not_call_the_network(name, monkeypatch):
     _, fast, _ = build(CASES[name])
     c = C.double()[0] if name in ("maf context", "maf residual", "nsf context") else None
     fast(c).sample((3,))  # the first time a row is put through the network, as a check
-    monkeypatch.setattr(genfast.integrations.zuko.MaskedMLP, "forward", None)
+    monkeypatch.setattr(zuko_integration.MaskedMLP, "forward", None)
     monkeypatch.setattr(zuko.nn.MaskedLinear, "forward", None)
     assert fast(c).sample((3,)).shape[0] == 3
 
@@ -113,9 +125,14 @@ def test_second_derivatives():
 
 
 def test_weights_edited_behind_the_counter_are_noticed():
-    """``.data`` edits do not raise PyTorch's count of in-place changes, and averaging of weights is written with them."""
+    """``.data`` edits do not raise PyTorch's count of in-place changes, and averaging of weights is written with
+    them."""
     plain, fast, x = build(CASES["maf context"])
-    for edit in (lambda p: p.data.mul_(0.5), lambda p: p.detach().add_(0.1), lambda p: setattr(p, "data", p.data + 0.1)):
+    for edit in (
+        lambda p: p.data.mul_(0.5),
+        lambda p: p.detach().add_(0.1),
+        lambda p: setattr(p, "data", p.data + 0.1),
+    ):
         for model in (fast, plain):
             with torch.no_grad():
                 _inverse(model, x, C.double())

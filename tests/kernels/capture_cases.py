@@ -1,4 +1,5 @@
-"""Calls of the public API, each as a function of tensors: run on fake CUDA tensors, and captured in a graph on a GPU."""
+"""Calls of the public API, each as a function of tensors: run on fake CUDA tensors, and captured in a graph on a
+GPU."""
 
 from __future__ import annotations
 
@@ -64,7 +65,12 @@ def _net(inputs: int, outputs: int, width: int = 8) -> nn.Module:
 
 def _critic() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(32, 1)
+        nn.Conv2d(3, 8, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 8, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Flatten(),
+        nn.Linear(32, 1),
     )
 
 
@@ -124,8 +130,9 @@ def _style(device: Any) -> Case:
     network = losses.random_features(width=4)
     both = losses.FeatureLosses(
         content=losses.PerceptualLoss(network, "relu4_2", normalization=None),
-        style=losses.StyleLoss(network, ["relu1_1", "relu2_1"], normalization=None), weights={"style": 100.0},
-    ).to(device)  # fmt: skip
+        style=losses.StyleLoss(network, ["relu1_1", "relu2_1"], normalization=None),
+        weights={"style": 100.0},
+    ).to(device)
     both.set_target(content=torch.rand(1, 3, 32, 32).to(device), style=torch.rand(1, 3, 20, 20).to(device))
     return Case(_differentiated(lambda x: both(x), []), [torch.rand(1, 3, 32, 32).to(device)], [])
 
@@ -191,14 +198,16 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "Upsample2d": lambda d: _case(d, gnn.Upsample2d(), _x(2, 3, 8, 8)),
     "Downsample2d": lambda d: _case(d, gnn.Downsample2d(), _x(2, 3, 8, 8)),
     "spectral_norm": lambda d: _case(d, gnn.spectral_norm(nn.Conv2d(3, 8, 3)), _x(2, 3, 8, 8)),
-    "ContextualLoss": lambda d: _case(d, gnn.ContextualLoss("cocosnet", bandwidth=0.2), _x(2, 16, 8, 8), _x(2, 16, 8, 8)),
+    "ContextualLoss": lambda d: _case(d, gnn.ContextualLoss("cocosnet", bandwidth=0.2), _x(2, 16, 8, 8), _x(2, 16, 8,
+    8)),
     "GramMatrix": lambda d: _case(d, gnn.GramMatrix(), _x(2, 8, 4, 4)),
     "GramLoss": lambda d: _gram_loss(d),
     # functions whose public form does more than the op
     "affine_coupling, a number as alpha": lambda d: _case(
         d, lambda x, p: ops.affine_coupling(x, p, scale="tanh", alpha=0.7), _x(3, 4, 5, 5), _x(3, 4, 5, 5)
     ),
-    "categorical_nll": lambda d: _case(d, lambda a, x: ops.categorical_nll(a, x), _x(2, 48, 8, 8), _levels(16, 2, 3, 8, 8)),
+    "categorical_nll": lambda d: _case(d, lambda a, x: ops.categorical_nll(a, x), _x(2, 48, 8, 8), _levels(16, 2, 3, 8,
+    8)),
     "discretized_logistic_mixture_nll": lambda d: _case(
         d, lambda a, x: ops.discretized_logistic_mixture_nll(a, x), _x(2, 100, 8, 8), _levels(256, 2, 3, 8, 8)
     ),
@@ -210,7 +219,8 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "interpolate": lambda d: _case(d, lambda a, b: ops.interpolate(a, b), _x(4, 3, 6, 6), _x(4, 3, 6, 6)),
     "mmd": lambda d: _case(d, lambda a, b: ops.mmd(a, b, kernel="imq"), _x(16, 8), _x(16, 8)),
     "nearest_neighbors": lambda d: _case(d, lambda a, b: ops.nearest_neighbors(a, b), _x(9, 3), _x(17, 3)),
-    "contextual_similarity": lambda d: _case(d, lambda a, b: ops.contextual_similarity(a, b), _x(2, 16, 8, 8), _x(2, 16, 8, 8)),
+    "contextual_similarity": lambda d: _case(d, lambda a, b: ops.contextual_similarity(a, b), _x(2, 16, 8, 8), _x(2, 16,
+    8, 8)),
     "style losses": _style,
     # whole steps
     "critic_step": lambda d: _penalty(d, _critic(), _x(4, 3, 8, 8), penalty="r1r2"),
@@ -222,12 +232,14 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "MAF sampling": lambda d: _inverse(d, models.MAF(6, hidden=32), _x(5, 6)),
     "NSF sampling": lambda d: _inverse(d, models.NSF(6, hidden=32), _x(5, 6)),
     "PixelCNN": lambda d: _density(d, models.GatedPixelCNN(3, 12, 2, 3, 4), _levels(4, 2, 3, 6, 5)),
-    "PixelCNN++": lambda d: _density(d, models.PixelCNNPlusPlus(filters=8, blocks=1, mixtures=2), _levels(256, 2, 3, 8, 8)),
+    "PixelCNN++": lambda d: _density(d, models.PixelCNNPlusPlus(filters=8, blocks=1, mixtures=2), _levels(256, 2, 3, 8,
+    8)),
     "PixelCNN sampling": lambda d: _sampled(d, models.GatedPixelCNN(3, 12, 2, 3, 4), 3, (3, 6, 5)),
     "PixelCNN sampling, class": lambda d: _sampled(
         d, models.GatedPixelCNN(1, 12, 2, 3, 4, context_channels=3), 3, (1, 6, 5), _x(3, 3)
     ),
-    "PixelCNN++ sampling": lambda d: _sampled(d, models.PixelCNNPlusPlus(filters=8, blocks=1, mixtures=2), 2, (3, 8, 8)),
+    "PixelCNN++ sampling": lambda d: _sampled(d, models.PixelCNNPlusPlus(filters=8, blocks=1, mixtures=2), 2, (3, 8,
+    8)),
     "NADE sampling": lambda d: _nade_samples(d, gnn.NADE(8, 32)),
 }  # fmt: skip
 

@@ -1,10 +1,10 @@
 """A CUDA GPU that computes nothing: the launchers of every kernel run on fake CUDA tensors, with no GPU and no driver.
 
-What runs for real is all that Python does between a call and a launch: checks, layouts, plans, allocations, PyTorch's own
-operations (by shape alone) and the launches themselves, which are recorded and checked. Host tensors keep their values, so
-tables are built as they would be. Reported as problems: whatever waits for the device or reads from it, a copy from host
-memory in a call that has been made before, an address that is of no live tensor, a launch on another device or stream than its
-tensors', a grid or an argument that CUDA does not take.
+What runs for real is all that Python does between a call and a launch: checks, layouts, plans, allocations, PyTorch's
+own operations (by shape alone) and the launches themselves, which are recorded and checked. Host tensors keep their
+values, so tables are built as they would be. Reported as problems: whatever waits for the device or reads from it, a
+copy from host memory in a call that has been made before, an address that is of no live tensor, a launch on another
+device or stream than its tensors', a grid or an argument that CUDA does not take.
 
     python -m tests.kernels.fake_cuda             checks every op and layer, prints what is wrong
     python -m tests.kernels.fake_cuda --compile   also compiles, for sm_90, each specialisation that was launched
@@ -142,12 +142,15 @@ class _Mode(TorchDispatchMode):
         return t if isinstance(t, FakeTensor) else self.fake.from_tensor(t)
 
     def _values(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
-        """What whole numbers that came from the host have become: what is built of tables depends on what is in them."""
+        """What whole numbers that came from the host have become: what is built of tables depends on what is in
+        them."""
         if func._schema.is_mutable:
             for t in tensors:
                 self.values.pop(t, None)
             return None
-        if not tensors or any(t.is_floating_point() or isinstance(t, FakeTensor) and t not in self.values for t in tensors):
+        if not tensors or any(
+            t.is_floating_point() or isinstance(t, FakeTensor) and t not in self.values for t in tensors
+        ):
             return None
         args, kwargs = tree_map_only(FakeTensor, self.values.__getitem__, (args, kwargs))
         if "device" in kwargs:
@@ -159,7 +162,9 @@ class _Mode(TorchDispatchMode):
         self.gpu.problem("waits for the device: tolist")
         return self.values[t].tolist() if t in self.values else torch.ones(t.shape, dtype=t.dtype).tolist()
 
-    def _watch(self, func: Any, args: Any, device: torch.device | None, tensors: list[Tensor], fakes: list[Tensor]) -> Any:
+    def _watch(
+        self, func: Any, args: Any, device: torch.device | None, tensors: list[Tensor], fakes: list[Tensor]
+    ) -> Any:
         name = func.overloadpacket
         if name is aten._local_scalar_dense:
             self.gpu.problem("waits for the device: a tensor's value is read")
@@ -174,16 +179,23 @@ class _Mode(TorchDispatchMode):
         if name is aten.copy_ and any(t in self.pinned for t in args[:2]) and (len(args) > 2 and args[2]):
             return args[0]
         if name is aten.copy_ and len(fakes) == 1 and args[0].numel():
-            self.gpu.copied("host to device") if args[0] is fakes[0] else self.gpu.problem("waits for the device: copy_")
+            self.gpu.copied("host to device") if args[0] is fakes[0] else self.gpu.problem(
+                "waits for the device: copy_"
+            )
         if name in (aten.index, aten.index_put, aten.index_put_) and any(t is not None and t.is_cpu for t in args[1]):
             self.gpu.copied("host to device: indices")
         return None
 
 
 def _run_backward(
-    outputs: Sequence[Any], grads: Sequence[Tensor | None], keep: Any, create_graph: bool, inputs: Sequence[Tensor],
-    allow_unused: bool = False, accumulate_grad: bool = False,
-) -> Any:  # fmt: skip
+    outputs: Sequence[Any],
+    grads: Sequence[Tensor | None],
+    keep: Any,
+    create_graph: bool,
+    inputs: Sequence[Tensor],
+    allow_unused: bool = False,
+    accumulate_grad: bool = False,
+) -> Any:
     """Reverse mode in Python: PyTorch's own engine asks the driver for streams. Takes what the engine's entry takes."""
     found: dict[Any, dict[int, Tensor]] = {}
     edges = [_edge(t) for t in inputs]
@@ -242,7 +254,9 @@ def _run_backward(
                 continue
             width = len(node._input_metadata)
             results, following = _apply(node, [given.get(i) for i in range(width)]), node.next_functions
-            if isinstance(node, torch.autograd.function.BackwardCFunction):  # has an edge for each tensor, not each argument
+            if isinstance(
+                node, torch.autograd.function.BackwardCFunction
+            ):  # has an edge for each tensor, not each argument
                 results = tuple(r for r, needed in zip(results, node.needs_input_grad) if needed)
                 following = [edge for edge in following if edge[0] is not None]
             for (after, place), grad in zip(following, results):
@@ -323,7 +337,13 @@ class _Pointer:
         return self._address
 
 
-_TAKES = {"bool": (bool,), "int": (int,), "float": (float, int), "address": (Tensor, int, type(None)), "float[]": (list, tuple)}
+_TAKES = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float, int),
+    "address": (Tensor, int, type(None)),
+    "float[]": (list, tuple),
+}
 
 
 class _Module:
@@ -379,7 +399,9 @@ class FakeCuda:
 
     def failed(self, call: str, error: Exception) -> None:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(ROOT)]
-        where = f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+        where = (
+            f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+        )
         said = str(error).splitlines()[0] if str(error) else ""
         self.problems.append(Problem(call, f"{type(error).__name__}: {said}", where))
 
@@ -452,11 +474,14 @@ class FakeCuda:
         options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
         self.launches.append(
             Launch(
-                kernel, grid, tuple(signature.items()), tuple(constants.items()),
+                kernel,
+                grid,
+                tuple(signature.items()),
+                tuple(constants.items()),
                 tuple((k, tuple(map(tuple, v))) for k, v in attributes.items()),
                 tuple((k, getattr(options, k)) for k in ("num_warps", "num_stages", "maxnreg")),
             )
-        )  # fmt: skip
+        )
 
     # ---- torch.cuda ----
 
@@ -500,7 +525,9 @@ class FakeCuda:
 
     def new_stream(self, device: Any = None) -> _Stream:
         self._next += 256
-        return _Stream(torch.device("cuda", self._current if device is None else self._index(device)), AIR // 2 + self._next)
+        return _Stream(
+            torch.device("cuda", self._current if device is None else self._index(device)), AIR // 2 + self._next
+        )
 
     def _property(self, _: Any = None) -> type[_Properties]:
         return _Properties
@@ -548,12 +575,14 @@ class FakeCuda:
         patch(_registry, "_guard", lambda s, args: _registry._guard_in_python(signatures[id(s)], args))
         for name, value in {
             "device": self.device, "stream": self.stream, "Stream": self.new_stream, "Event": _Event,
-            "current_stream": self.current_stream, "current_device": lambda: gpu._current, "device_count": lambda: gpu.devices,
+            "current_stream": self.current_stream, "current_device": lambda: gpu._current,
+            "device_count": lambda: gpu.devices,
             "is_available": lambda: True, "is_initialized": lambda: False, "synchronize": self._wait,
             "get_device_properties": self._property, "get_device_capability": lambda *_: (9, 0),
             "get_device_name": lambda *_: _Properties.name, "is_current_stream_capturing": self._is_capturing,
             "_lazy_init": lambda: None, "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
-            "set_rng_state": lambda *_: None, "graph": self.graph, "CUDAGraph": _Graph, "manual_seed": lambda seed: None,
+            "set_rng_state": lambda *_: None, "graph": self.graph, "CUDAGraph": _Graph,
+            "manual_seed": lambda seed: None,
             "set_sync_debug_mode": self._set_sync_debug_mode, "_sleep": lambda cycles: None,
             "mem_get_info": lambda: (_Properties.total_memory, _Properties.total_memory), "memory_reserved": lambda: 0,
         }.items():  # fmt: skip
@@ -581,7 +610,8 @@ def _plain_type(value: Any) -> type:
 
 @functools.cache
 def _guards() -> Any:
-    """PyTorch's table of device guards: autograd notes the stream of each tensor, and a build for the CPU has none for CUDA."""
+    """PyTorch's table of device guards: autograd notes the stream of each tensor, and a build for the CPU has none for
+    CUDA."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     return (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
 
@@ -667,12 +697,14 @@ def backward(result: Any, args: Any) -> None:
         grads = torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs], allow_unused=True)
         for t, g in zip(inputs, grads):
             if g is not None and (g.shape != t.shape or g.dtype != t.dtype or g.device != t.device):
-                raise AssertionError(f"a gradient is {g.dtype} {tuple(g.shape)} on {g.device}, of {t.dtype} {tuple(t.shape)}")
+                raise AssertionError(
+                    f"a gradient is {g.dtype} {tuple(g.shape)} on {g.device}, of {t.dtype} {tuple(t.shape)}"
+                )
 
 
 def check_ops(gpu: FakeCuda, progress: Callable[[str], None] | None = None, every: bool = False) -> None:
-    """Every op with samples, on every backend that serves CUDA tensors; one sample in bfloat16, or with ``every`` all of them
-    in every dtype; and one on a device that is not current."""
+    """Every op with samples, on every backend that serves CUDA tensors; one sample in bfloat16, or with ``every`` all
+    of them in every dtype; and one on a device that is not current."""
     for op in OPS.values():
         if op.samples is None:
             continue
@@ -757,7 +789,9 @@ def main() -> int:
         for launch, number in zip(found, itertools.count(1)):
             error = compile_one(launch)
             failed += bool(error)
-            print(f"{number}/{len(found)} {launch.kernel.fn.__module__}.{launch.kernel.fn.__name__} {error}", flush=True)
+            print(
+                f"{number}/{len(found)} {launch.kernel.fn.__module__}.{launch.kernel.fn.__name__} {error}", flush=True
+            )
     return 1 if failed else 0
 
 

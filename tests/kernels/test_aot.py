@@ -1,6 +1,8 @@
-"""Every Triton kernel compiles for sm_90 without a GPU, and none spills; .ci/run takes more variants, and sm_80 and sm_100 too.
+"""Every Triton kernel compiles for sm_90 without a GPU, and none spills; .ci/run takes more variants, and sm_80 and
+sm_100 too.
 
-Of the CUDA C++ kernels, nvcc compiled every one for those three when the package was built; what they came to stands in there.
+Of the CUDA C++ kernels, nvcc compiled every one for those three when the package was built; what they came to stands in
+there.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ def test_every_kernel_compiles_and_none_spills():
     kernels = {(family, kernel) for family, kernel, *_ in rows}
     assert len(rows) == int(re.findall(r"(\d+) compiled, 0 failed or spilled", done.stdout)[0])
     families = {"affine_coupling", "actnorm", "invertible_conv1x1", "squeeze", "masked_conv", "gated_activation"}
-    families |= {"interpolate", "sample_norm", "spectral_norm", "minibatch_discrimination", "upfirdn2d", "modulated_conv"}
+    families |= {
+        "interpolate",
+        "sample_norm",
+        "spectral_norm",
+        "minibatch_discrimination",
+        "upfirdn2d",
+        "modulated_conv",
+    }
     families |= {"discretized_logistic_mixture", "activation", "bias_act", "pixel_norm", "minibatch_stddev"}
     families |= {"contextual_similarity", "diagonal_gaussian", "gram_matrix", "pairwise", "spline", "masked_linear"}
     assert {family for family, _ in kernels} >= families
@@ -58,10 +67,18 @@ def test_the_cuda_kernels_as_built_spill_nothing():
         if line.startswith("arch = "):
             arch = line.removeprefix("arch = sm_")
         elif m := re.match(r" Function (\w+):", line):
-            registers, stack, local = map(int, re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", following)[0])
+            registers, stack, local = map(
+                int, re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", following)[0]
+            )
             found.append((demangled(m[1]), arch, registers, stack + local))
     assert {arch for _, arch, *_ in found} >= set(module.archs.split(";"))
-    assert {name for name, *_ in found} >= {"level_kernel", "pixel_program_kernel", "forward", "backward", "backward_prepare"}
+    assert {name for name, *_ in found} >= {
+        "level_kernel",
+        "pixel_program_kernel",
+        "forward",
+        "backward",
+        "backward_prepare",
+    }
     assert [k for k in found if k[3] > ARRAYS.get(k[0], 0)] == []
 
 

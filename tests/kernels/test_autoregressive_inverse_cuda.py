@@ -1,6 +1,7 @@
 """The CUDA engine of the degree-ordered inverse, compiled for the host: it must equal the reference, without a GPU.
 
-Its body (csrc/cuda/autoregressive_inverse.cuh) runs in blocks of emulated threads, through the op's own code for a GPU. Not
+Its body (csrc/cuda/autoregressive_inverse.cuh) runs in blocks of emulated threads, through the op's own code for a GPU.
+Not
 seen here: the speed, the registers (test_aot.py tells), and what only hardware does.
 """
 
@@ -35,11 +36,14 @@ class Args(ctypes.Structure):
     """DegreeOrderedArgs of csrc/cuda/kernels.h."""
 
     _fields_ = [
-        ("stream", ctypes.c_void_p), *((p, ctypes.c_void_p) for p in POINTERS),
+        ("stream", ctypes.c_void_p),
+        *((p, ctypes.c_void_p) for p in POINTERS),
         *((s, ctypes.c_int64) for s in ("n", "rows", "units", "statics_width")),
         *((s, ctypes.c_int32) for s in ("items", "inputs", "width", "given", "transform", "bins", "tails")),
-        ("inverse", ctypes.c_bool), ("zuko", ctypes.c_bool), ("options", ctypes.c_float * 9),
-    ]  # fmt: skip
+        ("inverse", ctypes.c_bool),
+        ("zuko", ctypes.c_bool),
+        ("options", ctypes.c_float * 9),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,22 @@ def library(tmp_path_factory):
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         pytest.skip("no C++ compiler (c++, g++ or clang++) on PATH to build the emulated kernel with")
-    source, target = ROOT / "tests/kernels/host/autoregressive_inverse.cpp", tmp_path_factory.mktemp("host") / "engine.so"
-    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
+    source, target = (
+        ROOT / "tests/kernels/host/autoregressive_inverse.cpp",
+        tmp_path_factory.mktemp("host") / "engine.so",
+    )
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-w",
+        "-shared",
+        "-fPIC",
+        f"-I{ROOT / 'csrc'}",
+        str(source),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.degree_ordered.restype = ctypes.c_bool
@@ -66,13 +84,16 @@ def gpu(library, monkeypatch):
     def run(backward, options=(), **fields):
         args = Args(**addresses(fields), options=(ctypes.c_float * 9)(*options))
         state.misaligned.append(args.weights % 16)
-        assert library.degree_ordered(ctypes.byref(args), backward, *state.team), "a thread waits for others that never come"
+        assert library.degree_ordered(ctypes.byref(args), backward, *state.team), (
+            "a thread waits for others that never come"
+        )
         state.launches += 1
 
     stand_in = SimpleNamespace(
-        degree_ordered=functools.partial(run, False), degree_ordered_backward=functools.partial(run, True),
+        degree_ordered=functools.partial(run, False),
+        degree_ordered_backward=functools.partial(run, True),
         degree_ordered_scratch=lambda n, rows: 0,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(cuda, "_CUDA", stand_in)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
@@ -101,7 +122,8 @@ def layer(units, inputs, mask, **options):
 
 
 def residual(inputs, units, width, n=0):
-    """nflows' residual MADE: activations before the products, a gate of the context, sums of blocks; and a skip from x."""
+    """nflows' residual MADE: activations before the products, a gate of the context, sums of blocks; and a skip from
+    x."""
     degrees = torch.arange(1, inputs + 1)
     hidden = torch.arange(units) % max(inputs - 1, 1) + (1 if inputs > 1 else 0)
     same = hidden[:, None] >= hidden
@@ -110,7 +132,9 @@ def residual(inputs, units, width, n=0):
         layer(units, inputs, hidden[:, None] >= degrees),
         layer(units, units, same, before="elu"),
         layer(units, units, same, before="tanh", residual=1, gate=torch.rand(n, units) if n else None),
-        layer(units, units, same, before="silu", after="gelu", residual=1, context=torch.randn(n, units) if n else None),
+        layer(
+            units, units, same, before="silu", after="gelu", residual=1, context=torch.randn(n, units) if n else None
+        ),
         layer(len(out), units, out[:, None] > hidden, source=3, before="softplus", residual=None),
         layer(len(out), inputs, out[:, None] > degrees, source=0, residual=5),
     ]
@@ -132,7 +156,14 @@ CASES = {
     "residual, context": (lambda n: residual(5, 18, 2, n), "affine:softclamp", [1.0, 1.0, -6.9], 3, 2, 3),
     "linear": (lambda n: made(9, (), 2), "affine:exp", AFFINE, 2, 1, 1),
     "spline": (lambda n: made(4, (20,), 23), "spline", [0.0, 8.0, 0.0, 0.0, *NINE], 7, 4, 2),
-    "spline, the other way": (lambda n: made(3, (9,), 13), "spline", [1.0, 4.0, 1.0, 0.0, -9.0, 9.0, *NINE[2:]], 3, 1, 2),
+    "spline, the other way": (
+        lambda n: made(3, (9,), 13),
+        "spline",
+        [1.0, 4.0, 1.0, 0.0, -9.0, 9.0, *NINE[2:]],
+        3,
+        1,
+        2,
+    ),
     "zuko's circular spline": (lambda n: made(3, (9,), 9, n), "spline", [0.0, 3.0, 2.0, 1.0, *NINE], 5, 2, 1),
 }
 
@@ -254,7 +285,8 @@ def test_every_transform_is_known():
 
 # Multiprocessors and bytes as an H100 has them: few samples spread, many fill shared memory, some fit nowhere.
 @pytest.mark.parametrize(
-    ("n", "rows", "group"), [(1, 1200, 1), (132, 1200, 1), (256, 1200, 2), (10**6, 1200, 32), (10**6, 9000, 4), (5, 60000, 0)]
+    ("n", "rows", "group"),
+    [(1, 1200, 1), (132, 1200, 1), (256, 1200, 2), (10**6, 1200, 32), (10**6, 9000, 4), (5, 60000, 0)],
 )
 def test_samples_of_a_block(library, n, rows, group):
     assert library.group_of(n, rows, 132, 232448) == group

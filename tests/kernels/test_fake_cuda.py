@@ -60,7 +60,14 @@ def test_layers_steps_and_samplers_are_launched_as_a_gpu_takes_them():
 
 # ---- the tests for a GPU, as far as they go without one ----
 
-ON_A_GPU = ["actnorm, ", "autoregressive_inverse, ", "row_lstm, ", "masked_linear, ", "ActNorm", "PixelCNN sampling, class"]
+ON_A_GPU = [
+    "actnorm, ",
+    "autoregressive_inverse, ",
+    "row_lstm, ",
+    "masked_linear, ",
+    "ActNorm",
+    "PixelCNN sampling, class",
+]
 
 
 @pytest.mark.slow
@@ -98,7 +105,8 @@ def test_the_cuda_sources_take_no_memory_and_wait_for_nothing():
     assert len(sources) >= 6
     for name, text in sources.items():
         forbidden = re.findall(
-            r"cuda(?:Malloc|Free|HostAlloc|Memcpy|Memset|\w*Synchronize|StreamCreate|EventCreate)\w*|cudaStream_t\(0", text
+            r"cuda(?:Malloc|Free|HostAlloc|Memcpy|Memset|\w*Synchronize|StreamCreate|EventCreate)\w*|cudaStream_t\(0",
+            text,
         )
         assert not forbidden, (name, forbidden)
         for launch in re.findall(r"<<<(.*?)>>>", text):
@@ -243,7 +251,12 @@ def test_all_is_as_it_was_afterwards():
     before = torch.cuda.is_available(), torch.cuda.current_stream, torch.autograd._engine_run_backward, wrapper._CUDA
     with fake_cuda.FakeCuda():
         genfast.ops.pixel_norm(torch.zeros(2, 3, device="cuda"))
-    assert (torch.cuda.is_available(), torch.cuda.current_stream, torch.autograd._engine_run_backward, wrapper._CUDA) == before
+    assert (
+        torch.cuda.is_available(),
+        torch.cuda.current_stream,
+        torch.autograd._engine_run_backward,
+        wrapper._CUDA,
+    ) == before
     x = torch.randn(2, 3, requires_grad=True)
     genfast.ops.pixel_norm(x).sum().backward()
     assert x.grad is not None
@@ -251,7 +264,10 @@ def test_all_is_as_it_was_afterwards():
 
 def test_its_reverse_mode_is_pytorchs():
     """The same gradients as PyTorch's engine gives, on host tensors: sums over paths, broadcasts, unused and double."""
-    x, w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    x, w = (
+        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, dtype=torch.float64, requires_grad=True),
+    )
     unused = torch.zeros(1, requires_grad=True)
 
     def both(create_graph):
@@ -272,7 +288,20 @@ def test_its_reverse_mode_is_pytorchs():
 
 def test_the_cases_name_every_layer():
     named = {name.split(",")[0] for name in CASES}
-    without = {"AppendOnes", "Bijection", "ConcatELU", "ConditionBias", "DownRightShiftedConv2d", "DownShiftedConv2d", "Shift"}
-    without |= {"DownRightShiftedConvTranspose2d", "DownShiftedConvTranspose2d", "LevelEmbedding", "ScaleLevels"}  # in models
+    without = {
+        "AppendOnes",
+        "Bijection",
+        "ConcatELU",
+        "ConditionBias",
+        "DownRightShiftedConv2d",
+        "DownShiftedConv2d",
+        "Shift",
+    }
+    without |= {
+        "DownRightShiftedConvTranspose2d",
+        "DownShiftedConvTranspose2d",
+        "LevelEmbedding",
+        "ScaleLevels",
+    }  # in models
     without |= {"CriticStep", "GradientPenalty"}  # critic_step
     assert set(genfast.nn.__all__) - without <= named

@@ -1,4 +1,5 @@
-"""The tiles that only an H100 or H200 has room for, which are in no AOT list: they compile for sm_90 and do not spill."""
+"""The tiles that only an H100 or H200 has room for, which are in no AOT list: they compile for sm_90 and do not
+spill."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The CUDA engine of pixel programs, compiled for the host: it must draw what the CPU's engine draws, without a GPU.
 
-Its body (csrc/cuda/pixel_program.cuh) runs in blocks of emulated threads, through the sampler's own code for a GPU. Not seen
+Its body (csrc/cuda/pixel_program.cuh) runs in blocks of emulated threads, through the sampler's own code for a GPU. Not
+seen
 here: the speed, the registers (test_aot.py tells), and what only hardware does.
 """
 
@@ -29,9 +30,11 @@ ROOT = Path(__file__).parents[2]
 POINTERS = ("program", "weights", "statics", "cache", "images", "uniforms", "record", "scratch", "faults")
 SIZES = ("code", "weight_floats", "image_floats", "record_size", "n")
 FIELDS = [
-    *((p, ctypes.c_void_p) for p in POINTERS), *((s, ctypes.c_int64) for s in SIZES),
-    *((s, ctypes.c_int32) for s in ("first_row", "last_row", "given")), ("temperature", ctypes.c_float),
-]  # fmt: skip
+    *((p, ctypes.c_void_p) for p in POINTERS),
+    *((s, ctypes.c_int64) for s in SIZES),
+    *((s, ctypes.c_int32) for s in ("first_row", "last_row", "given")),
+    ("temperature", ctypes.c_float),
+]
 
 
 class Args(ctypes.Structure):
@@ -49,7 +52,18 @@ def library(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C++ compiler (c++, g++ or clang++) on PATH to build the emulated kernel with")
     source, target = ROOT / "tests/kernels/host/pixel_program.cpp", tmp_path_factory.mktemp("host") / "pixel_program.so"
-    command = [compiler, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-w",
+        "-shared",
+        "-fPIC",
+        f"-I{ROOT / 'csrc'}",
+        str(source),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.pixel_program.restype = ctypes.c_bool
@@ -59,7 +73,8 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def gpu(library, monkeypatch):
-    """The GPU's path of the sampler on CPU tensors; ``team`` is (images a block, warps, lanes of a warp, order reversed)."""
+    """The GPU's path of the sampler on CPU tensors; ``team`` is (images a block, warps, lanes of a warp, order
+    reversed)."""
     state = SimpleNamespace(team=(1, 1, 1, False), launches=[])
 
     def launch(**fields):
@@ -75,18 +90,26 @@ def gpu(library, monkeypatch):
 
 def one_colour():
     return nn.Sequential(
-        gnn.ScaleLevels(5), gnn.MaskedConv2d(1, 24, 7, mask_type="A"), nn.ReLU(),
-        gnn.MaskedConv2d(24, 19, 3, activation="relu"), gnn.MaskedConv2d(19, 16, (2, 3), dilation=2), nn.Tanh(),
+        gnn.ScaleLevels(5),
+        gnn.MaskedConv2d(1, 24, 7, mask_type="A"),
+        nn.ReLU(),
+        gnn.MaskedConv2d(24, 19, 3, activation="relu"),
+        gnn.MaskedConv2d(19, 16, (2, 3), dilation=2),
+        nn.Tanh(),
         nn.Conv2d(16, 5, 1),
-    )  # fmt: skip
+    )
 
 
 def three_colours(order):
     options = dict(data_channels=3, group_order=order)
     return nn.Sequential(
-        gnn.ScaleLevels(4), gnn.MaskedConv2d(3, 33, 3, mask_type="A", **options), nn.ELU(),
-        gnn.MaskedConv2d(33, 18, 3, **options), nn.Sigmoid(), gnn.MaskedConv2d(18, 12, 1, **options),
-    )  # fmt: skip
+        gnn.ScaleLevels(4),
+        gnn.MaskedConv2d(3, 33, 3, mask_type="A", **options),
+        nn.ELU(),
+        gnn.MaskedConv2d(33, 18, 3, **options),
+        nn.Sigmoid(),
+        gnn.MaskedConv2d(18, 12, 1, **options),
+    )
 
 
 class Colours(nn.Module):
@@ -208,7 +231,11 @@ def test_a_whole_block(gpu, label):
 
 @pytest.mark.parametrize(
     ("case", "team"),
-    [*((case, (1, 3, 8)) for case in CASES.values()), (CASES["three colours"], (3, 2, 32)), (CASES["mixture"], (3, 2, 32))],
+    [
+        *((case, (1, 3, 8)) for case in CASES.values()),
+        (CASES["three colours"], (3, 2, 32)),
+        (CASES["mixture"], (3, 2, 32)),
+    ],
     ids=[*CASES, "three colours, full warps", "mixture, full warps"],
 )
 def test_the_order_of_threads_does_not_matter(gpu, case, team):
@@ -231,7 +258,8 @@ def test_temperature_and_prefix(gpu, label, temperature):
 
 
 def test_rows_and_waves(gpu, monkeypatch):
-    """A long sequence is launched in parts, with progress; images that do not fit come in waves, each its own condition."""
+    """A long sequence is launched in parts, with progress; images that do not fit come in waves, each its own
+    condition."""
     gpu.team = (2, 1, 4, False)
     build, levels, head, _, condition = CASES["sequence, class"]
     one = Conditions(kwargs={"context": torch.zeros(1, 4)})

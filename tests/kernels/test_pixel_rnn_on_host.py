@@ -1,7 +1,8 @@
-"""The CUDA kernels of PixelRNN, compiled for the host: what they compute is tested without a GPU, as Triton's are interpreted.
+"""The CUDA kernels of PixelRNN, compiled for the host: what they compute is tested without a GPU, as Triton's are
+interpreted.
 
-Their threads become threads of the host, so barriers, clusters and addresses are those of the source; speed and registers are
-not (nvcc tells of the latter).
+Their threads become threads of the host, so barriers, clusters and addresses are those of the source; speed and
+registers are not (nvcc tells of the latter).
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ SIZES = ("n", "hidden", "depth", "height", "width", "taps")
 
 class Args(ctypes.Structure):
     _fields_ = [
-        ("stream", ctypes.c_void_p), ("diagonal", ctypes.c_bool), *((p, ctypes.c_void_p) for p in POINTERS),
+        ("stream", ctypes.c_void_p),
+        ("diagonal", ctypes.c_bool),
+        *((p, ctypes.c_void_p) for p in POINTERS),
         *((s, ctypes.c_int64) for s in SIZES),
-    ]  # fmt: skip
+    ]
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pixel_rnn")]  # one worker builds the emulated kernel

@@ -1,7 +1,7 @@
 """A family of Triton kernels in Triton's interpreter, without a GPU; ``make slow`` runs all families.
 
-The interpreter is chosen when triton is first imported, and then nothing in that process can be compiled by it; torch.compile
-imports triton as it likes. So tests/triton runs in a process of its own.
+The interpreter is chosen when triton is first imported, and then nothing in that process can be compiled by it;
+torch.compile imports triton as it likes. So tests/triton runs in a process of its own.
 """
 
 from __future__ import annotations

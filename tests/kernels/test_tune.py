@@ -38,9 +38,11 @@ def test_every_choice_is_swept_and_its_present_values_are_sound():
 def test_cases_meet_every_sweep_before_the_next_size():
     found = tune.cases(tune.sweeps(["actnorm", "squeeze.move"]))
     assert [c.name for c in found[:4]] == [
-        "actnorm.forward, 256 MB, float32", "actnorm.backward, 256 MB, float32", "squeeze.move, 256 MB, float32",
+        "actnorm.forward, 256 MB, float32",
+        "actnorm.backward, 256 MB, float32",
+        "squeeze.move, 256 MB, float32",
         "actnorm.forward, 256 MB, bfloat16",
-    ]  # fmt: skip
+    ]
     assert len(found) == 12
 
 

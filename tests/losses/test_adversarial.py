@@ -140,11 +140,19 @@ def test_a_loss_compiles_whole():
         (lambda: losses.critic_loss("wgan", *logits(2, 2)), ValueError, "loss='wgan', expected one of 'minimax'"),
         (lambda: losses.generator_loss("wgan", *logits(2)), ValueError, "loss='wgan', expected one of 'minimax'"),
         (lambda: losses.generator_loss("relativistic", *logits(2)), ValueError, "real is None"),
-        (lambda: losses.hinge_critic(torch.zeros(2, 3), torch.zeros(2)), ValueError, r"real has shape \(2, 3\), expected one"),
+        (
+            lambda: losses.hinge_critic(torch.zeros(2, 3), torch.zeros(2)),
+            ValueError,
+            r"real has shape \(2, 3\), expected one",
+        ),
         (lambda: losses.hinge_critic(torch.zeros(2), torch.zeros(0)), ValueError, r"fake has shape \(0,\)"),
         (lambda: losses.hinge_generator(torch.zeros(2, dtype=torch.int64)), TypeError, "fake has dtype torch.int64"),
         (lambda: losses.lsgan_generator(torch.zeros(())), ValueError, r"fake has shape \(\)"),
-        (lambda: losses.relativistic_critic(torch.zeros(3, 1), torch.zeros(3)), ValueError, r"real \(3, 1\) and fake \(3,\)"),
+        (
+            lambda: losses.relativistic_critic(torch.zeros(3, 1), torch.zeros(3)),
+            ValueError,
+            r"real \(3, 1\) and fake \(3,\)",
+        ),
     ],
 )
 def test_errors(call, error, message):

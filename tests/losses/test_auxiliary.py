@@ -105,11 +105,7 @@ def test_historical_averaging_holds_the_mean_of_all_it_saw():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: losses.acgan_generator(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2)),
-            ValueError,
-            "fake_labels",
-        ),
+        (lambda: losses.acgan_generator(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2)), ValueError, "fake_labels"),
         (
             lambda: losses.acgan_critic(*logits(2, 2), torch.zeros(2), torch.zeros(2).long()),
             ValueError,

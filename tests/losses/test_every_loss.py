@@ -18,18 +18,26 @@ def _arguments():
     cycle = {"x": images, "y": images}
     calls = {
         "acgan_critic": {
-            "real": n, "fake": n, "real_classes": logits, "real_labels": classes, "fake_classes": logits,
+            "real": n,
+            "fake": n,
+            "real_classes": logits,
+            "real_labels": classes,
+            "fake_classes": logits,
             "fake_labels": classes,
         },
         "acgan_generator": {"fake": n, "fake_classes": logits, "fake_labels": classes},
-        "critic_loss": {"real": n, "fake": n}, "generator_loss": {"fake": n},
+        "critic_loss": {"real": n, "fake": n},
+        "generator_loss": {"fake": n},
         "cycle_consistency": cycle | {"x_again": images, "y_again": images},
         "identity_mapping": cycle | {"x_mapped": images, "y_mapped": images},
-        "elbo": {"log_likelihood": n, "kl": n}, "feature_matching": {"real": images, "fake": images},
-        "importance_weighted_bound": {"log_weights": images}, "kl_to_bernoulli": {"activations": images},
+        "elbo": {"log_likelihood": n, "kl": n},
+        "feature_matching": {"real": images, "fake": images},
+        "importance_weighted_bound": {"log_weights": images},
+        "kl_to_bernoulli": {"activations": images},
         "infogan": {"logits": logits, "codes": classes, "mean": images, "log_std": images, "values": images},
-        "log_likelihood": {"x": images, "parameters": images}, "total_variation": {"x": torch.rand(1, 3, 4, 4)},
-    }  # fmt: skip
+        "log_likelihood": {"x": images, "parameters": images},
+        "total_variation": {"x": torch.rand(1, 3, 4, 4)},
+    }
     for game in GAMES:
         name, both = game.replace("-", "_"), {"real": n, "fake": n}
         calls[f"{name}_critic"] = both
@@ -38,9 +46,11 @@ def _arguments():
 
 
 OPTIONS = {
-    "critic_loss": {"loss": "hinge"}, "generator_loss": {"loss": "hinge"}, "kl_to_bernoulli": {"rho": 0.1},
+    "critic_loss": {"loss": "hinge"},
+    "generator_loss": {"loss": "hinge"},
+    "kl_to_bernoulli": {"rho": 0.1},
     "log_likelihood": {"likelihood": "bernoulli"},
-}  # fmt: skip
+}
 
 
 def test_the_losses_called_with_no_tensors_are_all():

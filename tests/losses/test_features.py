@@ -27,9 +27,11 @@ class Counted(nn.Module):
 
 def chain(inplace=False):
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace), nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(inplace)),
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(inplace),
+        nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(inplace)),
         nn.Conv2d(5, 2, 1),
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 class Branching(nn.Module):

@@ -146,7 +146,11 @@ def test_several_losses_make_one_pass():
     net = network()
     x, y, z = images((1, 16, 16), (1, 16, 16), (1, 20, 16))
     parts, weights = every(net), {"style": 3.0, "contextual": 0.5}
-    expected = {"content": parts["content"](x, y), "style": parts["style"](x, z), "contextual": parts["contextual"](x, z)}
+    expected = {
+        "content": parts["content"](x, y),
+        "style": parts["style"](x, z),
+        "contextual": parts["contextual"](x, z),
+    }
     net[0] = first = Counted(net[0])
     together = losses.FeatureLosses(weights=weights, **every(net))
     assert not together.state_dict()
@@ -288,7 +292,9 @@ def every_loss(net):
         "lpips": losses.PerceptualLoss(net, LAYERS[:2], distance="lpips", **options),
         "style": losses.StyleLoss(net, LAYERS[:2], **options),
         "contextual": losses.ContextualLoss(net, LAYERS[1], **options),
-        "variation": lambda x, _: sum(losses.total_variation(x, kind=kind) for kind in ("anisotropic", "isotropic", "squared")),
+        "variation": lambda x, _: sum(
+            losses.total_variation(x, kind=kind) for kind in ("anisotropic", "isotropic", "squared")
+        ),
     }
 
 

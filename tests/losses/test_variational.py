@@ -88,10 +88,18 @@ def test_bits_and_sparsity():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: losses.log_likelihood(x, x, "poisson"), ValueError, "likelihood='poisson', expected one of 'bernoulli'"),
+        (
+            lambda x: losses.log_likelihood(x, x, "poisson"),
+            ValueError,
+            "likelihood='poisson', expected one of 'bernoulli'",
+        ),
         (lambda x: losses.log_likelihood(x, x.long(), "gaussian"), TypeError, "parameters have dtype torch.int64"),
         (lambda x: losses.log_likelihood(x.long(), x, "bernoulli"), TypeError, "x has dtype torch.int64"),
-        (lambda x: losses.log_likelihood(x, x[:1], "bernoulli"), ValueError, r"parameters have shape \(1, 3\) and x \(2, 3\)"),
+        (
+            lambda x: losses.log_likelihood(x, x[:1], "bernoulli"),
+            ValueError,
+            r"parameters have shape \(1, 3\) and x \(2, 3\)",
+        ),
         (lambda x: losses.log_likelihood(x, x, "gaussian", variance=0.0), ValueError, "variance=0.0"),
         (lambda x: losses.elbo(x, x), ValueError, r"log_likelihood has shape \(2, 3\)"),
         (lambda x: losses.elbo(x[0], x[0], beta=-1.0), ValueError, "beta=-1.0"),

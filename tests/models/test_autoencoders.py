@@ -15,7 +15,8 @@ from genfast.models import AutoencoderModel
 NAMES = [name for name, model in models.NAMES.items() if issubclass(model, AutoencoderModel)]
 CASES = {
     **{name: (name, {"shape": (1, 8, 8), "levels": 17, "hidden": 16}) for name in NAMES},
-    **{f"{name} convolutional": (name, {"shape": (3, 8, 8), "levels": 5, "network": "convolutional", "width": 4, "base": 2})
+    **{f"{name} convolutional": (name, {"shape": (3, 8, 8), "levels": 5, "network": "convolutional", "width": 4,
+    "base": 2})
        for name in NAMES},
     **{f"vae {likelihood}": ("vae", {"shape": (1, 8, 8), "levels": 17, "hidden": 16, "likelihood": likelihood})
        for likelihood in losses.LIKELIHOODS},
@@ -23,7 +24,8 @@ CASES = {
     "sparse l1": ("sparse_autoencoder", {"shape": (1, 8, 8), "levels": 17, "hidden": 8, "penalty": "l1"}),
     "denoising pepper": ("denoising_autoencoder", {"shape": (1, 8, 8), "levels": 17, "hidden": 8,
                                                    "corruption": "salt_and_pepper"}),
-    "denoising gaussian": ("denoising_autoencoder", {"shape": (1, 8, 8), "levels": 17, "hidden": 8, "corruption": "gaussian"}),
+    "denoising gaussian": ("denoising_autoencoder", {"shape": (1, 8, 8), "levels": 17, "hidden": 8,
+    "corruption": "gaussian"}),
     "aae wasserstein": ("aae", {"shape": (1, 8, 8), "levels": 17, "hidden": 8, "loss": "wasserstein"}),
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES)
@@ -114,7 +116,9 @@ def test_the_weight_of_the_kl_warms_up_and_free_bits_are_for_training_alone():
 
 def test_more_importance_samples_give_a_tighter_bound():
     model, images = built("vae")
-    one, many = (model.importance_weighted_bound(images, k, generator=torch.Generator().manual_seed(0)) for k in (1, 200))
+    one, many = (
+        model.importance_weighted_bound(images, k, generator=torch.Generator().manual_seed(0)) for k in (1, 200)
+    )
     assert float(many) > float(one)
 
 
@@ -169,7 +173,9 @@ def test_the_critic_of_a_vaegan_measures_likeness():
     torch.testing.assert_close(features.square().mean(1), torch.ones(6), atol=1e-2, rtol=0)
     parts = {k: float(v.detach()) for k, v in again.figures.items()}
     assert float(again.players["encoder"].detach()) == pytest.approx(parts["kl"] + parts["likeness"], rel=1e-5)
-    assert float(again.players["decoder"].detach()) == pytest.approx(0.1 * parts["likeness"] + parts["decoder"], rel=1e-5)
+    assert float(again.players["decoder"].detach()) == pytest.approx(
+        0.1 * parts["likeness"] + parts["decoder"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,11 @@ def test_the_critic_of_a_vaegan_measures_likeness():
         (lambda: models.VAE((8, 8)), ValueError, r"VAE: shape=\(8, 8\), expected \(C, H, W\)"),
         (lambda: models.VAE((1, 8, 8), latent_dim=0), ValueError, "latent_dim=0"),
         (lambda: models.VAE((1, 8, 8), levels=1), ValueError, "levels=1"),
-        (lambda: models.VAE((1, 8, 8), likelihood="poisson"), ValueError, "likelihood='poisson', expected one of 'bernoulli'"),
+        (
+            lambda: models.VAE((1, 8, 8), likelihood="poisson"),
+            ValueError,
+            "likelihood='poisson', expected one of 'bernoulli'",
+        ),
         (lambda: models.VAE((2, 8, 8)), ValueError, "2 channels, expected at least 1 and 1 or 3 channels"),
         (lambda: models.VAE((1, 8, 8), beta=-1.0), ValueError, "beta=-1.0"),
         (lambda: models.VAE((1, 8, 8), network="graph"), ValueError, "network='graph', expected 'perceptron'"),
@@ -190,8 +200,16 @@ def test_the_critic_of_a_vaegan_measures_likeness():
         (lambda: models.WAE((1, 8, 8), weight=-1.0), ValueError, "weight=-1.0"),
         (lambda: models.AdversarialAutoencoder((1, 8, 8), loss="relativistic"), ValueError, "loss='relativistic'"),
         (lambda: models.VAEGAN((1, 8, 8), gamma=-1.0), ValueError, "gamma=-1.0"),
-        (lambda: models.Autoencoder((1, 8, 8)).encode(torch.rand(1, 1, 8, 8)), TypeError, "images have dtype torch.float32"),
-        (lambda: models.Autoencoder((1, 8, 8)).encode(torch.zeros(1, 1, 8, 9).long()), ValueError, r"shape \(1, 1, 8, 9\)"),
+        (
+            lambda: models.Autoencoder((1, 8, 8)).encode(torch.rand(1, 1, 8, 8)),
+            TypeError,
+            "images have dtype torch.float32",
+        ),
+        (
+            lambda: models.Autoencoder((1, 8, 8)).encode(torch.zeros(1, 1, 8, 9).long()),
+            ValueError,
+            r"shape \(1, 1, 8, 9\)",
+        ),
         (lambda: models.Autoencoder((1, 8, 8)).sample(-1), ValueError, "n=-1"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The autoregressive models: normalised, equal to their plain twins, and better on real digits than simple baselines."""
+"""The autoregressive models: normalised, equal to their plain twins, and better on real digits than simple
+baselines."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def test_the_plain_twin_has_the_same_weights_numbers_gradients_and_samples(ours,
         assert float((p.grad - q.grad).norm()) <= 2e-5 * float(q.grad.norm()) + 1e-7, name
     uniforms = torch.rand(2, a.uniforms_per_pixel(), *shape[1:])
     h = None if h is None else h[:2]
-    assert torch.equal(a.sample(2, shape, uniforms=uniforms, context=h), b.sample(2, shape, uniforms=uniforms, context=h))
+    assert torch.equal(
+        a.sample(2, shape, uniforms=uniforms, context=h), b.sample(2, shape, uniforms=uniforms, context=h)
+    )
 
 
 def test_the_likelihood_is_the_sum_of_the_conditionals():
@@ -99,16 +102,28 @@ def test_the_likelihood_is_the_sum_of_the_conditionals():
         (lambda: PixelCNN(levels=1), ValueError, "levels=1"),
         (lambda: PixelCNN(0), ValueError, "in_channels=0"),
         (lambda: PixelCNN(shape=(3, 4, 4)), ValueError, r"shape=\(3, 4, 4\), expected \(1, H, W\)"),
-        (lambda: GatedPixelCNN(3, 64), ValueError, "GatedPixelCNN: channels=64, expected a multiple of 3, in_channels=3"),
+        (
+            lambda: GatedPixelCNN(3, 64),
+            ValueError,
+            "GatedPixelCNN: channels=64, expected a multiple of 3, in_channels=3",
+        ),
         (lambda: GatedPixelCNN(kernel_size=4), ValueError, "kernel_size=4"),
         (lambda: PixelCNNPlusPlus(2), ValueError, "in_channels=2, expected 1 or 3"),
         (lambda: PixelCNNPlusPlus(filters=0), ValueError, "filters=0"),
-        (lambda: PixelCNNPlusPlus(1, 4, 1).log_prob(torch.zeros(1, 1, 6, 8, dtype=torch.long)), ValueError, "multiples of 4"),
+        (
+            lambda: PixelCNNPlusPlus(1, 4, 1).log_prob(torch.zeros(1, 1, 6, 8, dtype=torch.long)),
+            ValueError,
+            "multiples of 4",
+        ),
         (lambda: WaveNet(kernel_size=1), ValueError, "kernel_size=1"),
         (lambda: PixelRNN(kind="column"), ValueError, "kind='column'"),
         (lambda: PixelCNN(levels=4).log_prob(torch.zeros(1, 1, 4, 4)), TypeError, "x has dtype torch.float32"),
         (lambda: PixelCNN(levels=4).log_prob(torch.full((1, 1, 4, 4), 4)), ValueError, "from 4 to 4, expected 0 to 3"),
-        (lambda: PixelCNN(levels=4).log_prob(torch.full((1, 1, 4, 4), -1)), ValueError, "from -1 to -1, expected 0 to 3"),
+        (
+            lambda: PixelCNN(levels=4).log_prob(torch.full((1, 1, 4, 4), -1)),
+            ValueError,
+            "from -1 to -1, expected 0 to 3",
+        ),
         (lambda: PixelCNN(levels=4).log_prob(torch.zeros(1, 3, 4, 4).long()), ValueError, r"expected \(N, 1, H, W\)"),
         (lambda: WaveNet(4, 4, 4, 2, 1).log_prob(torch.zeros(1, 1, 4, 4).long()), ValueError, r"expected \(N, 1, L\)"),
     ],
@@ -125,7 +140,8 @@ def test_empty_batches_and_small_images():
 
 
 def test_the_rows_and_columns_of_pixelcnnpp_begin_at_exact_zero():
-    """The output of a shifted convolution is shifted with its bias, or the border would leak it (PixelCNN++ and its caches)."""
+    """The output of a shifted convolution is shifted with its bias, or the border would leak it (PixelCNN++ and its
+    caches)."""
     model = PixelCNNPlusPlus(1, 4, 1, 1)
     with torch.no_grad():
         model.first_v.bias.fill_(3.0)
@@ -167,7 +183,8 @@ def test_a_compiled_training_step_is_the_eager_one():
 
 
 def _baselines(digits):
-    """Bits per dimension on held-out digits: a histogram per pixel, and one per pixel given the pixel before (add one)."""
+    """Bits per dimension on held-out digits: a histogram per pixel, and one per pixel given the pixel before (add
+    one)."""
     train, test = digits.train.long().flatten(1), digits.test.long().flatten(1)
     levels, size = digits.bins, train.shape[1]
     histogram = torch.ones(size, levels)
@@ -207,7 +224,9 @@ def test_training_on_real_digits_beats_a_histogram_and_a_markov_chain():
 def test_every_model_trains_from_the_command_line_and_samples(name, tmp_path):
     from genfast import cli
 
-    small = {"pixelcnnpp": ["--filters", "8"], "wavenet": ["--layers", "4"]}.get(name, ["--channels", "16", "--layers", "2"])
+    small = {"pixelcnnpp": ["--filters", "8"], "wavenet": ["--layers", "4"]}.get(
+        name, ["--channels", "16", "--layers", "2"]
+    )
     out = str(tmp_path / "run")
     assert cli.main(["train", name, "--data", "digits", "--steps", "3", "--batch-size", "8", "--out", out, *small]) == 0
     assert (tmp_path / "run" / "samples.png").exists()
@@ -220,7 +239,20 @@ def test_photos_train_in_colour(tmp_path):
     from genfast import cli
 
     out = str(tmp_path / "run")
-    words = ["train", "pixelcnn", "--data", "photos", "--size", "8", "--steps", "1", "--batch-size", "2", "--layers", "2"]
+    words = [
+        "train",
+        "pixelcnn",
+        "--data",
+        "photos",
+        "--size",
+        "8",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--layers",
+        "2",
+    ]
     assert cli.main([*words, "--out", out, "--seed", "1"]) == 0
     model, _, _ = training.load_checkpoint(out)
     assert model.config["channels"] == 66
@@ -234,6 +266,13 @@ def test_the_default_width_fits_the_colours(kind):
     for colours, channels in usual.items():
         model = kind(in_channels=colours, layers=1, levels=4)
         assert model.config["channels"] == channels
-        assert type(model)(**model.config)(torch.zeros(1, colours, 3, 3, dtype=torch.long)).shape == (1, 4 * colours, 3, 3)
-    with pytest.raises(ValueError, match=rf"{kind.__name__}: channels=64, expected a multiple of \d, (twice )?in_channels=3"):
+        assert type(model)(**model.config)(torch.zeros(1, colours, 3, 3, dtype=torch.long)).shape == (
+            1,
+            4 * colours,
+            3,
+            3,
+        )
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}: channels=64, expected a multiple of \d, (twice )?in_channels=3"
+    ):
         kind(in_channels=3, channels=64)

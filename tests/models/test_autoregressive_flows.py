@@ -29,9 +29,10 @@ CASES = {
     "nsf autoregressive context": ("NSF", {"dim": 1, "bins": 4, "coupling": "autoregressive", "context": 3, **SMALL}),
     "nsf circular": ("NSF", {"dim": 4, "bins": 4, "tails": "circular", **SMALL}),
     "nsf circular autoregressive": (
-        "NSF", {"dim": 4, "bins": 4, "tails": "circular", "coupling": "autoregressive", "mixing": "permutation", **SMALL},
+        "NSF",
+        {"dim": 4, "bins": 4, "tails": "circular", "coupling": "autoregressive", "mixing": "permutation", **SMALL},
     ),
-}  # fmt: skip
+}
 each_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -102,7 +103,8 @@ def test_the_plain_twin_starts_equal_and_gives_the_same_density_and_gradients(ca
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for (key, p), q in zip(model.named_parameters(), twin.parameters()):
         (f,), (e,) = (
-            torch.autograd.grad(v.sum(), w, retain_graph=True, allow_unused=True) for v, w in ((found, p), (expected, q))
+            torch.autograd.grad(v.sum(), w, retain_graph=True, allow_unused=True)
+            for v, w in ((found, p), (expected, q))
         )
         if e is not None:
             torch.testing.assert_close(f, e, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
@@ -155,10 +157,15 @@ def test_an_empty_batch_and_a_spoilt_sample(case):
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("MAF", {"norm": None}), ("IAF", {}), ("NSF", {"norm": None}), ("NSF", {"coupling": "autoregressive", "norm": None}),
-        ("NSF", {"mixing": "lu", "norm": None}), ("NSF", {"tails": "circular"}), ("MAF", {"norm": None, "context": 2}),
+        ("MAF", {"norm": None}),
+        ("IAF", {}),
+        ("NSF", {"norm": None}),
+        ("NSF", {"coupling": "autoregressive", "norm": None}),
+        ("NSF", {"mixing": "lu", "norm": None}),
+        ("NSF", {"tails": "circular"}),
+        ("MAF", {"norm": None, "context": 2}),
     ],
-)  # fmt: skip
+)
 def test_a_density_on_the_plane_integrates_to_one(name, config):
     torch.manual_seed(1)
     model = getattr(models, name)(2, hidden=16, transforms=2, **config).double().eval()
@@ -171,7 +178,10 @@ def test_a_density_on_the_plane_integrates_to_one(name, config):
     grid = torch.cartesian_prod(axis, axis)
     context = torch.tensor([0.5, -1.0], dtype=torch.float64) if "context" in config else None
     with torch.no_grad():
-        mass = sum(float(model.log_prob(part, context).exp().sum()) for part in grid.split(1 << 16)) * (2 * side / points) ** 2
+        mass = (
+            sum(float(model.log_prob(part, context).exp().sum()) for part in grid.split(1 << 16))
+            * (2 * side / points) ** 2
+        )
     assert abs(mass - 1) < 2e-3
 
 
@@ -203,7 +213,9 @@ def test_a_flow_is_a_torch_distribution(monkeypatch):
     assert wide.batch_shape == (2, 6)
     assert wide.sample((5,)).shape == (5, 2, 6, 4)
     torch.testing.assert_close(wide.log_prob(x[0]), d.log_prob(x[0]))
-    torch.testing.assert_close(d.log_prob(x[0, 0, 0]), model.log_prob(x[0, 0, :1].expand(6, -1), context))  # one x, 6 contexts
+    torch.testing.assert_close(
+        d.log_prob(x[0, 0, 0]), model.log_prob(x[0, 0, :1].expand(6, -1), context)
+    )  # one x, 6 contexts
     one = model.distribution(context[0])
     assert one.batch_shape == ()
     assert one.sample().shape == (4,)
@@ -261,17 +273,22 @@ def test_divergences_by_sampling_are_those_in_closed_form():
     assert float(D.kl_divergence(d, d).detach().abs()) < 1e-10
     context = torch.randn(5, 3, dtype=torch.float64)
     model = built("maf context")[0]
-    assert D.kl_divergence(model.distribution(context), D.Independent(D.Normal(torch.zeros(4).double(), 1.0), 1)).shape == (5,)
+    assert D.kl_divergence(
+        model.distribution(context), D.Independent(D.Normal(torch.zeros(4).double(), 1.0), 1)
+    ).shape == (5,)
 
 
 @pytest.mark.parametrize(
     "base",
     [
-        D.Normal(torch.zeros(3), torch.ones(3)), D.Independent(D.Laplace(torch.zeros(3), torch.ones(3)), 1),
-        D.MultivariateNormal(torch.zeros(3), torch.eye(3)), D.StudentT(3.0 * torch.ones(3)), models.DiagonalGaussian(3),
+        D.Normal(torch.zeros(3), torch.ones(3)),
+        D.Independent(D.Laplace(torch.zeros(3), torch.ones(3)), 1),
+        D.MultivariateNormal(torch.zeros(3), torch.eye(3)),
+        D.StudentT(3.0 * torch.ones(3)),
+        models.DiagonalGaussian(3),
     ],
     ids=lambda b: type(b).__name__,
-)  # fmt: skip
+)
 def test_bases(base):
     torch.manual_seed(0)
     flow = models.Flow(base, [gnn.LULinear(3), gnn.Permutation(3)])
@@ -330,12 +347,18 @@ def test_a_module_as_base_and_images():
         (TypeError, "base is a str", lambda: models.Flow("normal", [])),
         (TypeError, "base Identity has no log_prob and no sample", lambda: models.Flow(torch.nn.Identity(), [])),
         (TypeError, "has no inverse method", lambda: models.Flow(models.DiagonalGaussian(3), [torch.nn.ReLU()])),
-        (ValueError, r"event shape \(3,\), which does not fit shape=\(4,\)",
-         lambda: models.Flow(D.Normal(torch.zeros(3), 1.0), [], shape=(4,))),
+        (
+            ValueError,
+            r"event shape \(3,\), which does not fit shape=\(4,\)",
+            lambda: models.Flow(D.Normal(torch.zeros(3), 1.0), [], shape=(4,)),
+        ),
         (ValueError, "n=-1, expected at least 0", lambda: models.MAF(3, hidden=8).sample(-1)),
         (ValueError, "temperature=-1", lambda: models.MAF(3, hidden=8).sample(1, temperature=-1)),
-        (ValueError, r"MAF: x has shape \(2, 4\), expected \(N, 3\)",
-         lambda: models.MAF(3, hidden=8).log_prob(torch.zeros(2, 4))),
+        (
+            ValueError,
+            r"MAF: x has shape \(2, 4\), expected \(N, 3\)",
+            lambda: models.MAF(3, hidden=8).log_prob(torch.zeros(2, 4)),
+        ),
         (TypeError, "x has dtype torch.int64", lambda: models.MAF(3, hidden=8).log_prob(torch.zeros(2, 3).long())),
         (ValueError, "MAF: dim=0 and transforms=5", lambda: models.MAF(0)),
         (ValueError, "order='up', expected", lambda: models.MAF(3, order="up")),
@@ -348,7 +371,7 @@ def test_a_module_as_base_and_images():
         (ValueError, "mixing='qr', expected", lambda: models.NSF(3, mixing="qr")),
         (ValueError, "mixing='lu', expected", lambda: models.NSF(3, mixing="lu", tails="circular")),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

@@ -20,13 +20,16 @@ CASES = {
     "glow": ("Glow", {"shape": (3, 8, 8), "levels": 2, "steps": 3, "hidden": 16}, (3, 8, 8)),
     "glow nchw full exp": (
         "Glow",
-        {"shape": (3, 8, 8), "levels": 3, "steps": 2, "hidden": 8, "plu": False, "scale": "exp", "channels_last": False},
+        {"shape": (3, 8, 8), "levels": 3, "steps": 2, "hidden": 8, "plu": False, "scale": "exp",
+        "channels_last": False},
         (3, 8, 8),
     ),
     "glow reversible context": (
-        "Glow", {"shape": (1, 8, 8), "levels": 2, "steps": 2, "hidden": 16, "reversible": True, "context": 3}, (1, 8, 8),
+        "Glow", {"shape": (1, 8, 8), "levels": 2, "steps": 2, "hidden": 16, "reversible": True, "context": 3}, (1, 8,
+        8),
     ),
-    "glow additive": ("Glow", {"shape": (3, 4, 4), "levels": 1, "steps": 2, "hidden": 8, "scale": "additive"}, (3, 4, 4)),
+    "glow additive": ("Glow", {"shape": (3, 4, 4), "levels": 1, "steps": 2, "hidden": 8, "scale": "additive"}, (3, 4,
+    4)),
     "linear": ("LinearFlow", {"dim": 5}, (5,)),
     "linear full": ("LinearFlow", {"dim": 5, "plu": False}, (5,)),
 }  # fmt: skip
@@ -98,7 +101,8 @@ def test_the_plain_twin_starts_equal_and_its_state_dict_gives_the_same_density(c
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     for (key, p), q in zip(model.named_parameters(), twin.parameters()):
         (f,), (e,) = (
-            torch.autograd.grad(v.sum(), w, retain_graph=True, allow_unused=True) for v, w in ((found, p), (expected, q))
+            torch.autograd.grad(v.sum(), w, retain_graph=True, allow_unused=True)
+            for v, w in ((found, p), (expected, q))
         )
         assert (f is None) == (e is None), key
         if e is not None:
@@ -227,7 +231,8 @@ def test_glow_learns_the_digits():
         trainer.step()
     # A Gaussian with full covariance, fitted in closed form, reaches this on the same held-out digits.
     train, test = (
-        models.dequantize(x, 17, generator=torch.Generator().manual_seed(1)).flatten(1) for x in (digits.train, digits.test)
+        models.dequantize(x, 17, generator=torch.Generator().manual_seed(1)).flatten(1)
+        for x in (digits.train, digits.test)
     )
     gaussian = torch.distributions.MultivariateNormal(train.mean(0), train.T.cov() + 1e-4 * torch.eye(64))
     baseline = (math.log(17) - float(gaussian.log_prob(test).mean()) / 64) / math.log(2)
@@ -283,9 +288,11 @@ def test_normflows_glow_on_its_own_weights():
             params = step[2].conditioner(y_b)
             shift = params[:, 0::2]
             moved, c = genfast.ops.affine_coupling(
-                y_a - shift, torch.stack((torch.zeros_like(shift), params[:, 1::2]), 2).flatten(1, 2), scale="sigmoid",
+                y_a - shift,
+                torch.stack((torch.zeros_like(shift), params[:, 1::2]), 2).flatten(1, 2),
+                scale="sigmoid",
                 layout="shift_scale_interleaved",
-            )  # fmt: skip
+            )
             found_z = torch.cat((y_b, moved), 1)
             found = found + a + b + c
     torch.testing.assert_close(found_z, expected_z, rtol=1e-4, atol=1e-5)
@@ -328,10 +335,7 @@ def test_nflows_on_its_own_weights():
             return self.layer(x)
 
     mask = torch.tensor([1, 1, 1, 0, 0, 0])  # 1: transformed
-    peers = [
-        transforms.AdditiveCouplingTransform(mask, Net),
-        transforms.ActNorm(6),
-    ]
+    peers = [transforms.AdditiveCouplingTransform(mask, Net), transforms.ActNorm(6)]
     x = torch.randn(32, 6)
     z, total = x, torch.zeros(32)
     for peer in peers:

@@ -1,4 +1,5 @@
-"""The adversarial models: shapes of the papers, configs, conditioning, samples, and the parts that papers are exact about."""
+"""The adversarial models: shapes of the papers, configs, conditioning, samples, and the parts that papers are exact
+about."""
 
 from __future__ import annotations
 
@@ -90,9 +91,15 @@ def test_the_critic_takes_its_own_recipe_and_every_sample_for_itself(case):
     recipe = model.recipe
     for kind in recipe.penalties or (None,):
         step = ops.critic_step(
-            model.critic, x, x.flip(0), loss=recipe.loss, penalty=kind, weight=recipe.weight, context=context or None,
+            model.critic,
+            x,
+            x.flip(0),
+            loss=recipe.loss,
+            penalty=kind,
+            weight=recipe.weight,
+            context=context or None,
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        )
         assert bool(torch.isfinite(step.loss))
 
 
@@ -113,12 +120,21 @@ def test_dcgan_has_the_papers_shapes_and_loads_the_well_known_example():
     f = 8  # the generator of pytorch/examples, dcgan/main.py, with its names
     example = nn.Module()
     example.main = nn.Sequential(
-        nn.ConvTranspose2d(100, f * 8, 4, 1, 0, bias=False), nn.BatchNorm2d(f * 8), nn.ReLU(True),
-        nn.ConvTranspose2d(f * 8, f * 4, 4, 2, 1, bias=False), nn.BatchNorm2d(f * 4), nn.ReLU(True),
-        nn.ConvTranspose2d(f * 4, f * 2, 4, 2, 1, bias=False), nn.BatchNorm2d(f * 2), nn.ReLU(True),
-        nn.ConvTranspose2d(f * 2, f, 4, 2, 1, bias=False), nn.BatchNorm2d(f), nn.ReLU(True),
-        nn.ConvTranspose2d(f, 3, 4, 2, 1, bias=False), nn.Tanh(),
-    )  # fmt: skip
+        nn.ConvTranspose2d(100, f * 8, 4, 1, 0, bias=False),
+        nn.BatchNorm2d(f * 8),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(f * 8, f * 4, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(f * 4),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(f * 4, f * 2, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(f * 2),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(f * 2, f, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(f),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(f, 3, 4, 2, 1, bias=False),
+        nn.Tanh(),
+    )
     ours = models.DCGAN(width=f)
     ours.generator.load_state_dict(example.state_dict())
     z = torch.randn(2, 100)
@@ -164,8 +180,11 @@ def test_attention_starts_as_the_identity_and_is_the_released_one():
         layer.gamma.fill_(0.7)
     layer.eval()
     assert [tuple(m.weight.shape[:2]) for m in (layer.theta, layer.phi, layer.g, layer.o)] == [
-        (2, 16), (2, 16), (8, 16), (16, 8),
-    ]  # fmt: skip
+        (2, 16),
+        (2, 16),
+        (8, 16),
+        (16, 8),
+    ]
     expected = x.clone()  # written out, position by position
     theta, phi, g = layer.theta(x), F.max_pool2d(layer.phi(x), 2), F.max_pool2d(layer.g(x), 2)
     for n in range(2):
@@ -241,7 +260,9 @@ def test_projection_is_the_inner_product():
     model = models.ConditionalGAN((2,), classes=3, hidden=8, conditioning="projection")
     x, labels = torch.randn(4, 2), torch.tensor([0, 1, 2, 1])
     features = model.critic.main(x)
-    by_hand = model.critic.logit(features)[:, 0] + torch.einsum("nd,nd->n", model.critic.embedding.weight[labels], features)
+    by_hand = model.critic.logit(features)[:, 0] + torch.einsum(
+        "nd,nd->n", model.critic.embedding.weight[labels], features
+    )
     torch.testing.assert_close(model.critic(x, labels), by_hand)
 
 

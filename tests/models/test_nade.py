@@ -1,4 +1,5 @@
-"""NADE, RNADE, DeepNADE and MADE: normalised, equal to their plain twins, sampled as they score, better than independence."""
+"""NADE, RNADE, DeepNADE and MADE: normalised, equal to their plain twins, sampled as they score, better than
+independence."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_the_nll_is_the_sum_of_conditionals(make):
 
 
 def test_no_loss_with_a_sigmoid_of_its_own_is_given_probabilities():
-    """log_prob of a model that is sure is near 0, which no sigmoid under a loss that has one reaches (0.313 a pixel)."""
+    """log_prob of a model that is sure is near 0, which no sigmoid under a loss that has one reaches (0.313 a
+    pixel)."""
     model = NADE(8, 4)
     with torch.no_grad():
         model.network.bias.fill_(20.0)
@@ -146,7 +148,9 @@ def test_rnades_scaled_gradients_are_those_of_the_means_times_the_deviations():
     torch.testing.assert_close(grads[1][:, 4:], grads[0][:, 4:])
 
 
-@pytest.mark.parametrize("make", [*DISCRETE[:5:2], lambda: NADE(8, 9, order="random"), lambda: DeepNADE(8, 9, orders=3)])
+@pytest.mark.parametrize(
+    "make", [*DISCRETE[:5:2], lambda: NADE(8, 9, order="random"), lambda: DeepNADE(8, 9, orders=3)]
+)
 def test_samples_come_as_often_as_their_probability_says(make):
     torch.manual_seed(4)
     model = louder(make()).eval()
@@ -254,7 +258,7 @@ def independent(view):
         (lambda: MADE(64, 128, orders=2), 200, 0.9),
         (lambda: DeepNADE(64, 96), 300, 0.9),
     ],
-)  # fmt: skip
+)
 def test_training_on_binarized_digits_beats_independent_pixels(digits, make, steps, share):
     torch.manual_seed(0)
     trainer = training.Trainer(make(), digits, batch_size=64, lr=5e-3)
@@ -285,7 +289,11 @@ def test_training_rnade_on_a_table_beats_independent_gaussians():
     ("error", "message", "call"),
     [
         (TypeError, "NADE: x has dtype torch.float32", lambda: NADE(4, 3).log_prob(torch.ones(2, 4))),
-        (ValueError, r"MADE: x has shape \(2, 5\), expected \(N, 4\)", lambda: MADE(4, 3).log_prob(torch.ones(2, 5).long())),
+        (
+            ValueError,
+            r"MADE: x has shape \(2, 5\), expected \(N, 4\)",
+            lambda: MADE(4, 3).log_prob(torch.ones(2, 5).long()),
+        ),
         (ValueError, "DeepNADE: x holds values from 2 to 2", lambda: DeepNADE(4, 3).log_prob(torch.full((2, 4), 2))),
         (ValueError, "NADE: hidden=0, expected a whole number", lambda: NADE(4, 0)),
         (ValueError, "NADE: order=.*expected each of 1 to 3 once", lambda: NADE(3, 2, order=[1, 1, 2])),
@@ -316,7 +324,20 @@ def test_the_command_line_trains_and_samples(tmp_path, capsys):
 
     for name, options in (("made", ["--binary", "--orders", "2"]), ("nade", []), ("rnade", ["--components", "3"])):
         out = tmp_path / name
-        words = ["train", name, "--data", "digits", "--hidden", "24", "--steps", "3", "--batch-size", "16", "--out", str(out)]
+        words = [
+            "train",
+            name,
+            "--data",
+            "digits",
+            "--hidden",
+            "24",
+            "--steps",
+            "3",
+            "--batch-size",
+            "16",
+            "--out",
+            str(out),
+        ]
         assert main([*words, *options]) == 0
         assert "bits/dim" in capsys.readouterr().out
         picture = tmp_path / f"{name}.png"
@@ -325,7 +346,9 @@ def test_the_command_line_trains_and_samples(tmp_path, capsys):
     assert models.build("made", dim=4).dim == 4
 
 
-@pytest.mark.parametrize("make", [*DISCRETE, lambda: RNADE(4, 6, 2), lambda: plain(NADE)(6, 9), lambda: plain(NADE)(4, 9, 3)])
+@pytest.mark.parametrize(
+    "make", [*DISCRETE, lambda: RNADE(4, 6, 2), lambda: plain(NADE)(6, 9), lambda: plain(NADE)(4, 9, 3)]
+)
 @pytest.mark.parametrize("method", ["cached", "naive"])
 def test_parameters_that_are_not_finite_are_located(make, method):
     model = make()
@@ -337,13 +360,17 @@ def test_parameters_that_are_not_finite_are_located(make, method):
             dimension = int(model.network.order.argmax())  # of its last step
         else:
             model.network.linears[-1].bias[-1] = math.nan
-    with pytest.raises(FloatingPointError, match=rf"sample: the network's parameters of dimension {dimension} of sample 0"):
+    with pytest.raises(
+        FloatingPointError, match=rf"sample: the network's parameters of dimension {dimension} of sample 0"
+    ):
         model.sample(3, **options)
 
 
 def test_hidden_units_that_are_not_finite_are_located():
     for model in (NADE(6, 9, activation="relu"), MADE(6, 12), DeepNADE(6, 9)):
         with torch.no_grad():
-            next(p for name, p in model.named_parameters() if name.endswith(("hidden_bias", "linears.0.bias")))[0] = math.nan
+            next(p for name, p in model.named_parameters() if name.endswith(("hidden_bias", "linears.0.bias")))[0] = (
+                math.nan
+            )
         with pytest.raises(FloatingPointError, match=r"parameters of dimension \d of sample 0 are not finite"):
             model.sample(2)

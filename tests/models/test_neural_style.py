@@ -19,7 +19,9 @@ def pictures():
 
 def transfer(content, style, **options):
     network = losses.random_features(width=8)
-    return models.style_transfer(content, style, network, normalization=((0.5,) * 3, (0.25,) * 3), **({"steps": 12} | options))
+    return models.style_transfer(
+        content, style, network, normalization=((0.5,) * 3, (0.25,) * 3), **({"steps": 12} | options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,9 @@ def test_the_command_takes_other_networks(tmp_path, capsys):
     torch.save(losses.random_features("vgg16", seed=5).state_dict(), tmp_path / "w.pth")
     assert cli.main(words(tmp_path, "--network", "vgg16", "--weights", str(tmp_path / "w.pth"))) == 0
     code = tmp_path / "mine.py"
-    code.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()\n")
+    code.write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()\n"
+    )
     mine = ["--network", f"{code}:net", "--normalization", "none", "--content-layers", "0", "--style-layers", "0,1"]
     assert cli.main(words(tmp_path, *mine)) == 0
     capsys.readouterr()

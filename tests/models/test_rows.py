@@ -9,14 +9,19 @@ from genfast import models
 
 PIXELS = {"channels": 4, "layers": 1, "levels": 5, "shape": (1, 4, 4)}
 CASES = {
-    "glow": {"shape": (1, 4, 4), "levels": 1, "steps": 1, "hidden": 4}, "maf": {"dim": 4, "hidden": 8, "transforms": 1},
-    "rnade": {"dim": 4, "hidden": 4, "components": 2}, "made": {"dim": 6, "hidden": 8, "orders": 3},
-    "deep_nade": {"dim": 6, "hidden": 8, "orders": 3}, "nade": {"dim": 6, "hidden": 8, "levels": 4}, "pixelcnn": PIXELS,
+    "glow": {"shape": (1, 4, 4), "levels": 1, "steps": 1, "hidden": 4},
+    "maf": {"dim": 4, "hidden": 8, "transforms": 1},
+    "rnade": {"dim": 4, "hidden": 4, "components": 2},
+    "made": {"dim": 6, "hidden": 8, "orders": 3},
+    "deep_nade": {"dim": 6, "hidden": 8, "orders": 3},
+    "nade": {"dim": 6, "hidden": 8, "levels": 4},
+    "pixelcnn": PIXELS,
     "pixelcnnpp": {"filters": 4, "blocks": 1, "mixtures": 2, "in_channels": 1, "shape": (1, 4, 4)},
-    "cgan": {"shape": (1, 4, 4), "classes": 3, "hidden": 8}, "gan": {"shape": (2,), "hidden": 8},
+    "cgan": {"shape": (1, 4, 4), "classes": 3, "hidden": 8},
+    "gan": {"shape": (2,), "hidden": 8},
     "vae": {"shape": (1, 4, 4), "levels": 5, "hidden": 8, "base": 2},
     "autoencoder": {"shape": (1, 4, 4), "levels": 5, "hidden": 8, "base": 2},
-}  # fmt: skip
+}
 
 
 def same(model, **options):

@@ -53,12 +53,7 @@ def test_actnorm_far_from_zero_is_that_of_its_parameters(shape):
             torch.testing.assert_close(norm.inverse(z)[1], -logdet)
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        (ValueError, "ActNorm: channels=0", lambda: gnn.ActNorm(0)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("error", "message", "call"), [(ValueError, "ActNorm: channels=0", lambda: gnn.ActNorm(0))])
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

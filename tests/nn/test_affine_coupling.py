@@ -46,10 +46,12 @@ def test_shift_first_layers_are_openai_glow_s():
     for a, b in zip(
         torch.autograd.grad(z.square().sum() + logdet.sum(), list(step.parameters()), allow_unused=True),
         torch.autograd.grad(
-            expected.square().sum() + (of_norm + of_conv + torch.nn.functional.logsigmoid(r + 2).flatten(1).sum(1)).sum(),
-            list(step.parameters()), allow_unused=True,
+            expected.square().sum()
+            + (of_norm + of_conv + torch.nn.functional.logsigmoid(r + 2).flatten(1).sum(1)).sum(),
+            list(step.parameters()),
+            allow_unused=True,
         ),
-    ):  # fmt: skip
+    ):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b)
@@ -64,11 +66,18 @@ def test_shift_first_layers_are_openai_glow_s():
         (ValueError, "alpha goes with", lambda: gnn.AffineCoupling(nn.Identity(), alpha=1.0)),
         (ValueError, "needs width", lambda: gnn.AffineCoupling(nn.Identity(), scale="tanh", alpha="learn")),
         (TypeError, "mask has dtype", lambda: gnn.AffineCoupling(nn.Identity(), mask=torch.ones(1, 2, 2))),
-        (ValueError, r"conditioner Conv2d returned \(2, 3, 4, 4\) for an input of \(2, 2, 4, 4\), expected \(2, 4, 4, 4\)",
-         lambda: gnn.AffineCoupling(nn.Conv2d(2, 3, 1))(torch.zeros(2, 4, 4, 4))),
-        (ValueError, "width=9 with 4 channels", lambda: gnn.AffineCoupling(nn.Identity(), width=9)(torch.zeros(2, 4, 4, 4))),
+        (
+            ValueError,
+            r"conditioner Conv2d returned \(2, 3, 4, 4\) for an input of \(2, 2, 4, 4\), expected \(2, 4, 4, 4\)",
+            lambda: gnn.AffineCoupling(nn.Conv2d(2, 3, 1))(torch.zeros(2, 4, 4, 4)),
+        ),
+        (
+            ValueError,
+            "width=9 with 4 channels",
+            lambda: gnn.AffineCoupling(nn.Identity(), width=9)(torch.zeros(2, 4, 4, 4)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

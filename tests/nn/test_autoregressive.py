@@ -45,8 +45,11 @@ def test_the_affine_formulas(scale, normalising):
     params = made(x)
     a = torch.zeros(4, 3) if scale == "additive" else params[..., 1]
     log_s = {
-        "exp": a, "softclamp": a / (1 + a.abs() / 6.907755278982137), "sigmoid": torch.sigmoid(a + 2).log(), "additive": a,
-    }[scale]  # fmt: skip
+        "exp": a,
+        "softclamp": a / (1 + a.abs() / 6.907755278982137),
+        "sigmoid": torch.sigmoid(a + 2).log(),
+        "additive": a,
+    }[scale]
     t = params[..., 0]
     z, logdet = layer(x)
     torch.testing.assert_close(z, (x - t) * (-log_s).exp() if normalising else x * log_s.exp() + t)
@@ -60,7 +63,8 @@ def test_the_affine_formulas(scale, normalising):
          lambda: gnn.MaskedAutoregressive(nn.Identity(), transform="cubic")),
         (TypeError, "transform='affine' takes no bins", lambda: gnn.MaskedAutoregressive(nn.Identity(), bins=3)),
         (ValueError, "scale='tanh', expected one of", lambda: gnn.MaskedAutoregressive(nn.Identity(), scale="tanh")),
-        (ValueError, "the network has outputs=3, expected 2", lambda: gnn.MaskedAutoregressive(gnn.MADE(4, (8,), outputs=3))),
+        (ValueError, "the network has outputs=3, expected 2", lambda: gnn.MaskedAutoregressive(gnn.MADE(4, (8,),
+        outputs=3))),
         (ValueError, r"the network Identity returned \(2, 4\) for an input of \(2, 4\), expected \(2, 4, 2\)",
          lambda: gnn.MaskedAutoregressive(nn.Identity())(torch.zeros(2, 4))),
         (TypeError, "Inverse: ReLU has no inverse method", lambda: gnn.Inverse(nn.ReLU())),

@@ -45,7 +45,7 @@ def test_batch_norm_uses_the_batch_in_training_and_its_gradient():
         (ValueError, "BatchNormFlow: features=3, momentum=2", lambda: gnn.BatchNormFlow(3, momentum=2)),
         (ValueError, r"BatchNormFlow: x has shape \(2, 4\)", lambda: gnn.BatchNormFlow(3)(torch.zeros(2, 4))),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

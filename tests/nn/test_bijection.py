@@ -35,13 +35,17 @@ MODULES = {
     "conv full": lambda: gnn.InvertibleConv1x1(4, plu=False),
     "squeeze": lambda: gnn.Squeeze(),
     "coupling": lambda: gnn.AffineCoupling(Conditioner(2, 4), scale="sigmoid"),
-    "coupling last": lambda: gnn.AffineCoupling(Conditioner(1, 6), width=3, transform="last", layout="shift_scale_interleaved"),
+    "coupling last": lambda: gnn.AffineCoupling(
+        Conditioner(1, 6), width=3, transform="last", layout="shift_scale_interleaved"
+    ),
     "coupling tanh": lambda: gnn.AffineCoupling(Conditioner(2, 4), scale="tanh", alpha="learn", width=2),
     "coupling additive": lambda: gnn.AffineCoupling(Conditioner(2, 2), scale="additive"),
     "checkerboard": lambda: gnn.AffineCoupling(Conditioner(4, 8), mask=BOARD[None]),
     "glow step": lambda: gnn.GlowStep(4, Conditioner(2, 4)),
     "glow step full": lambda: gnn.GlowStep(4, Conditioner(2, 4), plu=False, scale="exp"),
-    "sequence": lambda: gnn.FlowSequential(gnn.ActNorm(4), gnn.InvertibleConv1x1(4), gnn.GlowStep(4, Conditioner(2, 4))),
+    "sequence": lambda: gnn.FlowSequential(
+        gnn.ActNorm(4), gnn.InvertibleConv1x1(4), gnn.GlowStep(4, Conditioner(2, 4))
+    ),
     "reversible": lambda: gnn.ReversibleSequential(gnn.ActNorm(4), gnn.GlowStep(4, Conditioner(2, 4))),
 }
 
@@ -61,7 +65,9 @@ def test_inverse_and_exact_logdet(name, last):
     torch.testing.assert_close(back, x)
     torch.testing.assert_close(minus, -logdet)
     for i in range(2):
-        jacobian = torch.autograd.functional.jacobian(lambda v: module(v.reshape(1, 4, 4, 4))[0].flatten(), x[i].flatten())
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v: module(v.reshape(1, 4, 4, 4))[0].flatten(), x[i].flatten()
+        )
         torch.testing.assert_close(logdet[i], torch.linalg.slogdet(jacobian)[1])
 
 
@@ -95,7 +101,9 @@ def test_compiles_without_a_break(name, backend):
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
-    for f, e in zip(*(torch.autograd.grad(g(x), parameters, allow_unused=True) for g in (compiled, loss) if parameters)):
+    for f, e in zip(
+        *(torch.autograd.grad(g(x), parameters, allow_unused=True) for g in (compiled, loss) if parameters)
+    ):
         if e is not None:
             torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(compiled(x), loss(x), rtol=1e-5, atol=1e-4)
@@ -125,11 +133,8 @@ def test_context_reaches_the_conditioner(images):
 
 
 @pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        (TypeError, "has no inverse method", lambda: gnn.FlowSequential(nn.ReLU())),
-    ],
-)  # fmt: skip
+    ("error", "message", "call"), [(TypeError, "has no inverse method", lambda: gnn.FlowSequential(nn.ReLU()))]
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

@@ -44,7 +44,9 @@ LAYERS = {
     "spline": lambda f: f.Spline(5, bins=4, bound=3.0),
     "spline zuko": lambda f: f.Spline(5, bins=6, convention="zuko"),
     "spline circular": lambda f: f.Spline(5, bins=4, bound=torch.pi, tails="circular"),
-    "spline zuko sizes": lambda f: f.Spline(5, bins=6, convention="zuko", min_bin_width=0.1, slope=1e-2, logit_scale=0.5),
+    "spline zuko sizes": lambda f: f.Spline(
+        5, bins=6, convention="zuko", min_bin_width=0.1, slope=1e-2, logit_scale=0.5
+    ),
     "spline context": lambda f: f.Spline(5, bins=4, context=3),
     "coupling": lambda f: f.SplineCoupling(Conditioner(3, 2 * 11), bins=4),
     "coupling last": lambda f: f.SplineCoupling(Conditioner(2, 3 * 11), bins=4, width=3, transform="last"),
@@ -57,7 +59,9 @@ LAYERS = {
     "affine context": lambda f: autoregressive(f, 2, context=3, normalising=False),
     "iaf": lambda f: f.Inverse(autoregressive(f, 2, normalising=False)),
     "autoregressive spline": lambda f: autoregressive(f, 11, transform="spline", bins=4, bound=3.0),
-    "autoregressive spline context": lambda f: autoregressive(f, 11, context=3, transform="spline", bins=4, convention="zuko"),
+    "autoregressive spline context": lambda f: autoregressive(
+        f, 11, context=3, transform="spline", bins=4, convention="zuko"
+    ),
 }
 
 
@@ -151,8 +155,12 @@ def test_one_feature():
     for layer in (
         gnn.MaskedAutoregressive(gnn.MADE(1, (8,), outputs=2, context=2)),
         gnn.MaskedAutoregressive(gnn.MADE(1, (8,), outputs=11, context=2), transform="spline", bins=4),
-        gnn.LULinear(1), gnn.Householder(1), gnn.Permutation(1), gnn.BatchNormFlow(1).eval(), gnn.Spline(1),
-    ):  # fmt: skip
+        gnn.LULinear(1),
+        gnn.Householder(1),
+        gnn.Permutation(1),
+        gnn.BatchNormFlow(1).eval(),
+        gnn.Spline(1),
+    ):
         layer = layer.double()
         z, logdet = layer(x, context)
         back, minus = layer.inverse(z, context)

@@ -27,9 +27,10 @@ def exact_sets(layer, size, sees):
 def test_what_a_down_shifted_convolution_sees(kernel, stride):
     h, w = (kernel, kernel) if isinstance(kernel, int) else kernel
     shape = exact_sets(
-        gnn.DownShiftedConv2d(1, 1, kernel, stride), (4, 6),
+        gnn.DownShiftedConv2d(1, 1, kernel, stride),
+        (4, 6),
         lambda r, c, i, j: stride * r - h < i <= stride * r and abs(j - stride * c) <= w // 2,
-    )  # fmt: skip
+    )
     assert shape == (4 // stride, 6 // stride)
 
 
@@ -38,9 +39,10 @@ def test_what_a_down_shifted_convolution_sees(kernel, stride):
 def test_what_a_down_right_shifted_convolution_sees(kernel, stride):
     h, w = (kernel, kernel) if isinstance(kernel, int) else kernel
     shape = exact_sets(
-        gnn.DownRightShiftedConv2d(1, 1, kernel, stride), (4, 6),
+        gnn.DownRightShiftedConv2d(1, 1, kernel, stride),
+        (4, 6),
         lambda r, c, i, j: stride * r - h < i <= stride * r and stride * c - w < j <= stride * c,
-    )  # fmt: skip
+    )
     assert shape == (4 // stride, 6 // stride)
 
 
@@ -48,9 +50,10 @@ def test_what_a_down_right_shifted_convolution_sees(kernel, stride):
 def test_what_a_transposed_down_shifted_convolution_sees(kernel):
     h, w = (kernel, kernel) if isinstance(kernel, int) else kernel
     shape = exact_sets(
-        gnn.DownShiftedConvTranspose2d(1, 1, kernel), (3, 4),
+        gnn.DownShiftedConvTranspose2d(1, 1, kernel),
+        (3, 4),
         lambda r, c, i, j: 0 <= r - 2 * i < h and 0 <= c + w // 2 - 2 * j < w,
-    )  # fmt: skip
+    )
     assert shape == (6, 8)
 
 
@@ -58,9 +61,10 @@ def test_what_a_transposed_down_shifted_convolution_sees(kernel):
 def test_what_a_transposed_down_right_shifted_convolution_sees(kernel):
     h, w = (kernel, kernel) if isinstance(kernel, int) else kernel
     shape = exact_sets(
-        gnn.DownRightShiftedConvTranspose2d(1, 1, kernel), (3, 4),
+        gnn.DownRightShiftedConvTranspose2d(1, 1, kernel),
+        (3, 4),
         lambda r, c, i, j: 0 <= r - 2 * i < h and 0 <= c - 2 * j < w,
-    )  # fmt: skip
+    )
     assert shape == (6, 8)
 
 

@@ -1,4 +1,5 @@
-"""nn.GatedMaskedConv2d, the layer of Gated PixelCNN, and nn.GatedActivation: what each output sees, conditions, errors."""
+"""nn.GatedMaskedConv2d, the layer of Gated PixelCNN, and nn.GatedActivation: what each output sees, conditions,
+errors."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def test_order_of_pixels_and_colours(order, kinds):
     options = dict(data_channels=3, group_order=order)
     layers = nn.ModuleList(
         gnn.GatedMaskedConv2d(6 if i else 3, 6, mask_type=k, **options) for i, k in enumerate(kinds)
-    ).double()  # fmt: skip
+    ).double()
 
     def network(x):
         v = h = x
@@ -114,7 +115,9 @@ def test_bug_gate_mixes_colours(order):
         x = torch.randn(1, 12, 1, 1, requires_grad=True)
         y = gate(x)
         for channel in range(6):
-            read = torch.autograd.grad(y[0, channel].sum(), x, retain_graph=True)[0].flatten().nonzero().flatten().tolist()
+            read = (
+                torch.autograd.grad(y[0, channel].sum(), x, retain_graph=True)[0].flatten().nonzero().flatten().tolist()
+            )
             assert len(read) == 2
             assert {before[c] for c in read} == {after[channel]}
     with pytest.raises(ValueError, match="GatedMaskedConv2d: channels=4 is not a multiple of data_channels=3"):
@@ -161,7 +164,7 @@ def test_conditions():
         (3, (2, 3, 4, 5), r"bias has shape \(2, 8, 4, 5\), expected .* x's shape \(2, 8, 5, 5\)"),
         (3, (3, 3), r"bias has shape \(3, 8\)"),
     ],
-)  # fmt: skip
+)
 def test_conditions_that_do_not_fit(context_channels, shape, message):
     layer = gnn.GatedMaskedConv2d(4, 4, context_channels=context_channels)
     x = torch.zeros(2, 4, 5, 5)
@@ -183,7 +186,9 @@ def test_errors_of_the_gated_layer(twin):
 
 def test_compiled_without_a_break():
     x = torch.randn(2, 6, 5, 6)
-    compiled_equals_eager(gnn.GatedMaskedConv2d(6, 6, data_channels=3, context_channels=4), [x, x + 1, torch.randn(2, 4)])
+    compiled_equals_eager(
+        gnn.GatedMaskedConv2d(6, 6, data_channels=3, context_channels=4), [x, x + 1, torch.randn(2, 4)]
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -29,7 +29,7 @@ def test_the_bias_of_an_invertible_convolution():
         (ValueError, "InvertibleConv1x1: channels=0", lambda: gnn.InvertibleConv1x1(0)),
         (TypeError, "x has dtype torch.int64", lambda: gnn.InvertibleConv1x1(4)(torch.ones(2, 4, 4, 4).long())),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

@@ -36,7 +36,7 @@ def test_householder_is_the_product_of_reflections():
         (ValueError, "Householder: features=3 and reflections=0", lambda: gnn.Householder(3, 0)),
         (ValueError, r"Householder: x has shape \(2, 4\)", lambda: gnn.Householder(3)(torch.zeros(2, 4))),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

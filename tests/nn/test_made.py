@@ -40,7 +40,8 @@ def arguments(made, n=3):
 
 
 def dependence(made, of="x"):
-    """bool (D, D) or (D, K): which inputs, or features of the context, each output depends on, for any of some samples."""
+    """bool (D, D) or (D, K): which inputs, or features of the context, each output depends on, for any of some
+    samples."""
     x, context = arguments(made, 16)
     function = (lambda x: made(x, context).sum(0)) if of == "x" else (lambda c: made(x, c).sum(0))
     jacobian = torch.autograd.functional.jacobian(function, x if of == "x" else context)
@@ -93,7 +94,10 @@ def test_degrees_are_those_of_the_paper():
 
 
 def test_draws_follow_the_generator():
-    made = [nn.MADE(9, (20,), order="random", degrees="random", generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    made = [
+        nn.MADE(9, (20,), order="random", degrees="random", generator=torch.Generator().manual_seed(s))
+        for s in (3, 3, 4)
+    ]
     assert torch.equal(made[0].order, made[1].order)
     assert torch.equal(made[0].linears[0].out_degrees, made[1].linears[0].out_degrees)
     assert not torch.equal(made[0].order, made[2].order)
@@ -256,7 +260,10 @@ def test_masked_linear_takes_other_degrees():
         (r"x has shape \(2, 4\), expected \(N, 3\)", lambda: nn.MADE(3)(torch.zeros(2, 4))),
         ("made with context=0, called with one", lambda: nn.MADE(3)(torch.zeros(2, 3), torch.zeros(2, 1))),
         ("made with context=2, called without one", lambda: nn.MADE(3, context=2)(torch.zeros(2, 3))),
-        (r"context has shape \(1, 2\), expected \(2, 2\)", lambda: nn.MADE(3, context=2)(torch.zeros(2, 3), torch.zeros(1, 2))),
+        (
+            r"context has shape \(1, 2\), expected \(2, 2\)",
+            lambda: nn.MADE(3, context=2)(torch.zeros(2, 3), torch.zeros(1, 2)),
+        ),
         ("in_degrees has dtype torch.float32", lambda: nn.MaskedLinear([1.5], [1])),
         (r"out_degrees has shape \(2,\), expected \(1,\)", lambda: nn.MaskedLinear([1], [1]).set_degrees([1], [1, 2])),
     ],

@@ -1,4 +1,5 @@
-"""Masked convolutions as modules: initialisation, masks, weight normalisation, copies, compilation, published checkpoints."""
+"""Masked convolutions as modules: initialisation, masks, weight normalisation, copies, compilation, published
+checkpoints."""
 
 from __future__ import annotations
 
@@ -166,7 +167,7 @@ def test_every_tap_may_be_causal():
         ((4, 4, 3), {"dilation": 0}, r"dilation=\(0, 0\), expected at least 1"),
         ((4, 4, 3), {"dilation": (1, 1, 1)}, r"dilation=\(1, 1, 1\), expected one number or 2"),
     ],
-)  # fmt: skip
+)
 def test_errors_of_a_masked_convolution(arguments, options, message):
     with pytest.raises(ValueError, match=f"MaskedConv2d: {message}"):
         gnn.MaskedConv2d(*arguments, **options)
@@ -199,7 +200,7 @@ def test_copies(again):
         assert all(torch.equal(a, b) and a is not b for a, b in zip(other.parameters(), layer.parameters()))
         found, expected = (
             [t for t in (m(*arguments),) for t in (t if isinstance(t, tuple) else (t,))] for m in (other, layer)
-        )  # fmt: skip
+        )
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -230,7 +231,10 @@ def test_gradients_of_weight_norm_equal_those_of_torch():
     ours, theirs = gnn.MaskedConv1d(3, 5, 2, center=1, dtype=torch.float64), nn.Conv1d(3, 5, 2, dtype=torch.float64)
     theirs.load_state_dict(ours.state_dict())
     x, results = torch.randn(2, 3, 9, dtype=torch.float64), []
-    for layer, wide in ((gnn.weight_norm(ours), x), (torch.nn.utils.parametrizations.weight_norm(theirs), F.pad(x, (1, 0)))):
+    for layer, wide in (
+        (gnn.weight_norm(ours), x),
+        (torch.nn.utils.parametrizations.weight_norm(theirs), F.pad(x, (1, 0))),
+    ):
         results.append(torch.autograd.grad(layer(wide).pow(3).sum(), layer.parameters()))
     for f, e in zip(*results):
         torch.testing.assert_close(f, e)
@@ -323,9 +327,11 @@ def published():
 
 def loading(first="A", last="B", **options):
     return nn.Sequential(
-        gnn.MaskedConv2d(1, 8, 7, padding=3, bias=False, mask_type=first), nn.BatchNorm2d(8), nn.ReLU(),
+        gnn.MaskedConv2d(1, 8, 7, padding=3, bias=False, mask_type=first),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
         gnn.MaskedConv2d(8, 8, 3, padding=1, mask_type=last, **options),
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def test_a_checkpoint_with_mask_buffers_loads():

@@ -18,7 +18,7 @@ from genfast import nn as gnn
         (ValueError, "CircularShift: features=3 and bound=-1", lambda: gnn.CircularShift(3, bound=-1)),
         (ValueError, r"CircularShift: x has shape \(2, 4\)", lambda: gnn.CircularShift(3)(torch.zeros(2, 4))),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

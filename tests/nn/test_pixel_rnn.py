@@ -64,7 +64,8 @@ def test_the_diagonal_bilstm_has_no_blind_spot():
 
 def test_the_row_lstm_sees_the_triangle_and_its_left_neighbours():
     for co, r, c, ci, i, j, value in each(jacobian(gnn.RowLSTM(2, 3).double(), 2)):
-        # c - 1 in its own row; one column more on either side a row, from which the input convolution reaches one to the left.
+        # c - 1 in its own row; one column more on either side a row, from which the input convolution reaches one to
+        # the left.
         seen = i <= r and c - (r - i) - 1 <= j <= c + (r - i)
         assert (value > 0) == seen, (co, r, c, ci, i, j)
 
@@ -120,7 +121,8 @@ def test_masked_weights_get_no_gradient_and_keep_their_value(make, groups, mask_
 
 @each_layer
 def test_the_groups_of_the_gates_are_those_of_the_hidden_channels(make, groups, mask_type):
-    """The gates are cut in four at multiples of hidden; a cut that splits the groups lets R be gated by G, a silent leak."""
+    """The gates are cut in four at multiples of hidden; a cut that splits the groups lets R be gated by G, a silent
+    leak."""
     layer = make()
     mask = layer.input_to_state.mask
     centre = mask[:, :, 0, mask.shape[3] // 2]

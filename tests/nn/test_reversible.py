@@ -35,7 +35,9 @@ def chain(kind, steps, channels=6):
     for i in range(steps // 2):
         made.append(gnn.ActNorm(channels))
         made.append(
-            gnn.AffineCoupling(network(channels, 2 * channels), mask=(board if i % 2 else ~board)[None], scale="softclamp")
+            gnn.AffineCoupling(
+                network(channels, 2 * channels), mask=(board if i % 2 else ~board)[None], scale="softclamp"
+            )
         )
     return made
 
@@ -48,7 +50,9 @@ def gradients(module, x, context=None):
     return loss.detach(), found
 
 
-@pytest.mark.parametrize(("kind", "paired"), [("glow", False), ("glow", True), ("coupling", False), ("checkerboard", False)])
+@pytest.mark.parametrize(
+    ("kind", "paired"), [("glow", False), ("glow", True), ("coupling", False), ("checkerboard", False)]
+)
 def test_gradients_equal_the_plain_chain_over_32_steps(kind, paired):
     steps = chain(kind, 32)
     plain, reversible = gnn.FlowSequential(*steps), gnn.ReversibleSequential(*steps)
@@ -173,9 +177,13 @@ def moving(kind):
     elif kind == "genfast spectral norm":
         first, last = (gnn.spectral_norm(c) for c in (first, last))
     between = {
-        "dropout": nn.Dropout(0.3), "functional dropout": FunctionalDropout(), "noise": Noise(), "counter": Counter(),
-        "batch norm": nn.BatchNorm2d(8), "rrelu": nn.RReLU(),
-    }.get(kind, nn.ReLU())  # fmt: skip
+        "dropout": nn.Dropout(0.3),
+        "functional dropout": FunctionalDropout(),
+        "noise": Noise(),
+        "counter": Counter(),
+        "batch norm": nn.BatchNorm2d(8),
+        "rrelu": nn.RReLU(),
+    }.get(kind, nn.ReLU())
     return nn.Sequential(first, between, last)
 
 
@@ -202,20 +210,32 @@ class Duck(nn.Module):
 
 
 KINDS = [
-    "spectral norm", "old spectral norm", "genfast spectral norm", "dropout", "functional dropout", "noise", "counter",
-    "batch norm", "rrelu",
-]  # fmt: skip
+    "spectral norm",
+    "old spectral norm",
+    "genfast spectral norm",
+    "dropout",
+    "functional dropout",
+    "noise",
+    "counter",
+    "batch norm",
+    "rrelu",
+]
 
 
 @pytest.mark.parametrize(
     ("stage", "kind"),
-    [*(("duck", kind) for kind in KINDS), *((s, k) for s in ("glow", "coupling") for k in ("spectral norm", "dropout"))],
+    [
+        *(("duck", kind) for kind in KINDS),
+        *((s, k) for s in ("glow", "coupling") for k in ("spectral norm", "dropout")),
+    ],
 )
 def test_what_a_call_moves_is_replayed(kind, stage):
     shared = moving(kind)
-    make = {"glow": lambda c: gnn.GlowStep(4, c), "coupling": lambda c: gnn.AffineCoupling(c, scale="tanh"), "duck": Duck}[
-        stage
-    ]
+    make = {
+        "glow": lambda c: gnn.GlowStep(4, c),
+        "coupling": lambda c: gnn.AffineCoupling(c, scale="tanh"),
+        "duck": Duck,
+    }[stage]
     steps = [make(c) for c in (shared, moving(kind), shared)]
     plain, reversible = gnn.FlowSequential(*steps), gnn.ReversibleSequential(*steps)
     x = torch.randn(4, 4, 6, 6)
@@ -293,7 +313,9 @@ def test_a_generator_of_a_modules_own_is_refused_by_name():
 
     module = gnn.ReversibleSequential(gnn.AffineCoupling(nn.Conv2d(2, 4, 1)), gnn.AffineCoupling(Own()))
     z, _ = module(torch.randn(2, 4, 4, 4, requires_grad=True))
-    with pytest.raises(RuntimeError, match=r"1 \(AffineCoupling\) gives other numbers when the backward calls it again"):
+    with pytest.raises(
+        RuntimeError, match=r"1 \(AffineCoupling\) gives other numbers when the backward calls it again"
+    ):
         z.sum().backward()
 
 

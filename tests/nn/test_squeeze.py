@@ -18,11 +18,8 @@ def test_split_and_back():
 
 
 @pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        (ValueError, r"Split: x has shape \(2, 1\)", lambda: gnn.Split()(torch.zeros(2, 1))),
-    ],
-)  # fmt: skip
+    ("error", "message", "call"), [(ValueError, r"Split: x has shape \(2, 1\)", lambda: gnn.Split()(torch.zeros(2, 1)))]
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

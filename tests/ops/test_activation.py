@@ -1,4 +1,5 @@
-"""ops.leaky_relu_bits, apply_bits, activation_chain, activation_second: layouts, in place, extremes, derivatives, errors."""
+"""ops.leaky_relu_bits, apply_bits, activation_chain, activation_second: layouts, in place, extremes, derivatives,
+errors."""
 
 from __future__ import annotations
 
@@ -20,9 +21,16 @@ from genfast.reference.activation import SLOPES, memory_order, pack, unpack
 
 SHAPES = [(), (1,), (7,), (63,), (64,), (65, 3), (2, 3, 5, 7), (4, 6, 33, 32), (2, 3, 2, 3, 5), (0, 4)]
 MAPS = {
-    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid, "softplus": F.softplus, "elu": F.elu, "selu": F.selu, "mish": F.mish,
-}  # fmt: skip
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "selu": F.selu,
+    "mish": F.mish,
+}
 
 
 def forms(x):
@@ -123,7 +131,9 @@ def error(found, exact):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.float64, 1e-13)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.float64, 1e-13)], ids=["float32", "float64"]
+)
 def test_slopes_are_those_of_torch(kind, dtype, bound):
     for shape in ((5,), (3, 6, 7, 5), (33, 64)):
         for x in forms((3 * torch.randn(shape)).to(dtype)):
@@ -141,7 +151,9 @@ def test_slopes_are_those_of_torch(kind, dtype, bound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_slopes_element_by_element(kind, dtype):
     """Absolute error of each element, across the range of the maps and far outside."""
-    x = torch.cat((torch.linspace(-30, 30, 20001), torch.tensor([0.0, 20.0, -1e30, 1e30, -math.inf, math.inf]))).to(dtype)
+    x = torch.cat((torch.linspace(-30, 30, 20001), torch.tensor([0.0, 20.0, -1e30, 1e30, -math.inf, math.inf]))).to(
+        dtype
+    )
     one = torch.ones_like(x)
     exact = genfast.reference.activation.SLOPES[kind](x[:-4].double())
     bound = 1e-6 if dtype is torch.float32 else 5e-15
@@ -239,13 +251,16 @@ def test_errors_name_the_argument():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slopes_keep_their_digits_in_the_tails(kind):
-    """Relative to each value: 1 - tanh^2 and the like, taken as differences, have none left there. The reference, in float64,
-    is held to PyTorch's derivatives above."""
+    """Relative to each value: 1 - tanh^2 and the like, taken as differences, have none left there. The reference, in
+    float64, is held to PyTorch's derivatives above."""
     x = torch.cat((torch.linspace(-12, 12, 961), torch.logspace(-6, 0, 61), -torch.logspace(-6, 0, 61)))
     exact = SLOPES[kind](x.double())
     one = torch.ones_like(x)
-    for found, wanted in zip((ops.activation_chain(x, one, kind), ops.activation_second(x, one, one, None, kind)), exact):
-        # A sum that crosses zero (silu, gelu, mish) is as exact as its terms are: those are of the order of e^-|x| there.
+    for found, wanted in zip(
+        (ops.activation_chain(x, one, kind), ops.activation_second(x, one, one, None, kind)), exact
+    ):
+        # A sum that crosses zero (silu, gelu, mish) is as exact as its terms are: those are of the order of e^-|x|
+        # there.
         floor = torch.exp(-x.double().abs()) * 0.05 if kind in ("silu", "gelu_tanh", "mish", "sigmoid") else 0.0
         if kind == "gelu":
             floor = torch.exp(-x.double().square() / 2) * 0.05
@@ -257,9 +272,11 @@ def test_a_slope_that_requires_a_gradient_is_refused():
     x, bits = torch.ones(8), torch.tensor([3], dtype=torch.uint8)
     slope = torch.tensor(0.2, requires_grad=True)
     for call in (
-        lambda: ops.apply_bits(x, bits, slope), lambda: ops.apply_bits_(x, bits, slope),
-        lambda: ops.leaky_relu_bits(x, slope), lambda: ops.leaky_relu_bits_(x, slope),
-    ):  # fmt: skip
+        lambda: ops.apply_bits(x, bits, slope),
+        lambda: ops.apply_bits_(x, bits, slope),
+        lambda: ops.leaky_relu_bits(x, slope),
+        lambda: ops.leaky_relu_bits_(x, slope),
+    ):
         with pytest.raises(TypeError, match="slope is a tensor that requires a gradient"):
             call()
     assert torch.equal(ops.apply_bits(x, bits, slope.detach()), ops.apply_bits(x, bits, 0.2))

@@ -33,13 +33,20 @@ X = torch.zeros(2, 4, 4, 6)
     ("error", "message", "call"),
     [
         (TypeError, "actnorm: x has dtype torch.int64", lambda: ops.actnorm(X.long(), torch.ones(4), torch.ones(4))),
-        (ValueError, r"actnorm: scale has shape \(3,\), expected \(4,\)", lambda: ops.actnorm(X, torch.ones(3), torch.ones(4))),
+        (
+            ValueError,
+            r"actnorm: scale has shape \(3,\), expected \(4,\)",
+            lambda: ops.actnorm(X, torch.ones(3), torch.ones(4)),
+        ),
         (ValueError, r"actnorm: bias has shape \(4, 1\)", lambda: ops.actnorm(X, torch.ones(4), torch.ones(4, 1))),
         (ValueError, r"actnorm: x has shape \(5,\)", lambda: ops.actnorm(torch.ones(5), torch.ones(5), torch.ones(5))),
-        (ValueError, "bias is on meta and x on cpu",
-         lambda: ops.actnorm(X, torch.ones(4), torch.ones(4, device="meta"))),
+        (
+            ValueError,
+            "bias is on meta and x on cpu",
+            lambda: ops.actnorm(X, torch.ones(4), torch.ones(4, device="meta")),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

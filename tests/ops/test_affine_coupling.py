@@ -22,10 +22,15 @@ def problem(scale, shape, width, dtype=torch.float64, factor=1.0):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    scale=st.sampled_from(SCALES), layout=st.sampled_from(LAYOUTS), transform=st.sampled_from(["first", "last"]),
-    n=st.sampled_from([1, 3, 130]), channels=SIZES, side=st.sampled_from([(), (1,), (5,), (4, 4), (3, 7), (2, 3, 5)]),
-    last=st.booleans(), data=st.data(),
-)  # fmt: skip
+    scale=st.sampled_from(SCALES),
+    layout=st.sampled_from(LAYOUTS),
+    transform=st.sampled_from(["first", "last"]),
+    n=st.sampled_from([1, 3, 130]),
+    channels=SIZES,
+    side=st.sampled_from([(), (1,), (5,), (4, 4), (3, 7), (2, 3, 5)]),
+    last=st.booleans(),
+    data=st.data(),
+)
 def test_inverse_undoes_forward(scale, layout, transform, n, channels, side, last, data):
     width = data.draw(st.integers(1, channels))
     x, params = problem(scale, (n, channels, *side), width)
@@ -37,7 +42,9 @@ def test_inverse_undoes_forward(scale, layout, transform, n, channels, side, las
     back, minus = affine_coupling(y, params, inverse=True, **options)
     torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(minus, -logdet)
-    expected, expected_logdet = genfast.reference.affine_coupling(x, params, None, None, scale, layout, transform == "last")
+    expected, expected_logdet = genfast.reference.affine_coupling(
+        x, params, None, None, scale, layout, transform == "last"
+    )
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(logdet, expected_logdet)
 
@@ -63,7 +70,8 @@ def test_real_sizes_in_float32(scale, shape, channels_last):
     live = [i for i, e in enumerate(expected) if e.requires_grad]  # the additive logdet is constant
     exact_grads = torch.autograd.grad([expected[i] for i in live], exact, [weights[i] for i in live])
     expected = [e.detach() for e in expected]
-    # The terms of a log-determinant may nearly cancel: then it is held to the rounding of its terms, not to that of the rest.
+    # The terms of a log-determinant may nearly cancel: then it is held to the rounding of its terms, not to that of the
+    # rest.
     rows = [t.detach().movedim(1, -1).reshape(-1, t.shape[1]) for t in exact]
     terms = genfast.reference.affine_coupling(*rows, scale=scale)[1].view(shape[0], -1).abs().sum(1)
     slack = (0.0, 1e-8 * float(terms.norm()), 0.0, 0.0)
@@ -132,7 +140,11 @@ def test_extreme_parameters_agree_with_eager(scale):
 )
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float32, 2.0**-23), (torch.float64, 2.0**-52)])
 def test_scale_maps_to_a_few_ulp(scale, exact, lo, hi, dtype, epsilon):
-    mp = pytest.importorskip("mpmath", reason="an independent exponential needs mpmath") if dtype == torch.float64 else None
+    mp = (
+        pytest.importorskip("mpmath", reason="an independent exponential needs mpmath")
+        if dtype == torch.float64
+        else None
+    )
     r = torch.linspace(lo, hi, 513 if mp is None else 33, dtype=dtype)
     s, _ = affine_coupling(torch.ones(1, 1, len(r), dtype=dtype), torch.stack((r, r * 0))[None], scale=scale)
     if mp is None:
@@ -223,7 +235,8 @@ X, P = torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)
         (ValueError, r"params has shape \(2, 10, 3, 3\)", lambda: affine_coupling(X, torch.zeros(2, 10, 3, 3))),
         (ValueError, r"params has shape \(1, 4, 3, 3\)", lambda: affine_coupling(X, P[:1])),
         (ValueError, r"params has shape \(2, 4, 3, 2\)", lambda: affine_coupling(X, P[..., :2])),
-        (ValueError, r"x has shape \(4,\), expected \(N, C, ...\)", lambda: affine_coupling(torch.zeros(4), torch.zeros(4))),
+        (ValueError, r"x has shape \(4,\), expected \(N, C, ...\)", lambda: affine_coupling(torch.zeros(4),
+        torch.zeros(4))),
         (ValueError, "scale='relu', expected one of 'exp'", lambda: affine_coupling(X, P, scale="relu")),
         (ValueError, "layout='x', expected one of", lambda: affine_coupling(X, P, layout="x")),
         (ValueError, "transform='middle'", lambda: affine_coupling(X, P, transform="middle")),
@@ -249,7 +262,11 @@ def shifted_first(x, params, scale, layout, mask, alpha, last, inverse):
     """y and logdet as the published codes write them."""
     width = params.shape[1] // 2
     r, t = split_params(params, scale, layout)
-    maps = {"exp": lambda r: r, "sigmoid": lambda r: torch.nn.functional.logsigmoid(r + 2), "tanh": lambda r: alpha * r.tanh()}
+    maps = {
+        "exp": lambda r: r,
+        "sigmoid": lambda r: torch.nn.functional.logsigmoid(r + 2),
+        "tanh": lambda r: alpha * r.tanh(),
+    }
     log_s = maps[scale](r)
     if mask is not None:
         t, log_s = t.masked_fill(mask, 0), log_s.masked_fill(mask, 0)
@@ -279,7 +296,9 @@ def test_the_shift_first(scale, layout, shape, keep):
             found = affine_coupling(x, params, inverse=inverse, **options)
             expected = shifted_first(x, params, scale, layout, mask, options.get("alpha"), last, inverse)
             torch.testing.assert_close(found, expected)
-            for f, e in zip(torch.autograd.grad(found, leaves, weights), torch.autograd.grad(expected, leaves, weights)):
+            for f, e in zip(
+                torch.autograd.grad(found, leaves, weights), torch.autograd.grad(expected, leaves, weights)
+            ):
                 torch.testing.assert_close(f, e)
         back, minus = affine_coupling(found[0], params, **options)
         torch.testing.assert_close((back, minus), (x, -found[1]))

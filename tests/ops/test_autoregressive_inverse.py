@@ -49,7 +49,9 @@ def passes(layers: list[Layer], z: Tensor, transform: str, options: list[float])
     x = torch.zeros_like(z)
     for _ in range(z.shape[1]):
         params = network(layers, x).unflatten(1, (z.shape[1], -1))
-        x, slope = reference.autoregressive_inverse.__globals__["autoregressive_univariate"](z, params, transform, options)
+        x, slope = reference.autoregressive_inverse.__globals__["autoregressive_univariate"](
+            z, params, transform, options
+        )
     return x, slope.sum(1)
 
 
@@ -122,7 +124,9 @@ def test_layers_of_every_kind(before, after, batch):
         Layer(*weight(inputs, degrees), degrees[:, None] >= inputs, context=context),
         Layer(*weight(degrees, degrees), degrees[:, None] >= degrees, before=before, after=after, residual=1),
         Layer(*weight(inputs, degrees), degrees[:, None] >= inputs, source=0, after=after, gate=gate, residual=2),
-        Layer(*weight(degrees, degrees), degrees[:, None] >= degrees, source=3, before=before, context=context, residual=3),
+        Layer(
+            *weight(degrees, degrees), degrees[:, None] >= degrees, source=3, before=before, context=context, residual=3
+        ),
         Layer(*weight(degrees, outputs), outputs[:, None] >= degrees, before=after),
     ]
     with torch.no_grad():
@@ -177,7 +181,10 @@ def test_gradients_of_large_batches_and_few_inputs():
         z = torch.randn(batch, inputs, dtype=torch.float64, requires_grad=True)
         leaves = [z, *program.parameters()]
         outputs = [ops.autoregressive_inverse(z, program), passes(layers, z, "affine:exp", [0, 0, 0])]
-        grads = [torch.autograd.grad(x.sin().sum() + logdet.square().sum(), leaves, allow_unused=True) for x, logdet in outputs]
+        grads = [
+            torch.autograd.grad(x.sin().sum() + logdet.square().sum(), leaves, allow_unused=True)
+            for x, logdet in outputs
+        ]
         for found, expected in zip(*grads):
             assert expected is not None or not found.count_nonzero()
             if expected is not None:
@@ -216,7 +223,9 @@ def test_bernoulli_draws_what_the_loop_draws():
         assert not logdet.count_nonzero()
     layers[0].weight.requires_grad_()
     x, _ = ops.autoregressive_inverse(z, DegreeProgram.build(layers), "bernoulli")
-    assert torch.equal(torch.autograd.grad(x.sum(), layers[0].weight, allow_unused=True)[0], torch.zeros(60, 20).double())
+    assert torch.equal(
+        torch.autograd.grad(x.sum(), layers[0].weight, allow_unused=True)[0], torch.zeros(60, 20).double()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -320,7 +329,9 @@ def test_nflows_and_normflows_on_their_own_weights(library, blocks, context):
     c = torch.randn(21, context) if context else None
     initial = net.initial_layer
     static = None if c is None else net.context_layer(c)
-    feedforward = "relu" if blocks == "feedforward" and library == "nflows" else "none"  # normflows has no activation there
+    feedforward = (
+        "relu" if blocks == "feedforward" and library == "nflows" else "none"
+    )  # normflows has no activation there
     if static is not None and library == "nflows":
         static = static.relu()
     layers = [Layer(initial.weight, initial.bias, initial.mask, context=static, after=feedforward)]
@@ -396,7 +407,8 @@ def test_the_forced_reference_agrees():
 
 
 def test_the_backward_works_when_the_dispatcher_calls_it():
-    """Which calls an op with autograd shut off, where this one takes derivatives of its own: of tensors on two devices, say."""
+    """Which calls an op with autograd shut off, where this one takes derivatives of its own: of tensors on two devices,
+    say."""
     op = OPS["autoregressive_inverse"]
     sample = next(iter(op.samples(torch.Generator().manual_seed(0))))
     z, packed, *rest = sample.args

@@ -18,9 +18,16 @@ from genfast.reference.bias_act import ACTIVATIONS, PIECEWISE_LINEAR
 FORMS = {"dense": None, "channels_last": torch.channels_last}
 # PyTorch's own functions; softplus beyond PyTorch's threshold is exact here.
 FUNCTIONS = {
-    "linear": lambda v: v, "relu": F.relu, "lrelu": lambda v: F.leaky_relu(v, 0.2), "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid, "elu": F.elu, "selu": F.selu, "softplus": lambda v: F.softplus(v, threshold=50), "swish": F.silu,
-}  # fmt: skip
+    "linear": lambda v: v,
+    "relu": F.relu,
+    "lrelu": lambda v: F.leaky_relu(v, 0.2),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "elu": F.elu,
+    "selu": F.selu,
+    "softplus": lambda v: F.softplus(v, threshold=50),
+    "swish": F.silu,
+}
 each_act = pytest.mark.parametrize("act", ACTIVATIONS)
 
 
@@ -55,10 +62,14 @@ def test_defaults_are_those_of_the_networks():
 
 @settings(max_examples=80, deadline=None)
 @given(
-    n=st.sampled_from([1, 2, 3, 70]), c=st.sampled_from([1, 2, 3, 5, 16, 33, 130, 600]), act=st.sampled_from(list(ACTIVATIONS)),
-    positions=st.sampled_from([(), (1,), (300,), (2, 2), (5, 7), (7, 9), (8, 8), (2, 3, 5)]), last=st.booleans(),
-    biased=st.booleans(), clamp=st.sampled_from([None, 0.5]),
-)  # fmt: skip
+    n=st.sampled_from([1, 2, 3, 70]),
+    c=st.sampled_from([1, 2, 3, 5, 16, 33, 130, 600]),
+    act=st.sampled_from(list(ACTIVATIONS)),
+    positions=st.sampled_from([(), (1,), (300,), (2, 2), (5, 7), (7, 9), (8, 8), (2, 3, 5)]),
+    last=st.booleans(),
+    biased=st.booleans(),
+    clamp=st.sampled_from([None, 0.5]),
+)
 def test_equals_the_equation(n, c, act, positions, last, biased, clamp):
     shape = (n, c, *positions)
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape)) if last else None
@@ -78,7 +89,9 @@ def test_equals_the_equation(n, c, act, positions, last, biased, clamp):
     grads = torch.autograd.grad(y, inputs, weights)
     exact = torch.autograd.grad(expected, inputs, weights.double())
     assert float((grads[0] - exact[0]).norm()) <= 1e-6 * float(exact[0].norm()) + 1e-12
-    if biased:  # a sum, whose terms cancel, of slopes that are exact to an error of size 1, also where swish's crosses zero
+    if (
+        biased
+    ):  # a sum, whose terms cancel, of slopes that are exact to an error of size 1, also where swish's crosses zero
         terms = weights.abs().transpose(0, 1).flatten(1).sum(1)
         assert bool(((grads[1] - exact[1]).abs() <= 5e-7 * terms + 1e-12).all())
 
@@ -87,7 +100,11 @@ def test_equals_the_equation(n, c, act, positions, last, biased, clamp):
 @pytest.mark.parametrize("biased", [False, True])
 def test_strides_of_x_bias_and_gradient(form, biased):
     big = torch.randn(3, 24, 12, 10)
-    x = (big if FORMS[form] is None else big.contiguous(memory_format=FORMS[form]))[:, 6:18, ::2].detach().requires_grad_()
+    x = (
+        (big if FORMS[form] is None else big.contiguous(memory_format=FORMS[form]))[:, 6:18, ::2]
+        .detach()
+        .requires_grad_()
+    )
     inputs = (x, torch.randn(12, 2)[:, 0].detach().requires_grad_()) if biased else (x,)
     for weights in (torch.randn(3, 1, 6, 10).expand(3, 12, 6, 10), torch.randn(6, 10, 3, 12).permute(2, 3, 0, 1)):
         results = []
@@ -179,12 +196,21 @@ def test_a_penalty_sends_no_zeros_through_what_is_linear_in_pieces(act, reaches)
     assert bool(bias.grad.any()) == bool(reaches)
     exact = torch.autograd.functional.jacobian(
         lambda w: (
-            torch.autograd.grad(
-                F.linear(written_out(F.linear(x, w, below.bias), bias, act, ACTIVATIONS[act][1], None), above.weight).sum(),
-                x, create_graph=True,
-            )[0].norm(dim=1) - 1
-        ).square().mean(), below.weight.detach(),
-    )  # fmt: skip
+            (
+                torch.autograd.grad(
+                    F.linear(
+                        written_out(F.linear(x, w, below.bias), bias, act, ACTIVATIONS[act][1], None), above.weight
+                    ).sum(),
+                    x,
+                    create_graph=True,
+                )[0].norm(dim=1)
+                - 1
+            )
+            .square()
+            .mean()
+        ),
+        below.weight.detach(),
+    )
     torch.testing.assert_close(below.weight.grad, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -202,7 +228,9 @@ def test_extremes(act, dtype):
     wide = x.detach().double().requires_grad_()
     first = torch.autograd.grad(FUNCTIONS[act](wide).sum(), wide, create_graph=True)[0]
     assert bool(grad.isfinite().all())
-    atol = (8 if dtype is torch.float32 else 16) * torch.finfo(dtype).eps  # in float64 PyTorch's own v (1 - s) is off as much
+    atol = (8 if dtype is torch.float32 else 16) * torch.finfo(
+        dtype
+    ).eps  # in float64 PyTorch's own v (1 - s) is off as much
     torch.testing.assert_close(grad.double(), first, rtol=0, atol=atol)
     if act not in PIECEWISE_LINEAR:
         second = torch.autograd.grad(grad.sum(), x)[0]
@@ -285,7 +313,9 @@ def test_the_rounding_of_equal_terms_does_not_add_up(form, shape):
     bias = torch.zeros(shape[1], requires_grad=True)
     ops.bias_act(x, bias, act="linear").backward(torch.full_like(x, 0.1))
     exact = float(torch.tensor(0.1)) * (x.numel() // shape[1])
-    torch.testing.assert_close(bias.grad.double(), torch.full((shape[1],), exact, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        bias.grad.double(), torch.full((shape[1],), exact, dtype=torch.float64), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 4, 4), (0, 6), (2, 6, 0, 4), (2, 0, 3)])
@@ -311,7 +341,13 @@ def test_a_bias_of_another_dtype():
 @pytest.mark.parametrize(
     ("x", "bias", "options", "error", "message"),
     [
-        ((2, 5), (4,), {}, ValueError, r"bias has shape \(4,\), expected \(5,\) \(one for each position along axis 1 of x\)"),
+        (
+            (2, 5),
+            (4,),
+            {},
+            ValueError,
+            r"bias has shape \(4,\), expected \(5,\) \(one for each position along axis 1 of x\)",
+        ),
         ((2, 5), (2, 5), {}, ValueError, r"bias has shape \(2, 5\)"),
         ((2, 5), (5,), {"dim": 2}, ValueError, r"dim=2 of x with shape \(2, 5\), expected one of its 2 axes"),
         ((2, 5), (5,), {"dim": 1.0}, TypeError, r"dim=1\.0, expected an int"),
@@ -320,7 +356,7 @@ def test_a_bias_of_another_dtype():
         ((2, 5), (5,), {"clamp": math.nan}, ValueError, r"clamp=nan"),
         ((2, 5), (5,), {"dtype": torch.int64}, TypeError, r"bias has dtype torch\.int64, expected a floating-point"),
     ],
-)  # fmt: skip
+)
 def test_errors(x, bias, options, error, message):
     options = dict(options)
     bias = torch.zeros(bias, dtype=options.pop("dtype", torch.float32))

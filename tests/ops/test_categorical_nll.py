@@ -28,7 +28,9 @@ FORMS = [torch.contiguous_format, torch.channels_last]
 @pytest.mark.parametrize("layout", ["interleaved", "blocked"])
 @pytest.mark.parametrize(("channels", "levels"), [(1, 2), (3, 4), (3, 37), (2, 256)])
 def test_equals_the_softmax(channels, levels, layout, form):
-    logits = torch.randn(3, levels * channels, 5, 4, dtype=torch.float64).contiguous(memory_format=form).requires_grad_()
+    logits = (
+        torch.randn(3, levels * channels, 5, 4, dtype=torch.float64).contiguous(memory_format=form).requires_grad_()
+    )
     x = torch.randint(levels, (3, channels, 5, 4), dtype=torch.uint8)
     found = ops.categorical_nll(logits, x, layout=layout)
     expected = written_out(logits, x, layout)
@@ -66,7 +68,13 @@ def test_compiles_without_a_break():
 @pytest.mark.parametrize(
     ("logits", "x", "options", "error", "message"),
     [
-        ((2, 24, 4), (2, 3, 4), {"layout": "bands"}, ValueError, "layout='bands', expected one of 'interleaved', 'blocked'"),
+        (
+            (2, 24, 4),
+            (2, 3, 4),
+            {"layout": "bands"},
+            ValueError,
+            "layout='bands', expected one of 'interleaved', 'blocked'",
+        ),
         (
             (2, 25, 4),
             (2, 3, 4),
@@ -75,7 +83,13 @@ def test_compiles_without_a_break():
             r"x has shape \(2, 3, 4\) and logits \(2, 25, 4\); expected logits \(N, levels",
         ),
         ((2, 24, 4), (2, 3, 5), {}, ValueError, r"x has shape \(2, 3, 5\)"),
-        ((2, 24, 4), (2, 3, 4), {"dtype": torch.float32}, TypeError, r"x has dtype torch\.float32, expected integer levels"),
+        (
+            (2, 24, 4),
+            (2, 3, 4),
+            {"dtype": torch.float32},
+            TypeError,
+            r"x has dtype torch\.float32, expected integer levels",
+        ),
         ((2, 24, 4), (2, 3, 4), {"value": 8}, ValueError, "x has values from 0 to 8, expected 0 to levels - 1 = 7"),
         ((2, 24, 4), (2, 3, 4), {"value": -100}, ValueError, "x has values from -100 to 0"),
     ],

@@ -110,7 +110,8 @@ def grid_similarity(sizes, others, h, eps, scale):
 
     def points(size):
         return torch.tensor(
-            [[i * scale / size[0], j * scale / size[1]] for i in range(size[0]) for j in range(size[1])], dtype=torch.float64
+            [[i * scale / size[0], j * scale / size[1]] for i in range(size[0]) for j in range(size[1])],
+            dtype=torch.float64,
         )
 
     d = (points(sizes).unsqueeze(1) - points(others)).square().sum(2)
@@ -125,9 +126,16 @@ def test_the_bilateral_form_on_equal_and_different_grids(over, other):
     x.requires_grad_(), y.requires_grad_()
     prior = grid_similarity((4, 6), other, 0.7, 0.05, 2.0)
     found = ops.contextual_similarity(
-        x, y, eps=1e-3, over=over, spatial_weight=0.4, spatial_bandwidth=0.7, spatial_eps=0.05, spatial_scale=2.0,
+        x,
+        y,
+        eps=1e-3,
+        over=over,
+        spatial_weight=0.4,
+        spatial_bandwidth=0.7,
+        spatial_eps=0.05,
+        spatial_scale=2.0,
         reduction="none",
-    )  # fmt: skip
+    )
     expected = written_out(x, y, 0.5, 1e-3, over=over, prior=prior, w=0.4)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for f, e in zip(torch.autograd.grad(found.sum(), (x, y)), torch.autograd.grad(expected.sum(), (x, y))):
@@ -163,7 +171,10 @@ def test_identical_features_are_wholly_similar(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 0.7, -123.0])
 def test_constant_features_are_similar_to_all_alike(dtype, value):
-    x, y = torch.full((2, 6, 3, 5), value, dtype=dtype, requires_grad=True), torch.full((2, 6, 4, 4), value, dtype=dtype)
+    x, y = (
+        torch.full((2, 6, 3, 5), value, dtype=dtype, requires_grad=True),
+        torch.full((2, 6, 4, 4), value, dtype=dtype),
+    )
     y.requires_grad_()
     for over, center in itertools.product(("sources", "targets"), (True, "sample")):
         found = ops.contextual_similarity(x, y, over=over, center=center)
@@ -237,7 +248,9 @@ def test_half_precision_is_that_of_its_values():
         expected = gnn.ContextualLoss("official")(exact, ys.double())
         assert found.item() == pytest.approx(float(expected), rel=2e-6)
         g, e = torch.autograd.grad(found, xs)[0].double(), torch.autograd.grad(expected, exact)[0]
-        assert float((g - e).norm() / e.norm()) < 4e-3 * (1 if dtype == torch.float16 else 4)  # the gradient's own rounding
+        assert float((g - e).norm() / e.norm()) < 4e-3 * (
+            1 if dtype == torch.float16 else 4
+        )  # the gradient's own rounding
 
 
 def test_near_duplicates_stay_finite_and_right():
@@ -257,7 +270,10 @@ def test_invariances_and_bounds():
     found = ops.contextual_similarity(x, y)
     assert 1 / 45 <= float(found) <= 1
     torch.testing.assert_close(ops.contextual_similarity(3 * x + 2, 3 * y + 2), found)
-    mixed = x.flatten(2)[..., torch.randperm(49)].reshape(x.shape), y.flatten(2)[..., torch.randperm(45)].reshape(y.shape)
+    mixed = (
+        x.flatten(2)[..., torch.randperm(49)].reshape(x.shape),
+        y.flatten(2)[..., torch.randperm(45)].reshape(y.shape),
+    )
     torch.testing.assert_close(ops.contextual_similarity(*mixed), found)
 
 
@@ -383,7 +399,10 @@ def test_clamped_distances_carry_nothing_with_the_mean_and_without():
     expected = OP.reference(wide, y.double(), None, None, 0.0, 0.5, 1e-2, "cosine", "sources", False)[0]
     (e,) = torch.autograd.grad(expected.sum(), wide)
     assert (
-        int((OP.reference(wide, y.double(), None, None, 0.0, 0.5, 1e-2, "cosine", "sources", False)[2][:, 0] == 0).sum()) > 20
+        int(
+            (OP.reference(wide, y.double(), None, None, 0.0, 0.5, 1e-2, "cosine", "sources", False)[2][:, 0] == 0).sum()
+        )
+        > 20
     )
     for keep_mean in (False, True):
         leaf = x.clone().requires_grad_()
@@ -392,7 +411,9 @@ def test_clamped_distances_carry_nothing_with_the_mean_and_without():
         assert float((g - e).norm() / e.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"distance": "l2"}, {"distance": "l1"}, {"spatial_weight": 0.2}, {"over": "targets"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"distance": "l2"}, {"distance": "l1"}, {"spatial_weight": 0.2}, {"over": "targets"}]
+)
 def test_the_thread_count_does_not_change_the_bits(options):
     x, y = maps((2, 33, 23, 17), (2, 33, 23, 19), dtype=torch.float32)
     results = []
@@ -464,7 +485,9 @@ def test_65536_features_on_rows_checked_in_float64():
     torch.testing.assert_close(statistics[1, chosen].double(), (-relative / 0.5).exp().sum(1) - 1, rtol=2e-5, atol=0)
     torch.testing.assert_close(statistics[2, chosen].double(), (a * relative).sum(1), rtol=2e-6, atol=0)
     torch.testing.assert_close(d.gather(1, nearest[chosen].unsqueeze(1)).squeeze(1), m, rtol=1e-6, atol=0)
-    torch.testing.assert_close(value[columns].double(), a[32:].gather(1, columns.unsqueeze(1)).squeeze(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        value[columns].double(), a[32:].gather(1, columns.unsqueeze(1)).squeeze(1), rtol=1e-5, atol=0
+    )
     assert bool((a <= value.double() * (1 + 1e-5)).all())
 
 
@@ -529,7 +552,8 @@ def test_gradients_near_a_match_are_held_to_an_absolute_bound(preset, options, k
             leaves = x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_(both)
             grads.append(torch.autograd.grad(loss(*leaves), leaves if both else leaves[0]))
         for found, exact in zip(*grads):
-            # An area of one colour has ties, whose winner rounding decides where the spatial term alone tells them apart.
+            # An area of one colour has ties, whose winner rounding decides where the spatial term alone tells them
+            # apart.
             if not (kind == "flat" and preset in ("zoom", "cocosnet-forward")):
                 assert float((found - exact).abs().max()) < 1e-5 * (1 + float(exact.abs().max()))
 

@@ -28,9 +28,11 @@ def library(mean, log_variance, prior_mean=None, prior_log_variance=None):
 @given(
     n=st.sampled_from([1, 3, 33, 70]),
     rest=st.sampled_from([(1,), (2,), (7,), (32,), (1100,), (3, 5), (4, 8, 8), (2, 3, 4, 5)]),
-    last=st.booleans(), prior=st.sampled_from([(), ("mean",), ("mean", "log_variance")]), noise=st.booleans(),
+    last=st.booleans(),
+    prior=st.sampled_from([(), ("mean",), ("mean", "log_variance")]),
+    noise=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
-)  # fmt: skip
+)
 def test_equals_torch_distributions(n, rest, last, prior, noise, dtype):
     form = {3: torch.channels_last, 4: torch.channels_last_3d}.get(len(rest)) if last else None
     shaped = (lambda t: t) if form is None else (lambda t: t.contiguous(memory_format=form))
@@ -40,7 +42,9 @@ def test_equals_torch_distributions(n, rest, last, prior, noise, dtype):
     weights, z_weights = torch.randn(n, dtype=dtype), torch.randn(n, *rest, dtype=dtype)
     leaves = [mean, log_variance, *priors.values(), *([e] if noise else [])]
     exact = {t: t.detach().double().requires_grad_() for t in leaves}
-    expected = library(*(exact[t] for t in (mean, log_variance)), *(exact[t] for t in priors.values())).flatten(1).sum(1)
+    expected = (
+        library(*(exact[t] for t in (mean, log_variance)), *(exact[t] for t in priors.values())).flatten(1).sum(1)
+    )
     total = (expected * weights).sum()
     with poisoned():
         if noise:
@@ -96,14 +100,19 @@ def test_near_the_prior_it_neither_cancels_nor_becomes_negative():
 def test_the_gradient_near_the_prior_does_not_cancel():
     log_variance = torch.tensor([[1e-6], [-1e-6], [1e-3], [-0.3], [0.4]], requires_grad=True)
     ops.diagonal_gaussian_kl(torch.zeros(5, 1), log_variance).sum().backward()
-    torch.testing.assert_close(log_variance.grad.double(), 0.5 * torch.expm1(log_variance.detach().double()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        log_variance.grad.double(), 0.5 * torch.expm1(log_variance.detach().double()), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("groups", ["dimension", "channel", "all"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_free_bits_are_a_floor_under_the_mean_over_the_batch(groups, reduction):
     torch.manual_seed(1)
-    mean, log_variance = (0.7 * torch.randn(5, 4, 3, 2, dtype=torch.float64)).requires_grad_(), torch.randn(5, 4, 3, 2).double()
+    mean, log_variance = (
+        (0.7 * torch.randn(5, 4, 3, 2, dtype=torch.float64)).requires_grad_(),
+        torch.randn(5, 4, 3, 2).double(),
+    )
     log_variance.requires_grad_()
     floor = {"dimension": 0.5, "channel": 3.5, "all": 13.0}[groups]
     each = library(mean, log_variance).mean(0)
@@ -208,11 +217,27 @@ def test_vectors_and_empty_batches():
     [
         (lambda x: ops.diagonal_gaussian(x.long(), x), TypeError, "mean has dtype torch.int64"),
         (lambda x: ops.diagonal_gaussian_kl(x, x.long()), TypeError, "log_variance has dtype torch.int64"),
-        (lambda x: ops.diagonal_gaussian_kl(x, x[:, :2]), ValueError, r"log_variance has shape \(2, 2\), expected \(2, 3\)"),
+        (
+            lambda x: ops.diagonal_gaussian_kl(x, x[:, :2]),
+            ValueError,
+            r"log_variance has shape \(2, 2\), expected \(2, 3\)",
+        ),
         (lambda x: ops.diagonal_gaussian(x, x, x[:1]), ValueError, r"noise has shape \(1, 3\), expected \(2, 3\)"),
-        (lambda x: ops.diagonal_gaussian_kl(x, x, prior_mean=x[:, :2]), ValueError, "prior_mean has shape .* broadcasts"),
-        (lambda x: ops.diagonal_gaussian_kl(x, x, reduction="max"), ValueError, "reduction='max', expected one of 'none'"),
-        (lambda x: ops.diagonal_gaussian_kl(x, x, groups="pixel"), ValueError, "groups='pixel', expected one of 'dimension'"),
+        (
+            lambda x: ops.diagonal_gaussian_kl(x, x, prior_mean=x[:, :2]),
+            ValueError,
+            "prior_mean has shape .* broadcasts",
+        ),
+        (
+            lambda x: ops.diagonal_gaussian_kl(x, x, reduction="max"),
+            ValueError,
+            "reduction='max', expected one of 'none'",
+        ),
+        (
+            lambda x: ops.diagonal_gaussian_kl(x, x, groups="pixel"),
+            ValueError,
+            "groups='pixel', expected one of 'dimension'",
+        ),
         (lambda x: ops.diagonal_gaussian_kl(x, x, free_bits=-1.0), ValueError, "free_bits=-1.0, expected at least 0"),
         (lambda x: ops.diagonal_gaussian_kl(x, x, free_bits=1.0), ValueError, "free_bits=1.0 with reduction='none'"),
         (lambda x: ops.diagonal_gaussian(x, x, x, generator=torch.Generator()), ValueError, "both noise and generator"),

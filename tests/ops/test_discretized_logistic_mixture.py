@@ -80,12 +80,18 @@ def test_equals_the_direct_sum(shape, form):
     assert float((grad.double() - exact).norm() / exact.norm()) < 2e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=lambda d: str(d)[6:]
+)
 def test_integer_types_and_layouts_of_x_give_the_same(dtype):
     x = torch.randint(100, (3, 3, 5, 6))
     params = torch.randn(3, 20, 5, 6)
     expected = ops.discretized_logistic_mixture_nll(params, x, levels=100)
-    for same in (x, x.contiguous(memory_format=torch.channels_last), x.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)):
+    for same in (
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        x.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
+    ):
         assert torch.equal(ops.discretized_logistic_mixture_nll(params, same.to(dtype), levels=100), expected)
 
 
@@ -146,7 +152,8 @@ def test_not_a_number_stays_at_its_position():
 
 
 def published(x, params):
-    """discretized_mix_logistic_loss of PixelCNN++ in its PyTorch form: x (B, H, W, 3) in [-1, 1], params (B, H, W, 10K)."""
+    """discretized_mix_logistic_loss of PixelCNN++ in its PyTorch form: x (B, H, W, 3) in [-1, 1], params (B, H, W,
+    10K)."""
     xs, nr_mix = list(x.shape), params.shape[-1] // 10
     logit_probs = params[..., :nr_mix]
     rest = params[..., nr_mix:].contiguous().view([*xs, nr_mix * 3])
@@ -155,7 +162,9 @@ def published(x, params):
     coeffs = torch.tanh(rest[..., 2 * nr_mix : 3 * nr_mix])
     x = x.unsqueeze(-1) + torch.zeros([*xs, nr_mix])
     m2 = (means[..., 1, :] + coeffs[..., 0, :] * x[..., 0, :]).view(*xs[:3], 1, nr_mix)
-    m3 = (means[..., 2, :] + coeffs[..., 1, :] * x[..., 0, :] + coeffs[..., 2, :] * x[..., 1, :]).view(*xs[:3], 1, nr_mix)
+    m3 = (means[..., 2, :] + coeffs[..., 1, :] * x[..., 0, :] + coeffs[..., 2, :] * x[..., 1, :]).view(
+        *xs[:3], 1, nr_mix
+    )
     means = torch.cat((means[..., 0, :].unsqueeze(3), m2, m3), dim=3)
     centered_x = x - means
     inv_stdv = torch.exp(-log_scales)
@@ -188,7 +197,9 @@ def test_parity_equals_the_published_code():
     scaled = (x.float() * 2 / 255 - 1).permute(0, 2, 3, 1)
     expected = published(scaled, params.permute(0, 2, 3, 1))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(*(torch.autograd.grad(nll.sum(), params)[0] for nll in (found, expected)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(nll.sum(), params)[0] for nll in (found, expected)), rtol=1e-4, atol=1e-4
+    )
     ours = ops.discretized_logistic_mixture_nll(params, x)
     assert not torch.equal(found, ours)
     torch.testing.assert_close(ours[1], found[1], rtol=1e-3, atol=1e-3)
@@ -227,18 +238,22 @@ def test_the_thread_count_does_not_change_the_bits():
 @pytest.mark.parametrize(
     ("params", "x", "options", "error", "message"),
     [
-        ((2, 100, 4), (2, 3, 4), {"dtype": torch.float32}, TypeError, r"x has dtype torch\.float32, expected integer levels"),
+        ((2, 100, 4), (2, 3, 4), {"dtype": torch.float32}, TypeError, r"x has dtype torch\.float32, expected integer "
+        r"levels"),
         ((2, 100, 4), (2, 3, 4), {"dtype": torch.bool}, TypeError, r"x has dtype torch\.bool"),
-        ((2, 99, 4), (2, 3, 4), {}, ValueError, r"params has shape \(2, 99, 4\), expected \(N, 10K, \.\.\.\) for 3 channels"),
+        ((2, 99, 4), (2, 3, 4), {}, ValueError, r"params has shape \(2, 99, 4\), expected \(N, 10K, \.\.\.\) for 3 "
+        r"channels"),
         ((2, 10, 4), (2, 1, 4), {}, ValueError, r"expected \(N, 3K, \.\.\.\) for 1 channel:"),
         ((2, 0, 4), (2, 3, 4), {}, ValueError, r"params has shape \(2, 0, 4\)"),
         ((2, 100, 4), (2, 2, 4), {}, ValueError, "got 2 channels, expected 1 or 3"),
         ((2, 100, 4), (2, 3, 5), {}, ValueError, r"x has shape \(2, 3, 5\) and params \(2, 100, 4\)"),
         ((2, 100, 4), (1, 3, 4), {}, ValueError, r"x has shape \(1, 3, 4\)"),
         ((2, 100, 4), (2, 3, 4), {"levels": 1}, ValueError, "levels=1, expected 2 to 65536"),
-        ((2, 100, 4), (2, 3, 4), {"value": 256}, ValueError, "x has values from 0 to 256, expected 0 to levels - 1 = 255"),
+        ((2, 100, 4), (2, 3, 4), {"value": 256}, ValueError, "x has values from 0 to 256, expected 0 to levels - 1 = "
+        "255"),
         ((2, 100, 4), (2, 3, 4), {"value": -1}, ValueError, "x has values from -1 to 0, expected 0"),
-        ((2, 100, 4), (2, 3, 4), {"parity": "pixelcnn"}, ValueError, r"parity='pixelcnn', expected one of 'pixelcnn\+\+'"),
+        ((2, 100, 4), (2, 3, 4), {"parity": "pixelcnn"}, ValueError, r"parity='pixelcnn', expected one of "
+        r"'pixelcnn\+\+'"),
         ((2, 100, 4), (2, 3, 4), {"params": torch.int64}, TypeError, r"params has dtype torch\.int64"),
     ],
 )  # fmt: skip
@@ -248,7 +263,9 @@ def test_errors(params, x, options, error, message):
     if "value" in options:
         x.view(-1)[3] = options.pop("value")
     with pytest.raises(error, match=message):
-        ops.discretized_logistic_mixture_nll(torch.zeros(params, dtype=options.pop("params", torch.float32)), x, **options)
+        ops.discretized_logistic_mixture_nll(
+            torch.zeros(params, dtype=options.pop("params", torch.float32)), x, **options
+        )
 
 
 def test_parity_under_a_forced_backend_says_why():
@@ -297,7 +314,9 @@ def test_samples_equal_the_reference_on_the_same_uniforms():
             u = uniforms if p.shape == params.shape else uniforms[:, :, ::2, 1:]
             found = ops.discretized_logistic_mixture_sample(p, u, channels=channels, levels=100, temperature=0.75)
             with genfast.backend("reference"):
-                expected = ops.discretized_logistic_mixture_sample(p, u, channels=channels, levels=100, temperature=0.75)
+                expected = ops.discretized_logistic_mixture_sample(
+                    p, u, channels=channels, levels=100, temperature=0.75
+                )
             assert torch.equal(found, expected)
             assert found.dtype == torch.int64
             assert found.shape == (2, channels, *p.shape[2:])
@@ -313,7 +332,8 @@ def test_the_component_is_the_first_whose_cumulative_probability_exceeds_u():
 
 
 def test_green_follows_the_red_that_was_snapped():
-    """mean_G = tanh(a) x_R with x_R on the grid {-1, 1}: 0.1 of red becomes 1, and green comes out as +-tanh(a) of it."""
+    """mean_G = tanh(a) x_R with x_R on the grid {-1, 1}: 0.1 of red becomes 1, and green comes out as +-tanh(a) of
+    it."""
     params = torch.zeros(1, 10)
     params[:, [2, 5, 8]] = -7
     params[:, 1], params[:, 3] = 0.1, 3.0
@@ -325,7 +345,9 @@ def test_green_follows_the_red_that_was_snapped():
 
 def test_samples_repeat_with_a_generator_and_carry_no_gradient():
     params = torch.randn(2, 20, 4, 4, requires_grad=True)
-    draws = [ops.discretized_logistic_mixture_sample(params, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    draws = [
+        ops.discretized_logistic_mixture_sample(params, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not draws[0].requires_grad

@@ -57,7 +57,9 @@ def as_function(op, args):
 
 @each_sample
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
 def test_matches_the_float64_reference(op, sample, backend, dtype):
     if backend != "reference" and backend not in op.kernels:
         pytest.skip(f"there is no {backend} kernel")
@@ -125,7 +127,8 @@ def _outputs(result):
 # Which arguments carry the batch axis, where it is not the first one alone.
 BATCHED = {
     "activation_chain": (0, 1), "activation_second": (0, 1, 2, 3), "affine_coupling": (0, 1), "apply_bits": (0, 1),
-    "autoregressive_inverse": (0, 2), "channel_mix": (0, 1), "channel_scale": (0, 1, 2), "contextual_similarity": (0, 1),
+    "autoregressive_inverse": (0, 2), "channel_mix": (0, 1), "channel_scale": (0, 1, 2), "contextual_similarity": (0,
+    1),
     "diagonal_gaussian": (0, 1, 2, 3, 4), "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1),
     "interpolate": (0, 1, 2), "linear_input": (0, 2), "linear_spline": (0, 1), "linear_weight": (0, 1), "nade": (0, 4),
     "nearest_rows": (0, 1), "pairwise_kernel_sum": (0, 1), "plu_weight": (), "quadratic_spline": (0, 1, 2),
@@ -136,8 +139,14 @@ BATCHED = {
 
 # Whose backward takes what the op took.
 TAKES_ITS_ARGUMENTS = (
-    "affine_coupling", "actnorm", "bias_act", "gated_activation", "minibatch_stddev", "pixel_norm", "plu_weight",
-)  # fmt: skip
+    "affine_coupling",
+    "actnorm",
+    "bias_act",
+    "gated_activation",
+    "minibatch_stddev",
+    "pixel_norm",
+    "plu_weight",
+)
 
 
 @each_sample
@@ -348,7 +357,10 @@ def test_every_op_has_a_check_and_every_backward_op_refuses_shapes_that_do_not_f
             t = args[i]
             if not name.startswith("grad") or not isinstance(t, Tensor):
                 continue
-            for other in (t.new_ones((*t.shape, 2)), t.new_ones([s + 1 for s in t.shape]) if t.dim() else t.new_ones(3)):
+            for other in (
+                t.new_ones((*t.shape, 2)),
+                t.new_ones([s + 1 for s in t.shape]) if t.dim() else t.new_ones(3),
+            ):
                 changed = [*args[:i], other, *args[i + 1 :]]
                 with pytest.raises(ValueError, match=name):
                     op.overload(*changed)
@@ -368,9 +380,16 @@ def test_the_guard_answers_the_same_in_c_and_in_python(recorded):
             if isinstance(args[i], Tensor):
                 t = args[i]
                 changes += [
-                    t.to(torch.uint8), t.to(torch.complex64), t.half(), t[:0] if t.dim() else t, t.to("meta"), t.to_sparse(),
-                    torch._efficientzerotensor(t.shape), torch._neg_view(t.float()), torch.nn.Parameter(t.float()),
-                ]  # fmt: skip
+                    t.to(torch.uint8),
+                    t.to(torch.complex64),
+                    t.half(),
+                    t[:0] if t.dim() else t,
+                    t.to("meta"),
+                    t.to_sparse(),
+                    torch._efficientzerotensor(t.shape),
+                    torch._neg_view(t.float()),
+                    torch.nn.Parameter(t.float()),
+                ]
             for change in (args[i], *changes):
                 changed = (*args[:i], change, *args[i + 1 :])
                 expected = _registry._guard_in_python(plain, changed)
@@ -393,9 +412,11 @@ def test_tensors_without_numbers_in_memory_are_taken_or_refused_by_name():
     assert torch.equal(genfast.ops.activation_chain(zero, x, "tanh"), x)
     assert torch.equal(_registry.OPS["activation_chain"].direct(zero, x, "tanh"), x)
     for wrong, what in (
-        (x.to_sparse(), "torch.sparse_coo"), (x.to_mkldnn(), "torch._mkldnn"), (torch.nested.nested_tensor([x, x]), "nested"),
+        (x.to_sparse(), "torch.sparse_coo"),
+        (x.to_mkldnn(), "torch._mkldnn"),
+        (torch.nested.nested_tensor([x, x]), "nested"),
         (torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantised"),
-    ):  # fmt: skip
+    ):
         for call in (_registry.OPS["pixel_norm"], torch.ops.genfast.pixel_norm):
             with pytest.raises((TypeError, RuntimeError), match=f"x .*{what}|{what}"):
                 call(wrong, 1e-8)

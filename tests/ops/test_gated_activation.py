@@ -29,10 +29,13 @@ def spread(x, kind):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 3), groups=st.sampled_from([1, 2, 3]), c=st.sampled_from([1, 2, 5, 16, 33]),
+    n=st.integers(1, 3),
+    groups=st.sampled_from([1, 2, 3]),
+    c=st.sampled_from([1, 2, 5, 16, 33]),
     positions=st.sampled_from([(), (1,), (300,), (5, 7), (4, 16), (28, 28), (2, 3, 5)]),
-    kind=st.sampled_from(["none", "all", "sample", "spatial"]), last=st.booleans(),
-)  # fmt: skip
+    kind=st.sampled_from(["none", "all", "sample", "spatial"]),
+    last=st.booleans(),
+)
 def test_equals_the_equation(n, groups, c, positions, kind, last):
     shape = (n, 2 * c * groups, *positions)
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape)) if last else None
@@ -167,7 +170,7 @@ def test_empty(shape, kind):
         ((2, 8, 4), (2, 8, 1), {}, ValueError, r"bias has shape \(2, 8, 1\)"),
         ((2, 8, 4), (8,), {"dtype": torch.int64}, TypeError, r"bias has dtype torch\.int64, expected a floating-point"),
     ],
-)  # fmt: skip
+)
 def test_errors(x, bias, options, error, message):
     options = dict(options)
     bias = None if bias is None else torch.zeros(bias, dtype=options.pop("dtype", torch.float32))

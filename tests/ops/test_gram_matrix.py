@@ -18,7 +18,8 @@ from tests.conftest import poisoned
 
 # Channels and positions around the edges of vectors, tiles, blocks, panels, runs of terms and groups.
 SIZES = (
-    (1, 1), (1, 5000), (3, 7), (6, 512), (15, 513), (16, 16), (17, 1025), (63, 65), (64, 64), (65, 300), (100, 4097), (129, 77),
+    (1, 1), (1, 5000), (3, 7), (6, 512), (15, 513), (16, 16), (17, 1025), (63, 65), (64, 64), (65, 300), (100, 4097),
+    (129, 77),
     (257, 130),
 )  # fmt: skip
 
@@ -123,7 +124,9 @@ def test_layouts_give_the_same_bits_and_keep_the_order(shape):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 128, 128), (1, 128, 64, 64), (3, 100, 40, 40), (1, 300, 20, 20), (5, 16, 9, 9)])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 128, 128), (1, 128, 64, 64), (3, 100, 40, 40), (1, 300, 20, 20), (5, 16, 9, 9)]
+)
 def test_the_thread_count_does_not_change_the_bits(shape):
     x = torch.randn(shape, requires_grad=True)
     target = torch.randn(1, shape[1], shape[1])
@@ -169,10 +172,7 @@ def test_what_the_kernels_leave_unwritten_would_be_nan():
 def test_third_derivatives():
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     a = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
-    for function in (
-        lambda x: ops.gram_matrix(x).sin(),
-        lambda x: ops.style_loss(x, a, normalize=False),
-    ):
+    for function in (lambda x: ops.gram_matrix(x).sin(), lambda x: ops.style_loss(x, a, normalize=False)):
 
         def second(x, function=function):
             weights = torch.linspace(1, 2, function(x).numel(), dtype=torch.float64).reshape(function(x).shape)
@@ -186,7 +186,10 @@ def test_third_derivatives():
 def test_the_backward_ops_pass_opcheck_and_gradcheck():
     x, g = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (2, 3, 3)))
     v = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    for op, args in ((OPS["gram_matrix_backward"], (x, g, 0.5, 0.1)), (OPS["style_loss_backward"], (x, v, g, 0.5, 0.1, 2.0))):
+    for op, args in (
+        (OPS["gram_matrix_backward"], (x, g, 0.5, 0.1)),
+        (OPS["style_loss_backward"], (x, v, g, 0.5, 0.1, 2.0)),
+    ):
         torch.library.opcheck(op.overload, args)
         assert torch.autograd.gradcheck(op, args)
         assert torch.autograd.gradgradcheck(op, args)
@@ -251,7 +254,9 @@ def test_layers_weights_and_targets():
     ys = [torch.randn(2, c, 3, 3) for c in (3, 5, 7)]
     weights = [0.5, 2.0, 1.0]
     targets = [ops.gram_matrix(y, shift=-1) for y in ys]
-    expected = sum(w * F.mse_loss(reference.gram_matrix(x, 1 / x[0].numel(), -1.0), a) for w, x, a in zip(weights, xs, targets))
+    expected = sum(
+        w * F.mse_loss(reference.gram_matrix(x, 1 / x[0].numel(), -1.0), a) for w, x, a in zip(weights, xs, targets)
+    )
     found = ops.style_loss(xs, targets, weights, shift=-1)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(ops.style_loss(xs, ys, weights, shift=-1, targets_are="features"), expected)
@@ -361,7 +366,8 @@ def test_under_autocast():
         (lambda: ops.gram_matrix([1]), TypeError, "features is a list"),
         (lambda: ops.style_loss([], []), ValueError, "features is an empty sequence"),
         (lambda: ops.style_loss(torch.ones(2, 3, 4), [torch.ones(1, 3, 3)] * 2), ValueError, "2 targets for 1 layers"),
-        (lambda: ops.style_loss(torch.ones(2, 3, 4), torch.ones(1, 3, 3), [1, 2]), ValueError, "2 weights for 1 layers"),
+        (lambda: ops.style_loss(torch.ones(2, 3, 4), torch.ones(1, 3, 3), [1, 2]), ValueError,
+        "2 weights for 1 layers"),
         (
             lambda: ops.style_loss(torch.ones(2, 3, 4), torch.ones(3, 3, 3)), ValueError,
             r"target has shape \(3, 3, 3\), expected \(2 or 1, 3, 3\) for features of shape \(2, 3, 4\)",
@@ -376,12 +382,15 @@ def test_under_autocast():
             "reduction='sum', expected one of 'mean', 'none'",
         ),
         (
-            lambda: ops.style_loss([torch.ones(2, 3, 4), torch.ones(1, 3, 4)], [torch.ones(1, 3, 3)] * 2, reduction="none"),
+            lambda: ops.style_loss([torch.ones(2, 3, 4), torch.ones(1, 3, 4)], [torch.ones(1, 3, 3)] * 2,
+            reduction="none"),
             ValueError, "batches of 2 and 1",
         ),
-        (lambda: OPS["gram_matrix_backward"](torch.ones(2, 3, 4), torch.ones(1, 3, 3), 1.0, 0.0), ValueError, "grad has shape"),
+        (lambda: OPS["gram_matrix_backward"](torch.ones(2, 3, 4), torch.ones(1, 3, 3), 1.0, 0.0), ValueError,
+        "grad has shape"),
         (
-            lambda: OPS["style_loss_layers"]([torch.ones(2, 3, 4)], [torch.ones(1, 3, 3)] * 2, [1.0], 0.0, [1.0]), ValueError,
+            lambda: OPS["style_loss_layers"]([torch.ones(2, 3, 4)], [torch.ones(1, 3, 3)] * 2, [1.0], 0.0, [1.0]),
+            ValueError,
             r"\[1, 2, 1, 1\] features, targets, scales and factors",
         ),
         (lambda: OPS["style_loss_layers"]([], [], [], 0.0, []), ValueError, "expected one of each a layer"),
@@ -404,7 +413,9 @@ def test_bad_arguments(call, error, match):
 
 def test_the_modules():
     x, y = torch.randn(2, 2, 5, 4, 4).unbind()
-    assert torch.equal(genfast.nn.GramMatrix(normalize=False, shift=-1)(x), ops.gram_matrix(x, normalize=False, shift=-1))
+    assert torch.equal(
+        genfast.nn.GramMatrix(normalize=False, shift=-1)(x), ops.gram_matrix(x, normalize=False, shift=-1)
+    )
     loss = genfast.nn.GramLoss.of_features([y], [3.0])
     assert torch.equal(loss([x]), ops.style_loss(x, ops.gram_matrix(y), [3.0]))
     other = genfast.nn.GramLoss([torch.zeros(2, 5, 5)], [3.0])

@@ -21,9 +21,11 @@ def written_out(real, fake, epsilon):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(1, 4), rest=st.sampled_from([(), (1,), (7,), (5000,), (3, 5), (4, 8, 8), (3, 65, 63), (2, 3, 4, 5)]),
-    last=st.booleans(), wanted=st.lists(st.booleans(), min_size=3, max_size=3),
-)  # fmt: skip
+    n=st.integers(1, 4),
+    rest=st.sampled_from([(), (1,), (7,), (5000,), (3, 5), (4, 8, 8), (3, 65, 63), (2, 3, 4, 5)]),
+    last=st.booleans(),
+    wanted=st.lists(st.booleans(), min_size=3, max_size=3),
+)
 def test_equals_the_equation(n, rest, last, wanted):
     form = {3: torch.channels_last, 4: torch.channels_last_3d}.get(len(rest)) if last else None
     tensors = [torch.randn(n, *rest), torch.randn(n, *rest), torch.rand(n)]
@@ -87,7 +89,11 @@ def test_half_types_draw_in_float32_and_round_once():
 
 
 def test_other_dtypes_beside_real():
-    real, fake, e = torch.randn(3, 4), torch.randn(3, 4).double().requires_grad_(), torch.rand(3).bfloat16().requires_grad_()
+    real, fake, e = (
+        torch.randn(3, 4),
+        torch.randn(3, 4).double().requires_grad_(),
+        torch.rand(3).bfloat16().requires_grad_(),
+    )
     y = ops.interpolate(real, fake, epsilon=e)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, written_out(real, fake.float(), e.float()))
@@ -129,14 +135,18 @@ def test_a_gradient_penalty_reaches_the_generator():
 @pytest.mark.parametrize("name", ["interpolate_backward"])
 def test_opcheck_of_the_backward(name):
     real, fake, grad = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(OPS[name].overload, (grad, real, fake, torch.rand(2, requires_grad=True), [True, False, True]))
+    torch.library.opcheck(
+        OPS[name].overload, (grad, real, fake, torch.rand(2, requires_grad=True), [True, False, True])
+    )
 
 
 def test_compiles_without_a_break():
     real, fake = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8, requires_grad=True)
     e = torch.rand(4)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda r, f: ops.interpolate(r, f, epsilon=e).square().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda r, f: ops.interpolate(r, f, epsilon=e).square().sum(), fullgraph=True, backend="aot_eager"
+    )
     found, expected = compiled(real, fake), ops.interpolate(real, fake, epsilon=e).square().sum()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(v, fake)[0] for v in (found, expected)))
@@ -171,7 +181,8 @@ def test_empty(shape):
 @pytest.mark.parametrize(
     ("real", "fake", "options", "error", "message"),
     [
-        (torch.ones(4, 3), torch.ones(3, 3), {}, ValueError, r"real has shape \(4, 3\) and fake \(3, 3\), expected the same"),
+        (torch.ones(4, 3), torch.ones(3, 3), {}, ValueError, r"real has shape \(4, 3\) and fake \(3, 3\), expected "
+        r"the same"),
         (torch.ones(4, 3), torch.ones(4, 1), {}, ValueError, r"fake \(4, 1\)"),
         (torch.ones(()), torch.ones(()), {}, ValueError, r"expected the same shape \(N, \.\.\.\)"),
         (torch.ones(4, 3), torch.ones(4, 3).long(), {}, TypeError, r"fake has dtype torch\.int64"),
@@ -179,9 +190,11 @@ def test_empty(shape):
         (torch.ones(4, 3), None, {}, TypeError, r"fake is a NoneType, expected a torch\.Tensor"),
         ([1.0], torch.ones(1), {}, TypeError, r"real is a list"),
         (torch.ones(4, 3), torch.ones(4, 3, device="meta"), {}, ValueError, r"fake is on meta and real on cpu"),
-        (torch.ones(4, 3), torch.ones(4, 3), {"epsilon": torch.rand(3)}, ValueError, r"epsilon has shape \(3,\), expected"),
+        (torch.ones(4, 3), torch.ones(4, 3), {"epsilon": torch.rand(3)}, ValueError, r"epsilon has shape \(3,\), "
+        r"expected"),
         (torch.ones(4, 3), torch.ones(4, 3), {"epsilon": torch.rand(4, 3)}, ValueError, r"epsilon has shape \(4, 3\)"),
-        (torch.ones(4, 3), torch.ones(4, 3), {"epsilon": torch.ones(4).long()}, TypeError, r"epsilon has dtype torch\.int64"),
+        (torch.ones(4, 3), torch.ones(4, 3), {"epsilon": torch.ones(4).long()}, TypeError, r"epsilon has dtype "
+        r"torch\.int64"),
         (
             torch.ones(4, 3), torch.ones(4, 3), {"epsilon": torch.rand(4), "generator": torch.Generator()}, ValueError,
             "both epsilon and generator",

@@ -1,4 +1,5 @@
-"""ops.invertible_conv1x1 and ops.actnorm_conv1x1: exact log-determinants, inverses, PLU factors, sizes of Glow, errors."""
+"""ops.invertible_conv1x1 and ops.actnorm_conv1x1: exact log-determinants, inverses, PLU factors, sizes of Glow,
+errors."""
 
 from __future__ import annotations
 
@@ -14,9 +15,12 @@ from genfast import ops
 
 def factors(c, dtype=torch.float64):
     return ops.PLU(
-        torch.randperm(c), torch.randn(c, c, dtype=dtype), torch.randn(c, c, dtype=dtype), torch.randn(c).sign().to(dtype),
+        torch.randperm(c),
+        torch.randn(c, c, dtype=dtype),
+        torch.randn(c, c, dtype=dtype),
+        torch.randn(c).sign().to(dtype),
         0.1 * torch.randn(c, dtype=dtype),
-    )  # fmt: skip
+    )
 
 
 SHAPES = st.sampled_from([(1, 1), (130, 5), (2, 3, 7), (3, 12, 4, 4), (2, 17, 5, 3), (1, 48, 9, 9), (2, 4, 2, 3, 5)])
@@ -109,7 +113,8 @@ X = torch.zeros(2, 4, 4, 6)
     ("error", "message", "call"),
     [
         (ValueError, r"weight has shape \(3, 3\), expected \(4, 4\)", lambda: ops.invertible_conv1x1(X, torch.eye(3))),
-        (ValueError, r"weight has shape \(4, 3\), expected \(C, C\)", lambda: ops.invertible_conv1x1(X, torch.ones(4, 3))),
+        (ValueError, r"weight has shape \(4, 3\), expected \(C, C\)", lambda: ops.invertible_conv1x1(X, torch.ones(4,
+        3))),
         (TypeError, "weight has dtype torch.int64", lambda: ops.invertible_conv1x1(X, torch.eye(4).long())),
         (TypeError, "x has dtype torch.int64", lambda: ops.invertible_conv1x1(X.long(), torch.eye(4))),
         (TypeError, "perm has dtype torch.int32",

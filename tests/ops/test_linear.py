@@ -20,9 +20,18 @@ from genfast.reference.linear import row_mask
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
 # Both sides of the tiles (6 rows by up to 64 columns), of the panels and of the runs of 512 terms.
 SIZES = [
-    (1, 1, 1), (1, 600, 70), (5, 31, 33), (6, 64, 64), (7, 512, 63), (13, 513, 65), (48, 1025, 130), (50, 16, 200),
-    (97, 40, 449), (64, 2, 512), (130, 130, 130),
-]  # fmt: skip
+    (1, 1, 1),
+    (1, 600, 70),
+    (5, 31, 33),
+    (6, 64, 64),
+    (7, 512, 63),
+    (13, 513, 65),
+    (48, 1025, 130),
+    (50, 16, 200),
+    (97, 40, 449),
+    (64, 2, 512),
+    (130, 130, 130),
+]
 
 
 def error(found, exact):
@@ -65,7 +74,12 @@ def test_the_three_products(n, k, m, dtype):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(0, 20), st.integers(0, 80), st.integers(0, 140), st.booleans(), st.booleans(), st.sampled_from([None, 0.0, 0.3])
+    st.integers(0, 20),
+    st.integers(0, 80),
+    st.integers(0, 140),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 0.0, 0.3]),
 )
 def test_any_size_and_stride(n, k, m, turn_x, turn_w, slope):
     x = torch.randn(k, n).t() if turn_x else torch.randn(n, k + 3)[:, 1 : k + 1]
@@ -124,9 +138,21 @@ def test_nothing_outside_is_written():
         x, w = torch.randn(n, k), torch.randn(m, k)
         out, bits = torch.full((n * m + 64,), 7.0), torch.full((n * -(-m // 8) + 64,), 7, dtype=torch.uint8)
         _cpu.linear(
-            a=x, a_row=k, a_inner=1, b=w, b_inner=1, b_column=k, out=out[32:], bits=bits[32:], bits_mode=1, slope=0.5, rows=n,
-            columns=m, inner=k, threads=2,
-        )  # fmt: skip
+            a=x,
+            a_row=k,
+            a_inner=1,
+            b=w,
+            b_inner=1,
+            b_column=k,
+            out=out[32:],
+            bits=bits[32:],
+            bits_mode=1,
+            slope=0.5,
+            rows=n,
+            columns=m,
+            inner=k,
+            threads=2,
+        )
         assert out[:32].eq(7).all()
         assert out[n * m + 32 :].eq(7).all()
         assert bits[:32].eq(7).all()

@@ -51,11 +51,13 @@ def dense(x, weight, bias, mask, dilation=1, groups=1, center=None, activation=N
 
 
 def by_definition(x, weight, bias, mask_type, data_channels, group_order, dilation, groups, center, activation):
-    """Position by position and tap by tap: an input counts if it comes before the output's position in raster order, and at
-    that position if its colour comes before ("A") or not after ("B") the output's."""
+    """Position by position and tap by tap: an input counts if it comes before the output's position in raster order,
+    and at that position if its colour comes before ("A") or not after ("B") the output's."""
     sizes, kernel, out = x.shape[2:], weight.shape[2:], weight.shape[0]
     per, own = weight.shape[1], out // groups
-    parts = [F.pad(weight[g * own : (g + 1) * own].movedim(1, -1), (g * per, (groups - 1 - g) * per)) for g in range(groups)]
+    parts = [
+        F.pad(weight[g * own : (g + 1) * own].movedim(1, -1), (g * per, (groups - 1 - g) * per)) for g in range(groups)
+    ]
     full = torch.cat(parts).movedim(-1, 1)  # (O, C, *kernel)
     pair = torch.tensor(
         [
@@ -119,8 +121,8 @@ def compare(leaves, expected_of, **options):
     return y, found
 
 
-# x's shape, output channels, kernel, options; data_channels, group_order, dilation, groups, center and activation by default
-# 1, interleaved, 1, 1, kernel // 2 and None.
+# x's shape, output channels, kernel, options; data_channels, group_order, dilation, groups, center and activation by
+# default 1, interleaved, 1, 1, kernel // 2 and None.
 CASES = {
     "1-D": ((2, 3, 9), 4, (3,), {}),
     "1-D even": ((2, 3, 9), 5, (4,), {"dilation": [2]}),
@@ -146,11 +148,14 @@ CASES = {
     "3-D even, dilated": ((2, 2, 3, 3, 3), 2, (2, 3, 2), {"dilation": [1, 2, 1]}),
     "3-D all causal": ((1, 2, 3, 4, 2), 3, (2, 2, 2), {"center": [1, 1, 1]}),
     "3-D colours": ((1, 4, 2, 3, 3), 2, (3, 1, 3), {"data_channels": 2}),
-}  # fmt: skip
+}
 
 
 ORDERED = [
-    (case, o) for case in CASES for o in ("interleaved", "blocked") if o == "interleaved" or "data_channels" in CASES[case][3]
+    (case, o)
+    for case in CASES
+    for o in ("interleaved", "blocked")
+    if o == "interleaved" or "data_channels" in CASES[case][3]
 ]
 
 
@@ -158,10 +163,18 @@ ORDERED = [
 @pytest.mark.parametrize(("case", "group_order"), ORDERED)
 def test_equals_the_definition(case, group_order, mask_type):
     shape, out, kernel, given = CASES[case]
-    options = dict(
-        mask_type=mask_type, data_channels=1, group_order=group_order, dilation=[1] * len(kernel), groups=1,
-        center=[k // 2 for k in kernel], activation=None,
-    ) | given  # fmt: skip
+    options = (
+        dict(
+            mask_type=mask_type,
+            data_channels=1,
+            group_order=group_order,
+            dilation=[1] * len(kernel),
+            groups=1,
+            center=[k // 2 for k in kernel],
+            activation=None,
+        )
+        | given
+    )
     leaves = inputs(shape, out, kernel, options["groups"], dtype=torch.float64)
     compare(leaves, lambda x, w, b: by_definition(x, w, b, *options.values()), **options)
 
@@ -175,9 +188,10 @@ def test_random_configurations_equal_the_definition(data):
     colours, groups = data.draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (2, 3)]), "colours, groups")
     step = math.lcm(colours, groups)
     shape = (
-        data.draw(st.integers(1, 3), "n"), step * data.draw(st.sampled_from([1, 2, 7, 17]), "c"),
+        data.draw(st.integers(1, 3), "n"),
+        step * data.draw(st.sampled_from([1, 2, 7, 17]), "c"),
         *data.draw(st.tuples(*[st.integers(1, few)] * dims), "size"),
-    )  # fmt: skip
+    )
     options = dict(
         mask_type=data.draw(st.sampled_from("AB")),
         data_channels=colours,
@@ -188,9 +202,14 @@ def test_random_configurations_equal_the_definition(data):
         activation=data.draw(st.sampled_from([None, "relu"])),
     )
     leaves = inputs(
-        shape, step * data.draw(st.sampled_from([1, 3, 11, 23]), "out"), kernel, groups,
-        bias=data.draw(st.booleans(), "bias"), dtype=torch.float64, last=dims > 1 and data.draw(st.booleans(), "last"),
-    )  # fmt: skip
+        shape,
+        step * data.draw(st.sampled_from([1, 3, 11, 23]), "out"),
+        kernel,
+        groups,
+        bias=data.draw(st.booleans(), "bias"),
+        dtype=torch.float64,
+        last=dims > 1 and data.draw(st.booleans(), "last"),
+    )
     compare(leaves, lambda x, w, b=None: by_definition(x, w, b, *options.values()), **options)
 
 
@@ -280,8 +299,12 @@ def test_bug_reversed_mask():
     """What is above is seen, what is below is not (iaf-vae issue 4)."""
     for mask_type in "AB":
         assert taps_seen(mask_type) == [
-            [True] * 5, [True] * 5, [True, True, mask_type == "B", False, False], [False] * 5, [False] * 5,
-        ]  # fmt: skip
+            [True] * 5,
+            [True] * 5,
+            [True, True, mask_type == "B", False, False],
+            [False] * 5,
+            [False] * 5,
+        ]
 
 
 def test_bug_gradients_of_masked_weights():
@@ -306,7 +329,9 @@ def test_red_before_green_before_blue_at_the_centre(mask_type, group_order):
     for o, name in enumerate(names_out):
         grad = torch.autograd.grad(y[0, o, 1, 1], x, retain_graph=True)[0][0] != 0
         assert [bool(g[1, 1]) for g in grad] == [i in sees[name] for i in names_in]
-        assert all(g.tolist()[0] == [True] * 3 and bool(g[1, 0]) for g in grad)  # earlier pixels are seen in every colour
+        assert all(
+            g.tolist()[0] == [True] * 3 and bool(g[1, 0]) for g in grad
+        )  # earlier pixels are seen in every colour
         assert not bool(grad[:, 1, 2].any() or grad[:, 2].any())
 
 
@@ -347,7 +372,9 @@ def test_every_element_of_a_reused_block_is_written(shape, out, options, last):
     _pool.clear()
     try:
         for name, channels in (("y", out), ("dx", shape[1])):
-            blocks = [_pool.empty_strided((math.prod(shape) // shape[1] * channels,), (1,), torch.float32) for _ in range(3)]
+            blocks = [
+                _pool.empty_strided((math.prod(shape) // shape[1] * channels,), (1,), torch.float32) for _ in range(3)
+            ]
             addresses = {block.fill_(math.nan).data_ptr() for block in blocks}
             del blocks
             if name == "y":
@@ -534,7 +561,7 @@ X, W = (2, 6, 5, 5), (4, 6, 3, 3)
         ([1.0], W, {}, TypeError, "x is a list, expected a torch.Tensor"),
         (X, [1.0], {}, TypeError, "weight is a list, expected a torch.Tensor"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
 def test_errors(x, weight, options, error, message, grad):
     x, weight = (torch.zeros(t) if isinstance(t, tuple) else t for t in (x, weight))

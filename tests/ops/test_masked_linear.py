@@ -1,4 +1,5 @@
-"""Masked linear layers: what a staircase is, that live weights alone count, and the kernel against the float64 reference."""
+"""Masked linear layers: what a staircase is, that live weights alone count, and the kernel against the float64
+reference."""
 
 from __future__ import annotations
 
@@ -33,9 +34,10 @@ def relative(found, expected):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    inputs=st.lists(st.integers(0, 5), min_size=1, max_size=9), outputs=st.lists(st.integers(0, 6), min_size=1, max_size=9),
+    inputs=st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    outputs=st.lists(st.integers(0, 6), min_size=1, max_size=9),
     strict=st.booleans(),
-)  # fmt: skip
+)
 def test_a_staircase_is_the_comparison_of_degrees(inputs, outputs, strict):
     a, b = torch.tensor(inputs), torch.tensor(outputs)[:, None]
     expected = b > a if strict else b >= a
@@ -100,9 +102,14 @@ def test_all_orders_of_units_and_sizes(sizes, dtype):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(1, 20), inputs=st.integers(1, 80), outputs=st.integers(1, 80), most=st.integers(1, 9), strict=st.booleans(),
-    relu=st.booleans(), seed=st.integers(0, 1 << 16),
-)  # fmt: skip
+    n=st.integers(1, 20),
+    inputs=st.integers(1, 80),
+    outputs=st.integers(1, 80),
+    most=st.integers(1, 9),
+    strict=st.booleans(),
+    relu=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
 def test_any_degrees(n, inputs, outputs, most, strict, relu, seed):
     generator = torch.Generator().manual_seed(seed)
     mask = ops.staircase(*(torch.randint(0, most + 1, (s,), generator=generator) for s in (inputs, outputs)), strict)
@@ -111,7 +118,10 @@ def test_any_degrees(n, inputs, outputs, most, strict, relu, seed):
         for s in ((n, inputs), (outputs, inputs), (outputs,), (n, outputs))
     )
     arguments = (*mask, "relu" if relu else "none")
-    y, expected = ops.masked_linear(x, w, b, mask=mask, activation=arguments[-1]), reference.masked_linear(x, w, b, *arguments)
+    y, expected = (
+        ops.masked_linear(x, w, b, mask=mask, activation=arguments[-1]),
+        reference.masked_linear(x, w, b, *arguments),
+    )
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     kept = expected if relu else None
     backward = genfast._registry.OPS["masked_linear_backward"]
@@ -278,9 +288,12 @@ def of(**changed):
         (TypeError, "x has dtype torch.int64", lambda: ops.masked_linear(X.long(), W, mask=GOOD)),
         (ValueError, r"x has shape \(4, 2\), expected \(N, 3\)", lambda: ops.masked_linear(X[:, :2], W, mask=GOOD)),
         (ValueError, r"weight has shape \(3,\), expected two axes", lambda: ops.masked_linear(X, W[0], mask=GOOD)),
-        (TypeError, "weight has dtype torch.float64 and x torch.float32", lambda: ops.masked_linear(X, W.double(), mask=GOOD)),
-        (ValueError, r"bias has shape \(4,\), expected \(5,\)", lambda: ops.masked_linear(X, W, torch.zeros(4), mask=GOOD)),
-        (ValueError, "activation='tanh', expected one of", lambda: ops.masked_linear(X, W, mask=GOOD, activation="tanh")),
+        (TypeError, "weight has dtype torch.float64 and x torch.float32", lambda: ops.masked_linear(X, W.double(),
+        mask=GOOD)),
+        (ValueError, r"bias has shape \(4,\), expected \(5,\)", lambda: ops.masked_linear(X, W, torch.zeros(4),
+        mask=GOOD)),
+        (ValueError, "activation='tanh', expected one of", lambda: ops.masked_linear(X, W, mask=GOOD,
+        activation="tanh")),
         (ValueError, r"counts has shape \(4,\), expected \(5,\)",
          lambda: ops.masked_linear(X, W, mask=of(counts=GOOD.counts[:4]))),
         (TypeError, "rows is torch.int32, expected a torch.int64",

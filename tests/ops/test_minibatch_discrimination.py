@@ -34,9 +34,11 @@ def written_out(m, include_self=True):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.sampled_from([1, 2, 3, 7, 8, 13, 24, 33]), b=st.sampled_from([1, 2, 7, 16, 17, 35]),
-    c=st.sampled_from([1, 2, 5, 19]), include_self=st.booleans(),
-)  # fmt: skip
+    n=st.sampled_from([1, 2, 3, 7, 8, 13, 24, 33]),
+    b=st.sampled_from([1, 2, 7, 16, 17, 35]),
+    c=st.sampled_from([1, 2, 5, 19]),
+    include_self=st.booleans(),
+)
 def test_equals_the_definition(n, b, c, include_self):
     m = (torch.randn(n, b, c) / c).requires_grad_()
     exact = m.detach().double().requires_grad_()
@@ -64,10 +66,11 @@ def test_blocks_of_the_reference_make_no_difference(monkeypatch):
     module = importlib.import_module("genfast.reference.minibatch_discrimination")
     m, g, t = (torch.randn(s, dtype=torch.float64) for s in ((9, 3, 4), (9, 3), (9, 3, 4)))
     functions = (
-        lambda: (module.pairwise_l1_kernel_sum(m, True),), lambda: (module.pairwise_l1_kernel_sum(m, False),),
+        lambda: (module.pairwise_l1_kernel_sum(m, True),),
+        lambda: (module.pairwise_l1_kernel_sum(m, False),),
         lambda: (module.pairwise_l1_kernel_sum_backward(m, g),),
         lambda: module.pairwise_l1_kernel_sum_second_backward(m, g, t),
-    )  # fmt: skip
+    )
     whole = [f() for f in functions]
     monkeypatch.setattr(module, "ELEMENTS", 2 * m.numel())
     for f, expected in zip(functions, whole):
@@ -115,7 +118,9 @@ def test_ties_have_no_slope(dtype):
 
 
 def test_derivatives_of_every_order():
-    m = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)  # without ties, and far from them for a step of 1e-6
+    m = torch.randn(
+        5, 2, 3, dtype=torch.float64, requires_grad=True
+    )  # without ties, and far from them for a step of 1e-6
 
     for include_self in (True, False):
 
@@ -250,7 +255,8 @@ def test_empty(shape, include_self):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.pairwise_l1_kernel_sum(torch.ones(2, 3)), ValueError, r"m has shape \(2, 3\), expected \(N, B, C\)"),
+        (lambda: ops.pairwise_l1_kernel_sum(torch.ones(2, 3)), ValueError, r"m has shape \(2, 3\), expected \(N, B, "
+        r"C\)"),
         (lambda: ops.pairwise_l1_kernel_sum(torch.ones(2, 3, 4).long()), TypeError, r"m has dtype torch\.int64"),
         (lambda: ops.pairwise_l1_kernel_sum([1]), TypeError, "m is a list"),
         (
@@ -261,7 +267,8 @@ def test_empty(shape, include_self):
             lambda: ops.minibatch_discrimination(torch.ones(2, 3), torch.ones(4, 4, 5)), ValueError,
             r"weight has shape \(4, 4, 5\), expected \(3, B, C\)",
         ),
-        (lambda: ops.minibatch_discrimination(torch.ones(2, 3), torch.ones(3, 4)), ValueError, r"weight has shape \(3, 4\)"),
+        (lambda: ops.minibatch_discrimination(torch.ones(2, 3), torch.ones(3, 4)), ValueError,
+        r"weight has shape \(3, 4\)"),
         (
             lambda: ops.minibatch_discrimination(torch.ones(2, 3), torch.ones(3, 4, 5).double()), TypeError,
             r"weight has dtype torch\.float64 and x torch\.float32, expected the same",

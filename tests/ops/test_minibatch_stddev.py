@@ -30,9 +30,13 @@ def written_out(x, group_size=4, features=1, eps=1e-8):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    groups=st.integers(1, 3), group_size=st.integers(1, 5), features=st.sampled_from([1, 2, 3]), last=st.booleans(),
-    c=st.sampled_from([1, 2, 5, 16, 37]), positions=st.sampled_from([(), (1,), (4, 4), (5, 7), (70, 65), (2, 3, 5), (9000,)]),
-)  # fmt: skip
+    groups=st.integers(1, 3),
+    group_size=st.integers(1, 5),
+    features=st.sampled_from([1, 2, 3]),
+    last=st.booleans(),
+    c=st.sampled_from([1, 2, 5, 16, 37]),
+    positions=st.sampled_from([(), (1,), (4, 4), (5, 7), (70, 65), (2, 3, 5), (9000,)]),
+)
 def test_equals_the_equation(groups, group_size, features, c, positions, last):
     shape = (groups * group_size, c * features, *positions)
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape)) if last else None
@@ -61,7 +65,11 @@ def test_the_layer_of_stylegan2_for_the_default_arguments():
 @pytest.mark.parametrize("form", FORMS)
 def test_strides_of_x_and_gradient(form):
     big = torch.randn(4, 24, 12, 10)
-    x = (big if FORMS[form] is None else big.contiguous(memory_format=FORMS[form]))[:, 6:18, ::2].detach().requires_grad_()
+    x = (
+        (big if FORMS[form] is None else big.contiguous(memory_format=FORMS[form]))[:, 6:18, ::2]
+        .detach()
+        .requires_grad_()
+    )
     for weights in (torch.randn(4, 1, 6, 10).expand(4, 14, 6, 10), torch.randn(6, 10, 4, 14).permute(2, 3, 0, 1)):
         results = []
         for function in (lambda t: ops.minibatch_stddev(t, group_size=2, features=2), lambda t: written_out(t, 2, 2)):
@@ -181,7 +189,12 @@ def test_half_types_are_summed_in_float32():
     ("x", "options", "error", "message"),
     [
         (torch.zeros(6, 4, 2), {}, ValueError, "a batch of 6 is not a multiple of group_size=4"),
-        (torch.zeros(4, 4, 2), {"features": 3}, ValueError, "x has 4 channels, expected a positive multiple of features=3"),
+        (
+            torch.zeros(4, 4, 2),
+            {"features": 3},
+            ValueError,
+            "x has 4 channels, expected a positive multiple of features=3",
+        ),
         (torch.zeros(4, 0, 2), {}, ValueError, "x has 0 channels"),
         (torch.zeros(4), {}, ValueError, r"x has shape \(4,\), expected \(N, C, ...\)"),
         (torch.zeros(()), {"group_size": None}, ValueError, r"x has shape \(\)"),
@@ -190,7 +203,7 @@ def test_half_types_are_summed_in_float32():
         (torch.zeros(4, 4), {"eps": 0}, ValueError, "eps=0, expected a positive number"),
         (torch.zeros(4, 4).long(), {}, TypeError, r"x has dtype torch\.int64, expected a floating-point dtype"),
     ],
-)  # fmt: skip
+)
 def test_errors(x, options, error, message):
     with pytest.raises(error, match=message):
         ops.minibatch_stddev(x, **options)

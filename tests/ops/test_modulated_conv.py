@@ -50,9 +50,17 @@ def test_equals_a_weight_for_each_sample_and_zeros_inserted(data):
     noise = draw(st.sampled_from([None, (), (1, 1), (n, 1)]))
     noise = None if noise is None else torch.randn(*noise, *exact.shape[2:], dtype=D)
     y = ops.modulated_conv2d(
-        x, weight, styles, noise=noise, up=up, down=down, padding=padding, demodulate=demodulate, resample_filter=f,
+        x,
+        weight,
+        styles,
+        noise=noise,
+        up=up,
+        down=down,
+        padding=padding,
+        demodulate=demodulate,
+        resample_filter=f,
         flip_weight=flip,
-    )  # fmt: skip
+    )
     exact = exact if noise is None else exact + noise
     torch.testing.assert_close(y, exact, rtol=1e-10, atol=1e-10)
     cotangent = torch.randn_like(exact)
@@ -107,9 +115,12 @@ def test_each_output_channel_has_a_weight_of_unit_norm():
     x, weight, styles = drawn(grad=False)
     torch.testing.assert_close(  # one position at a time: the weight itself is the response to unit impulses
         ops.modulated_conv2d(torch.eye(3, dtype=D).reshape(3, 3, 1, 1), weight[:, :, :1, :1], styles[:1].expand(3, 3))
-        .square().sum((0, 2, 3)),
-        torch.ones(4, dtype=D), rtol=1e-6, atol=1e-6,
-    )  # fmt: skip
+        .square()
+        .sum((0, 2, 3)),
+        torch.ones(4, dtype=D),
+        rtol=1e-6,
+        atol=1e-6,
+    )
     scaled = ops.modulated_conv2d(x, 1e3 * weight, 1e2 * styles, padding=1)
     torch.testing.assert_close(scaled, ops.modulated_conv2d(x, weight, styles, padding=1), rtol=1e-6, atol=1e-6)
 
@@ -159,7 +170,9 @@ def test_autocast_sums_the_demodulation_in_float32(dtype):
     with torch.autocast("cpu", dtype=dtype):
         y = ops.modulated_conv2d(x, weight, styles, padding=1)
     exact = with_groups(x.double(), weight.double(), styles.double())
-    assert float((y - exact).detach().norm()) <= (1e-2 if dtype is torch.bfloat16 else 2e-3) * float(exact.detach().norm())
+    assert float((y - exact).detach().norm()) <= (1e-2 if dtype is torch.bfloat16 else 2e-3) * float(
+        exact.detach().norm()
+    )
     assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(y.float().sum(), (x, weight, styles)))
 
 
@@ -173,7 +186,9 @@ def test_compiles_without_a_break_and_equals_eager(label):
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs)):
+    for found, expected in zip(
+        torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs)
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -249,12 +264,14 @@ X, W, S = torch.ones(2, 3, 4, 4), torch.ones(5, 3, 3, 3), torch.ones(2, 3)
         (lambda: ops.modulated_conv2d(X, W, S, noise=X.int()), TypeError, "noise has dtype torch.int32"),
         (lambda: ops.modulated_conv2d(X, W, S.to("meta")), ValueError, "styles is on meta and x on cpu"),
         (lambda: ops.modulated_conv2d(X[0], W, S), ValueError, r"x has shape \(3, 4, 4\), expected \(N, I, H, W\)"),
-        (lambda: ops.modulated_conv2d(X, W[:, :2], S), ValueError, r"weight has shape \(5, 2, 3, 3\), expected \(O, I = 3"),
+        (lambda: ops.modulated_conv2d(X, W[:, :2], S), ValueError, r"weight has shape \(5, 2, 3, 3\), expected \(O, I "
+        r"= 3"),
         (lambda: ops.modulated_conv2d(X, W[:0], S), ValueError, r"weight has shape \(0, 3, 3, 3\)"),
         (lambda: ops.modulated_conv2d(X, W, S[:1]), ValueError, r"styles has shape \(1, 3\), expected \(2, 3\)"),
         (lambda: ops.modulated_conv2d(X, W, S, up=0), ValueError, "up=0, expected a positive integer"),
         (lambda: ops.modulated_conv2d(X, W, S, down=(2, 2)), ValueError, r"down=\(2, 2\), expected a positive integer"),
-        (lambda: ops.modulated_conv2d(X, W, S, padding=(1, 2, 3)), ValueError, r"modulated_conv2d: padding=\(1, 2, 3\)"),
+        (lambda: ops.modulated_conv2d(X, W, S, padding=(1, 2, 3)), ValueError, r"modulated_conv2d: padding=\(1, 2, "
+        r"3\)"),
         (lambda: ops.modulated_conv2d(X, W, S, resample_filter=[1.0]), TypeError, "modulated_conv2d: filter is a list"),
         (lambda: ops.modulated_conv2d(X, W, S, noise=torch.ones(4, 4)), ValueError, r"\(4, 4\), expected \(2, 2\)"),
         (lambda: ops.modulated_conv2d(X, W, S, noise=torch.ones(2, 5, 2, 2)), ValueError, r"expected .*\(2, 1, 2, 2\)"),
@@ -269,7 +286,8 @@ X, W, S = torch.ones(2, 3, 4, 4), torch.ones(5, 3, 3, 3), torch.ones(2, 3)
         (lambda: OP_ENERGY(W.int()), TypeError, "weight has dtype torch.int32"),
         (lambda: genfast.nn.ModulatedConv2d(3, 0, 3, 8), ValueError, "out_channels=0, expected at least 1"),
         (lambda: genfast.nn.ModulatedConv2d(3, 3, 3, 8, up=0), ValueError, "up=0, expected at least 1"),
-        (lambda: genfast.nn.ModulatedConv2d(3, 3, 3, 8)(X, S), ValueError, r"shape \(2, 3\), expected \(N, style_dim = 8\)"),
+        (lambda: genfast.nn.ModulatedConv2d(3, 3, 3, 8)(X, S), ValueError, r"shape \(2, 3\), expected \(N, style_dim "
+        r"= 8\)"),
     ],
 )  # fmt: skip
 def test_errors(call, error, message):

@@ -1,4 +1,5 @@
-"""ops.nade and ops.nade_sample: exact small cases, the derivatives that a long scan gives, and samples of the plain loop."""
+"""ops.nade and ops.nade_sample: exact small cases, the derivatives that a long scan gives, and samples of the plain
+loop."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from tests.conftest import poisoned
 
 def weights(d, h, p=1, dtype=torch.float32, scale=1.0):
     return (
-        scale * torch.randn(d, h, dtype=dtype), torch.randn(d, p, h, dtype=dtype) / h**0.5, torch.randn(d, p, dtype=dtype),
+        scale * torch.randn(d, h, dtype=dtype),
+        torch.randn(d, p, h, dtype=dtype) / h**0.5,
+        torch.randn(d, p, dtype=dtype),
         torch.randn(h, dtype=dtype),
-    )  # fmt: skip
+    )
 
 
 def every(dims):
@@ -34,7 +37,8 @@ def test_probabilities_of_all_binary_vectors_sum_to_one(activation):
 
 
 def test_logits_come_back_and_not_probabilities():
-    """A public NADE put its sigmoid under a loss that has one: no pixel's loss falls below log(1 + 1/e) = 0.313 nats then."""
+    """A public NADE put its sigmoid under a loss that has one: no pixel's loss falls below log(1 + 1/e) = 0.313 nats
+    then."""
     w, v, b, c = weights(5, 8)
     b[:] = 12.0
     logits = ops.nade(torch.ones(3, 5), w, torch.zeros_like(v), b, c)
@@ -98,7 +102,9 @@ def test_an_outlier_does_not_wipe_out_the_states_before_it():
     grad = torch.randn(5, 60, 1)
     grad[:, 51:] = 0
     found = torch.autograd.grad(ops.nade(x, *wanted), wanted, grad)
-    for f, e in zip(found, torch.autograd.grad(reference.nade(x.double(), *exact, None, "sigmoid"), exact, grad.double())):
+    for f, e in zip(
+        found, torch.autograd.grad(reference.nade(x.double(), *exact, None, "sigmoid"), exact, grad.double())
+    ):
         close(f, e, 1e-5)
 
 
@@ -198,7 +204,9 @@ def loop(uniforms, args, kind, activation="sigmoid", given=None, known=None, res
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])
-@pytest.mark.parametrize(("kind", "p"), [("bernoulli", 1), ("categorical", 5), ("categorical", 2), ("gaussian_mixture", 12)])
+@pytest.mark.parametrize(
+    ("kind", "p"), [("bernoulli", 1), ("categorical", 5), ("categorical", 2), ("gaussian_mixture", 12)]
+)
 def test_samples_equal_those_of_the_naive_loop(kind, p, n):
     args = weights(11, 37, p, scale=0.3)
     uniforms = torch.rand(n, 11, 2 if kind == "gaussian_mixture" else 1)
@@ -260,7 +268,11 @@ def bad(**changes):
         (ValueError, r"nade: weight has shape \(5, 6\), expected \(4, H\)", {"weight": torch.ones(5, 6)}),
         (ValueError, r"nade: readout has shape \(4, 1, 7\), expected \(4, 1, 6\)", {"readout": torch.ones(4, 1, 7)}),
         (ValueError, r"nade: bias has shape \(4,\), expected \(4, 1\)", {"bias": torch.ones(4)}),
-        (ValueError, r"nade: hidden_bias has shape \(3, 6\), expected \(6,\) or \(2, 6\)", {"hidden_bias": torch.ones(3, 6)}),
+        (
+            ValueError,
+            r"nade: hidden_bias has shape \(3, 6\), expected \(6,\) or \(2, 6\)",
+            {"hidden_bias": torch.ones(3, 6)},
+        ),
         (ValueError, r"nade: rescale has shape \(6,\), expected \(4,\)", {"rescale": torch.ones(6)}),
         (ValueError, "nade: activation='elu', expected one of 'sigmoid', 'relu', 'tanh'", {"activation": "elu"}),
     ],
@@ -275,7 +287,11 @@ def test_bad_arguments_are_named(error, message, changes):
 @pytest.mark.parametrize(
     ("error", "message", "changes"),
     [
-        (ValueError, r"nade_sample: uniforms has shape \(2, 4, 2\), expected \(N, D, 1\)", {"uniforms": torch.rand(2, 4, 2)}),
+        (
+            ValueError,
+            r"nade_sample: uniforms has shape \(2, 4, 2\), expected \(N, D, 1\)",
+            {"uniforms": torch.rand(2, 4, 2)},
+        ),
         (ValueError, "kind='poisson', expected one of 'bernoulli'", {"kind": "poisson"}),
         (ValueError, "readout has 1 parameters a dimension, expected at least 2 levels", {"kind": "categorical"}),
         (ValueError, "given is there alone", {"given": torch.zeros(2, 4)}),

@@ -1,4 +1,5 @@
-"""Kernel sums over pairs, MMD, kernel distance, nearest rows: the written-out matrix, peers, ties, memory, threads, errors."""
+"""Kernel sums over pairs, MMD, kernel distance, nearest rows: the written-out matrix, peers, ties, memory, threads,
+errors."""
 
 from __future__ import annotations
 
@@ -215,7 +216,9 @@ def test_kernel_distance_equals_torchmetrics():
     torch.testing.assert_close(
         ops.kernel_distance(x, y, degree=2, gamma=0.1, offset=0.5), kid.poly_mmd(x, y, degree=2, gamma=0.1, coef=0.5)
     )
-    torch.testing.assert_close(ops.kernel_distance(x.float(), y.float()).double(), kid.poly_mmd(x, y), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ops.kernel_distance(x.float(), y.float()).double(), kid.poly_mmd(x, y), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_subsets_are_drawn_without_repetition_and_repeatably(monkeypatch):
@@ -324,12 +327,15 @@ def test_nearest_of_rows_that_are_not_finite():
             "a polynomial has gamma",
         ),
         (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(5, 2), subsets=2), ValueError, "subset_size=1000"),
-        (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(5, 2), subsets=0, subset_size=2), ValueError, "subsets=0"),
-        (lambda: ops.kernel_distance(torch.ones(1, 4, 2), torch.ones(1, 5, 2), subsets=2), ValueError, r"expected \(N, C\)"),
+        (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(5, 2), subsets=0, subset_size=2), ValueError,
+        "subsets=0"),
+        (lambda: ops.kernel_distance(torch.ones(1, 4, 2), torch.ones(1, 5, 2), subsets=2), ValueError,
+        r"expected \(N, C\)"),
         (lambda: ops.kernel_distance(torch.ones(4, 2), torch.ones(4, 2), degree=0), ValueError, "degree=0"),
         (lambda: ops.nearest_neighbors(torch.ones(4, 2), torch.ones(3, 2), k=4), ValueError, "k=4, expected 1 to 3"),
         (lambda: ops.nearest_neighbors(torch.ones(4, 2), k=4, exclude_self=True), ValueError, "k=4, expected 1 to 3"),
-        (lambda: ops.nearest_neighbors(torch.ones(4, 2), torch.ones(4, 2), exclude_self=True), ValueError, "exclude_self"),
+        (lambda: ops.nearest_neighbors(torch.ones(4, 2), torch.ones(4, 2), exclude_self=True), ValueError,
+        "exclude_self"),
         (
             lambda: ops.pairwise_kernel_sum(
                 torch.ones(1, 2, 2), torch.ones(1, 2, 2), kernel="rbf", scales=[1], exclude_diagonal=True
@@ -337,9 +343,11 @@ def test_nearest_of_rows_that_are_not_finite():
             ValueError, "exclude_diagonal",
         ),
         (lambda: ops.pairwise_kernel_sum(torch.ones(1, 2, 2), kernel="rbf", scales=[0]), ValueError, r"scales=\[0.0\]"),
-        (lambda: ops.pairwise_kernel_sum(torch.ones(2, 2), kernel="rbf", scales=[1]), ValueError, r"expected \(B, N, C\)"),
+        (lambda: ops.pairwise_kernel_sum(torch.ones(2, 2), kernel="rbf", scales=[1]), ValueError,
+        r"expected \(B, N, C\)"),
         (
-            lambda: ops.pairwise_kernel_sum(torch.ones(1, 2, 2), torch.ones(2, 2, 2), kernel="rbf", scales=[1]), ValueError,
+            lambda: ops.pairwise_kernel_sum(torch.ones(1, 2, 2), torch.ones(2, 2, 2), kernel="rbf", scales=[1]),
+            ValueError,
             r"y has shape \(2, 2, 2\), expected \(1, M, 2\)",
         ),
     ],
@@ -371,7 +379,8 @@ def test_kernels_serve_every_op_of_the_family():
 @pytest.mark.parametrize("c", [5, 48])
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_row_far_from_all_others_keeps_its_gradient(kernel, c, twice):
-    """What a row adds to itself, or to its equal, weighs most of all and is exactly nothing: no rounding of it may stay."""
+    """What a row adds to itself, or to its equal, weighs most of all and is exactly nothing: no rounding of it may
+    stay."""
     rows = torch.randn(70, c) / c**0.5
     rows[0] *= 6
     x = rows[None].clone().requires_grad_()
@@ -406,9 +415,8 @@ def test_what_is_not_finite_passes_through(bad, c):
         sets = [torch.randn(9, c), torch.randn(8, c)]
         sets[where][4, 1] = bad
         leaf = sets[0].requires_grad_()
-        for value in (
-            ops.mmd(leaf, sets[1]), ops.mmd(leaf, sets[1], kernel="imq"), ops.kernel_distance(leaf, sets[1]),
-        ):  # fmt: skip
-            # A row at infinity has similarity 0 with others by the formula, so that a value may be finite; its gradient is not.
+        for value in (ops.mmd(leaf, sets[1]), ops.mmd(leaf, sets[1], kernel="imq"), ops.kernel_distance(leaf, sets[1])):
+            # A row at infinity has similarity 0 with others by the formula, so that a value may be finite; its gradient
+            # is not.
             assert bad == float("inf") or bool(value.isnan())
             assert not bool(value.isfinite()) or not bool(torch.autograd.grad(value, leaf)[0].isfinite().all())

@@ -22,9 +22,12 @@ def written_out(x, dim=1, eps=1e-8):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 3), c=st.sampled_from([1, 2, 3, 5, 16, 33, 130, 513]), last=st.booleans(),
-    positions=st.sampled_from([(), (1,), (300,), (2, 2), (5, 7), (33, 37), (2, 3, 5)]), eps=st.sampled_from([1e-8, 0.1]),
-)  # fmt: skip
+    n=st.integers(1, 3),
+    c=st.sampled_from([1, 2, 3, 5, 16, 33, 130, 513]),
+    last=st.booleans(),
+    positions=st.sampled_from([(), (1,), (300,), (2, 2), (5, 7), (33, 37), (2, 3, 5)]),
+    eps=st.sampled_from([1e-8, 0.1]),
+)
 def test_equals_the_equation(n, c, positions, last, eps):
     shape = (n, c, *positions)
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape)) if last else None
@@ -37,14 +40,20 @@ def test_equals_the_equation(n, c, positions, last, eps):
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-7)
     weights = torch.randn(y.shape)
     found, exact = (torch.autograd.grad(t, x, w)[0] for t, w in ((y, weights), (expected, weights.double())))
-    scale = 1 / ((x.detach().double() ** 2).mean(1, keepdim=True) + eps).sqrt()  # where C is 1 all but eps / x^2 cancels
+    scale = (
+        1 / ((x.detach().double() ** 2).mean(1, keepdim=True) + eps).sqrt()
+    )  # where C is 1 all but eps / x^2 cancels
     assert float((found - exact).norm()) <= 1e-6 * float((scale * weights).norm())
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_strides_of_x_and_gradient(form):
     big = torch.randn(3, 24, 12, 10)
-    x = (big if FORMS[form] is None else big.contiguous(memory_format=FORMS[form]))[:, 6:18, ::2].detach().requires_grad_()
+    x = (
+        (big if FORMS[form] is None else big.contiguous(memory_format=FORMS[form]))[:, 6:18, ::2]
+        .detach()
+        .requires_grad_()
+    )
     for weights in (torch.randn(3, 1, 6, 10).expand(3, 12, 6, 10), torch.randn(6, 10, 3, 12).permute(2, 3, 0, 1)):
         results = []
         for function in (ops.pixel_norm, written_out):
@@ -99,7 +108,9 @@ def test_extremes(shape):
         y = ops.pixel_norm(x)
         torch.testing.assert_close(y.double(), written_out(x.double()), rtol=2e-6, atol=1e-30)
         weights = torch.randn(shape)
-        found, exact = (torch.autograd.grad(t, x, w)[0] for t, w in ((y, weights), (written_out(x.double()), weights.double())))
+        found, exact = (
+            torch.autograd.grad(t, x, w)[0] for t, w in ((y, weights), (written_out(x.double()), weights.double()))
+        )
         assert bool(found.isfinite().all())
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
     x = torch.randn(2, 3, 4)
@@ -161,7 +172,7 @@ def test_half_types_are_summed_in_float32():
         (torch.zeros(2, 3).long(), {}, TypeError, r"x has dtype torch\.int64, expected a floating-point dtype"),
         ([1.0], {}, TypeError, "x is a list"),
     ],
-)  # fmt: skip
+)
 def test_errors(x, options, error, message):
     with pytest.raises(error, match=message):
         ops.pixel_norm(x, **options)

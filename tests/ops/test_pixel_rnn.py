@@ -52,9 +52,15 @@ def by_position(gates, weight, h0, c0, diagonal):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    diagonal=st.booleans(), n=st.integers(1, 3), hidden=st.sampled_from([1, 2, 7, 8, 17]), height=st.integers(1, 7),
-    width=st.integers(1, 7), taps=st.sampled_from([1, 3, 5]), states=st.booleans(), last=st.booleans(),
-)  # fmt: skip
+    diagonal=st.booleans(),
+    n=st.integers(1, 3),
+    hidden=st.sampled_from([1, 2, 7, 8, 17]),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    taps=st.sampled_from([1, 3, 5]),
+    states=st.booleans(),
+    last=st.booleans(),
+)
 def test_equals_the_definition_position_by_position(diagonal, n, hidden, height, width, taps, states, last):
     gates = torch.randn(n, 4 * hidden, height, width, dtype=torch.float64)
     gates = gates.contiguous(memory_format=torch.channels_last) if last else gates
@@ -122,7 +128,10 @@ def run(op, gates, weight, cotangent):
 @pytest.mark.parametrize("shape", [(2, 64, 28, 28), (18, 33, 9, 11), (1, 96, 13, 5), (5, 16, 3, 40)])
 def test_float32_on_shapes_of_practice(op, taps, shape):
     n, hidden, height, width = shape
-    gates, weight = torch.randn(n, 4 * hidden, height, width), torch.randn(4 * hidden, hidden, taps) / (taps * hidden) ** 0.5
+    gates, weight = (
+        torch.randn(n, 4 * hidden, height, width),
+        torch.randn(4 * hidden, hidden, taps) / (taps * hidden) ** 0.5,
+    )
     cotangent = torch.randn(shape)
     plain = reference.row_lstm if op is ops.row_lstm else reference.diagonal_lstm
     expected = run(lambda g, w: plain(g, w)[0], gates.double(), weight.double(), cotangent.double())

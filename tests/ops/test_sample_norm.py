@@ -18,9 +18,11 @@ from tests.triton.flow_cases import FORMS, strided
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(1, 4), rest=st.sampled_from([(), (1,), (7,), (9001,), (3, 5), (4, 8, 8), (3, 65, 63), (2, 3, 4, 5)]),
-    last=st.booleans(), squared=st.booleans(),
-)  # fmt: skip
+    n=st.integers(1, 4),
+    rest=st.sampled_from([(), (1,), (7,), (9001,), (3, 5), (4, 8, 8), (3, 65, 63), (2, 3, 4, 5)]),
+    last=st.booleans(),
+    squared=st.booleans(),
+)
 def test_equals_the_definition(n, rest, last, squared):
     form = {3: torch.channels_last, 4: torch.channels_last_3d}.get(len(rest)) if last else None
     x = torch.randn(n, *rest)

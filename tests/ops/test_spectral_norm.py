@@ -152,8 +152,10 @@ def test_second_derivatives_equal_autograds(iterations):
     _, u, v, _ = ops.spectral_norm(weight, u, iterations=3)
     weight.requires_grad_()
     results = []
-    for function in (lambda: ops.spectral_norm(weight, u, v, iterations=iterations),
-                     lambda: written_out(weight, u, v, iterations, 1e-12, 0)):  # fmt: skip
+    for function in (
+        lambda: ops.spectral_norm(weight, u, v, iterations=iterations),
+        lambda: written_out(weight, u, v, iterations, 1e-12, 0),
+    ):
         normed, _, _, sigma = function()
         loss = normed.pow(3).sum() + sigma.pow(2)
         (first,) = torch.autograd.grad(loss, weight, create_graph=True)
@@ -211,7 +213,14 @@ def test_the_thread_count_does_not_change_the_bits(shape, dim):
     ("weight", "u", "v", "options", "error", "message"),
     [
         ((5,), (5,), None, {}, ValueError, r"weight has shape \(5,\), expected two axes or more"),
-        ((0, 5), (0,), None, {}, ValueError, r"weight has shape \(0, 5\), expected two axes or more, none of them empty"),
+        (
+            (0, 5),
+            (0,),
+            None,
+            {},
+            ValueError,
+            r"weight has shape \(0, 5\), expected two axes or more, none of them empty",
+        ),
         ((4, 5), (5,), None, {}, ValueError, r"u has shape \(5,\), expected \(4,\)"),
         ((4, 5), (4,), None, {"dim": 1}, ValueError, r"u has shape \(4,\), expected \(5,\) \(one per index of axis 1"),
         ((4, 5), (4,), (4,), {}, ValueError, r"v has shape \(4,\), expected \(5,\)"),
@@ -221,7 +230,7 @@ def test_the_thread_count_does_not_change_the_bits(shape, dim):
         ((4, 5), (4,), (5,), {"iterations": -1}, ValueError, "iterations=-1, expected at least 0"),
         ((4, 5), (4,), None, {"eps": 0.0}, ValueError, r"eps=0\.0, expected a positive number"),
     ],
-)  # fmt: skip
+)
 def test_errors(weight, u, v, options, error, message):
     v = None if v is None else torch.ones(v)
     with pytest.raises(error, match=message):
@@ -240,9 +249,12 @@ def test_integers_are_refused():
 # ---- the module ----
 
 LAYERS = {
-    "linear": lambda: nn.Linear(7, 5), "conv1d": lambda: nn.Conv1d(3, 4, 5), "conv2d": lambda: nn.Conv2d(3, 8, 3),
-    "transposed": lambda: nn.ConvTranspose2d(6, 4, 4), "embedding": lambda: nn.Embedding(9, 5),
-}  # fmt: skip
+    "linear": lambda: nn.Linear(7, 5),
+    "conv1d": lambda: nn.Conv1d(3, 4, 5),
+    "conv2d": lambda: nn.Conv2d(3, 8, 3),
+    "transposed": lambda: nn.ConvTranspose2d(6, 4, 4),
+    "embedding": lambda: nn.Embedding(9, 5),
+}
 
 
 def pair(label, **options):
@@ -265,8 +277,10 @@ def test_equals_torchs_parametrisation(label, options):
         a, b = ours.weight, theirs.weight
         torch.testing.assert_close(a, b)
         weights = torch.randn_like(a)
-        grads = [torch.autograd.grad((w * weights).sum(), m.parametrizations.weight.original)[0]
-                 for w, m in ((a, ours), (b, theirs))]  # fmt: skip
+        grads = [
+            torch.autograd.grad((w * weights).sum(), m.parametrizations.weight.original)[0]
+            for w, m in ((a, ours), (b, theirs))
+        ]
         torch.testing.assert_close(*grads)
         for name, value in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], value)
@@ -304,7 +318,9 @@ def test_deepcopy_and_two_forwards_before_a_backward():
     twin = copy.deepcopy(layer)
     x, y = torch.randn(2, 7), torch.randn(2, 7)
     for model in (layer, twin):
-        (model(x).sum() - model(y).sum()).backward()  # the second forward moves u and v, which the first one's graph holds
+        (
+            model(x).sum() - model(y).sum()
+        ).backward()  # the second forward moves u and v, which the first one's graph holds
     original, other = layer.parametrizations.weight.original, twin.parametrizations.weight.original
     assert original.data_ptr() != other.data_ptr()
     assert torch.equal(original.grad, other.grad)
@@ -331,7 +347,9 @@ def test_a_penalty_through_normalised_layers_equals_torchs():
 
 
 def test_compiles_without_a_break():
-    layer = nn.Sequential(gnn.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), gnn.spectral_norm(nn.ConvTranspose2d(4, 2, 3)))
+    layer = nn.Sequential(
+        gnn.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), gnn.spectral_norm(nn.ConvTranspose2d(4, 2, 3))
+    )
     twin = copy.deepcopy(layer)
     x = torch.randn(2, 3, 8, 8)
     torch._dynamo.reset()

@@ -1,4 +1,5 @@
-"""Splines: the numbers of nflows, zuko and normflows, knots and tails, NaN, narrow bins, half types, any order, errors."""
+"""Splines: the numbers of nflows, zuko and normflows, knots and tails, NaN, narrow bins, half types, any order,
+errors."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_equals_nflows(bins, bound, inverse):
     expected = nflows.unconstrained_rational_quadratic_spline(x, *params, inverse, "linear", bound, **options)
     found = ops.rational_quadratic_spline(x, *params, bound=bound, inverse=inverse, **options)
     same(found, expected, (x, *params))
-    packed = ops.rational_quadratic_spline_packed(x, torch.cat(params, -1), bins, bound=bound, inverse=inverse, **options)
+    packed = ops.rational_quadratic_spline_packed(
+        x, torch.cat(params, -1), bins, bound=bound, inverse=inverse, **options
+    )
     same(packed, expected, (x, *params))
 
 
@@ -92,14 +95,18 @@ def test_equals_zuko(bins, bound, slope, shared, inverse):
     spline = transforms.MonotonicRQSTransform(*params, bound=bound, slope=slope)
     expected = (spline.inv if inverse else spline).call_and_ladj(x)
     found = ops.rational_quadratic_spline(x, *params, convention="zuko", bound=bound, slope=slope, inverse=inverse)
-    same(found, expected, (x, *params), atol=1e-9)  # bins so steep that the next number after x has another logdet, by 3e-11
+    same(
+        found, expected, (x, *params), atol=1e-9
+    )  # bins so steep that the next number after x has another logdet, by 3e-11
 
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("tails", ["linear", None])
 def test_linear_equals_nflows(tails, inverse, monkeypatch):
     nflows = peer("nflows.transforms.splines.linear")
-    search = nflows.torchutils.searchsorted  # adds 1e-6 to the last knot in place, which the last bin's slope then holds
+    search = (
+        nflows.torchutils.searchsorted
+    )  # adds 1e-6 to the last knot in place, which the last bin's slope then holds
     monkeypatch.setattr(nflows.torchutils, "searchsorted", lambda locations, x: search(locations.clone(), x))
     x = torch.rand(33, 2, dtype=D).mul_(0.999).requires_grad_()
     pdf = torch.randn(33, 2, 7, dtype=D, requires_grad=True)
@@ -234,7 +241,8 @@ def test_nan_comes_out_where_it_went_in(where, convention, inverse, backend):
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_near_zero_bins(dtype, inverse):
-    """Logits 60 apart and no minimum: bins below the spacing of x are passed over, and all stays finite and in order."""
+    """Logits 60 apart and no minimum: bins below the spacing of x are passed over, and all stays finite and in
+    order."""
     x = torch.linspace(-2, 2, 401, dtype=dtype).requires_grad_()
     params = logits(x.shape, 8, dtype=dtype)
     with torch.no_grad():
@@ -344,7 +352,9 @@ def both_dtypes(n, bins, convention, tails, inverse, run):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("convention", "tails"), CONVENTIONS)
-@pytest.mark.parametrize(("bins", "n"), [(2, 1), (3, 15), (5, 17), (7, 33), (8, 16), (9, 64), (10, 100), (16, 47), (64, 31)])
+@pytest.mark.parametrize(
+    ("bins", "n"), [(2, 1), (3, 15), (5, 17), (7, 33), (8, 16), (9, 64), (10, 100), (16, 47), (64, 31)]
+)
 def test_every_element_is_written(bins, n, convention, tails, inverse, packed):
     """With outputs that are NaN until then, in both dtypes; how exact float32 is, the next test asks."""
 
@@ -366,8 +376,8 @@ def test_every_element_is_written(bins, n, convention, tails, inverse, packed):
 @pytest.mark.parametrize(("convention", "tails"), CONVENTIONS)
 @pytest.mark.parametrize("bins", [2, 8, 13, 16, 17, 64])
 def test_float32_accuracy(bins, convention, tails, inverse):
-    """A narrow bin magnifies the rounding of its start and of x in any program, logdet's derivatives most. So ours is held to
-    2e-6 and 1e-5, or where plain PyTorch in float32 is further off, to what it makes of the same numbers."""
+    """A narrow bin magnifies the rounding of its start and of x in any program, logdet's derivatives most. So ours is
+    held to 2e-6 and 1e-5, or where plain PyTorch in float32 is further off, to what it makes of the same numbers."""
     with genfast.backend("reference"):
         plain, again = both_dtypes(4096, bins, convention, tails, inverse, call)
     torch.manual_seed(0)
@@ -464,7 +474,12 @@ w, h, d = torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(3, 7)
         ((w[:, :1], h[:, :1], d[:, :0]), {}, ValueError, r"1 bins, expected 2 to 64"),
         ((torch.zeros(3, 65), torch.zeros(3, 65), torch.zeros(3, 64)), {}, ValueError, r"65 bins, expected 2 to 64"),
         ((w, h[:, :7], d), {}, ValueError, r"heights has shape \(3, 7\), expected \(3, 8\)"),
-        ((w, h, w), {}, ValueError, r"derivatives has shape \(3, 8\), expected \(3, 7\) .*7 for 8 bins, tails='linear'"),
+        (
+            (w, h, w),
+            {},
+            ValueError,
+            r"derivatives has shape \(3, 8\), expected \(3, 7\) .*7 for 8 bins, tails='linear'",
+        ),
         ((w, h, d), {"tails": "circular"}, ValueError, r"expected \(3, 8\) .*8 for 8 bins, tails='circular'"),
         ((w, h, d), {"tails": None}, ValueError, r"expected \(3, 9\) .*9 for 8 bins, tails='none'"),
         ((w, h, d), {"tails": "flat"}, ValueError, r"tails='flat', expected one of"),
@@ -489,7 +504,9 @@ def test_errors(arguments, options, error, message):
 
 def test_errors_of_the_others():
     x = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"params has shape \(3, 24\), expected \(3, 23\) .*23 for 8 bins, tails='linear'"):
+    with pytest.raises(
+        ValueError, match=r"params has shape \(3, 24\), expected \(3, 23\) .*23 for 8 bins, tails='linear'"
+    ):
         ops.rational_quadratic_spline_packed(x, torch.zeros(3, 24), 8)
     with pytest.raises(ValueError, match=r"linear_spline: tails='circular', expected one of 'linear', 'none'"):
         ops.linear_spline(x, w, tails="circular")
@@ -499,6 +516,7 @@ def test_errors_of_the_others():
 
 def test_reference_gives_nan_outside_a_domain_without_tails():
     x = torch.tensor([-0.1, 0.5, 1.1])
-    y, logdet = reference.rational_quadratic_spline(x, w, h, torch.zeros(3, 9), "none", "nflows", False,
-                                                    [0.0, 1.0, 0.0, 1.0, 1e-3, 1e-3, 1e-3, 1e-3, 1.0])  # fmt: skip
+    y, logdet = reference.rational_quadratic_spline(
+        x, w, h, torch.zeros(3, 9), "none", "nflows", False, [0.0, 1.0, 0.0, 1.0, 1e-3, 1e-3, 1e-3, 1e-3, 1.0]
+    )
     assert y.isnan().tolist() == logdet.isnan().tolist() == [True, False, True]

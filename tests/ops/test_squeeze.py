@@ -13,9 +13,14 @@ from genfast import ops
 
 @settings(max_examples=30, deadline=None)
 @given(
-    n=st.integers(1, 3), c=st.sampled_from([1, 3, 5, 16]), h=st.integers(1, 4), w=st.integers(1, 9), f=st.integers(1, 4),
-    order=st.sampled_from(["pixel_unshuffle", "space_to_depth"]), last=st.booleans(),
-)  # fmt: skip
+    n=st.integers(1, 3),
+    c=st.sampled_from([1, 3, 5, 16]),
+    h=st.integers(1, 4),
+    w=st.integers(1, 9),
+    f=st.integers(1, 4),
+    order=st.sampled_from(["pixel_unshuffle", "space_to_depth"]),
+    last=st.booleans(),
+)
 def test_squeeze_and_back(n, c, h, w, f, order, last):
     x = torch.randn(n, c, h * f, w * f)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
@@ -40,7 +45,7 @@ X = torch.zeros(2, 4, 4, 6)
         (ValueError, "squeeze: factor=0", lambda: ops.squeeze(X, 0)),
         (ValueError, r"squeeze: x has shape \(2, 4, 4\)", lambda: ops.squeeze(X[..., 0])),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()

@@ -255,7 +255,11 @@ X = torch.ones(1, 1, 4, 4)
         (lambda: ops.upfirdn2d(X[..., :0], torch.ones(1)), ValueError, "at least one row and column"),
         (lambda: ops.upfirdn2d(X, torch.ones(1, 1, 1)), ValueError, r"filter has shape \(1, 1, 1\)"),
         (lambda: ops.upfirdn2d(X, torch.ones(0)), ValueError, r"filter has shape \(0,\)"),
-        (lambda: ops.upfirdn2d(X, torch.ones(2, requires_grad=True)), ValueError, r"filter requires a gradient.*detach"),
+        (
+            lambda: ops.upfirdn2d(X, torch.ones(2, requires_grad=True)),
+            ValueError,
+            r"filter requires a gradient.*detach",
+        ),
         (lambda: ops.upfirdn2d(X, torch.ones(1, device="meta")), ValueError, "filter is on meta and x on cpu"),
         (lambda: ops.upfirdn2d(X, torch.ones(5)), ValueError, "has 4x4 positions, fewer than the filter's 5x5 taps"),
         (lambda: ops.upfirdn2d(X, torch.ones(2), padding=-2), ValueError, "has 0x0 positions"),

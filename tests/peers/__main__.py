@@ -1,7 +1,7 @@
 """``python -m tests.peers [zuko nflows normflows]``: downloads the released sources, runs their suites twice, compares.
 
-A test that fails with ``genfast.accelerate`` and not without is an error, unless tests/peers/exceptions.txt names it and says
-why. So is a suite in which hardly anything was swapped, and an exception that is none any more.
+A test that fails with ``genfast.accelerate`` and not without is an error, unless tests/peers/exceptions.txt names it
+and says why. So is a suite in which hardly anything was swapped, and an exception that is none any more.
 """
 
 from __future__ import annotations
@@ -69,10 +69,26 @@ def run(suite: Suite, accelerated: bool) -> dict[str, Any]:
     result.unlink(missing_ok=True)
     path = [HERE, *(unpacked(*need.split("==")) for need in suite.needs)]
     environment = os.environ | {
-        "GENFAST_PEER": suite.name, "GENFAST_ACCELERATE": str(int(accelerated)), "GENFAST_RESULT": str(result),
-        "PYTHONPATH": os.pathsep.join(map(str, path)), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",  # the models are tiny
-    }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-c", str(SETTINGS), "-p", "plugin", "-p", "no:cacheprovider", "-q", suite.tests]
+        "GENFAST_PEER": suite.name,
+        "GENFAST_ACCELERATE": str(int(accelerated)),
+        "GENFAST_RESULT": str(result),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": "1",  # the models are tiny
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(SETTINGS),
+        "-p",
+        "plugin",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        suite.tests,
+    ]
     log = result.with_suffix(".log")
     with log.open("w") as file:
         subprocess.run(command, cwd=suite.source, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
@@ -106,7 +122,11 @@ def compare(suite: Suite, excused: dict[str, str]) -> list[str]:
     for name in plain["failed"]:
         if name in ours["failed"]:
             print(f"  fails plain too: {name}")
-    wrong = [] if count >= suite.swapped else [f"{suite.name}: {count} modules were swapped, expected {suite.swapped} or more"]
+    wrong = (
+        []
+        if count >= suite.swapped
+        else [f"{suite.name}: {count} modules were swapped, expected {suite.swapped} or more"]
+    )
     for name in ours["failed"]:
         if name not in plain["failed"]:
             key = f"{suite.name} {name}"

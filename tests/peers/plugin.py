@@ -1,6 +1,8 @@
-"""A pytest plugin for a peer's own suite: seeds each test, accelerates every model if asked to, and writes down what happened.
+"""A pytest plugin for a peer's own suite: seeds each test, accelerates every model if asked to, and writes down what
+happened.
 
-It reads three environment variables: GENFAST_PEER (the peer's name), GENFAST_ACCELERATE ("1" or "0") and GENFAST_RESULT (the
+It reads three environment variables: GENFAST_PEER (the peer's name), GENFAST_ACCELERATE ("1" or "0") and GENFAST_RESULT
+    (the
 JSON file to write).
 """
 
@@ -95,7 +97,9 @@ def pytest_runtest_setup(item: Any) -> None:
 def pytest_runtest_logreport(report: Any) -> None:
     if report.failed:
         lines = str(report.longrepr).strip().splitlines()
-        failed[report.nodeid] = next((line for line in reversed(lines) if line.startswith("E ")), lines[-1] if lines else "")
+        failed[report.nodeid] = next(
+            (line for line in reversed(lines) if line.startswith("E ")), lines[-1] if lines else ""
+        )
     elif report.when == "call" and report.passed:
         passed.add(report.nodeid)
 
@@ -106,8 +110,6 @@ def pytest_collectreport(report: Any) -> None:
 
 
 def pytest_sessionfinish(session: Any) -> None:
-    result = {
-        "failed": failed, "passed": sorted(passed - set(failed)), "swapped": dict(swapped), "left": dict(left),
-    }  # fmt: skip
+    result = {"failed": failed, "passed": sorted(passed - set(failed)), "swapped": dict(swapped), "left": dict(left)}
     with open(RESULT, "w") as file:
         json.dump(result, file, indent=1)

@@ -1,6 +1,7 @@
 """A catalogue of critics in plain torch: every layer that a critic is built of, and the published critics rebuilt.
 
-``CRITICS[name].make(dtype)`` gives (critic, real, fake, context); the numbers are the same in every dtype up to rounding.
+``CRITICS[name].make(dtype)`` gives (critic, real, fake, context); the numbers are the same in every dtype up to
+rounding.
 """
 
 from __future__ import annotations
@@ -121,8 +122,11 @@ def mlp(*activations: nn.Module, inside: Callable[[], list[nn.Module]] = list, w
     return nn.Sequential(*layers, nn.Linear(width, 1))
 
 
-def convolutional(activation: Callable[[], nn.Module], normalised: Callable[[int], nn.Module] | None = None) -> nn.Sequential:
-    """3x8x8: two strided convolutions, with a normalisation of the channels and an activation after each, and a full one."""
+def convolutional(
+    activation: Callable[[], nn.Module], normalised: Callable[[int], nn.Module] | None = None
+) -> nn.Sequential:
+    """3x8x8: two strided convolutions, with a normalisation of the channels and an activation after each, and a full
+    one."""
     layers: list[nn.Module] = []
     for i, o in ((3, 6), (6, 8)):
         layers += [nn.Conv2d(i, o, 4, 2, 1), *([] if normalised is None else [normalised(o)]), activation()]
@@ -176,7 +180,13 @@ def dcgan_in_place():
 
 @critic(piecewise=True)
 def pooling():
-    layers = [nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, padding="same"), nn.LeakyReLU(0.2)]
+    layers = [
+        nn.Conv2d(3, 6, 3, 1, 1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 6, 3, padding="same"),
+        nn.LeakyReLU(0.2),
+    ]
     layers += [nn.AvgPool2d(3, 2, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(8, 1)), (3, 3, 9, 9)
 
@@ -190,8 +200,18 @@ def adaptive_max_pooling():
 @critic(piecewise=True)
 def convolution_options():
     """Stride, dilation, groups, padding by reflection, one-sided padding."""
-    layers = [nn.ReflectionPad2d(1), nn.Conv2d(4, 8, 3, (2, 1), groups=2), nn.LeakyReLU(0.2), nn.ZeroPad2d((1, 0, 2, 1))]
-    layers += [nn.Conv2d(8, 8, 3, dilation=2, groups=8, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReplicationPad2d(1)]
+    layers = [
+        nn.ReflectionPad2d(1),
+        nn.Conv2d(4, 8, 3, (2, 1), groups=2),
+        nn.LeakyReLU(0.2),
+        nn.ZeroPad2d((1, 0, 2, 1)),
+    ]
+    layers += [
+        nn.Conv2d(8, 8, 3, dilation=2, groups=8, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.ReplicationPad2d(1),
+    ]
     layers += [nn.Conv2d(4, 4, 3, 1, 1, padding_mode="circular"), nn.LeakyReLU(0.1), head(4)]
     return nn.Sequential(*layers), (3, 4, 8, 9)
 
@@ -210,7 +230,13 @@ def conv3d():
 
 @critic(piecewise=True)
 def upsampling():
-    layers = [nn.Conv2d(3, 6, 4, 2, 1), nn.LeakyReLU(0.2), nn.ConvTranspose2d(6, 6, 4, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2)]
+    layers = [
+        nn.Conv2d(3, 6, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(6, 6, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, 2),
+    ]
     layers += [nn.Upsample(scale_factor=2, mode="nearest"), nn.LeakyReLU(0.2), nn.Conv2d(6, 6, 3, 2)]
     layers += [
         nn.ReLU(),
@@ -224,7 +250,12 @@ def upsampling():
 
 @critic(piecewise=True)
 def transposed_conv1d():
-    layers = [nn.ConvTranspose1d(2, 6, 3, 2, output_padding=1, groups=2), nn.LeakyReLU(0.2), nn.Conv1d(6, 4, 3, 2), nn.ReLU()]
+    layers = [
+        nn.ConvTranspose1d(2, 6, 3, 2, output_padding=1, groups=2),
+        nn.LeakyReLU(0.2),
+        nn.Conv1d(6, 4, 3, 2),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 8, 1)), (3, 2, 8)
 
 
@@ -237,7 +268,12 @@ def autoencoding():
 
 @critic(piecewise=True)
 def residual_in_place():
-    layers = {"a": nn.Conv2d(3, 6, 3, 1, 1), "b": nn.Conv2d(6, 6, 3, 1, 1), "c": nn.Conv2d(6, 6, 3, 1, 1), "out": head(6)}
+    layers = {
+        "a": nn.Conv2d(3, 6, 3, 1, 1),
+        "b": nn.Conv2d(6, 6, 3, 1, 1),
+        "c": nn.Conv2d(6, 6, 3, 1, 1),
+        "out": head(6),
+    }
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)
@@ -361,7 +397,11 @@ def einsum():
 @critic(piecewise=True)
 def matrix_products():
     """matmul, bmm, addmm, baddbmm, transposes and permutations."""
-    layers = {"w": nn.Parameter(torch.randn(4, 6)), "b": nn.Parameter(torch.randn(6)), "v": nn.Parameter(torch.randn(6, 3) / 2)}
+    layers = {
+        "w": nn.Parameter(torch.randn(4, 6)),
+        "b": nn.Parameter(torch.randn(6)),
+        "v": nn.Parameter(torch.randn(6, 3) / 2),
+    }
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.leaky_relu(x.transpose(1, 2) @ m.w + m.b, 0.2)
@@ -449,7 +489,13 @@ def arithmetic():
 @critic(piecewise=True, advances=True)
 def spectral_norm():
     sn = parametrizations.spectral_norm
-    layers = [sn(nn.Conv2d(3, 6, 4, 2, 1)), nn.LeakyReLU(0.1), sn(nn.Conv2d(6, 8, 3, 1, 1)), nn.LeakyReLU(0.1), nn.Flatten()]
+    layers = [
+        sn(nn.Conv2d(3, 6, 4, 2, 1)),
+        nn.LeakyReLU(0.1),
+        sn(nn.Conv2d(6, 8, 3, 1, 1)),
+        nn.LeakyReLU(0.1),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*layers, sn(nn.Linear(8 * 16, 1))), IMAGES
 
 
@@ -473,7 +519,8 @@ def weight_norm():
 
 
 class Equalised(nn.Module):
-    """The equalised learning rate of Progressive GANs (arXiv:1710.10196, section 4.1): w / sqrt(fan in), at run time."""
+    """The equalised learning rate of Progressive GANs (arXiv:1710.10196, section 4.1): w / sqrt(fan in), at run
+    time."""
 
     def __init__(self, i: int, o: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__()
@@ -502,7 +549,12 @@ def blurred(x: Tensor, down: int = 1) -> Tensor:
 @critic(couples=True)
 def stylegan2():
     """StyleGAN2's residual discriminator with its minibatch deviation (arXiv:1912.04958, section 4.1)."""
-    layers = {"rgb": Equalised(3, 6), "a": Equalised(6, 6, 3), "b": Equalised(6, 8, 3, 2), "skip": Equalised(6, 8, 1, 2)}
+    layers = {
+        "rgb": Equalised(3, 6),
+        "a": Equalised(6, 6, 3),
+        "b": Equalised(6, 8, 3, 2),
+        "skip": Equalised(6, 8, 1, 2),
+    }
     layers |= {"last": Equalised(9, 8, 3), "out": Equalised(8 * 16, 1)}
 
     def act(x: Tensor) -> Tensor:
@@ -566,8 +618,15 @@ def powers():
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)
-        h = (h.square() + 1).sqrt() + (1 + h.pow(2)).log() / (2 + torch.cos(h)) + torch.exp(-h.abs()) - torch.rsqrt(1 + h**2)
-        return m.c(h) + torch.linalg.vector_norm(h, dim=1, keepdim=True) / (1 + h.norm(dim=1, keepdim=True).reciprocal())
+        h = (
+            (h.square() + 1).sqrt()
+            + (1 + h.pow(2)).log() / (2 + torch.cos(h))
+            + torch.exp(-h.abs())
+            - torch.rsqrt(1 + h**2)
+        )
+        return m.c(h) + torch.linalg.vector_norm(h, dim=1, keepdim=True) / (
+            1 + h.norm(dim=1, keepdim=True).reciprocal()
+        )
 
     return Applied(forward, **layers), VECTORS
 
@@ -651,14 +710,21 @@ def local_response():
 def pixel_norm():
     layers = {"a": nn.Conv2d(3, 6, 3, 2), "out": head(6)}
     return Applied(
-        lambda m, x: m.out((h := F.leaky_relu(m.a(x), 0.2)) * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8)), **layers
+        lambda m, x: m.out((h := F.leaky_relu(m.a(x), 0.2)) * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8)),
+        **layers,
     ), IMAGES
 
 
 @critic(random=True, piecewise=True)
 def dropout():
     return nn.Sequential(
-        nn.Linear(5, 32), nn.LeakyReLU(0.2), nn.Dropout(0.4), nn.Linear(32, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 1)
+        nn.Linear(5, 32),
+        nn.LeakyReLU(0.2),
+        nn.Dropout(0.4),
+        nn.Linear(32, 16),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(16, 1),
     ), VECTORS
 
 
@@ -696,7 +762,11 @@ def attention_fused():
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.scaled_dot_product_attention(*heads(m.qkv(x))).transpose(1, 2).flatten(2)
-        h = F.scaled_dot_product_attention(*heads(F.gelu(m.again(h))), is_causal=True, scale=0.7).transpose(1, 2).flatten(2)
+        h = (
+            F.scaled_dot_product_attention(*heads(F.gelu(m.again(h))), is_causal=True, scale=0.7)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return m.out(h.mean(1))
 
     return Applied(forward, **layers), (3, 7, 6)
@@ -746,7 +816,8 @@ def transformer():
 
 @critic(advances=True)
 def sagan():
-    """Self-attention as SAGAN's authors released it (arXiv:1805.08318): pooled keys and values, a gain, spectral norm."""
+    """Self-attention as SAGAN's authors released it (arXiv:1805.08318): pooled keys and values, a gain, spectral
+    norm."""
     sn = parametrizations.spectral_norm
     layers = {
         "a": sn(nn.Conv2d(3, 8, 3, 1, 1)),
@@ -836,7 +907,11 @@ def checkpointed():
 @critic(piecewise=True)
 def projection():
     """cGANs with a projection discriminator (arXiv:1802.05637, eq. 4)."""
-    layers = {"features": mlp(nn.LeakyReLU(0.2), nn.LeakyReLU(0.2))[:-1], "out": nn.Linear(12, 1), "embed": nn.Embedding(4, 12)}
+    layers = {
+        "features": mlp(nn.LeakyReLU(0.2), nn.LeakyReLU(0.2))[:-1],
+        "out": nn.Linear(12, 1),
+        "embed": nn.Embedding(4, 12),
+    }
 
     def forward(m: Any, x: Tensor, y: Tensor) -> Tensor:
         h = m.features(x)
@@ -876,7 +951,9 @@ def modulated_by_context():
 class Scaled(nn.Module):
     """The residual block of WGAN-GP's critics: mean pooling as a mean of four strided slices."""
 
-    def __init__(self, i: int, o: int, first: bool = False, down: bool = True, norm: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, i: int, o: int, first: bool = False, down: bool = True, norm: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
         self.first, self.down = first, down
         self.a, self.b = nn.Conv2d(i, o, 3, 1, 1), nn.Conv2d(o, o, 3, 1, 1)
@@ -906,7 +983,8 @@ def published_wgan_gp_toy():
 
 @critic(piecewise=True)
 def published_wgan_gp_resnet():
-    """igul222/improved_wgan_training, gan_cifar_resnet.py: pre-activation ResNet without normalisation (arXiv:1704.00028)."""
+    """igul222/improved_wgan_training, gan_cifar_resnet.py: pre-activation ResNet without normalisation
+    (arXiv:1704.00028)."""
     blocks = nn.Sequential(Scaled(3, 8, first=True), Scaled(8, 8), Scaled(8, 8, down=False), Scaled(8, 8, down=False))
     return Applied(lambda m, x: m.out(F.relu(m.blocks(x)).mean((2, 3))).view(-1), blocks=blocks, out=nn.Linear(8, 1)), (
         2,
@@ -934,7 +1012,9 @@ def published_caogang_cifar10():
     layers: list[nn.Module] = []
     for i, o in ((3, 6), (6, 8), (8, 10)):
         layers += [nn.Conv2d(i, o, 3, 2, 1), nn.LeakyReLU()]
-    return Applied(lambda m, x: m.out(m.main(x).view(-1, 10)), main=nn.Sequential(*layers), out=nn.Linear(10, 1)), IMAGES
+    return Applied(
+        lambda m, x: m.out(m.main(x).view(-1, 10)), main=nn.Sequential(*layers), out=nn.Linear(10, 1)
+    ), IMAGES
 
 
 @critic()
@@ -1041,7 +1121,12 @@ class Modern(nn.Module):
 @critic(piecewise=True)
 def published_r3gan():
     """brownvc/R3GAN, Networks.py (arXiv:2501.05441): those blocks, a low-pass filter before a stride."""
-    layers = {"rgb": nn.Conv2d(3, 4, 1), "one": Modern(4, 2), "widen": nn.Conv2d(4, 8, 1, bias=False), "two": Modern(8, 4)}
+    layers = {
+        "rgb": nn.Conv2d(3, 4, 1),
+        "one": Modern(4, 2),
+        "widen": nn.Conv2d(4, 8, 1, bias=False),
+        "two": Modern(8, 4),
+    }
     layers |= {
         "basis": nn.Conv2d(8, 8, 4, groups=8, bias=False),
         "out": nn.Linear(8, 6, bias=False),
@@ -1060,7 +1145,10 @@ def published_stylegan2_pytorch():
     """lucidrains/stylegan2-pytorch: residual blocks with a blur before the stride, the output squeezed to (N,)."""
     layers = {
         "net": nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.LeakyReLU(0.2, True), nn.Conv2d(6, 6, 3, padding=1), nn.LeakyReLU(0.2, True)
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.LeakyReLU(0.2, True),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.LeakyReLU(0.2, True),
         )
     }
     layers |= {

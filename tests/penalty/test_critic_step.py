@@ -1,4 +1,5 @@
-"""What joins batches or not, finite differences, outputs of other forms, penalties of one's own, and norms with gradients."""
+"""What joins batches or not, finite differences, outputs of other forms, penalties of one's own, and norms with
+gradients."""
 
 from __future__ import annotations
 
@@ -21,12 +22,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*couples the samples")
 
 def data(n=6, seed=0, shape=(8,)):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *shape, dtype=D, generator=generator), torch.randn(n, *shape, dtype=D, generator=generator) + 1
+    return torch.randn(n, *shape, dtype=D, generator=generator), torch.randn(
+        n, *shape, dtype=D, generator=generator
+    ) + 1
 
 
 def gradient(value, module):
     found = torch.autograd.grad(value, list(module.parameters()), allow_unused=True, retain_graph=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(module.parameters(), found)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(module.parameters(), found)]
+    )
 
 
 def input_gradient(critic, x, *context, take=lambda d: d):
@@ -166,7 +171,9 @@ def test_together_says_why_it_is_not_followed():
     real, fake = data()
     for kind, why in ((DetachedMean, "mean"), (Length, "one batch of all samples differ"), (Item, "item")):
         critic = kind()
-        with pytest.warns(UserWarning, match=rf"critic_step: batching='together' is not followed for this critic: .*{why}"):
+        with pytest.warns(
+            UserWarning, match=rf"critic_step: batching='together' is not followed for this critic: .*{why}"
+        ):
             ops.critic_step(critic, real, fake, points=real, batching="together")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -213,7 +220,9 @@ class Noise(nn.Module):
         return x + torch.randn_like(x) * random.uniform(0.5, 1)
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.Dropout(0.5), lambda: nn.RReLU(), Noise], ids=["dropout", "rrelu", "noise"])
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Dropout(0.5), lambda: nn.RReLU(), Noise], ids=["dropout", "rrelu", "noise"]
+)
 @pytest.mark.parametrize("batching", ["auto", "apart"])
 def test_the_same_seed_draws_what_plain_code_draws(layer, batching):
     torch.manual_seed(0)
@@ -251,14 +260,16 @@ def finite_difference_critics():
     yield "older spectral norm", made(old(nn.Linear(8, 32)), nn.Tanh(), old(nn.Linear(32, 1)))
 
 
-@pytest.mark.parametrize(("name", "critic"), list(finite_difference_critics()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "critic"), list(finite_difference_critics()), ids=lambda v: v if isinstance(v, str) else ""
+)
 @pytest.mark.parametrize("around", [None, "lambda", "partial", "method"])
 def test_finite_differences_of_critics_with_state(name, critic, around):
     """The same value, gradient and state as one plain pass leaves."""
     ours, plain = copy.deepcopy(critic), copy.deepcopy(critic)
-    called = {
-        None: ours, "lambda": lambda x: ours(x), "partial": functools.partial(ours), "method": ours.forward,
-    }[around]  # fmt: skip
+    called = {None: ours, "lambda": lambda x: ours(x), "partial": functools.partial(ours), "method": ours.forward}[
+        around
+    ]
     real, fake = data(10)
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -293,7 +304,9 @@ def test_finite_differences_of_a_critic_that_does_not_repeat_itself():
     real, fake = data()
     hidden = iter(range(1, 1000))
     module = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    with pytest.raises(RuntimeError, match=r"gradient_penalty: finite differences need a critic that repeats its outputs"):
+    with pytest.raises(
+        RuntimeError, match=r"gradient_penalty: finite differences need a critic that repeats its outputs"
+    ):
         ops.gradient_penalty(lambda x: module(x) * next(hidden), real, fake, method="finite-difference")
 
 
@@ -336,10 +349,15 @@ class Heads(Body):
 @pytest.mark.parametrize(
     ("form", "output"),
     [
-        ("tuple", 0), ("tuple", -2), ("list", 1), ("dict", "source"), ("object", "values"), ("tuple", lambda o: o[0]),
+        ("tuple", 0),
+        ("tuple", -2),
+        ("list", 1),
+        ("dict", "source"),
+        ("object", "values"),
+        ("tuple", lambda o: o[0]),
         ("dict", lambda o: o["source"].squeeze(1)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("method", ["auto", "autograd", "finite-difference"])
 def test_outputs_of_other_forms(form, output, method):
     critic = Heads(form)
@@ -402,7 +420,7 @@ def test_patches(patches, penalty, batching, norm):
     for _ in range(2):
         step = ops.critic_step(
             critic, real, fake, loss="lsgan", penalty=penalty, patches=patches, batching=batching, **points
-        )  # fmt: skip
+        )
         assert step.real_logits.shape == (4, 1, 3, 3)
         alone = ops.gradient_penalty(critic, real, fake, kind=penalty, patches=patches, **points)
         if penalty == "wgan-gp":
@@ -474,7 +492,7 @@ def test_a_penalty_of_ones_own(function, method):
     for batching in ("apart", "together"):
         step = ops.critic_step(
             critic, real, fake, loss="minimax", penalty=function, kind="r1r2", batching=batching, method=method
-        )  # fmt: skip
+        )
         expected = F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
         assert_equal(step.loss, expected + own_expected(function, critic, [real, fake], 1.0), critic, tolerance)
 
@@ -521,7 +539,10 @@ def test_what_a_loss_of_ones_own_uses_is_learnt(batching, method):
 @pytest.mark.parametrize("layer", ["plain", "dropout", "spectral norm", "batch norm"])
 def test_norms_carry_a_gradient(method, kind, layer):
     torch.manual_seed(2)
-    first, between = nn.Linear(8, 16), {"dropout": nn.Dropout(0.4), "batch norm": nn.BatchNorm1d(16)}.get(layer, nn.Identity())
+    first, between = (
+        nn.Linear(8, 16),
+        {"dropout": nn.Dropout(0.4), "batch norm": nn.BatchNorm1d(16)}.get(layer, nn.Identity()),
+    )
     if layer == "spectral norm":
         first = nn.utils.parametrizations.spectral_norm(first)
     ours = nn.Sequential(first, between, nn.Tanh(), nn.Linear(16, 1)).double()
@@ -532,7 +553,7 @@ def test_norms_carry_a_gradient(method, kind, layer):
     torch.manual_seed(0)
     value, norms = ops.gradient_penalty(
         ours, real, fake, kind=kind, return_norms=True, method=method, weight=2.0, **points
-    )  # fmt: skip
+    )
     before = [b.clone() for b in ours.buffers()], torch.get_rng_state()
     found = 0.3 * value + (norms - 0.5).square().sum() + norms.var()
     a, a_x = gradient(found, ours), torch.autograd.grad(found, real, retain_graph=True)[0]
@@ -581,7 +602,10 @@ def test_compile_the_new_arguments(what):
             penalty, norms = ops.gradient_penalty(critic, r, f, points=r, patches="sum", return_norms="detached")
             return penalty + norms.sum()
         options = {"penalty": whole_batch, "output": "source", "points": r}
-        return ops.gradient_penalty(critic, r, f, **options) + ops.critic_step(critic, r, f, loss="minimax", **options).loss
+        return (
+            ops.gradient_penalty(critic, r, f, **options)
+            + ops.critic_step(critic, r, f, loss="minimax", **options).loss
+        )
 
     compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
     assert_equal(compiled(real, fake), value(real, fake), critic)
@@ -642,7 +666,9 @@ def test_values_without_gradients(mode, penalty):
     expected = ops.critic_step(critic, real, fake, loss="minimax", penalty=penalty, **points).loss
     for batching in ("auto", "together"):
         with mode():
-            found = ops.critic_step(critic, real, fake, loss="minimax", penalty=penalty, batching=batching, **points).loss
+            found = ops.critic_step(
+                critic, real, fake, loss="minimax", penalty=penalty, batching=batching, **points
+            ).loss
         assert not found.requires_grad
         torch.testing.assert_close(found.clone(), expected.detach())
 
@@ -666,21 +692,28 @@ IMAGES = torch.ones(3, 2, 8, 8, dtype=D)
         (lambda op: op(TUPLE, X, X, output=True), TypeError, "output is a bool"),
         (lambda op: op(TUPLE, X, X, output=lambda o: o), TypeError, "critic returned a tuple"),
         (lambda op: op(PATCH, IMAGES, IMAGES), ValueError, r"\(3, 1, 3, 3\).*\(3,\).*patches='sum'.*output="),
-        (lambda op: op(PATCH, IMAGES, IMAGES, patches="max"), ValueError, "patches='max', expected one of 'sum', 'mean'"),
+        (
+            lambda op: op(PATCH, IMAGES, IMAGES, patches="max"),
+            ValueError,
+            "patches='max', expected one of 'sum', 'mean'",
+        ),
         (lambda op: op(Body(), X, X, penalty=lambda g: 1.0), TypeError, "penalty returned a float"),
         (lambda op: op(Body(), X, X, penalty=lambda g: g), ValueError, r"penalty returned shape \(3, 8\).*\(3,\)"),
         (lambda op: op(Body(), X, X, penalty=lambda g: g.detach().sum()), ValueError, "penalty does not depend"),
         (lambda op: op(Body(), X, X, penalty=3), TypeError, "penalty is a int"),
         (lambda op: op(Body(), X, X, penalty=wgan_div, kind="ar1"), ValueError, "'ar1' takes no gradient"),
-        (lambda op: op(nn.Linear(8, 1, dtype=D), X, X, penalty=lambda g: (g - g).square().sum(1).sqrt()), FloatingPointError,
-         "derivative of penalty"),
+        (
+            lambda op: op(nn.Linear(8, 1, dtype=D), X, X, penalty=lambda g: (g - g).square().sum(1).sqrt()),
+            FloatingPointError,
+            "derivative of penalty",
+        ),
         (lambda op: op(Body(), X, X, epsilon=torch.ones(2)), ValueError, r"epsilon has shape \(2,\), expected.*\(3,\)"),
         (lambda op: op(Body(), X, X, epsilon=torch.ones(3, 8)), ValueError, r"epsilon has shape \(3, 8\).*points="),
         (lambda op: op(Body(), X, X, epsilon=torch.ones(3).long()), TypeError, "epsilon has dtype torch.int64"),
         (lambda op: op(Body(), X, X, points=X[:2]), ValueError, r"points have shape \(2, 8\)"),
         (lambda op: op(Body(), X, X, weight=nn.Parameter(torch.ones(()))), ValueError, "weight requires a gradient"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("op", ["gradient_penalty", "critic_step"])
 def test_errors_name_the_argument(op, call, error, message):
     with pytest.raises(error, match=f"(?s){op}: .*{message}"):

@@ -18,8 +18,12 @@ from tests.penalty import critics
 from tests.penalty.critics import CRITICS
 
 KINDS = {  # kind: weight, target (wgan-lp: as a share of the mean norm, so that some samples are above it)
-    "wgan-gp": (10.0, 1.0), "wgan-lp": (4.0, 0.8), "r1": (0.7, 1.0), "r2": (3.0, 1.0), "dragan": (10.0, 0.5),
-}  # fmt: skip
+    "wgan-gp": (10.0, 1.0),
+    "wgan-lp": (4.0, 0.8),
+    "r1": (0.7, 1.0),
+    "r2": (3.0, 1.0),
+    "dragan": (10.0, 0.5),
+}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -69,7 +73,9 @@ def leaves(critic, real, fake, context, inputs):
     """What gradients are asked for, by name: the parameters, and the data and the context with ``inputs``."""
     named = {k: p for k, p in critics.named_parameters(critic).items() if p.requires_grad}
     if inputs:
-        data = {"real": real, "fake": fake} | {f"context {i}": c for i, c in enumerate(context) if c.is_floating_point()}
+        data = {"real": real, "fake": fake} | {
+            f"context {i}": c for i, c in enumerate(context) if c.is_floating_point()
+        }
         named |= {k: t.requires_grad_() for k, t in data.items()}
     return named
 
@@ -82,7 +88,8 @@ def gradients(value, named):
 
 
 def exact(entry, kind, weight, target, drawn=torch.float64, seed=1, inputs=False):
-    """(value, norms, gradients, buffers) by double backward, in float64 also for float32: the error found is the op's own."""
+    """(value, norms, gradients, buffers) by double backward, in float64 also for float32: the error found is the op's
+    own."""
     critic, real, fake, context = entry.make(torch.float64)
     named = leaves(critic, real, fake, context, inputs)
     torch.manual_seed(seed)
@@ -98,9 +105,17 @@ def ours(entry, kind, weight, target, dtype, seed=1, inputs=False, **options):
     before = {k: t.detach().clone() for k, t in named.items()}
     torch.manual_seed(seed)
     value, norms = ops.gradient_penalty(
-        critic, real, fake, kind=kind, weight=weight, target=target, context=given(context),
-        generator=torch.Generator().manual_seed(seed), return_norms=True, **options,
-    )  # fmt: skip
+        critic,
+        real,
+        fake,
+        kind=kind,
+        weight=weight,
+        target=target,
+        context=given(context),
+        generator=torch.Generator().manual_seed(seed),
+        return_norms=True,
+        **options,
+    )
     found = gradients(value, named)
     for k, t in named.items():
         assert torch.equal(t, before[k]), f"{k} was changed"
@@ -112,7 +127,9 @@ def close(found, expected, tolerance, what, floor=0.0):
     assert found.shape == expected.shape
     error = float((found.double() - expected.double()).norm())
     size = float(expected.double().norm())
-    assert error <= tolerance * size + floor, f"{what}: {error:.2e} off of {size:.2e}, allowed {tolerance * size + floor:.2e}"
+    assert error <= tolerance * size + floor, (
+        f"{what}: {error:.2e} off of {size:.2e}, allowed {tolerance * size + floor:.2e}"
+    )
 
 
 def compare(found, expected, tolerance):
@@ -123,7 +140,9 @@ def compare(found, expected, tolerance):
 
 
 def catalogue(*marks, without=()):
-    chosen = [c for c in CRITICS.values() if all(getattr(c, m) for m in marks) and not any(getattr(c, m) for m in without)]
+    chosen = [
+        c for c in CRITICS.values() if all(getattr(c, m) for m in marks) and not any(getattr(c, m) for m in without)
+    ]
     return pytest.mark.parametrize("entry", chosen, ids=[c.name for c in chosen])
 
 
@@ -163,14 +182,19 @@ def test_float64_equals_double_backward_to_parameters_context_and_data(entry, ki
 
 
 @pytest.mark.parametrize("method", ["exact", "autograd"])
-@pytest.mark.parametrize("name", ["mlp_relu", "dcgan", "layer_norm", "projection", "dropout", "spectral_norm", "functional"])
+@pytest.mark.parametrize(
+    "name", ["mlp_relu", "dcgan", "layer_norm", "projection", "dropout", "spectral_norm", "functional"]
+)
 def test_methods_that_are_exact(name, method):
     check(CRITICS[name], "wgan-gp", torch.float64, inputs=True, method=method)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, "float64") for n in ("smooth_activations", "layer_norm", "mlp_leaky_relu", "dcgan", "attention_fused", "projection")]
+    [
+        (n, "float64")
+        for n in ("smooth_activations", "layer_norm", "mlp_leaky_relu", "dcgan", "attention_fused", "projection")
+    ]
     + [(n, "float32") for n in ("smooth_activations", "saturating_activations", "attention_fused")],
 )
 @pytest.mark.parametrize("kind", ["wgan-gp", "r1"])
@@ -306,7 +330,9 @@ def test_a_gradient_of_zero_is_safe(kind):
 def test_a_critic_that_does_not_look():
     """Its gradient is zero everywhere."""
     critic = critics.Applied(lambda m, x: m.w.expand(len(x)), w=nn.Parameter(torch.ones(1)))
-    value, norms = ops.gradient_penalty(critic, torch.ones(3, 5), torch.ones(3, 5), weight=2.0, target=0.5, return_norms=True)
+    value, norms = ops.gradient_penalty(
+        critic, torch.ones(3, 5), torch.ones(3, 5), weight=2.0, target=0.5, return_norms=True
+    )
     assert float(value.detach()) == 0.5
     assert norms.tolist() == [0.0, 0.0, 0.0]
     value.backward()
@@ -314,7 +340,9 @@ def test_a_critic_that_does_not_look():
 
 
 def test_one_sided_counts_only_the_norms_above():
-    critic = critics.Applied(lambda m, x: m.w * 0.5 * x.square().sum(1), w=nn.Parameter(torch.ones((), dtype=torch.float64)))
+    critic = critics.Applied(
+        lambda m, x: m.w * 0.5 * x.square().sum(1), w=nn.Parameter(torch.ones((), dtype=torch.float64))
+    )
     real = torch.tensor([[0.5], [3.0], [1.0], [2.0]], dtype=torch.float64)
     value = ops.gradient_penalty(critic, real, real, kind="wgan-lp", weight=1.0)
     assert float(value.detach()) == (2**2 + 1**2) / 4
@@ -429,7 +457,13 @@ def test_an_empty_batch_is_refused():
 
 def wide(name):
     if name == "conv":
-        layers = [nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten()]
+        layers = [
+            nn.Conv2d(3, 32, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(32, 32, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+        ]
         return nn.Sequential(*layers, nn.Linear(512, 1))
     layers = [nn.Flatten(), nn.Linear(768, 64), nn.LayerNorm(64), nn.SiLU(), nn.Linear(64, 64), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(64, 1))
@@ -458,7 +492,11 @@ def test_autocast_where_dtypes_meet():
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
-            self.convolution, self.linear, self.out = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(192, 192), nn.Linear(192, 1)
+            self.convolution, self.linear, self.out = (
+                nn.Conv2d(3, 3, 3, padding=1),
+                nn.Linear(192, 192),
+                nn.Linear(192, 1),
+            )
 
         def forward(self, x):
             h = (x + torch.tanh(self.convolution(x))).flatten(1)
@@ -527,7 +565,7 @@ X = torch.ones(3, 5)
         (lambda: ops.critic_step(MLP, X, X[:2]), ValueError, r"fake has shape \(2, 5\)"),
         (lambda: ops.critic_step(nn.Linear(5, 2), X, X), ValueError, r"critic.*, 2\).*one value per sample"),
     ],
-)  # fmt: skip
+)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -553,7 +591,15 @@ def test_coupled_samples_are_warned_of(name):
 
 
 def test_no_warning_without_cause():
-    for name in ("dcgan", "layer_norm", "attention_fused", "batch_norm_frozen", "group_norm", "projection", "spectral_norm"):
+    for name in (
+        "dcgan",
+        "layer_norm",
+        "attention_fused",
+        "batch_norm_frozen",
+        "group_norm",
+        "projection",
+        "spectral_norm",
+    ):
         critic, real, fake, context = CRITICS[name].make()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -569,7 +615,9 @@ def test_a_second_derivative_raises_or_is_right(name, what):
 
     def second(value):
         first = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
-        found = torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), parameters, allow_unused=True)
+        found = torch.autograd.grad(
+            sum(g.square().sum() for g in first if g is not None), parameters, allow_unused=True
+        )
         return {str(i): torch.zeros_like(p) if g is None else g for i, (p, g) in enumerate(zip(parameters, found))}
 
     value, _ = reference.gradient_penalty(critic, real, "r1", 10.0, 1.0)
@@ -632,8 +680,10 @@ def test_without_gradients():
 def test_points_may_be_given(kind):
     critic, real, fake, _ = CRITICS["layer_norm"].make(torch.float64)
     at = reference.penalty_points(real, fake, kind, torch.Generator().manual_seed(2))
-    given, drawn = (ops.gradient_penalty(critic, real, fake, kind=kind, **options)
-                    for options in ({"points": at}, {"generator": torch.Generator().manual_seed(2)}))  # fmt: skip
+    given, drawn = (
+        ops.gradient_penalty(critic, real, fake, kind=kind, **options)
+        for options in ({"points": at}, {"generator": torch.Generator().manual_seed(2)})
+    )
     assert torch.equal(given, drawn)
     step = ops.critic_step(critic, real, fake, penalty=kind, points=at)
     close(step.penalty, given.detach(), 1e-12, "penalty")
@@ -738,7 +788,9 @@ def check_step(entry, loss, penalty, dtype=torch.float64, inputs=False, other_co
     results = []
     for make in ("ours", "expected"):
         critic, real, fake, context = entry.make(dtype if make == "ours" else torch.float64)
-        if entry.advances and not entry.couples:  # one pass for all would advance the power iteration less often than three
+        if (
+            entry.advances and not entry.couples
+        ):  # one pass for all would advance the power iteration less often than three
             for m in critics.modules(critic):
                 m.eval()
         fake_context = tuple(c.flip(0) for c in context) if other_context else context
@@ -747,15 +799,26 @@ def check_step(entry, loss, penalty, dtype=torch.float64, inputs=False, other_co
         if make == "ours":
             other = given(fake_context) if other_context else None
             step = ops.critic_step(
-                critic, real, fake, loss=loss, penalty=penalty, weight=weight, target=target, context=given(context),
-                fake_context=other, generator=torch.Generator().manual_seed(1), **options,
-            )  # fmt: skip
+                critic,
+                real,
+                fake,
+                loss=loss,
+                penalty=penalty,
+                weight=weight,
+                target=target,
+                context=given(context),
+                fake_context=other,
+                generator=torch.Generator().manual_seed(1),
+                **options,
+            )
             close(step.loss.detach(), (step.adversarial + step.penalty).detach(), TOLERANCE[dtype], "sum")
             total, parts = step.loss, (step.adversarial, step.penalty, step.real_logits, step.fake_logits)
             assert step.real_logits.shape == step.fake_logits.shape == (len(real),)
             assert step.loss.dtype == dtype
         else:
-            parts = expected_step(entry, loss, penalty, weight, target, critic, real, fake, context, fake_context, dtype)
+            parts = expected_step(
+                entry, loss, penalty, weight, target, critic, real, fake, context, fake_context, dtype
+            )
             total = parts[0] + parts[1]
         results.append(([total.detach(), *(p.detach() for p in parts)], gradients(total, named)))
     (found, found_gradients), (expected, expected_gradients) = results
@@ -795,7 +858,9 @@ def test_step_in_float32(name, loss, penalty):
 
 
 @pytest.mark.parametrize("penalty", ["wgan-gp", "r1", "r2", "r1r2"])
-@pytest.mark.parametrize("name", ["projection", "conditioned_by_concatenation", "modulated_by_context", "published_r3gan"])
+@pytest.mark.parametrize(
+    "name", ["projection", "conditioned_by_concatenation", "modulated_by_context", "published_r3gan"]
+)
 def test_step_with_another_context_for_fake(name, penalty):
     check_step(CRITICS[name], "hinge", penalty, inputs=True, other_context=True)
 
@@ -840,7 +905,8 @@ def test_step_of_a_random_critic_is_one_draw(name, penalty):
 @pytest.mark.parametrize("penalty", ["wgan-gp", "r1", "r1r2"])
 @catalogue("advances", without=("couples",))
 def test_step_advances_the_state_once(entry, penalty):
-    """A power iteration belongs to a forward pass, and a step is one: real, fake and interpolated samples meet one weight."""
+    """A power iteration belongs to a forward pass, and a step is one: real, fake and interpolated samples meet one
+    weight."""
     weight, target = 2.0, 1.0
     critic, real, fake, context = entry.make(torch.float64)
     generator = torch.Generator().manual_seed(1)
@@ -859,7 +925,9 @@ def test_step_advances_the_state_once(entry, penalty):
     found, state = gradients(step.loss, critics.named_parameters(critic)), critics.buffers(critic)
     critic, real, fake, context = entry.make(torch.float64)
     parts = (
-        [real, fake] if penalty != "wgan-gp" else [real, fake, points(penalty, real, fake, torch.Generator().manual_seed(1))]
+        [real, fake]
+        if penalty != "wgan-gp"
+        else [real, fake, points(penalty, real, fake, torch.Generator().manual_seed(1))]
     )
     x = torch.cat(parts).requires_grad_()
     d = critic(x, *(torch.cat([c] * len(parts)) for c in context)).flatten()
@@ -922,7 +990,10 @@ def test_a_step_of_training():
 def test_step_module():
     critic, real, fake, _ = CRITICS["dcgan"].make()
     module = genfast.nn.CriticStep(loss="minimax", penalty="r1", weight=2.0)
-    found, expected = module(critic, real, fake), ops.critic_step(critic, real, fake, loss="minimax", penalty="r1", weight=2.0)
+    found, expected = (
+        module(critic, real, fake),
+        ops.critic_step(critic, real, fake, loss="minimax", penalty="r1", weight=2.0),
+    )
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 

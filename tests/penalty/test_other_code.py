@@ -1,7 +1,7 @@
 """The penalty on critics that do what people's critics do: equal to double backward, refused as it refuses, or told of.
 
-Every critic here is called twice with the same seeds in plain code and by the op: value, gradients, buffers, Python attributes
-and the generators afterwards must agree.
+Every critic here is called twice with the same seeds in plain code and by the op: value, gradients, buffers, Python
+attributes and the generators afterwards must agree.
 """
 
 # ruff: noqa: NPY002  critics draw from NumPy's global generator
@@ -182,7 +182,9 @@ def no_out(m, x):
 
 
 def twice_under(m, x):
-    return m.out(checkpoint(lambda h: h * checkpoint(m.b, h.sin(), use_reentrant=False).erf(), m.a(x), use_reentrant=False))
+    return m.out(
+        checkpoint(lambda h: h * checkpoint(m.b, h.sin(), use_reentrant=False).erf(), m.a(x), use_reentrant=False)
+    )
 
 
 EXACT = {
@@ -190,7 +192,8 @@ EXACT = {
     "checkpoint of softsign and a norm": recomputed(lambda: nn.LayerNorm(16), nn.Softsign),
     "checkpoint of CELU, its random numbers not put back": recomputed(nn.CELU, preserve_rng_state=False),
     "checkpoint of a weight's function": (
-        lambda m, x: m.out(checkpoint(functools.partial(square_of_weight, m), rows_of_tanh(m, x), use_reentrant=False)), dict,
+        lambda m, x: m.out(checkpoint(functools.partial(square_of_weight, m), rows_of_tanh(m, x), use_reentrant=False)),
+        dict,
     ),
     "nested checkpoints": (twice_under, dict),
     "checkpoint of a sequence": (
@@ -206,7 +209,10 @@ EXACT = {
         lambda m, x: m.out((m.rows * m.a(x).mean(0, keepdim=True)).tanh() + m.a(x)),
         lambda: {"rows": nn.Parameter(torch.randn(N, WIDTH))},
     ),
-    "a matrix times a vector made of x": (lambda m, x: m.out((m.b.weight * m.a(x).mean(0)).sum(0) + m.a(x).sin()), dict),
+    "a matrix times a vector made of x": (
+        lambda m, x: m.out((m.b.weight * m.a(x).mean(0)).sum(0) + m.a(x).sin()),
+        dict,
+    ),
     "matrices times the batch": (
         lambda m, x: m.out((rows_of_tanh(m, x) @ m.many).mean(0)),
         lambda: {"many": nn.Parameter(torch.randn(10, WIDTH, WIDTH) / 4)},
@@ -218,7 +224,8 @@ EXACT = {
     "functions given out=None": (no_out, dict),
     "numbers from all generators": (draws_of_all, dict),
     "an argument in a dict": (
-        lambda m, x: m.out(m.inner({"h": m.a(x)})), lambda: {"inner": Critic(lambda m, given: given["h"].erf())},
+        lambda m, x: m.out(m.inner({"h": m.a(x)})),
+        lambda: {"inner": Critic(lambda m, given: given["h"].erf())},
     ),
     **{
         f"{kind.__name__} in place after a norm": normalised(kind(inplace=True))
@@ -226,7 +233,7 @@ EXACT = {
     },
     "tanh in place after a norm": normalised(torch.tanh_),
     "dropout in place after a norm": normalised(nn.Dropout(0.4, inplace=True)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -240,7 +247,9 @@ def test_a_step_is_equal_too(name):
     """Loss and penalty, each sample's batch apart."""
     critic, x = build(*EXACT[name]), inputs()
     plain = copy.deepcopy(critic)
-    step = ops.critic_step(critic, x, x + 1, loss="minimax", penalty="wgan-gp", points=x, batching="apart", method="exact")
+    step = ops.critic_step(
+        critic, x, x + 1, loss="minimax", penalty="wgan-gp", points=x, batching="apart", method="exact"
+    )
     gradient = flat(torch.autograd.grad(step.loss, trainable(critic), allow_unused=True), trainable(critic))
     loss = F.softplus(plain(x + 1)).mean() + F.softplus(-plain(x)).mean()
     expected = (
@@ -587,7 +596,9 @@ class PowerIterated(nn.Module):
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Softsign])
 def test_power_iterations_in_parameters(activation):
     torch.manual_seed(0)
-    critic = nn.Sequential(PowerIterated(nn.Linear(8, WIDTH)), activation(), PowerIterated(nn.Linear(WIDTH, 1))).double()
+    critic = nn.Sequential(
+        PowerIterated(nn.Linear(8, WIDTH)), activation(), PowerIterated(nn.Linear(WIDTH, 1))
+    ).double()
     agree(critic, inputs(), calls=3, wrap=lambda m: lambda x: m(x), method="exact")
 
 

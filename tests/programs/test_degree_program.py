@@ -59,15 +59,18 @@ def test_masks_that_no_order_solves():
     ("layers", "kind", "message"),
     [
         ([], ValueError, "layers is empty"),
-        ([Layer(torch.ones(4, 2).long())], TypeError, "weight of layer 1 is torch.int64, expected a floating-point tensor"),
+        ([Layer(torch.ones(4, 2).long())], TypeError, "weight of layer 1 is torch.int64, expected a floating-point "
+        "tensor"),
         ([Layer([1.0])], TypeError, "weight of layer 1 is list"),
         ([Layer(torch.ones(4))], ValueError, r"weight of layer 1 has shape \(4,\), expected \(out, in\)"),
         ([Layer(torch.ones(4, 2), torch.ones(3))], ValueError, r"bias of layer 1 has shape \(3,\), expected \(4,\)"),
         ([Layer(torch.ones(4, 2), mask=torch.ones(4, 3))], ValueError, r"mask of layer 1 has shape \(4, 3\), expected"),
-        ([Layer(torch.ones(4, 2), after="swish")], ValueError, "after='swish' of layer 1, expected one of 'none', 'relu'"),
+        ([Layer(torch.ones(4, 2), after="swish")], ValueError, "after='swish' of layer 1, expected one of 'none', "
+        "'relu'"),
         ([Layer(torch.ones(4, 2), source=1)], ValueError, r"source=1 of layer 1, expected an index from 0 \(x\) to 0"),
         ([Layer(torch.ones(4, 2), residual=-1)], ValueError, "residual=-1 of layer 1"),
-        ([Layer(torch.ones(4, 2), gate=torch.ones(3))], ValueError, r"gate of layer 1 has shape \(3,\), expected \(N, 4\)"),
+        ([Layer(torch.ones(4, 2), gate=torch.ones(3))], ValueError, r"gate of layer 1 has shape \(3,\), expected \(N, "
+        r"4\)"),
         ([Layer(torch.ones(3, 2))], ValueError, "the last layer gives 3 numbers for 2 inputs"),
         ([Layer(torch.ones(0, 0))], ValueError, "the last layer gives 0 numbers for 0 inputs"),
         ([Layer(torch.ones(3, 2)), Layer(torch.ones(2, 4))], ValueError, r"weight of layer 2 .* expected \(out, 3\)"),
@@ -209,7 +212,10 @@ def add_module(network):
 CHANGED = {
     "a hook": (lambda: (lambda m: (add_hook(m), m)[1])(made()), "linears.1 has the forward hook"),
     "a forward of its own": (lambda: (lambda m: (add_forward(m), m)[1])(made()), "linears.1 has a forward of its own"),
-    "another layer": (lambda: (lambda m: (add_module(m), m)[1])(made()), "linears.1 is a .*Louder, expected a MaskedLinear"),
+    "another layer": (
+        lambda: (lambda m: (add_module(m), m)[1])(made()),
+        "linears.1 is a .*Louder, expected a MaskedLinear",
+    ),
     "another forward": (lambda: made(Halved), "Halved overrides methods of MADE, but not layers"),
 }
 
@@ -269,7 +275,9 @@ def test_layers_that_are_not_the_network_are_found_out():
 def test_the_comparison_of_layers_runs_once_and_leaves_no_trace(monkeypatch):
     network, calls = made(), []
     forward = nn.MADE.forward
-    monkeypatch.setattr(nn.MADE, "forward", lambda self, x, context=None: calls.append(len(x)) or forward(self, x, context))
+    monkeypatch.setattr(
+        nn.MADE, "forward", lambda self, x, context=None: calls.append(len(x)) or forward(self, x, context)
+    )
     layer = nn.MaskedAutoregressive(network)
     state, z = torch.get_rng_state(), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
     layer.inverse(z[:0])
@@ -366,17 +374,21 @@ def _other_degrees(layer):
 
 
 @pytest.mark.filterwarnings("ignore:MaskedAutoregressive. the inverse takes one pass")
-@pytest.mark.parametrize("change", [
-    _scaled_output,
-    _other_forward,
-    _other_degrees,
-    lambda layer: setattr(layer.network, "activation", "tanh"),
-    lambda layer: setattr(layer.network.linears[0], "weight", torch.nn.Parameter(torch.randn(12, 5))),
-    lambda layer: layer.network.linears[2].weight.data.mul_(1.5),
-    lambda layer: layer.network.linears.__setitem__(1, nn.MaskedLinear([2] * 12, [3] * 12)),
-    lambda layer: layer.network.resample(order="reversed"),
-    lambda layer: setattr(layer, "network", nn.MADE(5, (7,), outputs=2)),
-], ids=["hook", "forward", "degrees", "setting", "parameter", "data", "submodule", "resample", "network"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        _scaled_output,
+        _other_forward,
+        _other_degrees,
+        lambda layer: setattr(layer.network, "activation", "tanh"),
+        lambda layer: setattr(layer.network.linears[0], "weight", torch.nn.Parameter(torch.randn(12, 5))),
+        lambda layer: layer.network.linears[2].weight.data.mul_(1.5),
+        lambda layer: layer.network.linears.__setitem__(1, nn.MaskedLinear([2] * 12, [3] * 12)),
+        lambda layer: layer.network.resample(order="reversed"),
+        lambda layer: setattr(layer, "network", nn.MADE(5, (7,), outputs=2)),
+    ],
+    ids=["hook", "forward", "degrees", "setting", "parameter", "data", "submodule", "resample", "network"],
+)
 def test_the_inverse_follows_every_change_between_two_calls(change):
     layer = nn.MaskedAutoregressive(nn.MADE(5, (12, 12), outputs=2)).eval()
     z = torch.randn(4, 5)

@@ -49,7 +49,9 @@ def test_colours_out_of_order_are_found():
     net = nn.Sequential(gnn.ScaleLevels(2), gnn.MaskedConv2d(3, 6, 1, mask_type="B", data_channels=3))
     with pytest.raises(CausalityError):
         assert_causal(net, (3, 2, 2), levels=2)
-    leaky = nn.Sequential(gnn.ScaleLevels(2), gnn.MaskedConv2d(3, 6, 3, mask_type="A", data_channels=3), nn.Conv2d(6, 6, 1))
+    leaky = nn.Sequential(
+        gnn.ScaleLevels(2), gnn.MaskedConv2d(3, 6, 3, mask_type="A", data_channels=3), nn.Conv2d(6, 6, 1)
+    )
     with pytest.raises(CausalityError):
         assert_causal(leaky, (3, 2, 2), levels=2)
 

@@ -15,7 +15,15 @@ from torch import nn
 from genfast import models
 from genfast import nn as gnn
 from genfast._modes import evaluating
-from genfast.sampling import CausalityError, LoweringError, Sampler, assert_causal, inputs, receptive_field, sample_equivalence
+from genfast.sampling import (
+    CausalityError,
+    LoweringError,
+    Sampler,
+    assert_causal,
+    inputs,
+    receptive_field,
+    sample_equivalence,
+)
 
 LEVELS = 8
 SHAPE = (1, 5, 6)
@@ -26,9 +34,10 @@ def stack(colours=1, out=None, inputs=None, **options):
     options = {"data_channels": colours, **options}
     wide = 8 * colours
     return nn.Sequential(
-        gnn.MaskedConv2d(inputs or colours, wide, 3, mask_type="A", **options), nn.ReLU(),
+        gnn.MaskedConv2d(inputs or colours, wide, 3, mask_type="A", **options),
+        nn.ReLU(),
         gnn.MaskedConv2d(wide, LEVELS * colours if out is None else out, 1, **options),
-    )  # fmt: skip
+    )
 
 
 def loud(net):
@@ -124,7 +133,8 @@ def test_a_network_of_floats_needs_a_scale(check):
         (lambda x: x / 7, True), (lambda x: 2.0 * x / 7 - 1, True), (lambda x: (x - 3.5) / 3.5, True),
         (lambda x: (x / 7 - 0.13) / 0.31, True), (lambda x: (x > 3).float(), True),
         (lambda x: torch.linspace(-1, 1, 8)[x], True),
-        (lambda x: x, False), (lambda x: x - 0.5, False), (lambda x: 2.0 * x - 1, False), (lambda x: (x - 0.5) / 0.5, False),
+        (lambda x: x, False), (lambda x: x - 0.5, False), (lambda x: 2.0 * x - 1, False), (lambda x: (x - 0.5) / 0.5,
+        False),
         (lambda x: 2 * x - 1, False), (lambda x: x[:, :1], False), (lambda x: (x - 0.5).to(torch.float32), False),
     ],
 )  # fmt: skip
@@ -176,7 +186,9 @@ def test_uniform_numbers_outside_their_range():
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="input='byte', expected one of 'integers', 'unit', 'signed', a function or None"):
+    with pytest.raises(
+        ValueError, match="input='byte', expected one of 'integers', 'unit', 'signed', a function or None"
+    ):
         Sampler(stack(), input="byte")
     with pytest.raises(ValueError, match="group_order='rgb'"):
         Sampler(stack(), group_order="rgb")
@@ -260,15 +272,21 @@ LABEL, SHIFT = torch.tensor([1, 7]), torch.tensor([[0.5], [-2.0]])
 @pytest.mark.parametrize(
     ("kind", "context", "args", "kwargs"),
     [
-        (ByName, LABEL, (LABEL,), {}), (ByName, {"label": LABEL}, (LABEL,), {}), (ByName, [LABEL], (LABEL,), {}),
-        (Starred, LABEL, (LABEL,), {}), (Starred, (LABEL, SHIFT[:, 0]), (LABEL, SHIFT[:, 0]), {}),
+        (ByName, LABEL, (LABEL,), {}),
+        (ByName, {"label": LABEL}, (LABEL,), {}),
+        (ByName, [LABEL], (LABEL,), {}),
+        (Starred, LABEL, (LABEL,), {}),
+        (Starred, (LABEL, SHIFT[:, 0]), (LABEL, SHIFT[:, 0]), {}),
         (KeywordOnly, LABEL, (), {"label": LABEL}),
         (KeywordOnly, {"label": LABEL, "scale": 2.0}, (), {"label": LABEL, "scale": 2.0}),
-        (Two, LABEL, (LABEL,), {}), (Two, (LABEL, SHIFT[:, 0]), (LABEL, SHIFT[:, 0]), {}),
+        (Two, LABEL, (LABEL,), {}),
+        (Two, (LABEL, SHIFT[:, 0]), (LABEL, SHIFT[:, 0]), {}),
         (Two, {"shift": SHIFT[:, 0], "label": LABEL}, (LABEL, SHIFT[:, 0]), {}),
-        (Optional, LABEL, (), {"y": LABEL}), (Optional, None, (), {}), (Keywords, {"label": LABEL}, (), {"label": LABEL}),
+        (Optional, LABEL, (), {"y": LABEL}),
+        (Optional, None, (), {}),
+        (Keywords, {"label": LABEL}, (), {"label": LABEL}),
     ],
-)  # fmt: skip
+)
 def test_conditions_of_any_name(kind, context, args, kwargs):
     net, uniforms = loud(kind()), torch.rand(2, *SHAPE)
     expected = users_loop(lambda x: net(x, *args, **kwargs), 2, SHAPE, uniforms)
@@ -280,9 +298,11 @@ def test_conditions_of_any_name(kind, context, args, kwargs):
         assert torch.equal(s.sample(2, SHAPE, uniforms=uniforms, context=context), expected)
     one = context
     if context is not None:
-        one = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in context.items()} if isinstance(context, dict) else (
-            context[:1] if isinstance(context, torch.Tensor) else [c[:1] for c in context]
-        )  # fmt: skip
+        one = (
+            {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in context.items()}
+            if isinstance(context, dict)
+            else (context[:1] if isinstance(context, torch.Tensor) else [c[:1] for c in context])
+        )
     assert_causal(net, (1, 3, 3), levels=LEVELS, context=one)
 
 
@@ -347,10 +367,13 @@ def test_functions_and_compiled_networks():
     net, uniforms = loud(ByName()), torch.rand(2, *SHAPE)
     expected = users_loop(lambda x: net(x, LABEL), 2, SHAPE, uniforms)
     for function, context in (
-        (functools.partial(net, label=LABEL), None), (lambda x: net(x, LABEL), None), (lambda x, label: net(x, label), LABEL),
-        (net.forward, LABEL), (torch.compile(net, backend="eager"), LABEL),
+        (functools.partial(net, label=LABEL), None),
+        (lambda x: net(x, LABEL), None),
+        (lambda x, label: net(x, label), LABEL),
+        (net.forward, LABEL),
+        (torch.compile(net, backend="eager"), LABEL),
         (torch.compile(net, backend="eager"), {"label": LABEL}),
-    ):  # fmt: skip
+    ):
         drawn = Sampler(function, levels=LEVELS).sample(2, SHAPE, uniforms=uniforms, context=context, method="naive")
         assert torch.equal(drawn, expected)
     compiled = Sampler(torch.compile(net, backend="eager"), levels=LEVELS)
@@ -435,9 +458,11 @@ def test_mixtures_that_are_not_finite_are_located(method, place):
 @pytest.mark.parametrize("hidden", [nn.ReLU(), None], ids=["relu", "fused"])
 def test_a_relu_does_not_hide_what_is_not_a_number(hidden):
     net = nn.Sequential(
-        gnn.ScaleLevels(4), gnn.MaskedConv2d(1, 8, 3, mask_type="A", activation=None if hidden else "relu"),
-        hidden or nn.Identity(), nn.Conv2d(8, 4, 1),
-    )  # fmt: skip
+        gnn.ScaleLevels(4),
+        gnn.MaskedConv2d(1, 8, 3, mask_type="A", activation=None if hidden else "relu"),
+        hidden or nn.Identity(),
+        nn.Conv2d(8, 4, 1),
+    )
     with torch.no_grad():
         net[1].bias[0] = float("nan")
     for method in ("cached", "naive"):
@@ -524,8 +549,15 @@ OTHER_TYPES = [*((k, torch.float64) for k in WIDE), *((k, torch.bfloat16) for k 
 
 @pytest.mark.parametrize(("kind", "dtype"), OTHER_TYPES)
 def test_networks_of_other_types_are_sampled_in_their_type(kind, dtype):
-    levels = {"levels": 4} if kind is not models.PixelCNNPlusPlus else {"levels": 4, "filters": 4, "blocks": 1, "mixtures": 1}
-    small = {models.WaveNet: {"residual": 8, "skip": 8, "layers": 2, "stacks": 1}, models.PixelCNNPlusPlus: {"in_channels": 1}}
+    levels = (
+        {"levels": 4}
+        if kind is not models.PixelCNNPlusPlus
+        else {"levels": 4, "filters": 4, "blocks": 1, "mixtures": 1}
+    )
+    small = {
+        models.WaveNet: {"residual": 8, "skip": 8, "layers": 2, "stacks": 1},
+        models.PixelCNNPlusPlus: {"in_channels": 1},
+    }
     model = kind(**levels, **small.get(kind, {"channels": 8, "layers": 2})).to(dtype)
     shape = (1, 6) if kind is models.WaveNet else (1, 4, 4)
     assert model(torch.zeros(1, *shape, dtype=torch.long)).dtype is dtype

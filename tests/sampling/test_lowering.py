@@ -1,4 +1,5 @@
-"""Other people's modules are called or refused, never mistaken; a program that differs from its network is found out."""
+"""Other people's modules are called or refused, never mistaken; a program that differs from its network is found
+out."""
 
 from __future__ import annotations
 
@@ -184,8 +185,14 @@ REFUSED = {
         lambda net: net.register_forward_hook(times_four),
         r"^the network \(Sequential\): has the forward hook",
     ),
-    "a wide kernel": (replaced(Scaled(8, 4, 3, padding=1)), "^conv2d in 3: calls conv2d with a kernel that is not 1 x 1"),
-    "a module of torch": (replaced(nn.PReLU()), r"3 \(PReLU\): a torch.nn.modules.activation.PReLU has no pixel program"),
+    "a wide kernel": (
+        replaced(Scaled(8, 4, 3, padding=1)),
+        "^conv2d in 3: calls conv2d with a kernel that is not 1 x 1",
+    ),
+    "a module of torch": (
+        replaced(nn.PReLU()),
+        r"3 \(PReLU\): a torch.nn.modules.activation.PReLU has no pixel program",
+    ),
 }
 
 
@@ -195,7 +202,9 @@ def test_what_a_call_adds_is_refused_by_name(name):
     net = around(nn.ReLU())
     change(net)
     with pytest.raises(LoweringError, match=message):
-        Sampler(net, levels=4, self_check=False, group_order="interleaved", input="integers").sample(1, SHAPE, method="cached")
+        Sampler(net, levels=4, self_check=False, group_order="interleaved", input="integers").sample(
+            1, SHAPE, method="cached"
+        )
 
 
 def test_global_hooks_are_refused():
@@ -227,7 +236,9 @@ def test_a_hook_that_comes_later_is_seen():
         torch.testing.assert_close(sampler.teacher_forced(x), net(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("last", [own_forward, *(replaced(c(8, 4, 1)) for c in (Scaled, InnerScaled, Property, Called))])
+@pytest.mark.parametrize(
+    "last", [own_forward, *(replaced(c(8, 4, 1)) for c in (Scaled, InnerScaled, Property, Called))]
+)
 def test_a_changed_convolution_is_followed(last):
     net = around(nn.ReLU())
     last(net)
@@ -388,7 +399,8 @@ class FromFloats(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "scale", [lambda x: x.float(), lambda x: x.float() / 3 * 2 - 1, lambda x: (x - 1.5) / 1.5, lambda x: -x.to(torch.float32)]
+    "scale",
+    [lambda x: x.float(), lambda x: x.float() / 3 * 2 - 1, lambda x: (x - 1.5) / 1.5, lambda x: -x.to(torch.float32)],
 )
 def test_an_image_scaled_by_hand(scale):
     assert error_of(FromFloats(scale).eval(), (3, 5, 4), group_order="interleaved", input="integers") < 1e-6
@@ -594,7 +606,9 @@ def test_contents_see_every_change():
     assert not bool(moved.unchanged(tensors))
 
 
-@pytest.mark.parametrize("build", [lambda: genfast.models.PixelCNN(1, 8, 2, 3, 4), lambda: genfast.models.MAF(4, hidden=8)])
+@pytest.mark.parametrize(
+    "build", [lambda: genfast.models.PixelCNN(1, 8, 2, 3, 4), lambda: genfast.models.MAF(4, hidden=8)]
+)
 def test_a_program_is_kept_as_long_as_the_weights_are(build):
     model = build().eval()
     context = torch.no_grad()

@@ -84,14 +84,19 @@ def test_every_instruction_set(isa):
     if sys.platform == "darwin" or os.uname().machine not in ("x86_64", "amd64"):
         pytest.skip("only x86-64 has several instruction sets")
     script = (
-        "import torch\nfrom tests.sampling.test_sampling import MODELS, made\nfrom genfast.sampling import sample_equivalence\n"
+        "import torch\nfrom tests.sampling.test_sampling import MODELS, made\nfrom genfast.sampling import "
+        "sample_equivalence\n"
         "torch.manual_seed(0)\n"
         "for name in ('pixelcnn wide', 'gated colours', 'wavenet', 'pixelcnnpp colours'):\n"
         "    m, s, c = made(name)\n    r = sample_equivalence(m, s, n=3, context=c)\n    assert r.passed, (name, r)\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"GENFAST_CPU_ISA": isa}, cwd=root, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        env=os.environ | {"GENFAST_CPU_ISA": isa},
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -124,7 +129,9 @@ def test_many_images_in_bounded_memory(monkeypatch):
     monkeypatch.setattr(sampler, "WAVE", 3 * floats * 4)
     seen = []
     empty = sampler._pool.empty_strided
-    monkeypatch.setattr(sampler._pool, "empty_strided", lambda shape, *rest: seen.append(shape[0]) or empty(shape, *rest))
+    monkeypatch.setattr(
+        sampler._pool, "empty_strided", lambda shape, *rest: seen.append(shape[0]) or empty(shape, *rest)
+    )
     parts = model.sample(100, (1, 5, 5), uniforms=uniforms)
     assert torch.equal(whole, parts)
     assert len(seen) > 10
@@ -139,7 +146,9 @@ def test_temperature():
     model, shape, _ = made("pixelcnn")
     uniforms = torch.rand(4, 1, *shape[1:])
     for temperature in (0.5, 2.0):
-        drawn = [model.sample(4, shape, uniforms=uniforms, temperature=temperature, method=m) for m in ("cached", "naive")]
+        drawn = [
+            model.sample(4, shape, uniforms=uniforms, temperature=temperature, method=m) for m in ("cached", "naive")
+        ]
         assert torch.equal(*drawn)
     cold = model.sample(2, shape, temperature=1e-4)
     logits = model.logits(cold).detach()
@@ -222,7 +231,9 @@ class Custom(nn.Module):
         self.first = gnn.MaskedConv2d(1, 12, (3, 5), mask_type="A")
         self.left = gnn.MaskedConv2d(12, 12, 3, mask_type="B", dilation=2, groups=3)
         self.even = gnn.MaskedConv2d(12, 8, (2, 4), mask_type="B")
-        self.stack = nn.Sequential(nn.ELU(), nn.Conv2d(20, 24, 1), gnn.GatedActivation(3), nn.Dropout(0.5), nn.Identity())
+        self.stack = nn.Sequential(
+            nn.ELU(), nn.Conv2d(20, 24, 1), gnn.GatedActivation(3), nn.Dropout(0.5), nn.Identity()
+        )
         self.named = nn.ModuleDict({"tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "relu": nn.ReLU()})
         self.shift = gnn.Shift(down=1, right=2)
         self.out = nn.Conv2d(24, 6, 1)
@@ -269,13 +280,17 @@ class Video(nn.Module):
 @pytest.mark.parametrize("condition", [(3, 3), (3, 3, 3, 5, 4)], ids=["vector", "map"])
 def test_video(colours, condition):
     net, context = Video(colours), torch.randn(condition)
-    assert_causal(net, (colours, 2, 3, 3), levels=4, context=context[:1, :, :2, :3, :3] if len(condition) > 2 else context[:1])
+    assert_causal(
+        net, (colours, 2, 3, 3), levels=4, context=context[:1, :, :2, :3, :3] if len(condition) > 2 else context[:1]
+    )
     assert sample_equivalence(net, (colours, 3, 5, 4), n=3, levels=4, context=context).passed
     s = Sampler(net, levels=4)
     uniforms = torch.rand(3, colours, 3, 5, 4)
     whole = s.sample(3, (colours, 3, 5, 4), uniforms=uniforms, context=context)
     for method in ("cached", "naive"):
-        again = s.sample(3, (colours, 3, 5, 4), uniforms=uniforms, context=context, prefix=whole[:, :, :2], method=method)
+        again = s.sample(
+            3, (colours, 3, 5, 4), uniforms=uniforms, context=context, prefix=whole[:, :, :2], method=method
+        )
         assert torch.equal(whole, again)
     before = torch.get_num_threads()
     try:
@@ -288,9 +303,14 @@ def test_video(colours, condition):
 def test_batch_normalisation_of_a_trained_network_is_folded():
     colours = dict(data_channels=3)
     net = nn.Sequential(
-        gnn.ScaleLevels(4), gnn.MaskedConv2d(3, 9, 3, mask_type="A", **colours), nn.BatchNorm2d(9), nn.ReLU(),
-        gnn.MaskedConv2d(9, 9, 3, **colours), nn.BatchNorm2d(9, affine=False), gnn.MaskedConv2d(9, 12, 1, **colours),
-    )  # fmt: skip
+        gnn.ScaleLevels(4),
+        gnn.MaskedConv2d(3, 9, 3, mask_type="A", **colours),
+        nn.BatchNorm2d(9),
+        nn.ReLU(),
+        gnn.MaskedConv2d(9, 9, 3, **colours),
+        nn.BatchNorm2d(9, affine=False),
+        gnn.MaskedConv2d(9, 12, 1, **colours),
+    )
     for _ in range(3):  # as training leaves it
         net(torch.randint(4, (8, 3, 6, 6)))
     assert sample_equivalence(net, (3, 5, 6), levels=4).passed
@@ -347,11 +367,15 @@ def test_networks_that_see_their_own_pixel_or_colour_are_refused():
     own = nn.Sequential(gnn.ScaleLevels(4), gnn.MaskedConv2d(1, 4, 3, mask_type="B"))
     with pytest.raises(LoweringError, match="depends on the pixel that it predicts"):
         Sampler(own, levels=4).sample(1, (1, 4, 4))
-    mixed = nn.Sequential(gnn.ScaleLevels(4), gnn.MaskedConv2d(3, 6, 3, mask_type="A", data_channels=3), nn.Conv2d(6, 12, 1))
+    mixed = nn.Sequential(
+        gnn.ScaleLevels(4), gnn.MaskedConv2d(3, 6, 3, mask_type="A", data_channels=3), nn.Conv2d(6, 12, 1)
+    )
     with pytest.raises(LoweringError, match="2: lets colour 0 see colour 1 of its own pixel; give it data_channels=3"):
         Sampler(mixed, levels=4).sample(1, (3, 4, 4))
     with pytest.raises(LoweringError, match=r"has 5 channels, expected levels \* colours = 4"):
-        Sampler(nn.Sequential(gnn.ScaleLevels(4), gnn.MaskedConv2d(1, 5, 3, mask_type="A")), levels=4).prepare((1, 4, 4))
+        Sampler(nn.Sequential(gnn.ScaleLevels(4), gnn.MaskedConv2d(1, 5, 3, mask_type="A")), levels=4).prepare(
+            (1, 4, 4)
+        )
     with pytest.raises(LoweringError, match="6 x 8 image does not divide by the 4"):
         PixelCNNPlusPlus(1, 4, 1, 1).sampler.prepare((1, 6, 8))
 
@@ -378,7 +402,11 @@ def test_control_flow_on_values_is_an_error_that_says_so():
         ({"shape": (1, 4)}, ValueError, r"shape=\(1, 4\), expected \(1, H, W\)"),
         ({"shape": (3, 4, 4)}, ValueError, r"shape=\(3, 4, 4\), expected \(1, H, W\)"),
         ({"shape": None}, ValueError, "shape=None"),
-        ({"prefix": torch.zeros(1, 1, 5, 4, dtype=torch.long)}, ValueError, r"prefix has shape \(1, 1, 5, 4\).*at most 4, 4"),
+        (
+            {"prefix": torch.zeros(1, 1, 5, 4, dtype=torch.long)},
+            ValueError,
+            r"prefix has shape \(1, 1, 5, 4\).*at most 4, 4",
+        ),
         ({"prefix": torch.zeros(1, 1, 2, 3, dtype=torch.long)}, ValueError, r"prefix has shape \(1, 1, 2, 3\)"),
         ({"prefix": torch.zeros(3, 1, 2, 4, dtype=torch.long)}, ValueError, r"expected \(2 or 1, 1, at most 4, 4\)"),
         ({"prefix": torch.full((1, 1, 2, 4), 4)}, ValueError, "prefix holds values from 4 to 4, expected 0 to 3"),

@@ -1,6 +1,7 @@
 """Comparisons of the Triton kernels of splines and masked linear layers with the float64 reference, for any device.
 
-The interpreter (tests/triton/test_spline.py, test_masked_linear.py) runs them on small CPU tensors, tests/gpu on CUDA tensors.
+The interpreter (tests/triton/test_spline.py, test_masked_linear.py) runs them on small CPU tensors, tests/gpu on CUDA
+tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def check_spline(args: list[Any], grads: tuple[Tensor | None, Tensor | None] | N
 
 
 def check_many(args: list[Any]) -> None:
-    """Of so many elements some lie where the spline is so steep that float32 has few digits: as exact as plain float32."""
+    """Of so many elements some lie where the spline is so steep that float32 has few digits: as exact as plain
+    float32."""
     x = args[0]
     grads = torch.randn_like(x), torch.randn(x.shape, device=x.device)
     wide = [a.double() if isinstance(a, Tensor) else a for a in (*grads, *args)]
@@ -79,7 +81,7 @@ LAYERS: dict[str, tuple[int, Any, Any, bool, dict[str, Any]]] = {
     "many samples": (300, 9, 11, False, dict(activation="relu")),
     "many outputs": (2, 5, [1 + i // 221 for i in range(1103)], False, dict()),
     "empty batch": (0, 5, 7, False, dict(activation="relu")),
-}  # fmt: skip
+}
 
 
 def _degrees(given: Any, generator: torch.Generator) -> Tensor:
@@ -97,7 +99,13 @@ def layer(label: str, like: dict[str, Any]) -> dict[str, Any]:
 
 
 def made(
-    n: int, inner: Tensor, outer: Tensor, strict: bool, like: dict[str, Any], bias: bool = True, activation: str = "none"
+    n: int,
+    inner: Tensor,
+    outer: Tensor,
+    strict: bool,
+    like: dict[str, Any],
+    bias: bool = True,
+    activation: str = "none",
 ) -> dict[str, Any]:
     rows, columns, counts = (t.to(like.get("device")) for t in reference.staircase(inner, outer, strict))
     weight = torch.randn((len(outer), len(inner)), **like) / math.sqrt(len(inner))
@@ -107,7 +115,9 @@ def made(
     return dict(x=x, weight=weight, bias=b, rows=rows, columns=columns, counts=counts, activation=activation)
 
 
-def check_layer(a: dict[str, Any], grad: Tensor | None = None, wanted: tuple[bool, bool, bool] = (True,) * 3) -> list[Tensor]:
+def check_layer(
+    a: dict[str, Any], grad: Tensor | None = None, wanted: tuple[bool, bool, bool] = (True,) * 3
+) -> list[Tensor]:
     """Forward and backward; dead weights neither reach an output nor get a gradient."""
     dtype = a["x"].dtype
     (y,) = compare(OPS["masked_linear"], tuple(a.values()), FORWARD[dtype])

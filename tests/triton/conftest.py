@@ -1,7 +1,8 @@
-"""Tests of the Triton kernels on CPU tensors, in Triton's interpreter: TRITON_INTERPRET=1 python -m pytest tests/triton.
+"""Tests of the Triton kernels on CPU tensors, in Triton's interpreter: TRITON_INTERPRET=1 python -m pytest
+tests/triton.
 
-The interpreter is chosen when triton is first imported, and then that process can compile nothing, so that an ordinary run
-skips this folder. ``make slow`` runs it with GENFAST_INTERPRET_SOME=1, which takes some of each test's cases.
+The interpreter is chosen when triton is first imported, and then that process can compile nothing, so that an ordinary
+run skips this folder. ``make slow`` runs it with GENFAST_INTERPRET_SOME=1, which takes some of each test's cases.
 """
 
 from __future__ import annotations

@@ -113,7 +113,11 @@ COUPLINGS: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
     "odd halves": ((2, 7, 13, 17), 3, dict(scale="tanh", alpha="one", last=True, layout="scale_shift_interleaved")),
     "every channel": ((2, 3, 20, 20), 3, dict(scale="additive", inverse=True)),
     "a channel each its alpha": ((3, 6, 9, 5), 3, dict(scale="tanh", alpha="each", keep=True)),
-    "alpha, long rows": ((2, 4, 33, 35), 2, dict(scale="tanh", alpha="each", inverse=True, layout="shift_scale_interleaved")),
+    "alpha, long rows": (
+        (2, 4, 33, 35),
+        2,
+        dict(scale="tanh", alpha="each", inverse=True, layout="shift_scale_interleaved"),
+    ),
     "alpha, inverse of samples in a tile": ((9, 4, 3, 3), 2, dict(scale="tanh", alpha="one", inverse=True)),
     "no alpha": ((3, 4, 5, 5), 2, dict(scale="tanh", inverse=True, keep=True)),
     "mask over positions": ((2, 3, 6, 7), 3, dict(scale="tanh", alpha="each", mask=(1, 6, 7))),
@@ -144,16 +148,25 @@ def coupling(label: str, like: dict[str, Any], alpha_dtype: torch.dtype | None =
         mask = torch.rand(mask, device=like["device"]) < 0.5
     params = normal((shape[0], per * width, *shape[2:]), like)
     return (
-        normal(shape, like), params, alpha, mask, options["scale"], options["layout"], options["last"], options["inverse"],
+        normal(shape, like),
+        params,
+        alpha,
+        mask,
+        options["scale"],
+        options["layout"],
+        options["last"],
+        options["inverse"],
         options["keep"],
-    )  # fmt: skip
+    )
 
 
 def check_coupling(args: tuple[Any, ...], dtype: torch.dtype) -> None:
     """Forward and backward with both cotangents, and with either alone."""
     x = args[0]
     grad_y, grad_logdet = torch.randn_like(x), torch.randn(x.shape[0], device=x.device)
-    for cotangents in either([grad_y, grad_logdet], [grad_y, None], [None, grad_logdet[:1].expand(x.shape[0])], dtype=dtype):
+    for cotangents in either(
+        [grad_y, grad_logdet], [grad_y, None], [None, grad_logdet[:1].expand(x.shape[0])], dtype=dtype
+    ):
         both_ways("affine_coupling", args, cotangents, dtype)
 
 
@@ -178,7 +191,9 @@ def check_mix(x: Tensor, x_b: Tensor | None, split: int, weight_dtype: torch.dty
     if x_b is not None and x.dim() == 4 and not x.is_contiguous():
         grad_y = grad_y.contiguous(memory_format=torch.channels_last)
     for cotangents in either([grad_y, grad_y_b], [grad_y, None], [None, grad_y_b], dtype=x.dtype):
-        cotangents = [None if c is None or not c.shape[1] else c for c in cotangents]  # as the op's own backward calls it
+        cotangents = [
+            None if c is None or not c.shape[1] else c for c in cotangents
+        ]  # as the op's own backward calls it
         both_ways("channel_mix", args, cotangents, x.dtype)
 
 

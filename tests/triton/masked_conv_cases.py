@@ -24,10 +24,7 @@ ALL = [True, True, True]
 def live(weight: Tensor, mask_type: str, g: int, order: str, groups: int, center: list[int]) -> Tensor:
     """Which weights are live, tap by tap and channel by channel as the definition reads."""
     out, inner = weight.shape[:2]
-    colours = {
-        "interleaved": lambda c, channels: c % g,
-        "blocked": lambda c, channels: c * g // channels,
-    }[order]
+    colours = {"interleaved": lambda c, channels: c % g, "blocked": lambda c, channels: c * g // channels}[order]
     mask = torch.zeros(weight.shape, dtype=torch.bool)
     for tap in itertools.product(*map(range, weight.shape[2:])):
         if tap < tuple(center):
@@ -39,8 +36,16 @@ def live(weight: Tensor, mask_type: str, g: int, order: str, groups: int, center
     return mask
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, dilation: list[int], groups: int, center: list[int],
-          activation: str) -> Tensor:  # fmt: skip
+def dense(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    dilation: list[int],
+    groups: int,
+    center: list[int],
+    activation: str,
+) -> Tensor:
     """The convolution of the masked weight, padded so that ``center`` lies on the position of the output."""
     pad: list[int] = []
     for size, d, c in zip(weight.shape[2:], dilation, center):
@@ -78,13 +83,15 @@ CASES: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]] =
     "volume, A": ((1, 3, 3, 2, 5), 4, (2, 3, 3), dict(mask_type="A", center=[1, 1, 1], dilation=[1, 2, 1])),
     "volume, even": ((1, 9, 2, 3, 4), 3, (1, 2, 4), dict(center=[0, 1, 2])),
     "empty batch": ((0, 3, 4, 5), 6, (3, 3), dict(activation="relu")),
-}  # fmt: skip
+}
 
 
 def arguments(label: str, like: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the case of that label by name; dead weights are NaN."""
     shape, out, kernel, given = CASES[label]
-    chosen = dict(mask_type="B", g=1, order="interleaved", dilation=[1] * len(kernel), groups=1, bias=True, activation="none")
+    chosen = dict(
+        mask_type="B", g=1, order="interleaved", dilation=[1] * len(kernel), groups=1, bias=True, activation="none"
+    )
     chosen |= dict(center=[k // 2 for k in kernel]) | given
     inner = shape[1] // chosen["groups"]
     weight = torch.randn((out, inner, *kernel), **like) / math.sqrt(inner * math.prod(kernel))
@@ -114,7 +121,9 @@ def check(a: dict[str, Any], grad_y: Tensor | None = None, wanted: list[bool] = 
     d = grad_y.cpu().double() * (y.cpu() > 0) if a["activation"] == "relu" else grad_y.cpu().double()
     given = [t for t in exact if t is not None]
     gradients = [*torch.autograd.grad(linear, given, d), d.sum((0, *range(2, d.dim())))][:3]
-    for f, e, shape, want, name in zip(found, gradients, (x.shape, weight.shape, y.shape[1:2]), wanted, ("x", "w", "b")):
+    for f, e, shape, want, name in zip(
+        found, gradients, (x.shape, weight.shape, y.shape[1:2]), wanted, ("x", "w", "b")
+    ):
         if not want:
             assert f.shape == (0,)
             continue

@@ -17,9 +17,17 @@ def rows(count, channels, distance="cosine", batch=1):
 
 
 def check_contextual(
-    x, y, distance="cosine", over="sources", mean=False, prior=(None, None, 0.0), bandwidth=0.5, eps=1e-2, needs=(True, True),
+    x,
+    y,
+    distance="cosine",
+    over="sources",
+    mean=False,
+    prior=(None, None, 0.0),
+    bandwidth=0.5,
+    eps=1e-2,
+    needs=(True, True),
     looser=1.0,
-):  # fmt: skip
+):
     """The forward against the reference, and the backward for what this forward gave."""
     given = (*prior, bandwidth, eps, distance, over)
     args = (x, y, *given, mean)
@@ -93,7 +101,8 @@ def test_contextual_rows_that_win_nothing():
 @pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
 def test_contextual_ties_go_to_the_lowest_index(distance, monkeypatch):
     monkeypatch.setattr(contextual_kernels, "MULTIPROCESSORS", 5)
-    # Entries of 1/2 and -1/2 make unit rows, and every product and sum of them is exact in whichever order a BLAS takes it.
+    # Entries of 1/2 and -1/2 make unit rows, and every product and sum of them is exact in whichever order a BLAS takes
+    # it.
     y = (torch.randint(0, 2, (1, 6, 4)) - 0.5).repeat(1, 12, 1)
     x = (torch.randint(0, 2, (1, 5, 4)) - 0.5).repeat(1, 14, 1)
     for over in ("sources", "targets"):
@@ -114,7 +123,9 @@ def test_contextual_degenerate_features_stay_finite(distance, over):
         for bandwidth in (0.5, 1e-3):
             args = (x, y, None, None, 0.0, bandwidth, 1e-5, distance, over, distance != "l1")
             found = run(OPS["contextual_similarity"], args)
-            grads = run(OPS["contextual_similarity_backward"], (torch.ones_like(found[0]), *args[:-1], *found, True, True))
+            grads = run(
+                OPS["contextual_similarity_backward"], (torch.ones_like(found[0]), *args[:-1], *found, True, True)
+            )
             assert all(bool(t.isfinite().all()) for t in (*found, *grads))
             assert bool((found[0] <= 1.000001).all())
     value = run(OPS["contextual_similarity"], (equal, equal, None, None, 0.0, 0.5, 1e-5, distance, over, False))[0]

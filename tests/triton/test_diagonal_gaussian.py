@@ -17,7 +17,9 @@ def check(given, per_dimension, wanted=(True,) * 5, kl=True, z=True):
     grad_kl = torch.randn(mean.shape[0], dtype=wide) if kl else None
     grad_dimension = torch.randn(mean.shape[1:], dtype=wide) if per_dimension else None
     grad_z = torch.randn_like(mean) if z and given[2] is not None else None
-    compare(OPS["diagonal_gaussian_backward"], (*given, grad_kl, grad_dimension, grad_z, list(wanted)), GRADIENT[mean.dtype])
+    compare(
+        OPS["diagonal_gaussian_backward"], (*given, grad_kl, grad_dimension, grad_z, list(wanted)), GRADIENT[mean.dtype]
+    )
 
 
 def some(shape, count=5, dtype=torch.float32):
@@ -30,7 +32,9 @@ def test_types(dtype, per_dimension):
     check(some((7, 33), dtype=dtype), per_dimension)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 2), (70, 3), (3, 2100), (2, 3, 130), (3, 4, 3, 5), (2, 3, 3, 5, 2), (0, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 2), (70, 3), (3, 2100), (2, 3, 130), (3, 4, 3, 5), (2, 3, 3, 5, 2), (0, 3)]
+)
 @pytest.mark.parametrize("per_dimension", [False, True])
 def test_shapes(shape, per_dimension):
     m, v, e, *_ = some(shape)

@@ -16,7 +16,9 @@ from tests.triton.flow_cases import FORMS, two_dtypes
 @two_dtypes
 @pytest.mark.parametrize("kind", ["none", "all", "sample", "spatial"])
 @pytest.mark.parametrize(
-    "shape", [(1, 6, 1, 1), (3, 30, 7, 11), (2, 132, 3, 3), (3, 6, 40, 31), (600, 6), (2, 6, 4, 5, 2), (2, 6, 0, 4)], ids=str
+    "shape",
+    [(1, 6, 1, 1), (3, 30, 7, 11), (2, 132, 3, 3), (3, 6, 40, 31), (600, 6), (2, 6, 4, 5, 2), (2, 6, 0, 4)],
+    ids=str,
 )
 def test_gated_activation_shapes(shape, kind, dtype):
     bias = {"none": None, "all": shape[1:2], "sample": shape[:2], "spatial": shape}[kind]
@@ -28,7 +30,13 @@ def test_gated_activation_shapes(shape, kind, dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_gated_activation_strides(form):
     x = cases.strided(torch.randn(3, 12, 5, 7), form)
-    for bias in (None, torch.randn(12, 2)[:, 0], torch.randn(12, 3).T, torch.randn(3, 12, 5, 7), cases.strided(x, form)):
+    for bias in (
+        None,
+        torch.randn(12, 2)[:, 0],
+        torch.randn(12, 3).T,
+        torch.randn(3, 12, 5, 7),
+        cases.strided(x, form),
+    ):
         cases.check_gated(x, bias, 3, torch.float32)
 
 

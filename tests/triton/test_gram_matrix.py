@@ -37,7 +37,10 @@ def test_gram_parts_of_the_positions(dtype, monkeypatch):
     for n, c, shift in ((1, 67, 0.0), (2, 3, -1.0)):
         features = torch.randn(n, c, 150).to(dtype)
         assert (
-            gram_kernels._parts(gram_kernels.view(features), gram_kernels._gram_tile("ieee", True, c, False, False)).splits == 3
+            gram_kernels._parts(
+                gram_kernels.view(features), gram_kernels._gram_tile("ieee", True, c, False, False)
+            ).splits
+            == 3
         )
         check_gram(features, shift=shift)
         check_style(features, torch.randn(1, c, c), shift=shift)
@@ -59,9 +62,15 @@ def test_gram_large_tiles(wide, dtype, monkeypatch):
 
 def test_gram_parts_leave_no_round_nearly_empty():
     for programs, at_once, most, joining, found in (
-        (10, 264, 999, 0.0, 25), (20, 132, 8, 0.0, 6), (36, 264, 999, 0.0, 7), (999, 132, 999, 0.0, 1), (1, 528, 3, 0.0, 3),
-        (5, 4, 0, 0.0, 1), (72, 132, 8, 0.1, 3), (36, 264, 999, 0.9, 1),
-    ):  # fmt: skip
+        (10, 264, 999, 0.0, 25),
+        (20, 132, 8, 0.0, 6),
+        (36, 264, 999, 0.0, 7),
+        (999, 132, 999, 0.0, 1),
+        (1, 528, 3, 0.0, 3),
+        (5, 4, 0, 0.0, 1),
+        (72, 132, 8, 0.1, 3),
+        (36, 264, 999, 0.9, 1),
+    ):
         assert _common.parts(programs, at_once, most, joining) == found
 
 

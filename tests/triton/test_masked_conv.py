@@ -107,7 +107,9 @@ def test_masked_conv_only_what_is_wanted(wanted):
 def test_masked_conv_never_sees_what_comes_later(label):
     """NaN from pixel q on: every output before q is what it was, also where a step of the product has unused rows."""
     a = cases.arguments(label, FLOAT)
-    rest = [a[name] for name in ("weight", "bias", "mask_type", "g", "order", "dilation", "groups", "center", "activation")]
+    rest = [
+        a[name] for name in ("weight", "bias", "mask_type", "g", "order", "dilation", "groups", "center", "activation")
+    ]
     before = kernels.masked_conv(a["x"], *rest).flatten(2)
     for q in (7, 18):
         x = a["x"].clone()
@@ -118,7 +120,8 @@ def test_masked_conv_never_sees_what_comes_later(label):
 
 
 def test_masked_conv_colours_see_only_what_comes_before_them():
-    """With g colours and NaN in one of them, the centre tap of a 1x1 kernel carries it to later ones alone: sizes, not NaN."""
+    """With g colours and NaN in one of them, the centre tap of a 1x1 kernel carries it to later ones alone: sizes, not
+    NaN."""
     for order, mask_type in itertools.product(("interleaved", "blocked"), "AB"):
         weight = torch.ones(6, 9, 1, 1)
         y = kernels.masked_conv(torch.ones(1, 9, 1, 1), weight, None, mask_type, 3, order, [1, 1], 1, [0, 0], "none")
@@ -153,7 +156,9 @@ def _quotients(p, q, magic, shift, N: tl.constexpr):
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 7, 28, 32, 784, 1000, 65537, 2**30 - 1, 2**31 - 1])
 def test_masked_conv_division_by_multiplication(d):
     near = [m * d + e for m in (1, 2, 3, (2**31 - 1) // d) for e in (-1, 0, 1)]
-    p = torch.tensor([p for p in near if 0 <= p < 2**31] + [0, 1, 2**31 - 1] + torch.randint(2**31 - 1, (256,)).tolist())[:256]
+    p = torch.tensor(
+        [p for p in near if 0 <= p < 2**31] + [0, 1, 2**31 - 1] + torch.randint(2**31 - 1, (256,)).tolist()
+    )[:256]
     p = torch.cat((p, p.new_zeros(256 - len(p)))).to(torch.int32)
     q = torch.empty_like(p)
     _quotients[(1,)](p, q, *kernels._magic(d), N=256)

@@ -39,7 +39,9 @@ def test_strides(label, activation):
     wide[:, ::2] = a["x"]
     outer = a["weight"].shape[0]
     cases.check_layer(a | dict(x=wide[:, ::2], weight=a["weight"].t().contiguous().t()), torch.randn(outer, n).t())
-    cases.check_layer(a | dict(x=a["x"].t().contiguous().t()), torch.ones(()).expand(n, outer))  # what y.sum() sends back
+    cases.check_layer(
+        a | dict(x=a["x"].t().contiguous().t()), torch.ones(()).expand(n, outer)
+    )  # what y.sum() sends back
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)

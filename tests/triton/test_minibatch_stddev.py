@@ -20,10 +20,17 @@ def check_minibatch_stddev(x, group_size=4, features=1, eps=1e-4, grad=None):
 @pytest.mark.parametrize(
     ("shape", "group_size", "features"),
     [
-        ((1, 1), 4, 1), ((6, 5), 3, 1), ((4, 2100), 2, 2), ((8, 3, 37), 4, 3), ((4, 4, 1300), 2, 2), ((3, 70, 3, 5), 4, 1),
-        ((4, 6, 3, 5, 2), 1, 2), ((0, 3, 4), 4, 1), ((2, 3, 0), 4, 1),
+        ((1, 1), 4, 1),
+        ((6, 5), 3, 1),
+        ((4, 2100), 2, 2),
+        ((8, 3, 37), 4, 3),
+        ((4, 4, 1300), 2, 2),
+        ((3, 70, 3, 5), 4, 1),
+        ((4, 6, 3, 5, 2), 1, 2),
+        ((0, 3, 4), 4, 1),
+        ((2, 3, 0), 4, 1),
     ],
-)  # fmt: skip
+)
 def test_minibatch_stddev_shapes(shape, group_size, features, dtype):
     check_minibatch_stddev(torch.randn(shape).to(dtype), group_size, features)
 

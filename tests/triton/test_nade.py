@@ -75,10 +75,12 @@ def test_quantiles_of_the_normal_distribution():
     uniforms = torch.stack((torch.full_like(u, 0.5), u), 1)[:, None]
     zero = torch.zeros(1, 3, 2)
     with genfast.backend("triton"):
-        found = genfast.ops.nade_sample(uniforms, zero[:, 0], zero, torch.zeros(1, 3), zero[0, 0], kind="gaussian_mixture")[
-            :, 0
-        ]
-    torch.testing.assert_close(found.double(), torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7)), rtol=2e-5, atol=2e-6)
+        found = genfast.ops.nade_sample(
+            uniforms, zero[:, 0], zero, torch.zeros(1, 3), zero[0, 0], kind="gaussian_mixture"
+        )[:, 0]
+    torch.testing.assert_close(
+        found.double(), torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7)), rtol=2e-5, atol=2e-6
+    )
 
 
 def test_wide_layers_run_the_reference():

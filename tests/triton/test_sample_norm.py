@@ -42,7 +42,9 @@ def test_sample_norm_more_tiles_than_programs(monkeypatch):
 def test_sample_norm_extremes():
     x = torch.tensor([1.0, 1e30, 1e-30, 3e38, 1e-42, 0.0])[:, None] * torch.tensor([[0.6, -0.8, 0.0]])
     norm = cases.compare(OPS["sample_norm"], (x, False), 1e-6)[0]
-    assert float((norm.double() - x.double().norm(dim=1)).abs().div(x.double().norm(dim=1).clamp_min(1e-300)).max()) < 1e-3
+    assert (
+        float((norm.double() - x.double().norm(dim=1)).abs().div(x.double().norm(dim=1).clamp_min(1e-300)).max()) < 1e-3
+    )
     dx = cases.run(OPS["sample_norm_backward"], (x, norm, torch.ones(6), False))[0]
     torch.testing.assert_close(dx[:4], torch.tensor([0.6, -0.8, 0.0]).expand(4, 3))
     assert not dx[5].any()

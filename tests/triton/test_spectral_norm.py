@@ -10,9 +10,16 @@ from tests.triton import flow_cases as cases
 from tests.triton.flow_cases import FORMS, FORWARD, GRADIENT, each_dtype
 
 WEIGHTS = [
-    ((1, 1), 0), ((6, 9), 0), ((6, 9), 1), ((70, 133), 0), ((5, 3, 4, 4), 0), ((6, 21, 3, 3), 1), ((3, 4, 5), 2),
-    ((2, 1100), 0), ((300, 3), 0),
-]  # fmt: skip
+    ((1, 1), 0),
+    ((6, 9), 0),
+    ((6, 9), 1),
+    ((70, 133), 0),
+    ((5, 3, 4, 4), 0),
+    ((6, 21, 3, 3), 1),
+    ((3, 4, 5), 2),
+    ((2, 1100), 0),
+    ((300, 3), 0),
+]
 
 
 def _check_spectral(weight, dim):
@@ -21,7 +28,11 @@ def _check_spectral(weight, dim):
     for given in ((u, None, 1), (u, None, 3), (u, v, 1), (u, v, 2), (left, right, 0)):
         cases.compare(OPS["spectral_norm"], (weight, *given, 1e-12, dim), FORWARD[weight.dtype])
     grad = torch.randn(weight.shape).to(weight.dtype)
-    for pair in ((grad, None), (None, torch.randn(())), (grad.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(()))):
+    for pair in (
+        (grad, None),
+        (None, torch.randn(())),
+        (grad.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(())),
+    ):
         cases.compare(OPS["spectral_norm_backward"], (*pair, weight, left, right, sigma, dim), GRADIENT[weight.dtype])
 
 

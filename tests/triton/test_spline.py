@@ -104,7 +104,8 @@ def test_bounds_and_beyond(kind, inverse):
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_a_knot_belongs_where_the_reference_says(kind, inverse):
-    """Equal bins, whose knots are exact: the values there are, and the gradient is that of the bin on the right side."""
+    """Equal bins, whose knots are exact: the values there are, and the gradient is that of the bin on the right
+    side."""
     _, *logits, tails, convention, _, options = cases.spline((3,), 4, kind, inverse, FLOAT)
     logits[:2] = [torch.zeros(3, 4), torch.zeros(3, 4)]
     options = [-2.0, 2.0, -2.0, 2.0, 0.0, 0.0, *options[6:]]

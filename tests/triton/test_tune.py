@@ -11,9 +11,11 @@ from benchmarks import tune
 
 # The interpreter does not tell apart how many threads share a tile, so candidates differ in more than these.
 SAMPLE = [
-    ("pixel_norm.norm", {"tile": 8192, "each": 16}), ("squeeze.move", {"tile": 512, "each": 4}),
-    ("affine_coupling.forward", {"tile": 4096, "each": 16}), ("affine_coupling.backward", {"tile": 512, "each": 4}),
-]  # fmt: skip
+    ("pixel_norm.norm", {"tile": 8192, "each": 16}),
+    ("squeeze.move", {"tile": 512, "each": 4}),
+    ("affine_coupling.forward", {"tile": 4096, "each": 16}),
+    ("affine_coupling.backward", {"tile": 512, "each": 4}),
+]
 
 
 def _tiny(name: str) -> tune.Case:
