@@ -112,8 +112,7 @@ def missing_kernels() -> str:
     if (package.parent / "csrc" / "bind_cpu.cpp").exists():
         return (
             f"genfast was imported from the source folder {package}, in which its kernels are not built and which "
-            "shadows an "
-            "installed genfast: run from another folder, or build them there with 'pip install -e .' "
+            "shadows an installed genfast: run from another folder, or build them there with 'pip install -e .' "
             f"({reason})"
         )
     return f"genfast's CPU kernels are missing ({reason}): install it again with a C++ compiler present"
@@ -125,8 +124,7 @@ def warn_of_missing_kernels() -> None:
     if problem and forced != "reference":
         warnings.warn(
             f"{problem}. Until then every op runs its plain PyTorch reference: right, and slow. "
-            "GENFAST_BACKEND=reference "
-            "silences this warning",
+            "GENFAST_BACKEND=reference silences this warning",
             MissingKernelsWarning,
             stacklevel=3,
         )

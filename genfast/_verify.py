@@ -493,8 +493,8 @@ def run(
         results["rows"].append(asdict(made) | {"passed": made.passed})
         print(
             f"{made.op:<18} {made.device:<6} {made.backend:<9} {made.dtype:<8} {made.forward:8.1e} "
-            f"{made.backward:8.1e}  "
-            f"{'pass' if made.passed else 'FAIL':<7} {made.worst}{made.error and f': {made.error}'}{made.remark}",
+            f"{made.backward:8.1e}  {'pass' if made.passed else 'FAIL':<7} "
+            f"{made.worst}{made.error and f': {made.error}'}{made.remark}",
             flush=True,
         )
         if json_path is not None:

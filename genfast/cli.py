@@ -294,9 +294,8 @@ def _result(written: dict[str, Any]) -> str:
         text = f"critic {written['critic_loss']:.3f}, generator {written['generator_loss']:.3f}"
         if "covered" in written:
             text += (
-                f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples "
-                "within "
-                "3 sigma"
+                f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples within 3 "
+                "sigma"
             )
         return text
     if "test_mse" not in written:
@@ -305,9 +304,8 @@ def _result(written: dict[str, Any]) -> str:
     if "test_elbo" in written:
         text += (
             f"ELBO {written['test_elbo']:.2f} nats = {written['test_reconstruction']:.2f} - {written['test_kl']:.2f} "
-            "(KL), "
-            f"{written['test_bits_per_dim']:.3f} bits/dim, {written['test_importance_weighted_bits_per_dim']:.3f} with "
-            f"{IMPORTANCE_SAMPLES} importance samples, "
+            f"(KL), {written['test_bits_per_dim']:.3f} bits/dim, "
+            f"{written['test_importance_weighted_bits_per_dim']:.3f} with {IMPORTANCE_SAMPLES} importance samples, "
         )
     return f"{text}mean squared error {written['test_mse']:.4f}"
 

@@ -166,8 +166,7 @@ def _affine(normalization: Normalization, value_range: tuple[float, float]) -> t
     if mean.shape != std.shape or not bool((std > 0).all()):
         raise ValueError(
             f"FeatureExtractor: normalization has mean {mean.tolist()} and std {std.tolist()}, expected as many of "
-            "one as of "
-            "the other, and every std above 0"
+            "one as of the other, and every std above 0"
         )
     low, high = value_range
     return 1 / ((high - low) * std), -(low / (high - low) + mean) / std
@@ -290,8 +289,7 @@ class FeatureExtractor(nn.Module):
         if images.dim() < 2 or images.shape[1] != channels:
             raise ValueError(
                 f"FeatureExtractor: images have shape {tuple(images.shape)}, and normalization has {channels} "
-                "channels; "
-                f"expected (N, {channels}, ...)"
+                f"channels; expected (N, {channels}, ...)"
             )
         affine = self._affine  # another thread may replace it by that of its device
         if affine[0].device != images.device:

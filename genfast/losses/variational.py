@@ -119,8 +119,7 @@ def elbo(log_likelihood: Tensor, kl: Tensor, *, beta: float = 1.0) -> ELBO:
     if log_likelihood.dim() != 1 or kl.shape not in ((), log_likelihood.shape):
         raise ValueError(
             f"elbo: log_likelihood has shape {tuple(log_likelihood.shape)} and kl {tuple(kl.shape)}, expected (N,), "
-            "and (N,) "
-            "or a scalar"
+            "and (N,) or a scalar"
         )
     if not beta >= 0:
         raise ValueError(f"elbo: beta={beta}, expected at least 0")
@@ -186,8 +185,8 @@ def kl_to_bernoulli(activations: Tensor, rho: float) -> Tensor:
     _check.floating("kl_to_bernoulli", activations=activations)
     if activations.dim() != 2 or not 0 < rho < 1:
         raise ValueError(
-            f"kl_to_bernoulli: activations have shape {tuple(activations.shape)} and rho={rho}, expected (N, D) and "
-            "a number between 0 and 1"
+            f"kl_to_bernoulli: activations have shape {tuple(activations.shape)} and rho={rho}, expected (N, D) and a "
+            "number between 0 and 1"
         )
     tiny = torch.finfo(torch.float32).eps  # a unit that is never on has a large penalty and not an infinite one
     mean = activations.mean(0).clamp(tiny, 1 - tiny)

@@ -146,8 +146,7 @@ class VectorModel(AutoregressiveModel):
             if tuple(given.shape) != (n, self.dim) or tuple(known.shape) not in ((self.dim,), (n, self.dim)):
                 raise ValueError(
                     f"{name}: given has shape {tuple(given.shape)} and known {tuple(known.shape)}, expected ({n}, "
-                    f"{self.dim}) "
-                    f"and that or ({self.dim},)"
+                    f"{self.dim}) and that or ({self.dim},)"
                 )
             mask = known.to(like.device).bool().expand(n, -1)
             values = self.scaled(self.check(torch.where(mask, given.to(like.device), 0)))
@@ -182,8 +181,7 @@ def check_drawn(name: str, x: Tensor, orders: Tensor, share: Tensor) -> None:
         dimension = int(degrees.masked_fill(~x[sample].isnan(), x.shape[1] + 1).argmin())
         raise FloatingPointError(
             f"{name}: the network's parameters of dimension {dimension} of sample {sample} are not finite (a NaN, an "
-            "infinity, "
-            "or every level forbidden by a logit of -inf)"
+            "infinity, or every level forbidden by a logit of -inf)"
         )
 
 

@@ -153,8 +153,7 @@ class Flow(FlowModel):
             return context.expand(n, -1)
         raise ValueError(
             f"{type(self).__name__}: context has shape {tuple(context.shape)}, expected ({n}, K), a row for each of "
-            f"the {n}, "
-            "or (K,); distribution(context).sample((n,)) draws n for each row"
+            f"the {n}, or (K,); distribution(context).sample((n,)) draws n for each row"
         )
 
     def _rows(self, n: int | Sequence[int], context: Tensor | None) -> tuple[tuple[int, ...], int, Tensor | None]:

@@ -234,14 +234,12 @@ def style_transfer(
     if min(content_weight, style_weight, tv_weight) < 0 or content_weight + style_weight == 0:
         raise ValueError(
             f"style_transfer: content_weight={content_weight}, style_weight={style_weight} and tv_weight={tv_weight}, "
-            "expected "
-            "none below 0, and not both of content and style 0"
+            "expected none below 0, and not both of content and style 0"
         )
     if style.shape[0] not in (1, content.shape[0]) or style.shape[1] != content.shape[1]:
         raise ValueError(
             f"style_transfer: style has shape {tuple(style.shape)} and content {tuple(content.shape)}; expected as "
-            "many "
-            "channels, and a batch of 1 or of the content's size"
+            "many channels, and a batch of 1 or of the content's size"
         )
     style = style.to(content)
     style_layers = STYLE_LAYERS[loss] if style_layers is None else style_layers

@@ -64,8 +64,7 @@ class ActNorm(Bijection):
             if not readable(x, self.initialized):
                 raise RuntimeError(
                     "ActNorm: the first call in training sets the parameters from its batch, which an exported or a "
-                    "batched "
-                    "one cannot; call the model once on a batch before, or call eval()"
+                    "batched one cannot; call the model once on a batch before, or call eval()"
                 )
             with ordinary():
                 self._initialize(x)

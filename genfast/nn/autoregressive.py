@@ -80,8 +80,7 @@ class MaskedAutoregressive(Mapped, Bijection):
         if params.shape != (*x.shape, self.map.outputs):
             raise ValueError(
                 f"MaskedAutoregressive: the network {type(self.network).__name__} returned {tuple(params.shape)} for "
-                "an input "
-                f"of {tuple(x.shape)}, expected {(*x.shape, self.map.outputs)}"
+                f"an input of {tuple(x.shape)}, expected {(*x.shape, self.map.outputs)}"
             )
         return params
 

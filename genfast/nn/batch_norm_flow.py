@@ -64,8 +64,7 @@ class BatchNormFlow(Bijection):
         if features < 1 or not 0 <= momentum <= 1 or not eps > 0:
             raise ValueError(
                 f"BatchNormFlow: features={features}, momentum={momentum} and eps={eps}, expected at least 1, 0 to 1 "
-                "and "
-                "more than 0"
+                "and more than 0"
             )
         self.features, self.momentum, self.eps, self.over_ranks = features, momentum, eps, over_ranks
         self.log_gamma = nn.Parameter(torch.zeros(features))

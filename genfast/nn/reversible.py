@@ -97,8 +97,7 @@ class ReversibleSequential(FlowSequential):
             if module.training and isinstance(module, BatchNormFlow):
                 raise ValueError(
                     f"ReversibleSequential: {name} is a BatchNormFlow in training mode, which has no inverse to "
-                    "rebuild its "
-                    "input with; put it into evaluation mode, or use FlowSequential"
+                    "rebuild its input with; put it into evaluation mode, or use FlowSequential"
                 )
 
     @torch.no_grad()
@@ -402,20 +401,17 @@ def _warn_if_large(module: ReversibleSequential, drift: float, elements: int, ch
         return
     measured = (
         f"the input rebuilt through {len(module)} modules differs from the true one by {drift:.1e} (relative, over "
-        f"{elements} "
-        f"elements; the limit is {module.drift_warning:.0e})"
+        f"{elements} elements; the limit is {module.drift_warning:.0e})"
     )
     name = changing()
     if name:
         raise RuntimeError(
             f"ReversibleSequential: {name} gives other numbers when the backward calls it again: {measured}. Its "
-            "state is not "
-            "in buffers and torch's default generators, which are replayed; use FlowSequential"
+            "state is not in buffers and torch's default generators, which are replayed; use FlowSequential"
         )
     warnings.warn(
         f"ReversibleSequential: {measured}, so the gradients are off by about as much. Every module gives the same "
-        "numbers "
-        "again, so an inverse is ill-conditioned: use smaller scales, float64, or fewer modules in one chain",
+        "numbers again, so an inverse is ill-conditioned: use smaller scales, float64, or fewer modules in one chain",
         stacklevel=2,
     )
 

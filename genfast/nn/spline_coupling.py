@@ -99,8 +99,8 @@ class SplineCoupling(Mapped, Bijection):
         if params.shape != expected:
             raise ValueError(
                 f"SplineCoupling: the conditioner {type(self.conditioner).__name__} returned {tuple(params.shape)} "
-                "for an "
-                f"input of {tuple(x_b.shape)}, expected {expected}: {self.map.outputs} for each of {x_a.shape[1]}"
+                f"for an input of {tuple(x_b.shape)}, expected {expected}: {self.map.outputs} for each of "
+                f"{x_a.shape[1]}"
             )
         y_a, logdet = self._mapped(x_a, params.unflatten(1, (x_a.shape[1], self.map.outputs)), inverse)
         return self._joined(x, y_a, x_b), logdet

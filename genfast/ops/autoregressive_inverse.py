@@ -295,8 +295,7 @@ def _backward_gather(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
 OP_BACKWARD = Op(
     f"{_NAME}_backward(Tensor? grad_x, Tensor? grad_logdet, Tensor z, Tensor x, Tensor packed, Tensor? statics, "
-    "Tensor code, "
-    "str transform, float[] options, bool weights)",
+    "Tensor code, str transform, float[] options, bool weights)",
     reference=reference.autoregressive_inverse_backward,
     outputs={
         "z": "contiguous like z",

@@ -57,8 +57,7 @@ def categorical_nll(logits: Tensor, x: Tensor, *, layout: Literal["interleaved",
     ):
         raise ValueError(
             f"{_NAME}: x has shape {xs} and logits {ls}; expected logits (N, levels C, ...) with the batch and "
-            "positions of "
-            "x (N, C, ...) and a multiple of its channels"
+            "positions of x (N, C, ...) and a multiple of its channels"
         )
     levels = ls[1] // xs[1]
     within(_NAME, x, levels)

@@ -178,8 +178,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 OP = Op(
     "diagonal_gaussian(Tensor mean, Tensor log_variance, Tensor? noise, Tensor? prior_mean, Tensor? "
-    "prior_log_variance, "
-    "bool per_dimension)",
+    "prior_log_variance, bool per_dimension)",
     reference=reference.diagonal_gaussian,
     outputs={
         "kl": "(N,) like mean as accumulator",

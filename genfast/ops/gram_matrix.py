@@ -72,8 +72,8 @@ def _check_layers(
         if f.dtype != features[0].dtype or f.device != features[0].device or f.shape[0] != features[0].shape[0]:
             raise ValueError(
                 f"style_loss_layers: features have {f.dtype} on {f.device} in batches of {f.shape[0]} and "
-                f"{features[0].dtype} "
-                f"on {features[0].device} in batches of {features[0].shape[0]}; expected the same in each layer"
+                f"{features[0].dtype} on {features[0].device} in batches of {features[0].shape[0]}; expected the same "
+                "in each layer"
             )
 
 

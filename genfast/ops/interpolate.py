@@ -33,8 +33,7 @@ def _check_pair(real: Tensor, fake: Tensor) -> None:
     if real.dim() < 1 or real.shape != fake.shape:
         raise ValueError(
             f"{_NAME}: real has shape {tuple(real.shape)} and fake {tuple(fake.shape)}, expected the same shape (N, "
-            "...); "
-            "cut the larger batch to the smaller one's size"
+            "...); cut the larger batch to the smaller one's size"
         )
 
 

@@ -290,8 +290,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 OP = Op(
     "masked_conv(Tensor x, Tensor weight, Tensor? bias, str mask_type, int data_channels, str group_order, int[] "
-    "dilation, "
-    "int groups, int[] center, str activation)",
+    "dilation, int groups, int[] center, str activation)",
     reference=reference.masked_conv,
     outputs={"y": "(N, weight.shape[0], ...) like x"},
     check=check_masked_conv,

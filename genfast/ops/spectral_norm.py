@@ -154,8 +154,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
 _OP_BACKWARD = Op(
     "spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int "
-    "dim) "
-    "-> Tensor",
+    "dim) -> Tensor",
     reference=reference.spectral_norm_backward,
     check=_check_backward,
     check_before_kernels=True,

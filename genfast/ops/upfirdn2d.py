@@ -98,8 +98,7 @@ def _check_forward(
     if width < fw or height < fh:
         raise ValueError(
             f"{_NAME}: the upsampled and padded x has {height}x{width} positions, fewer than the filter's {fh}x{fw} "
-            "taps; "
-            "expected more padding or a larger x"
+            "taps; expected more padding or a larger x"
         )
 
 

@@ -68,8 +68,7 @@ def _check_inputs(
     if fake is not None and kind in ("wgan-gp", "wgan-lp") and (fake.shape != real.shape or fake.dtype != real.dtype):
         raise ValueError(
             f"{op}: fake has shape {tuple(fake.shape)} and dtype {fake.dtype}, expected those of real: "
-            f"{tuple(real.shape)}, "
-            f"{real.dtype} (each sample is interpolated with one of the other)"
+            f"{tuple(real.shape)}, {real.dtype} (each sample is interpolated with one of the other)"
         )
 
 
@@ -79,8 +78,7 @@ def _numbers(op: str, weight: Any, target: Any, function: Penalty | None) -> tup
         if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
                 f"{op}: {name} requires a gradient, and none would reach it; multiply the result by it, or give "
-                "penalty= a "
-                "function that uses it"
+                "penalty= a function that uses it"
             )
     return float((10.0 if function is None else 1.0) if weight is None else weight), float(target)
 
@@ -106,8 +104,7 @@ def _random_points(
             if epsilon.numel() != real.shape[0]:
                 raise ValueError(
                     f"{op}: epsilon has shape {tuple(epsilon.shape)}, expected one number per sample: "
-                    f"({real.shape[0]},); "
-                    "other points go in points="
+                    f"({real.shape[0]},); other points go in points="
                 )
             epsilon = epsilon.to(real.dtype)
         return reference.penalty_points(real, fake, kind, generator, epsilon, sigma)
@@ -340,8 +337,7 @@ def critic_step(
         if loss is CRITIC_LOSSES["relativistic"] and len(fake) != len(real):  # one of them would be broadcast
             raise ValueError(
                 f"{op}: fake has {len(fake)} samples and real {len(real)}, and loss='relativistic' compares them one "
-                "by one, "
-                "expected equal numbers"
+                "by one, expected equal numbers"
             )
     elif not callable(loss):
         raise TypeError(

@@ -62,8 +62,7 @@ def warn_coupled(op: str, critic: Critic) -> None:
     known.warned = True
     warnings.warn(
         f"{op}: {known.coupling} couples the samples of a batch. The result is exact for the gradient of the sum of "
-        "the "
-        "critic's outputs, but the norm of one sample's gradient is then not what the penalty's paper means "
+        "the critic's outputs, but the norm of one sample's gradient is then not what the penalty's paper means "
         "(arXiv:1704.00028, section 4, advises layer norm)",
         stacklevel=5,
     )

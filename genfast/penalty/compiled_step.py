@@ -40,10 +40,9 @@ def number_of(thing: Any) -> int:
 
 
 LIBRARY.define(
-    "critic_step(Tensor[] points, Tensor[] contexts, Tensor[] parameters, Tensor[] buffers, int critic, int loss, "
-    "int real_contexts, str kind, float weight, float target, str method, float sigma, int penalty, int output, str "
-    "patches, "
-    "str batching, ScalarType? autocast, bool[] wanted) -> (Tensor loss, Tensor adversarial, Tensor penalty, "
+    "critic_step(Tensor[] points, Tensor[] contexts, Tensor[] parameters, Tensor[] buffers, int critic, int loss, int "
+    "real_contexts, str kind, float weight, float target, str method, float sigma, int penalty, int output, str "
+    "patches, str batching, ScalarType? autocast, bool[] wanted) -> (Tensor loss, Tensor adversarial, Tensor penalty, "
     "Tensor real_logits, Tensor fake_logits, Tensor norms, Tensor[] gradients, Tensor[] buffers)"
 )
 

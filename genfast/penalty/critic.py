@@ -31,22 +31,19 @@ def per_sample_outputs(op: str, d: Any, n: int, patches: bool = False) -> Tensor
     if not isinstance(d, Tensor):
         raise TypeError(
             f"{op}: critic returned a {type(d).__name__}, expected a tensor with one value per sample; give output= "
-            "the index "
-            "or key of that tensor, or a function that takes it out"
+            "the index or key of that tensor, or a function that takes it out"
         )
     if d.dim() == 0 or d.shape[0] != n or d.numel() == 0 or not (patches or d.numel() == n):
         several = d.dim() > 1 and d.shape[0] == n and d.numel() > n
         advice = (
             "; give patches='sum' to take the sum of a sample's values, as autograd.grad with ones does, or "
-            "patches='mean', or "
-            "output= a function that leaves one value per sample"
+            "patches='mean', or output= a function that leaves one value per sample"
             if several and not patches
             else ""
         )
         raise ValueError(
             f"{op}: critic returned shape {tuple(d.shape)} for a batch of {n}, expected one value per sample: ({n},), "
-            f"({n}, 1) "
-            f"or the like{advice}"
+            f"({n}, 1) or the like{advice}"
         )
     if not d.dtype.is_floating_point:
         raise TypeError(f"{op}: critic returned dtype {d.dtype}, expected a floating-point dtype")

@@ -103,11 +103,9 @@ def _check_repeats(op: str, first: Tensor, again: Tensor) -> None:
     if not off <= rounding_error(first):
         raise RuntimeError(
             f"{op}: finite differences need a critic that repeats its outputs, and two passes over the same samples, "
-            "with "
-            f"buffers and random numbers put back, differ by {off:.1e} of their size: it keeps a state that cannot be "
-            "put "
-            "back. Give the module itself where critic is a function around it, or set it to eval(), or use "
-            "method='autograd'"
+            f"with buffers and random numbers put back, differ by {off:.1e} of their size: it keeps a state that "
+            "cannot be put back. Give the module itself where critic is a function around it, or set it to eval(), "
+            "or use method='autograd'"
         )
 
 

@@ -111,8 +111,7 @@ def joined_pass(
             known.warned_separate = True
             warnings.warn(
                 f"{call.op}: batching='together' is not followed for this critic: {reason}; real, fake and "
-                "interpolated "
-                "samples are batches of their own",
+                "interpolated samples are batches of their own",
                 stacklevel=5,
             )
     return recorded

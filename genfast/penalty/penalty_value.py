@@ -46,8 +46,7 @@ def value_of_function(op: str, penalty: Penalty, gradient: Tensor) -> Tensor:
     if value.numel() != 1 and not (value.shape[0] == n == value.numel()):
         raise ValueError(
             f"{op}: penalty returned shape {tuple(value.shape)} for a gradient of shape {tuple(gradient.shape)}, "
-            "expected a "
-            f"scalar () or one value per sample ({n},)"
+            f"expected a scalar () or one value per sample ({n},)"
         )
     return value.mean()
 
@@ -82,8 +81,7 @@ def slope_of_function(op: str, value: Tensor, gradient: Tensor, keep: bool) -> T
     if u.is_cpu and bool(value.detach().isfinite()) and not bool(u.isfinite().all()):
         raise FloatingPointError(
             f"{op}: the derivative of penalty is not finite, though its value is; a root at a gradient of zero does "
-            "that: use "
-            "torch.linalg.vector_norm, or add a small number under the root"
+            "that: use torch.linalg.vector_norm, or add a small number under the root"
         )
     return u
 

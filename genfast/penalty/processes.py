@@ -77,6 +77,5 @@ def check_sharded(op: str, critic: Critic) -> None:
             which = f"its part {name!r} is" if name else "it is"
             raise ValueError(
                 f"{op}: critic gathers weights on its own, since {which} sharded (fully_shard); leave the critic "
-                "whole, call "
-                f"{op} in the forward of a module that holds it, and shard that: fully_shard(objective)"
+                f"whole, call {op} in the forward of a module that holds it, and shard that: fully_shard(objective)"
             )

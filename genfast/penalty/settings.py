@@ -88,8 +88,7 @@ class Call(NamedTuple):
             if isinstance(result, Tensor) or not hasattr(result, output):
                 raise TypeError(
                     f"{self.op}: output={output!r} is a key, and critic returned a {what}, expected a mapping or what "
-                    "has that "
-                    "attribute"
+                    "has that attribute"
                 )
             return getattr(result, output)
         assert callable(output)

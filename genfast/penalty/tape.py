@@ -242,8 +242,7 @@ class Tape(TorchFunctionMode):
                     if version(a) != self.versions[slot] or a.grad_fn is not None:
                         raise Unsupported(
                             f"a tensor {tuple(a.shape)} that depends on x was changed in place by a call that PyTorch "
-                            "shows to "
-                            "no function mode, or through its data"
+                            "shows to no function mode, or through its data"
                         )
                 elif a.requires_grad and a.grad_fn is not None and id(a) not in self._cleared:
                     self.check_constant(a)

@@ -121,8 +121,7 @@ def check_row(
         if error is not None:
             raise SelfCheckError(
                 f"{name}: its inverse in the order of degrees differs from what its network says by {error:.2g} of "
-                "the largest "
-                f"x or log-determinant of one row, and the difference begins at {begins()}"
+                f"the largest x or log-determinant of one row, and the difference begins at {begins()}"
             )
 
 

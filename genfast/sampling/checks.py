@@ -163,8 +163,7 @@ def assert_causal(
         channel, position, colour, at = fault
         raise CausalityError(
             f"{inputs.name_of(network)}: output channel {channel} at {position} depends on colour {colour} at {at}, "
-            "which "
-            "comes later"
+            "which comes later"
         )
 
 

@@ -384,8 +384,8 @@ def entrance(
     if value is None and follower.found == "floats":
         raise ValueError(
             f"{name}: {name_of(network)} takes floats; say by input= which floats the levels 0 to {levels - 1} are: "
-            "'unit' "
-            f"(x / {levels - 1}), 'signed' (2 x / {levels - 1} - 1), 'integers' (as they are) or a function of them"
+            f"'unit' (x / {levels - 1}), 'signed' (2 x / {levels - 1} - 1), 'integers' (as they are) or a function of "
+            "them"
         )
     return Entrance("integers", follower.smooth, out.shape[1])
 

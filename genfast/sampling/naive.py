@@ -41,8 +41,7 @@ def not_drawable(name: str, head: str, image: int, colour: int, position: Sequen
     what = "logits" if head == "categorical" else "mixture parameters"
     return FloatingPointError(
         f"{name}: the network's {what} of {where} at position {tuple(position)} are not finite (a NaN, an infinity, "
-        "or every "
-        "level forbidden by a logit of -inf)"
+        "or every level forbidden by a logit of -inf)"
     )
 
 

@@ -226,8 +226,7 @@ class Sampler:
                 return order
         raise NotCausalError(
             f"{name}: {inputs.name_of(self.network)} lets logits at {at} see their own or a later colour of their "
-            "pixel, "
-            "whether they lie level by level (interleaved) or colour by colour (blocked)"
+            "pixel, whether they lie level by level (interleaved) or colour by colour (blocked)"
         )
 
     def prepare(self, shape: Sequence[int], *, has_context: bool = False, context: Context = None) -> Program:
@@ -264,8 +263,7 @@ class Sampler:
         if other:
             raise LoweringError(
                 f"{inputs.name_of(network)}: its parameters are {', '.join(sorted(map(str, other)))}, and the engine "
-                "computes "
-                "in float32; give it network.float(), or sample with method='naive'"
+                "computes in float32; give it network.float(), or sample with method='naive'"
             )
         return network
 
@@ -360,8 +358,7 @@ class Sampler:
                     raise checks.SelfCheckError(
                         f"{type(network).__name__}: its pixel program differs from the network by {error:.2g} of the "
                         f"largest output on a random image, and the difference begins at {at}; sample with "
-                        "method='naive', or "
-                        "switch the comparison off with self_check=False"
+                        "method='naive', or switch the comparison off with self_check=False"
                     )
         except BaseException:
             self._prepared.pop(place, None)  # not to be trusted the next time either
@@ -454,8 +451,7 @@ class Sampler:
             self._warned.add(reason)
             warnings.warn(
                 "sample: the standard loop runs, a forward pass a pixel, since the network has no pixel program: "
-                f"{reason}"
-                " (method='naive' asks for the loop, method='cached' makes this an error)",
+                f"{reason} (method='naive' asks for the loop, method='cached' makes this an error)",
                 stacklevel=4,
             )
 

@@ -99,8 +99,7 @@ class _Tracer(fx.Tracer):
         if hook:
             raise LoweringError(
                 f"{shown_path(path)} ({class_of(m).__name__}): has {hook}, which no pixel program runs; remove it, or "
-                "sample "
-                "with method='naive'"
+                "sample with method='naive'"
             )
         return super().call_module(m, m._call_impl, args, kwargs)  # past a compiled form of the call
 
