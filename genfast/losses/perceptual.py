@@ -193,8 +193,8 @@ class StyleLoss(_FeatureLoss):
 
     Example:
         >>> import torch, genfast
-        >>> loss = genfast.losses.StyleLoss(genfast.losses.random_features(width=4), ["relu1_1", "relu2_1"],
-        normalization=None)
+        >>> features = genfast.losses.random_features(width=4)
+        >>> loss = genfast.losses.StyleLoss(features, ["relu1_1", "relu2_1"], normalization=None)
         >>> loss.set_target(torch.zeros(1, 3, 20, 20))
         >>> loss(torch.zeros(2, 3, 16, 16))
         tensor(0.)
