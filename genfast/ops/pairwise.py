@@ -529,8 +529,8 @@ def nearest_neighbors(
 
     Example:
         >>> import torch, genfast
-        >>> distance, index = genfast.ops.nearest_neighbors(torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [7.0],
-        [5.0]]))
+        >>> x, y = torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [7.0], [5.0]])
+        >>> distance, index = genfast.ops.nearest_neighbors(x, y)
         >>> index[:, 0]
         tensor([0, 2])
     """

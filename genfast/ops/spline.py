@@ -544,8 +544,7 @@ def rational_quadratic_spline_packed(
 
     Example:
         >>> import torch, genfast
-        >>> y, logdet = genfast.ops.rational_quadratic_spline_packed(torch.randn(4, 2), torch.randn(4, 2, 23), 8,
-        bound=3.0)
+        >>> y, logdet = genfast.ops.rational_quadratic_spline_packed(torch.randn(4, 2), torch.randn(4, 2, 23), 8)
     """
     op = f"{_NAME}_packed"
     where, domain, scale = _domain(op, tails, bound, 5.0 if convention == "zuko" else 1.0, left, right, bottom, top)
@@ -638,8 +637,8 @@ def quadratic_spline(
 
     Example:
         >>> import torch, genfast
-        >>> y, logdet = genfast.ops.quadratic_spline(torch.rand(4, 2), torch.randn(4, 2, 8), torch.randn(4, 2, 9),
-        tails=None)
+        >>> x, widths, heights = torch.rand(4, 2), torch.randn(4, 2, 8), torch.randn(4, 2, 9)
+        >>> y, logdet = genfast.ops.quadratic_spline(x, widths, heights, tails=None)
     """
     where, domain, _ = _domain("quadratic_spline", tails, bound, 1.0, left, right, bottom, top)
     x, (widths, heights) = _broadcast("quadratic_spline", x, {"widths": widths, "heights": heights})
