@@ -82,7 +82,7 @@ def _case(
         "compile": lambda: work(torch.compile(eager, dynamic=False)),
         "trick": lambda: work(chunked),
         "floor": product,
-        "genfast": lambda: work(genfast.nn.ContextualLoss("s-aiueo32", bandwidth=BANDWIDTH)),
+        "genfast": lambda: work(genfast.nn.ContextualSimilarityLoss("s-aiueo32", bandwidth=BANDWIDTH)),
     }
     b, c, h, w = shape
     flops = 2 * b * (h * w) ** 2 * c * {"forward": 1, "x": 2, "both": 3}[wanted]

@@ -69,7 +69,7 @@ def _own(kind: str, dim: int, transforms: int, hidden: int, layers: Any, family:
     options: dict[str, Any] = {"normalising": False} if kind == "MAF" else {"transform": "spline", "convention": "zuko"}
     steps = []
     for i in range(transforms):
-        made = layers.MADE(
+        made = layers.MADENetwork(
             dim, (hidden, hidden), outputs=2 if kind == "MAF" else 23, order="reversed" if i % 2 else None
         )
         steps.append(layers.MaskedAutoregressive(made, **options))

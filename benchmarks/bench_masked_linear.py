@@ -130,7 +130,7 @@ def _shuffled() -> Layers:
 
 
 def _made(hidden: tuple[int, ...], outputs: int) -> Callable[[], Layers]:
-    return lambda: list(genfast.nn.MADE(64, hidden, outputs=outputs).linears)  # type: ignore[arg-type]
+    return lambda: list(genfast.nn.MADENetwork(64, hidden, outputs=outputs).linears)  # type: ignore[arg-type]
 
 
 CASES = [

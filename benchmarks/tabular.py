@@ -56,7 +56,7 @@ def from_zuko(flow: Any, layers: Any = gnn, family: Any = models.Flow) -> models
         linears = [m for m in theirs.hyper if isinstance(m, nn.Linear)]
         widths = [m.out_features for m in linears[:-1]]
         degrees = [1 + torch.arange(w) % max(1, dim - 1) for w in widths]
-        made = layers.MADE(dim, widths, outputs=theirs.total, order=theirs.order + 1, degrees=degrees)
+        made = layers.MADENetwork(dim, widths, outputs=theirs.total, order=theirs.order + 1, degrees=degrees)
         for own, other in zip(made.linears, linears):
             own.load_state_dict({"weight": other.weight, "bias": other.bias}, strict=False)
             if not torch.equal(own.mask, other.mask):

@@ -17,7 +17,7 @@ ROOMS = (
     ("models",),
     ("sampling", "losses", "integrations"),
     ("nn",),
-    ("penalty", "programs"),  # nn.GradientPenalty and nn.MADE are modules over these
+    ("penalty", "programs"),  # nn.GradientPenalty and nn.MADENetwork are modules over these
     ("ops",),
     ("reference", "kernels", "_cpu", "_cuda"),
 )

@@ -78,7 +78,7 @@ def ready(module: nn.Module) -> nn.Module:
 
 
 def own() -> dict[str, Subject]:
-    made = lambda: gnn.MADE(4, (8, 8), outputs=2, order="reversed")  # noqa: E731
+    made = lambda: gnn.MADENetwork(4, (8, 8), outputs=2, order="reversed")  # noqa: E731
     images, vectors = rows(5, 4, 6, 6), rows(5, 4)
     return {
         "ActNorm": Subject(lambda: ready(gnn.ActNorm(4)), images),
@@ -95,7 +95,7 @@ def own() -> dict[str, Subject]:
         "MaskedAutoregressive": Subject(lambda: gnn.MaskedAutoregressive(made()), vectors),
         "MaskedAutoregressive inverse": Subject(lambda: gnn.MaskedAutoregressive(made()), vectors, inverse),
         "MaskedConv2d": Subject(lambda: gnn.MaskedConv2d(4, 8, 3, padding=1, mask_type="A"), images),
-        "NADE": Subject(lambda: gnn.NADE(4, 8, order="reversed"), vectors),
+        "NADE": Subject(lambda: gnn.NADENetwork(4, 8, order="reversed"), vectors),
         "Permutation": Subject(lambda: gnn.Permutation(4), vectors, inverse),
         "ReversibleSequential": Subject(lambda: ready(gnn.ReversibleSequential(gnn.GlowStep(4, conv()))), images),
         "Spline": Subject(lambda: gnn.Spline(4), vectors),

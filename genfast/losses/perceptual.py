@@ -229,14 +229,14 @@ class ContextualLoss(_FeatureLoss):
     arXiv:1803.02077).
 
     It compares sets of features, so x and y may be of different sizes and need not be aligned. On
-    :class:`genfast.nn.ContextualLoss`, in memory that does not grow with the product of the numbers of positions. No
-    gradient reaches ``y`` or the network.
+    :class:`genfast.nn.ContextualSimilarityLoss`, in memory that does not grow with the product of the numbers of
+    positions. No gradient reaches ``y`` or the network.
 
     Args:
         network, normalization, value_range: as of :class:`FeatureExtractor`.
         layers: names of the network's layers; conv3_2 and conv4_2 of VGG-19 for style in the paper.
         weights: one per layer, one for all, or None for 1.
-        preset, options: of :class:`genfast.nn.ContextualLoss`, such as ``bandwidth``.
+        preset, options: of :class:`genfast.nn.ContextualSimilarityLoss`, such as ``bandwidth``.
 
     Shape: x (N, C, H, W), y (N, C, H', W') or (1, C, H', W') -> a scalar.
 
@@ -263,7 +263,7 @@ class ContextualLoss(_FeatureLoss):
         **options: Any,
     ) -> None:
         super().__init__(network, layers, weights, normalization, value_range)
-        self.contextual = gnn.ContextualLoss(preset, **options)
+        self.contextual = gnn.ContextualSimilarityLoss(preset, **options)
 
     def _prepare(self, features: Tensor) -> Tensor:
         return features

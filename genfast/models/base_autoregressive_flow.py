@@ -53,7 +53,7 @@ class AutoregressiveFlow(Flow):
     ) -> nn.Module:
         """The network of transform i; orders alternate between first to last and last to first, or are random."""
         places = "random" if order == "random" else "natural" if i % 2 == 0 else "reversed"
-        made: nn.Module = cls.layers.MADE(
+        made: nn.Module = cls.layers.MADENetwork(
             dim,
             widths(hidden, depth),
             outputs=outputs,

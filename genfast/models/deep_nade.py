@@ -65,7 +65,7 @@ class DeepNADE(VectorModel):
             "context_features": context_features,
         }
         self.register_buffer("orders", ensemble(dim, orders, "DeepNADE"))
-        self.network = self.layers.DeepNADE(
+        self.network = self.layers.DeepNADENetwork(
             dim, (hidden,) * layers, self.outputs, activation=activation, context=context_features
         )
 

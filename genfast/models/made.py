@@ -68,7 +68,7 @@ class MADE(VectorModel):
         }
         self.register_buffer("orders", ensemble(dim, orders, "MADE"))
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
-        self.network = self.layers.MADE(
+        self.network = self.layers.MADENetwork(
             dim, (hidden,) * layers, outputs=self.outputs, activation=activation, context=context_features
         )
 

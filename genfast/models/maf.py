@@ -23,7 +23,7 @@ class MAF(AutoregressiveFlow):
         norm: before each transform: "act" (:class:`genfast.nn.ActNorm`), "batch" (:class:`genfast.nn.BatchNormFlow`,
             the paper's, section 3.4) or None.
         scale: "softclamp" (alpha stays within log 1000), "exp" (the paper's: alpha as it is), "sigmoid" or "additive".
-        residual, activation: of :class:`genfast.nn.MADE`.
+        residual, activation: of :class:`genfast.nn.MADENetwork`.
 
     Example:
         >>> import torch, genfast

@@ -43,7 +43,7 @@ class NADE(VectorModel):
         context_features: int = 0,
     ) -> None:
         super().__init__(dim, levels)
-        self.network = self.layers.NADE(
+        self.network = self.layers.NADENetwork(
             dim, hidden, self.outputs, activation=activation, order=order, context=context_features
         )
         self.config = {

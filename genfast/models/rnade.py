@@ -55,7 +55,7 @@ class RNADE(DensityModel):
         super().__init__((dim,))
         if components < 1:
             raise ValueError(f"RNADE: components={components}, expected at least 1")
-        self.network = self.layers.NADE(
+        self.network = self.layers.NADENetwork(
             dim, hidden, 3 * components, activation=activation, rescale=rescale, order=order, context=context_features
         )
         self.components, self.scale_gradients = components, scale_gradients

@@ -17,7 +17,7 @@ from .._modes import evaluating
 from ..programs import DegreeProgram, LoweringError, layers_of
 from ..programs import self_check as checks
 from .bijection import Bijection
-from .made import MADE
+from .made import MADENetwork
 from .univariate import AffineMap, Mapped, spline_options, univariate
 
 _ENGINE_SCALES = {"exp": "exp", "softclamp": "softclamp", "sigmoid": "sigmoid2", "additive": "additive"}
@@ -31,8 +31,8 @@ class MaskedAutoregressive(Mapped, Bijection):
     of them. Both have gradients to x or z, the weights and the context. ``inverse_plain`` is the D passes.
 
     Args:
-        network: a :class:`MADE`, or any module with ``forward(x (N, D), context (N, K)) -> (N, D, P)`` of which output
-            i sees only what comes before i in some order, and a method ``layers(context)``, its
+        network: a :class:`MADENetwork`, or any module with ``forward(x (N, D), context (N, K)) -> (N, D, P)`` of which
+            output i sees only what comes before i in some order, and a method ``layers(context)``, its
             :class:`genfast.sampling.Layer`s. Without that method the inverse is ``inverse_plain``; so it is, with a
             warning, where hooks or a changed forward make a call of the network another function than its layers.
         transform: "affine", P = 2, the shift t then a (P = 1 for ``scale="additive"``), or "spline", P as
@@ -53,7 +53,7 @@ class MaskedAutoregressive(Mapped, Bijection):
 
     Example:
         >>> import torch, genfast
-        >>> layer = genfast.nn.MaskedAutoregressive(genfast.nn.MADE(5, (16, 16), outputs=2))
+        >>> layer = genfast.nn.MaskedAutoregressive(genfast.nn.MADENetwork(5, (16, 16), outputs=2))
         >>> z, logdet = layer(torch.randn(3, 5))
     """
 
@@ -135,7 +135,7 @@ class MaskedAutoregressive(Mapped, Bijection):
             except LoweringError as error:
                 warnings.warn(f"MaskedAutoregressive: the inverse takes one pass for each input. {error}", stacklevel=2)
                 return self.inverse_plain(z, context)
-            if context is None and type(self.network) is MADE and not torch.compiler.is_compiling():
+            if context is None and type(self.network) is MADENetwork and not torch.compiler.is_compiling():
                 self._lowered = ModuleContents(self.network)
         result = self._solve(z, program)
         if (self._proven is None or self._proven[0] is not program.code or self._proven[1] != self.map) and z.numel():
@@ -188,7 +188,7 @@ class Inverse(Bijection):
 
     Example:
         >>> import torch, genfast
-        >>> made = genfast.nn.MADE(5, (16, 16), outputs=2)
+        >>> made = genfast.nn.MADENetwork(5, (16, 16), outputs=2)
         >>> iaf = genfast.nn.Inverse(genfast.nn.MaskedAutoregressive(made, normalising=False))
         >>> x, logdet = iaf.inverse(torch.randn(3, 5))
     """

@@ -1,4 +1,4 @@
-"""nn.ContextualLoss, with the conventions of the published codes by name."""
+"""nn.ContextualSimilarityLoss, with the conventions of the published codes by name."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-class ContextualLoss(nn.Module):
+class ContextualSimilarityLoss(nn.Module):
     """-log of the contextual similarity of two feature maps, :func:`genfast.ops.contextual_similarity`.
+
+    It takes feature maps; :class:`genfast.losses.ContextualLoss` takes images, and runs the network that makes features
+    of them.
 
     The published codes differ in nearly every choice; ``preset`` takes one's, and each may be overridden by keyword:
 
@@ -70,7 +73,7 @@ class ContextualLoss(nn.Module):
 
     Example:
         >>> import torch, genfast
-        >>> loss = genfast.nn.ContextualLoss("cocosnet", bandwidth=0.2)
+        >>> loss = genfast.nn.ContextualSimilarityLoss("cocosnet", bandwidth=0.2)
         >>> loss(torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)).shape
         torch.Size([])
     """
@@ -79,15 +82,19 @@ class ContextualLoss(nn.Module):
         super().__init__()
         if preset is not None and preset not in PRESETS:
             raise ValueError(
-                f"ContextualLoss: preset={preset!r}, expected None or one of {', '.join(map(repr, PRESETS))}"
+                f"ContextualSimilarityLoss: preset={preset!r}, expected None or one of {', '.join(map(repr, PRESETS))}"
             )
         for name in options:
             if name not in _DEFAULTS:
-                raise TypeError(f"ContextualLoss: unknown option {name!r}, expected one of {', '.join(_DEFAULTS)}")
+                raise TypeError(
+                    f"ContextualSimilarityLoss: unknown option {name!r}, expected one of {', '.join(_DEFAULTS)}"
+                )
         self.preset = preset
         self.options = _DEFAULTS | (PRESETS[preset] if preset is not None else {}) | options
         if self.options["reduction"] not in ("mean", "none"):
-            raise ValueError(f"ContextualLoss: reduction={self.options['reduction']!r}, expected 'mean' or 'none'")
+            raise ValueError(
+                f"ContextualSimilarityLoss: reduction={self.options['reduction']!r}, expected 'mean' or 'none'"
+            )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         options = dict(self.options)

@@ -1,4 +1,4 @@
-"""nn.MADE."""
+"""nn.MADENetwork."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_whole_numbers(owner: str, *limits: tuple[str, object, int]) -> None:
 
 
 def input_degrees(
-    features: int, order: Order | Tensor | Sequence[int] | None, generator: torch.Generator | None
+    owner: str, features: int, order: Order | Tensor | Sequence[int] | None, generator: torch.Generator | None
 ) -> Tensor:
     """The degree of each input, 1 to D: its place in the order."""
     if order is None or (isinstance(order, str) and order == "natural"):
@@ -35,11 +35,13 @@ def input_degrees(
             return torch.arange(features, 0, -1)
         if order == "random":
             return torch.randperm(features, generator=generator, device=_device(generator)).cpu() + 1
-        raise ValueError(f"MADE: order={order!r}, expected None, 'natural', 'reversed', 'random' or {features} degrees")
-    found = integers("MADE", "order", order).cpu()
-    if len(found) != features or not bool(((found >= 1) & (found <= features)).all()):
-        raise ValueError(f"MADE: order={found.tolist()}, expected {features} degrees from 1 to {features}")
-    return found
+        raise ValueError(
+            f"{owner}: order={order!r}, expected None, 'natural', 'reversed', 'random' or {features} degrees"
+        )
+    degrees = integers(owner, "order", order).cpu()
+    if len(degrees) != features or not bool(((degrees >= 1) & (degrees <= features)).all()):
+        raise ValueError(f"{owner}: order={degrees.tolist()}, expected {features} degrees from 1 to {features}")
+    return degrees
 
 
 def hidden_degrees(
@@ -52,10 +54,10 @@ def hidden_degrees(
 ) -> Tensor:
     """The degrees of a hidden layer within [low, high], drawn or spread evenly; ``ordered`` sorts what is drawn."""
     if not isinstance(degrees, str):
-        found = integers("MADE", "degrees", degrees).cpu()
+        found = integers("MADENetwork", "degrees", degrees).cpu()
         if len(found) != width or not bool(((found >= 0) & (found <= high)).all()):
             raise ValueError(
-                f"MADE: degrees={found.tolist()}, expected {width} degrees from 0 to {high} for this layer"
+                f"MADENetwork: degrees={found.tolist()}, expected {width} degrees from 0 to {high} for this layer"
             )
         return found
     if degrees == "even":
@@ -65,14 +67,16 @@ def hidden_degrees(
         if not low:
             drawn[drawn.argmin()] = 0  # a unit that no input reaches carries the context to the first output
         return drawn.sort().values if ordered else drawn
-    raise ValueError(f"MADE: degrees={degrees!r}, expected 'even', 'random' or a sequence of degrees per hidden layer")
+    raise ValueError(
+        f"MADENetwork: degrees={degrees!r}, expected 'even', 'random' or a sequence of degrees per hidden layer"
+    )
 
 
 def _device(generator: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
 
 
-class MADE(nn.Module):
+class MADENetwork(nn.Module):
     """A masked autoencoder (MADE): output i is a function of the inputs that come before i in the order, and of a
     context.
 
@@ -104,7 +108,7 @@ class MADE(nn.Module):
 
     Example:
         >>> import torch, genfast
-        >>> made = genfast.nn.MADE(6, (32, 32), outputs=2, order="reversed")
+        >>> made = genfast.nn.MADENetwork(6, (32, 32), outputs=2, order="reversed")
         >>> made(torch.randn(4, 6)).shape
         torch.Size([4, 6, 2])
     """
@@ -128,17 +132,21 @@ class MADE(nn.Module):
         hidden = tuple(hidden)
         widths = [("hidden", h, 1) for h in hidden]
         check_whole_numbers(
-            "MADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths
+            "MADENetwork", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths
         )
         if activation not in ACTIVATIONS:
             raise ValueError(
-                f"MADE: activation={activation!r}, expected one of {', '.join(map(repr, sorted(ACTIVATIONS)))}"
+                f"MADENetwork: activation={activation!r}, expected one of {', '.join(map(repr, sorted(ACTIVATIONS)))}"
             )
         if residual and len(set(hidden)) != 1:
-            raise ValueError(f"MADE: hidden={hidden} with residual=True, expected one or more layers of equal width")
+            raise ValueError(
+                f"MADENetwork: hidden={hidden} with residual=True, expected one or more layers of equal width"
+            )
         self.features, self.hidden, self.outputs, self.context_features = features, hidden, outputs, context
         self.residual, self.activation = residual, activation
-        sizes = self._units(input_degrees(features, order, generator), self._hidden(degrees, generator, True))
+        sizes = self._units(
+            input_degrees("MADENetwork", features, order, generator), self._hidden(degrees, generator, True)
+        )
         last = len(sizes) - 2
         self.linears = nn.ModuleList(
             self.linear(before, after, strict=i == last) for i, (before, after) in enumerate(zip(sizes, sizes[1:]))
@@ -159,7 +167,9 @@ class MADE(nn.Module):
         high = self.features - 1
         low = 0 if self.context_features or not high else 1
         if not isinstance(degrees, str) and len(degrees) != len(self.hidden):
-            raise ValueError(f"MADE: degrees has {len(degrees)} layers, expected one for each of hidden={self.hidden}")
+            raise ValueError(
+                f"MADENetwork: degrees has {len(degrees)} layers, expected one for each of hidden={self.hidden}"
+            )
         found: list[Tensor] = []
         for i, width in enumerate(self.hidden):
             if self.residual and found and isinstance(degrees, str):  # what is added must have seen the same
@@ -172,7 +182,7 @@ class MADE(nn.Module):
             )
             low = int(found[-1].min())
         if self.residual and any(not torch.equal(f, found[0]) for f in found):
-            raise ValueError("MADE: degrees of the layers differ with residual=True, expected the same in each")
+            raise ValueError("MADENetwork: degrees of the layers differ with residual=True, expected the same in each")
         return found
 
     def _units(self, order: Tensor, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -195,7 +205,7 @@ class MADE(nn.Module):
         """Another order or other hidden degrees over the same weights (section 4.2 and 4.3); None keeps what there
         is."""
         linears = self._masked()
-        inputs = self.order.cpu() if order is None else input_degrees(self.features, order, generator)
+        inputs = self.order.cpu() if order is None else input_degrees("MADENetwork", self.features, order, generator)
         if degrees is None:
             step = 2 if self.residual else 1
             hidden = [layer.out_degrees.cpu() for layer in linears[: len(linears) - 1 : step]]
@@ -246,13 +256,13 @@ class MADE(nn.Module):
         """
         if (context is None) != (self.context is None):
             called = "with" if self.context is None else "without"
-            raise ValueError(f"MADE: made with context={self.context_features}, called {called} one")
+            raise ValueError(f"MADENetwork: made with context={self.context_features}, called {called} one")
         linears = [cast("MaskedLinear", linear) for linear in self.linears]
         for i, linear in enumerate(linears):
             if type(linear) is not MaskedLinear and stands_for(linear, (MaskedLinear,)) is None:
                 kind = class_of(linear)
                 raise LoweringError(
-                    f"MADE: linears.{i} is a {kind.__module__}.{kind.__qualname__}, expected a MaskedLinear"
+                    f"MADENetwork: linears.{i} is a {kind.__module__}.{kind.__qualname__}, expected a MaskedLinear"
                 )
         last, inner = len(linears) - 1, "none" if self.residual else self.activation
         found = []

@@ -1,4 +1,4 @@
-"""nn.NADE and nn.DeepNADE: the layers of the neural autoregressive distribution estimators."""
+"""nn.NADENetwork and nn.DeepNADENetwork: the layers of the neural autoregressive distribution estimators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..reference.nade import ACTIVATIONS
 from .made import check_whole_numbers, input_degrees
 
 
-class NADE(nn.Module):
+class NADENetwork(nn.Module):
     """The conditionals of a NADE, through :func:`genfast.ops.nade`: parameters of p(x_d | those before d) for each d.
 
     Args:
@@ -39,7 +39,7 @@ class NADE(nn.Module):
 
     Example:
         >>> import torch, genfast
-        >>> layer = genfast.nn.NADE(8, 32)
+        >>> layer = genfast.nn.NADENetwork(8, 32)
         >>> logits, x = layer(torch.ones(2, 8)), layer.sample(torch.rand(5, 8, 1))
     """
 
@@ -59,15 +59,21 @@ class NADE(nn.Module):
     ) -> None:
         super().__init__()
         check_whole_numbers(
-            "NADE", ("features", features, 1), ("hidden", hidden, 1), ("outputs", outputs, 1), ("context", context, 0)
+            "NADENetwork",
+            ("features", features, 1),
+            ("hidden", hidden, 1),
+            ("outputs", outputs, 1),
+            ("context", context, 0),
         )
         if activation not in ACTIVATIONS:
-            raise ValueError(f"NADE: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+            raise ValueError(
+                f"NADENetwork: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}"
+            )
         self.features, self.hidden, self.outputs, self.activation = features, hidden, outputs, activation
         self.context_features = context
-        degrees = input_degrees(features, order, generator)  # type: ignore[arg-type]
+        degrees = input_degrees("NADENetwork", features, order, generator)  # type: ignore[arg-type]
         if len(set(degrees.tolist())) != features:
-            raise ValueError(f"NADE: order={degrees.tolist()}, expected each of 1 to {features} once")
+            raise ValueError(f"NADENetwork: order={degrees.tolist()}, expected each of 1 to {features} once")
         self.register_buffer("order", degrees)
         self._sort()
         self.weight = nn.Parameter(torch.empty(features, hidden))
@@ -124,18 +130,20 @@ class NADE(nn.Module):
     def _hidden_bias(self, n: int, context: Tensor | None) -> Tensor:
         if (context is not None) != (self.context is not None):
             said = "with" if context is not None else "without"
-            raise ValueError(f"NADE: made with context={self.context_features}, called {said} one")
+            raise ValueError(f"NADENetwork: made with context={self.context_features}, called {said} one")
         if context is None or self.context is None:
             return self.hidden_bias
         if tuple(context.shape) != (n, self.context_features):
-            raise ValueError(f"NADE: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}")
+            raise ValueError(
+                f"NADENetwork: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}"
+            )
         added: Tensor = self.context(context)
         return self.hidden_bias + added
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D, outputs) of x (N, D) and context (N, K)."""
         if x.dim() != 2 or x.shape[1] != self.features:
-            raise ValueError(f"NADE: x has shape {tuple(x.shape)}, expected (N, {self.features})")
+            raise ValueError(f"NADENetwork: x has shape {tuple(x.shape)}, expected (N, {self.features})")
         hidden_bias = self._hidden_bias(x.shape[0], context)
         if self._natural:
             return self._parameters_of(x, hidden_bias)
@@ -157,7 +165,7 @@ class NADE(nn.Module):
         ``temperature`` divides logits, and multiplies the deviations of a mixture.
         """
         if temperature <= 0:
-            raise ValueError(f"NADE.sample: temperature={temperature}, expected a positive number")
+            raise ValueError(f"NADENetwork.sample: temperature={temperature}, expected a positive number")
         readout: Tensor = self.readout
         bias: Tensor = self.bias
         if kind == "gaussian_mixture":
@@ -179,7 +187,7 @@ class NADE(nn.Module):
         return f"{self.features}, {self.hidden}, outputs={self.outputs}, activation={self.activation!r}"
 
 
-class DeepNADE(nn.Module):
+class DeepNADENetwork(nn.Module):
     """One network for every order (DeepNADE): from [x m, m], m the mask of what is known, to parameters of all the
     rest.
 
@@ -201,7 +209,7 @@ class DeepNADE(nn.Module):
 
     Example:
         >>> import torch, genfast
-        >>> net = genfast.nn.DeepNADE(8, (32, 32))
+        >>> net = genfast.nn.DeepNADENetwork(8, (32, 32))
         >>> logits = net(torch.ones(2, 8), torch.arange(8).expand(2, 8) < 3)
     """
 
@@ -218,13 +226,13 @@ class DeepNADE(nn.Module):
         hidden = tuple(hidden)
         widths = [("hidden", h, 1) for h in hidden]
         check_whole_numbers(
-            "DeepNADE", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths
+            "DeepNADENetwork", ("features", features, 1), ("outputs", outputs, 1), ("context", context, 0), *widths
         )
         if not hidden:
-            raise ValueError("DeepNADE: hidden=(), expected at least one layer")
+            raise ValueError("DeepNADENetwork: hidden=(), expected at least one layer")
         if activation not in ACTIVATIONS:
             raise ValueError(
-                f"DeepNADE: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}"
+                f"DeepNADENetwork: activation={activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}"
             )
         self.features, self.hidden, self.outputs, self.activation = features, hidden, outputs, activation
         self.context_features = context
@@ -243,7 +251,7 @@ class DeepNADE(nn.Module):
         if x.dim() != 2 or x.shape[1] != self.features or mask.shape != x.shape:
             wanted = f"(N, {self.features})"
             raise ValueError(
-                f"DeepNADE: x has shape {tuple(x.shape)} and mask {tuple(mask.shape)}, expected {wanted} of both"
+                f"DeepNADENetwork: x has shape {tuple(x.shape)} and mask {tuple(mask.shape)}, expected {wanted} of both"
             )
         m = mask.to(x.dtype)
         parts = [torch.where(mask.bool(), x, 0), m, *self._context(x.shape[0], context)]
@@ -254,12 +262,12 @@ class DeepNADE(nn.Module):
     def _context(self, n: int, context: Tensor | None) -> list[Tensor]:
         if (context is not None) != bool(self.context_features):
             said = "with" if context is not None else "without"
-            raise ValueError(f"DeepNADE: made with context={self.context_features}, called {said} one")
+            raise ValueError(f"DeepNADENetwork: made with context={self.context_features}, called {said} one")
         if context is None:
             return []
         if tuple(context.shape) != (n, self.context_features):
             raise ValueError(
-                f"DeepNADE: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}"
+                f"DeepNADENetwork: context has shape {tuple(context.shape)}, expected {(n, self.context_features)}"
             )
         return [context]
 

@@ -19,7 +19,7 @@ from .. import reference
 from ..reference.masked_linear import ACTIVATIONS
 from .autoregressive import Inverse as Inverse
 from .linear_flows import Householder as Householder
-from .nade import DeepNADE as DeepNADE
+from .nade import DeepNADENetwork as DeepNADENetwork
 from .permutation import CircularShift as CircularShift
 from .permutation import Permutation as Permutation
 from .univariate import AffineMap, Mapped, SplineMap
@@ -296,11 +296,11 @@ class MaskedLinear(layers.MaskedLinear):
         return ACTIVATIONS[activation](y)
 
 
-class MADE(layers.MADE):
+class MADENetwork(layers.MADENetwork):
     linear = MaskedLinear
 
 
-class NADE(layers.NADE):
+class NADENetwork(layers.NADENetwork):
     def _parameters_of(self, x: Tensor, hidden_bias: Tensor) -> Tensor:
         return reference.nade(x, self.weight, self.readout, self.bias, hidden_bias, self.rescale, self.activation)
 

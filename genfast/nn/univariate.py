@@ -105,8 +105,8 @@ def mapped(by: AffineMap | SplineMap, x: Tensor, params: Tensor, inverse: bool) 
         return ops.affine_coupling(
             x,
             params.flatten(1, 2),
-            scale=by.scale,
-            inverse=by.normalising != inverse,  # type: ignore[arg-type]
+            scale=by.scale,  # type: ignore[arg-type]
+            inverse=by.normalising != inverse,
             layout="shift_scale_interleaved",
         )
     packed = params.movedim(2, -1)

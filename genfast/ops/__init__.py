@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .._renamed import renamed
 from .activation import activation_chain, activation_second, apply_bits, apply_bits_, leaky_relu_bits, leaky_relu_bits_
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
@@ -9,7 +10,7 @@ from .autoregressive_inverse import autoregressive_inverse
 from .bias_act import bias_act
 from .categorical_nll import categorical_nll
 from .contextual_similarity import contextual_similarity
-from .diagonal_gaussian import DiagonalGaussian, diagonal_gaussian, diagonal_gaussian_kl
+from .diagonal_gaussian import GaussianSample, diagonal_gaussian, diagonal_gaussian_kl
 from .discretized_logistic_mixture import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .gated_activation import gated_activation
 from .gram_matrix import gram_matrix, style_loss
@@ -34,27 +35,27 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 __all__ = [
     "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits",
     "apply_bits_", "autoregressive_inverse", "bias_act", "categorical_nll", "contextual_similarity", "critic_step",
-    "CriticLoss", "diagonal_gaussian", "diagonal_gaussian_kl", "diagonal_lstm", "DiagonalGaussian",
-    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "downsample2d", "filter2d",
-    "gated_activation", "gradient_penalty", "gram_matrix", "interpolate", "invertible_conv1x1", "kernel_distance",
-    "leaky_relu_bits", "leaky_relu_bits_", "linear", "linear_input", "linear_spline", "linear_weight", "masked_conv1d",
-    "masked_conv2d", "masked_conv3d", "masked_linear", "minibatch_discrimination", "minibatch_stddev", "mmd",
-    "modulated_conv2d", "nade", "nade_sample", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum",
-    "pixel_norm", "PLU", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_packed",
-    "row_lstm", "sample_norm", "setup_filter", "spectral_norm", "squeeze", "Staircase", "staircase",
-    "staircase_from_mask", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
+    "CriticLoss", "diagonal_gaussian", "diagonal_gaussian_kl", "diagonal_lstm", "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "GaussianSample",
+    "gradient_penalty", "gram_matrix", "interpolate", "invertible_conv1x1", "kernel_distance", "leaky_relu_bits",
+    "leaky_relu_bits_", "linear", "linear_input", "linear_spline", "linear_weight", "masked_conv1d", "masked_conv2d",
+    "masked_conv3d", "masked_linear", "minibatch_discrimination", "minibatch_stddev", "mmd", "modulated_conv2d", "nade",
+    "nade_sample", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU",
+    "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_packed", "row_lstm", "sample_norm",
+    "setup_filter", "spectral_norm", "squeeze", "Staircase", "staircase", "staircase_from_mask", "style_loss",
+    "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from ..penalty import CriticLoss, critic_step, gradient_penalty
+else:  # so that mypy still reports names that this module does not have
 
+    def __getattr__(name: str) -> Any:
+        """Returns a public function of :mod:`genfast.penalty`, which is built on this package and cannot be imported
+        before it, or a class under its name of the version before."""
+        if name not in ("CriticLoss", "critic_step", "gradient_penalty"):
+            return renamed(__name__, name, {"DiagonalGaussian": "GaussianSample"})
+        from .. import penalty
 
-def __getattr__(name: str) -> Any:
-    """Returns a public function of :mod:`genfast.penalty`, which is built on this package and cannot be imported before
-    it."""
-    if name not in ("CriticLoss", "critic_step", "gradient_penalty"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .. import penalty
-
-    value = globals()[name] = getattr(penalty, name)
-    return value
+        value = globals()[name] = getattr(penalty, name)
+        return value

@@ -30,7 +30,7 @@ GROUPS = ("dimension", "channel", "all")
 _ARGUMENTS = ("mean", "log_variance", "noise", "prior_mean", "prior_log_variance")
 
 
-class DiagonalGaussian(NamedTuple):
+class GaussianSample(NamedTuple):
     """z: the sample, like mean. kl: (N,) or a scalar, by ``reduction``; nats."""
 
     z: Tensor
@@ -266,7 +266,7 @@ def diagonal_gaussian(
     groups: Literal["dimension", "channel", "all"] = "dimension",
     reduction: Literal["none", "mean", "sum"] = "none",
     generator: torch.Generator | None = None,
-) -> DiagonalGaussian:
+) -> GaussianSample:
     """Samples q(z|x) = N(mean, e^log_variance) by z = mean + e^(log_variance / 2) noise, and its KL(q || p), in one
     pass.
 
@@ -289,7 +289,7 @@ def diagonal_gaussian(
         generator: of the noise.
 
     Returns:
-        :class:`DiagonalGaussian`: z in mean's dtype, and kl in nats, float32 for half types; differentiable to any
+        :class:`GaussianSample`: z in mean's dtype, and kl in nats, float32 for half types; differentiable to any
         order.
 
     Raises:
@@ -311,7 +311,7 @@ def diagonal_gaussian(
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=where).to(mean.device)
     elif generator is not None:
         raise ValueError(f"{_NAME}: both noise and generator are given, expected one of them")
-    return DiagonalGaussian(
+    return GaussianSample(
         *_call(mean, log_variance, noise, prior_mean, prior_log_variance, free_bits, groups, reduction)
     )
 

@@ -339,9 +339,10 @@ def masked_linear(
 
     On the CPU float32 and float64 go through products that end where a panel of outputs ends its terms, so that half of
     a square layer's FLOPs are done and no masked weight is made; up to four samples are dot products with the weight as
-    it lies. Outputs whose degrees neither rise nor fall are spread over their places, which nn.MADE's sorted units need
-    not be. A call of very few operations (layers of some 32 units, or 64 with batches below 64) costs up to 5 us more
-    than the library's two, which a form that called them would pay too. Half types on the CPU run the reference.
+    it lies. Outputs whose degrees neither rise nor fall are spread over their places, which the sorted units of
+    nn.MADENetwork need not be. A call of very few operations (layers of some 32 units, or 64 with batches below 64)
+    costs up to 5 us more than the library's two, which a form that called them would pay too. Half types on the CPU run
+    the reference.
 
     Args:
         x: (*, I) floating point, any strides.

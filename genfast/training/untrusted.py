@@ -145,7 +145,7 @@ def _check_values(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"its {key} holds other values than 1 and -1")
     for prefix, module in model.named_modules():
         path = f"{prefix}." if prefix else ""
-        if isinstance(module, gnn.MADE):
+        if isinstance(module, gnn.MADENetwork):
             _check_degrees(path, module, tensors)
         if isinstance(module, gnn.MaskedLinear):
             continue
@@ -165,7 +165,7 @@ def _check_values(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 raise ValueError(f"its {key} is no permutation of {int(own.min())} to {int(own.max())}")
 
 
-def _check_degrees(path: str, module: gnn.MADE, tensors: dict[str, Tensor]) -> None:
+def _check_degrees(path: str, module: gnn.MADENetwork, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError where a layer does not go on with the degrees that the layer before ended with."""
     names = [f"{path}linears.{i}." for i in range(len(module.linears))]
     first = before = tensors[f"{names[0]}in_degrees"]

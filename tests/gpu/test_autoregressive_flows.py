@@ -120,7 +120,7 @@ def test_sequential_ops_match_the_float64_reference(name, backend):
 def test_the_inverse_of_a_layer(transform):
     """Against as many plain passes as there are features, in float64, with the gradient through the samples."""
     outputs = 2 if transform == "affine" else 23
-    layer = nn.MaskedAutoregressive(nn.MADE(12, (48, 48), outputs=outputs), transform=transform).to(GPU)
+    layer = nn.MaskedAutoregressive(nn.MADENetwork(12, (48, 48), outputs=outputs), transform=transform).to(GPU)
     z = torch.randn(500, 12, device=GPU)
     weights = torch.randn(500, 12, device=GPU), torch.randn(500, device=GPU)
 
@@ -151,7 +151,7 @@ def gradients(function, made, x, bins):
 @pytest.fixture
 def layer():
     bins = 8
-    made = nn.MADE(64, (128, 128), outputs=3 * bins - 1).to(GPU)
+    made = nn.MADENetwork(64, (128, 128), outputs=3 * bins - 1).to(GPU)
     return made, torch.randn(1000, 64, device=GPU, requires_grad=True), bins
 
 

@@ -163,7 +163,7 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "BatchNormFlow": lambda d: _case(d, gnn.BatchNormFlow(5), _x(7, 5)),
     "InvertibleConv1x1": lambda d: _both(d, gnn.InvertibleConv1x1(6), _x(3, 6, 5, 5)),
     "Inverse": lambda d: _both(
-        d, gnn.Inverse(gnn.MaskedAutoregressive(gnn.MADE(5, (16, 16), outputs=2), normalising=False)), _x(7, 5)
+        d, gnn.Inverse(gnn.MaskedAutoregressive(gnn.MADENetwork(5, (16, 16), outputs=2), normalising=False)), _x(7, 5)
     ),
     "LULinear": lambda d: _both(d, gnn.LULinear(5), _x(7, 5)),
     "Householder": lambda d: _both(d, gnn.Householder(5), _x(7, 5)),
@@ -173,11 +173,13 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "Spline": lambda d: _both(d, gnn.Spline(4, bins=16), _x(7, 4)),
     "Squeeze": lambda d: _both(d, gnn.Squeeze(), _x(2, 4, 8, 8)),
     "Split": lambda d: _case(d, gnn.Split(), _x(2, 12, 4, 4)),
-    "MaskedAutoregressive": lambda d: _both(d, gnn.MaskedAutoregressive(gnn.MADE(5, (16, 16), outputs=2)), _x(7, 5)),
-    "MaskedAutoregressive, spline": lambda d: _both(
-        d, gnn.MaskedAutoregressive(gnn.MADE(5, (16, 16), outputs=23), transform="spline"), _x(7, 5)
+    "MaskedAutoregressive": lambda d: _both(
+        d, gnn.MaskedAutoregressive(gnn.MADENetwork(5, (16, 16), outputs=2)), _x(7, 5)
     ),
-    "MADE": lambda d: _case(d, gnn.MADE(6, (32, 32), outputs=2, order="random"), _x(7, 6)),
+    "MaskedAutoregressive, spline": lambda d: _both(
+        d, gnn.MaskedAutoregressive(gnn.MADENetwork(5, (16, 16), outputs=23), transform="spline"), _x(7, 5)
+    ),
+    "MADENetwork": lambda d: _case(d, gnn.MADENetwork(6, (32, 32), outputs=2, order="random"), _x(7, 6)),
     "MaskedLinear": lambda d: _case(d, gnn.MaskedLinear([1, 3, 2], [1, 1, 2, 2]), _x(7, 3)),
     "MaskedConv1d": lambda d: _case(d, gnn.MaskedConv1d(4, 6, 3, dilation=2), _x(3, 4, 9)),
     "MaskedConv2d": lambda d: _case(d, gnn.MaskedConv2d(6, 9, 5, data_channels=3, mask_type="A"), _x(3, 6, 8, 8)),
@@ -187,8 +189,10 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "GatedActivation": lambda d: _case(d, gnn.GatedActivation(), _x(2, 8, 6, 6), _x(2, 8)),
     "RowLSTM": lambda d: _case(d, gnn.RowLSTM(6, 9, data_channels=3), _x(2, 6, 5, 5)),
     "DiagonalBiLSTM": lambda d: _case(d, gnn.DiagonalBiLSTM(6, 9, data_channels=3), _x(2, 6, 5, 5)),
-    "NADE": lambda d: _case(d, gnn.NADE(8, 32), _levels(2, 5, 8).float()),
-    "DeepNADE": lambda d: _case(d, gnn.DeepNADE(8, (32, 32)), _levels(2, 5, 8).float(), _levels(2, 5, 8).bool()),
+    "NADENetwork": lambda d: _case(d, gnn.NADENetwork(8, 32), _levels(2, 5, 8).float()),
+    "DeepNADENetwork": lambda d: _case(
+        d, gnn.DeepNADENetwork(8, (32, 32)), _levels(2, 5, 8).float(), _levels(2, 5, 8).bool()
+    ),
     "BiasAct": lambda d: _case(d, gnn.BiasAct(16, act="lrelu", clamp=256.0), _x(2, 16, 8, 8)),
     "PixelNorm": lambda d: _case(d, gnn.PixelNorm(), _x(2, 16, 8, 8)),
     "MinibatchStddev": lambda d: _case(d, gnn.MinibatchStddev(), _x(8, 16, 4, 4)),
@@ -198,8 +202,9 @@ CASES: dict[str, Callable[[Any], Case]] = {
     "Upsample2d": lambda d: _case(d, gnn.Upsample2d(), _x(2, 3, 8, 8)),
     "Downsample2d": lambda d: _case(d, gnn.Downsample2d(), _x(2, 3, 8, 8)),
     "spectral_norm": lambda d: _case(d, gnn.spectral_norm(nn.Conv2d(3, 8, 3)), _x(2, 3, 8, 8)),
-    "ContextualLoss": lambda d: _case(d, gnn.ContextualLoss("cocosnet", bandwidth=0.2), _x(2, 16, 8, 8), _x(2, 16, 8,
-    8)),
+    "ContextualSimilarityLoss": lambda d: _case(
+        d, gnn.ContextualSimilarityLoss("cocosnet", bandwidth=0.2), _x(2, 16, 8, 8), _x(2, 16, 8, 8)
+    ),
     "GramMatrix": lambda d: _case(d, gnn.GramMatrix(), _x(2, 8, 4, 4)),
     "GramLoss": lambda d: _gram_loss(d),
     # functions whose public form does more than the op
@@ -240,7 +245,7 @@ CASES: dict[str, Callable[[Any], Case]] = {
     ),
     "PixelCNN++ sampling": lambda d: _sampled(d, models.PixelCNNPlusPlus(filters=8, blocks=1, mixtures=2), 2, (3, 8,
     8)),
-    "NADE sampling": lambda d: _nade_samples(d, gnn.NADE(8, 32)),
+    "NADE sampling": lambda d: _nade_samples(d, gnn.NADENetwork(8, 32)),
 }  # fmt: skip
 
 

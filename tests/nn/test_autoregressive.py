@@ -39,7 +39,7 @@ def test_a_network_without_layers_is_inverted_by_passes():
 @pytest.mark.parametrize("normalising", [True, False])
 def test_the_affine_formulas(scale, normalising):
     """MAF, equation 4: z = (x - mu) e^-alpha; the other way round z = s x + t."""
-    made = gnn.MADE(3, (8,), outputs=1 if scale == "additive" else 2)
+    made = gnn.MADENetwork(3, (8,), outputs=1 if scale == "additive" else 2)
     layer = gnn.MaskedAutoregressive(made, scale=scale, normalising=normalising)
     x = torch.randn(4, 3)
     params = made(x)
@@ -63,7 +63,7 @@ def test_the_affine_formulas(scale, normalising):
          lambda: gnn.MaskedAutoregressive(nn.Identity(), transform="cubic")),
         (TypeError, "transform='affine' takes no bins", lambda: gnn.MaskedAutoregressive(nn.Identity(), bins=3)),
         (ValueError, "scale='tanh', expected one of", lambda: gnn.MaskedAutoregressive(nn.Identity(), scale="tanh")),
-        (ValueError, "the network has outputs=3, expected 2", lambda: gnn.MaskedAutoregressive(gnn.MADE(4, (8,),
+        (ValueError, "the network has outputs=3, expected 2", lambda: gnn.MaskedAutoregressive(gnn.MADENetwork(4, (8,),
         outputs=3))),
         (ValueError, r"the network Identity returned \(2, 4\) for an input of \(2, 4\), expected \(2, 4, 2\)",
          lambda: gnn.MaskedAutoregressive(nn.Identity())(torch.zeros(2, 4))),

@@ -28,7 +28,7 @@ class Conditioner(nn.Module):
 
 def autoregressive(family, outputs, context=0, **options):
     made = {k: options.pop(k) for k in ("order", "residual", "degrees") if k in options}
-    network = family.MADE(5, (16, 16), outputs=outputs, context=context, **made)
+    network = family.MADENetwork(5, (16, 16), outputs=outputs, context=context, **made)
     return family.MaskedAutoregressive(network, **options)
 
 
@@ -153,8 +153,8 @@ def test_one_feature():
     torch.manual_seed(0)
     x, context = torch.randn(6, 1, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
     for layer in (
-        gnn.MaskedAutoregressive(gnn.MADE(1, (8,), outputs=2, context=2)),
-        gnn.MaskedAutoregressive(gnn.MADE(1, (8,), outputs=11, context=2), transform="spline", bins=4),
+        gnn.MaskedAutoregressive(gnn.MADENetwork(1, (8,), outputs=2, context=2)),
+        gnn.MaskedAutoregressive(gnn.MADENetwork(1, (8,), outputs=11, context=2), transform="spline", bins=4),
         gnn.LULinear(1),
         gnn.Householder(1),
         gnn.Permutation(1),

@@ -31,7 +31,7 @@ CONTEXTS = [0, 3]
 def build(features=5, twin=False, **form):
     torch.manual_seed(1)
     form = {"hidden": (24, 31), "outputs": 2, **form}
-    return (plain.MADE if twin else nn.MADE)(features, **form).double()
+    return (plain.MADENetwork if twin else nn.MADENetwork)(features, **form).double()
 
 
 def arguments(made, n=3):
@@ -77,7 +77,7 @@ def test_the_plain_twin_gives_the_same(form, context):
 
 
 def test_degrees_are_those_of_the_paper():
-    made = nn.MADE(5, (8, 7), outputs=2)
+    made = nn.MADENetwork(5, (8, 7), outputs=2)
     first, second, last = made.linears
     assert first.in_degrees.tolist() == [1, 2, 3, 4, 5]
     assert first.out_degrees.tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
@@ -85,7 +85,7 @@ def test_degrees_are_those_of_the_paper():
     assert last.out_degrees.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert torch.equal(first.mask, first.out_degrees[:, None] >= first.in_degrees)
     assert torch.equal(last.mask, last.out_degrees[:, None] > last.in_degrees)
-    drawn = nn.MADE(50, (9, 200), degrees="random", generator=torch.Generator().manual_seed(3))
+    drawn = nn.MADENetwork(50, (9, 200), degrees="random", generator=torch.Generator().manual_seed(3))
     a, b = drawn.linears[0].out_degrees, drawn.linears[1].out_degrees
     assert 1 <= int(a.min()) <= int(b.min())
     assert int(b.max()) <= 49
@@ -95,7 +95,7 @@ def test_degrees_are_those_of_the_paper():
 
 def test_draws_follow_the_generator():
     made = [
-        nn.MADE(9, (20,), order="random", degrees="random", generator=torch.Generator().manual_seed(s))
+        nn.MADENetwork(9, (20,), order="random", degrees="random", generator=torch.Generator().manual_seed(s))
         for s in (3, 3, 4)
     ]
     assert torch.equal(made[0].order, made[1].order)
@@ -160,7 +160,7 @@ def test_new_hidden_degrees():
         assert torch.equal(before[-1], after[-1])
         assert bool((after[0].diff() < 0).any())  # a unit's degree is drawn for that unit
         assert torch.equal(dependence(made), made.order[:, None] > made.order)
-        twin = plain.MADE(9, (40, 40), outputs=2, residual=residual).double()
+        twin = plain.MADENetwork(9, (40, 40), outputs=2, residual=residual).double()
         twin.load_state_dict(made.state_dict())
         x, _ = arguments(made)
         torch.testing.assert_close(made(x), twin(x))
@@ -169,8 +169,8 @@ def test_new_hidden_degrees():
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_state_dict_brings_its_order(residual, tmp_path):
     form = {"order": "random", "degrees": "random", "hidden": (20, 20), "residual": residual, "context": 2}
-    saved = nn.MADE(7, **form, generator=torch.Generator().manual_seed(1))
-    other = nn.MADE(7, **form, generator=torch.Generator().manual_seed(2))
+    saved = nn.MADENetwork(7, **form, generator=torch.Generator().manual_seed(1))
+    other = nn.MADENetwork(7, **form, generator=torch.Generator().manual_seed(2))
     x, c = torch.randn(4, 7), torch.randn(4, 2)
     assert not torch.equal(saved(x, c), other(x, c))
     torch.save(saved.state_dict(), tmp_path / "made.pt")
@@ -207,7 +207,7 @@ def _shifts(made, context):
 
 
 def test_it_compiles_and_trains():
-    made = nn.MADE(6, (32, 32), outputs=2, context=3)
+    made = nn.MADENetwork(6, (32, 32), outputs=2, context=3)
     x, c = torch.randn(16, 6), torch.randn(16, 3)
     torch.testing.assert_close(torch.compile(made, fullgraph=True)(x, c), made(x, c))
     optimizer = torch.optim.Adam(made.parameters(), lr=1e-2)
@@ -223,11 +223,11 @@ def test_it_compiles_and_trains():
 
 
 def test_other_devices_and_dtypes():
-    made = nn.MADE(6, (8,)).to(torch.bfloat16)
+    made = nn.MADENetwork(6, (8,)).to(torch.bfloat16)
     assert made(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert made.linears[0].rows.dtype == torch.int64
     assert made(torch.randn(0, 6, dtype=torch.bfloat16)).shape == (0, 6, 1)
-    assert nn.MADE(6, (8,)).to("meta")(torch.empty(2, 6, device="meta")).shape == (2, 6, 1)
+    assert nn.MADENetwork(6, (8,)).to("meta")(torch.empty(2, 6, device="meta")).shape == (2, 6, 1)
 
 
 def test_masked_linear_takes_other_degrees():
@@ -246,23 +246,23 @@ def test_masked_linear_takes_other_degrees():
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("features=0, expected a whole number of at least 1", lambda: nn.MADE(0)),
-        ("hidden=0, expected", lambda: nn.MADE(3, (4, 0))),
-        ("activation='swish', expected one of", lambda: nn.MADE(3, activation="swish")),
-        ("order='down', expected None", lambda: nn.MADE(3, order="down")),
-        (r"order=\[1, 2, 4\], expected 3 degrees from 1 to 3", lambda: nn.MADE(3, order=[1, 2, 4])),
-        ("order has dtype torch.float32", lambda: nn.MADE(3, order=torch.rand(3))),
-        ("degrees='odd', expected", lambda: nn.MADE(3, degrees="odd")),
-        ("degrees has 1 layers, expected one for each", lambda: nn.MADE(3, (4, 4), degrees=[[1, 1, 2, 2]])),
-        (r"degrees=\[1, 3\], expected 2 degrees from 0 to 2", lambda: nn.MADE(3, (2,), degrees=[[1, 3]])),
-        ("expected one or more layers of equal width", lambda: nn.MADE(3, (4, 5), residual=True)),
-        ("differ with residual=True", lambda: nn.MADE(3, (2, 2), residual=True, degrees=[[1, 2], [1, 1]])),
-        (r"x has shape \(2, 4\), expected \(N, 3\)", lambda: nn.MADE(3)(torch.zeros(2, 4))),
-        ("made with context=0, called with one", lambda: nn.MADE(3)(torch.zeros(2, 3), torch.zeros(2, 1))),
-        ("made with context=2, called without one", lambda: nn.MADE(3, context=2)(torch.zeros(2, 3))),
+        ("features=0, expected a whole number of at least 1", lambda: nn.MADENetwork(0)),
+        ("hidden=0, expected", lambda: nn.MADENetwork(3, (4, 0))),
+        ("activation='swish', expected one of", lambda: nn.MADENetwork(3, activation="swish")),
+        ("order='down', expected None", lambda: nn.MADENetwork(3, order="down")),
+        (r"order=\[1, 2, 4\], expected 3 degrees from 1 to 3", lambda: nn.MADENetwork(3, order=[1, 2, 4])),
+        ("order has dtype torch.float32", lambda: nn.MADENetwork(3, order=torch.rand(3))),
+        ("degrees='odd', expected", lambda: nn.MADENetwork(3, degrees="odd")),
+        ("degrees has 1 layers, expected one for each", lambda: nn.MADENetwork(3, (4, 4), degrees=[[1, 1, 2, 2]])),
+        (r"degrees=\[1, 3\], expected 2 degrees from 0 to 2", lambda: nn.MADENetwork(3, (2,), degrees=[[1, 3]])),
+        ("expected one or more layers of equal width", lambda: nn.MADENetwork(3, (4, 5), residual=True)),
+        ("differ with residual=True", lambda: nn.MADENetwork(3, (2, 2), residual=True, degrees=[[1, 2], [1, 1]])),
+        (r"x has shape \(2, 4\), expected \(N, 3\)", lambda: nn.MADENetwork(3)(torch.zeros(2, 4))),
+        ("made with context=0, called with one", lambda: nn.MADENetwork(3)(torch.zeros(2, 3), torch.zeros(2, 1))),
+        ("made with context=2, called without one", lambda: nn.MADENetwork(3, context=2)(torch.zeros(2, 3))),
         (
             r"context has shape \(1, 2\), expected \(2, 2\)",
-            lambda: nn.MADE(3, context=2)(torch.zeros(2, 3), torch.zeros(1, 2)),
+            lambda: nn.MADENetwork(3, context=2)(torch.zeros(2, 3), torch.zeros(1, 2)),
         ),
         ("in_degrees has dtype torch.float32", lambda: nn.MaskedLinear([1.5], [1])),
         (r"out_degrees has shape \(2,\), expected \(1,\)", lambda: nn.MaskedLinear([1], [1]).set_degrees([1], [1, 2])),

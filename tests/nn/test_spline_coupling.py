@@ -28,7 +28,7 @@ def test_images_go_through_spline_couplings_by_channels():
 def test_splines_without_tails_map_their_interval_and_refuse_the_rest():
     torch.manual_seed(0)
     x = 4 * torch.rand(20, 3, dtype=torch.float64) - 2
-    made = gnn.MADE(3, (16,), outputs=13)
+    made = gnn.MADENetwork(3, (16,), outputs=13)
     for layer in (
         gnn.Spline(3, bins=4, tails=None, bound=2.0),
         gnn.MaskedAutoregressive(made, transform="spline", bins=4, tails=None, bound=2.0),

@@ -76,7 +76,7 @@ def test_equals_the_published_port_in_float64():
     )
     for size, c, h, expected in cases:
         x, y = maps((1, c, *size), (1, c, *size))
-        found = gnn.ContextualLoss("s-aiueo32", bandwidth=h)(x, y)
+        found = gnn.ContextualSimilarityLoss("s-aiueo32", bandwidth=h)(x, y)
         assert found.item() == pytest.approx(expected, abs=1e-13)
 
 
@@ -101,8 +101,8 @@ def test_presets_are_the_published_formulas():
     }
     for name, loss in expected.items():
         options = {"spatial_weight": 0.0} if name == "zoom" else {}
-        torch.testing.assert_close(gnn.ContextualLoss(name, reduction="none", **options)(x, y), loss)
-        torch.testing.assert_close(gnn.ContextualLoss(name, **options)(x, y), loss.mean())
+        torch.testing.assert_close(gnn.ContextualSimilarityLoss(name, reduction="none", **options)(x, y), loss)
+        torch.testing.assert_close(gnn.ContextualSimilarityLoss(name, **options)(x, y), loss.mean())
 
 
 def grid_similarity(sizes, others, h, eps, scale):
@@ -148,10 +148,10 @@ def test_the_bilateral_form_of_sequences_and_of_zoom():
     found = ops.contextual_similarity(x, y, spatial_weight=0.1, reduction="none")
     torch.testing.assert_close(found, written_out(x, y, prior=prior, w=0.1))
     x, y = maps((1, 5, 6, 6), (1, 5, 6, 6))
-    options = gnn.ContextualLoss("zoom").options
+    options = gnn.ContextualSimilarityLoss("zoom").options
     prior = grid_similarity((6, 6), (6, 6), 0.5, 1e-3, options["spatial_scale"])
     expected = -written_out(x, y, 0.5, 2e-3, prior=prior, w=0.1).log().mean()
-    torch.testing.assert_close(gnn.ContextualLoss("zoom")(x, y), expected)
+    torch.testing.assert_close(gnn.ContextualSimilarityLoss("zoom")(x, y), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -181,7 +181,7 @@ def test_constant_features_are_similar_to_all_alike(dtype, value):
         assert found.item() == pytest.approx(1 / 16, rel=1e-6)
         for g in torch.autograd.grad(found, (x, y)):
             assert not g.count_nonzero()
-    assert float(gnn.ContextualLoss("s-aiueo32")(x, y)) == pytest.approx(2.7724287509918213, abs=2e-6)
+    assert float(gnn.ContextualSimilarityLoss("s-aiueo32")(x, y)) == pytest.approx(2.7724287509918213, abs=2e-6)
     for distance in ("cosine", "l2", "l1"):
         found = ops.contextual_similarity(x, y, distance=distance, center=False)
         assert found.item() == pytest.approx(1 / 16, rel=0.05)
@@ -213,7 +213,7 @@ def test_a_source_at_the_mean_and_zero_vectors_have_zero_gradients(dtype):
 @pytest.mark.parametrize("over", ["sources", "targets"])
 def test_one_source_and_one_target(over):
     x, y = maps((2, 5, 1, 1), (2, 5, 3, 4))
-    one = gnn.ContextualLoss(reduction="none")(x, y)
+    one = gnn.ContextualSimilarityLoss(reduction="none")(x, y)
     torch.testing.assert_close(one, torch.full((2,), math.log(12), dtype=torch.float64))  # a row sums to 1
     x, y = maps((2, 5, 3, 4), (2, 5, 1, 1))
     x.requires_grad_()
@@ -243,9 +243,9 @@ def test_half_precision_is_that_of_its_values():
     x, y = maps((2, 32, 8, 8), (2, 32, 8, 8))
     for dtype in (torch.bfloat16, torch.float16):
         xs, ys = x.to(dtype).requires_grad_(), y.to(dtype)
-        found = gnn.ContextualLoss("official")(xs, ys)
+        found = gnn.ContextualSimilarityLoss("official")(xs, ys)
         exact = xs.detach().double().requires_grad_()
-        expected = gnn.ContextualLoss("official")(exact, ys.double())
+        expected = gnn.ContextualSimilarityLoss("official")(exact, ys.double())
         assert found.item() == pytest.approx(float(expected), rel=2e-6)
         g, e = torch.autograd.grad(found, xs)[0].double(), torch.autograd.grad(expected, exact)[0]
         assert float((g - e).norm() / e.norm()) < 4e-3 * (
@@ -259,8 +259,8 @@ def test_near_duplicates_stay_finite_and_right():
         y = torch.randn(1, c, 16, 16)
         x = y.flip(3).clone()
         x[..., :8] = torch.randn(1, c, 16, 8)
-        found = gnn.ContextualLoss(bandwidth=0.1)(x.requires_grad_(), y)
-        expected = gnn.ContextualLoss(bandwidth=0.1)(x.detach().double(), y.double())
+        found = gnn.ContextualSimilarityLoss(bandwidth=0.1)(x.requires_grad_(), y)
+        expected = gnn.ContextualSimilarityLoss(bandwidth=0.1)(x.detach().double(), y.double())
         assert found.item() == pytest.approx(float(expected), abs=2e-3)
         assert bool(torch.autograd.grad(found, x)[0].isfinite().all())
 
@@ -279,7 +279,7 @@ def test_invariances_and_bounds():
 
 def test_symmetric_is_the_mean_of_both():
     x, y = maps((2, 6, 4, 4), (2, 6, 4, 4))
-    loss, both = gnn.ContextualLoss("official"), gnn.ContextualLoss("official", symmetric=True)
+    loss, both = gnn.ContextualSimilarityLoss("official"), gnn.ContextualSimilarityLoss("official", symmetric=True)
     torch.testing.assert_close(both(x, y), (loss(x, y) + loss(y, x)) / 2)
 
 
@@ -362,17 +362,17 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="keep_mean=True with distance='l1'"):
         OP(rows, rows, None, None, 0.0, 0.5, 1e-5, "l1", "sources", True)
     with pytest.raises(ValueError, match="preset='paper', expected None or one of 'official'"):
-        gnn.ContextualLoss("paper")
+        gnn.ContextualSimilarityLoss("paper")
     with pytest.raises(TypeError, match="unknown option 'sigma', expected one of bandwidth"):
-        gnn.ContextualLoss(sigma=1)
-    with pytest.raises(ValueError, match="ContextualLoss: reduction='sum'"):
-        gnn.ContextualLoss(reduction="sum")
-    assert "'cocosnet', bandwidth=0.1, center='sample'" in repr(gnn.ContextualLoss("cocosnet"))
+        gnn.ContextualSimilarityLoss(sigma=1)
+    with pytest.raises(ValueError, match="ContextualSimilarityLoss: reduction='sum'"):
+        gnn.ContextualSimilarityLoss(reduction="sum")
+    assert "'cocosnet', bandwidth=0.1, center='sample'" in repr(gnn.ContextualSimilarityLoss("cocosnet"))
 
 
 def test_compiles_whole():
     x, y = maps((1, 8, 5, 5), (1, 8, 5, 5), dtype=torch.float32)
-    loss = gnn.ContextualLoss("zoom")
+    loss = gnn.ContextualSimilarityLoss("zoom")
     x.requires_grad_()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for f, e in zip(torch.autograd.grad(compiled(x, y), x), torch.autograd.grad(loss(x, y), x)):
@@ -524,7 +524,7 @@ CONVENTIONS += [("official", options) for options in DISTANCES[1:]]
 def test_an_optimiser_stays_where_features_match(preset, options, kind):
     """Adam divides a gradient by its size: what is rounding must be below 1e-11, where 1 / (h eps) is up to 1e6."""
     x, y = features(kind)
-    loss = gnn.ContextualLoss(preset, **options, symmetric=kind == "features")
+    loss = gnn.ContextualSimilarityLoss(preset, **options, symmetric=kind == "features")
     leaf = x.clone().requires_grad_()
     optimiser = torch.optim.Adam([leaf], lr=0.01)
     for _ in range(10):
@@ -544,7 +544,7 @@ def test_an_optimiser_stays_where_features_match(preset, options, kind):
 @pytest.mark.parametrize("kind", ["features", "flat", "smooth"])
 @pytest.mark.parametrize(("preset", "options"), CONVENTIONS)
 def test_gradients_near_a_match_are_held_to_an_absolute_bound(preset, options, kind, both):
-    loss = gnn.ContextualLoss(preset, **options)
+    loss = gnn.ContextualSimilarityLoss(preset, **options)
     for noise in (1e-4, 1e-3, 3e-2):
         x, y = features(kind, noise)
         grads = []
@@ -571,7 +571,7 @@ def test_what_is_not_finite_passes_through(options, bad, where):
         value = ops.contextual_similarity(leaf, y, **(options | {"over": over}), reduction="none")
         assert bool(value[1].isnan())
         assert bool(value[0].isfinite()) or (where == "y" and options.get("center", True) is True)
-        (grad,) = torch.autograd.grad(gnn.ContextualLoss(**(options | {"over": over}))(leaf, y), leaf)
+        (grad,) = torch.autograd.grad(gnn.ContextualSimilarityLoss(**(options | {"over": over}))(leaf, y), leaf)
         assert bool(grad[1].isnan().any())
 
 
@@ -587,7 +587,7 @@ def test_one_target_that_is_not_a_number():
 def test_two_dtypes_are_taken_in_the_wider(dtypes):
     x, y = (torch.randn(1, 4, 5, 5).to(dtype).requires_grad_() for dtype in dtypes)
     wide = torch.promote_types(torch.promote_types(*dtypes), torch.float32)
-    loss = gnn.ContextualLoss("official", symmetric=True)
+    loss = gnn.ContextualSimilarityLoss("official", symmetric=True)
     found, expected = loss(x, y), loss(x.to(wide), y.to(wide))
     assert found.dtype is wide
     assert torch.equal(found, expected)
@@ -603,9 +603,9 @@ def test_autocast_with_a_target_that_was_kept():
         target = network(torch.rand(1, 3, 12, 12))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = network(torch.rand(1, 3, 12, 12))
-        loss = gnn.ContextualLoss("official")(features, target)
+        loss = gnn.ContextualSimilarityLoss("official")(features, target)
     assert loss.dtype is torch.float32
-    torch.testing.assert_close(loss, gnn.ContextualLoss("official")(features.float(), target))
+    torch.testing.assert_close(loss, gnn.ContextualSimilarityLoss("official")(features.float(), target))
     loss.backward()
     assert bool(network.weight.grad.isfinite().all())
 
@@ -616,7 +616,7 @@ def test_an_empty_batch(options):
     x.requires_grad_()
     assert float(ops.contextual_similarity(x, y, **options).detach()) == 0
     assert ops.contextual_similarity(x, y, **options, reduction="none").shape == (0,)
-    loss = gnn.ContextualLoss(symmetric=True, **options)(x, y)
+    loss = gnn.ContextualSimilarityLoss(symmetric=True, **options)(x, y)
     loss.backward()
     assert float(loss.detach()) == 0
     assert x.grad.shape == x.shape

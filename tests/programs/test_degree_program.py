@@ -136,19 +136,19 @@ def test_weights_may_be_shared_and_in_other_dtypes():
 # ---- what a call of the network does beside its layers ----
 
 
-class Halved(nn.MADE):
+class Halved(nn.MADENetwork):
     def forward(self, x, context=None):
         return super().forward(x, context) * 0.5
 
 
-class Described(nn.MADE):
+class Described(nn.MADENetwork):
     """A subclass that is its parent."""
 
     def describe(self):
         return "mine"
 
 
-class Mistaken(nn.MADE):
+class Mistaken(nn.MADENetwork):
     """Says another activation than it has, in its second layer."""
 
     def layers(self, context=None):
@@ -167,13 +167,13 @@ class Own(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.ModuleList([nn.MADE(5, (16, 16), outputs=2)])
+        self.layers = torch.nn.ModuleList([nn.MADENetwork(5, (16, 16), outputs=2)])
 
     def forward(self, x, context=None):
         return self.layers[0](x, context)
 
 
-def made(kind=nn.MADE):
+def made(kind=nn.MADENetwork):
     torch.manual_seed(0)
     network = kind(5, (16, 16), outputs=2)
     with torch.no_grad():
@@ -216,7 +216,7 @@ CHANGED = {
         lambda: (lambda m: (add_module(m), m)[1])(made()),
         "linears.1 is a .*Louder, expected a MaskedLinear",
     ),
-    "another forward": (lambda: made(Halved), "Halved overrides methods of MADE, but not layers"),
+    "another forward": (lambda: made(Halved), "Halved overrides methods of MADENetwork, but not layers"),
 }
 
 
@@ -274,9 +274,9 @@ def test_layers_that_are_not_the_network_are_found_out():
 
 def test_the_comparison_of_layers_runs_once_and_leaves_no_trace(monkeypatch):
     network, calls = made(), []
-    forward = nn.MADE.forward
+    forward = nn.MADENetwork.forward
     monkeypatch.setattr(
-        nn.MADE, "forward", lambda self, x, context=None: calls.append(len(x)) or forward(self, x, context)
+        nn.MADENetwork, "forward", lambda self, x, context=None: calls.append(len(x)) or forward(self, x, context)
     )
     layer = nn.MaskedAutoregressive(network)
     state, z = torch.get_rng_state(), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
@@ -298,7 +298,7 @@ def test_a_row_that_rounding_spoils_is_no_error():
     """Scales of up to 1000 against shifts of a thousand: x loses digits that the comparison must not ask for."""
     for seed in range(5):
         torch.manual_seed(seed)
-        network = nn.MADE(12, (64, 64), outputs=2)
+        network = nn.MADENetwork(12, (64, 64), outputs=2)
         with torch.no_grad():
             for p in network.parameters():
                 p.mul_(30)
@@ -385,12 +385,12 @@ def _other_degrees(layer):
         lambda layer: layer.network.linears[2].weight.data.mul_(1.5),
         lambda layer: layer.network.linears.__setitem__(1, nn.MaskedLinear([2] * 12, [3] * 12)),
         lambda layer: layer.network.resample(order="reversed"),
-        lambda layer: setattr(layer, "network", nn.MADE(5, (7,), outputs=2)),
+        lambda layer: setattr(layer, "network", nn.MADENetwork(5, (7,), outputs=2)),
     ],
     ids=["hook", "forward", "degrees", "setting", "parameter", "data", "submodule", "resample", "network"],
 )
 def test_the_inverse_follows_every_change_between_two_calls(change):
-    layer = nn.MaskedAutoregressive(nn.MADE(5, (12, 12), outputs=2)).eval()
+    layer = nn.MaskedAutoregressive(nn.MADENetwork(5, (12, 12), outputs=2)).eval()
     z = torch.randn(4, 5)
     with torch.no_grad():
         first, _ = layer.inverse(z)
@@ -404,7 +404,7 @@ def test_the_inverse_follows_every_change_between_two_calls(change):
 
 
 def test_a_setting_that_may_change_in_place_is_looked_at_anew():
-    layer = nn.MaskedAutoregressive(nn.MADE(5, (12,), outputs=2)).eval()
+    layer = nn.MaskedAutoregressive(nn.MADENetwork(5, (12,), outputs=2)).eval()
     layer.network.notes = []
     with torch.no_grad():
         layer.inverse(torch.randn(2, 5))
@@ -412,7 +412,7 @@ def test_a_setting_that_may_change_in_place_is_looked_at_anew():
 
 
 def test_a_parameter_of_another_shape_is_not_read_as_the_old_one():
-    layer = nn.MaskedAutoregressive(nn.MADE(5, (12,), outputs=2)).eval()
+    layer = nn.MaskedAutoregressive(nn.MADENetwork(5, (12,), outputs=2)).eval()
     with torch.no_grad():
         layer.inverse(torch.randn(2, 5))
         layer.network.linears[0].weight.data = torch.randn(14, 5)
