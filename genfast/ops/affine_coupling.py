@@ -258,15 +258,25 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         k = 1 if scale == "additive" else 2
         alpha = rand(3) if scale == "tanh" else None
         for inverse in (False, True):
-            for keep in (False, True):
-                label = f"{scale}{' inverse' if inverse else ''} keep {'output' if keep else 'input'}"
-                args = (rand(3, 6, 5, 7), rand(3, 3 * k, 5, 7), alpha, None, scale, "scale_shift", False, inverse, keep)
+            for output in (False, True):
+                label = f"{scale}{' inverse' if inverse else ''} saves {'output' if output else 'input'}"
+                args = (
+                    rand(3, 6, 5, 7),
+                    rand(3, 3 * k, 5, 7),
+                    alpha,
+                    None,
+                    scale,
+                    "scale_shift",
+                    False,
+                    inverse,
+                    output,
+                )
                 yield Sample(label, args)
     for scale in ("sigmoid", "tanh"):
         alpha = rand(3) if scale == "tanh" else None
         for inverse in (False, True):
-            for keep in (False, True):
-                label = f"{scale} shift first{' inverse' if inverse else ''} keep {'output' if keep else 'input'}"
+            for output in (False, True):
+                label = f"{scale} shift first{' inverse' if inverse else ''} saves {'output' if output else 'input'}"
                 first = (
                     rand(3, 6, 5, 7),
                     rand(3, 6, 5, 7),
@@ -276,7 +286,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
                     "scale_shift",
                     False,
                     inverse,
-                    keep,
+                    output,
                     True,
                 )
                 yield Sample(label, first)
@@ -317,7 +327,7 @@ def affine_coupling(
     alpha: Tensor | float | None = None,
     layout: Literal["scale_shift", "shift_scale", "scale_shift_interleaved", "shift_scale_interleaved"] = "scale_shift",
     transform: Literal["first", "last"] = "first",
-    keep: Literal["input", "output"] = "input",
+    save_for_backward: Literal["input", "output"] = "input",
     shift_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Affine coupling with its log-determinant: y_a = s(r) x_a + t, y_b = x_b, in one pass.
@@ -340,7 +350,7 @@ def affine_coupling(
         alpha: for "tanh" only: a float, or a tensor (1,) or (C',), which may be learned.
         layout: where r ("scale") and t ("shift") stand among the channels of ``params``.
         transform: whether the "first" or the "last" C' channels are x_a.
-        keep: what the backward recomputes from. "input" costs no memory when the conditioner keeps
+        save_for_backward: what the backward recomputes from. "input" costs no memory when the conditioner keeps
             x anyway (a view of it), "output" when the next layer keeps y. Nothing else is saved
             but ``params``.
         shift_first: y_a = s (x_a + t) and x_a = y_a / s - t. On a GPU plain PyTorch computes it.
@@ -363,11 +373,11 @@ def affine_coupling(
         >>> x, params = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
         >>> y, logdet = genfast.ops.affine_coupling(x, params, scale="sigmoid")
     """
-    last, keep_output = transform != "first", keep != "input"
+    last, keep_output = transform != "first", save_for_backward != "input"
     if last:
         _check.choice(_NAME, "transform", transform, ("first", "last"))
     if keep_output:
-        _check.choice(_NAME, "keep", keep, ("input", "output"))
+        _check.choice(_NAME, "save_for_backward", save_for_backward, ("input", "output"))
     if alpha is not None and not isinstance(alpha, Tensor):
         alpha = torch.full((1,), float(alpha), dtype=accumulator(x.dtype), device=x.device)  # no copy from the host
     result: tuple[Tensor, Tensor] = OP(

@@ -116,7 +116,9 @@ def _states(diagonal: bool, height: int, dtype: torch.dtype, *states: Tensor | N
 def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     check = _check_forward(name, diagonal)
 
-    def run(gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    def run(
+        gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None, save_for_backward: bool
+    ) -> tuple[Tensor, Tensor]:
         check(gates, weight, h0, c0)
         dtype = gates.dtype
         gates, a = _order(gates)
@@ -127,7 +129,7 @@ def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         h = _dense(n, hidden, a, gates.shape, dtype)
         sizes = (n, height, width, 5, hidden)
         strides = (height * width * 5 * hidden, width * 5 * hidden, 5 * hidden, hidden, 1)
-        kept = _pool.empty_strided(sizes, strides, dtype) if keep else gates.new_empty(0)
+        kept = _pool.empty_strided(sizes, strides, dtype) if save_for_backward else gates.new_empty(0)
         if n:
             _CPU.pixel_rnn(
                 is_double=dtype is torch.float64,
@@ -137,7 +139,7 @@ def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
                 h0=h0,
                 c0=c0,
                 out=h,
-                kept=kept if keep else None,
+                kept=kept if save_for_backward else None,
                 n=n,
                 hidden=hidden,
                 height=height,
@@ -213,20 +215,22 @@ def _cuda(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     check = _check_forward(name, diagonal)
     fallback: Callable[..., tuple[Tensor, Tensor]] = getattr(reference, name)
 
-    def run(gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    def run(
+        gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None, save_for_backward: bool
+    ) -> tuple[Tensor, Tensor]:
         check(gates, weight, h0, c0)
         n, channels, height, width = gates.shape
         hidden, taps = channels // 4, weight.shape[2]
         depth = (hidden + 3) // 4 * 4
         positions = height if diagonal else width
         if not _fits(gates.device, positions, taps, depth):
-            return fallback(gates, weight, h0, c0, keep)
+            return fallback(gates, weight, h0, c0, save_for_backward)
         sites = gates.permute(0, 2, 3, 1).contiguous()
         packed = weight.to(gates.dtype).reshape(4, hidden, hidden, taps).permute(3, 2, 1, 0)
         packed = F.pad(packed, (0, 0, 0, 0, 0, depth - hidden)).contiguous()
         h0, c0 = _states(diagonal, height, gates.dtype, h0, c0)
         h, carry = gates.new_empty(n, height, width, hidden), gates.new_empty(n, positions, hidden)
-        kept = gates.new_empty((n, height, width, 5, hidden) if keep else 0)
+        kept = gates.new_empty((n, height, width, 5, hidden) if save_for_backward else 0)
         if n:
             with torch.cuda.device(gates.device):
                 _CUDA.pixel_rnn(
@@ -237,7 +241,7 @@ def _cuda(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
                     h0=h0,
                     c0=c0,
                     h=h,
-                    kept=kept if keep else None,
+                    kept=kept if save_for_backward else None,
                     carry=carry,
                     n=n,
                     hidden=hidden,
@@ -324,10 +328,10 @@ def _windows(h: Tensor, h0: Tensor | None, taps: int, diagonal: bool) -> list[Te
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    gates, weight, h0, c0, ctx.keep = inputs
+    gates, weight, h0, c0, ctx.has_states = inputs
     ctx.set_materialize_grads(False)
     ctx.dtype = gates.dtype
-    ctx.save_for_backward(output[1] if ctx.keep else gates, weight, h0, c0)
+    ctx.save_for_backward(output[1] if ctx.has_states else gates, weight, h0, c0)
 
 
 def _backward(name: str) -> Callable[..., tuple[Any, ...]]:
@@ -335,7 +339,7 @@ def _backward(name: str) -> Callable[..., tuple[Any, ...]]:
         kept, weight, h0, c0 = ctx.saved_tensors
         if grad_h is None and grad_kept is None:
             return (None,) * 5
-        if not ctx.keep:  # the states were not asked for, so the scan is run again, with them
+        if not ctx.has_states:  # the states were not asked for, so the scan is run again, with them
             kept, grad_kept = OPS[name](kept, weight, h0, c0, True)[1], None
         dgates, dweight, dh0, dc0 = OPS[f"{name}_backward"](grad_h, grad_kept, kept, weight, h0, c0)
         dh0, dc0 = (None if s is None else d.to(s.dtype) for d, s in ((dh0, h0), (dc0, c0)))
@@ -373,11 +377,11 @@ def _declare(name: str, diagonal: bool) -> dict[str, Op]:
         dtypes=_CUDA_DTYPES,
     )
     forward = Op(
-        f"{name}(Tensor gates, Tensor weight, Tensor? h0, Tensor? c0, bool keep)",
+        f"{name}(Tensor gates, Tensor weight, Tensor? h0, Tensor? c0, bool save_for_backward)",
         reference=getattr(reference, name),
         outputs={
             "h": "(N, C // 4, ...) like gates",
-            "kept": "(N, gates.shape[2], gates.shape[3], 5, C // 4) like gates as accumulator if keep",
+            "kept": "(N, gates.shape[2], gates.shape[3], 5, C // 4) like gates as accumulator if save_for_backward",
         },
         check=_check_forward(name, diagonal),
         kernels={"cpu": _cpu(name, diagonal), "cuda": _cuda(name, diagonal)},
@@ -394,8 +398,10 @@ OPS = _declare("row_lstm", False) | _declare("diagonal_lstm", True)
 
 def _run(name: str, gates: Tensor, weight: Tensor, h0: Tensor | None, c0: Tensor | None) -> Tensor:
     # The gates and cells are written down only where a derivative will ask for them.
-    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (gates, weight, h0, c0))
-    h: Tensor = OPS[name](gates, weight, h0, c0, keep)[0]
+    derived = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (gates, weight, h0, c0)
+    )
+    h: Tensor = OPS[name](gates, weight, h0, c0, derived)[0]
     return h
 
 

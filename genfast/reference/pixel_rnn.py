@@ -14,22 +14,30 @@ from torch import Tensor
 
 
 def row_lstm(
-    gates: Tensor, weight: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, keep: bool = True
+    gates: Tensor, weight: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, save_for_backward: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns (h, kept); kept is empty without ``keep``. gates (N, 4h, H, W), weight (4h, h, k), h0 and c0 (h, W)."""
+    """Returns (h, kept); kept is empty without ``save_for_backward``.
+
+    gates (N, 4h, H, W), weight (4h, h, k), h0 and c0 (h, W).
+    """
     pads = (weight.shape[2] // 2, weight.shape[2] // 2)
     h, kept = _scan(_wide(gates).transpose(2, 3), weight, pads, h0, c0, None)
-    return _dense(gates, h.transpose(2, 3)).to(gates.dtype), _packed([k.transpose(2, 3) for k in kept], keep)
+    return _dense(gates, h.transpose(2, 3)).to(gates.dtype), _packed(
+        [k.transpose(2, 3) for k in kept], save_for_backward
+    )
 
 
 def diagonal_lstm(
-    gates: Tensor, weight: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, keep: bool = True
+    gates: Tensor, weight: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, save_for_backward: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns (h, kept); kept is empty without ``keep``. gates (N, 4h, H, W), weight (4h, h, 2), h0 and c0 (h,)."""
+    """Returns (h, kept); kept is empty without ``save_for_backward``.
+
+    gates (N, 4h, H, W), weight (4h, h, 2), h0 and c0 (h,).
+    """
     height, width = gates.shape[2:]
     h0, c0 = _along_rows(h0, height), _along_rows(c0, height)
     h, kept = _scan(skew(_wide(gates)), weight, (1, 0), h0, c0, _begun(height, width, gates.device))
-    return _dense(gates, unskew(h, width)).to(gates.dtype), _packed([unskew(k, width) for k in kept], keep)
+    return _dense(gates, unskew(h, width)).to(gates.dtype), _packed([unskew(k, width) for k in kept], save_for_backward)
 
 
 def skew(x: Tensor) -> Tensor:
@@ -163,8 +171,8 @@ def _initial(state: Tensor | None, like: Tensor, n: int, hidden: int, positions:
     return like.new_zeros(n, hidden, positions) if state is None else state.to(like.dtype).expand(n, -1, -1)
 
 
-def _packed(kept: list[Tensor], keep: bool) -> Tensor:
-    return torch.stack(kept, 1).permute(0, 3, 4, 1, 2).contiguous() if keep else kept[0].new_empty(0)
+def _packed(kept: list[Tensor], save_for_backward: bool) -> Tensor:
+    return torch.stack(kept, 1).permute(0, 3, 4, 1, 2).contiguous() if save_for_backward else kept[0].new_empty(0)
 
 
 def _unpacked(grad_h: Tensor | None, grad_kept: Tensor | None, kept: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -184,13 +184,13 @@ def test_outputs_are_written_everywhere(monkeypatch):
 
 
 def test_only_the_kept_tensor_and_the_parameters_are_saved():
-    for keep in ("input", "output"):
+    for option in ("input", "output"):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             x, params = (torch.randn(2, 4, 8, 8, requires_grad=True) for _ in range(2))
-            y, _ = affine_coupling(x, params, keep=keep)
+            y, _ = affine_coupling(x, params, save_for_backward=option)
         pointers = {t.data_ptr() for t in saved}
-        assert pointers == {(x if keep == "input" else y).data_ptr(), params.data_ptr()}
+        assert pointers == {(x if option == "input" else y).data_ptr(), params.data_ptr()}
 
 
 def test_peak_memory_is_the_outputs_and_the_gradients():
@@ -240,7 +240,7 @@ X, P = torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)
         (ValueError, "scale='relu', expected one of 'exp'", lambda: affine_coupling(X, P, scale="relu")),
         (ValueError, "layout='x', expected one of", lambda: affine_coupling(X, P, layout="x")),
         (ValueError, "transform='middle'", lambda: affine_coupling(X, P, transform="middle")),
-        (ValueError, "keep='both'", lambda: affine_coupling(X, P, keep="both")),
+        (ValueError, "save_for_backward='both'", lambda: affine_coupling(X, P, save_for_backward="both")),
         (ValueError, "alpha goes with", lambda: affine_coupling(X, P, alpha=2.0)),
         (ValueError, r"alpha has shape \(3,\), expected \(1,\) or \(2,\)",
          lambda: affine_coupling(X, P, scale="tanh", alpha=torch.ones(3))),
@@ -276,18 +276,18 @@ def shifted_first(x, params, scale, layout, mask, alpha, last, inverse):
     return torch.cat((x_b, y_a) if last else (y_a, x_b), 1), log_s.flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("keep", ["input", "output"])
+@pytest.mark.parametrize("saved", ["input", "output"])
 @pytest.mark.parametrize("scale", ["exp", "sigmoid", "tanh"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 4, 5, 7), (9, 6), (2, 3, 40, 33)])
-def test_the_shift_first(scale, layout, shape, keep):
+def test_the_shift_first(scale, layout, shape, saved):
     for last in (False, True):
         masked = layout.startswith("scale") and len(shape) == 4
         width = shape[1] if masked else shape[1] // 2
         x, params = problem(scale, shape, width)
         mask = (torch.arange(shape[2])[:, None] + torch.arange(shape[3])) % 2 == 0 if masked else None
         mask = None if mask is None else mask[None]
-        options = {"scale": scale, "layout": layout, "mask": mask, "keep": keep, "shift_first": True}
+        options = {"scale": scale, "layout": layout, "mask": mask, "save_for_backward": saved, "shift_first": True}
         options |= {"alpha": 0.7} if scale == "tanh" else {}
         options["transform"] = "last" if last else "first"
         leaves = x.requires_grad_(), params.requires_grad_()

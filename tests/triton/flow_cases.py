@@ -108,28 +108,28 @@ FORMS = ("dense", "channels_last", "channel slice", "column slice", "transposed"
 COUPLINGS: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
     "one element": ((1, 1, 1, 1), 1, dict(scale="exp")),
     "primes": ((3, 5, 7, 11), 2, dict(scale="sigmoid", layout="shift_scale", inverse=True)),
-    "rows longer than a tile": ((2, 6, 23, 29), 3, dict(scale="softclamp", keep=True)),
-    "rows longer than a tile, last": ((2, 5, 31, 37), 4, dict(scale="exp", last=True, inverse=True, keep=True)),
+    "rows longer than a tile": ((2, 6, 23, 29), 3, dict(scale="softclamp", keep_output=True)),
+    "rows longer than a tile, last": ((2, 5, 31, 37), 4, dict(scale="exp", last=True, inverse=True, keep_output=True)),
     "odd halves": ((2, 7, 13, 17), 3, dict(scale="tanh", alpha="one", last=True, layout="scale_shift_interleaved")),
     "every channel": ((2, 3, 20, 20), 3, dict(scale="additive", inverse=True)),
-    "a channel each its alpha": ((3, 6, 9, 5), 3, dict(scale="tanh", alpha="each", keep=True)),
+    "a channel each its alpha": ((3, 6, 9, 5), 3, dict(scale="tanh", alpha="each", keep_output=True)),
     "alpha, long rows": (
         (2, 4, 33, 35),
         2,
         dict(scale="tanh", alpha="each", inverse=True, layout="shift_scale_interleaved"),
     ),
     "alpha, inverse of samples in a tile": ((9, 4, 3, 3), 2, dict(scale="tanh", alpha="one", inverse=True)),
-    "no alpha": ((3, 4, 5, 5), 2, dict(scale="tanh", inverse=True, keep=True)),
+    "no alpha": ((3, 4, 5, 5), 2, dict(scale="tanh", inverse=True, keep_output=True)),
     "mask over positions": ((2, 3, 6, 7), 3, dict(scale="tanh", alpha="each", mask=(1, 6, 7))),
     "mask over rows": ((2, 3, 6, 7), 3, dict(scale="sigmoid", mask=(1, 6, 1), inverse=True)),
-    "mask over columns": ((2, 3, 6, 7), 3, dict(scale="exp", mask=(3, 1, 7), keep=True)),
+    "mask over columns": ((2, 3, 6, 7), 3, dict(scale="exp", mask=(3, 1, 7), keep_output=True)),
     "mask over everything": ((2, 40, 6, 7), 40, dict(scale="softclamp", mask=(40, 6, 7))),
     "vectors": ((7, 5), 2, dict(scale="sigmoid", last=True, layout="scale_shift_interleaved")),
     "more vectors than a tile": ((700, 2), 1, dict(scale="exp", inverse=True)),
     "vectors longer than a tile": ((3, 2100), 1050, dict(scale="softclamp", layout="shift_scale", last=True)),
     "vectors, alpha and mask": ((9, 6), 6, dict(scale="tanh", alpha="each", mask=(6,))),
-    "vectors, one mask": ((9, 6), 6, dict(scale="exp", mask=(1,), keep=True)),
-    "volumes": ((2, 4, 3, 5, 2), 2, dict(scale="sigmoid", keep=True)),
+    "vectors, one mask": ((9, 6), 6, dict(scale="exp", mask=(1,), keep_output=True)),
+    "volumes": ((2, 4, 3, 5, 2), 2, dict(scale="sigmoid", keep_output=True)),
     "sequences": ((2, 4, 19), 2, dict(scale="exp")),
     "empty batch": ((0, 4, 3, 3), 2, dict(scale="sigmoid")),
     "no positions": ((3, 4, 0, 3), 2, dict(scale="tanh", alpha="each")),
@@ -139,7 +139,7 @@ COUPLINGS: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
 def coupling(label: str, like: dict[str, Any], alpha_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
     """The arguments of the coupling of that label."""
     shape, width, options = COUPLINGS[label]
-    options = dict(alpha=None, mask=None, layout="scale_shift", last=False, inverse=False, keep=False) | options
+    options = dict(alpha=None, mask=None, layout="scale_shift", last=False, inverse=False, keep_output=False) | options
     per = 1 if options["scale"] == "additive" else 2
     alpha, mask = options["alpha"], options["mask"]
     if alpha is not None:
@@ -156,7 +156,7 @@ def coupling(label: str, like: dict[str, Any], alpha_dtype: torch.dtype | None =
         options["layout"],
         options["last"],
         options["inverse"],
-        options["keep"],
+        options["keep_output"],
     )
 
 

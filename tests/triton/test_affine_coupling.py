@@ -54,8 +54,8 @@ def test_affine_coupling_mixed_dtypes(label, dtype, other):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("keep", ["input", "output"])
-def test_affine_coupling_masked_parameters_never_leak(inverse, keep):
+@pytest.mark.parametrize("saved", ["input", "output"])
+def test_affine_coupling_masked_parameters_never_leak(inverse, saved):
     x, params = torch.randn(2, 3, 4, 6), torch.randn(2, 6, 4, 6)
     board = (torch.arange(4)[:, None] + torch.arange(6)) % 2 == 0
     expected = genfast.ops.affine_coupling(x, params, scale="exp", mask=board[None], inverse=inverse)
@@ -63,7 +63,9 @@ def test_affine_coupling_masked_parameters_never_leak(inverse, keep):
     x.requires_grad_()
     params.requires_grad_()
     with poisoned(), genfast.backend("triton"):
-        y, logdet = genfast.ops.affine_coupling(x, params, scale="exp", mask=board[None], inverse=inverse, keep=keep)
+        y, logdet = genfast.ops.affine_coupling(
+            x, params, scale="exp", mask=board[None], inverse=inverse, save_for_backward=saved
+        )
         (y.square().sum() + logdet.sum()).backward()
     torch.testing.assert_close((y, logdet), expected)
     assert torch.equal(y[:, :, board], x[:, :, board])
