@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import genfast
 from benchmarks import _ceilings
 from benchmarks._case import Case, Work
+from genfast.ops.activation import activation_chain, activation_second, apply_bits, leaky_relu_bits
 
 
 def leaky(x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -20,8 +20,8 @@ def leaky(x: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def leaky_bits(x: Tensor, grad: Tensor) -> list[Tensor]:
-    y, bits = genfast.ops.leaky_relu_bits(x, 0.2)
-    return [y, genfast.ops.apply_bits(grad, bits, 0.2)]
+    y, bits = leaky_relu_bits(x, 0.2)
+    return [y, apply_bits(grad, bits, 0.2)]
 
 
 def silu(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tensor) -> list[Tensor]:
@@ -41,8 +41,7 @@ def gelu(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tensor) -> list[Te
 
 def _fused(kind: str):  # type: ignore[no-untyped-def]
     def function(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tensor) -> list[Tensor]:
-        ops = genfast.ops
-        return [ops.activation_chain(x, tangent, kind), ops.activation_second(x, grad, tangent, cotangent, kind)]
+        return [activation_chain(x, tangent, kind), activation_second(x, grad, tangent, cotangent, kind)]
 
     return function
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import genfast
 from benchmarks import _ceilings
 from benchmarks._case import Case, Work, gradients
+from genfast.ops.linear import linear_input
 
 LAYERS = ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16))  # relu1_1 to relu5_1 of VGG19 at 256 x 256
 BLOCK = 128
@@ -110,7 +111,7 @@ def _plain(size: int) -> Case:
     providers = {
         "reference": lambda: work(torch.mm),
         "peer": lambda: work(numpy),
-        "genfast": lambda: work(genfast.ops.linear_input),
+        "genfast": lambda: work(linear_input),
     }
     return Case(
         f"linear plain product {size} x {size} x {size}",

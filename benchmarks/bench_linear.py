@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import genfast
 from benchmarks import _ceilings
 from benchmarks._case import Case, Work
+from genfast.ops.linear import linear, linear_input, linear_weight
 
 SLOPE = 0.2
 
@@ -33,12 +33,11 @@ def _case(n: int, k: int, m: int, quick: bool) -> Case:
 
     def ours() -> Work:
         x, weight, bias, grad, sign = inputs()
-        bits = genfast.ops.linear(sign, torch.eye(k, device=sign.device), None, SLOPE)[1]
-        ops = genfast.ops
+        bits = linear(sign, torch.eye(k, device=sign.device), None, SLOPE)[1]
         return lambda: [
-            ops.linear(x, weight, bias, SLOPE)[0],
-            ops.linear_input(grad, weight, bits, SLOPE),
-            ops.linear_weight(grad, x),
+            linear(x, weight, bias, SLOPE)[0],
+            linear_input(grad, weight, bits, SLOPE),
+            linear_weight(grad, x),
         ]
 
     providers = {"reference": lambda: library(False), "compile": lambda: library(True), "genfast": ours}

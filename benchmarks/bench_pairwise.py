@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import genfast
 from benchmarks import _ceilings
 from benchmarks._case import Case, Work, gradients
+from genfast.ops.pairwise import wae_scales
 
 Pairs = Callable[[Tensor, Tensor], Tensor]
 ROWS = 256  # of a slice
@@ -27,7 +28,7 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
 
 def _imq(x: Tensor, y: Tensor) -> Tensor:
     d, total = _squared(x, y), 0.0
-    for s in genfast.ops.wae_scales(x.shape[-1]):
+    for s in wae_scales(x.shape[-1]):
         total = total + s / (s + d)
     assert isinstance(total, Tensor)
     return total

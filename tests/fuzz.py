@@ -27,6 +27,9 @@ from torch import Tensor
 
 import genfast
 from genfast import _registry, ops
+from genfast.ops.activation import activation_chain, activation_second, apply_bits, leaky_relu_bits
+from genfast.ops.linear import linear, linear_input, linear_weight
+from genfast.ops.masked_linear import staircase, staircase_from_mask
 
 # Arguments of backward ops that follow from the others, and levels, whose range is for the public function to check:
 # with other numbers in their place a kernel and the reference need not agree.
@@ -82,7 +85,7 @@ def _other(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def public_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
-    """A call of each public function: its name, itself, and arguments that fit."""
+    """A call of each public function and of those that our own modules call: name, function, arguments that fit."""
     g = torch.Generator().manual_seed(0)
 
     def r(*shape: int) -> Tensor:
@@ -92,7 +95,7 @@ def public_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], d
     bits = torch.randint(256, (72,), generator=g, dtype=torch.uint8)
     levels = torch.randint(256, (4, 3, 6, 4), generator=g)
     plu = ops.PLU(torch.randperm(6, generator=g), r(6, 6), r(6, 6), r(6).sign(), r(6))
-    stairs = ops.staircase([1, 2, 3, 4, 5, 6], [1, 2, 3, 4])
+    stairs = staircase([1, 2, 3, 4, 5, 6], [1, 2, 3, 4])
     nade = (r(6, 5), r(6, 1, 5), r(6, 1), r(5))
     rows = (r(7, 5), r(8, 5))
     table: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
@@ -147,9 +150,21 @@ def public_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], d
         "unsqueeze": [((r(2, 8, 3, 3),), {"order": "space_to_depth"})],
         "staircase_from_mask": [((torch.ones(3, 4).tril(),), {})],
     }
+    # What the penalty and the engines call is no part of genfast.ops, but is changed in the same ways.
+    internal = (
+        activation_chain,
+        activation_second,
+        apply_bits,
+        leaky_relu_bits,
+        linear,
+        linear_input,
+        linear_weight,
+        staircase_from_mask,
+    )
+    functions = {function.__name__: function for function in internal}
     for name, calls in table.items():
         for args, kwargs in calls:
-            yield name, getattr(ops, name), args, kwargs
+            yield name, functions.get(name) or getattr(ops, name), args, kwargs
 
 
 def declared_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:

@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 
+import genfast
+
 ROOMS = ("ops", "nn", "models", "losses", "sampling", "penalty", "programs", "training", "integrations")
 RENAMED = {
     "nn": {
@@ -18,6 +20,31 @@ RENAMED = {
     },
     "ops": {"DiagonalGaussian": "GaussianSample"},
 }
+
+# What only the penalty, the engines and genfast.nn call.
+PRIVATE = [
+    "activation_chain",
+    "activation_second",
+    "apply_bits",
+    "apply_bits_",
+    "channel_scale",
+    "gather_once",
+    "leaky_relu_bits",
+    "leaky_relu_bits_",
+    "linear",
+    "linear_input",
+    "linear_weight",
+    "Staircase",
+    "staircase",
+    "staircase_from_mask",
+    "tap_energy",
+    "wae_scales",
+]
+
+
+def test_what_our_own_modules_call_is_not_public():
+    assert not set(PRIVATE) & set(genfast.ops.__all__)
+    assert not [name for name in PRIVATE if callable(getattr(genfast.ops, name, None))]
 
 
 def test_no_two_public_classes_share_a_name():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._derived import derived, ordinary, readable, readable_now
 from .._modes import evaluating
+from ..ops.masked_linear import Staircase, staircase_from_mask
 from ..programs import DegreeProgram, Layer, self_check
 from ._class_swap import covered
 
@@ -52,7 +53,7 @@ def activation_name(function: Any) -> str | None:
     return name if all(getattr(function, option) == value for option, value in options.items()) else None
 
 
-def staircase(kept: dict[Any, Any], linear: Any) -> ops.Staircase | None:
+def staircase(kept: dict[Any, Any], linear: Any) -> Staircase | None:
     """The staircase of ``linear.mask``, found once for each content of the mask.
 
     None where it is none, where the mask weighs what it lets through (it holds more than 0 and 1), and where its
@@ -60,7 +61,7 @@ def staircase(kept: dict[Any, Any], linear: Any) -> ops.Staircase | None:
     """
     mask: Tensor = linear.mask
     return derived(
-        kept, ("staircase", id(linear)), (mask,), lambda: ops.staircase_from_mask(mask) if _is_binary(mask) else None
+        kept, ("staircase", id(linear)), (mask,), lambda: staircase_from_mask(mask) if _is_binary(mask) else None
     )
 
 

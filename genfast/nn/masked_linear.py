@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from .._derived import derived, ordinary
+from ..ops.masked_linear import Staircase
 from ..reference.masked_linear import ACTIVATIONS
 
 
@@ -99,9 +100,9 @@ class MaskedLinear(nn.Linear):
         return reference.staircase_mask(self.rows, self.columns, self.counts)
 
     @property
-    def staircase(self) -> ops.Staircase:
+    def staircase(self) -> Staircase:
         """The mask as :func:`genfast.ops.masked_linear` takes it."""
-        return ops.Staircase(self.rows, self.columns, self.counts)
+        return Staircase(self.rows, self.columns, self.counts)
 
     @property
     def live(self) -> Tensor:

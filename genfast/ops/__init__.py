@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from .._renamed import renamed
-from .activation import activation_chain, activation_second, apply_bits, apply_bits_, leaky_relu_bits, leaky_relu_bits_
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
 from .autoregressive_inverse import autoregressive_inverse
@@ -16,14 +15,13 @@ from .gated_activation import gated_activation
 from .gram_matrix import gram_matrix, style_loss
 from .interpolate import interpolate
 from .invertible_conv1x1 import PLU, actnorm_conv1x1, invertible_conv1x1
-from .linear import linear, linear_input, linear_weight
 from .masked_conv import masked_conv1d, masked_conv2d, masked_conv3d
-from .masked_linear import Staircase, masked_linear, staircase, staircase_from_mask
+from .masked_linear import masked_linear
 from .minibatch_discrimination import minibatch_discrimination, pairwise_l1_kernel_sum
 from .minibatch_stddev import minibatch_stddev
 from .modulated_conv import modulated_conv2d
 from .nade import nade, nade_sample
-from .pairwise import kernel_distance, mmd, nearest_neighbors, pairwise_kernel_sum, wae_scales
+from .pairwise import kernel_distance, mmd, nearest_neighbors, pairwise_kernel_sum
 from .pixel_norm import pixel_norm
 from .pixel_rnn import diagonal_lstm, row_lstm
 from .sample_norm import sample_norm
@@ -33,17 +31,15 @@ from .squeeze import squeeze, unsqueeze
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
-    "activation_chain", "activation_second", "actnorm", "actnorm_conv1x1", "affine_coupling", "apply_bits",
-    "apply_bits_", "autoregressive_inverse", "bias_act", "categorical_nll", "contextual_similarity", "critic_step",
-    "CriticLoss", "diagonal_gaussian", "diagonal_gaussian_kl", "diagonal_lstm", "discretized_logistic_mixture_nll",
-    "discretized_logistic_mixture_sample", "downsample2d", "filter2d", "gated_activation", "GaussianSample",
-    "gradient_penalty", "gram_matrix", "interpolate", "invertible_conv1x1", "kernel_distance", "leaky_relu_bits",
-    "leaky_relu_bits_", "linear", "linear_input", "linear_spline", "linear_weight", "masked_conv1d", "masked_conv2d",
-    "masked_conv3d", "masked_linear", "minibatch_discrimination", "minibatch_stddev", "mmd", "modulated_conv2d", "nade",
-    "nade_sample", "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU",
-    "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_packed", "row_lstm", "sample_norm",
-    "setup_filter", "spectral_norm", "squeeze", "Staircase", "staircase", "staircase_from_mask", "style_loss",
-    "unsqueeze", "upfirdn2d", "upsample2d", "wae_scales",
+    "actnorm", "actnorm_conv1x1", "affine_coupling", "autoregressive_inverse", "bias_act", "categorical_nll",
+    "contextual_similarity", "critic_step", "CriticLoss", "diagonal_gaussian", "diagonal_gaussian_kl", "diagonal_lstm",
+    "discretized_logistic_mixture_nll", "discretized_logistic_mixture_sample", "downsample2d", "filter2d",
+    "gated_activation", "GaussianSample", "gradient_penalty", "gram_matrix", "interpolate", "invertible_conv1x1",
+    "kernel_distance", "linear_spline", "masked_conv1d", "masked_conv2d", "masked_conv3d", "masked_linear",
+    "minibatch_discrimination", "minibatch_stddev", "mmd", "modulated_conv2d", "nade", "nade_sample",
+    "nearest_neighbors", "pairwise_kernel_sum", "pairwise_l1_kernel_sum", "pixel_norm", "PLU", "quadratic_spline",
+    "rational_quadratic_spline", "rational_quadratic_spline_packed", "row_lstm", "sample_norm", "setup_filter",
+    "spectral_norm", "squeeze", "style_loss", "unsqueeze", "upfirdn2d", "upsample2d",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

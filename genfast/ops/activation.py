@@ -1,5 +1,4 @@
-"""ops.leaky_relu_bits and ops.apply_bits, ops.activation_chain and ops.activation_second: what a gradient penalty needs
-of the activations between a critic's layers, in one pass each."""
+"""What the gradient penalty needs of the activations between a critic's layers, in one pass each."""
 
 from __future__ import annotations
 
@@ -185,8 +184,9 @@ def leaky_relu_bits(x: Tensor, slope: float = 0.0) -> tuple[Tensor, Tensor]:
     Source: Etmann (arXiv:1906.06637); the bits as in filtered_lrelu of StyleGAN3.
 
     Example:
-        >>> import torch, genfast
-        >>> y, bits = genfast.ops.leaky_relu_bits(torch.tensor([-1.0, 2.0, 3.0]), 0.5)
+        >>> import torch
+        >>> from genfast.ops.activation import leaky_relu_bits
+        >>> y, bits = leaky_relu_bits(torch.tensor([-1.0, 2.0, 3.0]), 0.5)
         >>> y.tolist(), bits.tolist()
         ([-0.5, 2.0, 3.0], [6])
     """
@@ -208,8 +208,9 @@ def apply_bits(x: Tensor, bits: Tensor, slope: float = 0.0) -> Tensor:
         TypeError, ValueError: dtypes, devices or a number of bits that do not fit; a slope that requires a gradient.
 
     Example:
-        >>> import torch, genfast
-        >>> genfast.ops.apply_bits(torch.ones(3), torch.tensor([6], dtype=torch.uint8), 0.5).tolist()
+        >>> import torch
+        >>> from genfast.ops.activation import apply_bits
+        >>> apply_bits(torch.ones(3), torch.tensor([6], dtype=torch.uint8), 0.5).tolist()
         [0.5, 1.0, 1.0]
     """
     result: Tensor = OP_APPLY(x, bits, slope)
@@ -238,9 +239,10 @@ def leaky_relu_bits_(x: Tensor, slope: float = 0.0) -> Tensor:
         RuntimeError: x requires a gradient, outside of ``torch.no_grad()``.
 
     Example:
-        >>> import torch, genfast
+        >>> import torch
+        >>> from genfast.ops.activation import leaky_relu_bits_
         >>> x = torch.tensor([-1.0, 2.0, 3.0])
-        >>> genfast.ops.leaky_relu_bits_(x, 0.5).tolist(), x.tolist()
+        >>> leaky_relu_bits_(x, 0.5).tolist(), x.tolist()
         ([6], [-0.5, 2.0, 3.0])
     """
     _check_leaky(x, slope)
@@ -264,8 +266,9 @@ def apply_bits_(x: Tensor, bits: Tensor, slope: float = 0.0) -> Tensor:
         RuntimeError: x requires a gradient, outside of ``torch.no_grad()``.
 
     Example:
-        >>> import torch, genfast
-        >>> genfast.ops.apply_bits_(torch.ones(3), torch.tensor([6], dtype=torch.uint8), 0.5).tolist()
+        >>> import torch
+        >>> from genfast.ops.activation import apply_bits_
+        >>> apply_bits_(torch.ones(3), torch.tensor([6], dtype=torch.uint8), 0.5).tolist()
         [0.5, 1.0, 1.0]
     """
     _check_apply(x, bits, slope)
@@ -404,8 +407,9 @@ def activation_chain(x: Tensor, grad: Tensor, kind: str) -> Tensor:
     Source: DESIGN section 8, gradient penalty, smooth layers.
 
     Example:
-        >>> import torch, genfast
-        >>> genfast.ops.activation_chain(torch.zeros(2), torch.ones(2), "tanh").tolist()
+        >>> import torch
+        >>> from genfast.ops.activation import activation_chain
+        >>> activation_chain(torch.zeros(2), torch.ones(2), "tanh").tolist()
         [1.0, 1.0]
     """
     result: Tensor = OP_CHAIN(x, grad, kind)
@@ -431,9 +435,10 @@ def activation_second(x: Tensor, grad: Tensor, tangent: Tensor, cotangent: Tenso
     Source: DESIGN section 8, gradient penalty, smooth layers.
 
     Example:
-        >>> import torch, genfast
+        >>> import torch
+        >>> from genfast.ops.activation import activation_second
         >>> one = torch.ones(2)
-        >>> genfast.ops.activation_second(torch.zeros(2), one, one, None, "silu").tolist()
+        >>> activation_second(torch.zeros(2), one, one, None, "silu").tolist()
         [0.5, 0.5]
     """
     result: Tensor = OP_SECOND(x, grad, tangent, cotangent, kind)

@@ -1,5 +1,4 @@
-"""ops.linear, ops.linear_input and ops.linear_weight: the three products of a linear layer, with a leaky relu or its
-signs."""
+"""The three products of a linear layer, with a leaky relu or its signs: the gradient penalty calls them."""
 
 from __future__ import annotations
 
@@ -339,8 +338,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, slope: float |
     Source: DESIGN section 8, gradient penalty; Etmann (arXiv:1906.06637).
 
     Example:
-        >>> import torch, genfast
-        >>> y, bits = genfast.ops.linear(torch.randn(4, 8), torch.randn(16, 8), torch.zeros(16), slope=0.2)
+        >>> import torch
+        >>> from genfast.ops.linear import linear
+        >>> y, bits = linear(torch.randn(4, 8), torch.randn(16, 8), torch.zeros(16), slope=0.2)
         >>> y.shape, bits.shape
         (torch.Size([4, 16]), torch.Size([4, 2]))
     """
@@ -366,8 +366,9 @@ def linear_input(grad: Tensor, weight: Tensor, bits: Tensor | None = None, slope
     Source: DESIGN section 8, gradient penalty.
 
     Example:
-        >>> import torch, genfast
-        >>> genfast.ops.linear_input(torch.randn(4, 16), torch.randn(16, 8)).shape
+        >>> import torch
+        >>> from genfast.ops.linear import linear_input
+        >>> linear_input(torch.randn(4, 16), torch.randn(16, 8)).shape
         torch.Size([4, 8])
     """
     result: Tensor = OP_INPUT(grad, weight, bits, slope)
@@ -390,8 +391,9 @@ def linear_weight(grad: Tensor, x: Tensor) -> Tensor:
     Source: DESIGN section 8, gradient penalty.
 
     Example:
-        >>> import torch, genfast
-        >>> genfast.ops.linear_weight(torch.randn(4, 16), torch.randn(4, 8)).shape
+        >>> import torch
+        >>> from genfast.ops.linear import linear_weight
+        >>> linear_weight(torch.randn(4, 16), torch.randn(4, 8)).shape
         torch.Size([16, 8])
     """
     result: Tensor = OP_WEIGHT(grad, x)

@@ -76,8 +76,9 @@ def staircase(
     Source: MADE (arXiv:1502.03509, section 4).
 
     Example:
-        >>> import genfast
-        >>> genfast.ops.staircase([1, 2, 3], [1, 2], strict=True).mask.int()
+        >>> import torch
+        >>> from genfast.ops.masked_linear import staircase
+        >>> staircase([1, 2, 3], [1, 2], strict=True).mask.int()
         tensor([[0, 0, 0],
                 [1, 0, 0]], dtype=torch.int32)
     """
@@ -89,10 +90,11 @@ def staircase_from_mask(mask: Tensor) -> Staircase | None:
     """The staircase that a mask (O, I) is, its zeros dead; None where no sorting makes it one.
 
     Example:
-        >>> import torch, genfast
-        >>> genfast.ops.staircase_from_mask(torch.tensor([[1, 0], [1, 1]])).counts
+        >>> import torch
+        >>> from genfast.ops.masked_linear import staircase_from_mask
+        >>> staircase_from_mask(torch.tensor([[1, 0], [1, 1]])).counts
         tensor([1, 2])
-        >>> genfast.ops.staircase_from_mask(torch.eye(2)) is None
+        >>> staircase_from_mask(torch.eye(2)) is None
         True
     """
     _check.tensors("staircase_from_mask", mask=mask)
@@ -174,7 +176,7 @@ def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def _no_staircase(counts: Tensor) -> ValueError:
     return ValueError(
         f"{_NAME}: rows, columns and counts {tuple(counts.shape)} are no staircase: expected two permutations and "
-        "nondecreasing counts of 0 to I, as genfast.ops.staircase makes them"
+        "nondecreasing counts of 0 to I, as the staircase of an nn.MaskedLinear holds them"
     )
 
 
@@ -349,7 +351,7 @@ def masked_linear(
         weight: (O, I) in x's dtype and in the user's own order. It is never changed; dead weights do not reach the
             output whatever they hold, and their gradient is exactly zero.
         bias: (O,) or None.
-        mask: what :func:`staircase` or :func:`staircase_from_mask` gives, on x's device.
+        mask: the ``staircase`` of a :class:`genfast.nn.MaskedLinear`, on x's device.
         activation: "none" or "relu", fused.
 
     Returns:
@@ -362,7 +364,7 @@ def masked_linear(
 
     Example:
         >>> import torch, genfast
-        >>> mask = genfast.ops.staircase([1, 2, 3], [1, 1, 2, 2])
+        >>> mask = genfast.nn.MaskedLinear([1, 2, 3], [1, 1, 2, 2]).staircase
         >>> genfast.ops.masked_linear(torch.randn(5, 3), torch.randn(4, 3), mask=mask, activation="relu").shape
         torch.Size([5, 4])
     """

@@ -302,8 +302,8 @@ def wae_scales(features: int, prior_scale: float = 1.0) -> tuple[float, ...]:
     Source: Tolstikhin et al. (arXiv:1711.01558), in their code (wae.py) for a normal prior.
 
     Example:
-        >>> import genfast
-        >>> genfast.ops.wae_scales(8)[3]
+        >>> from genfast.ops.pairwise import wae_scales
+        >>> wae_scales(8)[3]
         16.0
     """
     return tuple(f * 2 * features * prior_scale**2 for f in WAE_FACTORS)
@@ -387,8 +387,8 @@ def mmd(
             the wider.
         kernel: "rbf" exp(-d^2 / (2 sigma^2)), "imq" s / (s + d^2), "polynomial" (gamma x.y + offset)^degree.
         bandwidths: sigma of "rbf", s of "imq", one or several. None: for "rbf" the ``"median"``, for "imq"
-            :func:`wae_scales` of C features and ``prior_scale``, so that ``mmd(z, prior, kernel="imq")`` is the WAE's
-            penalty (without its weight). "median": sigma the median distance (s its square) between at most 1024 rows
+            {.1, .2, .5, 1, 2, 5, 10} * 2 C prior_scale^2, so that ``mmd(z, prior, kernel="imq")`` is the WAE's penalty
+            (without its weight). "median": sigma the median distance (s its square) between at most 1024 rows
             of x and y together, evenly spaced, held constant; numbers beside it are not taken.
         unbiased: leaves out the pairs of a row with itself, whereby the value may be negative (Gretton's equation 3).
         degree, gamma, offset: of the polynomial; gamma is 1 / C if None.

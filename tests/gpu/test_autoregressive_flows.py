@@ -13,6 +13,7 @@ import genfast
 from genfast import nn, ops, reference
 from genfast._registry import OPS
 from genfast._verify import errors, relative_error
+from genfast.ops.masked_linear import Staircase, staircase
 from tests.triton import autoregressive_cases as cases
 from tests.triton.flow_cases import DTYPES, FORWARD, GRADIENT
 
@@ -88,14 +89,14 @@ def test_masked_linear_in_tf32():
 
 def test_masked_linear_is_captured_in_a_graph():
     degrees = [torch.randint(1, 30, (size,), device=GPU) for size in (70, 90)]
-    mask = ops.staircase(*degrees)
+    mask = staircase(*degrees)
     x, weight = torch.randn(16, 70, device=GPU), torch.randn(90, 70, device=GPU)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         expected = ops.masked_linear(x, weight, mask=mask)
     torch.cuda.current_stream().wait_stream(side)
-    for known in (mask, ops.Staircase(*(t.clone() for t in mask))):  # asked before, and first seen in the capture
+    for known in (mask, Staircase(*(t.clone() for t in mask))):  # asked before, and first seen in the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = ops.masked_linear(x, weight, mask=known)
@@ -178,7 +179,7 @@ def test_a_compiled_layer_equals_eager(layer):
 def test_cuda_tensors_prefer_the_kernels():
     for name in ("rational_quadratic_spline", "rational_quadratic_spline_packed", "masked_linear", "nade"):
         assert OPS[name].preferred["cuda"][0] is OPS[name].kernels["triton"]
-    mask = reference.staircase_mask(*ops.staircase([1, 2, 3], [1, 2]))
+    mask = reference.staircase_mask(*staircase([1, 2, 3], [1, 2]))
     x, weight = torch.randn(4, 3, device=GPU), torch.randn(2, 3, device=GPU)
-    y = ops.masked_linear(x, weight, mask=ops.staircase([1, 2, 3], [1, 2]).to(GPU))
+    y = ops.masked_linear(x, weight, mask=staircase([1, 2, 3], [1, 2]).to(GPU))
     torch.testing.assert_close(y, x @ (weight * mask.to(GPU)).t())

@@ -1,4 +1,4 @@
-"""ops.leaky_relu_bits, apply_bits, activation_chain, activation_second: layouts, in place, extremes, derivatives,
+"""leaky_relu_bits, apply_bits, activation_chain, activation_second: layouts, in place, extremes, derivatives,
 errors."""
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import genfast
-from genfast import ops
-from genfast.ops.activation import KINDS
+from genfast.ops.activation import (
+    KINDS,
+    activation_chain,
+    activation_second,
+    apply_bits,
+    apply_bits_,
+    leaky_relu_bits,
+    leaky_relu_bits_,
+)
 from genfast.reference.activation import SLOPES, memory_order, pack, unpack
 
 SHAPES = [(), (1,), (7,), (63,), (64,), (65, 3), (2, 3, 5, 7), (4, 6, 33, 32), (2, 3, 2, 3, 5), (0, 4)]
@@ -46,7 +53,7 @@ def forms(x):
 def test_leaky_relu_and_its_bits(shape, dtype):
     for x in forms(torch.randn(shape).to(dtype)):
         for slope in (0.0, 0.2):
-            y, bits = ops.leaky_relu_bits(x, slope)
+            y, bits = leaky_relu_bits(x, slope)
             assert torch.equal(y, F.leaky_relu(x, slope) if slope else F.relu(x))
             assert bits.numel() == -(-x.numel() // 8)
             assert torch.equal(bits, pack(memory_order(y) > 0))
@@ -54,11 +61,11 @@ def test_leaky_relu_and_its_bits(shape, dtype):
             d = torch.empty_like(y).normal_()
             assert d.stride() == y.stride()
             expected = torch.where(x > 0, d, d * slope)
-            assert torch.equal(ops.apply_bits(d, bits, slope), expected)
-            assert torch.equal(ops.apply_bits_(d, bits, slope), expected)
+            assert torch.equal(apply_bits(d, bits, slope), expected)
+            assert torch.equal(apply_bits_(d, bits, slope), expected)
             assert torch.equal(d, expected)
             z = x.clone()
-            assert torch.equal(ops.leaky_relu_bits_(z, slope), bits)
+            assert torch.equal(leaky_relu_bits_(z, slope), bits)
             assert torch.equal(z, y)
 
 
@@ -67,14 +74,14 @@ def test_leaky_relu_and_its_bits(shape, dtype):
 def test_bits_of_rows(rows, columns, slope):
     x, bits = torch.randn(rows, columns), torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8)
     on = unpack(bits).view(rows, 8 * bits.shape[1])[:, :columns]
-    assert torch.equal(ops.apply_bits(x, bits, slope), torch.where(on, x, x * slope))
-    assert torch.equal(ops.apply_bits(x.t().contiguous().t(), bits, slope), torch.where(on, x, x * slope))
+    assert torch.equal(apply_bits(x, bits, slope), torch.where(on, x, x * slope))
+    assert torch.equal(apply_bits(x.t().contiguous().t(), bits, slope), torch.where(on, x, x * slope))
 
 
 def test_strided_in_place_calls_leave_the_rest_alone():
     big = torch.randn(8, 20)
     kept, x = big.clone(), big[::2, 1::2]
-    bits = ops.leaky_relu_bits_(x, 0.1)
+    bits = leaky_relu_bits_(x, 0.1)
     assert torch.equal(x, F.leaky_relu(kept[::2, 1::2], 0.1))
     assert torch.equal(big[1::2], kept[1::2])
     assert torch.equal(bits, pack(kept[::2, 1::2] > 0))
@@ -82,22 +89,22 @@ def test_strided_in_place_calls_leave_the_rest_alone():
 
 def test_outputs_past_the_cache():
     x = torch.randn(3, 1500007)  # 17 MiB, streamed
-    y, bits = ops.leaky_relu_bits(x, 0.2)
+    y, bits = leaky_relu_bits(x, 0.2)
     assert torch.equal(y, F.leaky_relu(x, 0.2))
     assert torch.equal(bits, pack(x > 0))
-    assert torch.equal(ops.apply_bits(x, bits, 0.2), y)
-    found, expected = ops.activation_chain(x, y, "silu"), torch.ops.aten.silu_backward(y, x)
+    assert torch.equal(apply_bits(x, bits, 0.2), y)
+    found, expected = activation_chain(x, y, "silu"), torch.ops.aten.silu_backward(y, x)
     assert float((found - expected).norm() / expected.norm()) < 2e-6
 
 
 def test_what_is_not_finite():
     x = torch.tensor([math.inf, -math.inf, math.nan, -0.0, 0.0])
     for slope in (0.0, 0.2):
-        y, bits = ops.leaky_relu_bits(x, slope)
+        y, bits = leaky_relu_bits(x, slope)
         torch.testing.assert_close(y, F.leaky_relu(x, slope) if slope else F.relu(x), equal_nan=True)
         assert bits.tolist() == [1]
     none = torch.zeros(1, dtype=torch.uint8)
-    assert ops.apply_bits(x, none, 0.0).tolist() == [0] * 5
+    assert apply_bits(x, none, 0.0).tolist() == [0] * 5
 
 
 def test_leaky_relu_through_any_derivative():
@@ -106,13 +113,13 @@ def test_leaky_relu_through_any_derivative():
         x = values.clone(memory_format=form).requires_grad_()
 
         def twice(x):
-            (g,) = torch.autograd.grad((ops.leaky_relu_bits(x, 0.2)[0] ** 3).sum(), x, create_graph=True)
+            (g,) = torch.autograd.grad((leaky_relu_bits(x, 0.2)[0] ** 3).sum(), x, create_graph=True)
             return torch.autograd.grad((g**2).sum(), x, create_graph=True)[0]
 
         assert torch.autograd.gradcheck(twice, (x,))
         plain = F.leaky_relu(x, 0.2)
         grad = torch.randn(2, 3, 4, 4, dtype=torch.float64)  # NCHW, whatever x is
-        found = torch.autograd.grad(ops.leaky_relu_bits(x, 0.2)[0], x, grad)[0]
+        found = torch.autograd.grad(leaky_relu_bits(x, 0.2)[0], x, grad)[0]
         assert torch.equal(found, torch.autograd.grad(plain, x, grad)[0])
 
 
@@ -139,12 +146,12 @@ def test_slopes_are_those_of_torch(kind, dtype, bound):
         for x in forms((3 * torch.randn(shape)).to(dtype)):
             g, t, c = (torch.randn(shape, dtype=dtype) for _ in range(3))
             first, second = derivatives(kind, x)
-            assert error(ops.activation_chain(x, g, kind), g.double() * first) <= bound
-            assert error(ops.activation_second(x, g, t, None, kind), g.double() * t * second) <= bound
+            assert error(activation_chain(x, g, kind), g.double() * first) <= bound
+            assert error(activation_second(x, g, t, None, kind), g.double() * t * second) <= bound
             both = g.double() * t * second + c.double() * first
-            assert error(ops.activation_second(x, g, t, c, kind), both) <= bound
+            assert error(activation_second(x, g, t, c, kind), both) <= bound
             if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-                assert ops.activation_chain(x, g, kind).is_contiguous(memory_format=torch.channels_last)
+                assert activation_chain(x, g, kind).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,14 +165,14 @@ def test_slopes_element_by_element(kind, dtype):
     exact = genfast.reference.activation.SLOPES[kind](x[:-4].double())
     bound = 1e-6 if dtype is torch.float32 else 5e-15
     for found, expected in zip(
-        (ops.activation_chain(x, one, kind), ops.activation_second(x, one, one, None, kind)), exact, strict=True
+        (activation_chain(x, one, kind), activation_second(x, one, one, None, kind)), exact, strict=True
     ):
         assert float((found[:-4].double() - expected).abs().max()) <= bound
         scale = 1.0507009873554805 if kind == "selu" else 1.0
         ends = [0, scale, 0, scale] if expected is exact[0] and kind not in ("tanh", "sigmoid") else [0] * 4
         assert float((found[-4:].double() - torch.tensor(ends, dtype=torch.float64)).abs().max()) <= 1e-7
-    assert ops.activation_chain(torch.full((3,), math.nan, dtype=dtype), torch.ones(3, dtype=dtype), kind).isnan().all()
-    nan = ops.activation_second(torch.full((3,), math.nan, dtype=dtype), *torch.ones(2, 3, dtype=dtype), None, kind)
+    assert activation_chain(torch.full((3,), math.nan, dtype=dtype), torch.ones(3, dtype=dtype), kind).isnan().all()
+    nan = activation_second(torch.full((3,), math.nan, dtype=dtype), *torch.ones(2, 3, dtype=dtype), None, kind)
     assert nan.isnan().all()
 
 
@@ -177,7 +184,7 @@ def test_third_derivatives(kind):
     )
 
     def once(x, g):
-        y = ops.activation_chain(x, g, kind)
+        y = activation_chain(x, g, kind)
         return torch.autograd.grad((y**2).sum(), (x, g), create_graph=True)
 
     assert torch.autograd.gradgradcheck(once, (x, g), fast_mode=True)
@@ -185,8 +192,8 @@ def test_third_derivatives(kind):
 
 def test_mixed_dtypes_and_half():
     x, g = torch.randn(3, 5), torch.randn(3, 5)
-    assert torch.equal(ops.activation_chain(x, g.double(), "silu"), ops.activation_chain(x, g, "silu"))
-    y = ops.activation_chain(x.bfloat16(), g.bfloat16(), "silu")
+    assert torch.equal(activation_chain(x, g.double(), "silu"), activation_chain(x, g, "silu"))
+    y = activation_chain(x.bfloat16(), g.bfloat16(), "silu")
     assert y.dtype == torch.bfloat16
 
 
@@ -196,7 +203,7 @@ def test_the_thread_count_does_not_change_the_bits():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([*ops.leaky_relu_bits(x, 0.2), ops.activation_chain(x, g, "gelu")])
+            results.append([*leaky_relu_bits(x, 0.2), activation_chain(x, g, "gelu")])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
@@ -230,23 +237,23 @@ tests.test_bits_of_rows()
 def test_errors_name_the_argument():
     x, bits = torch.randn(4, 9), torch.zeros(5, dtype=torch.uint8)
     with pytest.raises(TypeError, match="leaky_relu_bits: x has dtype torch.int64"):
-        ops.leaky_relu_bits(x.long())
+        leaky_relu_bits(x.long())
     with pytest.raises(TypeError, match="apply_bits: bits is a torch.bool, expected a torch.uint8"):
-        ops.apply_bits(x, bits.bool())
+        apply_bits(x, bits.bool())
     with pytest.raises(ValueError, match=r"apply_bits: bits has shape \(4,\), expected \(5,\)"):
-        ops.apply_bits(x, bits[:4])
+        apply_bits(x, bits[:4])
     with pytest.raises(ValueError, match=r"apply_bits: bits has shape \(4, 1\), expected \(4, 2\)"):
-        ops.apply_bits_(x, torch.zeros(4, 1, dtype=torch.uint8))
+        apply_bits_(x, torch.zeros(4, 1, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="leaky_relu_bits_: x requires a gradient"):
-        ops.leaky_relu_bits_(x.clone().requires_grad_())
+        leaky_relu_bits_(x.clone().requires_grad_())
     with pytest.raises(ValueError, match="activation_chain: kind='relu', expected one of 'silu'"):
-        ops.activation_chain(x, x, "relu")
+        activation_chain(x, x, "relu")
     with pytest.raises(ValueError, match=r"activation_chain: grad has shape \(3, 9\), expected \(4, 9\)"):
-        ops.activation_chain(x, x[:3], "silu")
+        activation_chain(x, x[:3], "silu")
     with pytest.raises(ValueError, match=r"activation_second: cotangent has shape \(4, 8\)"):
-        ops.activation_second(x, x, x, x[:, :8], "silu")
+        activation_second(x, x, x, x[:, :8], "silu")
     with pytest.raises(TypeError, match="activation_second: tangent has dtype torch.int64"):
-        ops.activation_second(x, x, x.long(), None, "silu")
+        activation_second(x, x, x.long(), None, "silu")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,9 +263,7 @@ def test_slopes_keep_their_digits_in_the_tails(kind):
     x = torch.cat((torch.linspace(-12, 12, 961), torch.logspace(-6, 0, 61), -torch.logspace(-6, 0, 61)))
     exact = SLOPES[kind](x.double())
     one = torch.ones_like(x)
-    for found, wanted in zip(
-        (ops.activation_chain(x, one, kind), ops.activation_second(x, one, one, None, kind)), exact
-    ):
+    for found, wanted in zip((activation_chain(x, one, kind), activation_second(x, one, one, None, kind)), exact):
         # A sum that crosses zero (silu, gelu, mish) is as exact as its terms are: those are of the order of e^-|x|
         # there.
         floor = torch.exp(-x.double().abs()) * 0.05 if kind in ("silu", "gelu_tanh", "mish", "sigmoid") else 0.0
@@ -272,11 +277,11 @@ def test_a_slope_that_requires_a_gradient_is_refused():
     x, bits = torch.ones(8), torch.tensor([3], dtype=torch.uint8)
     slope = torch.tensor(0.2, requires_grad=True)
     for call in (
-        lambda: ops.apply_bits(x, bits, slope),
-        lambda: ops.apply_bits_(x, bits, slope),
-        lambda: ops.leaky_relu_bits(x, slope),
-        lambda: ops.leaky_relu_bits_(x, slope),
+        lambda: apply_bits(x, bits, slope),
+        lambda: apply_bits_(x, bits, slope),
+        lambda: leaky_relu_bits(x, slope),
+        lambda: leaky_relu_bits_(x, slope),
     ):
         with pytest.raises(TypeError, match="slope is a tensor that requires a gradient"):
             call()
-    assert torch.equal(ops.apply_bits(x, bits, slope.detach()), ops.apply_bits(x, bits, 0.2))
+    assert torch.equal(apply_bits(x, bits, slope.detach()), apply_bits(x, bits, 0.2))

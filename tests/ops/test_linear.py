@@ -1,4 +1,4 @@
-"""ops.linear, ops.linear_input, ops.linear_weight: sizes around the tiles, strides, bits, rounding and errors."""
+"""linear, linear_input, linear_weight: sizes around the tiles, strides, bits, rounding and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import genfast
-from genfast import ops
+from genfast.ops.linear import linear, linear_input, linear_weight
 from genfast.reference.linear import row_mask
 
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -55,7 +55,7 @@ def test_the_three_products(n, k, m, dtype):
     x, w, c, g = (torch.randn(s, dtype=dtype) for s in ((n, k), (m, k), (m,), (n, m)))
     for bias in (None, c):
         for slope in (None, 0.0, 0.2):
-            y, bits = ops.linear(x, w, bias, slope)
+            y, bits = linear(x, w, bias, slope)
             assert error(y, exact_linear(x, w, bias, slope)) <= DTYPES[dtype]
             if slope is None:
                 assert bits.numel() == 0
@@ -63,13 +63,13 @@ def test_the_three_products(n, k, m, dtype):
                 assert torch.equal(row_mask(bits, m), y > 0)
                 assert bits.shape == (n, -(-m // 8))
                 assert m % 8 == 0 or not (bits[:, -1] >> (m % 8)).any()  # the padding of a row is zero
-    assert error(ops.linear_input(g, w), g.double() @ w.double()) <= DTYPES[dtype]
-    assert error(ops.linear_weight(g, x), g.double().t() @ x.double()) <= DTYPES[dtype]
+    assert error(linear_input(g, w), g.double() @ w.double()) <= DTYPES[dtype]
+    assert error(linear_weight(g, x), g.double().t() @ x.double()) <= DTYPES[dtype]
     kept = torch.randint(256, (n, -(-k // 8)), dtype=torch.uint8)
-    plain = ops.linear_input(g, w)
+    plain = linear_input(g, w)
     for slope in (0.0, 0.2):
         expected = torch.where(row_mask(kept, k), plain, plain * slope)
-        torch.testing.assert_close(ops.linear_input(g, w, kept, slope), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear_input(g, w, kept, slope), expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -86,10 +86,10 @@ def test_any_size_and_stride(n, k, m, turn_x, turn_w, slope):
     w = torch.randn(k, m + 1).t()[1:] if turn_w else torch.randn(m, 2 * k)[:, ::2]
     g = torch.randn(m, n).t() if turn_w else torch.randn(2 * n, m)[::2]
     with torch.no_grad():
-        y, _ = ops.linear(x, w, None, slope)
+        y, _ = linear(x, w, None, slope)
         torch.testing.assert_close(y, exact_linear(x, w, None, slope).float(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ops.linear_input(g, w), g @ w, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ops.linear_weight(g, x), g.t() @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(linear_input(g, w), g @ w, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(linear_weight(g, x), g.t() @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_the_thread_count_does_not_change_the_bits():
@@ -100,8 +100,8 @@ def test_the_thread_count_does_not_change_the_bits():
         try:
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                y, bits = ops.linear(x, w, None, 0.2)
-                results.append([y, bits, ops.linear_input(g, w), ops.linear_weight(g, x)])
+                y, bits = linear(x, w, None, 0.2)
+                results.append([y, bits, linear_input(g, w), linear_weight(g, x)])
         finally:
             torch.set_num_threads(before)
         for other in results[1:]:
@@ -112,23 +112,23 @@ def test_the_thread_count_does_not_change_the_bits():
 def test_no_terms_at_all(n, m):
     c = torch.randn(m)
     for x, w in ((torch.randn(n, 0), torch.randn(m, 0)), (torch.randn(0, n).t(), torch.randn(0, m).t())):
-        y, bits = ops.linear(x, w, c, 0.5)
+        y, bits = linear(x, w, c, 0.5)
         assert torch.equal(y, F.leaky_relu(c, 0.5).expand(n, m))
         assert torch.equal(row_mask(bits, m), y > 0)
-    assert not ops.linear_input(torch.randn(n, 0), torch.randn(0, m)).count_nonzero()
-    assert not ops.linear_weight(torch.randn(0, n), torch.randn(0, m)).count_nonzero()
+    assert not linear_input(torch.randn(n, 0), torch.randn(0, m)).count_nonzero()
+    assert not linear_weight(torch.randn(0, n), torch.randn(0, m)).count_nonzero()
 
 
 def test_what_is_not_finite():
     x = torch.ones(8, 40)
     w = torch.zeros(64, 40)
     w[1], w[2], w[3, 0] = math.inf, -math.inf, math.nan
-    y, bits = ops.linear(x, w, None, 0.0)
+    y, bits = linear(x, w, None, 0.0)
     assert y[0, :3].tolist() == [0, math.inf, 0]
     assert y[:, 3].isnan().all()
     assert bits[0, 0] == 2
     kept = torch.zeros(8, 5, dtype=torch.uint8)
-    assert not ops.linear_input(torch.full((8, 64), math.inf), torch.ones(64, 40), kept, 0.0).count_nonzero()
+    assert not linear_input(torch.full((8, 64), math.inf), torch.ones(64, 40), kept, 0.0).count_nonzero()
 
 
 def test_nothing_outside_is_written():
@@ -166,7 +166,7 @@ def test_third_derivatives():
         t.requires_grad_()
 
     def twice(x, w, c):
-        y = ops.linear(x, w, c, 0.2)[0]
+        y = linear(x, w, c, 0.2)[0]
         (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
         return torch.autograd.grad(g.square().sum(), (x, w), create_graph=True)
 
@@ -180,14 +180,14 @@ def test_the_penalty_of_a_layer_equals_double_backward():
         (g,) = torch.autograd.grad(layer().square().sum(), x, create_graph=True)
         return torch.autograd.grad((g.norm(dim=1) - 1).square().mean(), (w, c, x))
 
-    found = penalty(lambda: ops.linear(x, w, c, 0.2)[0])
+    found = penalty(lambda: linear(x, w, c, 0.2)[0])
     for f, e in zip(found, penalty(lambda: F.leaky_relu(F.linear(x, w, c), 0.2))):
         torch.testing.assert_close(f, e)
 
 
 def test_half_types_run_the_library():
     x, w = torch.randn(9, 40).bfloat16(), torch.randn(64, 40).bfloat16()
-    y, bits = ops.linear(x, w, None, 0.2)
+    y, bits = linear(x, w, None, 0.2)
     assert y.dtype == torch.bfloat16
     assert torch.equal(row_mask(bits, 64), y > 0)
 
@@ -219,25 +219,25 @@ tests.test_the_thread_count_does_not_change_the_bits()
 def test_errors_name_the_argument():
     x, w, c = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
     with pytest.raises(ValueError, match=r"linear: weight has shape \(5, 3\), expected \(5, 4\)"):
-        ops.linear(x, w[:, :3])
+        linear(x, w[:, :3])
     with pytest.raises(ValueError, match=r"linear: bias has shape \(4,\), expected \(5,\)"):
-        ops.linear(x, w, c[:4])
+        linear(x, w, c[:4])
     with pytest.raises(ValueError, match=r"linear: x has shape \(4,\), expected two axes"):
-        ops.linear(x[0], w)
+        linear(x[0], w)
     with pytest.raises(
         TypeError, match="linear: x has dtype torch.float32, weight has dtype torch.float64; expected one dtype"
     ):
-        ops.linear(x, w.double())
+        linear(x, w.double())
     with pytest.raises(TypeError, match="linear: x has dtype torch.int64, expected a floating-point"):
-        ops.linear(x.long(), w)
+        linear(x.long(), w)
     g = torch.randn(3, 5)
     with pytest.raises(ValueError, match=r"linear_input: grad has shape \(3, 4\), expected \(3, 5\)"):
-        ops.linear_input(g[:, :4], w)
+        linear_input(g[:, :4], w)
     with pytest.raises(TypeError, match="linear_input: bits is a torch.int64, expected a torch.uint8"):
-        ops.linear_input(g, w, torch.zeros(3, 1).long())
+        linear_input(g, w, torch.zeros(3, 1).long())
     with pytest.raises(ValueError, match=r"linear_input: bits has shape \(3, 2\), expected \(3, 1\)"):
-        ops.linear_input(g, w, torch.zeros(3, 2, dtype=torch.uint8))
+        linear_input(g, w, torch.zeros(3, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"linear_weight: grad has shape \(2, 5\), expected \(3, 5\)"):
-        ops.linear_weight(g[:2], x)
+        linear_weight(g[:2], x)
     with genfast.backend("cpu"), pytest.raises(genfast.BackendError, match="not bfloat16"):
-        ops.linear(x.bfloat16(), w.bfloat16())
+        linear(x.bfloat16(), w.bfloat16())

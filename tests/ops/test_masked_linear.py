@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import genfast
 from genfast import ops, reference
+from genfast.ops.masked_linear import staircase, staircase_from_mask
 
 
 def degrees(kind: str, size: int, most: int) -> torch.Tensor:
@@ -41,10 +42,10 @@ def relative(found, expected):
 def test_a_staircase_is_the_comparison_of_degrees(inputs, outputs, strict):
     a, b = torch.tensor(inputs), torch.tensor(outputs)[:, None]
     expected = b > a if strict else b >= a
-    found = ops.staircase(inputs, outputs, strict)
+    found = staircase(inputs, outputs, strict)
     assert torch.equal(found.mask, expected)
     assert bool((found.counts.diff() >= 0).all())
-    again = ops.staircase_from_mask(expected)
+    again = staircase_from_mask(expected)
     assert again is not None
     assert torch.equal(again.mask, expected)
 
@@ -55,7 +56,7 @@ def test_a_mask_is_a_staircase_where_its_live_sets_are_nested(rows, columns, see
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.7
     sets = [{i for i in range(columns) if mask[r, i]} for r in range(rows)]
     nested = all(a <= b or b <= a for a, b in itertools.combinations(sets, 2))
-    found = ops.staircase_from_mask(mask)
+    found = staircase_from_mask(mask)
     assert (found is not None) == nested
     assert found is None or torch.equal(found.mask, mask)
 
@@ -67,7 +68,7 @@ def test_masks_of_peers_are_staircases():
     masks += [m.mask for m in nflows.MADE(7, 16, output_multiplier=2).modules() if isinstance(m, nflows.MaskedLinear)]
     assert len(masks) == 12
     for mask in masks:
-        found = ops.staircase_from_mask(mask)
+        found = staircase_from_mask(mask)
         assert found is not None
         assert torch.equal(found.mask, mask.bool())
 
@@ -85,7 +86,7 @@ def test_all_orders_of_units_and_sizes(sizes, dtype):
     kinds = ("rising", "falling", "cyclic")
     allowed = (2e-6, 1e-5) if dtype == torch.float32 else (1e-13, 1e-13)
     for before, after, relu in zip(kinds * 3, sorted(kinds * 3), (True, False) * 5):
-        mask = ops.staircase(degrees(before, inputs, 13), degrees(after, outputs, 13), strict=relu)
+        mask = staircase(degrees(before, inputs, 13), degrees(after, outputs, 13), strict=relu)
         leaves = [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((n, inputs), (outputs, inputs), (outputs,))]
         exact = [t.detach().double().requires_grad_() for t in leaves]
         act = "relu" if relu else "none"
@@ -112,7 +113,7 @@ def test_all_orders_of_units_and_sizes(sizes, dtype):
 )
 def test_any_degrees(n, inputs, outputs, most, strict, relu, seed):
     generator = torch.Generator().manual_seed(seed)
-    mask = ops.staircase(*(torch.randint(0, most + 1, (s,), generator=generator) for s in (inputs, outputs)), strict)
+    mask = staircase(*(torch.randint(0, most + 1, (s,), generator=generator) for s in (inputs, outputs)), strict)
     x, w, b, g = (
         torch.randn(s, generator=generator, dtype=torch.float64)
         for s in ((n, inputs), (outputs, inputs), (outputs,), (n, outputs))
@@ -133,7 +134,7 @@ def test_any_degrees(n, inputs, outputs, most, strict, relu, seed):
 
 @pytest.mark.parametrize("n", [2, 30])
 def test_dead_weights_may_hold_anything_and_stay_as_they_are(n):
-    mask = ops.staircase(degrees("cyclic", 70, 9), degrees("rising", 90, 9), strict=True)
+    mask = staircase(degrees("cyclic", 70, 9), degrees("rising", 90, 9), strict=True)
     x, w = torch.randn(n, 70, dtype=torch.float64), torch.randn(90, 70, dtype=torch.float64)
     expected = F.linear(x, w * mask.mask)
     w[~mask.mask] = torch.nan
@@ -150,7 +151,7 @@ def test_dead_weights_may_hold_anything_and_stay_as_they_are(n):
 def test_all_dead_and_all_live():
     x, b = torch.randn(20, 33, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
     w = torch.randn(50, 33, dtype=torch.float64)
-    none, every = ops.staircase([1] * 33, [0] * 50), ops.staircase([1] * 33, [1] * 50)
+    none, every = staircase([1] * 33, [0] * 50), staircase([1] * 33, [1] * 50)
     assert torch.equal(ops.masked_linear(x, w, b, mask=none), b.expand(20, 50))
     torch.testing.assert_close(ops.masked_linear(x, w, b, mask=every), F.linear(x, w, b))
 
@@ -159,7 +160,7 @@ def test_all_dead_and_all_live():
 def test_a_nan_goes_through_a_relu(n):
     x = torch.ones(n, 3)
     x[0, 0] = torch.nan
-    y = ops.masked_linear(x, torch.ones(2, 3), mask=ops.staircase([1, 2, 3], [3, 3]), activation="relu")
+    y = ops.masked_linear(x, torch.ones(2, 3), mask=staircase([1, 2, 3], [3, 3]), activation="relu")
     assert bool(y[0].isnan().all())
     assert bool((y[1:] == 3).all())
 
@@ -173,7 +174,7 @@ def test_poisoned_outputs_are_written(monkeypatch):
 
     monkeypatch.setitem(module, "_empty", poisoned)
     for n, before, after in ((1, "cyclic", "falling"), (9, "falling", "cyclic"), (600, "rising", "rising")):
-        mask = ops.staircase(degrees(before, 70, 5), degrees(after, 35, 6), strict=True)
+        mask = staircase(degrees(before, 70, 5), degrees(after, 35, 6), strict=True)
         x, w = torch.randn(n, 70, requires_grad=True), torch.randn(35, 70, requires_grad=True)
         y = ops.masked_linear(x, w, mask=mask)
         assert all(bool(t.isfinite().all()) for t in (y, *torch.autograd.grad(y.sum(), (x, w))))
@@ -183,7 +184,7 @@ def test_the_thread_count_does_not_change_the_bits():
     before = torch.get_num_threads()
     try:
         for n, kind in ((3, "rising"), (300, "cyclic"), (1300, "falling")):
-            mask = ops.staircase(degrees(kind, 130, 11), degrees("cyclic", 140, 11))
+            mask = staircase(degrees(kind, 130, 11), degrees("cyclic", 140, 11))
             leaves = [torch.randn(s, requires_grad=True) for s in ((n, 130), (140, 130), (140,))]
             results = []
             for threads in (1, 2, 3):
@@ -197,7 +198,7 @@ def test_the_thread_count_does_not_change_the_bits():
 
 
 def test_third_derivatives():
-    mask = ops.staircase([1, 2, 3], [1, 3, 2, 0])
+    mask = staircase([1, 2, 3], [1, 3, 2, 0])
     x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (4, 3), (4,)))
 
     def second(x, w, b):
@@ -209,7 +210,7 @@ def test_third_derivatives():
 
 
 def test_any_leading_axes_and_strides():
-    mask = ops.staircase([1, 2, 3, 4], [4, 2, 3])
+    mask = staircase([1, 2, 3, 4], [4, 2, 3])
     x, w = torch.randn(2, 5, 4), torch.randn(4, 3).t()
     y = ops.masked_linear(x, w, mask=mask)
     assert y.shape == (2, 5, 3)
@@ -220,7 +221,7 @@ def test_any_leading_axes_and_strides():
 
 
 def test_autocast_and_half_types():
-    mask = ops.staircase(degrees("rising", 40, 9), degrees("cyclic", 50, 9))
+    mask = staircase(degrees("rising", 40, 9), degrees("cyclic", 50, 9))
     x, w = torch.randn(30, 40), torch.randn(50, 40)
     expected = F.linear(x, w * mask.mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -232,7 +233,7 @@ def test_autocast_and_half_types():
 
 
 def test_compiled_it_is_the_same():
-    mask = ops.staircase(degrees("rising", 20, 9), degrees("falling", 30, 9))
+    mask = staircase(degrees("rising", 20, 9), degrees("falling", 30, 9))
     leaves = [torch.randn(s, requires_grad=True) for s in ((6, 20), (30, 20), (30,))]
 
     def step(x, w, b):
@@ -252,10 +253,11 @@ def test_other_instruction_sets_give_the_same(tmp_path):
     program = """
 import sys, torch
 from genfast import ops
+from genfast.ops.masked_linear import staircase
 torch.manual_seed(0)
 found = []
 for n, kind in ((2, 7), (50, 7), (50, 200)):
-    mask = ops.staircase(torch.arange(70), torch.arange(90) % kind)
+    mask = staircase(torch.arange(70), torch.arange(90) % kind)
     leaves = [torch.randn(s, requires_grad=True) for s in ((n, 70), (90, 70), (90,))]
     y = ops.masked_linear(*leaves, mask=mask, activation="relu")
     found += [y, *torch.autograd.grad(y.sum(), leaves)]
@@ -274,7 +276,7 @@ torch.save([f.detach() for f in found], sys.argv[1])
 
 # ---- what does not fit ----
 
-X, W, GOOD = torch.zeros(4, 3), torch.zeros(5, 3), ops.staircase([1, 2, 3], [1, 1, 2, 3, 3])
+X, W, GOOD = torch.zeros(4, 3), torch.zeros(5, 3), staircase([1, 2, 3], [1, 1, 2, 3, 3])
 
 
 def of(**changed):
@@ -305,9 +307,9 @@ def of(**changed):
         (ValueError, "are no staircase", lambda: ops.masked_linear(X, W, mask=of(counts=GOOD.counts.flip(0)))),
         (ValueError, "are no staircase", lambda: ops.masked_linear(X, W, mask=of(counts=GOOD.counts + 1))),
         (ValueError, "are no staircase", lambda: ops.masked_linear(X, W, mask=of(counts=GOOD.counts - 2))),
-        (ValueError, "in_degrees has dtype torch.bool", lambda: ops.staircase([True], [1])),
-        (ValueError, r"out_degrees has dtype torch.int64 and shape \(\)", lambda: ops.staircase([1], 2)),
-        (ValueError, r"mask has shape \(3,\), expected \(O, I\)", lambda: ops.staircase_from_mask(torch.ones(3))),
+        (ValueError, "in_degrees has dtype torch.bool", lambda: staircase([True], [1])),
+        (ValueError, r"out_degrees has dtype torch.int64 and shape \(\)", lambda: staircase([1], 2)),
+        (ValueError, r"mask has shape \(3,\), expected \(O, I\)", lambda: staircase_from_mask(torch.ones(3))),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(error, message, call):
