@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _pool
+from . import _allocator
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def quiet() -> Iterator[None]:
 def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
     """The most bytes that ``work()`` held at once beyond what was allocated before, exact: from the allocator's own
     events."""
-    _pool.clear()  # memory that is used again is memory that was asked for
+    _allocator.clear()  # memory that is used again is memory that was asked for
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -46,7 +46,7 @@ QUICK_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("every op, odd shapes and layouts", ("-m", "tests.sanitize", "--calls")),
     ("fuzzed calls", ("-m", "tests.fuzz", "--calls", "1000", "--seed", "2")),
-    ("tests of the ops", (*PYTEST, "tests/ops", "tests/penalty", "tests/test_pool.py", "-k", WITHOUT)),
+    ("tests of the ops", (*PYTEST, "tests/ops", "tests/penalty", "tests/test_allocator.py", "-k", WITHOUT)),
     ("tests of the samplers and layers", (*PYTEST, "tests/sampling", "tests/programs", "tests/nn", "-k", WITHOUT)),
 )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import genfast
-from genfast import _derived, _pool, _registry, _torch_private
+from genfast import _allocator, _derived, _registry, _torch_private
 
 # By the name that genfast gives it: where each symbol stands in torch. What it is for stands beside it in
 # _torch_private.py.
@@ -78,7 +78,7 @@ def test_ops_give_the_same_numbers_without(name, monkeypatch):
     lacking = load(monkeypatch, owner, symbol)
     assert [f"{owner}.{symbol}"] == lacking.MISSING
     expected = numbers()
-    for module in (_registry, _derived, _pool):
+    for module in (_registry, _derived, _allocator):
         for public in vars(lacking):
             if hasattr(module, public) and getattr(module, public) is getattr(_torch_private, public, None):
                 monkeypatch.setattr(module, public, getattr(lacking, public))

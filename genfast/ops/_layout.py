@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _pool
+from .. import _allocator
 from .._tensors import CHANNELS_LAST
 
 
@@ -42,12 +42,12 @@ class Layout(NamedTuple):
         """An uninitialised tensor like ``x``, which lies so, dense in the same order."""
         if not self.dense:
             return torch.empty_like(x, memory_format=self.form)
-        return torch.empty_like(x) if self.small else _pool.empty_like(x)
+        return torch.empty_like(x) if self.small else _allocator.empty_like(x)
 
     @property
     def small(self) -> bool:
-        """Whether it is dense and below the pool's concern in any dtype."""
-        return self.dense and self.n * self.c * self.s * 8 < _pool.MINIMUM
+        """Whether it is dense and below the allocator's least block in any dtype."""
+        return self.dense and self.n * self.c * self.s * 8 < _allocator.MINIMUM
 
 
 def _collapses(sizes: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
@@ -29,7 +29,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x) if x.numel() * 8 < _pool.MINIMUM else _pool.empty_like(x)
+    return torch.empty_like(x) if x.numel() * 8 < _allocator.MINIMUM else _allocator.empty_like(x)
 
 
 def _bytes(x: Tensor) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Op
 from .._tensors import accumulator
@@ -176,7 +176,7 @@ def _cpu_backward(
     if not n:
         return dz, dpacked.zero_(), dstatics
     stride = _stride(n)
-    units, deltas = (_pool.empty_strided((_header(code)[5], stride), (stride, 1), z.dtype) for _ in range(2))
+    units, deltas = (_allocator.empty_strided((_header(code)[5], stride), (stride, 1), z.dtype) for _ in range(2))
     threads, kind = torch.get_num_threads(), TRANSFORMS.index(transform)
     numbers = array("d", options)
     address, count = numbers.buffer_info()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _pool, reference
+from .. import _allocator, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
 from .._tensors import accumulator
@@ -153,7 +153,7 @@ def _call(
         prior_width=0 if across is None else across.shape[1],
         threads=torch.get_num_threads(),
     )
-    work = _pool.empty_strided((prepared() // 8 + 8,), (1,), torch.float64)
+    work = _allocator.empty_strided((prepared() // 8 + 8,), (1,), torch.float64)
     prepared(work=work.data_ptr() + -work.data_ptr() % 64)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _pool, reference
+from .. import _allocator, reference
 from .._native import kernels
 from .._registry import Op, Sample
 from . import _check
@@ -105,7 +105,7 @@ def _arguments(x: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, tup
 
 def _cpu(x: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     x, bias_view, plan = _arguments(x, bias, groups)
-    y = _pool.empty_strided(plan.shape, plan.strides, x.dtype)
+    y = _allocator.empty_strided(plan.shape, plan.strides, x.dtype)
     plan.forward(x=x, bias=bias_view, y=y, threads=torch.get_num_threads())
     return y
 

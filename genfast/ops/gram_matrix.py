@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
 from .._tensors import accumulator
@@ -105,7 +105,7 @@ def _forward(
     c = at.c
     a = None if target is None else target.to(x.dtype).contiguous()
     value = None if a is None else x.new_empty(at.n)
-    out = _pool.empty_strided((at.n, c, c), (c * c, c, 1), x.dtype)
+    out = _allocator.empty_strided((at.n, c, c), (c * c, c, 1), x.dtype)
     _CPU.gram_matrix(
         is_double=x.dtype is torch.float64,
         x=at.view(x),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Op, Sample
 from . import _check
@@ -117,7 +117,7 @@ def _product(
 ) -> Tensor:
     """a (rows, inner) times b (inner, columns), and the epilogue."""
     rows, columns, inner = sizes
-    out = _pool.empty_strided((rows, columns), (columns, 1), a.dtype)
+    out = _allocator.empty_strided((rows, columns), (columns, 1), a.dtype)
     _CPU.linear(
         is_double=a.dtype is torch.float64,
         a=a,

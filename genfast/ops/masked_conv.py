@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _pool, reference
+from .. import _allocator, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
 from .._tensors import memory_format
@@ -166,7 +166,7 @@ def _lies(like: Tensor, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]
 
 def _empty_like(x: Tensor) -> Tensor:
     """An uninitialised tensor like ``x``, dense in its order."""
-    return _pool.empty_strided(*_lies(x, x.shape[1]), x.dtype)
+    return _allocator.empty_strided(*_lies(x, x.shape[1]), x.dtype)
 
 
 class _Call(NamedTuple):
@@ -175,7 +175,7 @@ class _Call(NamedTuple):
     kernel: Any
     y_shape: tuple[int, ...]
     y_stride: tuple[int, ...]
-    small: bool  # below the pool's concern
+    small: bool  # below the allocator's least block
 
 
 _CALLS: dict[Any, _Call] = {}  # by everything that decides about a call but the numbers
@@ -188,7 +188,7 @@ def _prepared(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options:
         x.shape, weight.shape, x.dtype, mask_type, data_channels, group_order, dilation, groups, center, activation
     )
     shape, stride = _lies(x, weight.shape[0])
-    small = math.prod(shape) * x.element_size() < _pool.MINIMUM
+    small = math.prod(shape) * x.element_size() < _allocator.MINIMUM
     if len(_CALLS) >= 4096:
         _CALLS.clear()
     kernel = kernel.prepare(x_stride=_strides(x.stride()), y_stride=_strides(stride))
@@ -213,7 +213,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tenso
         weight = weight.to(dtype).contiguous()
     if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
         bias = bias.to(dtype).contiguous()
-    y = (torch.empty_strided if call.small else _pool.empty_strided)(call.y_shape, call.y_stride, dtype=dtype)
+    y = (torch.empty_strided if call.small else _allocator.empty_strided)(call.y_shape, call.y_stride, dtype=dtype)
     if not y.numel():
         return y
     call.kernel(x=x, weight=weight, bias=bias, y=y, threads=torch.get_num_threads())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _pool, reference
+from .. import _allocator, reference
 from .._derived import readable_now
 from .._native import kernels
 from .._registry import Backward, Op, Sample
@@ -168,9 +168,9 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
 
 def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised, dense."""
-    if rows * columns * 8 < _pool.MINIMUM:
+    if rows * columns * 8 < _allocator.MINIMUM:
         return torch.empty((rows, columns), dtype=dtype)
-    return _pool.empty_strided((rows, columns), (columns, 1), dtype)
+    return _allocator.empty_strided((rows, columns), (columns, 1), dtype)
 
 
 def _no_staircase(counts: Tensor) -> ValueError:

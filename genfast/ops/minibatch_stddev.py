@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _pool, reference
+from .. import _allocator, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
@@ -72,7 +72,7 @@ def _cpu(x: Tensor, group_size: int, features: int, eps: float) -> Tensor:
     a = plan.layout
     if not a.fits:
         return _cpu(laid_out(x)[0], group_size, features, eps)
-    y = _pool.empty_strided(plan.shape, plan.strides, x.dtype)
+    y = _allocator.empty_strided(plan.shape, plan.strides, x.dtype)
     _CPU.minibatch_stddev(
         is_double=x.dtype is torch.float64,
         x=a.view(x),

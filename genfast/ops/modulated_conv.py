@@ -45,7 +45,7 @@ def _reference_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def _library_scale(x: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
-    """One pass of the library, which a kernel of ours did not beat; the output's memory comes from the pool."""
+    """One pass of the library, which a kernel of ours did not beat; the output's memory comes from the allocator."""
     _check_scale(x, scale, noise)
     own = layout(x)
     y = own.empty_like(x) if own.fits else torch.empty_like(x, memory_format=memory_format(x))

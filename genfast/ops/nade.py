@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
@@ -191,7 +191,7 @@ def _cpu(
     _check_forward(x, weight, readout, bias, hidden_bias, rescale, activation)
     (n, d), (_, p, h), dtype = x.shape, readout.shape, x.dtype
     x, weight, readout, bias, hidden_bias, rescale = _dense(dtype, x, weight, readout, bias, hidden_bias, rescale)
-    out = _pool.empty_strided((n, d, p), (d * p, p, 1), dtype)
+    out = _allocator.empty_strided((n, d, p), (d * p, p, 1), dtype)
     _CPU.nade(
         is_double=dtype is torch.float64,
         activation=ACTIVATIONS.index(activation),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
@@ -96,7 +96,7 @@ def _dense(n: int, c: int, like: Layout, shape: tuple[int, ...], dtype: torch.dt
     """An uninitialised CPU tensor (N, C, H, W), dense in the order of ``like``."""
     s = like.s
     stride = (c * s, 1, c * shape[3], c) if like.walks_channels else (c * s, s, shape[3], 1)
-    return _pool.empty_strided((n, c, *shape[2:]), stride, dtype)
+    return _allocator.empty_strided((n, c, *shape[2:]), stride, dtype)
 
 
 def _order(x: Tensor) -> tuple[Tensor, Layout]:
@@ -129,7 +129,7 @@ def _cpu(name: str, diagonal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         h = _dense(n, hidden, a, gates.shape, dtype)
         sizes = (n, height, width, 5, hidden)
         strides = (height * width * 5 * hidden, width * 5 * hidden, 5 * hidden, hidden, 1)
-        kept = _pool.empty_strided(sizes, strides, dtype) if save_for_backward else gates.new_empty(0)
+        kept = _allocator.empty_strided(sizes, strides, dtype) if save_for_backward else gates.new_empty(0)
         if n:
             _CPU.pixel_rnn(
                 is_double=dtype is torch.float64,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Op, Sample
 from .._spectral_axes import dense, from_memory, to_memory
@@ -72,7 +72,7 @@ def _cpu(
     weight, a = dense(weight, dim)
     left = u.to(dtype, copy=True).contiguous()
     right = weight.new_empty(a.a * a.b) if v is None else to_memory(v.to(dtype, copy=True), a).contiguous()
-    out, sigma = _pool.empty_like(weight), weight.new_empty(())
+    out, sigma = _allocator.empty_like(weight), weight.new_empty(())
     _CPU.spectral_norm(
         is_double=dtype is torch.float64,
         from_v=v is not None,
@@ -96,7 +96,7 @@ def _cpu_backward(
 ) -> Tensor:
     dtype = weight.dtype
     weight, a = dense(weight, dim)
-    out = _pool.empty_like(weight)
+    out = _allocator.empty_like(weight)
     if grad is None:
         grad = torch.zeros_like(weight)
     elif grad.dtype is not dtype or grad.stride() != weight.stride():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Backward, Op, Sample
 from . import _check
@@ -171,7 +171,7 @@ def _run(
     dtype = x.dtype
     wide = (x.float() if dtype in _HALF else x).contiguous()
     rows = [_rows(p, wide.dtype) for p in params]
-    y, logdet = _pool.empty_like(wide), _pool.empty_like(wide)
+    y, logdet = _allocator.empty_like(wide), _allocator.empty_like(wide)
     outside = wide.numel() and _kernel(wide.dtype, bins, tails, convention, inverse, tuple(options))(
         x=wide,
         y=y,
@@ -204,8 +204,8 @@ def _run_backward(
     dtype = x.dtype
     wide = (x.float() if dtype in _HALF else x).contiguous()
     rows = [_rows(p, wide.dtype) for p in params]
-    dx = _pool.empty_like(wide)
-    grads = [_pool.empty_strided(tuple(p.shape), _dense(p.shape), wide.dtype) for p in params]
+    dx = _allocator.empty_like(wide)
+    grads = [_allocator.empty_strided(tuple(p.shape), _dense(p.shape), wide.dtype) for p in params]
     gy, gy_step = _cotangent(grad_y, wide)
     gl, gl_step = _cotangent(grad_logdet, wide)
     if wide.numel():

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
@@ -87,7 +87,7 @@ def _cpu(x: Tensor, factor: int, order: str, inverse: bool) -> Tensor:
         if not x.numel():
             return _empty(x, factor, inverse)
         return _cpu(x.contiguous(memory_format=memory_format(x)), factor, order, inverse)
-    y = _pool.empty_strided(plan.shape, plan.stride, x.dtype)
+    y = _allocator.empty_strided(plan.shape, plan.stride, x.dtype)
     plan.kernel(x=x, y=y, threads=torch.get_num_threads())
     return y
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, _pool, reference
+from .. import _allocator, _backend, reference
 from .._native import kernels
 from .._registry import Op, Sample
 from .._tensors import memory_format
@@ -196,7 +196,7 @@ def _cpu(
     )
     if plan is None:
         return _cpu(x.contiguous(memory_format=form), filter, up, down, padding, flip_filter, gain)
-    y = _pool.empty_strided(plan.shape, plan.stride, x.dtype)
+    y = _allocator.empty_strided(plan.shape, plan.stride, x.dtype)
     filter = filter.to(x.dtype).contiguous()
     if y.numel():
         plan.kernel(x=x, filter=filter, y=y, gain=gain, threads=torch.get_num_threads())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _backend, _pool
+from .. import _allocator, _backend
 from .._calls import Structure, hook_in_the_way, state, without_numbers
 from .._contents import Contents, marks
 from .._derived import readable_module
@@ -590,7 +590,7 @@ class Sampler:
             for start in starts:
                 part = slice(start, start + wave)
                 count = len(images[part])
-                cache = _pool.empty_strided((count * program.image_floats + 64,), (1,), torch.float32).zero_()
+                cache = _allocator.empty_strided((count * program.image_floats + 64,), (1,), torch.float32).zero_()
                 maps = torch.tensor([_map(m, start) for m in statics], dtype=torch.int64)
                 faults = array("q", bytes(8 * count))
                 row, rows = 0, max(1, height // 64)

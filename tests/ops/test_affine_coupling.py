@@ -165,11 +165,11 @@ def test_scale_maps_to_a_few_ulp(scale, exact, lo, hi, dtype, epsilon):
 
 def test_outputs_are_written_everywhere(monkeypatch):
     """Every output starts as NaN here; an element that a kernel forgets stays so."""
-    from genfast import _pool
+    from genfast import _allocator
 
-    real_like, real_pool = torch.empty_like, _pool.empty_like
+    real_like, real_pool = torch.empty_like, _allocator.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_like(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(_pool, "empty_like", lambda *a, **k: real_pool(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(_allocator, "empty_like", lambda *a, **k: real_pool(*a, **k).fill_(float("nan")))
     for shape in ((3, 5, 7, 3), (2, 6, 16, 16), (9, 5), (300, 3), (2, 40, 3, 3)):
         for width in (1, shape[1] - 1, shape[1]):
             for form in (torch.contiguous_format, torch.channels_last):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genfast import _pool, ops
+from genfast import _allocator, ops
 from genfast._registry import OPS
 from genfast._verify import TOLERANCES, relative_error
 
@@ -368,12 +368,13 @@ def test_a_gradient_that_is_not_a_number_reaches_exactly_what_was_seen():
 def test_every_element_of_a_reused_block_is_written(shape, out, options, last):
     options = {"mask_type": "B", **options}
     leaves = inputs(shape, out, (3, 3), options.get("groups", 1), last=last)
-    assert min(math.prod(shape), math.prod(shape) // shape[1] * out) * 4 >= _pool.MINIMUM
-    _pool.clear()
+    assert min(math.prod(shape), math.prod(shape) // shape[1] * out) * 4 >= _allocator.MINIMUM
+    _allocator.clear()
     try:
         for name, channels in (("y", out), ("dx", shape[1])):
             blocks = [
-                _pool.empty_strided((math.prod(shape) // shape[1] * channels,), (1,), torch.float32) for _ in range(3)
+                _allocator.empty_strided((math.prod(shape) // shape[1] * channels,), (1,), torch.float32)
+                for _ in range(3)
             ]
             addresses = {block.fill_(math.nan).data_ptr() for block in blocks}
             del blocks
@@ -384,7 +385,7 @@ def test_every_element_of_a_reused_block_is_written(shape, out, options, last):
             assert found.data_ptr() in addresses, name
             assert bool(found.isfinite().all()), name
     finally:
-        _pool.clear()
+        _allocator.clear()
 
 
 def test_relu_is_the_relu_of_what_comes_out():

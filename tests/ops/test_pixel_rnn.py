@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genfast import _pool, ops, reference
+from genfast import _allocator, ops, reference
 
 BOTH = {"row": (ops.row_lstm, 3), "diagonal": (ops.diagonal_lstm, 2)}
 both = pytest.mark.parametrize(("op", "taps"), BOTH.values(), ids=BOTH)
@@ -159,7 +159,7 @@ def test_every_element_of_every_output_is_written(op, taps, monkeypatch):
     def poisoned(shape, stride, dtype):
         return torch.empty_strided(shape, stride, dtype=dtype).fill_(float("nan"))
 
-    monkeypatch.setattr(_pool, "empty_strided", poisoned)
+    monkeypatch.setattr(_allocator, "empty_strided", poisoned)
     for n, hidden, height, width in [(3, 5, 4, 6), (17, 16, 1, 3), (2, 17, 5, 1)]:
         args = (
             torch.randn(n, 4 * hidden, height, width),

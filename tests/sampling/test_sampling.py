@@ -128,9 +128,9 @@ def test_many_images_in_bounded_memory(monkeypatch):
     floats = model.sampler.prepare((1, 5, 5)).image_floats
     monkeypatch.setattr(sampler, "WAVE", 3 * floats * 4)
     seen = []
-    empty = sampler._pool.empty_strided
+    empty = sampler._allocator.empty_strided
     monkeypatch.setattr(
-        sampler._pool, "empty_strided", lambda shape, *rest: seen.append(shape[0]) or empty(shape, *rest)
+        sampler._allocator, "empty_strided", lambda shape, *rest: seen.append(shape[0]) or empty(shape, *rest)
     )
     parts = model.sample(100, (1, 5, 5), uniforms=uniforms)
     assert torch.equal(whole, parts)

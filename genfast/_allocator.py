@@ -2,8 +2,8 @@
 
 The C library returns large freed blocks to the system and asks for them anew, and each new page then costs a fault:
 measured 0.6 us per 4 KiB, where a kernel writes those 4 KiB in 0.05 us. So outputs from 1 MiB on are made on storages
-that the pool keeps, and hands out again once nothing else refers to them: no tensor, view, saved activation, NumPy
-array or storage object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the pool off, and it is off
+that the allocator keeps, and hands out again once nothing else refers to them: no tensor, view, saved activation, NumPy
+array or storage object. At most GENFAST_POOL_BYTES (default 512 MiB) are kept; 0 turns the allocator off, and it is off
 where the interpreter does not count references exactly. A block that has not been asked for in a while goes, the
 longest unused first, and so does one that a user has resized or shared with another process.
 """
@@ -42,7 +42,7 @@ def _references(number: int) -> int:
     return storage_uses(storage) + sys.getrefcount(storage)
 
 
-def _references_of_the_pool() -> int:
+def _references_of_a_free_block() -> int:
     """What :func:`_references` gives for a block that nothing else refers to, which depends on the version of Python.
 
     Returns 0, with which no block counts as free, where a reference to a block does not show in the count or remains in
@@ -69,7 +69,7 @@ def _references_of_the_pool() -> int:
         del _blocks[-1]
 
 
-_ALONE = _references_of_the_pool()
+_ALONE = _references_of_a_free_block()
 if not _ALONE:
     limit = 0
 
