@@ -41,10 +41,9 @@ FLAGS = [
 # Kernels that are written in vectors and unrolled by hand: at -O3 they would take half as long again to compile and up
 # to twice the space, and be no faster. In the order in which they are compiled, the longest first.
 WRITTEN_IN_VECTORS = (
-    "autoregressive_inverse", "nade", "pixel_rnn", "affine_coupling", "spline", "masked_linear", "masked_conv",
-    "bias_act",
-    "activation", "diagonal_gaussian", "linear", "discretized_logistic_mixture", "upfirdn2d", "pixel_program",
-    "minibatch_discrimination", "gated_activation",
+    "flow_program", "autoregressive_inverse", "nade", "pixel_rnn", "affine_coupling", "spline", "masked_linear",
+    "masked_conv", "bias_act", "activation", "diagonal_gaussian", "linear", "discretized_logistic_mixture", "upfirdn2d",
+    "pixel_program", "minibatch_discrimination", "gated_activation",
 )  # fmt: skip
 UNSWITCHED = ("autoregressive_inverse",)  # whose loops test what does not change in them
 
@@ -218,7 +217,10 @@ def extensions() -> list[Pybind11Extension]:
     depends = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*"))]
     found = [
         Pybind11Extension(
-            "genfast._cpu", ["csrc/bind_cpu.cpp", "csrc/guard.cpp"], include_dirs=["csrc"], depends=depends
+            "genfast._cpu",
+            ["csrc/bind_cpu.cpp", "csrc/guard.cpp", "csrc/contents.cpp"],
+            include_dirs=["csrc"],
+            depends=depends,
         )
     ]
     wanted = "0" if SANITIZE else os.environ.get("GENFAST_CUDA", "auto")

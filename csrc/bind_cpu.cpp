@@ -11,7 +11,8 @@
 namespace py = pybind11;
 
 namespace genfast {
-void bind_guard(py::module_& m);  // guard.cpp
+void bind_guard(py::module_& m);     // guard.cpp
+void bind_contents(py::module_& m);  // contents.cpp
 }
 
 using namespace genfast;
@@ -65,5 +66,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa_name, "The instruction set in use; GENFAST_CPU_ISA=v4|v3|base asks for a lower one.");
   m.def("lanes", [] { return isa == Isa::kV4 ? 16 : isa == Isa::kV3 ? 8 : 4; }, "float32 values in a vector");
   bind_guard(m);
+  bind_contents(m);
   GENFAST_KERNELS(GENFAST_ADD)
 }

@@ -208,6 +208,97 @@ std::string degree_program_error(std::uintptr_t address, int64_t length, int64_t
   return "";
 }
 
+// Every number of a program that flow_program.cpp uses as an index, as that file reads them. A step reads rows that were made
+// before it, so that no row is read that nothing wrote.
+std::string flow_program_error(std::uintptr_t address, int64_t length, int64_t option_count) {
+  const int64_t* code = reinterpret_cast<const int64_t*>(address);
+  constexpr int64_t kHeader = 8, kStep = 14, kActivations = 9, kMostBins = 64;
+  if (length < kHeader) return "it is shorter than its header";
+  for (int64_t i = 0; i < kHeader; ++i)
+    if (code[i] < 0 || code[i] > INT64_MAX / 64) return "number " + std::to_string(i) + " of its header is " + std::to_string(code[i]);
+  const int64_t inputs = code[0], contexts = code[1], rows = code[2], weights = code[3], count = code[4];
+  const auto fits = [](int64_t first, int64_t size, int64_t limit) {
+    return first >= 0 && size >= 0 && first <= limit && size <= limit - first;
+  };
+  if (rows > INT32_MAX || count > length / kStep || kHeader + kStep * count > length) return "it is shorter than its header says";
+  int64_t made = inputs + contexts;  // rows that have been written so far
+  if (inputs > rows || contexts > rows - inputs) return "it has fewer rows than inputs";
+  // Whether a table of `size` numbers stands at `first`, each from 0 to limit - 1.
+  const auto table = [&](int64_t first, int64_t size, int64_t limit) {
+    if (!fits(first, size, length)) return false;
+    for (int64_t i = first; i < first + size; ++i)
+      if (code[i] < 0 || code[i] >= limit) return false;
+    return true;
+  };
+  const auto optional = [&](int64_t first, int64_t size, int64_t limit) { return first < 0 || table(first, size, limit); };
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t* s = code + kHeader + kStep * i;
+    const int64_t operation = s[0], first = s[1], units = s[2], kind = s[3], *f = s + 4;
+    const std::string where = "step " + std::to_string(i + 1);
+    if (units < 0 || units > rows) return where + " has no such number of units";
+    const bool makes = operation != 5 && operation != 6;
+    if (makes && (first != made || !fits(first, units, rows))) return where + " does not write the next rows";
+    switch (operation) {
+      case 0: {
+        const int64_t weight = f[0], stride = f[1], bias = f[2], in = f[3];
+        if (kind < 0 || kind >= kActivations - 2) return where + " has no such activation";
+        if (in < 0 || in > rows || weight < 0 || stride < 0 || stride > weights) return where + " has no such weights";
+        if (!table(f[4], in, made) || !optional(f[8], units, made)) return where + " reads what was not made";
+        if (!table(f[5], in, weights) || !table(f[6], units, weights)) return where + " has weights outside of them";
+        if (!optional(f[7], units, in + 1)) return where + " has more live inputs than inputs";
+        int64_t column = 0, row = 0, last = 0;
+        for (int64_t k = 0; k < in; ++k) column = code[f[5] + k] > column ? code[f[5] + k] : column;
+        for (int64_t k = 0; k < units; ++k) {
+          row = code[f[6] + k] > row ? code[f[6] + k] : row;
+          if (f[7] >= 0 && code[f[7] + k] < last) return where + " has live inputs that do not rise";
+          last = f[7] >= 0 ? code[f[7] + k] : 0;
+        }
+        if (stride && row > weights / stride) return where + " has weights outside of them";
+        if (in && units && !fits(weight, row * stride + column + 1, weights)) return where + " has weights outside of them";
+        if (bias >= 0 && units && !fits(bias, row + 1, weights)) return where + " has a bias outside of the weights";
+        break;
+      }
+      case 1:
+        if (kind < 0 || kind >= kActivations) return where + " has no such activation";
+        if (!table(f[0], units, made) || !optional(f[1], units, made) || !optional(f[2], units, made))
+          return where + " reads what was not made";
+        break;
+      case 2:
+        if (kind < 0 || kind > 4 || f[3] < 0 || f[3] > 3) return where + " has no such scale or mode";
+        if (!table(f[0], units, made) || !optional(f[1], units, made) || !optional(f[2], units, made))
+          return where + " reads what was not made";
+        if (f[4] >= option_count) return where + " has a constant outside of the options";
+        break;
+      case 3: {
+        const int64_t bins = f[2];
+        if (kind < 0 || kind > 2 || bins < 2 || bins > kMostBins) return where + " has no such tails or bins";
+        const int64_t width = 3 * bins - 1 + (kind == 0 ? 0 : kind == 1 ? 2 : 1);
+        if (!table(f[0], units, made) || !table(f[1], units * width, made)) return where + " reads what was not made";
+        if (!fits(f[5], 9, option_count)) return where + " has constants outside of the options";
+        break;
+      }
+      case 4:
+        if ((kind != 0 && kind != 5) || f[3] < 0 || f[3] > 3) return where + " has no such scale or mode";
+        if (!table(f[0], units, made) || !table(f[4], units, weights)) return where + " reads what was not made";
+        for (int64_t k = 0; k < units; ++k)
+          for (const int64_t offset : {f[1], f[2]})
+            if (offset >= 0 && !fits(offset, code[f[4] + k] + 1, weights)) return where + " has weights outside of them";
+        break;
+      case 5:
+        if (!fits(f[0], 1, weights)) return where + " has a weight outside of them";
+        break;
+      case 6:
+        if (kind < 0 || kind > 1 || !table(f[0], units, made)) return where + " is of no base, or reads what was not made";
+        break;
+      default: return where + " is of no operation";
+    }
+    if (makes) made += units;
+  }
+  if (made != rows) return "it has other rows than its steps make";
+  if (!table(code[5], inputs, rows)) return "its outputs lie outside of its rows";
+  return "";
+}
+
 }  // namespace
 
 void bind_guard(pybind11::module_& m);
@@ -215,6 +306,7 @@ void bind_guard(pybind11::module_& m);
 void bind_guard(pybind11::module_& m) {
   m.def("indices_within", &indices_within, "Whether all of so many int64 numbers at an address are from 0 to size - 1.");
   m.def("degree_program_error", &degree_program_error, "What is wrong with a degree-ordered program; empty where nothing is.");
+  m.def("flow_program_error", &flow_program_error, "What is wrong with a flow program; empty where nothing is.");
   m.def("guard_types", [](const pybind11::object& tensor, const pybind11::object& parameter, const pybind11::object& strided) {
     const auto keep = [&](const char* name) { return pybind11::object(tensor.attr(name)).release().ptr(); };
     guard_types.layout = keep("layout"), guard_types.dtype = keep("dtype"), guard_types.is_cpu = keep("is_cpu");

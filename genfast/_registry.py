@@ -123,6 +123,19 @@ if _CPU is not None:
     _guard, _signature = _CPU.guard, _CPU.signature
 
 
+def nothing_watches() -> bool:
+    """Whether a call may skip the dispatcher: no compiler, transform, mode, trace or profiler is there to see it."""
+    return not (
+        _is_compiling()
+        or forward_ad._current_level >= 0
+        or transform() is not None
+        or dispatch_modes()
+        or function_modes()
+        or tracing_state()
+        or profiler_enabled()
+    )
+
+
 def check_number(op: str, name: str, value: Any) -> None:
     """Raises where ``value``, which is to be a number or a list of them, is or holds a tensor that requires a
     gradient."""

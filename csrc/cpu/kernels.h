@@ -485,6 +485,26 @@ struct SplineArgs {
 };
 
 // Each kernel and its arguments.
+// The program's format stands at the head of genfast/programs/flow_program.py.
+struct FlowProgramArgs {
+  GENFAST_FIELDS(
+      (bool, is_double)
+      (const int64_t*, code)
+      (const double*, options)
+      (const void*, x, context)  // (N, D), (N, K)
+      (const void*, weights)  // one vector
+      (void*, z, total)  // (N, D), (N,); forward only
+      (void*, values)  // (tiles, rows + 1, tile): written by a forward whose gradient is asked for, read by the backward
+      (const void*, grad_z, grad_total)  // backward only, as the rest; either may be null
+      (void*, grad_x, grad_context, grad_weights)  // the first two may be null
+      (void*, scratch)
+      (Result<int64_t>, size)  // of flow_program_scratch: the elements that a call needs there
+      (bool, backward, again)  // of that: which call, and whether it computes the values (again)
+      (int64_t, n, tile)
+      (int, threads)
+  )
+};
+
 #define GENFAST_KERNELS(K) \
   K(affine_coupling, AffineCouplingArgs) \
   K(affine_coupling_backward, AffineCouplingArgs) \
@@ -538,6 +558,9 @@ struct SplineArgs {
   K(autoregressive_inverse_sweep, DegreeOrderedArgs) \
   K(autoregressive_inverse_weights, DegreeOrderedArgs) \
   K(spline, SplineArgs) \
+  K(flow_program_scratch, FlowProgramArgs) \
+  K(flow_program, FlowProgramArgs) \
+  K(flow_program_backward, FlowProgramArgs) \
   K(fma_rate, FmaRateArgs)
 
 #define GENFAST_DECLARE(kernel, Args) void kernel(const Args&);

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .._renamed import renamed
+from . import flow_program as _flow_program  # noqa: F401  the op of genfast.programs.FlowProgram
 from .actnorm import actnorm
 from .affine_coupling import affine_coupling
 from .autoregressive_inverse import autoregressive_inverse

@@ -128,11 +128,11 @@ def _outputs(result):
 # Which arguments carry the batch axis, where it is not the first one alone.
 BATCHED = {
     "activation_chain": (0, 1), "activation_second": (0, 1, 2, 3), "affine_coupling": (0, 1), "apply_bits": (0, 1),
-    "autoregressive_inverse": (0, 2), "channel_mix": (0, 1), "channel_scale": (0, 1, 2), "contextual_similarity": (0,
-    1),
-    "diagonal_gaussian": (0, 1, 2, 3, 4), "discretized_logistic_mixture_nll": (0, 1), "gated_activation": (0, 1),
-    "interpolate": (0, 1, 2), "linear_input": (0, 2), "linear_spline": (0, 1), "linear_weight": (0, 1), "nade": (0, 4),
-    "nearest_rows": (0, 1), "pairwise_kernel_sum": (0, 1), "plu_weight": (), "quadratic_spline": (0, 1, 2),
+    "autoregressive_inverse": (0, 2), "channel_mix": (0, 1), "channel_scale": (0, 1, 2),
+    "contextual_similarity": (0, 1), "diagonal_gaussian": (0, 1, 2, 3, 4), "discretized_logistic_mixture_nll": (0, 1),
+    "flow_program": (0, 1), "gated_activation": (0, 1), "interpolate": (0, 1, 2), "linear_input": (0, 2),
+    "linear_spline": (0, 1), "linear_weight": (0, 1), "nade": (0, 4), "nearest_rows": (0, 1),
+    "pairwise_kernel_sum": (0, 1), "plu_weight": (), "quadratic_spline": (0, 1, 2),
     "rational_quadratic_spline": (0, 1, 2, 3), "rational_quadratic_spline_packed": (0, 1), "style_loss": (0, 1),
     "style_loss_layers": (0, 1),
 }  # fmt: skip
@@ -350,7 +350,7 @@ def recorded():
 def test_every_op_has_a_check_and_every_backward_op_refuses_shapes_that_do_not_fit(recorded):
     assert all(callable(op.check) for op in _registry.OPS.values())
     backwards = [op for op in _registry.OPS.values() if op.check_before_kernels]
-    assert len(backwards) == 26
+    assert len(backwards) == 27
     assert {op.name for op in backwards} <= set(recorded)
     for op in backwards:
         args = recorded[op.name]
