@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from . import _backend
 from ._calls import all_modules, called_plainly
 from ._compiler import uncompiled
 from ._derived import memcmp, ordinary, readable
 
 _PLAIN = (Tensor, Parameter)
+_CPU: Any = _backend.extension("_cpu")[0]
 
 
 class Contents:
@@ -89,7 +91,9 @@ class Contents:
 _IMMUTABLE = frozenset(
     {type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, FunctionType, BuiltinFunctionType}
 )
-_INTERNAL = frozenset(vars(nn.Module())) | {"_derived"}  # the latter follows from buffers, and is compared with them
+# ``_derived`` follows from buffers and is compared with them; the others are programs, which look at the modules anew.
+_PREPARED = frozenset({"_derived", "_program", "_lowered", "_proven"})
+_INTERNAL = frozenset(vars(nn.Module())) | _PREPARED
 
 
 class ModuleContents:
@@ -111,6 +115,24 @@ class ModuleContents:
         )
         self.comparable &= readable(*buffers, *(p for parameters in self.parameters for p in parameters))
         self.contents = Contents(buffers if self.comparable else [])
+        self._records = self._of_the_extension(buffers) if self.comparable else None
+
+    def _of_the_extension(self, buffers: list[Tensor]) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+        """What csrc/contents.cpp compares, where the extension is there and the buffers lie in memory as they are."""
+        if _CPU is None or any(
+            type(b) is not Tensor or not b.is_cpu or not b.is_contiguous() or b.is_neg() or b.is_inference()
+            for b in buffers
+        ):
+            return None
+        modules = tuple(
+            (m, type(m), tuple(m.__dict__.values()), tuple(m._modules.values()), tuple(m._parameters.values()),
+             tuple(m._buffers.values()))
+            for m in self.modules
+        )  # fmt: skip
+        copies = self.contents.copies
+        return modules, tuple(
+            (b, b._version, b.data_ptr(), b.nbytes, c.data_ptr()) for b, c in zip(buffers, copies) if b.nbytes
+        )
 
     def same(self, module: nn.Module) -> bool:
         """Whether ``module`` is the one that was looked at, and all of it is as it was."""
@@ -122,6 +144,8 @@ class ModuleContents:
             or calls._global_forward_pre_hooks
         ):
             return False
+        if self._records is not None and _CPU.same_modules(*self._records):
+            return True
         buffers: list[Tensor] = []
         for m, settings, children, parameters in zip(self.modules, self.settings, self.children, self.parameters):
             held = m.__dict__
@@ -137,7 +161,12 @@ class ModuleContents:
 
 
 def _immutable(value: Any) -> bool:
-    return type(value) in _IMMUTABLE or (type(value) is tuple and all(map(_immutable, value)))
+    if type(value) in _IMMUTABLE:
+        return True
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    if parameters is not None and parameters.frozen:
+        return all(map(_immutable, vars(value).values()))
+    return type(value) is tuple and all(map(_immutable, value))
 
 
 def _identical(held: dict[str, Any], values: tuple[Any, ...]) -> bool:

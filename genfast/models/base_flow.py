@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nn as gnn
+from .._calls import changes_nothing
+from ..nn.flow_lowering import WholeFlow
+from ..programs import FlowBuilder, LoweringError
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -58,6 +62,22 @@ class Logistic(nn.Module):
 
     def scaled(self, u: Tensor, temperature: float) -> Tensor:
         return self.loc + temperature * torch.logit(u)
+
+
+def lowers_base(base: Any) -> bool:
+    """Whether :func:`lower_base` knows this density."""
+    return type(base) in (DiagonalGaussian, Logistic)
+
+
+def lower_base(base: DiagonalGaussian | Logistic, builder: FlowBuilder) -> None:
+    """Adds the base's log density to a program, whose outputs stay the latents."""
+    latent = builder.features
+    if isinstance(base, DiagonalGaussian):
+        fixed = not isinstance(base.loc, nn.Parameter) and not bool(base.loc.any()) and not bool(base.log_scale.any())
+        if not fixed:
+            builder.features = builder.scale(builder.features, base.log_scale, base.loc, mode="inverse")
+    builder.base("normal" if isinstance(base, DiagonalGaussian) else "logistic")
+    builder.features = latent
 
 
 class DensityModel(nn.Module):
@@ -109,10 +129,69 @@ class FlowModel(DensityModel):
         """Latent (N, D) to (x (N, *shape), logdet (N,))."""
         raise NotImplementedError
 
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Adds the steps from data to latent to a program.
+
+        Raises:
+            LoweringError: the flow, or a layer of it, has none.
+        """
+        raise LoweringError(f"{type(self).__name__} has no flow program")
+
+    def program_modules(self) -> list[nn.Module]:
+        """The modules that :meth:`add_steps` reads."""
+        flow: nn.Module = self.flow  # type: ignore[assignment]
+        return [flow]
+
+    def flow_program(self, x: Tensor, context: Tensor | None = None) -> str:
+        """Why ``log_prob(x, context)`` runs layer by layer; empty where the whole flow runs as one program."""
+        return "" if self._whole(self.check(x), context) is not None else self._whole_flow.reason
+
+    def _whole(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """log p(x) of one program, or None where the layers are called one by one."""
+        whole = self._whole_flow
+        owner = next(c for c in type(self).__mro__ if "add_steps" in vars(c))
+        if owner is FlowModel or self.layers is not gnn:
+            whole.reason = f"{type(self).__name__} has no flow program"
+            return None
+        changed = not changes_nothing(type(self), owner) and type(self) is not owner
+        if changed and not type(self).__module__.startswith(f"{__package__}."):
+            whole.reason = f"{type(self).__qualname__} overrides methods of {owner.__qualname__}, but not add_steps()"
+            return None
+        if self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__:
+            whole.reason = f"{type(self).__name__} has hooks or a forward of its own"
+            return None
+        known = lowers_base(self.base)
+        modules = self.program_modules() + ([self.base] if known else [])
+        found = whole(modules, self._lower_with_base, self._by_layers, x, context)
+        if found is None:
+            return None
+        z, total = found
+        return total if known else self._base_density(z) + total
+
+    @functools.cached_property
+    def _whole_flow(self) -> WholeFlow:
+        return WholeFlow()
+
+    def _lower_with_base(self, builder: FlowBuilder) -> None:
+        self.add_steps(builder)
+        if lowers_base(self.base):
+            lower_base(self.base, builder)
+
+    def _by_layers(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, logdet = self.forward(x, context)
+        return z, logdet + self._base_density(z) if lowers_base(self.base) else logdet
+
+    def _base_density(self, z: Tensor) -> Tensor:
+        density: Tensor = self.base.log_prob(z)
+        return density
+
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats, (N,)."""
+        whole = self._whole(self.check(x), context)
+        if whole is not None:
+            return whole
         z, logdet = self(x, context)
-        density: Tensor = self.base.log_prob(z) + logdet
+        density: Tensor = self._base_density(z) + logdet
         return density
 
     @torch.no_grad()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..programs import FlowBuilder, LoweringError
+from ..programs.flow_program import Rows
 
 
 class MLP(nn.Module):
@@ -19,6 +23,16 @@ class MLP(nn.Module):
         self.context = nn.Linear(context, hidden, bias=False) if context else None
         nn.init.zeros_(self.linears[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.linears[-1].bias)  # type: ignore[arg-type]
+
+    def add_steps(self, builder: FlowBuilder, sources: Rows, context: Rows | None) -> Rows:
+        """The rows of the outputs: the forward's steps in a program."""
+        *hidden, last = [cast("nn.Linear", linear) for linear in self.linears]
+        _check_linear(*hidden, last)
+        h = sources
+        for i, linear in enumerate(hidden):
+            added = _lowered_context(builder, self.context, context) if i == 0 else None
+            h = builder.linear(linear.weight, linear.bias, h, activation="relu", added=added)
+        return builder.linear(last.weight, last.bias, h)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         *hidden, last = self.linears
@@ -95,6 +109,19 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
+    def add_steps(self, builder: FlowBuilder, sources: Rows, context: Rows | None) -> Rows:
+        """The rows of the outputs: the forward's steps in a program."""
+        if self.period:
+            raise LoweringError("ResidualMLP with a period has no step of a flow program")
+        blocks = [[cast("nn.Linear", linear) for linear in block.children()] for block in self.blocks]
+        _check_linear(self.first, self.last, *(linear for block in blocks for linear in block))
+        added = _lowered_context(builder, self.context, context)
+        h = builder.linear(self.first.weight, self.first.bias, sources, added=added)
+        for before, after in blocks:
+            inner = builder.linear(before.weight, before.bias, builder.point("relu", h), activation="relu")
+            h = builder.linear(after.weight, after.bias, inner, added=h)
+        return builder.linear(self.last.weight, self.last.bias, h)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.period:
             angle = x * (math.pi / self.period)
@@ -115,3 +142,18 @@ def _add_context(x: Tensor, projection: nn.Linear | None, context: Tensor | None
         return x
     added: Tensor = projection(context)
     return x + added.reshape(*added.shape, *([1] * (x.dim() - 2)))
+
+
+def _check_linear(*layers: nn.Module) -> None:
+    for layer in layers:
+        if type(layer) is not nn.Linear:
+            raise LoweringError(f"{type(layer).__name__} in the place of a Linear has no step of a flow program")
+
+
+def _lowered_context(builder: FlowBuilder, projection: nn.Linear | None, context: Rows | None) -> Rows | None:
+    if (projection is None) != (context is None):
+        raise LoweringError("a conditioner is called with another context than it was made for")
+    if projection is None or context is None:
+        return None
+    _check_linear(projection)
+    return builder.linear(projection.weight, projection.bias, context)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.kl import register_kl
 
+from ..nn.flow_lowering import lower
+from ..programs import FlowBuilder
 from .base_flow import FlowModel
 
 
@@ -167,6 +169,9 @@ class Flow(FlowModel):
             context = context.expand(*lead, context.shape[-1]).reshape(-1, context.shape[-1])
         return lead, math.prod(lead), context
 
+    def add_steps(self, builder: FlowBuilder) -> None:
+        lower(self.flow, builder)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = self.flow(self.check(x), self._context(context, x.shape[0]))
         return result
@@ -179,7 +184,7 @@ class Flow(FlowModel):
 
     # ---- the base ----
 
-    def _base_log_prob(self, z: Tensor) -> Tensor:
+    def _base_density(self, z: Tensor) -> Tensor:
         flat = z.reshape(-1, *self.base.shape) if isinstance(self.base, FixedBase) else z.flatten(1)
         density: Tensor = self.base.log_prob(flat)
         return density
@@ -219,9 +224,7 @@ class Flow(FlowModel):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats, (N,)."""
-        z, logdet = self(x, context)
-        density: Tensor = self._base_log_prob(z) + logdet
-        return density
+        return super().log_prob(x, self._context(context, x.shape[0]))
 
     def rsample(
         self,
@@ -279,7 +282,7 @@ class Flow(FlowModel):
         with contextlib.nullcontext() if self.has_rsample else torch.no_grad():
             z = self._draw(count, temperature, generator)
             x, logdet = self.inverse(z, rows)
-            log_prob = self._base_log_prob(z) - logdet
+            log_prob = self._base_density(z) - logdet
         return x.reshape(*lead, *self.shape), log_prob.reshape(lead)
 
     def _must_differentiate(self, what: str) -> None:

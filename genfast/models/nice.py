@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..nn.flow_lowering import lower
+from ..programs import FlowBuilder
 from .base_flow import DiagonalGaussian, FlowModel, Logistic
 from .conditioners import MLP
 
@@ -51,6 +53,10 @@ class NICE(FlowModel):
         self.flow = self.layers.FlowSequential(*steps)
         self.log_scale = nn.Parameter(torch.zeros(dim))
         self.base = Logistic(dim) if prior == "logistic" else DiagonalGaussian(dim, trainable=False)
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        lower(self.flow, builder)
+        builder.features = builder.scale(builder.features, self.log_scale, None)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h, logdet = self.flow(self.check(x), context)

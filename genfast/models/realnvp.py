@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..nn.flow_lowering import lower
+from ..programs import FlowBuilder, LoweringError
 from .base_flow import DiagonalGaussian, FlowModel, latent_parts
 from .conditioners import MLP, ResNet
 
@@ -99,6 +101,14 @@ class RealNVP(FlowModel):
                 )
             )
         return steps
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        if len(self.shape) != 1:
+            raise LoweringError("RealNVP of images has no flow program")
+        lower(self.stages[0], builder)
+
+    def program_modules(self) -> list[nn.Module]:
+        return [self.stages]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, parts, logdets = self.check(x), [], []

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._derived import ordinary, readable
+from ..programs import FlowBuilder, LoweringError
 from .bijection import Bijection
 
 
@@ -93,6 +94,12 @@ class ActNorm(Bijection):
         if self._pending and self.training:
             self.initialize(x)
         return ops.actnorm(x, self.log_scale, self.bias, log_scale=True, shift_first=self.shift_first)
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        if self._pending and self.training:
+            raise LoweringError("ActNorm waits for its first batch")
+        mode = "shift_then_scale" if self.shift_first else "scale_then_shift"
+        builder.features = builder.scale(builder.features, self.log_scale, self.bias, mode=mode)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.actnorm(z, self.log_scale, self.bias, log_scale=True, inverse=True, shift_first=self.shift_first)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..programs import FlowBuilder, LoweringError
 from ..reference.affine_coupling import LAYOUTS, SCALES
 from .actnorm import ActNorm
 from .bijection import Bijection, Rebuilt, State, rebuild
+from .flow_lowering import lower_network
 from .invertible_conv1x1 import InvertibleConv1x1
 
 Scale = Literal["exp", "sigmoid", "tanh", "softclamp", "additive"]
@@ -113,6 +116,41 @@ class AffineCoupling(Bijection):
             transform=self.transform,
             shift_first=self.shift_first,
         )
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Adds the conditioner and the map of the moved features to a program."""
+        if self.mask is not None:
+            raise LoweringError("AffineCoupling with a mask has no step of a flow program")
+        x, additive = builder.features, self.scale == "additive"
+        width = len(x) // 2 if self.width is None else self.width
+        first = self.transform == "first"
+        moved, passed = (x[:width], x[width:]) if first else (x[len(x) - width :], x[: len(x) - width])
+        params = lower_network(self.conditioner, builder, passed, builder.context or None)
+        if len(params) != (width if additive else 2 * width):
+            raise LoweringError(f"AffineCoupling: its conditioner gives {len(params)} numbers for {width} features")
+        interleaved = self.layout.endswith("interleaved")
+        halves = (
+            (params[::2], params[1::2]) if interleaved else (params[: len(params) // 2], params[len(params) // 2 :])
+        )
+        a, t = halves if self.layout.startswith("scale") else halves[::-1]
+        if additive:
+            a, t = [], params
+        if self.scale == "tanh":
+            factor = self.alpha
+            if not isinstance(factor, Tensor):
+                factor = torch.full((width,), 1.0 if factor is None else float(factor), dtype=builder.dtype)
+            if factor.shape != (width,):
+                raise LoweringError("AffineCoupling: alpha is not one number for each moved feature")
+            a = builder.scale(builder.point("tanh", a), factor, None, kind="given", counts=False)
+        y = builder.affine(
+            moved,
+            None if additive else a,
+            t,
+            scale="exp" if self.scale == "tanh" else self.scale,
+            mode="shift_then_scale" if self.shift_first else "scale_then_shift",
+            constant=math.log(1000) if self.scale == "softclamp" else 0.0,
+        )
+        builder.features = y + passed if first else passed + y
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._couple(x, self._params(x, self._passed(x), context), False)

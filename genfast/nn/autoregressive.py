@@ -14,9 +14,10 @@ from .._compiler import uncompiled
 from .._contents import ModuleContents
 from .._derived import readable_module
 from .._modes import evaluating
-from ..programs import DegreeProgram, LoweringError, layers_of
+from ..programs import DegreeProgram, FlowBuilder, LoweringError, layers_of
 from ..programs import self_check as checks
 from .bijection import Bijection
+from .flow_lowering import lower_map, lower_network
 from .made import MADENetwork
 from .univariate import AffineMap, Mapped, spline_options, univariate
 
@@ -86,6 +87,11 @@ class MaskedAutoregressive(Mapped, Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._mapped(x, self._params(x, context), False)
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Adds the network and the map to a program."""
+        params = lower_network(self.network, builder, builder.features, builder.context or None)
+        builder.features = lower_map(self.map, builder, builder.features, params)
 
     def inverse_plain(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One pass of the whole network per feature: after pass k, the first k of the order are right."""

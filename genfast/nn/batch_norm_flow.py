@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
+from ..programs import FlowBuilder, LoweringError
 from .bijection import Bijection
 
 
@@ -104,6 +106,16 @@ class BatchNormFlow(Bijection):
         """The log-scale and the bias of :func:`genfast.ops.actnorm`."""
         log_scale = self.log_gamma - 0.5 * (var + self.eps).log()
         return log_scale, self.beta - mean * log_scale.exp()
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Adds the affine map of the running statistics to a program."""
+        if self.training:
+            raise LoweringError("BatchNormFlow in training has no step of a flow program")
+
+        def part(i: int) -> Callable[[], Tensor]:
+            return lambda: self._affine(self.running_mean, self.running_var)[i]
+
+        builder.features = builder.scale(builder.features, part(0), part(1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.actnorm(x, *self._affine(*self._statistics(x)), log_scale=True)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .flow_lowering import lower
+
 # What flows through a chain: a tensor, or two channel halves of one (see GlowStep).
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -97,6 +99,11 @@ class FlowSequential(Bijection):
 
     def __getitem__(self, index: int) -> nn.Module:
         return list(self.children())[index]
+
+    def add_steps(self, builder: Any) -> None:
+        """Adds the steps of all to a :class:`genfast.programs.FlowBuilder`."""
+        for b in self.children():
+            lower(b, builder)
 
     def forward(self, x: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
         return self._run(x, [(b, "forward") for b in self.children()], context)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
+from ..programs import FlowBuilder, LoweringError
 from .bijection import Bijection
 from .permutation import Permutation
 
@@ -51,6 +52,17 @@ class LULinear(Bijection):
         """What :func:`genfast.ops.invertible_conv1x1` takes as ``weight``."""
         return ops.PLU(self.perm, self.lower, self.upper, self.sign_s, self.log_s)
 
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Adds z = P (I + L) (U + diag(e^log_s)) x + bias to a program, triangle by triangle."""
+        if not bool((self.sign_s == 1).all()):
+            raise LoweringError("LULinear with a negative diagonal has no step of a flow program")
+        triangle = torch.ones(self.features, self.features, dtype=torch.bool)
+        x = builder.features
+        x = builder.linear(self.upper, None, x, mask=triangle.triu(1), added=builder.scale(x, self.log_s, None))
+        x = builder.linear(self.lower, None, x, mask=triangle.tril(-1), added=x)
+        x = [x[i] for i in self.perm.tolist()]
+        builder.features = x if self.bias is None else builder.scale(x, None, self.bias)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.invertible_conv1x1(x, self.factors(), self.bias)
 
@@ -90,6 +102,10 @@ class Householder(Bijection):
     def matrix(self) -> Tensor:
         """Q (D, D) of z = Q x."""
         return reference.householder(self.vectors)
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Adds the product with the whole matrix to a program; a rotation adds nothing to the log-determinant."""
+        builder.features = builder.linear(self.matrix, None, builder.features, units=self.vectors.shape[1])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._product(x, self.matrix())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._calls import class_of, stands_for
-from ..programs import Layer, LoweringError
+from ..programs import FlowBuilder, Layer, LoweringError
+from ..programs.flow_program import Rows
 from ..reference.masked_linear import ACTIVATIONS
 from .masked_linear import MaskedLinear, integers
 
@@ -247,6 +248,32 @@ class MADENetwork(nn.Module):
             h = last(h)
         y: Tensor = h.unflatten(1, (self.features, self.outputs))
         return y
+
+    def add_steps(self, builder: FlowBuilder, sources: Rows, context: Rows | None) -> Rows:
+        """The rows of the outputs, those of a feature one behind the other: the forward's steps in a program."""
+        linears = [cast("MaskedLinear", linear) for linear in self.linears]
+        if (context is None) != (self.context is None):
+            raise LoweringError(f"{type(self).__name__} is called with another context than it was made for")
+        for m in (*linears, *(() if self.context is None else (self.context,))):
+            if type(m) not in (MaskedLinear, nn.Linear):
+                raise LoweringError(f"{type(self).__name__}: {class_of(m).__name__} in the place of a MaskedLinear")
+        added = None
+        if self.context is not None and context is not None:
+            added = builder.linear(self.context.weight, self.context.bias, context)
+        last = len(linears) - 1
+        h = sources
+        for i, linear in enumerate(linears):
+            inner = self.activation if 0 < last != i and not self.residual else "none"
+            residual = None
+            if self.residual and 0 < i < last:
+                if i % 2:
+                    before, h, inner = h, builder.point(self.activation, h), self.activation
+                else:
+                    residual = before
+            h = builder.linear(
+                linear.weight, linear.bias, h, mask=linear.live, activation=inner, added=added if i == 0 else residual
+            )
+        return h
 
     def layers(self, context: Tensor | None = None) -> list[Layer]:
         """The network as :class:`genfast.sampling.DegreeProgram` takes it, at a context (N, K).

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..programs import FlowBuilder
 from .bijection import Bijection
 
 
@@ -40,6 +41,10 @@ class Permutation(Bijection):
         if order.shape != (features,) or not torch.equal(order.sort()[0], torch.arange(features, device=order.device)):
             raise ValueError(f"Permutation: order={order.tolist()}, expected a permutation of 0 to {features - 1}")
         self.register_buffer("order", order)
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Renames the rows of the features: a permutation costs a program nothing."""
+        builder.features = [builder.features[i] for i in self.order.tolist()]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check(x)

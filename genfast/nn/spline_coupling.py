@@ -7,7 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..programs import FlowBuilder, LoweringError
 from .bijection import Bijection
+from .flow_lowering import lower_map, lower_network
 from .univariate import Mapped, SplineMap, univariate
 
 
@@ -104,6 +106,27 @@ class SplineCoupling(Mapped, Bijection):
             )
         y_a, logdet = self._mapped(x_a, params.unflatten(1, (x_a.shape[1], self.map.outputs)), inverse)
         return self._joined(x, y_a, x_b), logdet
+
+    def add_steps(self, builder: FlowBuilder) -> None:
+        """Adds the conditioner and the splines of the moved features to a program."""
+        x = builder.features
+        if self.passed is not None and self.moved is not None:
+            moved, passed = self.moved.tolist(), self.passed.tolist()
+        else:
+            width = len(x) // 2 if self.width is None else self.width
+            start = 0 if self.transform == "first" else len(x) - width
+            moved = list(range(start, start + width))
+            passed = [i for i in range(len(x)) if i not in moved]
+        params = lower_network(self.conditioner, builder, [x[i] for i in passed], builder.context or None)
+        if len(params) != len(moved) * self.map.outputs:
+            raise LoweringError(
+                f"SplineCoupling: its conditioner gives {len(params)} numbers for {len(moved)} features"
+            )
+        y = lower_map(self.map, builder, [x[i] for i in moved], params)
+        features = list(x)
+        for i, row in zip(moved, y):
+            features[i] = row
+        builder.features = features
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(x, context, False)
