@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,8 @@ class RowLSTM(nn.Module):
         torch.Size([2, 9, 5, 5])
     """
 
+    convolution: Callable[..., nn.Module] = MaskedConv2d  # the plain twin has a plain one
+
     def __init__(
         self, in_channels: int, hidden: int, kernel_size: int = 3, *, mask_type: str = "B", data_channels: int = 1
     ) -> None:
@@ -73,14 +76,17 @@ class RowLSTM(nn.Module):
         _check_arguments("RowLSTM", in_channels, hidden, kernel_size, mask_type, data_channels)
         self.in_channels, self.hidden, self.kernel_size = in_channels, hidden, kernel_size
         self.mask_type, self.data_channels = mask_type, data_channels
-        self.input_to_state = MaskedConv2d(
+        self.input_to_state = self.convolution(
             in_channels, 4 * hidden, (1, kernel_size), mask_type=mask_type, data_channels=data_channels
         )
         self.state_to_state = _uniform(4 * hidden, hidden, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input("RowLSTM", x, self.in_channels)
-        return ops.row_lstm(self.input_to_state(x), self.state_to_state)
+        return self._scan(self.input_to_state(x), self.state_to_state)
+
+    def _scan(self, gates: Tensor, weight: Tensor) -> Tensor:
+        return ops.row_lstm(gates, weight)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.hidden}, kernel_size={self.kernel_size}, mask_type={self.mask_type!r}"
@@ -112,20 +118,27 @@ class DiagonalBiLSTM(nn.Module):
         torch.Size([2, 9, 5, 5])
     """
 
+    convolution: Callable[..., nn.Module] = MaskedConv2d
+
     def __init__(self, in_channels: int, hidden: int, *, mask_type: str = "B", data_channels: int = 1) -> None:
         super().__init__()
         _check_arguments("DiagonalBiLSTM", in_channels, hidden, 1, mask_type, data_channels)
         self.in_channels, self.hidden = in_channels, hidden
         self.mask_type, self.data_channels = mask_type, data_channels
-        self.input_to_state = MaskedConv2d(in_channels, 8 * hidden, 1, mask_type=mask_type, data_channels=data_channels)
+        self.input_to_state = self.convolution(
+            in_channels, 8 * hidden, 1, mask_type=mask_type, data_channels=data_channels
+        )
         self.state_to_state = _uniform(2, 4 * hidden, hidden, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input("DiagonalBiLSTM", x, self.in_channels)
         from_left, from_right = self.input_to_state(x).chunk(2, 1)
-        left = ops.diagonal_lstm(from_left, self.state_to_state[0])
-        right = ops.diagonal_lstm(from_right.flip(3), self.state_to_state[1]).flip(3)
+        left = self._scan(from_left, self.state_to_state[0])
+        right = self._scan(from_right.flip(3), self.state_to_state[1]).flip(3)
         return left + F.pad(right, (0, 0, 1, -1))
+
+    def _scan(self, gates: Tensor, weight: Tensor) -> Tensor:
+        return ops.diagonal_lstm(gates, weight)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.hidden}, mask_type={self.mask_type!r}"

@@ -390,3 +390,22 @@ class GatedActivation(layers.GatedActivation):
 class GatedMaskedConv2d(layers.GatedMaskedConv2d):
     def _parts(self) -> tuple[Any, Any]:
         return MaskedConv2d, GatedActivation
+
+
+# ---- recurrences ----
+
+
+class RowLSTM(layers.RowLSTM):
+    convolution = MaskedConv2d
+
+    def _scan(self, gates: Tensor, weight: Tensor) -> Tensor:
+        h: Tensor = reference.row_lstm(gates, weight, save_for_backward=False)[0]
+        return h
+
+
+class DiagonalBiLSTM(layers.DiagonalBiLSTM):
+    convolution = MaskedConv2d
+
+    def _scan(self, gates: Tensor, weight: Tensor) -> Tensor:
+        h: Tensor = reference.diagonal_lstm(gates, weight, save_for_backward=False)[0]
+        return h

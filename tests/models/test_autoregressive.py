@@ -48,6 +48,8 @@ TWINS = [
     (GatedPixelCNN, plain(GatedPixelCNN), (1, 12, 2, 5, 6), {"context_channels": 2}, (1, 6, 7), (4, 2, 6, 7)),
     (WaveNet, plain(WaveNet), (16, 8, 12, 3, 2), {"context_channels": 2}, (1, 30), (4, 2, 30)),
     (PixelCNNPlusPlus, plain(PixelCNNPlusPlus), (3, 8, 1, 3), {}, (3, 8, 8), None),
+    (PixelRNN, plain(PixelRNN), (3, 12, 2, "row", 4), {}, (3, 4, 5), None),
+    (PixelRNN, plain(PixelRNN), (3, 12, 2, "diagonal", 4), {}, (3, 4, 5), None),
 ]
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genfast import models, reference
+from genfast import models, ops, reference
 from genfast import nn as gnn
+from genfast.nn import plain as plain_layers
 
 HEIGHT, WIDTH = 4, 5
 LAYERS = {
@@ -102,6 +103,25 @@ def test_the_layers_are_their_references(make, groups, mask_type):
         mirrored = reference.diagonal_lstm(right.flip(3), layer.state_to_state[1])[0].flip(3)
         expected[:, :, 1:] += mirrored[:, :, :-1]
     torch.testing.assert_close(layer(x), expected)
+
+
+@each_layer
+def test_the_plain_twin_has_the_same_weights_numbers_and_gradients(make, groups, mask_type, monkeypatch):
+    layer = make()
+    options = {"mask_type": mask_type, "data_channels": groups}
+    if isinstance(layer, gnn.RowLSTM):
+        options["kernel_size"] = layer.kernel_size
+    twin = getattr(plain_layers, type(layer).__name__)(layer.in_channels, layer.hidden, **options)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, layer.in_channels, HEIGHT, WIDTH)
+    y = layer(x)
+    expected_gradients = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    for name in ("row_lstm", "diagonal_lstm", "masked_conv2d"):
+        monkeypatch.setattr(ops, name, None)  # the twin calls no op of ours
+    expected = twin(x)
+    torch.testing.assert_close(y, expected)
+    for ours, plain in zip(expected_gradients, torch.autograd.grad(expected.square().sum(), list(twin.parameters()))):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 @each_layer
