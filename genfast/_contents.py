@@ -101,17 +101,19 @@ class ModuleContents:
 
     The walk covers types, settings, hooks, submodules, the identity of parameters, and the numbers of buffers.
     Parameters' numbers are left to whoever packs them. A module with a setting that may change in place is never the
-    same again.
+    same again, but for the names in ``unchanged``, whose objects nobody changes so.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, unchanged: frozenset[str] = frozenset()) -> None:
         self.modules = all_modules([module])
         self.settings = [(type(m), *m.__dict__.values()) for m in self.modules]
         self.children = [tuple(m._modules.values()) for m in self.modules]
         self.parameters = [tuple(m._parameters.values()) for m in self.modules]
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
         self.comparable = called_plainly(module) and all(
-            name in _INTERNAL or _immutable(value) for m in self.modules for name, value in m.__dict__.items()
+            name in _INTERNAL or name in unchanged or _immutable(value)
+            for m in self.modules
+            for name, value in m.__dict__.items()
         )
         self.comparable &= readable(*buffers, *(p for parameters in self.parameters for p in parameters))
         self.contents = Contents(buffers if self.comparable else [])
@@ -161,12 +163,12 @@ class ModuleContents:
 
 
 def _immutable(value: Any) -> bool:
-    if type(value) in _IMMUTABLE:
+    if type(value) in _IMMUTABLE or isinstance(value, type):
         return True
     parameters = getattr(type(value), "__dataclass_params__", None)
     if parameters is not None and parameters.frozen:
         return all(map(_immutable, vars(value).values()))
-    return type(value) is tuple and all(map(_immutable, value))
+    return isinstance(value, tuple) and all(map(_immutable, value))
 
 
 def _identical(held: dict[str, Any], values: tuple[Any, ...]) -> bool:

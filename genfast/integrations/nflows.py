@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 from nflows import transforms as nt
+from nflows.flows.base import Flow as Peer
 from nflows.transforms import autoregressive, coupling, made
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from .._derived import derived
 from ..ops.invertible_conv1x1 import MIX
 from . import _autoregressive as shared
 from . import _lu_layers
+from . import _nflows_program as program
+from . import _whole_flow as whole_flow
 from ._autoregressive import logit_scale, within_unit
 from ._class_swap import Swapped, covered, plain_call
 
@@ -306,8 +310,34 @@ class OneByOneConvolution(_lu_layers.LULinear):
         return MIX(inputs, None, weight, -(weight @ self.bias), self.features)[0], -self._logabsdet(inputs)
 
 
+# ---- whole flows ----
+
+
+class Flow(Swapped):
+    peer = Peer
+    what = whole_flow.WHAT
+    stands_for = ("_log_prob",)
+
+    @classmethod
+    def falls_back(cls, module: Any) -> str:
+        return whole_flow.reason(*program.sizes(module), lambda builder: program.lower(module, builder))
+
+    def _log_prob(self: Any, inputs: Tensor, context: Tensor | None) -> Any:
+        embedded = self._embedding_net(context)
+
+        def plain(x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+            noise, logabsdet = self._transform(x, context=c)
+            return noise, self._distribution.log_prob(noise, context=c) + logabsdet
+
+        fits = inputs.dim() == 2 and (embedded is None or isinstance(embedded, Tensor))
+        roots = [self._transform, self._distribution]
+        lowering = functools.partial(program.lower, self)
+        found = whole_flow.whole_log_prob(self, roots, lowering, plain, inputs, embedded) if fits else None
+        return plain(inputs, embedded)[1] if found is None else found
+
+
 SWAPS: tuple[type[Swapped], ...] = (
-    MaskedLinear, MaskedResidualBlock, MaskedAffine, MaskedSpline, MaskedLinearSpline,
+    Flow, MaskedLinear, MaskedResidualBlock, MaskedAffine, MaskedSpline, MaskedLinearSpline,
     MaskedQuadraticSpline, AdditiveCoupling, LinearSplineCoupling, QuadraticSplineCoupling,
     RationalQuadraticSplineCoupling,
     LinearSplineCDF, QuadraticSplineCDF, RationalQuadraticSplineCDF, ActNorm, LULinear, OneByOneConvolution,

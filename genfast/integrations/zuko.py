@@ -17,8 +17,10 @@ from zuko import transforms as zt
 from zuko.utils import broadcast, unpack
 
 from .. import ops
-from .._derived import derived
+from .._derived import derived, recorded
 from ..programs import Layer
+from . import _whole_flow as whole_flow
+from . import _zuko_program as program
 from ._class_swap import Swapped, covered, of_library, plain_call
 from ._masked_networks import activation_name, layer_of, masked_product, no_staircase, solve, staircase
 
@@ -458,4 +460,38 @@ class ElementWise(Swapped):
         return _dependent(self, univariate, self.hyper(c))
 
 
-SWAPS: tuple[type[Swapped], ...] = (MaskedMLP, MaskedAutoregressive, GeneralCoupling, ElementWise)
+# ---- whole flows ----
+
+
+class Flow(Swapped):
+    peer = zuko.lazy.Flow
+    what = whole_flow.WHAT
+    stands_for = ("forward",)
+
+    @classmethod
+    def falls_back(cls, module: Any) -> str:
+        return whole_flow.reason(*program.sizes(module), lambda builder: program.lower(module, univariate_of, builder))
+
+    def forward(self: Any, c: Tensor | None = None) -> Any:
+        if torch.compiler.is_compiling() or recorded():
+            return super().forward(c)  # type: ignore[misc]
+        return program.NormalizingFlow(self, c)
+
+    def whole(self: Any, x: Tensor, c: Tensor | None) -> Tensor | None:
+        """log p(x | c) of one program, or None where the transforms must be called one by one."""
+        features = program.sizes(self)[0]
+        rows = None if features is None else program.rows_of(x, c, features)
+        if rows is None:
+            return None
+
+        def plain(x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+            by = program.peer_forward(self, c)
+            z, ladj = by.transform.call_and_ladj(x)
+            return z, by.base.log_prob(z) + ladj
+
+        lowering = functools.partial(program.lower, self, univariate_of)
+        found = whole_flow.whole_log_prob(self, [self], lowering, plain, *rows[:2])
+        return None if found is None else found.reshape(rows[2])
+
+
+SWAPS: tuple[type[Swapped], ...] = (Flow, MaskedMLP, MaskedAutoregressive, GeneralCoupling, ElementWise)

@@ -131,19 +131,22 @@ class WholeFlow:
     ``reason`` says why there is none. The program proves itself against the plain way on the first batch of each
     structure.
 
+    Args:
+        unchanged: names of settings whose objects nobody changes in place, though they could be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unchanged: frozenset[str] = frozenset()) -> None:
+        self._unchanged = unchanged
         self.program: FlowProgram | None = None
         self.reason = "it was not called yet"
         self._contents: list[ModuleContents] = []
         self._contexts = -1
 
     def __deepcopy__(self, memo: Any) -> WholeFlow:  # a copy lowers its own modules
-        return WholeFlow()
+        return WholeFlow(self._unchanged)
 
     def __reduce__(self) -> Any:
-        return WholeFlow, ()
+        return WholeFlow, (self._unchanged,)
 
     def __call__(
         self,
@@ -186,7 +189,7 @@ class WholeFlow:
     ) -> None:
         self.program, self.reason = None, ""
         self._contexts = 0 if context is None else context.shape[1]
-        self._contents = [ModuleContents(m) for m in roots]
+        self._contents = [ModuleContents(m, self._unchanged) for m in roots]
         changing = next((m for m, c in zip(roots, self._contents) if not c.comparable), None)
         if changing is not None:
             self.reason = (

@@ -100,7 +100,7 @@ class FlowBuilder:
         """
         if isinstance(weight, Tensor):
             units = weight.shape[0]
-            if weight.shape[1] != len(sources):
+            if weight.dim() != 2 or weight.shape[1] != len(sources):
                 raise LoweringError(f"a layer takes {weight.shape[1]} numbers, and {len(sources)} come in")
         assert units is not None
         if activation not in _FROM_VALUE:
