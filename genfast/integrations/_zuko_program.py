@@ -15,7 +15,6 @@ from zuko import transforms as zt
 from ..programs import FlowBuilder, LoweringError
 from ..programs.flow_program import Rows
 from . import _whole_flow as shared
-from ._class_swap import Swapped
 
 _LINEAR = (nn.Linear, zuko.nn.Linear)  # the first is zuko's masked layer too
 
@@ -186,8 +185,8 @@ class NormalizingFlow(zuko.distributions.NormalizingFlow):  # type: ignore[misc]
         return self._plain.expand(batch_shape, new)
 
     def log_prob(self, x: Tensor) -> Any:
-        module: Any = self._module  # which has its own class again after restore
-        found = module.whole(x, self._context) if isinstance(module, Swapped) else None
+        module: Any = self._module  # it has its own class again after restore
+        found = module.whole(x, self._context) if hasattr(module, "whole") else None
         return self._plain.log_prob(x) if found is None else found
 
 
@@ -199,8 +198,11 @@ def peer_forward(module: Any, context: Tensor | None) -> Any:
 
 
 def rows_of(x: Tensor, c: Tensor | None, features: int) -> tuple[Tensor, Tensor | None, tuple[int, ...]] | None:
-    """x and c as matrices of as many rows, and the shape that these rows had; None where they do not fit."""
-    if not x.dim() or x.shape[-1] != features or (c is not None and not c.dim()):
+    """x and c as matrices of as many rows, and the shape that these rows had; None where they do not fit.
+
+    An empty batch is left to zuko, which refuses it.
+    """
+    if not x.numel() or not x.dim() or x.shape[-1] != features or (c is not None and not c.dim()):
         return None
     if c is None:
         return x.reshape(-1, features), None, tuple(x.shape[:-1])

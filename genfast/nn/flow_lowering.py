@@ -176,6 +176,9 @@ class WholeFlow:
             self._prepare(roots, lowering, plain, x, context)
         if self.program is None or self.program.inputs != x.shape[1]:
             return None
+        if any(w.dtype is not x.dtype for w in self.program.weights if isinstance(w, Tensor)):
+            self.reason = "its weights have another dtype than the data"
+            return None
         self.reason = ""
         return self.program(x, context)
 
@@ -204,9 +207,8 @@ class WholeFlow:
         except LoweringError as error:
             self.reason = str(error)
             return
-        if any(w.dtype != x.dtype for w in program.weights if isinstance(w, Tensor)):
-            self.reason = "its weights have other dtypes than the data"
-            self._contents = []
+        if any(w.dtype is not x.dtype for w in program.weights if isinstance(w, Tensor)):
+            self.reason, self._contents = "its weights have another dtype than the data", []
             return
         self._prove(program, roots, plain, x[:8].detach(), None if context is None else context[:8].detach())
         self.program, self.reason = program, ""

@@ -285,7 +285,8 @@ class FlowProgram:
             z, total = _Call.apply(self, x, context, *tensors)  # type: ignore[no-untyped-call]
             return z, total
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context, *tensors) if t is not None)
-        z, total, _ = self.call(x, context, self.flat_weights(x.dtype), keep)
+        weights = torch.cat([t.reshape(-1) for t in tensors]) if tensors else x.new_zeros(0)
+        z, total, _ = self.call(x, context, weights, keep)
         return z, total
 
     def call(self, x: Tensor, context: Tensor | None, weights: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,7 @@ def test_accelerate_returns_the_model_and_report_tells_of_it():
     again, report = genfast.accelerate(flow, report=True)
     assert again is flow
     assert report == genfast.report(flow)
-    assert len(report.swapped) == 6
+    assert len(report.swapped) == 7
     genfast.restore(flow)
     assert not genfast.report(flow).swapped
     assert {e.detail for e in genfast.report(flow).left} == {"not accelerated: call genfast.accelerate"}
