@@ -43,7 +43,7 @@ FLAGS = [
 WRITTEN_IN_VECTORS = (
     "flow_program", "autoregressive_inverse", "nade", "pixel_rnn", "affine_coupling", "spline", "masked_linear",
     "masked_conv", "bias_act", "activation", "diagonal_gaussian", "linear", "discretized_logistic_mixture", "upfirdn2d",
-    "pixel_program", "minibatch_discrimination", "gated_activation",
+    "pixel_program", "minibatch_discrimination", "gated_activation", "adam",
 )  # fmt: skip
 UNSWITCHED = ("autoregressive_inverse",)  # whose loops test what does not change in them
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  before the extensions, so that all share one OpenMP thread pool
 
-from . import integrations, losses, models, nn, ops, reference, sampling
+from . import integrations, losses, models, nn, ops, optim, reference, sampling
 from ._backend import BackendError, MissingKernelsWarning, backend, has_kernels, warn_of_missing_kernels
 from ._info import info
 from .integrations import accelerate, report, restore
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendError", "MissingKernelsWarning", "accelerate", "backend", "checkpoints", "data", "distributed", "explain",
-    "has_kernels", "info", "integrations", "losses", "metrics", "models", "nn", "ops", "reference", "report", "restore",
-    "sampling", "training",
+    "has_kernels", "info", "integrations", "losses", "metrics", "models", "nn", "ops", "optim", "reference", "report",
+    "restore", "sampling", "training",
 ]  # fmt: skip
 
 warn_of_missing_kernels()

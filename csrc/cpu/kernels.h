@@ -505,6 +505,18 @@ struct FlowProgramArgs {
   )
 };
 
+struct AdamArgs {
+  GENFAST_FIELDS(
+      (bool, is_double)
+      (const uint64_t*, addresses)  // of each tensor: the weights, the gradient and the two moments
+      (const int64_t*, sizes)
+      (int64_t, count)
+      (double, lr, beta1, beta2, eps, weight_decay, correction1, root_correction2)
+      (bool, decoupled, maximize)
+      (int, threads)
+  )
+};
+
 #define GENFAST_KERNELS(K) \
   K(affine_coupling, AffineCouplingArgs) \
   K(affine_coupling_backward, AffineCouplingArgs) \
@@ -561,6 +573,7 @@ struct FlowProgramArgs {
   K(flow_program_scratch, FlowProgramArgs) \
   K(flow_program, FlowProgramArgs) \
   K(flow_program_backward, FlowProgramArgs) \
+  K(adam, AdamArgs) \
   K(fma_rate, FmaRateArgs)
 
 #define GENFAST_DECLARE(kernel, Args) void kernel(const Args&);
