@@ -665,3 +665,15 @@ def test_plots_are_drawn_again_from_a_file(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         suite.main()
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_the_table_of_small_flows_leaves_out_what_is_not_installed():
+    from benchmarks import small_flows
+
+    times = {"default Adam": 4.0, "fused Adam": 3.0, "genfast's Adam": 2.0, "log_prob": 1.0}
+    of = {"zuko": times, "zuko accelerated": {k: v / 2 for k, v in times.items()}, "genfast": times}
+    (row,) = small_flows.rows({"a flow": of})
+    assert row == ["a flow", "2.00", "2.00x", "1.50x", "-", "2.00x", "4.00x", "1.00x", "-"]
+    (row,) = small_flows.rows({"a flow": of | {"flowjax": {"default Adam": 5.0, "log_prob": 0.5}}})
+    assert row[4] == "2.50x"
+    assert row[8] == "0.50x"

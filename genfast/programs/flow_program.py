@@ -308,21 +308,27 @@ class _Call(torch.autograd.Function):
         weights = flatten(tensors)
         z, total, values = program.call(x, context, weights, True)
         ctx.program, ctx.has_context = program, context is not None
+        ctx.tensors = tensors  # their shapes, and for a second derivative themselves; the numbers are in ``weights``
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weights, values, x, *((context,) if ctx.has_context else ()), *tensors)
+        ctx.save_for_backward(weights, values, x, *((context,) if ctx.has_context else ()))
         return z, total
 
     @staticmethod
     def backward(ctx, grad_z: Tensor | None, grad_total: Tensor | None):  # type: ignore[no-untyped-def]
         weights, values, x, *rest = ctx.saved_tensors
-        context = rest.pop(0) if ctx.has_context else None
-        tensors, program = rest, ctx.program
+        context = rest[0] if ctx.has_context else None
+        tensors, program = ctx.tensors, ctx.program
         needed = ctx.needs_input_grad
         if grad_z is None and grad_total is None:
             return (None,) * (3 + len(tensors))
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for
-            weights = torch.cat([t.reshape(-1) for t in tensors])
-            values = values.new_empty(0)
+            now = torch.cat([t.reshape(-1) for t in tensors])
+            if not torch.equal(now, weights):
+                raise RuntimeError(
+                    "FlowProgram: a weight was modified by an inplace operation between the forward and a backward "
+                    "whose own derivative is asked for"
+                )
+            weights, values = now, values.new_empty(0)
         dx, dcontext, dweights = OP_BACKWARD(
             grad_z,
             grad_total,
