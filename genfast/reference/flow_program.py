@@ -32,8 +32,11 @@ def flow_program(
     tile: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (z (N, D), total (N,), an empty vector): total is log |det dz/dx|, and the base's density where the
-    program ends with it. Half types are computed in float32, which total keeps."""
+    """Returns (z (N, D), total (N,), values): total is log |det dz/dx|, and the base's density where the program ends
+    with it; values, with ``keep``, are every row and the total, (tiles, rows + 1, tile) in one vector, else empty.
+
+    Half types are computed in float32, which total keeps.
+    """
     dtype = x.dtype
     if x.element_size() < 4:
         x, weights = x.float(), weights.float()
@@ -100,7 +103,12 @@ def flow_program(
         values |= {first + j: made[:, j] for j in range(units)}
     latent = columns(outputs, inputs)
     assert latent is not None
-    return latent.contiguous().to(dtype), total, x.new_empty(0, dtype=dtype)
+    kept = x.new_empty(0)
+    if keep and len(x):
+        every = torch.stack([*(values[row] for row in range(rows)), total], 1).detach()
+        padding = every[-1:].expand(-len(every) % tile, -1)  # the last tile repeats the last sample
+        kept = torch.cat([every, padding]).unflatten(0, (-1, tile)).transpose(1, 2).flatten()
+    return latent.contiguous().to(dtype), total, kept.to(dtype)
 
 
 def flow_program_backward(

@@ -154,3 +154,11 @@ def test_a_broken_program_is_refused_before_a_kernel_runs(args):
             else:
                 assert z.shape == args[X].shape
     assert refused > 300
+
+
+@each_program
+def test_the_values_that_are_kept_are_the_references(args):
+    for n in (0, 1, 70):
+        args = batch(args, n, keep=True)
+        # torch's softplus, in the logistic density, leaves e^-x out beyond x = 20.
+        torch.testing.assert_close(OP(*args)[2], reference.flow_program(*args)[2], rtol=1e-11, atol=3e-9)
