@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import inspect
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -26,8 +28,15 @@ from .training.trainer import IMPORTANCE_SAMPLES
 BACKGROUND = "behind what is transparent in pictures: white (default), black, #20a0ff"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse prints the usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog.removeprefix('genfast').strip()}: {message}".removeprefix(": "))
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="genfast", description="Fast, exact kernels for generative models.")
+    top = _Parser(prog="genfast", description="Fast, exact kernels for generative models.")
     top.add_argument("--version", action="version", version=f"genfast {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -50,78 +59,8 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="run the benchmark suite of a source checkout", add_help=False)
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to python -m benchmarks")
 
-    train = commands.add_parser("train", help="train a model on images, or a GAN on points too")
-    train.add_argument("model", choices=tuple(models.NAMES))
-    train.add_argument(
-        "--data",
-        default="digits",
-        help=f"digits, photos, torchvision:NAME or a folder of images; for GANs also {', '.join(data.POINTS)}",
-    )
-    train.add_argument("--root", help="where torchvision's files are")
-    train.add_argument(
-        "--binary", action="store_true", help="black and white: 1 where a grey level is in the upper half"
-    )
-    train.add_argument("--size", type=int, default=32, help="side of photo patches and folder images (default 32)")
-    train.add_argument("--background", default="white", metavar="COLOUR", help=BACKGROUND)
-    train.add_argument("--out", type=Path, help="the run's folder (default out/MODEL-DATA)")
-    train.add_argument("--steps", type=int)
-    train.add_argument("--minutes", type=float)
-    train.add_argument("--batch-size", type=int, default=64, help="over all processes (default 64)")
-    train.add_argument("--lr", type=float, help="default 1e-3; of a GAN's both sides, default that of its paper")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--levels", type=int, help="of Glow and RealNVP")
-    train.add_argument(
-        "--hidden", type=int, help="width of the conditioner networks; units of a NADE's or MADE's layer"
-    )
-    train.add_argument("--flow-steps", type=int, metavar="K", help="Glow's steps per level")
-    train.add_argument("--transforms", type=int, help="of MAF, IAF and NSF")
-    train.add_argument("--coupling", choices=("coupling", "autoregressive"), help="of NSF")
-    train.add_argument("--bins", type=int, help="of NSF's splines")
-    train.add_argument("--channels", type=int, help="of the PixelCNNs and PixelRNN; a multiple of the colours")
-    train.add_argument("--layers", type=int, help="of the PixelCNNs, PixelRNN, WaveNet, MADE and DeepNADE")
-    train.add_argument("--orders", type=int, metavar="K", help="of MADE and DeepNADE: an ensemble of so many orders")
-    train.add_argument("--components", type=int, help="of RNADE's mixtures")
-    train.add_argument("--kernel-size", type=int, help="of PixelCNN, Gated PixelCNN and WaveNet")
-    train.add_argument("--filters", type=int, help="of PixelCNN++")
-    train.add_argument("--reversible", action="store_true", help="Glow in memory that does not grow with K")
-    gan = train.add_argument_group("of GANs", "by default what the model's paper has")
-    gan.add_argument("--loss", choices=tuple(losses.CRITIC_LOSSES))
-    gan.add_argument("--penalty", help="wgan-gp, wgan-lp, r1, r2, dragan, several with commas, or none")
-    gan.add_argument("--penalty-weight", type=float, metavar="W")
-    gan.add_argument(
-        "--lazy", type=int, metavar="K", help="take the penalty every K updates of the critic, K times as strong"
-    )
-    gan.add_argument("--critic-steps", type=int, metavar="N", help="updates of the critic for one of the generator")
-    gan.add_argument("--generator-lr", type=float)
-    gan.add_argument("--critic-lr", type=float)
-    gan.add_argument("--ema", type=float, help="decay of the generator's moving average, 0 for none")
-    gan.add_argument("--latent-dim", type=int)
-    gan.add_argument("--width", type=int, help="channels of the convolutional networks")
-    gan.add_argument("--depth", type=int, help="hidden layers of the perceptrons")
-    gan.add_argument("--sample-every", type=int, default=500, metavar="N", help="steps between pictures (default 500)")
-    auto = train.add_argument_group("of autoencoders")
-    auto.add_argument("--likelihood", choices=losses.LIKELIHOODS, help="p(x|z) of a VAE (default discretized_logistic)")
-    auto.add_argument("--beta", type=float, help="the KL's weight (default 1)")
-    auto.add_argument("--warmup", type=int, metavar="STEPS", help="in which the KL's weight grows from 0")
-    auto.add_argument("--free-bits", type=float, metavar="NATS", help="of each latent dimension that cost nothing")
-    auto.add_argument("--network", choices=("perceptron", "convolutional"))
-    auto.add_argument(
-        "--corruption", choices=("masking", "salt_and_pepper", "gaussian"), help="of a denoising autoencoder"
-    )
-    auto.add_argument("--amount", type=float, help="of the corruption")
-    auto.add_argument("--gamma", type=float, help="of a VAE/GAN: the likeness in the decoder's loss")
-    auto.add_argument("--weight", type=float, help="of the sparsity, the WAE's discrepancy or the AAE's game")
-    train.add_argument(
-        "--device", default="cpu", help="cpu or cuda; under torchrun each process takes a GPU of its own"
-    )
-    train.add_argument(
-        "--parallel",
-        choices=distributed.STRATEGIES,
-        default="ddp",
-        help="under torchrun: every process has the whole model, or (fsdp) its shards of one that is too large for "
-        "that",
-    )
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train = commands.add_parser("train", help="train a model on images, or a GAN on points too", add_help=False)
+    train.add_argument("arguments", nargs=argparse.REMAINDER, help="see genfast train MODEL --help")
 
     sample = commands.add_parser("sample", help="draw samples from a checkpoint")
     sample.add_argument("--checkpoint", type=Path, required=True, help="a run's folder or a checkpoint in it")
@@ -195,6 +134,118 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+# ---- the options of genfast train ----
+
+RUN_OPTIONS = ("steps", "minutes", "batch_size", "lr", "seed", "device", "resume", "sample_every", "parallel")
+RENAMED = {"steps": "flow_steps"}  # a parameter of a model whose name the run has
+
+
+def _descriptions(owner: object) -> dict[str, str]:
+    """The Args section of a docstring by parameter; "as :class:`Other`" stands for Other's own."""
+    section = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.getdoc(owner) or "", re.MULTILINE)
+    entry, texts = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n     +.*)*)", re.MULTILINE), dict[str, str]()
+    for names, text in entry.findall(section[1] if section else ""):
+        other = re.match(r"as (?:in )?:class:`(\w+)`", text)
+        described = _descriptions(getattr(models, other[1])) if other else {}
+        plain = re.sub(r":\w+:`~?([^`]+)`", r"\1", " ".join(text.split())).replace("``", "").replace("%", "%%")
+        texts |= {name: described.get(name, plain) for name in names.split(", ")}
+    return texts
+
+
+def model_options(model: type) -> dict[str, inspect.Parameter]:
+    """The parameters of a model's constructor that the data do not decide, by the name of the option."""
+    parameters = inspect.signature(model, eval_str=True).parameters
+    return {RENAMED.get(k, k): v for k, v in parameters.items() if k not in runs.decided(model)}
+
+
+def recipe_options(model: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of an adversarial model's recipe, by the name of the option; none for other models."""
+    fields = dataclasses.fields(models.Recipe) if issubclass(model, models.AdversarialModel) else ()
+    return {"penalty_weight" if f.name == "weight" else f.name: f for f in fields}
+
+
+def train_parser(name: str) -> Any:
+    """The jsonargparse parser of ``genfast train NAME``."""
+    import jsonargparse  # here, since no other command needs it
+    from yaml import YAMLError
+
+    model = models.NAMES[name]
+    adversarial = issubclass(model, models.AdversarialModel)
+    load = jsonargparse.get_loader("yaml")  # to which nan is a word
+    jsonargparse.set_loader("genfast", lambda text: math.nan if text == "nan" else load(text), (YAMLError,))
+    summary = (inspect.getdoc(model) or "").split("\n\n")[0]
+    top = jsonargparse.ArgumentParser(
+        prog=f"genfast train {name}", description=summary, exit_on_error=False, parser_mode="genfast"
+    )
+
+    def add(group: Any, option: str, kind: Any, default: Any, text: str) -> None:
+        how = {"action": jsonargparse.ActionYesNo(no_prefix="no-")} if kind is bool else {"type": kind}
+        group.add_argument(f"--{option.replace('_', '-')}", **how, default=default, help=text)
+
+    group = top.add_argument_group("model")
+    texts = _descriptions(model)
+    for option, parameter in model_options(model).items():
+        add(group, option, parameter.annotation, parameter.default, texts.get(parameter.name, ""))
+    if issubclass(model, models.AdversarialModel):
+        group = top.add_argument_group("recipe, by default that of the model's paper")
+        kinds, texts = get_type_hints(models.Recipe), _descriptions(models.Recipe)
+        for option, field in recipe_options(model).items():
+            kind = str | None if field.name == "penalty" else kinds[field.name]
+            add(group, option, kind, getattr(model.recipe, field.name), texts.get(field.name, ""))
+    group = top.add_argument_group("run")
+    sources = "digits, photos, torchvision:NAME or a folder of images"
+    points = f"; also {', '.join(data.POINTS)}" if adversarial else ""
+    add(group, "config", str | None, None, "YAML or JSON file with any of these options; the command line wins")
+    add(group, "data", str, "digits", sources + points)
+    add(group, "root", str | None, None, "where torchvision's files are")
+    if not adversarial:
+        add(group, "binary", bool, False, "black and white: 1 where a grey level is in the upper half")
+    add(group, "size", int, 32, "side of photo patches and folder images")
+    add(group, "background", str, "white", BACKGROUND)
+    add(group, "out", str | None, None, "the run's folder, by default out/MODEL-DATA")
+    texts = _descriptions(runs.train)
+    for option in RUN_OPTIONS:
+        parameter = inspect.signature(runs.train, eval_str=True).parameters[option]
+        add(group, option, parameter.annotation, parameter.default, texts[option])
+    return top
+
+
+def train_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of ``genfast train``: those of the run, and ``model_config`` and ``recipe`` with what was given.
+
+    Raises:
+        ValueError: an unknown model, option or key of the config file, or a value of another type.
+    """
+    if words[:1] and words[0] in ("-h", "--help"):
+        print(f"usage: genfast train MODEL [options]\n\nMODEL is one of {', '.join(models.NAMES)}.")
+        print("genfast train MODEL --help shows the options of one.")
+        raise SystemExit(0)
+    if not words or words[0] not in models.NAMES:
+        raise ValueError(f"train: model={words[0] if words else None!r}, expected one of {', '.join(models.NAMES)}")
+    name, model, top = words[0], models.NAMES[words[0]], train_parser(words[0])
+    flags = {flag for action in top._actions for flag in action.option_strings}
+    unknown = [word for word in (w.split("=")[0] for w in words[1:] if w.startswith("--")) if word not in flags]
+    if unknown:
+        decided = all(word[2:].replace("-", "_") in runs.decided(model) for word in unknown)
+        raise ValueError(f"train: {name} takes no {', '.join(unknown)}{'; the data decide them' if decided else ''}")
+    source = "train: "
+    try:
+        given = top.parse_args(list(words[1:]), defaults=False).as_dict()
+        if given.get("config"):
+            source += f"--config={given['config']!r}: "
+            given = top.parse_path(given["config"], defaults=False).as_dict() | given
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"{source}{error}") from error
+    a = argparse.Namespace(command="train", model=name, **(top.get_defaults().as_dict() | given))
+    a.model_config = {v.name: given[k] for k, v in model_options(model).items() if k in given}
+    a.out = None if a.out is None else Path(a.out)
+    a.recipe = {f.name: given[k] for k, f in recipe_options(model).items() if k in given}
+    if a.recipe.get("penalty") is not None:
+        kinds = tuple(a.recipe["penalty"].split(","))
+        a.recipe["penalty"] = None if kinds == ("none",) else kinds[0] if len(kinds) == 1 else kinds
+    return a
+
+
 def _say(text: str) -> None:
     """Prints once however many processes there are."""
     if distributed.first():
@@ -204,7 +255,7 @@ def _say(text: str) -> None:
 def _check_numbers(a: argparse.Namespace, *names: str) -> None:
     """Raises ValueError for counts below 1, and for measures that are not positive and finite."""
     for name in names:
-        value = getattr(a, name)
+        value = getattr(a, name, None)
         if value is not None and not (0 < value < math.inf):
             expected = "at least 1" if isinstance(value, int) else "a positive number"
             raise ValueError(f"{a.command}: {name}={value}, expected {expected}")
@@ -216,74 +267,21 @@ def _train(a: argparse.Namespace) -> int:
     if a.out is not None:  # the default name is the data's
         distributed.on_first(_files.check_folder, a.out, "train: --out")
         distributed.on_first(checkpoints.check_folder, a.out, a.resume)
-    config = {
-        "levels": a.levels, "hidden": a.hidden, "steps": a.flow_steps, "reversible": a.reversible or None,
-        "channels": a.channels, "layers": a.layers, "kernel_size": a.kernel_size, "filters": a.filters,
-        "latent_dim": a.latent_dim, "width": a.width, "depth": a.depth, "likelihood": a.likelihood, "beta": a.beta,
-        "warmup": a.warmup, "free_bits": a.free_bits, "network": a.network, "corruption": a.corruption,
-        "amount": a.amount,
-        "gamma": a.gamma, "weight": a.weight, "orders": a.orders, "components": a.components,
-        "transforms": a.transforms,
-        "coupling": a.coupling, "bins": a.bins,
-    }  # fmt: skip
-    recipe = {
-        "loss": a.loss,
-        "penalty": a.penalty,
-        "weight": a.penalty_weight,
-        "lazy": a.lazy,
-        "critic_steps": a.critic_steps,
-        "generator_lr": a.generator_lr,
-        "critic_lr": a.critic_lr,
-        "ema": a.ema,
-    }
-    taken = inspect.signature(models.NAMES[a.model]).parameters
-    unknown = [f"--{k.replace('_', '-')}" for k, v in config.items() if v is not None and k not in taken]
-    adversarial = issubclass(models.NAMES[a.model], models.AdversarialModel)
-    autoencoder = issubclass(models.NAMES[a.model], models.AutoencoderModel)
-    if autoencoder:  # whose game and penalty are part of the model
-        config |= {name: recipe.pop(name) for name in ("loss", "penalty") if name in taken}
-    if adversarial and a.binary:
-        unknown.append("--binary")
-    if (adversarial or autoencoder) and a.parallel != "ddp":
-        unknown.append(f"--parallel {a.parallel}")
-    if not adversarial:
-        unknown += [
-            f"--{k.replace('_', '-')}".replace("--weight", "--penalty-weight")
-            for k, v in recipe.items()
-            if v is not None
-        ]
-    decided = issubclass(models.NAMES[a.model], models.AutoregressiveModel | models.AutoencoderModel)
-    if unknown or (decided and a.levels is not None):
-        raise ValueError(f"train: {a.model} takes no {', '.join(unknown) or '--levels; the data decide them'}")
+    model = models.NAMES[a.model]
+    adversarial = issubclass(model, models.AdversarialModel)
+    if (adversarial or issubclass(model, models.AutoencoderModel)) and a.parallel != "ddp":
+        raise ValueError(f"train: {a.model} takes no --parallel {a.parallel}")
     dataset: data.Dataset | data.Points
     if adversarial and a.data in data.POINTS:
         dataset = data.points(a.data, seed=a.seed)
     else:
         images = data.load(a.data, size=a.size, root=a.root, seed=a.seed, background=a.background)
-        dataset = data.binarized(images) if a.binary else images
-    if a.model == "glow" and a.levels is None and min(dataset.shape[1:]) < 16:
-        config["levels"] = 2  # the default of three needs multiples of eight, and leaves 8x8 images one position
-    chosen = {k: v for k, v in recipe.items() if v is not None}
-    if adversarial and a.penalty is not None:
-        kinds = tuple(a.penalty.split(","))
-        chosen["penalty"] = None if kinds == ("none",) else kinds[0] if len(kinds) == 1 else kinds
+        dataset = data.binarized(images) if not adversarial and a.binary else images
+    if a.model == "glow" and min(dataset.shape[1:], default=16) < 16:
+        a.model_config.setdefault("levels", 2)  # three need multiples of eight, and leave 8x8 images one position
     out = a.out or Path("out", f"{a.model}-{dataset.name}")
-    written = runs.train(
-        a.model,
-        dataset,
-        out,
-        config={k: v for k, v in config.items() if v is not None},
-        recipe=chosen,
-        steps=a.steps,
-        minutes=a.minutes,
-        batch_size=a.batch_size,
-        lr=a.lr,
-        seed=a.seed,
-        device=a.device,
-        resume=a.resume,
-        sample_every=a.sample_every,
-        parallel=a.parallel,
-    )
+    options = {name: getattr(a, name) for name in RUN_OPTIONS}
+    written = runs.train(a.model, dataset, out, config=a.model_config, recipe=a.recipe, **options)
     _say(f"{written['steps']} steps, {_result(written)}; see {out}")
     return 0
 
@@ -433,12 +431,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     are one and 128 plus the signal.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["bench"]:  # everything behind it belongs to the suite, options too
-        a = argparse.Namespace(command="bench", arguments=words[1:])
-    else:
-        a = parser().parse_args(words)
     try:
         with _signals.raised():
+            if words[:1] == ["bench"]:  # everything behind it belongs to the suite, options too
+                a = argparse.Namespace(command="bench", arguments=words[1:])
+            else:
+                a = train_arguments(words[1:]) if words[:1] == ["train"] else parser().parse_args(words)
             status = _run(a)
             sys.stdout.flush()
             return status

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import genfast
-from genfast import _registry, _verify, cli
+from genfast import _registry, _verify, cli, models
 
 
 def test_info_tells_versions_devices_and_backends(capsys):
@@ -370,3 +374,93 @@ def test_a_full_standard_output_is_one_line(capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", full)
         assert cli.main(["info"]) == 2
     assert capsys.readouterr().err == "genfast: error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_the_help_of_a_model_shows_the_options_of_its_constructor_with_defaults(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # one line for each option
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", name, "--help"])
+    assert ended.value.code == 0
+    section = capsys.readouterr().out.split("\nmodel:\n")[-1].split("\n\n")[0]
+    shown = {}
+    for line in re.split(r"\n  (?=--)", "\n" + section):
+        if line.strip():
+            line = " ".join(line.split())
+            shown[re.match(r"--([\w-]+)", line)[1]] = line
+    model = models.NAMES[name]
+    by_data = {"shape", "dim", "in_channels", "classes", "context", "context_channels", "context_features"}
+    if issubclass(model, models.AutoregressiveModel | models.AutoencoderModel):
+        by_data.add("levels")
+    options = {k: v.default for k, v in inspect.signature(model).parameters.items() if k not in by_data}
+    names = {k: "flow-steps" if k == "steps" else k.replace("_", "-") for k in options}
+    if options:
+        assert sorted(shown) == sorted(names.values())
+    for key, default in options.items():
+        text = "null" if default is None else str(default)
+        assert f"default: {text})" in shown[names[key]]
+        assert re.search(r"[a-z]\S* .*\(type: ", shown[names[key]].split(" ", 1)[1])
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_the_arguments_of_a_model_are_only_what_was_given(name):
+    a = cli.train_arguments([name, "--steps", "3"])
+    assert (a.model, a.steps, a.batch_size, a.model_config, a.recipe) == (name, 3, 64, {}, {})
+    for option, parameter in cli.model_options(models.NAMES[name]).items():
+        if type(parameter.default) in (int, float):
+            words = [name, f"--{option.replace('_', '-')}", str(parameter.default)]
+            assert cli.train_arguments(words).model_config == {parameter.name: parameter.default}
+
+
+def test_the_recipe_shows_the_defaults_of_the_model(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "wgan-gp", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(models.Recipe):
+        assert f"--{'penalty-weight' if field.name == 'weight' else field.name.replace('_', '-')}" in said
+    assert "default: wasserstein)" in said
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_a_config_file_gives_options_and_the_command_line_wins(tmp_path, kind):
+    options = {"hidden": 4, "flow_steps": 2, "scale": "exp", "reversible": True, "steps": 7, "lr": 0.01}
+    text = json.dumps(options) if kind == "json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in options.items())
+    file = tmp_path / f"options.{kind}"
+    file.write_text(text)
+    for words in (["--hidden", "8", "--config", str(file)], ["--config", str(file), "--hidden", "8"]):
+        a = cli.train_arguments(["glow", *words])
+        assert a.model_config == {"hidden": 8, "steps": 2, "scale": "exp", "reversible": True}
+        assert (a.steps, a.lr) == (7, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["glow", "--hidden", "wide"], "hidden"),
+        (["glow", "--scale", "linear"], "linear"),
+        (["glow", "--config", "unknown.yaml"], "unknown.yaml"),
+        (["glow", "--config", "wrong.yaml"], "wrong.yaml"),
+        (["glow", "--config", "torn.yaml"], "torn.yaml"),
+        (["glow", "--config", "missing.yaml"], "missing.yaml"),
+        (["glow", "--hidden"], "--hidden"),
+        (["glow", "stray"], "stray"),
+        (["glow", "--nothing", "1"], "glow takes no --nothing"),
+        (["nothing"], "train: model='nothing', expected one of cgan, "),
+        ([], "train: model=None, expected one of cgan, "),
+    ],
+)
+def test_options_that_do_not_parse_are_one_line_and_status_2(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unknown.yaml").write_text("gamma: 1\n")
+    (tmp_path / "wrong.yaml").write_text("hidden: wide\n")
+    (tmp_path / "torn.yaml").write_text("hidden: [1\n")
+    assert cli.main(["train", *words]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("genfast: error: train: ")
+    assert message in said[0]
+
+
+def test_importing_the_package_needs_no_parser():
+    code = "import sys, genfast, genfast.cli; assert not {'jsonargparse', 'yaml'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

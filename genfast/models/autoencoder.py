@@ -19,8 +19,11 @@ class Autoencoder(AutoencoderModel):
         shape: (C, H, W); for the convolutional networks square, a side of ``base`` times a power of two.
         latent_dim: of the code.
         levels: of the images.
-        network: "perceptron": ``depth`` layers of ``hidden`` ReLU units each way. "convolutional": stride 2, ``width``
-            channels that double with every halving of the side, down to ``base`` x ``base``.
+        network: "perceptron" or "convolutional", each way: ReLU layers, or convolutions of stride 2.
+        hidden: units per layer of the perceptrons.
+        depth: hidden layers of the perceptrons.
+        width: channels of the convolutional networks, which double with every halving of the side.
+        base: side of the smallest map of the convolutional networks.
 
     Raises:
         ValueError: sizes that do not fit, or another network.

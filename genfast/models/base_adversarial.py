@@ -21,15 +21,20 @@ from .phases import Losses
 class Recipe:
     """How a model is trained; every field can be replaced by the user.
 
-    loss: a key of ``genfast.losses.CRITIC_LOSSES``.
-    penalty: None, a kind that ``ops.gradient_penalty`` takes, or several ("r1", "r2"); ``weight`` and ``target`` are
-        theirs.
-    critic_steps: updates of the critic for one of the generator.
-    clip: bound of the critic's weights, None for none.
-    optimizer: "adam" with ``betas``, or "rmsprop".
-    lazy: the penalty is taken every so many updates of the critic, that many times as strong (arXiv:1912.04958, section
-        3.2).
-    ema: decay of the generator's moving average, which is what samples come from; 0 for none.
+    Args:
+        loss: a key of ``genfast.losses.CRITIC_LOSSES``.
+        penalty: None, a kind that ``ops.gradient_penalty`` takes, or several ("r1", "r2").
+        weight: of the penalty.
+        target: of the gradient's norm, which the penalty draws it to.
+        critic_steps: updates of the critic for one of the generator.
+        clip: bound of the critic's weights, None for none.
+        optimizer: "adam" with ``betas``, or "rmsprop".
+        generator_lr: the generator's learning rate.
+        critic_lr: the critic's learning rate.
+        betas: of Adam.
+        lazy: the penalty is taken every so many updates of the critic, that many times as strong (arXiv:1912.04958,
+            section 3.2).
+        ema: decay of the generator's moving average, which is what samples come from; 0 for none.
     """
 
     loss: str = "nonsaturating"

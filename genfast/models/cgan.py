@@ -63,7 +63,8 @@ class ConditionalGAN(AdversarialModel):
         shape: (D,) of points or (C, H, W) of images with values in [-1, 1].
         classes: labels are int64 in [0, classes).
         latent_dim: of z ~ N(0, 1).
-        hidden, depth: units per hidden layer, and how many layers.
+        hidden: units per hidden layer.
+        depth: hidden layers.
         embedding: of a label, beside z, and beside x in the critic.
         conditioning: of the critic, "concatenate" as in the paper or "projection" (Miyato and Koyama,
             arXiv:1802.05637).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class DeepNADE(VectorModel):
         levels: int = 2,
         *,
         orders: int = 1,
-        activation: str = "relu",
+        activation: Literal["relu", "sigmoid", "tanh"] = "relu",
         context_features: int = 0,
     ) -> None:
         super().__init__(dim, levels)

@@ -16,7 +16,8 @@ class GAN(AdversarialModel):
     Args:
         shape: (D,) of points or (C, H, W) of images, whose values are in [-1, 1].
         latent_dim: of z ~ N(0, 1).
-        hidden, depth: units per hidden layer, and how many layers.
+        hidden: units per hidden layer.
+        depth: hidden layers.
 
     Example:
         >>> import torch, genfast

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,9 @@ class Glow(FlowModel):
 
     Args:
         shape: (C, H, W), H and W multiples of 2^levels.
-        levels, steps, hidden: L, K and the width of the conditioners.
+        levels: L, how often the maps are squeezed.
+        steps: K, steps per level.
+        hidden: width of the conditioners.
         plu: PLU parametrisation of the 1x1 convolutions.
         scale: the couplings' scale map.
         context: size of a conditioning vector; 0 for none.
@@ -40,7 +44,7 @@ class Glow(FlowModel):
         steps: int = 8,
         hidden: int = 64,
         plu: bool = True,
-        scale: str = "sigmoid",
+        scale: Literal["exp", "sigmoid", "tanh", "softclamp", "additive"] = "sigmoid",
         context: int = 0,
         reversible: bool = False,
         channels_last: bool = True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..nn.univariate import AffineMap
 from .base_autoregressive_flow import AutoregressiveFlow, Hidden
 from .base_flow import DiagonalGaussian
@@ -33,9 +35,9 @@ class IAF(AutoregressiveFlow):
         hidden: Hidden = 256,
         depth: int = 2,
         context: int = 0,
-        order: str = "alternating",
-        norm: str | None = None,
-        scale: str = "softclamp",
+        order: Literal["alternating", "random"] = "alternating",
+        norm: Literal["act", "batch"] | None = None,
+        scale: Literal["exp", "softclamp", "sigmoid", "additive"] = "softclamp",
         residual: bool = False,
         activation: str = "relu",
     ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..nn.univariate import AffineMap
 from .base_autoregressive_flow import AutoregressiveFlow, Hidden
 from .base_flow import DiagonalGaussian
@@ -17,13 +19,15 @@ class MAF(AutoregressiveFlow):
     Args:
         dim: D; data are (N, D).
         transforms: how many; their orders alternate between first to last and last to first.
-        hidden, depth: widths of the masked networks: ``depth`` layers of ``hidden`` units, or a list of widths.
+        hidden: units per layer of the masked networks, or a list of widths.
+        depth: their hidden layers where ``hidden`` is one number.
         context: size of a conditioning vector; 0 for none.
         order: "alternating" or "random".
         norm: before each transform: "act" (:class:`genfast.nn.ActNorm`), "batch" (:class:`genfast.nn.BatchNormFlow`,
             the paper's, section 3.4) or None.
         scale: "softclamp" (alpha stays within log 1000), "exp" (the paper's: alpha as it is), "sigmoid" or "additive".
-        residual, activation: of :class:`genfast.nn.MADENetwork`.
+        residual: whether the masked networks are residual.
+        activation: of :class:`genfast.nn.MADENetwork`.
 
     Example:
         >>> import torch, genfast
@@ -41,9 +45,9 @@ class MAF(AutoregressiveFlow):
         hidden: Hidden = 256,
         depth: int = 2,
         context: int = 0,
-        order: str = "alternating",
-        norm: str | None = "act",
-        scale: str = "softclamp",
+        order: Literal["alternating", "random"] = "alternating",
+        norm: Literal["act", "batch"] | None = "act",
+        scale: Literal["exp", "softclamp", "sigmoid", "additive"] = "softclamp",
         residual: bool = False,
         activation: str = "relu",
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class NADE(VectorModel):
         hidden: int = 500,
         levels: int = 2,
         *,
-        activation: str = "sigmoid",
+        activation: Literal["relu", "sigmoid", "tanh"] = "sigmoid",
         order: str | Sequence[int] | None = None,
         context_features: int = 0,
     ) -> None:

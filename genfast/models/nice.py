@@ -18,7 +18,8 @@ class NICE(FlowModel):
 
     Args:
         dim: D; data are (N, D).
-        hidden, depth: of the conditioner, an MLP.
+        hidden: units per hidden layer of the conditioner, an MLP.
+        depth: its hidden layers.
         couplings: how many, transforming the two halves in turn.
         prior: "logistic" (the paper's) or "gaussian".
         context: size of a conditioning vector; 0 for none.

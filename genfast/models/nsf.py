@@ -24,15 +24,20 @@ class NSF(AutoregressiveFlow):
         coupling: "coupling": one half moves by a function of the other, in turn, with a residual conditioner;
             "autoregressive": each moves by a function of those before it.
         transforms: how many.
-        bins, bound, tails, convention: of the splines. tails="circular": data are angles in [-bound, bound), the base
-            is uniform, and a learned turn stands before each transform (arXiv:2002.02428).
-        hidden, depth: of the conditioners: widths of a MADE, or ``depth`` residual blocks of ``hidden`` units.
+        bins: of the splines.
+        bound: the splines act in [-bound, bound].
+        tails: "linear", or "circular": data are angles in [-bound, bound), the base is uniform, and a learned turn
+            stands before each transform (arXiv:2002.02428).
+        convention: of the splines' parameters, as in :func:`genfast.ops.rational_quadratic_spline`.
+        hidden: units per layer of the conditioners, or widths of a MADE.
+        depth: hidden layers of a MADE, or residual blocks.
         context: size of a conditioning vector; 0 for none.
         mixing: before each transform: "lu" (:class:`genfast.nn.LULinear` after a random permutation, the paper's
             section 3.3), "permutation" (random), or None: couplings then move the halves in turn, and orders alternate.
         order: "alternating" or "random", of the autoregressive ones.
         norm: before each transform: "act", "batch" or None; None too for circular tails.
         residual: whether the autoregressive networks are.
+        activation: of the conditioners' hidden layers.
 
     Example:
         >>> import torch, genfast
@@ -49,13 +54,13 @@ class NSF(AutoregressiveFlow):
         bins: int = 8,
         bound: float | None = None,
         tails: Literal["linear", "circular"] = "linear",
-        convention: str = "nflows",
+        convention: Literal["nflows", "zuko"] = "nflows",
         hidden: Hidden = 128,
         depth: int = 2,
         context: int = 0,
-        mixing: str | None = None,
-        order: str = "alternating",
-        norm: str | None = "act",
+        mixing: Literal["lu", "permutation"] | None = None,
+        order: Literal["alternating", "random"] = "alternating",
+        norm: Literal["act", "batch"] | None = "act",
         residual: bool = False,
         activation: str = "relu",
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class PixelRNN(AutoregressiveModel):
         in_channels: int = 1,
         channels: int | None = None,
         layers: int = 4,
-        kind: str = "row",
+        kind: Literal["row", "diagonal"] = "row",
         levels: int = 256,
         *,
         shape: Sequence[int] | None = None,

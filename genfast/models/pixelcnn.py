@@ -21,6 +21,7 @@ class PixelCNN(AutoregressiveModel):
         in_channels: colours.
         channels: of the hidden maps; a multiple of in_channels. By default 64, or what is next to it that is one.
         layers: masked ``kernel_size`` x ``kernel_size`` convolutions, the first included.
+        kernel_size: of the masked convolutions, odd.
         levels: of a colour.
         shape: (C, H, W), what ``sample`` draws unless told otherwise.
 

@@ -23,7 +23,8 @@ class RealNVP(FlowModel):
         shape: D, or (C, H, W) with H and W multiples of 2^levels.
         couplings: on vectors, how many.
         levels: on images, how often half of the channels are factored out.
-        hidden, depth: of the conditioner: an MLP, or a residual network with ``depth`` blocks.
+        hidden: width of the conditioner, an MLP or a residual network.
+        depth: hidden layers of the MLP, or blocks of the residual network.
         context: size of a conditioning vector; 0 for none.
 
     Example:

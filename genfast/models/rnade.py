@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class RNADE(DensityModel):
         hidden: int = 100,
         components: int = 10,
         *,
-        activation: str = "relu",
+        activation: Literal["relu", "sigmoid", "tanh"] = "relu",
         rescale: bool = True,
         scale_gradients: bool = False,
         order: str | Sequence[int] | None = None,

@@ -31,7 +31,7 @@ class VAE(AutoencoderModel):
         shape: (C, H, W); for the convolutional networks square, a side of ``base`` times a power of two.
         latent_dim: of z.
         levels: of the images.
-        likelihood: as above.
+        likelihood: p(x|z), as above: "categorical", "discretized_logistic", "gaussian" or "bernoulli".
         beta: the KL's weight (Higgins et al., ICLR 2017); 1 for the bound.
         warmup: steps in which the weight grows linearly from 0 (Sonderby et al., arXiv:1602.02282); 0 for none.
         free_bits: nats of each latent dimension that cost nothing (arXiv:1606.04934, appendix C.8), in training alone.

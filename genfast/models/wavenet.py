@@ -20,7 +20,8 @@ class WaveNet(AutoregressiveModel):
 
     Args:
         levels: of the mu-law.
-        residual, skip: channels.
+        residual: channels of the residual path.
+        skip: channels of the skip path.
         layers: per stack; layer i has dilation 2^i.
         stacks: repetitions.
         kernel_size: taps of a layer, all layers.

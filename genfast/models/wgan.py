@@ -13,8 +13,9 @@ class WGAN(PointsOrImages):
     Args:
         shape: (D,) of points or (C, side, side) of images with values in [-1, 1].
         latent_dim: 2 for points and 100 for images by default.
-        hidden, depth: of the perceptrons.
-        width, base, kernel_size: of the convolutional networks, as in :class:`DCGAN`.
+        hidden: units per hidden layer of the perceptrons.
+        depth: hidden layers of the perceptrons.
+        width, base, kernel_size: as in :class:`DCGAN`, of the convolutional networks.
 
     Example:
         >>> import torch, genfast

@@ -123,7 +123,8 @@ class WGANGP(AdversarialModel):
     Args:
         shape: (D,) of points or (C, side, side) of images with values in [-1, 1], side = base times a power of two.
         latent_dim: 2 for points and 128 for images by default.
-        hidden, depth: of the perceptrons.
+        hidden: units per hidden layer of the perceptrons.
+        depth: hidden layers of the perceptrons.
         width: channels of the residual networks.
         base: side of the generator's smallest map.
         critic_norm: None, or "layer", which does not couple samples.

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ SIDES = ("critic", "generator")
 
 
 # ---- what a model and its data decide together ----
+
+
+def decided(model: type) -> tuple[str, ...]:
+    """Parameters of a model's constructor that a run takes from its data, which have no conditions."""
+    names = ("shape", "dim", "in_channels", "classes", "context", "context_channels", "context_features")
+    return (*names, "levels") if issubclass(model, AutoregressiveModel | AutoencoderModel) else names
 
 
 def fitted(name: str, data: Dataset | Points, config: dict[str, Any]) -> tuple[Dataset | Points, dict[str, Any]]:
@@ -338,7 +344,7 @@ def train(
     resume: bool = False,
     save_every: int = 200,
     sample_every: int = 500,
-    parallel: str = "ddp",
+    parallel: Literal["ddp", "fsdp"] = "ddp",
 ) -> dict[str, Any]:
     """Trains ``models.NAMES[name]`` on ``data`` and leaves a run's folder; returns the metrics that it wrote.
 
@@ -353,14 +359,18 @@ def train(
     Args:
         config: of the model, beside what the data decide.
         recipe: fields of :class:`genfast.models.Recipe` that replace an adversarial model's own.
-        steps, minutes: whichever ends first; 1000 steps without either. A step of an adversarial model is one update of
-            the generator.
+        steps: whichever of ``steps`` and ``minutes`` ends first; 1000 steps without either. A step of an adversarial
+            model is one update of the generator.
+        minutes: of training.
         out: the folder.
-        batch_size: over all ranks.
-        lr: 1e-3 by default; of both sides of an adversarial model, by default what its recipe has.
+        batch_size: over all processes.
+        lr: learning rate, 1e-3 by default; of both sides of an adversarial model, by default what its recipe has.
+        seed: of the initial values, the order of the data and the samples.
+        device: cpu or cuda; under torchrun each process takes a GPU of its own.
         resume: goes on from the newest checkpoint there, with the recipe that it was trained with.
         sample_every: steps of an adversarial model between two pictures; 0 for none on the way.
-        parallel: how ranks share the work, "ddp" or "fsdp"; see :func:`genfast.distributed.parallel`.
+        parallel: under torchrun: every process has the whole model (ddp), or its shards of one that is too large for
+            that (fsdp); see :func:`genfast.training.distributed.parallel`.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not set.
