@@ -56,11 +56,9 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--minutes", type=float, help="begin nothing later, and say what was left out")
     verify.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
 
-    bench = commands.add_parser("bench", help="run the benchmark suite of a source checkout", add_help=False)
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to python -m benchmarks")
-
-    train = commands.add_parser("train", help="train a model on images, or a GAN on points too", add_help=False)
-    train.add_argument("arguments", nargs=argparse.REMAINDER, help="see genfast train MODEL --help")
+    # main takes these two before this parser sees them: they are here for the list of commands.
+    commands.add_parser("bench", help="run the benchmark suite of a source checkout")
+    commands.add_parser("train", help="train a model on images, or a GAN on points too: genfast train MODEL --help")
 
     sample = commands.add_parser("sample", help="draw samples from a checkpoint")
     sample.add_argument("--checkpoint", type=Path, required=True, help="a run's folder or a checkpoint in it")
@@ -78,9 +76,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--device", default="cpu", help="cpu or cuda; under torchrun the processes share the samples")
 
     style = commands.add_parser("style", help="paint one picture in the style of another")
-    style.add_argument(
-        "--content", required=True, metavar="PICTURE", help="a file, or china or flower: scikit-learn's photographs"
-    )
+    style.add_argument("--content", required=True, metavar="PICTURE", help="a file, or scikit-learn's china or flower")
     style.add_argument("--style", required=True, metavar="PICTURE", help="likewise")
     style.add_argument("--out", type=Path, default=Path("styled.png"))
     style.add_argument("--sheet", type=Path, metavar="FILE", help="content, style and result side by side")
@@ -95,9 +91,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="W",
         help="default 100, with the random network 10, of the contextual loss 1; the content's is 1",
     )
-    style.add_argument(
-        "--tv-weight", type=float, default=0.0, metavar="W", help="of the total variation, for smoother pictures"
-    )
+    style.add_argument("--tv-weight", type=float, default=0.0, metavar="W", help="of the total variation, to smooth")
     style.add_argument("--init", choices=("content", "noise", "style"), default="content")
     style.add_argument(
         "--network",
@@ -106,11 +100,8 @@ def parser() -> argparse.ArgumentParser:
         help="random (by the seed), vgg16, vgg19, or FILE.py:FUNCTION, which returns a network in evaluation mode",
     )
     style.add_argument("--weights", type=Path, metavar="FILE", help="of vgg16 or vgg19; torchvision's by default")
-    style.add_argument(
-        "--normalization",
-        choices=("imagenet", "none"),
-        help="of a FUNCTION's network, which takes colours in [0, 1] with none",
-    )
+    colours = "of a FUNCTION's network, which takes colours in [0, 1] with none"
+    style.add_argument("--normalization", choices=("imagenet", "none"), help=colours)
     style.add_argument(
         "--content-layers",
         metavar="NAMES",
@@ -126,10 +117,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train a flow, a PixelCNN and a WGAN-GP beside plain PyTorch")
     demo.add_argument("--out", type=Path, default=Path("out/demo"))
     demo.add_argument(
-        "--seconds",
-        type=float,
-        default=60.0,
-        help="how long to train the two flows; the PixelCNNs and the WGAN-GPs take a third each",
+        "--seconds", type=float, default=60.0, help="of the two flows; the other models take a third each"
     )
     return top
 
@@ -138,6 +126,10 @@ def parser() -> argparse.ArgumentParser:
 
 RUN_OPTIONS = ("steps", "minutes", "batch_size", "lr", "seed", "device", "resume", "sample_every", "parallel")
 RENAMED = {"steps": "flow_steps"}  # a parameter of a model whose name the run has
+
+
+class number(float):  # named as the help shows it
+    """A float of the command line: jsonargparse takes nan and inf, which have messages of their own, for words."""
 
 
 def _descriptions(owner: object) -> dict[str, str]:
@@ -167,18 +159,15 @@ def recipe_options(model: type) -> dict[str, dataclasses.Field[Any]]:
 def train_parser(name: str) -> Any:
     """The jsonargparse parser of ``genfast train NAME``."""
     import jsonargparse  # here, since no other command needs it
-    from yaml import YAMLError
 
     model = models.NAMES[name]
     adversarial = issubclass(model, models.AdversarialModel)
-    load = jsonargparse.get_loader("yaml")  # to which nan is a word
-    jsonargparse.set_loader("genfast", lambda text: math.nan if text == "nan" else load(text), (YAMLError,))
+    jsonargparse.typing.register_type(number, deserializer=float)
     summary = (inspect.getdoc(model) or "").split("\n\n")[0]
-    top = jsonargparse.ArgumentParser(
-        prog=f"genfast train {name}", description=summary, exit_on_error=False, parser_mode="genfast"
-    )
+    top = jsonargparse.ArgumentParser(prog=f"genfast train {name}", description=summary, exit_on_error=False)
 
     def add(group: Any, option: str, kind: Any, default: Any, text: str) -> None:
+        kind = {float: number, float | None: number | None}.get(kind, kind)
         how = {"action": jsonargparse.ActionYesNo(no_prefix="no-")} if kind is bool else {"type": kind}
         group.add_argument(f"--{option.replace('_', '-')}", **how, default=default, help=text)
 
@@ -190,24 +179,34 @@ def train_parser(name: str) -> Any:
         group = top.add_argument_group("recipe, by default that of the model's paper")
         kinds, texts = get_type_hints(models.Recipe), _descriptions(models.Recipe)
         for option, field in recipe_options(model).items():
-            kind = str | None if field.name == "penalty" else kinds[field.name]
+            kind = str | list[str] | None if field.name == "penalty" else kinds[field.name]
             add(group, option, kind, getattr(model.recipe, field.name), texts.get(field.name, ""))
     group = top.add_argument_group("run")
-    sources = "digits, photos, torchvision:NAME or a folder of images"
     points = f"; also {', '.join(data.POINTS)}" if adversarial else ""
-    add(group, "config", str | None, None, "YAML or JSON file with any of these options; the command line wins")
-    add(group, "data", str, "digits", sources + points)
-    add(group, "root", str | None, None, "where torchvision's files are")
+    add(group, "config", str, None, "YAML or JSON file with any of these options; the command line wins")
+    add(group, "data", str, "digits", f"digits, photos, torchvision:NAME or a folder of images{points}")
+    add(group, "root", str, None, "where torchvision's files are")
     if not adversarial:
         add(group, "binary", bool, False, "black and white: 1 where a grey level is in the upper half")
     add(group, "size", int, 32, "side of photo patches and folder images")
     add(group, "background", str, "white", BACKGROUND)
-    add(group, "out", str | None, None, "the run's folder, by default out/MODEL-DATA")
+    add(group, "out", str, None, "the run's folder, by default out/MODEL-DATA")
     texts = _descriptions(runs.train)
     for option in RUN_OPTIONS:
         parameter = inspect.signature(runs.train, eval_str=True).parameters[option]
         add(group, option, parameter.annotation, parameter.default, texts[option])
     return top
+
+
+def _explained(message: str) -> str:
+    """An error of jsonargparse about a value, in the form of ours: the argument, what it was and what was expected."""
+    key, value = re.search(r'Parser key "(\w+)"', message), re.search(r".*(?:value|to float): (.*)", message, re.DOTALL)
+    if key is None or value is None:
+        return message
+    kinds = re.findall(r"(?:Expected a|Not of type) (.*?)(?:\. Got value.*|: .*)?$", message, re.MULTILINE)
+    names = [re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind) for kind in kinds]
+    expected = " or ".join(dict.fromkeys(names)).replace("NoneType", "null")
+    return f"{key[1]}={value[1].strip(chr(39))!r}, expected {expected}"
 
 
 def train_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -223,25 +222,28 @@ def train_arguments(words: Sequence[str]) -> argparse.Namespace:
     if not words or words[0] not in models.NAMES:
         raise ValueError(f"train: model={words[0] if words else None!r}, expected one of {', '.join(models.NAMES)}")
     name, model, top = words[0], models.NAMES[words[0]], train_parser(words[0])
-    flags = {flag for action in top._actions for flag in action.option_strings}
-    unknown = [word for word in (w.split("=")[0] for w in words[1:] if w.startswith("--")) if word not in flags]
+    flags = {word.split("=")[0]: None for word in words[1:] if word.startswith("--")}
+    unknown = [flag for flag in flags if not any(flag in action.option_strings for action in top._actions)]
     if unknown:
         decided = all(word[2:].replace("-", "_") in runs.decided(model) for word in unknown)
         raise ValueError(f"train: {name} takes no {', '.join(unknown)}{'; the data decide them' if decided else ''}")
     source = "train: "
     try:
         given = top.parse_args(list(words[1:]), defaults=False).as_dict()
-        if given.get("config"):
+        if "config" in given:
             source += f"--config={given['config']!r}: "
-            given = top.parse_path(given["config"], defaults=False).as_dict() | given
+            options = top.parse_path(given["config"], defaults=False).as_dict()
+            if "config" in options:
+                raise TypeError("Option 'config' is not accepted")
+            given = options | given
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{source}{error}") from error
+        raise ValueError(f"{source}{_explained(str(error))}") from error
     a = argparse.Namespace(command="train", model=name, **(top.get_defaults().as_dict() | given))
     a.model_config = {v.name: given[k] for k, v in model_options(model).items() if k in given}
     a.out = None if a.out is None else Path(a.out)
     a.recipe = {f.name: given[k] for k, f in recipe_options(model).items() if k in given}
-    if a.recipe.get("penalty") is not None:
-        kinds = tuple(a.recipe["penalty"].split(","))
+    if (penalty := a.recipe.get("penalty")) is not None:
+        kinds = tuple(penalty.split(",") if isinstance(penalty, str) else penalty)
         a.recipe["penalty"] = None if kinds == ("none",) else kinds[0] if len(kinds) == 1 else kinds
     return a
 
@@ -291,10 +293,8 @@ def _result(written: dict[str, Any]) -> str:
     if "critic_loss" in written:
         text = f"critic {written['critic_loss']:.3f}, generator {written['generator_loss']:.3f}"
         if "covered" in written:
-            text += (
-                f", {written['covered']} of {written['modes']} modes, {written['within_3']:.1%} of samples within 3 "
-                "sigma"
-            )
+            covered = f", {written['covered']} of {written['modes']} modes"
+            text += f"{covered}, {written['within_3']:.1%} of samples within 3 sigma"
         return text
     if "test_mse" not in written:
         return f"{written['test_bits_per_dim']:.3f} bits/dim on held-out images"

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from safetensors.torch import save_file
 
 import genfast
 from genfast import _registry, _verify, cli, models
+from genfast.models.base_adversarial import CriticLoss, Game
+from genfast.models.base_autoregressive_flow import Activation
+from genfast.reference.masked_linear import ACTIVATIONS
 
 
 def test_info_tells_versions_devices_and_backends(capsys):
@@ -389,7 +393,9 @@ def test_the_help_of_a_model_shows_the_options_of_its_constructor_with_defaults(
             line = " ".join(line.split())
             shown[re.match(r"--([\w-]+)", line)[1]] = line
     model = models.NAMES[name]
-    by_data = {"shape", "dim", "in_channels", "classes", "context", "context_channels", "context_features"}
+    by_data = {"shape", "dim", "in_channels", "context", "context_channels", "context_features"}
+    if model is models.ConditionalGAN:
+        by_data.add("classes")
     if issubclass(model, models.AutoregressiveModel | models.AutoencoderModel):
         by_data.add("levels")
     options = {k: v.default for k, v in inspect.signature(model).parameters.items() if k not in by_data}
@@ -436,12 +442,26 @@ def test_a_config_file_gives_options_and_the_command_line_wins(tmp_path, kind):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["glow", "--hidden", "wide"], "hidden"),
-        (["glow", "--scale", "linear"], "linear"),
-        (["glow", "--config", "unknown.yaml"], "unknown.yaml"),
-        (["glow", "--config", "wrong.yaml"], "wrong.yaml"),
+        (["glow", "--hidden", "wide"], "train: hidden='wide', expected int"),
+        (["glow", "--hidden", "1.5"], "train: hidden='1.5', expected int"),
+        (["glow", "--steps", "many"], "train: steps='many', expected int or null"),
+        (["glow", "--lr", "fast"], "train: lr='fast', expected number or null"),
+        (["vae", "--beta", "big"], "train: beta='big', expected number"),
+        (["maf", "--hidden", "wide"], "train: hidden='wide', expected int or "),
+        (["glow", "--scale", "linear"], "train: scale='linear', expected 'exp', 'sigmoid', 'tanh', "),
+        (["gan", "--loss", "none"], "train: loss='none', expected 'minimax', "),
+        (["gan", "--optimizer", "sgd"], "train: optimizer='sgd', expected 'adam', 'rmsprop'"),
+        (["maf", "--activation", "step"], "train: activation='step', expected 'elu', "),
+        (["nsf", "--hidden", "[8, 8]"], "hidden=[8, 8] with couplings, expected at least 2"),
+        (["glow", "--lr", "inf"], "train: lr=inf, expected a positive number"),
+        (["glow", "--config", "unknown.yaml"], "train: --config='unknown.yaml': Option 'gamma' is not accepted"),
+        (["glow", "--config", "wrong.yaml"], "train: --config='wrong.yaml': hidden='wide', expected int"),
         (["glow", "--config", "torn.yaml"], "torn.yaml"),
         (["glow", "--config", "missing.yaml"], "missing.yaml"),
+        (["glow", "--config", "nested.yaml"], "train: --config='nested.yaml': Option 'config' is not accepted"),
+        (["glow", "--config", "switch.yaml"], "switch.yaml"),
+        (["vae", "--config", "levels.yaml"], "train: --config='levels.yaml': Option 'levels' is not accepted"),
+        (["glow", "--config="], "train: --config=''"),
         (["glow", "--hidden"], "--hidden"),
         (["glow", "stray"], "stray"),
         (["glow", "--nothing", "1"], "glow takes no --nothing"),
@@ -454,13 +474,62 @@ def test_options_that_do_not_parse_are_one_line_and_status_2(words, message, tmp
     (tmp_path / "unknown.yaml").write_text("gamma: 1\n")
     (tmp_path / "wrong.yaml").write_text("hidden: wide\n")
     (tmp_path / "torn.yaml").write_text("hidden: [1\n")
+    (tmp_path / "nested.yaml").write_text("config: wrong.yaml\n")
+    (tmp_path / "switch.yaml").write_text("reversible: 3\n")
+    (tmp_path / "levels.yaml").write_text("levels: 3\n")
     assert cli.main(["train", *words]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert said[0].startswith("genfast: error: train: ")
+    assert said[0].startswith("genfast: error: NSF: " if words[:1] == ["nsf"] else "genfast: error: train: ")
     assert message in said[0]
+
+
+@pytest.mark.parametrize("text", ["#x", "null", "2024", "true"])
+def test_the_names_of_folders_and_files_are_taken_as_they_are(text):
+    a = cli.train_arguments(["glow", "--out", text, "--root", text, "--data", text, "--background", text])
+    assert (str(a.out), a.root, a.data, a.background) == (text,) * 4
+
+
+def test_penalties_come_as_words_or_as_a_list(tmp_path):
+    file = tmp_path / "options.yaml"
+    for text, penalty in (("[r1, r2]", ("r1", "r2")), ("r1,r2", ("r1", "r2")), ("[r1]", "r1"), ("none", None)):
+        file.write_text(f"penalty: {text}\npenalty_weight: 1e-1\n")
+        assert cli.train_arguments(["gan", "--config", str(file)]).recipe == {"penalty": penalty, "weight": 0.1}
+        assert cli.train_arguments(["gan", "--penalty", text]).recipe == {"penalty": penalty}
+
+
+def test_choices_are_in_the_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    for name, words in (
+        ("gan", ("--loss {minimax,nonsaturating,hinge,", "--optimizer {adam,rmsprop}", "wgan-gp, wgan-lp, r1, r2")),
+        ("aae", ("--loss {minimax,nonsaturating,hinge,lsgan,wasserstein}",)),
+        ("maf", ("--activation {elu,gelu,", "--order {alternating,random}")),
+        ("nsf", ("--coupling {coupling,autoregressive}", "--mixing", "'lu', 'permutation'")),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["train", name, "--help"])
+        shown = capsys.readouterr().out.replace('"', "")
+        for word in words:
+            assert word in shown
+
+
+def test_the_choices_of_annotations_are_those_of_the_library():
+    known = genfast.losses.CRITIC_LOSSES
+    games = [k for k in known if not k.startswith("relativistic")]
+    assert list(get_args(Game)) == games
+    assert list(get_args(CriticLoss)) == list(known)
+    assert list(get_args(Activation)) == list(ACTIVATIONS)
 
 
 def test_importing_the_package_needs_no_parser():
     code = "import sys, genfast, genfast.cli; assert not {'jsonargparse', 'yaml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_whose_classes_are_an_option_learns_labels(tmp_path, capsys):
+    run, picture = tmp_path / "run", tmp_path / "sevens.png"
+    words = ["sagan", "--width", "4", "--classes", "10", "--steps", "1", "--batch-size", "4", "--sample-every", "0"]
+    assert cli.main(["train", *words, "--out", str(run)]) == 0
+    assert cli.main(["sample", "--checkpoint", str(run), "--out", str(picture), "-n", "4", "--label", "7"]) == 0
+    assert cli.main(["train", "cgan", "--classes", "10"]) == 2
+    assert "cgan takes no --classes; the data decide them" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..reference.adversarial import RELATIVISTIC
 from .autoencoder import Autoencoder
+from .base_adversarial import Game
 from .base_autoencoder import Losses, Network, squared_error
 from .blocks import leaky_relu, mlp
 
@@ -53,7 +54,7 @@ class AdversarialAutoencoder(Autoencoder):
         *,
         latent_dim: int = 8,
         levels: int = 256,
-        loss: str = "nonsaturating",
+        loss: Game = "nonsaturating",
         critic_hidden: int = 256,
         weight: float = 1.0,
         network: Network = "perceptron",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,18 @@ from ..reference.adversarial import CRITIC_LOSSES, RELATIVISTIC
 from .blocks import dcgan_networks, mlp_networks
 from .phases import Losses
 
+Game = Literal["minimax", "nonsaturating", "hinge", "lsgan", "wasserstein"]
+CriticLoss = Literal[Game, "relativistic", "relativistic-average"]
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; every field can be replaced by the user.
 
     Args:
-        loss: a key of ``genfast.losses.CRITIC_LOSSES``.
-        penalty: None, a kind that ``ops.gradient_penalty`` takes, or several ("r1", "r2").
+        loss: the game, a key of ``genfast.losses.CRITIC_LOSSES``.
+        penalty: "wgan-gp", "wgan-lp", "r1", "r2", "dragan" or another kind of ``ops.gradient_penalty``, several (on the
+            command line with commas), or None.
         weight: of the penalty.
         target: of the gradient's norm, which the penalty draws it to.
         critic_steps: updates of the critic for one of the generator.
@@ -37,13 +41,13 @@ class Recipe:
         ema: decay of the generator's moving average, which is what samples come from; 0 for none.
     """
 
-    loss: str = "nonsaturating"
+    loss: CriticLoss = "nonsaturating"
     penalty: str | tuple[str, ...] | None = None
     weight: float = 10.0
     target: float = 1.0
     critic_steps: int = 1
     clip: float | None = None
-    optimizer: str = "adam"
+    optimizer: Literal["adam", "rmsprop"] = "adam"
     generator_lr: float = 2e-4
     critic_lr: float = 2e-4
     betas: tuple[float, float] = (0.5, 0.999)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .flow import Flow
 
 Hidden = int | Sequence[int]
+Activation = Literal["elu", "gelu", "leaky_relu", "none", "relu", "sigmoid", "silu", "softplus", "tanh"]
 
 
 def widths(hidden: Hidden, depth: int) -> list[int]:
@@ -49,7 +50,7 @@ class AutoregressiveFlow(Flow):
         outputs: int,
         context: int,
         residual: bool,
-        activation: str,
+        activation: Activation,
     ) -> nn.Module:
         """The network of transform i; orders alternate between first to last and last to first, or are random."""
         places = "random" if order == "random" else "natural" if i % 2 == 0 else "reversed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..nn.univariate import AffineMap
-from .base_autoregressive_flow import AutoregressiveFlow, Hidden
+from .base_autoregressive_flow import Activation, AutoregressiveFlow, Hidden
 from .base_flow import DiagonalGaussian
 
 
@@ -39,7 +39,7 @@ class IAF(AutoregressiveFlow):
         norm: Literal["act", "batch"] | None = None,
         scale: Literal["exp", "softclamp", "sigmoid", "additive"] = "softclamp",
         residual: bool = False,
-        activation: str = "relu",
+        activation: Activation = "relu",
     ) -> None:
         config = dict(
             dim=dim,

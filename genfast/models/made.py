@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import nn as gnn
 from .. import ops
 from ..programs import DegreeProgram, LoweringError, layers_of, self_check
+from .base_autoregressive_flow import Activation
 from .base_vector import VectorModel, ensemble, mean_log
 
 
@@ -51,7 +52,7 @@ class MADE(VectorModel):
         levels: int = 2,
         *,
         orders: int = 1,
-        activation: str = "relu",
+        activation: Activation = "relu",
         context_features: int = 0,
     ) -> None:
         super().__init__(dim, levels)

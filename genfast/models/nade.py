@@ -40,7 +40,7 @@ class NADE(VectorModel):
         levels: int = 2,
         *,
         activation: Literal["relu", "sigmoid", "tanh"] = "sigmoid",
-        order: str | Sequence[int] | None = None,
+        order: Literal["natural", "reversed", "random"] | Sequence[int] | None = None,
         context_features: int = 0,
     ) -> None:
         super().__init__(dim, levels)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import Uniform
 
 from ..nn.univariate import SplineMap
-from .base_autoregressive_flow import AutoregressiveFlow, Hidden, widths
+from .base_autoregressive_flow import Activation, AutoregressiveFlow, Hidden, widths
 from .base_flow import DiagonalGaussian
 from .conditioners import ResidualMLP
 from .flow import FixedBase
@@ -62,7 +62,7 @@ class NSF(AutoregressiveFlow):
         order: Literal["alternating", "random"] = "alternating",
         norm: Literal["act", "batch"] | None = "act",
         residual: bool = False,
-        activation: str = "relu",
+        activation: Activation = "relu",
     ) -> None:
         if not widths(hidden, depth):
             raise ValueError(f"NSF: hidden={hidden} and depth={depth}, expected at least one layer")

@@ -49,7 +49,7 @@ class RNADE(DensityModel):
         activation: Literal["relu", "sigmoid", "tanh"] = "relu",
         rescale: bool = True,
         scale_gradients: bool = False,
-        order: str | Sequence[int] | None = None,
+        order: Literal["natural", "reversed", "random"] | Sequence[int] | None = None,
         context_features: int = 0,
     ) -> None:
         super().__init__((dim,))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import losses, ops
 from .adversarial_autoencoder import check_loss
+from .base_adversarial import Game
 from .base_autoencoder import AutoencoderModel, Losses, Network, decoder_network, encoder_network
 from .blocks import leaky_relu, mlp, stages
 
@@ -81,7 +82,7 @@ class VAEGAN(AutoencoderModel):
         latent_dim: int = 16,
         levels: int = 256,
         gamma: float = 0.1,
-        loss: str = "nonsaturating",
+        loss: Game = "nonsaturating",
         network: Network = "perceptron",
         hidden: int = 256,
         depth: int = 2,

@@ -38,7 +38,9 @@ SIDES = ("critic", "generator")
 
 def decided(model: type) -> tuple[str, ...]:
     """Parameters of a model's constructor that a run takes from its data, which have no conditions."""
-    names = ("shape", "dim", "in_channels", "classes", "context", "context_channels", "context_features")
+    names = ("shape", "dim", "in_channels", "context", "context_channels", "context_features")
+    if issubclass(model, models.ConditionalGAN):
+        return (*names, "classes")
     return (*names, "levels") if issubclass(model, AutoregressiveModel | AutoencoderModel) else names
 
 
