@@ -132,6 +132,27 @@ bool fail(PyObject* error, const Entry& entry, const std::string& what) {
   return false;
 }
 
+bool lacks_memory(const Entry& entry) {
+  PyErr_Clear();
+  PyErr_Format(PyExc_MemoryError, "genfast kernel %s: its working memory could not be allocated", entry.name.c_str());
+  return false;
+}
+
+// What `body` returns; null and a Python error where it lacks memory, since no exception may pass through the interpreter.
+template <class Body>
+PyObject* result_or_error(PyObject* self, const Body& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return lacks_memory(*reinterpret_cast<Kernel*>(self)->entry), nullptr;
+  }
+}
+
+struct Release {  // of a Python object that is not returned
+  void operator()(PyObject* object) const { Py_XDECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
 bool wrong(const Entry& entry, const Field& f, PyObject* value, const char* expected) {
   PyErr_Clear();
   return fail(PyExc_TypeError, entry, f.name + " is a " + Py_TYPE(value)->tp_name + ", expected " + expected);
@@ -306,19 +327,21 @@ bool complete(const Kernel& kernel, Mask filled) {
 bool run(const Entry& entry, const char* args) {
   std::string problem;
   PyObject* error = nullptr;
+  bool memory = true;
   PyThreadState* state = PyEval_SaveThread();
   try {
     entry.run(args);
   } catch (const std::length_error&) {  // of a vector, larger than memory can be
-    error = PyExc_MemoryError, problem = "genfast kernel " + entry.name + ": its working memory could not be allocated";
+    memory = false;
   } catch (const std::bad_alloc&) {
-    error = PyExc_MemoryError, problem = "genfast kernel " + entry.name + ": its working memory could not be allocated";
+    memory = false;
   } catch (const std::invalid_argument& exception) {  // numbers in a tensor that only the kernel sees
     error = PyExc_ValueError, problem = exception.what();
   } catch (const std::exception& exception) {
     error = PyExc_RuntimeError, problem = exception.what();
   }
   PyEval_RestoreThread(state);
+  if (!memory) return lacks_memory(entry);
   if (error) PyErr_SetString(error, problem.c_str());
   return !error;
 }
@@ -332,7 +355,7 @@ PyObject* result_of(const Field& f, const char* value) {
   }
 }
 
-PyObject* call(PyObject* self, PyObject* const* values, size_t positional, PyObject* names) {
+PyObject* call_kernel(PyObject* self, PyObject* const* values, size_t positional, PyObject* names) {
   const Kernel& kernel = *reinterpret_cast<Kernel*>(self);
   Entry& entry = *kernel.entry;
   if (PyVectorcall_NARGS(positional)) return fail(PyExc_TypeError, entry, "it takes its fields by name"), nullptr;
@@ -351,6 +374,10 @@ PyObject* call(PyObject* self, PyObject* const* values, size_t positional, PyObj
   return entry.result ? result_of(*entry.result, result) : Py_NewRef(Py_None);
 }
 
+PyObject* call(PyObject* self, PyObject* const* values, size_t positional, PyObject* names) {
+  return result_or_error(self, [&] { return call_kernel(self, values, positional, names); });
+}
+
 Kernel* make_kernel(Entry* entry, const Kernel* like) {
   Kernel* kernel = PyObject_New(Kernel, kernel_type);
   if (!kernel) return nullptr;
@@ -362,12 +389,12 @@ Kernel* make_kernel(Entry* entry, const Kernel* like) {
   return kernel;
 }
 
-PyObject* prepare(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+PyObject* prepare_kernel(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
   const Kernel& kernel = *reinterpret_cast<Kernel*>(self);
   if (positional) return fail(PyExc_TypeError, *kernel.entry, "prepare takes its fields by name"), nullptr;
   Kernel* made = make_kernel(kernel.entry, &kernel);
   if (!made) return nullptr;
-  PyObject* object = reinterpret_cast<PyObject*>(made);
+  Owned object(reinterpret_cast<PyObject*>(made));
   made->owners = kernel.owners ? PySequence_List(kernel.owners) : PyList_New(0);
   std::unique_ptr<CallSite> spare;
   const CallSite* site = names ? find_site(*kernel.entry, names, spare) : nullptr;
@@ -380,12 +407,14 @@ PyObject* prepare(PyObject* self, PyObject* const* values, Py_ssize_t positional
     if (!record || !tuple || size_t(PyTuple_GET_SIZE(values[i])) == f.parts.size()) made->filled |= bit;
     if (f.pointer) good = !PyList_Append(made->owners, values[i]);
   }
-  if (good) return object;
-  Py_DECREF(object);
-  return nullptr;
+  return good ? object.release() : nullptr;
 }
 
-PyObject* declare(PyObject* self, PyObject* const* names, Py_ssize_t count) {
+PyObject* prepare(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+  return result_or_error(self, [&] { return prepare_kernel(self, values, positional, names); });
+}
+
+PyObject* declare_fields(PyObject* self, PyObject* const* names, Py_ssize_t count) {
   const Kernel& kernel = *reinterpret_cast<Kernel*>(self);
   Mask allowed = 0, optional = 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -403,6 +432,10 @@ PyObject* declare(PyObject* self, PyObject* const* names, Py_ssize_t count) {
   return reinterpret_cast<PyObject*>(made);
 }
 
+PyObject* declare(PyObject* self, PyObject* const* names, Py_ssize_t count) {
+  return result_or_error(self, [&] { return declare_fields(self, names, count); });
+}
+
 std::string kind_name(const Field& f) {
   static const char* const names[] = {"bool", "int", "int", "float", "float", "address"};
   if (f.kind != Kind::kRecord) return names[int(f.kind)];
@@ -411,18 +444,21 @@ std::string kind_name(const Field& f) {
   return "(" + text + ")";
 }
 
-PyObject* get_fields(PyObject* self, void*) {
+PyObject* fields_with_kinds(PyObject* self) {
   const Kernel& kernel = *reinterpret_cast<Kernel*>(self);
-  PyObject* fields = PyDict_New();
+  Owned fields(PyDict_New());
   for (size_t i = 0; fields && i < kernel.entry->fields.size(); ++i) {
     if (!(kernel.allowed >> i & 1)) continue;
     const Field& f = kernel.entry->fields[i];
     const bool required = kernel.required >> i & 1;
-    PyObject* kind = PyUnicode_FromString((kind_name(f) + (f.count > 1 ? "[]" : "") + (required ? "" : "?")).c_str());
-    if (!kind || PyDict_SetItemString(fields, f.name.c_str(), kind)) Py_CLEAR(fields);
-    Py_XDECREF(kind);
+    const Owned kind(PyUnicode_FromString((kind_name(f) + (f.count > 1 ? "[]" : "") + (required ? "" : "?")).c_str()));
+    if (!kind || PyDict_SetItemString(fields.get(), f.name.c_str(), kind.get())) fields.reset();
   }
-  return fields;
+  return fields.release();
+}
+
+PyObject* get_fields(PyObject* self, void*) {
+  return result_or_error(self, [&] { return fields_with_kinds(self); });
 }
 
 void destroy(PyObject* self) {

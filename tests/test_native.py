@@ -5,6 +5,11 @@ from __future__ import annotations
 import ast
 import gc
 import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -190,3 +195,40 @@ def test_records_arrays_and_results():
 def test_a_kernel_that_cannot_allocate_raises_memory_error():
     with pytest.raises(MemoryError, match="genfast kernel actnorm: its working memory could not be allocated"):
         _cpu.actnorm(x=(X, 3, 1, 1), c=1 << 55, threads=1)
+
+
+WORK_IN_MEMORY_OF_THREADS = {
+    *("autoregressive_inverse", "autoregressive_inverse_sweep", "autoregressive_inverse_weights", "gram_matrix"),
+    *("gram_matrix_backward", "linear", "masked_conv", "masked_linear", "masked_linear_backward", "nade", "pairwise"),
+    *("pixel_program", "pixel_rnn", "upfirdn2d"),
+}
+
+
+def test_where_memory_is_missing_every_op_raises_memory_error_and_works_again_after(tmp_path):
+    """Each request for memory that a kernel makes is refused in its turn. An exception that left a parallel region
+    would end the process."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("memory is refused by a library preloaded with glibc")
+    if os.environ.get("LD_PRELOAD"):
+        pytest.skip(f"another library hands out memory: LD_PRELOAD={os.environ['LD_PRELOAD']}")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler: expected CXX, c++, g++ or clang++")
+    library = tmp_path / "refused_memory.so"
+    tests = Path(__file__).parent
+    source = str(tests / "refused_memory.cpp")
+    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", str(library)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.without_memory"],
+        cwd=tests.parent,
+        env=os.environ | {"LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *before, last = done.stdout.splitlines() or [""]
+    assert done.returncode == 0, f"status {done.returncode} in {last}: {done.stderr[-2000:]}"
+    refused = set(last.partition("refused to ")[2].split(", "))
+    assert refused >= WORK_IN_MEMORY_OF_THREADS
+    assert refused <= set(KERNELS)
+    assert len(before) > 500

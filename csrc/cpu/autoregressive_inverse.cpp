@@ -588,10 +588,11 @@ void over_blocks(const DegreeOrderedArgs& a, const Program& p, const Work& work)
   const int64_t vectors = (a.n + lanes<T>() - 1) / lanes<T>();
   const int threads = a.n * p.multiplications() < kSerial ? 1 : int(vectors < a.threads ? vectors : a.threads);
   const int64_t blocks = (vectors + kVectors * threads - 1) / (kVectors * threads) * threads;
+  static thread_local TeamScratch team;
+  const Slices<T> own = team.get<T>(threads, scratch_elements<T>(p, kVectors));
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch own;
-    T* scratch = own.get<T>(scratch_elements<T>(p, kVectors));
+    T* scratch = own.get();
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t from = vectors * block / blocks, to = vectors * (block + 1) / blocks, first = from * lanes<T>();
@@ -608,10 +609,11 @@ void run(const DegreeOrderedArgs& a) {
   if (!a.units && a.n <= lanes<T>() / 2) {
     const int64_t tasks = (a.n + 3) / 4;
     const int threads = a.n * p.multiplications() < kSerial ? 1 : int(tasks < a.threads ? tasks : a.threads);
+    static thread_local TeamScratch team;
+    const Slices<T> own = team.get<T>(threads, 4 * (p.units + 16) + p.width * lanes<T>());
 #pragma omp parallel num_threads(threads)
     {
-      static thread_local Scratch own;
-      T* scratch = own.get<T>(4 * (p.units + 16) + p.width * lanes<T>());
+      T* scratch = own.get();
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t first = a.n * task / tasks, count = a.n * (task + 1) / tasks - first;
@@ -685,10 +687,11 @@ void weights(const DegreeOrderedArgs& a) {
     if (!p.layers[l].kind) panels += (p.layers[l].source_units + block - 1) / block;
   const int threads = a.n * p.multiplications() < kSerial ? 1 : a.threads;
   memset(out, 0, size_t(p.packed) * sizeof(T));
+  static thread_local TeamScratch team;
+  const Slices<T> own = team.get<T>(threads, kInner * block);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch own;
-    T* panel = own.get<T>(kInner * block);
+    T* panel = own.get();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < panels + p.layer_count; ++task) {
       if (task >= panels) {  // a bias: the sum of the cotangents

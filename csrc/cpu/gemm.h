@@ -10,7 +10,14 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <exception>
 #include <new>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef GENFAST_SANITIZED
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "transpose.h"
 #include "vec.h"
@@ -148,23 +155,91 @@ GENFAST_INLINE int64_t inner_runs(int64_t inner) { return std::max<int64_t>(1, (
 // Scratch that a thread keeps from call to call: fresh memory costs more than the packing.
 class Scratch {
  public:
+  Scratch() = default;
   ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   template <class T>
   T* get(int64_t elements) {
+    if (elements < 0 || elements > INT64_MAX / int64_t(sizeof(T)) - 64) throw std::bad_alloc();
     const size_t bytes = (size_t(elements) * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
-      free(data_);
-      size_ = 0;
+      release();
       data_ = aligned_alloc(64, bytes);
       if (!data_) throw std::bad_alloc();
       size_ = bytes;
     }
     return static_cast<T*>(data_);
   }
+  void release() {
+    free(data_);
+    data_ = nullptr, size_ = 0;
+  }
 
  private:
   void* data_ = nullptr;
   size_t size_ = 0;
+};
+
+template <class T>
+struct Slices {  // as many elements for each thread of a team, whole cache lines apart
+  T* data;
+  int64_t stride;
+
+  // Of the thread that calls.
+  T* get() const {
+#ifdef _OPENMP
+    return data + omp_get_thread_num() * stride;
+#else
+    return data;
+#endif
+  }
+};
+
+// Scratch for a team of threads. The thread that starts the team keeps it from call to call, and gets it before the parallel
+// region: an exception that left a region would end the process.
+class TeamScratch {
+ public:
+  template <class T>
+  Slices<T> get(int threads, int64_t elements) {
+    constexpr int64_t line = 128 / int64_t(sizeof(T));
+    const int64_t team = std::max(1, threads);
+    if (elements < 0 || elements > INT64_MAX / (int64_t(sizeof(T)) * team) - 4 * line) throw std::bad_alloc();
+    const Slices<T> slices{nullptr, (elements + line - 1) / line * line};
+#ifdef GENFAST_SANITIZED
+    all_.release();  // so that the sanitizer sees the first element beyond a slice, and none is poisoned from before
+#endif
+    T* data = all_.get<T>(slices.stride * team);
+#ifdef GENFAST_SANITIZED
+    for (int64_t t = 0; t < team; ++t)
+      ASAN_POISON_MEMORY_REGION(data + t * slices.stride + elements, size_t(slices.stride - elements) * sizeof(T));
+#endif
+    return {data, slices.stride};
+  }
+
+ private:
+  Scratch all_;
+};
+
+// The first exception of the tasks of a parallel region, which must not leave the region: each task runs by `run`, and after
+// the region `rethrow` throws the exception on the thread that started the team.
+class TaskFailure {
+ public:
+  template <class Task>
+  void run(const Task& task) noexcept {
+    try {
+      task();
+    } catch (...) {
+#pragma omp critical(genfast_task_failure)
+      if (!first_) first_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::exception_ptr first_;
 };
 
 // b[k0 .. k0 + count, first .. first + width) as (k, column), zeros beyond the last column.
@@ -255,11 +330,13 @@ void product_by_rows(int64_t rows, int64_t columns, int64_t inner, const Strided
   const int64_t runs = inner_runs(inner), longest = (inner + runs - 1) / runs, down = tiles(rows);
   const int64_t across = (columns + block - 1) / block, share = std::max<int64_t>(1, std::min<int64_t>(8, down / (4 * threads)));
   static thread_local Scratch scratch;
+  static thread_local TeamScratch team;
   T* panels = scratch.get<T>(across * block * longest);
+  const bool direct = a.column == 1;
+  const Slices<T> own = team.get<T>(threads, direct ? 0 : kMaxRows * longest);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch own;
-    T* packed = a.column == 1 ? nullptr : own.get<T>(kMaxRows * longest);
+    T* packed = direct ? nullptr : own.get();
     for (int64_t run_ = 0; run_ < runs; ++run_) {
       const int64_t k0 = inner * run_ / runs, count = inner * (run_ + 1) / runs - k0;
 #pragma omp for schedule(static)
@@ -291,11 +368,12 @@ void product_by_columns(int64_t rows, int64_t columns, int64_t inner, const Stri
   const int64_t pieces = std::max<int64_t>(1, std::min(wanted, down / kPanelTiles));
   const int64_t at_once = direct ? down : std::max<int64_t>(1, std::min(down, kPacked / (kMaxRows * std::max<int64_t>(1, longest))));
   static thread_local Scratch scratch;
+  static thread_local TeamScratch team;
   T* packed = direct ? nullptr : scratch.get<T>(at_once * kMaxRows * longest);
+  const Slices<T> own = team.get<T>(threads, longest * block);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch own;
-    T* panel = own.get<T>(longest * block);
+    T* panel = own.get();
     for (int64_t run_ = 0; run_ < runs; ++run_) {
       const int64_t k0 = inner * run_ / runs, count = inner * (run_ + 1) / runs - k0;
       for (int64_t base = 0; base < down; base += at_once) {

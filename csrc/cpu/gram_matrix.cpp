@@ -77,12 +77,14 @@ class Gram {
   void apart(int threads, double* squares) const {
     const int64_t size = a_.c * ld_, samples = groups_ == 1 ? a_.n : std::max<int64_t>(1, kAtOnce / groups_);
     static thread_local Scratch shared;
+    static thread_local TeamScratch panel_scratch, sum_scratch;
     T* all = groups_ == 1 ? nullptr : shared.get<T>(samples * groups_ * size);
+    const Slices<T> all_panels = panel_scratch.get<T>(threads, Panels<T>::elements(a_.c, longest_));
+    const Slices<T> own_sums = sum_scratch.get<T>(threads, all ? 0 : size);
 #pragma omp parallel num_threads(threads)
     {
-      static thread_local Scratch panel_scratch, sum_scratch;
-      const Panels<T> panels{panel_scratch.get<T>(Panels<T>::elements(a_.c, longest_)), a_.c, longest_};
-      T* own = all ? nullptr : sum_scratch.get<T>(size);
+      const Panels<T> panels{all_panels.get(), a_.c, longest_};
+      T* own = all ? nullptr : own_sums.get();
       for (int64_t base = 0; base < a_.n; base += samples) {
         const int64_t here = std::min(samples, a_.n - base);
 #pragma omp for schedule(dynamic, 1)
@@ -257,8 +259,10 @@ void backward(const GramBackwardArgs& a) {
   const int64_t flops = a.c * a.c * a.s;
   const int threads = a.n * flops < 1 << 17 ? 1 : a.threads;
   if (threads == 1 || a.n % threads == 0 || a.n >= 4 * threads) {
+    TaskFailure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t n = 0; n < a.n; ++n) backward_sample<T>(a, n, 1);
+    for (int64_t n = 0; n < a.n; ++n) failure.run([&] { backward_sample<T>(a, n, 1); });
+    failure.rethrow();
   } else {
     for (int64_t n = 0; n < a.n; ++n) backward_sample<T>(a, n, threads);
   }

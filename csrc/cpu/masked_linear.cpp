@@ -348,12 +348,15 @@ class Product {
 template <class T>
 void multiply_by_panels(const Product<T>& product, bool rising, const T* a, int64_t ld, const T* bias, bool relu, T* out,
                         int64_t wide, int64_t n, int threads) {
+  static thread_local TeamScratch panel_scratch, aside_scratch;
   const int64_t panels = product.panels();
+  const bool partial = wide % lanes<T>();
+  const Slices<T> all_packed = panel_scratch.get<T>(threads, product.largest());
+  const Slices<T> all_aside = aside_scratch.get<T>(threads, partial ? n * block_columns<T>() : 0);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch panel_scratch, aside_scratch;
-    T* packed = panel_scratch.get<T>(product.largest());
-    T* aside = wide % lanes<T>() ? aside_scratch.get<T>(n * block_columns<T>()) : nullptr;
+    T* packed = all_packed.get();
+    T* aside = partial ? all_aside.get() : nullptr;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < panels; ++task) {
       const int64_t p = rising ? panels - 1 - task : task;
@@ -368,19 +371,22 @@ template <class T>
 void multiply_by_rows(const Product<T>& product, const Side<T>& outer, const T* a, int64_t ld, const T* bias, bool relu, T* out,
                       int64_t n, int threads) {
   static thread_local Scratch shared;
+  static thread_local TeamScratch row_scratch, aside_scratch;
   T* packed = shared.get<T>(product.elements());
   const int64_t down = tiles(n), step = std::max<int64_t>(1, std::min(kBlockTiles, down / (4 * threads)));
   const int64_t wide = outer.sorted ? padded<T>(outer.count) : outer.count, most = step * kMaxRows;
+  const bool partial = wide % lanes<T>();
+  const Slices<T> all_rows = row_scratch.get<T>(threads, outer.sorted ? most * wide : 0);
+  const Slices<T> all_aside = aside_scratch.get<T>(threads, partial ? most * block_columns<T>() : 0);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch row_scratch, aside_scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < product.panels(); ++p) product.pack(p, packed + product.offset(p));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t base = 0; base < down; base += step) {
       const int64_t stop = std::min(down, base + step), begin = tile_start(n, base), end = tile_start(n, stop);
-      T* rows = outer.sorted ? row_scratch.get<T>(most * wide) : out + begin * wide;
-      T* aside = wide % lanes<T>() ? aside_scratch.get<T>(most * block_columns<T>()) : nullptr;
+      T* rows = outer.sorted ? all_rows.get() : out + begin * wide;
+      T* aside = partial ? all_aside.get() : nullptr;
       for (int64_t p = 0; p < product.panels(); ++p)
         product.rows(p, a + begin * ld, ld, base, stop, n, packed + product.offset(p), bias, relu, rows, wide, aside);
       for (int64_t row = begin; outer.sorted && row < end; ++row)
@@ -535,20 +541,21 @@ template <class T>
 void weight_gradient(const MaskedLinearArgs& a, const Side<T>& outputs, const Side<T>& inputs, const T* g, int64_t ld, int threads) {
   constexpr int64_t block = block_columns<T>();
   static thread_local Scratch panel_scratch, sum_scratch;
+  static thread_local TeamScratch own_scratch, tile_scratch, row_scratch;
   const int64_t runs = inner_runs(a.n), longest = (a.n + runs - 1) / runs, down = tiles(a.outputs), across = inputs.blocks();
   const int64_t size = kMaxRows * across * block;
   const bool direct = across == 1 && !outputs.sorted;  // one panel reads g once, as packing would
   T* panels = panel_scratch.get<T>(across * block * longest);
   T* all = runs == 1 ? nullptr : sum_scratch.get<T>(down * size);
+  const Slices<T> all_sorted = row_scratch.get<T>(threads, padded<T>(a.inputs));
+  const Slices<T> all_packed = tile_scratch.get<T>(threads, kMaxRows * longest);
+  const Slices<T> all_own = own_scratch.get<T>(threads, size);
   const T* x = static_cast<const T*>(a.x);
   std::vector<Panel> at(static_cast<size_t>(across));
   for (int64_t p = 0; p < across; ++p) at[size_t(p)] = panel_of(inputs, outputs, p);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch own_scratch, tile_scratch, row_scratch;
-    T* sorted = row_scratch.get<T>(padded<T>(a.inputs));
-    T* packed = tile_scratch.get<T>(kMaxRows * longest);
-    T* own = own_scratch.get<T>(size);
+    T *sorted = all_sorted.get(), *packed = all_packed.get(), *own = all_own.get();
     for (int64_t part = 0; part < runs; ++part) {
       const int64_t n0 = a.n * part / runs, count = a.n * (part + 1) / runs - n0;
 #pragma omp for schedule(static)

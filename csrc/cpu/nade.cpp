@@ -197,8 +197,14 @@ Vec<T> draw(int kind, const T* params, int64_t p, const T* uniforms, int64_t str
   return chosen == chosen ? mean + exp<T>(log_sigma) * load(other) : chosen;
 }
 
+template <class T>
+int64_t scan_elements(const NadeArgs& a) {
+  constexpr int n = lanes<T>();
+  return 2 * n * padded<T>(a.h) + a.p * n * n + a.p * n;
+}
+
 template <class T, int kAct>
-void scan(const NadeArgs& a, int64_t first, int64_t count) {
+void scan(const NadeArgs& a, int64_t first, int64_t count, T* state) {
   constexpr int n = lanes<T>();
   const int64_t hidden = a.h, row = padded<T>(hidden), p = a.p;
   const Tail<T> tail(hidden);
@@ -206,8 +212,6 @@ void scan(const NadeArgs& a, int64_t first, int64_t count) {
   const T *bias = static_cast<const T*>(a.bias), *c = static_cast<const T*>(a.hidden_bias);
   const T *rescale = static_cast<const T*>(a.rescale), *given = static_cast<const T*>(a.x);
   const T *weight_end = weight + a.d * hidden, *readout_end = readout + a.d * p * hidden;
-  static thread_local Scratch scratch;
-  T* state = scratch.get<T>(2 * n * row + p * n * n + p * n);
   T *h = state + n * row, *partial = h + n * row, *params = partial + p * n * n;
   for (int64_t i = 0; i < p * n * n; i += n) store(partial + i, Vec<T>{});
   alignas(64) T x[n] = {};
@@ -267,9 +271,11 @@ void forward(const NadeArgs& a) {
   int64_t block = a.n / 16 < 4 ? 4 : a.n / 16;  // of the sizes alone: small batches are spread over the threads
   block = block < lanes<T>() ? block : lanes<T>();
   const int threads = a.n * a.d * a.h < kSerial ? 1 : a.threads;
+  static thread_local TeamScratch scratch;
+  const Slices<T> states = scratch.get<T>(threads, scan_elements<T>(a));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t first = 0; first < a.n; first += block)
-    scan<T, kAct>(a, first, a.n - first < block ? a.n - first : block);
+    scan<T, kAct>(a, first, a.n - first < block ? a.n - first : block, states.get());
 }
 
 // ---- backward ----
@@ -491,10 +497,11 @@ void backward(const NadeArgs& a) {
   const Workspace<T> all_dx(a.grad_x ? blocks * parts : 0);
   const Workspace<T> all_drho(a.grad_rescale ? blocks * a.d : 0, Workspace<T>::kZeros);
   T *dx = a.grad_x ? all_dx.get() : nullptr, *drho = a.grad_rescale ? all_drho.get() : nullptr;
+  static thread_local TeamScratch scratch;
+  const Slices<T> all_memory = scratch.get<T>(threads, Units<T, kAct, KV>::elements(a));
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Scratch scratch;
-    T* memory = scratch.get<T>(Units<T, kAct, KV>::elements(a));
+    T* memory = all_memory.get();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t j = 0; j < blocks; ++j)
       Units<T, kAct, KV>(a, j, memory, dx ? dx + j * parts : nullptr, drho ? drho + j * a.d : nullptr).run();

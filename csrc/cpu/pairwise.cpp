@@ -272,16 +272,20 @@ __attribute__((noinline)) void add_product(int64_t height, int64_t count, const 
   }
 }
 
+// What gradient_block works in: weights, then the sums of the rows of y.
+template <class T>
+int64_t gradient_elements(const Problem<T>& p) {
+  return std::min(p.n, kGradientRows) * (weight_columns<T>() + padded<T>(p.c));
+}
+
 template <class T, int kForm, class K>
-void gradient_block(const Problem<T>& p, const K& kernel, const T* g, const T* h, int64_t first, int64_t last, T* out) {
+void gradient_block(const Problem<T>& p, const K& kernel, const T* g, const T* h, int64_t first, int64_t last, T* weights, T* out) {
   constexpr int n = lanes<T>();
   constexpr int64_t block = block_columns<T>(), wide = weight_columns<T>();
   constexpr T kNear = rounding<T>();
   alignas(64) T tile[kMaxRows * block];
   Vec<T> acc[kGradientRows];
   const int64_t ld = padded<T>(p.c), rows = last - first;
-  static thread_local Scratch own;
-  T* const weights = own.get<T>(rows * (wide + ld));
   T* const total = weights + rows * wide;
   memset(total, 0, size_t(rows * ld) * sizeof(T));
   for (int64_t i = 0; i < rows; ++i) acc[i] = splat(T(0));
@@ -342,7 +346,8 @@ GENFAST_INLINE void insert(T* values, int64_t* index, int64_t filled, int64_t k,
 }
 
 template <class T, int kForm>
-void nearest_block(const Problem<T>& p, const T* x, const T* y, int64_t k, int64_t first, int64_t last, T* out, int64_t* index) {
+void nearest_block(const Problem<T>& p, const T* x, const T* y, int64_t k, int64_t first, int64_t last, T* out, int64_t* index,
+                   int64_t* found) {
   constexpr int n = lanes<T>();
   constexpr int64_t block = block_columns<T>();
   alignas(64) T tile[kMaxRows * block];
@@ -378,7 +383,6 @@ void nearest_block(const Problem<T>& p, const T* x, const T* y, int64_t k, int64
       }
     }
   }
-  std::vector<int64_t> found(static_cast<size_t>(k));
   for (int64_t i = first; i < last; ++i) {
     T* values = out + i * k;
     int64_t* chosen = index + i * k;
@@ -387,10 +391,10 @@ void nearest_block(const Problem<T>& p, const T* x, const T* y, int64_t k, int64
       const bool taken = (p.exclude && j == i) || std::find(chosen, chosen + count, j) != chosen + count;
       if (!taken) chosen[count++] = j;
     }
-    std::copy(chosen, chosen + k, found.begin());
-    std::sort(found.begin(), found.end());
+    std::copy(chosen, chosen + k, found);
+    std::sort(found, found + k);
     for (int64_t a = 0; a < k; ++a)
-      insert(values, chosen, a, k, squared_distance(x + i * p.c, y + found[size_t(a)] * p.c, p.c), found[size_t(a)]);
+      insert(values, chosen, a, k, squared_distance(x + i * p.c, y + found[a] * p.c, p.c), found[a]);
   }
 }
 
@@ -471,9 +475,11 @@ void run_kernel(const PairwiseArgs& a, int64_t b, int threads) {
     if (a.mode == PairwiseArgs::kSums) return sums<T, kForm>(p, kernel, static_cast<T*>(a.out) + b * a.n, threads);
     const T* g = a.x_grad ? static_cast<const T*>(a.x_grad) + b * a.n : nullptr;
     T* const out = static_cast<T*>(a.out) + b * a.n * a.c;
+    static thread_local TeamScratch scratch;
+    const Slices<T> weights = scratch.get<T>(threads, gradient_elements(p));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < p.n; i += kGradientRows)
-      gradient_block<T, kForm>(p, kernel, g, h, i, std::min(p.n, i + kGradientRows), out);
+      gradient_block<T, kForm>(p, kernel, g, h, i, std::min(p.n, i + kGradientRows), weights.get(), out);
   });
 }
 
@@ -483,9 +489,11 @@ void run_nearest(const PairwiseArgs& a, int64_t b, int threads) {
   const T* const y = a.y ? static_cast<const T*>(a.y) + b * a.m * a.c : x;
   const int64_t at = b * a.n * a.k;
   prepare<T, kForm>(a, b, threads, [&](const Problem<T>& p, const T*) {
+    static thread_local TeamScratch scratch;
+    const Slices<int64_t> found = scratch.get<int64_t>(threads, a.k);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < p.n; i += kSumRows)
-      nearest_block<T, kForm>(p, x, y, a.k, i, std::min(p.n, i + kSumRows), static_cast<T*>(a.out) + at, a.index + at);
+      nearest_block<T, kForm>(p, x, y, a.k, i, std::min(p.n, i + kSumRows), static_cast<T*>(a.out) + at, a.index + at, found.get());
   });
 }
 
@@ -508,8 +516,10 @@ template <class T>
 void run_all(const PairwiseArgs& a) {
   const bool small = a.n * a.m * (a.c + 8) < kSmall;
   const int across = small && a.b > 1 && a.b * a.n * a.m * (a.c + 8) >= kSmall / 8 ? a.threads : 1, within = small ? 1 : a.threads;
+  TaskFailure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(across)
-  for (int64_t b = 0; b < a.b; ++b) run_one<T>(a, b, within);
+  for (int64_t b = 0; b < a.b; ++b) failure.run([&] { run_one<T>(a, b, within); });
+  failure.rethrow();
 }
 
 }  // namespace

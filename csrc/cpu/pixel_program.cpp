@@ -13,7 +13,6 @@
 #include <string.h>
 
 #include <algorithm>
-#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,6 +21,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "mixture.h"
+#include "workspace.h"
 
 namespace genfast {
 namespace GENFAST_ISA {
@@ -72,6 +72,20 @@ struct Program {
         products += width / s->scale / s->up * s->count * t->length;
     return products;
   }
+
+  // The most segments of a convolution, and the most levels that one step draws from.
+  int64_t most_segments() const {
+    int64_t most = 0;
+    for (const Step* s = step; s < step + begin + pixel + end; ++s)
+      if (s->kind == kConv) most = std::max(most, s->segments);
+    return most;
+  }
+  int64_t most_levels() const {
+    int64_t most = 0;
+    for (const Step* s = step; s < step + begin + pixel + end; ++s)
+      if (s->kind == kCategorical) most = std::max(most, s->count);
+    return most;
+  }
 };
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
@@ -109,10 +123,26 @@ struct Points {
   bool images;
 };
 
+// What the threads of a team work in, made before the region in which engines run.
+struct TeamMemory {
+  PerThread<Segment> segments;
+  PerThread<F> weights;  // of the levels that a step draws from
+
+  TeamMemory(int threads, const Program& p)
+      : segments(threads, p.most_segments()), weights(threads, padded<F>(p.most_levels())) {}
+};
+
 class Engine {
  public:
-  Engine(const PixelProgramArgs& a, const Program& p, int64_t first, int64_t last, int member, int members)
-      : a_(a), p_(p), first_(first), last_(last), member_(member), members_(members) {}
+  Engine(const PixelProgramArgs& a, const Program& p, const TeamMemory& memory, int64_t first, int64_t last, int member, int members)
+      : a_(a),
+        p_(p),
+        first_(first),
+        last_(last),
+        member_(member),
+        members_(members),
+        segments_(memory.segments.get()),
+        level_weights_(memory.weights.get()) {}
 
   void rows(int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
@@ -135,7 +165,8 @@ class Engine {
   const Program& p_;
   const int64_t first_, last_;  // images
   const int member_, members_;  // of the threads that share these images
-  std::vector<Segment> segments_;
+  Segment* const segments_;
+  F* const level_weights_;
 
   void wait() {
     if (members_ > 1) {
@@ -197,8 +228,7 @@ class Engine {
   void run(const Step& s, const Points& points, bool shared) {
     if (s.kind == kConv) {
       gather(s, points.row);
-      int64_t k = 0;
-      for (const Segment& segment : segments_) k += segment.length;
+      const int64_t k = terms(s);
       int64_t unit = 0;
       for (int64_t block = 0; block < s.count; block += block_columns<F>()) {
         place(s, block);
@@ -214,8 +244,7 @@ class Engine {
   // All images of a row: the block of columns outermost, so that its panel stays in the cache.
   void conv_images(const Step& s, int64_t row, int64_t column, int64_t count) {
     gather(s, row);
-    int64_t k = 0;
-    for (const Segment& segment : segments_) k += segment.length;
+    const int64_t k = terms(s);
     int64_t unit = 0;
     for (int64_t block = 0; block < s.count; block += block_columns<F>()) {
       place(s, block);
@@ -229,11 +258,17 @@ class Engine {
   void gather(const Step& s, int64_t row) {
     const BufferInfo& b = p_.buffer[s.a];
     const int64_t source = row * s.stride / s.up;
-    segments_.resize(size_t(s.segments));
     for (int64_t i = 0; i < s.segments; ++i) {
       const Tap& t = p_.tap[s.first + i];
-      segments_[size_t(i)] = {(modulo(source + t.dr, b.rows) * b.columns + b.left + t.dc) * b.stride + t.channel, 0, t.length};
+      segments_[i] = {(modulo(source + t.dr, b.rows) * b.columns + b.left + t.dc) * b.stride + t.channel, 0, t.length};
     }
+  }
+
+  // Of each sum of a step whose taps are gathered.
+  int64_t terms(const Step& s) const {
+    int64_t k = 0;
+    for (int64_t i = 0; i < s.segments; ++i) k += segments_[i].length;
+    return k;
   }
 
   static int64_t width_of(const Step& s, int64_t block) {
@@ -243,9 +278,9 @@ class Engine {
   void place(const Step& s, int64_t block) {
     int64_t at = 0;
     const int64_t width = width_of(s, block);
-    for (Segment& segment : segments_) {
-      segment.b = at * width;
-      at += segment.length;
+    for (int64_t i = 0; i < s.segments; ++i) {
+      segments_[i].b = at * width;
+      at += segments_[i].length;
     }
   }
 
@@ -267,7 +302,7 @@ class Engine {
     tile.ld = points.images ? p_.image_floats : s.up * target.stride;
     tile.relu = s.relu != 0;
     GENFAST_ISA::run<F>(height, width / lanes<F>(), tile, a, points.images ? p_.image_floats : s.stride * source.stride, 1,
-                        segments_.data(), s.segments, a_.weights + s.weight + block * k, width);
+                        segments_, s.segments, a_.weights + s.weight + block * k, width);
   }
 
   // A function of each vector of channels; the last one must not reach into the next pixel.
@@ -350,17 +385,16 @@ class Engine {
     const F inverse = 1.f / a_.temperature;
     F most = logits[0];
     for (int64_t k = 1; k < levels; ++k) most = std::max(most, logits[k]);
-    thread_local std::vector<F> weight;
-    weight.resize(size_t(padded<F>(levels)));
-    for (int64_t k = 0; k < levels; k += lanes<F>()) store(weight.data() + k, exp<F>((load(logits + k) - most) * inverse));
+    F* const weight = level_weights_;
+    for (int64_t k = 0; k < levels; k += lanes<F>()) store(weight + k, exp<F>((load(logits + k) - most) * inverse));
     double total = 0;
-    for (int64_t k = 0; k < levels; ++k) total += double(weight[size_t(k)]);
+    for (int64_t k = 0; k < levels; ++k) total += double(weight[k]);
     if (total != total) fault(n, s.arg0, r, c);  // NaN, infinity, or -infinity throughout, which leave no difference to the most
     const double u = double(uniform(n, s.arg0, r, c)) * total;
     double sum = 0;
     int64_t level = 0;
     for (; level < levels - 1; ++level) {
-      sum += double(weight[size_t(level)]);
+      sum += double(weight[level]);
       if (sum > u) break;
     }
     a_.images[pixel_of(n, p_.channels, s.arg0, r, c)] = level;
@@ -389,20 +423,23 @@ class Engine {
 void pixel_program(const PixelProgramArgs& a) {
   const Program p(a.program);
   if (a.n < a.threads && p.row_products() >= kShared) {
+    const TeamMemory memory(a.threads, p);
 #pragma omp parallel num_threads(a.threads)
     {
 #ifdef _OPENMP
-      Engine(a, p, 0, a.n, omp_get_thread_num(), omp_get_num_threads()).rows(a.first_row, a.last_row);
+      Engine(a, p, memory, 0, a.n, omp_get_thread_num(), omp_get_num_threads()).rows(a.first_row, a.last_row);
 #else
-      Engine(a, p, 0, a.n, 0, 1).rows(a.first_row, a.last_row);
+      Engine(a, p, memory, 0, a.n, 0, 1).rows(a.first_row, a.last_row);
 #endif
     }
     return;
   }
   const int64_t groups = std::min<int64_t>(a.n, std::max<int64_t>(a.threads, (a.n + a.group - 1) / a.group));
   const int threads = int(std::min<int64_t>(a.threads, groups));  // one that has no images would only spin
+  const TeamMemory memory(threads, p);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t g = 0; g < groups; ++g) Engine(a, p, a.n * g / groups, a.n * (g + 1) / groups, 0, 1).rows(a.first_row, a.last_row);
+  for (int64_t g = 0; g < groups; ++g)
+    Engine(a, p, memory, a.n * g / groups, a.n * (g + 1) / groups, 0, 1).rows(a.first_row, a.last_row);
 }
 
 }  // namespace GENFAST_ISA
