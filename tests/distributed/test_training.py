@@ -44,6 +44,12 @@ def trainer(label, strategy="ddp", seed=0, **options):
     view, config = fitted(name, DIGITS, MODELS[label])
     torch.manual_seed(0)
     model = models.build(name, **config)
+    if name == "nsf":
+        # Behind an activation norm of the first batch, splines that start as the identity leave the norm's scales
+        # gradients of zero, whose rounding Adam would divide by its eps of 1e-8.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
     model = model if label in SINGLE else model.double()
     return training.Trainer(model, view, batch_size=UNEVEN, clip=0.02, seed=seed, parallel=strategy, **options)
 
@@ -97,17 +103,13 @@ def test_two_processes_take_the_steps_of_one(both, label, strategy):
     categorical = issubclass(models.NAMES[label.split()[0]], models.AutoregressiveModel)
     close = 1e-5 if label in SINGLE else 1e-6 if categorical else 1e-12  # logits go to float32 in the likelihood
     assert first["losses"] == second["losses"]
-    # The spline's conditioner has gradients of pure rounding, which Adam divides by its eps: after the first step two
-    # halves of a batch differ from the whole by 7e-12 in the gradients, and by 7e-11 where its layers run one by one.
-    steady = 1e-9 if label == "nsf" else close
-    assert first["losses"][0] == pytest.approx(one["losses"][0], rel=close)
-    assert first["losses"] == pytest.approx(one["losses"], rel=steady)
+    assert first["losses"] == pytest.approx(one["losses"], rel=close)
     assert math.hypot(*(float(g.norm()) for g in one["gradients"].values())) == pytest.approx(0.02, rel=1e-3)  # clipped
     loose = max(10 * close, 1e-9)  # Adam divides gradients of 1e-17 by 1e-8
     assert apart(first["gradients"], one["gradients"]) < loose
     assert apart(first["weights"], one["weights"]) < loose
     assert apart(first["weights"], second["weights"]) == 0
-    assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=10 * steady)
+    assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=10 * close)
     for mine, theirs, alone in zip(first["samples"], second["samples"], one["samples"]):
         assert torch.equal(mine, theirs)
         torch.testing.assert_close(mine, alone, rtol=1e-5, atol=1e-5)
