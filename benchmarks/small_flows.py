@@ -161,7 +161,6 @@ def _measured(provider: str, name: str, seconds: float, jax_python: str) -> dict
     """One process's times, or None where the library is not there."""
     command = [jax_python if provider == "flowjax" else sys.executable, __file__, "--one", provider, name, str(seconds)]
     environment = os.environ | {
-        "OMP_WAIT_POLICY": "passive",
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads=2",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
