@@ -127,10 +127,9 @@ class ModuleContents:
         ):
             return None
         modules = tuple(
-            (m, type(m), tuple(m.__dict__.values()), tuple(m._modules.values()), tuple(m._parameters.values()),
-             tuple(m._buffers.values()))
-            for m in self.modules
-        )  # fmt: skip
+            (m, settings[0], settings[1:], children, parameters, tuple(m._buffers.values()))
+            for m, settings, children, parameters in zip(self.modules, self.settings, self.children, self.parameters)
+        )
         copies = self.contents.copies
         return modules, tuple(
             (b, b._version, b.data_ptr(), b.nbytes, c.data_ptr()) for b, c in zip(buffers, copies) if b.nbytes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._derived import derived, ordinary, readable, readable_now
 from .._modes import evaluating
+from ..nn.flow_lowering import ACTIVATIONS
 from ..ops.masked_linear import Staircase, staircase_from_mask
 from ..programs import DegreeProgram, Layer, self_check
 from ._class_swap import covered
@@ -30,24 +31,13 @@ _FUNCTIONS = {
     F.softplus: "softplus",
     F.leaky_relu: "leaky_relu",
 }
-_MODULES: dict[Any, tuple[str | None, dict[str, Any]]] = {
-    nn.ReLU: ("relu", {}),
-    nn.ELU: ("elu", {"alpha": 1.0}),
-    nn.Tanh: ("tanh", {}),
-    nn.Sigmoid: ("sigmoid", {}),
-    nn.SiLU: ("silu", {}),
-    nn.GELU: ("gelu", {"approximate": "none"}),
-    nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
-    nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
-    nn.Identity: ("none", {}),
-}
 
 
 def activation_name(function: Any) -> str | None:
     """What our engine calls an activation; None for one that it does not have."""
     if not isinstance(function, nn.Module):
         return _FUNCTIONS.get(function) if callable(function) else None
-    name, options = _MODULES.get(type(function), (None, {}))
+    name, options = ACTIVATIONS.get(type(function), (None, {}))
     if function._forward_hooks or function._forward_pre_hooks or "forward" in function.__dict__:
         return None
     return name if all(getattr(function, option) == value for option, value in options.items()) else None

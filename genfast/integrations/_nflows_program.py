@@ -86,7 +86,7 @@ def _lower_spline(transform: Any, network: Any, builder: FlowBuilder, x: Rows, p
     bound = float(o["bound"])
     return builder.spline(
         x,
-        [params[width * i : width * (i + 1)] for i in range(len(x))],
+        params,
         bins=transform.num_bins,
         tails=tails,
         zuko=False,

@@ -42,15 +42,19 @@ def lower(flow: Any, univariate_of: Any, builder: FlowBuilder) -> None:
     builder.features = latent
 
 
+def features_of(flow: Any) -> int | None:
+    """The number of features, as the base tells; None where it does not."""
+    loc = getattr(flow.base, "loc", getattr(flow.base, "_0", None))
+    return len(loc) if isinstance(loc, Tensor) and loc.dim() == 1 else None
+
+
 def sizes(flow: Any) -> tuple[int | None, int]:
     """The numbers of features and of contexts, as the base and the first network tell."""
-    base = flow.base
-    loc = getattr(base, "loc", getattr(base, "_0", None))
-    features = len(loc) if isinstance(loc, Tensor) and loc.dim() == 1 else None
-    for m in flow.modules():
-        if features is not None and isinstance(m, zuko.flows.MaskedAutoregressiveTransform):
+    features = features_of(flow)
+    for m in flow.modules() if features is not None else ():
+        if isinstance(m, zuko.flows.MaskedAutoregressiveTransform):
             return features, m.hyper[0].weight.shape[1] - features
-        if features is not None and isinstance(m, zuko.flows.GeneralCouplingTransform):
+        if isinstance(m, zuko.flows.GeneralCouplingTransform):
             return features, m.hyper[0].weight.shape[1] - int(m.mask.sum())
     return features, 0
 
@@ -121,11 +125,10 @@ def _lower_univariate(univariate: Any, transform: Any, builder: FlowBuilder, x: 
         )
     if univariate.kind == "affine":
         return builder.affine(x, params[1::2], params[::2], scale="softclamp", constant=-math.log(univariate.slope))
-    width = transform.total
     bound = univariate.bound
     return builder.spline(
         x,
-        [params[width * i : width * (i + 1)] for i in range(len(x))],
+        params,
         bins=univariate.bins,
         tails="linear",
         zuko=True,

@@ -479,7 +479,7 @@ class Flow(Swapped):
 
     def whole(self: Any, x: Tensor, c: Tensor | None) -> Tensor | None:
         """log p(x | c) of one program, or None where the transforms must be called one by one."""
-        features = program.sizes(self)[0]
+        features = program.features_of(self)
         rows = None if features is None else program.rows_of(x, c, features)
         if rows is None:
             return None

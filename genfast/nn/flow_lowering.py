@@ -18,7 +18,8 @@ from ..programs.flow_program import Rows
 from ..programs.self_check import SelfCheckError, beyond_rounding
 from .univariate import AffineMap, SplineMap, spline_options
 
-_ACTIVATIONS: dict[type[nn.Module], tuple[str, dict[str, Any]]] = {
+# The modules that a program has as activations, and with which settings.
+ACTIVATIONS: dict[type[nn.Module], tuple[str, dict[str, Any]]] = {
     nn.Identity: ("none", {}),
     nn.ReLU: ("relu", {}),
     nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
@@ -89,12 +90,12 @@ def lower_map(by: AffineMap | SplineMap, builder: FlowBuilder, x: Rows, params: 
             mode="inverse" if by.normalising else "scale_then_shift",
             constant=math.log(1000) if by.scale == "softclamp" else 0.0,
         )
-    width, o = by.outputs, spline_options(by)
+    o = spline_options(by)
     zuko = by.convention == "zuko"
     minimums = [0.0] * 3 if zuko else [by.min_bin_width, by.min_bin_height, by.min_derivative]
     return builder.spline(
         x,
-        [params[width * i : width * (i + 1)] for i in range(len(x))],
+        params,
         bins=by.bins,
         tails="none" if by.tails is None else by.tails,
         zuko=zuko,
@@ -104,10 +105,10 @@ def lower_map(by: AffineMap | SplineMap, builder: FlowBuilder, x: Rows, params: 
 
 
 def _activation(module: nn.Module) -> str | None:
-    cls = stands_for(module, tuple(_ACTIVATIONS))
+    cls = stands_for(module, tuple(ACTIVATIONS))
     if cls is None:
         return None
-    name, settings = _ACTIVATIONS[cls]
+    name, settings = ACTIVATIONS[cls]
     return name if all(getattr(module, k) == v for k, v in settings.items()) else None
 
 

@@ -72,7 +72,6 @@ class FlowBuilder:
         self._offsets: dict[int, int] = {}
         self._size = 0
         self._steps: list[list[int]] = []
-        self._tables: list[list[int]] = []  # of each step, to stand behind all steps
 
     def weight(self, t: Weight, size: int | None = None) -> int:
         """Where ``t`` begins in the vector of weights; a function that makes one needs its ``size``."""
@@ -166,13 +165,15 @@ class FlowBuilder:
         self._step(AFFINE, first, len(x), kind, list(x), a, t, MODES.index(mode), offset)
         return list(range(first, first + len(x)))
 
-    def spline(self, x: Rows, params: Sequence[Rows], *, bins: int, tails: str, zuko: bool, inverse: bool,
+    def spline(self, x: Rows, params: Rows, *, bins: int, tails: str, zuko: bool, inverse: bool,
                constants: Sequence[float]) -> Rows:  # fmt: skip
-        """The rows of the spline of each of ``x`` by its ``params``; ``constants`` are the packed op's nine."""
+        """The rows of the spline of each of ``x`` by its ``params``, as many for each of x one behind the other.
+
+        ``constants`` are the packed op's nine.
+        """
         first = self._make(len(x))
-        table = [row for rows in params for row in rows]
         self._step(
-            SPLINE, first, len(x), TAILS.index(tails), list(x), table, bins, int(zuko), int(inverse),
+            SPLINE, first, len(x), TAILS.index(tails), list(x), list(params), bins, int(zuko), int(inverse),
             self._option(*constants),
         )  # fmt: skip
         return list(range(first, first + len(x)))
@@ -272,11 +273,6 @@ class FlowProgram:
         """The weights, those that a function makes of others among them."""
         return [w if isinstance(w, Tensor) else w() for w in self.weights]
 
-    def flat_weights(self, dtype: torch.dtype) -> Tensor:
-        """Every weight in one vector, in the order that ``code`` names."""
-        tensors = self.tensors()
-        return torch.cat([t.reshape(-1).to(dtype) for t in tensors]) if tensors else torch.zeros(0, dtype=dtype)
-
     def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z (N, D) and total (N,) of x (N, D) and context (N, K).
 
@@ -291,7 +287,7 @@ class FlowProgram:
             z, total = _Call.apply(self, x, context, *tensors)  # type: ignore[no-untyped-call]
             return z, total
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, context, *tensors) if t is not None)
-        weights = torch.cat([t.reshape(-1) for t in tensors]) if tensors else x.new_zeros(0)
+        weights = joined(tensors) if tensors else x.new_zeros(0)
         z, total, _ = self.call(x, context, weights, keep)
         return z, total
 
@@ -301,6 +297,11 @@ class FlowProgram:
             x, context, weights, self.code, list(self.options), self.rows, self.tile, keep
         )
         return outputs
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors in one vector, one behind the other, as a function of each."""
+    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 class _Call(torch.autograd.Function):
@@ -328,7 +329,7 @@ class _Call(torch.autograd.Function):
         if grad_z is None and grad_total is None:
             return (None,) * (3 + len(tensors))
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for
-            now = torch.cat([t.reshape(-1) for t in tensors])
+            now = joined(tensors)
             if not torch.equal(now, weights):
                 raise RuntimeError(
                     "FlowProgram: a weight was modified by an inplace operation between the forward and a backward "

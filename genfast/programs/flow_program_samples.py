@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._registry import Sample
 from ..ops.flow_program import OP
-from .flow_program import FlowBuilder, FlowProgram
+from .flow_program import FlowBuilder, FlowProgram, joined
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -43,10 +43,9 @@ def _autoregressive(generator: torch.Generator, features: int, contexts: int, wi
             mask=order.repeat_interleave(outputs)[:, None] >= hidden,
         )
         if spline:
-            rows = [params[outputs * i : outputs * (i + 1)] for i in range(features)]
             builder.features = builder.spline(
                 builder.features,
-                rows,
+                params,
                 bins=bins,
                 tails="linear",
                 zuko=False,
@@ -100,7 +99,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         x = torch.randn(n, features, generator=generator, dtype=torch.float64)
         contexts = int(program.code[1])
         context = torch.randn(n, contexts, generator=generator, dtype=torch.float64) if contexts else None
-        weights = program.flat_weights(torch.float64)
+        weights = joined(program.tensors())
         args = (x, context, weights, program.code, list(program.options), program.rows, program.tile, False)
         yield Sample(label, args)
 

@@ -135,16 +135,21 @@ def autoregressive_univariate(
         t = params[..., 0]
         return (z + t if flip else z - t), torch.zeros_like(z)
     a, t = params.unbind(-1) if scale_first else params.flip(-1).unbind(-1)
-    if scale == "exp":
-        log_s = a
-    elif scale == "softclamp":
-        log_s = a / (1 + (a / constant).abs())
-    elif scale == "sigmoid2":
-        log_s = (torch.sigmoid(a + 2) + constant).log()
-    else:
-        log_s = (F.softplus(a) + constant).log()
+    log_s = affine_log_scale(a, scale, constant)
     s = log_s.exp()
     return (s * z + t, log_s) if flip else ((z - t) / s, -log_s)
+
+
+def affine_log_scale(a: Tensor, scale: str, constant: float) -> Tensor:
+    """log s(a): of "exp" e^a, "softclamp" a / (1 + |a / constant|), "sigmoid2" sigmoid(a + 2) + constant, "softplus"
+    softplus(a) + constant."""
+    if scale == "exp":
+        return a
+    if scale == "softclamp":
+        return a / (1 + (a / constant).abs())
+    if scale == "sigmoid2":
+        return (torch.sigmoid(a + 2) + constant).log()
+    return (F.softplus(a) + constant).log()
 
 
 def program_activation(number: int, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autoregressive_inverse import TAILS, program_activation
+from .autoregressive_inverse import TAILS, affine_log_scale, program_activation
 from .spline import rational_quadratic_spline_packed
 
 HEADER, STEP = 8, 14
@@ -168,14 +168,7 @@ def _affine(
     elif scale == "given":
         log_s, s = a.abs().log(), a
     else:
-        if scale == "exp":
-            log_s = a
-        elif scale == "softclamp":
-            log_s = a / (1 + (a / constant).abs())
-        elif scale == "sigmoid":
-            log_s = (torch.sigmoid(a + 2) + constant).log()
-        else:
-            log_s = (F.softplus(a) + constant).log()
+        log_s = affine_log_scale(a, {"sigmoid": "sigmoid2"}.get(scale, scale), constant)
         s = log_s.exp()
     shift = torch.zeros_like(x) if t is None else t
     if mode == "scale_then_shift":
